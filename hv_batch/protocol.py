@@ -1,0 +1,223 @@
+"""The vocabulary that engine, job and runtime share, and what an engine must be able to do.
+
+Plain data and structural types: this module imports neither torch nor Ray nor storage, so every layer may import it.
+
+An engine is named in the config by import path (``model.engine``) and built from ``model.options``. Whatever satisfies
+`Engine` can render: the HunyuanVideo engine of this package, another engine, or a test double.
+
+    text_encoder().encode(prompts)            -> one embedding a prompt      (opaque to the job)
+    join(place).denoise(params, embeddings)   -> latents, float32 numpy      (every rank of a group takes part)
+    decoder().decode(latents)                 -> chunks of frames, uint8     (in order, streamed)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Device = Literal["cpu", "cuda"]
+
+LATENT_CHANNELS = 16
+SPATIAL_COMPRESSION = 8  # VAE; the DiT's patch halves height and width once more
+TEMPORAL_COMPRESSION = 4
+SIZE_MULTIPLE = 16  # VAE stride 8 x patch 2
+MAX_SIDE = 8192
+MAX_FRAMES = 1025
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1  # torch.Generator takes a signed 64-bit seed
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one paragraph: what, where, what is allowed, and the remedy.
+
+    Shown without a traceback; the command ends with exit code 1.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Everything a user chooses that changes the pixels of one video (spec section 1).
+
+    Build one from untrusted values only after `problems` has found nothing.
+    """
+
+    prompt: str
+    negative_prompt: str
+    height: int  # pixels
+    width: int  # pixels
+    num_frames: int
+    num_inference_steps: int
+    seed: int
+    guidance_scale: float  # embedded guidance, fed to the model as scale * 1000
+    cfg_scale: float  # classifier-free guidance; > 1 renders the negative prompt too
+    guidance_rescale: float
+    flow_shift: float
+
+    @property
+    def uses_cfg(self) -> bool:
+        return self.cfg_scale > 1.0
+
+    @property
+    def is_image(self) -> bool:
+        return self.num_frames == 1
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(channels, latent frames, latent height, latent width)."""
+        return (
+            LATENT_CHANNELS,
+            (self.num_frames - 1) // TEMPORAL_COMPRESSION + 1,
+            self.height // SPATIAL_COMPRESSION,
+            self.width // SPATIAL_COMPRESSION,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FieldProblem:
+    """One value that cannot be rendered, said so that the user can mend it."""
+
+    field: str
+    value: Any
+    allowed: str
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _prompt(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _side(value: Any) -> bool:
+    return _is_int(value) and SIZE_MULTIPLE <= value <= MAX_SIDE and value % SIZE_MULTIPLE == 0
+
+
+def _frames(value: Any) -> bool:
+    return _is_int(value) and 1 <= value <= MAX_FRAMES and (value - 1) % TEMPORAL_COMPRESSION == 0
+
+
+def _between(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: _is_number(value) and low <= value <= high
+
+
+_SIDE_ALLOWED = f"a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIDE}"
+
+# What each field of SamplingParams may be: one table for manifest rows, config defaults and the Python API.
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (_prompt, "a text that is not blank"),
+    "negative_prompt": (_text, "a text"),
+    "height": (_side, _SIDE_ALLOWED),
+    "width": (_side, _SIDE_ALLOWED),
+    "num_frames": (_frames, f"4n + 1 from 1 (an image) to {MAX_FRAMES}, as 33, 65 or 129"),
+    "num_inference_steps": (lambda v: _is_int(v) and 1 <= v <= MAX_STEPS, f"a whole number from 1 to {MAX_STEPS}"),
+    "seed": (lambda v: _is_int(v) and 0 <= v <= MAX_SEED, "a whole number from 0 to 2^63 - 1"),
+    "guidance_scale": (_between(0.0, 100.0), "a number from 0 to 100"),
+    "cfg_scale": (_between(1.0, 100.0), "a number from 1 (off) to 100"),
+    "guidance_rescale": (_between(0.0, 1.0), "a number from 0 (off) to 1"),
+    "flow_shift": (lambda v: _is_number(v) and 0.0 < v <= 1000.0, "a number above 0, at most 1000"),
+}
+
+
+def problems(values: Mapping[str, Any]) -> list[FieldProblem]:
+    """Every given value of `values` that breaks its rule; fields that are absent are not judged."""
+    return [
+        FieldProblem(field, values[field], allowed)
+        for field, (is_allowed, allowed) in RULES.items()
+        if field in values and not is_allowed(values[field])
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlace:
+    """Where one rank of a denoise group stands.
+
+    `address` is what `Engine.host_rendezvous` returned on rank 0. `local_rank` indexes the GPUs that the ranks of this
+    node see, which all of them see in the same order.
+    """
+
+    rank: int
+    local_rank: int
+    ulysses_degree: int
+    ring_degree: int
+    device: Device
+    address: str
+    timeout_s: float
+
+    @property
+    def world_size(self) -> int:
+        return self.ulysses_degree * self.ring_degree
+
+
+class Embedding(Protocol):
+    """One encoded prompt. The job carries it and reads only how much of the prompt the model saw."""
+
+    num_tokens: int  # text tokens that reach the DiT, template excluded
+    tokens_lost: int  # prompt tokens beyond the model's limit
+
+
+class TextEncoder(Protocol):
+    def encode(self, prompts: Sequence[str], *, image: bool) -> Sequence[Embedding]:
+        """One embedding a prompt, each the same bits whatever else is in the batch; `image` picks the template."""
+        ...
+
+
+class Denoiser(Protocol):
+    """One rank of a denoise group: every rank is called with equal arguments at the same time."""
+
+    def denoise(
+        self, params: SamplingParams, positive: Any, negative: Any | None, on_step: Callable[[int], None]
+    ) -> np.ndarray:
+        """Final latents, float32, shaped `params.latent_shape`, equal on every rank.
+
+        `on_step(n)` is called after each of the `num_inference_steps` steps with the number done. Raises ValueError
+        when the result is not finite.
+        """
+        ...
+
+
+class Decoder(Protocol):
+    def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """Frames of latents [C, T, h, w], in order, as uint8 chunks [frames, height, width, 3]."""
+        ...
+
+
+class Engine(Protocol):
+    """Built in the driver and in every actor; construction reads no weights and touches no device."""
+
+    def check(self) -> list[str]:
+        """What would stop this engine from loading (a missing weight file, ...), one clear sentence each."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able facts of the model that change pixels: weights revision, precisions, tile geometry, ..."""
+        ...
+
+    def group_problems(self, ulysses_degree: int, ring_degree: int) -> list[str]:
+        """Why this engine could not shard itself so; empty when it can."""
+        ...
+
+    def text_encoder(self, device: Device) -> TextEncoder: ...
+
+    def host_rendezvous(self, host: str, world_size: int) -> str:
+        """Rank 0 only: open the meeting point of a group on a free port of `host` and return its address."""
+        ...
+
+    def join(self, place: RankPlace) -> Denoiser:
+        """Load this rank's model and join its group; blocks until every rank has."""
+        ...
+
+    def decoder(self, device: Device) -> Decoder: ...
