@@ -1,0 +1,142 @@
+"""What the scheduler hears (events) and what it orders (actions): frozen messages that carry keys, never payloads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from hv_batch.job.errors import Failure
+
+
+class Stage(IntEnum):
+    """The stations of a sample, in order."""
+
+    ENCODE = 0
+    DENOISE = 1
+    DECODE = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class WorkerId:
+    """One life of one worker. A rebuilt worker has the next `life`, so news of an earlier life is seen to be stale."""
+
+    stage: Stage
+    slot: int
+    life: int
+
+    def __str__(self) -> str:
+        return f"{self.stage.name.lower()}-{self.slot}.{self.life}"
+
+
+# Events ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The plan's next sample, and the station at which it begins (DECODE when its final latents are already stored)."""
+
+    key: str
+    stage: Stage = Stage.ENCODE
+
+
+@dataclass(frozen=True, slots=True)
+class PlanExhausted:
+    """There are no further samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker died, failed to start, or was given up; whatever it was doing is lost."""
+
+    worker: WorkerId
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDone:
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """The task raised but the worker is fit for the next one."""
+
+    worker: WorkerId
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The worker's running task made progress."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Drain: begin nothing long, let what is running finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = Admitted | PlanExhausted | WorkerReady | WorkerLost | TaskDone | TaskFailed | Beat | StopRequested | Tick
+
+# Actions --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Feed up to `count` `Admitted` events, and `PlanExhausted` when the plan ends before that."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class KillWorker:
+    """Tear the worker down; no answer is expected."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Give the task of the worker's stage for `keys` to `worker`."""
+
+    worker: WorkerId
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    key: str
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The run cannot go on."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Nothing is left to do; `drained` when a stop cut the run short."""
+
+    drained: bool
+
+
+Action = Admit | StartWorker | KillWorker | Run | Quarantine | Abort | Finish

@@ -1,0 +1,339 @@
+"""The scheduler: a state machine without clock, IO or Ray. `step(event, now)` returns the actions to carry out.
+
+A sample passes three stations: encode, denoise, decode (which also commits). Each station has a fixed number of worker
+slots; a worker is an encoder actor, a denoise group (a whole gang counts as one worker) or a decoder actor.
+
+Invariants, which tests/unit/test_scheduler.py checks after every step of generated histories:
+
+- Every admitted sample is in exactly one place: waiting at one station, in exactly one running task, or gone.
+- A sample goes exactly once: committed (its DECODE task done) or quarantined (P1). A drain leaves the rest to a resume.
+- At most `window` samples are in flight, and a station starts no task whose results the next one has no room for: a
+  slow decoder slows the groups instead of filling the object store (P7).
+- A failure costs its own sample at most its budget and its worker at most a restart; everything else goes on (P5).
+  In particular a batch that fails is tried again sample by sample, and none of its members is charged for it.
+- News from an earlier life of a worker changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.events import (
+    Abort,
+    Action,
+    Admit,
+    Admitted,
+    Beat,
+    Event,
+    Finish,
+    KillWorker,
+    PlanExhausted,
+    Quarantine,
+    Run,
+    Stage,
+    StartWorker,
+    StopRequested,
+    TaskDone,
+    TaskFailed,
+    Tick,
+    WorkerId,
+    WorkerLost,
+    WorkerReady,
+)
+
+# A retried denoise is encoded anew: an encoding costs a thousandth of a denoise, and the embedding may have been lost
+# with the node that held it. A retried decode reads the final latents from storage, where the group put them first (P4).
+RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DECODE: Stage.DECODE}
+
+MAX_BACKOFF_S = 60.0  # a worker slot that keeps failing tries again at most this late
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLimits:
+    workers: int
+    batch: int = 1  # samples a task may take
+    ahead: int  # samples that may wait here; the station before pauses when its results would exceed them
+    task_timeout_s: float  # without a Beat for so long a running task counts as hung
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryLimits:
+    """How many tries a sample has for each class of failure, and how often in a row one worker slot may be lost.
+
+    `worker` must exceed `infra`: a sample that kills every worker it meets has to be quarantined before it has used up
+    the last slot of a station.
+    """
+
+    poison: int
+    oom: int
+    infra: int
+    preempted: int
+    worker: int
+
+    def __post_init__(self) -> None:
+        assert self.worker > self.infra, "retries.worker must be greater than retries.infra"
+
+    def tries(self, kind: FailureClass) -> int:
+        return {
+            FailureClass.POISON: self.poison,
+            FailureClass.GPU_OOM: self.oom,
+            FailureClass.INFRA: self.infra,
+            FailureClass.PREEMPTED: self.preempted,
+            FailureClass.FATAL: 1,
+        }[kind]
+
+
+class Status(Enum):
+    ABSENT = "absent"  # not started, or lost and waiting for its next life
+    STARTING = "starting"
+    IDLE = "idle"
+    BUSY = "busy"
+    ABANDONED = "abandoned"  # lost too often in a row
+
+
+@dataclass(slots=True)
+class _Worker:
+    id: WorkerId
+    status: Status = Status.ABSENT
+    task: tuple[str, ...] = ()
+    beat: float = 0.0
+    losses: int = 0  # in a row
+    start_at: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.status in (Status.STARTING, Status.IDLE, Status.BUSY)
+
+
+@dataclass(slots=True)
+class _Sample:
+    stage: Stage
+    solo: bool = False  # was in a batch that failed: from now on it runs alone
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Scheduler:
+    """Feed every event to `step` and carry out the actions it returns, in order."""
+
+    def __init__(self, stages: dict[Stage, StageLimits], retries: RetryLimits, drain_timeout_s: float) -> None:
+        self._limits = stages
+        self._retries = retries
+        self._drain_timeout_s = drain_timeout_s
+        self._samples: dict[str, _Sample] = {}
+        self._waiting: dict[Stage, deque[str]] = {stage: deque() for stage in Stage}
+        self._workers = {
+            stage: [_Worker(WorkerId(stage, slot, 0)) for slot in range(stages[stage].workers)] for stage in Stage
+        }
+        self._asked = 0  # admissions ordered and not yet answered
+        self._exhausted = False
+        self._drain_until: float | None = None
+        self._over = False
+
+    @property
+    def window(self) -> int:
+        """Most samples in flight: what the stations hold while every queue between them is full."""
+        return sum(limits.ahead + limits.workers * limits.batch for limits in self._limits.values())
+
+    def in_flight(self) -> dict[str, Stage]:
+        return {key: sample.stage for key, sample in self._samples.items()}
+
+    def begin(self) -> list[Action]:
+        """The first actions; nothing is started before there is a sample that needs it."""
+        return self._next_actions(0.0)
+
+    def step(self, event: Event, now: float) -> list[Action]:
+        """Take in one event at `now` (seconds of any monotonic clock)."""
+        if self._over:
+            return []
+        actions = self._take(event, now)
+        if any(isinstance(action, Abort) for action in actions):
+            self._over = True
+            return actions
+        return actions + self._next_actions(now)
+
+    # Events -----------------------------------------------------------------------------------------------------------
+
+    def _take(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Admitted(key, stage):
+                self._admit(key, stage)
+            case PlanExhausted():
+                self._exhausted, self._asked = True, 0
+            case WorkerReady(worker_id):
+                if (worker := self._current(worker_id)) and worker.status is Status.STARTING:
+                    worker.status = Status.IDLE
+            case Beat(worker_id):
+                if worker := self._current(worker_id):
+                    worker.beat = now
+            case TaskDone(worker_id):
+                if (worker := self._current(worker_id)) and worker.task:
+                    self._task_done(worker)
+            case TaskFailed(worker_id, failure):
+                if (worker := self._current(worker_id)) and worker.task:
+                    return self._task_failed(worker, failure)
+            case WorkerLost(worker_id, failure):
+                if worker := self._current(worker_id):
+                    return self._worker_lost(worker, failure, now)
+            case StopRequested():
+                if self._drain_until is None:
+                    self._drain_until = now + self._drain_timeout_s
+            case Tick():
+                return self._find_hung(now)
+        return []
+
+    def _current(self, worker_id: WorkerId) -> _Worker | None:
+        worker = self._workers[worker_id.stage][worker_id.slot]
+        return worker if worker.id == worker_id and worker.alive else None
+
+    def _admit(self, key: str, stage: Stage) -> None:
+        assert key not in self._samples, f"sample {key} admitted twice"
+        self._asked = max(0, self._asked - 1)
+        self._samples[key] = _Sample(stage)
+        self._waiting[stage].append(key)
+
+    def _task_done(self, worker: _Worker) -> None:
+        keys, worker.task, worker.status, worker.losses = worker.task, (), Status.IDLE, 0
+        for key in keys:
+            sample = self._samples[key]
+            if sample.stage is Stage.DECODE:
+                del self._samples[key]
+            else:
+                sample.stage = Stage(sample.stage + 1)
+                self._waiting[sample.stage].append(key)
+
+    def _task_failed(self, worker: _Worker, failure: Failure) -> list[Action]:
+        keys, worker.task, worker.status = worker.task, (), Status.IDLE
+        return self._charge(keys, failure)
+
+    def _worker_lost(self, worker: _Worker, failure: Failure, now: float) -> list[Action]:
+        keys, worker.task, worker.status = worker.task, (), Status.ABSENT
+        # Only what may be the worker's or its node's own fault counts against the slot: a gang torn down because its
+        # sample is poisoned, or because its node was preempted, is as good as new after the rebuild.
+        if failure.kind is FailureClass.INFRA:
+            worker.losses += 1
+        worker.start_at = now + (min(MAX_BACKOFF_S, 2.0 ** (worker.losses - 2)) if worker.losses > 1 else 0.0)
+        actions: list[Action] = [KillWorker(worker.id)]
+        worker.id = WorkerId(worker.id.stage, worker.id.slot, worker.id.life + 1)
+        if worker.losses >= self._retries.worker:
+            worker.status = Status.ABANDONED
+        if keys or failure.kind is FailureClass.FATAL:
+            actions += self._charge(keys, failure)
+        if all(other.status is Status.ABANDONED for other in self._workers[worker.id.stage]):
+            actions.append(Abort(_station_gone(worker.id.stage, failure, self._retries.worker)))
+        return actions
+
+    def _charge(self, keys: tuple[str, ...], failure: Failure) -> list[Action]:
+        """Put the samples of a failed task back in line, or out of it when their budget is spent."""
+        if failure.kind is FailureClass.FATAL:
+            return [Abort(failure)]
+        actions: list[Action] = []
+        for key in keys:
+            sample = self._samples[key]
+            if len(keys) > 1:
+                sample.solo = True
+            else:
+                sample.failures.append(failure)
+                spent = Counter(f.kind for f in sample.failures)[failure.kind]
+                if spent >= self._retries.tries(failure.kind):
+                    del self._samples[key]
+                    actions.append(Quarantine(key, tuple(sample.failures)))
+                    continue
+            sample.stage = Stage.ENCODE if failure.begin_anew else RETRY_STAGE[sample.stage]
+            if failure.kind is FailureClass.POISON:
+                self._waiting[sample.stage].append(key)
+            else:
+                self._waiting[sample.stage].appendleft(key)
+        return actions
+
+    def _find_hung(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for stage, workers in self._workers.items():
+            limit = self._limits[stage].task_timeout_s
+            for worker in workers:
+                if worker.status is Status.BUSY and now - worker.beat > limit:
+                    message = f"no progress for {limit:g} s while working on {', '.join(worker.task)}"
+                    failure = Failure(FailureClass.INFRA, message, where=str(worker.id))
+                    actions += self._worker_lost(worker, failure, now)
+        return actions
+
+    # Actions ----------------------------------------------------------------------------------------------------------
+
+    def _next_actions(self, now: float) -> list[Action]:
+        if self._finished(now):
+            self._over = True
+            return [Finish(drained=self._drain_until is not None and not self._all_done())]
+        return [*self._admissions(), *self._starts(now), *self._runs(now)]
+
+    def _all_done(self) -> bool:
+        return self._exhausted and not self._samples
+
+    def _finished(self, now: float) -> bool:
+        if self._drain_until is None:
+            return self._all_done()
+        running = any(worker.task for workers in self._workers.values() for worker in workers)
+        to_decode = bool(self._waiting[Stage.DECODE])
+        return not (running or to_decode) or now >= self._drain_until
+
+    def _admissions(self) -> Iterator[Action]:
+        if self._exhausted or self._asked or self._drain_until is not None:
+            return
+        encode = self._limits[Stage.ENCODE]
+        early = sum(1 for s in self._samples.values() if s.stage is Stage.ENCODE) + len(self._waiting[Stage.DENOISE])
+        room = min(
+            self.window - len(self._samples),
+            encode.ahead + encode.workers * encode.batch + self._limits[Stage.DENOISE].ahead - early,
+        )
+        if room > 0:
+            self._asked = room
+            yield Admit(room)
+
+    def _starts(self, now: float) -> Iterator[Action]:
+        for stage, workers in self._workers.items():
+            needed = sum(1 for sample in self._samples.values() if sample.stage <= stage)
+            if self._drain_until is not None:  # a drain only finishes what needs a decoder
+                needed = len(self._waiting[stage]) if stage is Stage.DECODE else 0
+            live = sum(worker.alive for worker in workers)
+            for worker in workers:
+                if live < needed and worker.status is Status.ABSENT and now >= worker.start_at:
+                    worker.status = Status.STARTING
+                    live += 1
+                    yield StartWorker(worker.id)
+
+    def _runs(self, now: float) -> Iterator[Action]:
+        for stage in sorted(Stage, reverse=True):  # what is nearest to a commit goes first
+            if self._drain_until is not None and stage is not Stage.DECODE:
+                continue
+            for worker in self._workers[stage]:
+                room = self._room_after(stage)
+                if worker.status is Status.IDLE and self._waiting[stage] and room > 0:
+                    worker.task, worker.status, worker.beat = self._take_batch(stage, room), Status.BUSY, now
+                    yield Run(worker.id, worker.task)
+
+    def _room_after(self, stage: Stage) -> int:
+        """How many more samples the next station could hold if everything running here arrived."""
+        if stage is Stage.DECODE:
+            return self._limits[stage].batch
+        after = Stage(stage + 1)
+        coming = sum(len(worker.task) for worker in self._workers[stage])
+        return self._limits[after].ahead - len(self._waiting[after]) - coming
+
+    def _take_batch(self, stage: Stage, room: int) -> tuple[str, ...]:
+        queue = self._waiting[stage]
+        batch = [queue.popleft()]
+        while queue and len(batch) < min(self._limits[stage].batch, room):
+            if self._samples[batch[0]].solo or self._samples[queue[0]].solo:
+                break
+            batch.append(queue.popleft())
+        return tuple(batch)
+
+
+def _station_gone(stage: Stage, failure: Failure, losses: int) -> Failure:
+    name = {Stage.ENCODE: "text encoder", Stage.DENOISE: "denoise group", Stage.DECODE: "VAE decoder"}[stage]
+    message = (
+        f"every {name} was lost {losses} times in a row, so no sample can pass it; the last loss: {failure.message}"
+    )
+    return Failure(FailureClass.FATAL, message, failure.traceback, failure.where)

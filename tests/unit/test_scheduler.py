@@ -1,0 +1,361 @@
+"""The scheduler under generated histories: whatever the world answers, the invariants of its docstring hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.events import (
+    Abort,
+    Admit,
+    Admitted,
+    Beat,
+    Finish,
+    KillWorker,
+    PlanExhausted,
+    Quarantine,
+    Run,
+    Stage,
+    StartWorker,
+    StopRequested,
+    TaskDone,
+    TaskFailed,
+    Tick,
+    WorkerId,
+    WorkerLost,
+    WorkerReady,
+)
+from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
+
+RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
+STALL_S = 50.0
+BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
+
+
+def limits(encoders=1, groups=2, decoders=1, batch=3):
+    return {
+        Stage.ENCODE: StageLimits(workers=encoders, batch=batch, ahead=batch, task_timeout_s=STALL_S),
+        Stage.DENOISE: StageLimits(workers=groups, ahead=groups + batch, task_timeout_s=STALL_S),
+        Stage.DECODE: StageLimits(workers=decoders, ahead=decoders + 1, task_timeout_s=STALL_S),
+    }
+
+
+@dataclass
+class World:
+    """Carries out actions the way the runtime would, and keeps the books the invariants are checked against."""
+
+    stages: dict[Stage, StageLimits]
+    plan: list[Admitted]
+    drain_timeout_s: float = 100.0
+    now: float = 0.0
+    starting: list[WorkerId] = field(default_factory=list)
+    idle: set[WorkerId] = field(default_factory=set)
+    running: dict[WorkerId, tuple[str, ...]] = field(default_factory=dict)
+    at: dict[str, Stage] = field(default_factory=dict)
+    committed: list[str] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    quarantines: list[Quarantine] = field(default_factory=list)
+    runs: Counter = field(default_factory=Counter)
+    finish: Finish | None = None
+    abort: Abort | None = None
+
+    def __post_init__(self):
+        self.scheduler = Scheduler(self.stages, RETRIES, self.drain_timeout_s)
+        self.queue = list(self.plan)
+        self.carry_out(self.scheduler.begin())
+
+    def feed(self, event):
+        self.carry_out(self.scheduler.step(event, self.now))
+
+    def carry_out(self, actions):
+        for action in actions:
+            assert self.finish is None, f"{action} after the end"
+            assert self.abort is None, f"{action} after the abort"
+            self.carry_out_one(action)
+        self.check()
+
+    def carry_out_one(self, action):
+        match action:
+            case Admit(count):
+                batch, self.queue = self.queue[:count], self.queue[count:]
+                for admitted in batch:
+                    self.at[admitted.key] = admitted.stage
+                    self.feed(admitted)
+                if len(batch) < count:
+                    self.feed(PlanExhausted())
+            case StartWorker(worker):
+                self.starting.append(worker)
+            case KillWorker(worker):
+                self.starting = [other for other in self.starting if other != worker]
+                self.idle.discard(worker)
+                self.running.pop(worker, None)
+            case Run(worker, keys):
+                self.idle.remove(worker)
+                assert all(self.at[key] == worker.stage for key in keys), "ran at the wrong station"
+                assert not {k for task in self.running.values() for k in task} & set(keys), "ran twice at once"
+                assert len(keys) <= self.stages[worker.stage].batch
+                self.running[worker] = keys
+                self.runs.update((worker.stage, key) for key in keys)
+            case Quarantine(key, _):
+                self.quarantined.append(key)
+                self.quarantines.append(action)
+                del self.at[key]
+            case Abort():
+                self.abort = action
+            case Finish():
+                self.finish = action
+
+    def check(self):
+        """The invariants that hold after every step."""
+        gone = Counter(self.committed) + Counter(self.quarantined)
+        assert all(count == 1 for count in gone.values()), "a sample went twice"
+        assert len(self.at) <= self.scheduler.window
+        if not (self.finish or self.abort):
+            assert self.scheduler.in_flight() == self.at
+        for stage in (Stage.DENOISE, Stage.DECODE):
+            begun_elsewhere = sum(1 for admitted in self.plan if admitted.stage is stage)
+            running = {key for task in self.running.values() for key in task}
+            waiting = [key for key, place in self.at.items() if place is stage and key not in running]
+            assert len(waiting) <= self.stages[stage].ahead + self.stages[stage].workers + begun_elsewhere
+
+    # What the world may answer --------------------------------------------------------------------------------------
+
+    def ready(self, worker):
+        self.starting.remove(worker)
+        self.idle.add(worker)
+        self.feed(WorkerReady(worker))
+
+    def done(self, worker):
+        keys = self.running.pop(worker)
+        self.idle.add(worker)
+        for key in keys:
+            if worker.stage is Stage.DECODE:
+                self.committed.append(key)
+                del self.at[key]
+            else:
+                self.at[key] = Stage(worker.stage + 1)
+        self.feed(TaskDone(worker))
+
+    def back_in_line(self, keys):
+        for key in keys:
+            if key in self.at and self.at[key] is Stage.DENOISE:
+                self.at[key] = Stage.ENCODE
+
+    def failed(self, worker, kind):
+        keys = self.running.pop(worker)
+        self.idle.add(worker)
+        self.back_in_line(keys)
+        self.feed(TaskFailed(worker, Failure(kind, "failed")))
+
+    def lost(self, worker, kind):
+        keys = self.running.pop(worker, ())
+        self.idle.discard(worker)
+        self.starting = [other for other in self.starting if other != worker]
+        self.back_in_line(keys)
+        self.feed(WorkerLost(worker, Failure(kind, "lost")))
+
+    def tick(self, seconds):
+        self.now += seconds
+        hung = [w for w in self.running if seconds > STALL_S]
+        for worker in hung:
+            self.back_in_line(self.running[worker])
+        self.feed(Tick())
+
+    def calm_down(self, limit=10_000):
+        """Everything works from now on."""
+        for _ in range(limit):
+            if self.finish or self.abort:
+                return
+            if self.starting:
+                self.ready(self.starting[0])
+            elif self.running:
+                self.done(next(iter(self.running)))
+            else:
+                self.tick(1.0)
+        pytest.fail(f"no end: {self.at} waiting, {self.running} running")
+
+
+def plan_of(count, stage=Stage.ENCODE):
+    return [Admitted(f"s{i}", stage) for i in range(count)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_every_history_ends_with_each_sample_gone_once(data):
+    """P1, P5, P7: through any failures, each sample is committed or quarantined once, within bounded queues."""
+    stages = limits(*(data.draw(st.integers(1, 3)) for _ in range(3)), batch=data.draw(st.integers(1, 4)))
+    begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
+    world = World(stages, [Admitted(f"s{i}", stage) for i, stage in enumerate(begins)])
+    for _ in range(data.draw(st.integers(0, 60))):
+        if world.finish or world.abort:
+            break
+        choices = [("tick", None), *(("ready", w) for w in world.starting), *(("lost", w) for w in world.starting)]
+        choices += [(what, w) for w in sorted(world.running) for what in ("done", "failed", "lost")]
+        choices += [("lost", w) for w in sorted(world.idle)]
+        what, worker = data.draw(st.sampled_from(choices))
+        if what in ("failed", "lost"):
+            getattr(world, what)(worker, data.draw(st.sampled_from(BLAMED)))
+        elif what == "tick":
+            world.tick(data.draw(st.sampled_from([0.1, 5.0, 2 * STALL_S])))
+        else:
+            getattr(world, what)(worker)
+    world.calm_down()
+    if world.abort:
+        assert "in a row" in world.abort.failure.message
+    else:
+        assert world.finish == Finish(drained=False)
+        assert sorted(world.committed + world.quarantined) == sorted(a.key for a in world.plan)
+
+
+def test_undisturbed_run_does_each_station_once():
+    """P2: without failures each sample is encoded, denoised and decoded exactly once."""
+    world = World(limits(), plan_of(20))
+    world.calm_down()
+    assert sorted(world.committed) == sorted(f"s{i}" for i in range(20))
+    assert set(world.runs.values()) == {1}
+
+
+def test_a_finished_plan_starts_no_worker():
+    """P2: a second run over a finished output takes no resource at all."""
+    world = World(limits(), [])
+    assert world.finish == Finish(drained=False)
+    assert not world.starting
+
+
+def test_stored_latents_need_only_decoders():
+    """P4: samples whose final latents are stored start neither encoder nor group."""
+    world = World(limits(), plan_of(3, Stage.DECODE))
+    assert {worker.stage for worker in world.starting} == {Stage.DECODE}
+    world.calm_down()
+    assert len(world.committed) == 3
+
+
+@pytest.mark.parametrize(("kind", "tries"), [(k, RETRIES.tries(k)) for k in BLAMED])
+def test_a_sample_is_quarantined_after_its_budget(kind, tries):
+    """P5: one sample that always fails ends in quarantine after its budget; the others are rendered."""
+    world = World(limits(groups=1), plan_of(4))
+    while not (world.finish or world.abort):
+        if world.starting:
+            world.ready(world.starting[0])
+        elif bad := [w for w, task in world.running.items() if w.stage is Stage.DENOISE and task == ("s1",)]:
+            world.lost(bad[0], kind)
+        elif world.running:
+            world.done(next(iter(world.running)))
+        else:
+            world.tick(30.0)
+    assert world.finish
+    assert world.quarantined == ["s1"]
+    assert sorted(world.committed) == ["s0", "s2", "s3"]
+    assert [failure.kind for failure in world.quarantines[0].failures] == [kind] * tries
+
+
+def test_a_failed_batch_is_tried_one_by_one():
+    """P5: the members of a failed batch are not charged for it, and the bad one is found."""
+    world = World(limits(batch=3), plan_of(3))
+    while not world.finish:
+        if world.starting:
+            world.ready(world.starting[0])
+            continue
+        worker, keys = next(iter(world.running.items()))
+        if worker.stage is Stage.ENCODE and "s1" in keys:
+            world.failed(worker, FailureClass.POISON)
+        else:
+            world.done(worker)
+    assert world.quarantined == ["s1"]
+    assert len(world.quarantines[0].failures) == RETRIES.poison
+    assert sorted(world.committed) == ["s0", "s2"]
+
+
+def test_one_group_that_never_starts_ends_the_run():
+    """P6: a station with no worker left is said so instead of waiting for ever."""
+    world = World(limits(groups=2), plan_of(3))
+    while not world.abort:
+        groups = [w for w in world.starting if w.stage is Stage.DENOISE]
+        if groups:
+            world.lost(groups[0], FailureClass.INFRA)
+        else:
+            world.tick(100.0)
+    assert "denoise group" in world.abort.failure.message
+    assert "lost" in world.abort.failure.message
+
+
+def test_fatal_failure_aborts_at_once():
+    """Design section 6: FATAL stops the run."""
+    world = World(limits(), plan_of(3))
+    world.lost(world.starting[0], FailureClass.FATAL)
+    assert world.abort
+    assert world.abort.failure.kind is FailureClass.FATAL
+
+
+def test_a_hung_task_is_given_up_and_retried():
+    """P4: no beat for the stall time means the worker is killed and its sample tried again."""
+    world = World(limits(groups=1), plan_of(1))
+    for _ in range(3):
+        world.ready(world.starting[0])
+    world.done(next(iter(world.running)))
+    (group,) = world.running
+    world.tick(STALL_S - 1)
+    world.feed(Beat(group))
+    world.tick(STALL_S - 1)
+    assert group in world.running, "a beat restarts the clock"
+    world.back_in_line(["s0"])
+    world.tick(2)
+    assert group not in world.running
+    world.calm_down()
+    assert world.committed == ["s0"]
+
+
+def test_stale_news_changes_nothing():
+    """A late answer of a worker's earlier life is ignored."""
+    world = World(limits(groups=1), plan_of(2))
+    first = next(w for w in world.starting if w.stage is Stage.DENOISE)
+    world.lost(first, FailureClass.INFRA)
+    assert first in {WorkerId(first.stage, first.slot, 0)}
+    for stale in (WorkerReady(first), TaskDone(first), WorkerLost(first, Failure(FailureClass.FATAL, "late"))):
+        world.feed(stale)
+    assert not world.abort
+    world.calm_down()
+    assert len(world.committed) == 2
+
+
+def test_drain_finishes_what_runs_and_begins_nothing():
+    """Exit code 143: after a stop, running denoises are decoded and committed, nothing else is begun."""
+    world = World(limits(groups=1), plan_of(8))
+    while not any(worker.stage is Stage.DENOISE for worker in world.running):
+        world.ready(world.starting[0]) if world.starting else world.done(next(iter(world.running)))
+    (sample,) = next(task for worker, task in world.running.items() if worker.stage is Stage.DENOISE)
+    world.feed(StopRequested())
+    world.calm_down()
+    assert world.finish == Finish(drained=True)
+    assert world.committed == [sample]
+
+
+def test_drain_ends_at_its_deadline():
+    """A drain waits no longer than drain_timeout_s for a task that does not end."""
+    world = World(limits(groups=1), plan_of(8), drain_timeout_s=20.0)
+    while not any(worker.stage is Stage.DENOISE for worker in world.running):
+        world.ready(world.starting[0]) if world.starting else world.done(next(iter(world.running)))
+    world.feed(StopRequested())
+    world.tick(19.0)
+    assert not world.finish
+    world.tick(2.0)
+    assert world.finish == Finish(drained=True)
+
+
+def test_lost_latents_begin_anew():
+    """P4: when even the stored latents are gone or belong to other parameters, the sample is rendered from the start."""
+    world = World(limits(groups=1), plan_of(1, Stage.DECODE))
+    world.ready(world.starting[0])
+    (decoder,) = world.running
+    world.running.pop(decoder)
+    world.idle.add(decoder)
+    world.at["s0"] = Stage.ENCODE
+    world.feed(TaskFailed(decoder, Failure(FailureClass.INFRA, "no latents", begin_anew=True)))
+    world.calm_down()
+    assert world.committed == ["s0"]
+    assert world.runs[Stage.DENOISE, "s0"] == 1
