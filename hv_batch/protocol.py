@@ -91,7 +91,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _text(value: Any) -> bool:
@@ -196,7 +196,9 @@ class Decoder(Protocol):
 
 
 class Engine(Protocol):
-    """Built in the driver and in every actor; construction reads no weights and touches no device."""
+    """Built in the driver and pickled to every actor: construction reads no weights and touches no device, and makes
+    relative paths absolute, because actors have another working directory.
+    """
 
     def check(self) -> list[str]:
         """What would stop this engine from loading (a missing weight file, ...), one clear sentence each."""

@@ -46,7 +46,7 @@ from hv_batch.job.events import (
 )
 
 # A retried denoise is encoded anew: an encoding costs a thousandth of a denoise, and the embedding may have been lost
-# with the node that held it. A retried decode reads the final latents from storage, where the group put them first (P4).
+# with the node that held it. A retried decode reads the final latents from storage: they were written first (P4).
 RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DECODE: Stage.DECODE}
 
 MAX_BACKOFF_S = 60.0  # a worker slot that keeps failing tries again at most this late

@@ -348,7 +348,7 @@ def test_drain_ends_at_its_deadline():
 
 
 def test_lost_latents_begin_anew():
-    """P4: when even the stored latents are gone or belong to other parameters, the sample is rendered from the start."""
+    """P4: when even the stored latents are gone, the sample is rendered from the start."""
     world = World(limits(groups=1), plan_of(1, Stage.DECODE))
     world.ready(world.starting[0])
     (decoder,) = world.running

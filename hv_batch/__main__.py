@@ -1,0 +1,3 @@
+from hv_batch.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""The commands: each a few lines over the layers below."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hv_batch.job.config import load_config
+from hv_batch.job.progress import Progress
+from hv_batch.job.status import read_status
+from hv_batch.job.storage import Store
+from hv_batch.protocol import UserError
+
+app = typer.Typer(
+    help="Render HunyuanVideo datasets: a prompt manifest in, videos and metadata out, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Option(help="YAML file or URL")],
+    manifest: Annotated[str, typer.Option(help="prompts: JSONL or Parquet, file or URL")],
+    output: Annotated[str, typer.Option(help="output root: folder or URL; an unfinished one is resumed")],
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")
+    ] = None,
+) -> None:
+    """Render what the output root lacks of the manifest.
+
+    Exit codes: 0 all committed, 3 finished with quarantined samples, 1 fatal, 143 stopped by a signal after a drain.
+    """
+    from hv_batch.runtime.render import render  # Ray and the engine take seconds to import; status does without
+
+    on_cluster = address or os.environ.get("RAY_ADDRESS")
+    if on_cluster and "://" not in output and not Path(output).is_absolute():
+        raise UserError(
+            f"The output root {output} is a relative path, which means another folder on every node of a cluster. Give "
+            "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
+        )
+    settings = load_config(config, overrides or [])
+    code = render(settings, manifest, output, address=address, progress=Progress())
+    raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="output root; run again, it is resumed")] = Path("hv_batch_demo"),
+) -> None:
+    """Render the shipped manifest with the real architecture at toy width, on a local Ray and this machine's CPU."""
+    from hv_batch.demo import run_demo
+
+    raise typer.Exit(run_demo(output, Progress()))
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(help="output root: folder or URL")],
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Tell how an output root stands, shard by shard. Reads storage only."""
+    found = read_status(Store(output))
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found.render())
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are one paragraph on stderr, not a traceback."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped at once; run the same command again to resume")

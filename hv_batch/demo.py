@@ -1,0 +1,46 @@
+"""The demo: the shipped manifest through the whole system, at toy width, on whatever machine this is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hv_batch.job import layout
+from hv_batch.job.config import RunConfig, load_config
+from hv_batch.job.progress import Progress
+from hv_batch.protocol import UserError
+from hv_batch.runtime.render import ExitCode, render
+from hv_batch.toy.checkpoint import write_toy_checkpoint
+
+CONFIG = "demo_cpu.yaml"
+MANIFEST = "demo_prompts.jsonl"
+
+
+def run_demo(output: Path, progress: Progress) -> ExitCode:
+    """Render the demo manifest into `output`, or what is missing of it there, and print where to look."""
+    model_base = write_toy_checkpoint(cache_dir())
+    progress.say(f"toy checkpoint, laid out as the released one: {model_base}")
+    config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
+    code = render(config, str(shipped(MANIFEST)), str(output), address=None, progress=progress)
+    root = output.absolute()
+    print(f"output root: {root}")
+    print(f"gallery:     {(root / layout.REPORT).as_uri()}")
+    return code
+
+
+def with_model_base(config: RunConfig, model_base: Path) -> RunConfig:
+    options = {**config.model.options, "model_base": str(model_base)}
+    return config.model_copy(update={"model": config.model.model_copy(update={"options": options})})
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hv_batch"
+
+
+def shipped(name: str) -> Path:
+    """A file of configs/: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"The demo's {name} is missing from this installation; reinstall hv_batch.")

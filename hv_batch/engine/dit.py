@@ -1,0 +1,158 @@
+"""The HunyuanVideo diffusion transformer: latents, timestep and text in, velocity out.
+
+Reads from top to bottom as the model runs. Parameter names and shapes are those of the released checkpoint
+("HYVideo-T/2-cfgdistill", spec section 2), so its state dict loads as it is.
+
+A batch (two items, with classifier-free guidance) is run item by item. At video lengths one item fills any device, so
+nothing is lost; each item keeps only its own valid text tokens, no padding exists to be masked, and an item's
+result is the same bits whatever it is batched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hv_batch.engine.attention import KERNELS, resolve_backend
+from hv_batch.engine.dit_blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
+from hv_batch.engine.embeddings import (
+    MLPEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    TokenRefiner,
+    patchify,
+    rope_table,
+    unpatchify,
+)
+from hv_batch.engine.parallel import SequenceMesh, attend_jointly
+from hv_batch.protocol import UserError
+
+ONE_RANK = SequenceMesh.single()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTConfig:
+    """Width and depth. The defaults are the released model; the field names are those of its config."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns
+    hidden_size: int = 3072
+    heads_num: int = 24
+    mlp_width_ratio: float = 4.0
+    mm_double_blocks_depth: int = 20
+    mm_single_blocks_depth: int = 40
+    rope_dim_list: tuple[int, int, int] = (16, 56, 56)  # a head's channels over t, h, w
+    text_states_dim: int = 4096
+    text_states_dim_2: int = 768
+    guidance_embed: bool = True
+    refiner_depth: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises UserError when the widths do not fit together."""
+        if self.hidden_size % self.heads_num:
+            raise UserError(
+                f"DiT config: hidden_size {self.hidden_size} is not a multiple of heads_num {self.heads_num}; "
+                f"choose a width that gives every head the same number of channels."
+            )
+        head_dim = self.hidden_size // self.heads_num
+        if sum(self.rope_dim_list) != head_dim or any(dim % 2 for dim in self.rope_dim_list):
+            raise UserError(
+                f"DiT config: rope_dim_list {list(self.rope_dim_list)} must be three even numbers that add up to the "
+                f"{head_dim} channels of a head (hidden_size {self.hidden_size} / heads_num {self.heads_num})."
+            )
+
+
+class HYVideoDiT(nn.Module):
+    """The network. `attention` names the kernel backend: auto, sdpa, flash or math."""
+
+    def __init__(self, config: DiTConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        width, heads = config.hidden_size, config.heads_num
+        mlp_width = int(width * config.mlp_width_ratio)
+        pt, ph, pw = config.patch_size
+
+        self.img_in = PatchEmbed(config.patch_size, config.in_channels, width)
+        self.txt_in = TokenRefiner(config.text_states_dim, width, heads, config.refiner_depth)
+        self.time_in = TimestepEmbedder(width)
+        self.vector_in = MLPEmbedder(config.text_states_dim_2, width)
+        self.guidance_in = TimestepEmbedder(width) if config.guidance_embed else None
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(width, heads, mlp_width) for _ in range(config.mm_double_blocks_depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(width, heads, mlp_width) for _ in range(config.mm_single_blocks_depth)
+        )
+        self.final_layer = FinalLayer(width, pt * ph * pw * config.out_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic (quantised blocks may store another)."""
+        return self.img_in.proj.weight.dtype
+
+    @torch.no_grad()
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text_states: Tensor,
+        text_lengths: Sequence[int],
+        pooled: Tensor,
+        guidance: Tensor | None,
+        mesh: SequenceMesh = ONE_RANK,
+    ) -> Tensor:
+        """Velocity [B, out_channels, T, h, w] in the model's dtype, the same bits on every rank of the mesh.
+
+        All inputs are equal on all ranks. latents [B, in_channels, T, h, w], h and w multiples of the patch; timestep
+        [B], sigma * 1000; text_states [B, S, text_states_dim], right-padded, of which the first text_lengths[b] >= 1
+        are read; pooled [B, text_states_dim_2]; guidance [B], scale * 1000, given exactly when the model embeds it.
+        Raises ValueError for inputs that break this, UserError when the heads do not split over the mesh.
+        """
+        if (guidance is None) == self.config.guidance_embed:
+            raise ValueError(f"guidance_embed is {self.config.guidance_embed}, but guidance is {guidance}")
+        batch, longest = text_states.shape[:2]
+        if len(text_lengths) != batch or not all(1 <= length <= longest for length in text_lengths):
+            raise ValueError(f"text lengths {list(text_lengths)} must be {batch} numbers from 1 to {longest}")
+        if self.config.heads_num % mesh.ulysses_degree:
+            raise UserError(
+                f"parallel.ulysses_degree {mesh.ulysses_degree} does not divide the model's {self.config.heads_num} "
+                f"attention heads; choose a divisor, and put the other ranks into parallel.ring_degree."
+            )
+        velocities = []
+        for item, text_len in enumerate(text_lengths):
+            vec = self._conditioning(timestep[item], pooled[item], None if guidance is None else guidance[item])
+            velocities.append(self._velocity(latents[item], timestep[item], text_states[item, :text_len], vec, mesh))
+        return torch.stack(velocities)
+
+    def _conditioning(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """The vector that modulates every block."""
+        vec = self.time_in(timestep) + self.vector_in(pooled.to(self.dtype))
+        if self.guidance_in is not None and guidance is not None:
+            # Rounded to the model's dtype before the sinusoid, as the released run does (6000 is no bfloat16).
+            vec = vec + self.guidance_in(guidance.to(self.dtype))
+        return vec
+
+    def _velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh) -> Tensor:
+        kernel = KERNELS[resolve_backend(self.attention, latents.device, self.dtype)]
+
+        patches, grid = patchify(latents.to(self.dtype), self.config.patch_size)
+        image_len, text_len = patches.shape[0], text.shape[0]
+        img = self.img_in(mesh.shard(patches))
+        txt = self.txt_in(text, timestep, kernel)
+        rope = rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device)
+        attend = partial(attend_jointly, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
+
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, rope, attend)
+        x = torch.cat((txt, img))
+        for block in self.single_blocks:
+            x = block(x, vec, text_len, rope, attend)
+
+        velocity = self.final_layer(x[text_len:], vec)
+        return unpatchify(mesh.gather(velocity, image_len), grid, self.config.patch_size)

@@ -1,0 +1,158 @@
+"""What turns the DiT's inputs into its hidden width: patches, scalars, pooled text, text states, positions.
+
+Module and parameter names are those of the released checkpoint. Everything works on one item, without a batch
+dimension: tokens are [L, C], conditioning vectors [C].
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hv_batch.engine.attention import Kernel
+from hv_batch.engine.dit_blocks import MLP
+
+Grid = tuple[int, int, int]  # tokens along t, h, w
+Rope = tuple[Tensor, Tensor]  # cos and sin, [L, head_dim / 2] float32
+
+TIMESTEP_WIDTH = 256
+TIMESTEP_MAX_PERIOD = 10_000
+ROPE_THETA = 256.0
+REFINER_MLP_RATIO = 4  # the released refiner has it fixed, whatever the blocks' ratio
+
+
+def patchify(latents: Tensor, patch: Grid) -> tuple[Tensor, Grid]:
+    """Latents as tokens [L, C * pt * ph * pw] in (t, h, w) order, and the token grid."""
+    pt, ph, pw = patch
+    _, t, h, w = latents.shape
+    tokens = rearrange(latents, "c (t pt) (h ph) (w pw) -> (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    return tokens, (t // pt, h // ph, w // pw)
+
+
+def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
+    """The inverse of `patchify`: [C, T, H, W]."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    return rearrange(tokens, "(t h w) (c pt ph pw) -> c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+@lru_cache(maxsize=2)  # one sample is in work at a time: its shape, and a look back for alternating shapes
+def rope_table(grid: Grid, span: tuple[int, int], axes_dims: tuple[int, ...], device: torch.device) -> Rope:
+    """Rotary cos and sin of the tokens `span` of a (t, h, w) grid, one angle a pair of channels (spec section 2).
+
+    Computed on the CPU in float32, so that every device rotates by the same bits. A span may run past the grid's end;
+    those rows belong to padding.
+    """
+    _, h, w = grid
+    token = torch.arange(*span)
+    angles = []
+    for position, dim in zip((token // (h * w), token // w % h, token % w), axes_dims, strict=True):
+        frequency = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        angles.append(torch.outer(position.float(), frequency))
+    angle = torch.cat(angles, dim=1)
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose kernel is its stride, done as the linear map it is, on the tokens of this rank only."""
+
+    def __init__(self, patch: Grid, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(in_channels, hidden_size, kernel_size=patch, stride=patch)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of a scalar (float32, cosines first), then a two-layer MLP in the model's dtype."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = TIMESTEP_WIDTH // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angle = t.float() * torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * exponent)
+        sinusoid = torch.cat((angle.cos(), angle.sin()))
+        return self.mlp(sinusoid.to(next(self.parameters()).dtype))
+
+
+class MLPEmbedder(nn.Module):
+    """The pooled text vector's way into the modulation."""
+
+    def __init__(self, in_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class TextProjection(nn.Module):
+    """The mean text state's way into the refiner's modulation."""
+
+    def __init__(self, in_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class RefinerBlock(nn.Module):
+    """Pre-norm self-attention and MLP over the text, gated (not shifted or scaled) by the conditioning."""
+
+    def __init__(self, hidden_size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.self_attn_qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.self_attn_proj = nn.Linear(hidden_size, hidden_size)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = MLP(hidden_size, REFINER_MLP_RATIO * hidden_size, F.silu)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor, kernel: Kernel) -> Tensor:
+        attention_gate, mlp_gate = self.adaLN_modulation(condition).chunk(2)
+        qkv = rearrange(self.self_attn_qkv(self.norm1(x)), "s (k h d) -> s k h d", k=3, h=self.heads)
+        attended, _ = kernel(*qkv.unbind(1))
+        x = x + self.self_attn_proj(attended.flatten(1)) * attention_gate
+        return x + self.mlp(self.norm2(x)) * mlp_gate
+
+
+class IndividualTokenRefiner(nn.Module):
+    """The refiner's blocks; a module of its own only because the checkpoint's names say so."""
+
+    def __init__(self, hidden_size: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(RefinerBlock(hidden_size, heads) for _ in range(depth))
+
+    def forward(self, x: Tensor, condition: Tensor, kernel: Kernel) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition, kernel)
+        return x
+
+
+class TokenRefiner(nn.Module):
+    """Text states to the hidden width, refined under the timestep and their own mean."""
+
+    def __init__(self, in_dim: int, hidden_size: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.input_embedder = nn.Linear(in_dim, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.c_embedder = TextProjection(in_dim, hidden_size)
+        self.individual_token_refiner = IndividualTokenRefiner(hidden_size, heads, depth)
+
+    def forward(self, text: Tensor, t: Tensor, kernel: Kernel) -> Tensor:
+        """text [S, in_dim] holds valid tokens only, as encoded; their mean is taken before any rounding."""
+        dtype = self.input_embedder.weight.dtype
+        condition = self.t_embedder(t) + self.c_embedder(text.float().mean(dim=0).to(dtype))
+        return self.individual_token_refiner(self.input_embedder(text.to(dtype)), condition, kernel)

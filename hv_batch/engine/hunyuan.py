@@ -1,0 +1,232 @@
+"""HunyuanVideo behind the engine protocol: the config's options become towers, a denoiser and a decoder.
+
+Building the engine is cheap, so that the driver and every actor can: it settles the options and touches neither weights
+nor devices. Everything that loads is a method, and loads only its own part.
+
+P3: on a CPU every part computes with one thread, because the split of a sum over threads is part of its bits. (It is
+also what a small machine needs: spinning OpenMP threads of several processes slow each other down tens of times.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+
+from hv_batch.engine import sampler
+from hv_batch.engine.attention import BACKENDS, resolve_backend
+from hv_batch.engine.checkpoint import CheckpointTree, revision
+from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
+from hv_batch.engine.text import TextEmbedding, TextTowers
+from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
+from hv_batch.engine.weights import load_dit, load_vae, verify
+from hv_batch.protocol import LATENT_CHANNELS, Device, RankPlace, SamplingParams, UserError
+
+if TYPE_CHECKING:
+    from hv_batch.protocol import Engine
+
+PRECISIONS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+T = TypeVar("T")
+
+
+class HunyuanVideo:
+    """The engine of this package (satisfies `hv_batch.protocol.Engine`).
+
+    Options, all of them part of a video's identity except paths:
+
+    - `model_base`: the checkpoint tree (spec section 7); `dit_weight`: another DiT file, or a folder that holds one;
+      `load_key`: which of the file's sets of tensors, "module" or "ema"
+    - `dit`: fields of `DiTConfig` that differ from the released model
+    - `precision`, `vae_precision`, `text_encoder_precision`: "bf16", "fp16" or "fp32"
+    - `attention`: the kernel family of the DiT
+    - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
+
+    Raises UserError for a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_base: str | Path,
+        dit: Mapping[str, Any] | None = None,
+        dit_weight: str | Path | None = None,
+        load_key: str = "module",
+        precision: str = "bf16",
+        vae_precision: str = "fp16",
+        text_encoder_precision: str = "fp16",
+        attention: str = "auto",
+        vae_tile: Mapping[str, Any] | None = None,
+    ) -> None:
+        # Absolute, because an actor's working folder is not the driver's.
+        dit_path = None if dit_weight is None else _path("dit_weight", dit_weight)
+        self._tree = CheckpointTree(
+            _path("model_base", model_base), dit_path, _choice("load_key", load_key, ("module", "ema"))
+        )
+        self._dit_config = _from_options(DiTConfig, dit or {}, "dit")
+        self._geometry = _from_options(TileGeometry, vae_tile or {}, "vae_tile")
+        self._precisions = {
+            "precision": precision,
+            "vae_precision": vae_precision,
+            "text_encoder_precision": text_encoder_precision,
+        }
+        for option, value in self._precisions.items():
+            _choice(option, value, PRECISIONS)
+        self._attention = _choice("attention", attention, BACKENDS)
+
+    def check(self) -> list[str]:
+        """Missing files, unreadable files and tensors that do not fit, one sentence each; reads no tensor data."""
+        return verify(self._tree, self._dit_config)
+
+    def identity(self) -> dict[str, Any]:
+        """What of this engine changes pixels (P3). Raises UserError when a file of the checkpoint is missing."""
+        return {
+            "weights": self._revision,
+            "load_key": self._tree.load_key,
+            "dit": _jsonable(asdict(self._dit_config)),
+            **self._precisions,
+            "attention": self._attention,
+            "vae_tile": _jsonable(asdict(self._geometry)),
+            "noise": {"device": "cpu", "dtype": "float32"},
+        }
+
+    @cached_property
+    def _revision(self) -> str:
+        return revision(self._tree)
+
+    def group_problems(self, ulysses_degree: int, ring_degree: int) -> list[str]:
+        """Ulysses shares out whole attention heads, so its degree must divide their number; ring takes any."""
+        heads = self._dit_config.heads_num
+        if heads % ulysses_degree == 0:
+            return []
+        ranks = ulysses_degree * ring_degree
+        allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0]
+        return [
+            f"ulysses_degree {ulysses_degree} does not divide the model's {heads} attention heads; "
+            f"with {ranks} ranks, ulysses_degree x ring_degree may be {', '.join(allowed)}"
+        ]
+
+    def text_encoder(self, device: Device) -> TextTowers:
+        dtype = self._dtype("text_encoder_precision")
+        return TextTowers(self._tree.text_encoder, self._tree.text_encoder_2, device=_claim(device), dtype=dtype)
+
+    def host_rendezvous(self, host: str, world_size: int) -> str:
+        """Rank 0 only: open the group's meeting point on a free port of `host` and return its address."""
+        return host_store(host, world_size)
+
+    def join(self, place: RankPlace) -> HunyuanDenoiser:
+        """Load the DiT, then meet the other ranks: so a rank that cannot load fails by itself, with its own reason."""
+        device = _claim(place.device, place.local_rank)
+        dtype = self._dtype("precision")
+        attention = resolve_backend(self._attention, device, dtype)
+        model = load_dit(self._tree, self._dit_config, attention, dtype, device)
+        mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)
+        return HunyuanDenoiser(model, mesh, device)
+
+    def decoder(self, device: Device) -> HunyuanDecoder:
+        vae = load_vae(self._tree, self._dtype("vae_precision"), _claim(device))
+        return HunyuanDecoder(vae, self._geometry)
+
+    def _dtype(self, option: str) -> torch.dtype:
+        return PRECISIONS[self._precisions[option]]
+
+
+class HunyuanDenoiser:
+    """One rank of a group with its model (satisfies `hv_batch.protocol.Denoiser`)."""
+
+    def __init__(self, model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> None:
+        self._model = model
+        self._mesh = mesh
+        self._device = device
+
+    def denoise(
+        self,
+        params: SamplingParams,
+        positive: TextEmbedding,
+        negative: TextEmbedding | None,
+        on_step: Callable[[int], None],
+    ) -> np.ndarray:
+        """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`."""
+        latents = sampler.denoise(
+            self._model, params, positive, negative, mesh=self._mesh, device=self._device, on_step=on_step
+        )
+        return latents.cpu().numpy()
+
+
+class HunyuanDecoder:
+    """The VAE with its tiling (satisfies `hv_batch.protocol.Decoder`)."""
+
+    def __init__(self, vae: CausalVAE, geometry: TileGeometry) -> None:
+        self._vae = vae
+        self._geometry = geometry
+
+    def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """Frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3].
+
+        Raises ValueError for latents of another shape, and when the VAE yields values that are not finite.
+        """
+        if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
+            raise ValueError(f"latents must be shaped [{LATENT_CHANNELS}, T, h, w], not {list(latents.shape)}")
+        # A copy: what the object store hands out is read-only, which torch.from_numpy warns of.
+        chunks = decode_streaming(self._vae, torch.from_numpy(np.array(latents, np.float32))[None], self._geometry)
+        return map(to_uint8, chunks)
+
+
+def _claim(device: Device, local_rank: int = 0) -> torch.device:
+    """Settle this process on a device. Raises UserError when that GPU is not there."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    if local_rank >= seen:
+        raise UserError(
+            f"device 'cuda' was asked for, but this process sees {seen} GPUs and needs number {local_rank}. "
+            "Set parallel.device to 'cpu', or run where GPUs and a CUDA build of torch are."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _path(option: str, value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise UserError(f"engine option {option}: {value!r} is not a path.")
+    return Path(value).expanduser().absolute()
+
+
+def _choice(option: str, value: str, allowed: Iterable[str]) -> str:
+    if value not in list(allowed):  # a list: what YAML holds here may be unhashable
+        raise UserError(f"engine option {option}: {value!r} is not allowed; allowed are {', '.join(allowed)}.")
+    return value
+
+
+def _from_options(kind: type[T], options: Mapping[str, Any], name: str) -> T:
+    """A config dataclass from untrusted values, where a YAML list stands for a tuple."""
+    allowed = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(options, Mapping):
+        raise UserError(
+            f"engine option {name}: {options!r} should map names to values; names are {', '.join(allowed)}."
+        )
+    if unknown := [key for key in options if key not in allowed]:
+        raise UserError(
+            f"engine option {name}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}."
+        )
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"engine option {name}: {error}") from error
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, so that an identity equals itself after a journey through JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+if TYPE_CHECKING:
+    _: type[Engine] = HunyuanVideo

@@ -1,0 +1,236 @@
+"""Sequence parallelism: one forward pass over the ranks of a group, exact for every size at every degree.
+
+The image tokens are split flat into equal shards, rank after rank, padded at the very end; the text is on every rank.
+All per-token work (norms, MLPs, projections) stays on the shard. Only attention needs the other ranks:
+
+    [text + own shard, all heads]
+      Ulysses: all-to-all trades heads for tokens      -> [text + own ring chunk, H/u heads]
+      ring:    image K/V travel round, partial results  -> [text + own ring chunk, H/u heads], attended to everything
+               merge by their log-sum-exp
+      Ulysses: all-to-all back                          -> [text + own shard, all heads]
+
+Rank r has ring index r // u and Ulysses index r % u: the chatty all-to-all runs between neighbours, and the u shards
+of one ring chunk are consecutive tokens. Pads therefore sit at the tail of a chunk and are cut off before any kernel
+sees them. Text keys are joined once, to the local chunk of each ring rank.
+(Ulysses: arXiv 2309.14509; ring: 2310.01889; both together: 2405.07719.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them unmarked
+
+from hv_batch.engine.attention import Kernel, merge
+from hv_batch.protocol import RankPlace
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceMesh:
+    """This rank's place in the u x r grid of its group. A dimension of degree 1 has no process group."""
+
+    rank: int
+    ulysses_degree: int
+    ring_degree: int
+    ulysses: dist.ProcessGroup | None = None
+    ring: dist.ProcessGroup | None = None
+    world: dist.ProcessGroup | None = None
+
+    @classmethod
+    def single(cls) -> SequenceMesh:
+        return cls(rank=0, ulysses_degree=1, ring_degree=1)
+
+    @property
+    def size(self) -> int:
+        return self.ulysses_degree * self.ring_degree
+
+    @property
+    def ulysses_index(self) -> int:
+        return self.rank % self.ulysses_degree
+
+    @property
+    def ring_index(self) -> int:
+        return self.rank // self.ulysses_degree
+
+    def span(self, length: int) -> tuple[int, int]:
+        """First and past-the-last token of this rank's shard; the tail shards may reach past `length` into padding."""
+        rows = -(-length // self.size)
+        return self.rank * rows, (self.rank + 1) * rows
+
+    def chunk_lengths(self, length: int) -> list[int]:
+        """How many true tokens each ring chunk holds; 0 where a chunk is all padding."""
+        rows = -(-length // self.size) * self.ulysses_degree
+        return [min(max(length - i * rows, 0), rows) for i in range(self.ring_degree)]
+
+    def shard(self, x: Tensor) -> Tensor:
+        """This rank's rows of [L, C], zero-padded to equal length on all ranks."""
+        start, stop = self.span(x.shape[0])
+        return _pad_rows(x[start:stop], stop - start)
+
+    def gather(self, shard: Tensor, length: int) -> Tensor:
+        """The inverse of `shard`: [length, C], the same bits on every rank."""
+        if self.size == 1:
+            return shard
+        full = shard.new_empty(self.size * shard.shape[0], *shard.shape[1:])
+        dist.all_gather(list(full.chunk(self.size)), shard.contiguous(), group=self.world)
+        return full[:length]
+
+
+def attend_jointly(qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor:
+    """Attention of text and image over text and image, across the mesh.
+
+    qkv [S + l, 3, H, D]: the S text tokens, equal on every rank, then this rank's l image rows, of which those past
+    `image_len` (counted over all ranks) are padding. Returns [S + l, H * D] in the same order; its text rows are the
+    same bits on every rank, its padding rows mean nothing. S must be at least 1, H a multiple of the Ulysses degree.
+    """
+    rows = qkv.shape[0] - text_len
+    joint = _heads_to_tokens(qkv, text_len, mesh)
+    out = _attend_ring(joint, text_len, mesh.chunk_lengths(image_len), mesh, kernel)
+    return _tokens_to_heads(out, text_len, rows, mesh)
+
+
+def _heads_to_tokens(qkv: Tensor, text_len: int, mesh: SequenceMesh) -> Tensor:
+    """[S + l, 3, H, D] -> [S + u*l, 3, H/u, D]: all tokens of the ring chunk, a slice of the heads."""
+    u = mesh.ulysses_degree
+    if u == 1:
+        return qkv
+    rows, (_, _, heads, dim) = qkv.shape[0] - text_len, qkv.shape
+    mine = slice(mesh.ulysses_index * heads // u, (mesh.ulysses_index + 1) * heads // u)
+    # Received straight into its place behind the text: with the text in front, cutting pads later is a view.
+    joint = qkv.new_empty(text_len + u * rows, 3, heads // u, dim)
+    joint[:text_len] = qkv[:text_len, :, mine]
+    outgoing = rearrange(qkv[text_len:], "l k (u h) d -> (u l) k h d", u=u).contiguous()
+    dist.all_to_all_single(joint[text_len:], outgoing, group=mesh.ulysses)
+    return joint
+
+
+def _tokens_to_heads(out: Tensor, text_len: int, rows: int, mesh: SequenceMesh) -> Tensor:
+    """[S + n, H/u, D] -> [S + l, H * D], n being the true tokens among the chunk's u*l rows."""
+    u = mesh.ulysses_degree
+    image = _pad_rows(out[text_len:], u * rows)
+    if u == 1:
+        padded = out if image.shape[0] == out.shape[0] - text_len else torch.cat((out[:text_len], image))
+        return padded.flatten(1)
+    # Each peer gets its image rows and a copy of the text rows, so one collective brings all heads of both.
+    text = out[:text_len].expand(u, -1, -1, -1)
+    outgoing = torch.cat((text, image.unflatten(0, (u, rows))), dim=1)
+    incoming = torch.empty_like(outgoing)
+    dist.all_to_all_single(incoming, outgoing, group=mesh.ulysses)
+    return rearrange(incoming, "u n h d -> n (u h d)")
+
+
+def _attend_ring(joint: Tensor, text_len: int, chunk_lengths: list[int], mesh: SequenceMesh, kernel: Kernel) -> Tensor:
+    """[S + c, 3, h, D] -> [S + n, h, D]: text and own chunk attend to the text and to every chunk of the ring."""
+    own = joint[: text_len + chunk_lengths[mesh.ring_index]]
+    q, k, v = own.unbind(1)
+    if mesh.ring_degree == 1:
+        return kernel(q, k, v)[0]
+    # Whole chunks travel, pads included: ranks must send equal sizes. What is a pad is known from the sender's index.
+    moving = joint[text_len:, 1:].contiguous()
+    out, lse = q, q  # always replaced at hop 0, whose keys hold at least the text
+    for hop in range(mesh.ring_degree):
+        following, transfers = _pass_on(moving, mesh) if hop < mesh.ring_degree - 1 else (moving, [])
+        true_rows = chunk_lengths[(mesh.ring_index - hop) % mesh.ring_degree]
+        if hop == 0:
+            out, lse = kernel(q, k, v)
+            out = out.float()
+        elif true_rows > 0:
+            out, lse = merge(out, lse, *kernel(q, *moving[:true_rows].unbind(1)))
+        for transfer in transfers:
+            transfer.wait()
+        moving = following
+    out = out.to(joint.dtype).contiguous()
+    # Ring ranks merge the same chunks in different orders, so their text rows differ by rounding. Ring rank 0's are
+    # taken by all: replicated text stays replicated, bit for bit, and no decision made from it can split the group.
+    dist.broadcast(out[:text_len], group_src=0, group=mesh.ring)
+    return out
+
+
+def _pass_on(chunk: Tensor, mesh: SequenceMesh) -> tuple[Tensor, list[dist.Work]]:
+    """Start sending `chunk` to the next ring rank and receiving the previous one's, to overlap with the kernel."""
+    incoming = torch.empty_like(chunk)
+    after, before = (mesh.ring_index + 1) % mesh.ring_degree, (mesh.ring_index - 1) % mesh.ring_degree
+    transfers = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, chunk, group=mesh.ring, group_peer=after),
+            dist.P2POp(dist.irecv, incoming, group=mesh.ring, group_peer=before),
+        ]
+    )
+    return incoming, transfers
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Zero rows at the end up to `rows`; x itself when it has them all."""
+    missing = rows - x.shape[0]
+    return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+
+
+# Rendezvous stores this process serves. A TCPStore dies with its object, and the other ranks' process groups with it.
+_hosted: dict[str, TCPStore] = {}
+
+
+def host_store(host: str, world_size: int) -> str:
+    """Rank 0: open the group's meeting point and return its "host:port". One address serves one `join_group`.
+
+    The operating system picks the port while the store binds it, so no other process can take it in between.
+    """
+    store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, multi_tenant=True)
+    address = f"{host}:{store.port}"
+    _hosted[address] = store
+    return address
+
+
+def join_group(place: RankPlace) -> SequenceMesh:
+    """Join the process group of this rank's denoise group; returns when every rank has.
+
+    Raises torch.distributed.DistError (a RuntimeError) when a rank is lost or `timeout_s` passes first.
+    """
+    if place.device == "cuda":
+        torch.cuda.set_device(place.local_rank)
+    u, r, timeout = place.ulysses_degree, place.ring_degree, timedelta(seconds=place.timeout_s)
+    if place.world_size == 1:
+        return SequenceMesh.single()
+    host, port = place.address.rsplit(":", 1)
+    store = TCPStore(host, int(port), place.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    dist.init_process_group(
+        "nccl" if place.device == "cuda" else "gloo",
+        store=PrefixStore("sequence-parallel", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        device_id=torch.device("cuda", place.local_rank) if place.device == "cuda" else None,
+    )
+    mesh = SequenceMesh(
+        rank=place.rank,
+        ulysses_degree=u,
+        ring_degree=r,
+        ulysses=_own_subgroup([[i * u + j for j in range(u)] for i in range(r)], place.rank, timeout),
+        ring=_own_subgroup([[i * u + j for i in range(r)] for j in range(u)], place.rank, timeout),
+        world=dist.group.WORLD,
+    )
+    dist.barrier()
+    return mesh
+
+
+def _own_subgroup(partition: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make every group of `partition` (all ranks must, in the same order); return the one with `rank` in it."""
+    own = None
+    for ranks in partition:
+        if len(ranks) > 1:
+            # A sub-group does not inherit the timeout, and would hang for its default of 10 to 30 minutes.
+            group = dist.new_group(ranks, timeout=timeout)
+            own = group if rank in ranks else own
+    return own
+
+
+def leave_group() -> None:
+    """Give up the process group and any store hosted here. Safe to call twice, and after a failed join."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _hosted.clear()

@@ -1,0 +1,163 @@
+"""The causal 3D VAE "884-16c-hy" (spec section 5): pixels to latents and back, 8x in space and 4x in time.
+
+The module tree and every parameter name are those of the released checkpoint. `CausalVAE.decode` takes a video whole;
+real sizes go through `hv_batch.engine.vae_tiling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, Stride, UpBlock, norm_silu
+from hv_batch.protocol import LATENT_CHANNELS, UserError
+
+PIXEL_CHANNELS = 3
+
+# What each of the four levels does to (frames, height, width), counted from the pixels when encoding and from the
+# latents when decoding; the same both ways. Together 4 x 8 x 8.
+LEVELS: tuple[Stride | None, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2), None)
+
+# Keys of vae/config.json that would change the architecture, and the one value this module implements.
+_IMPLEMENTED: Mapping[str, Any] = {
+    "act_fn": "silu",
+    "in_channels": PIXEL_CHANNELS,
+    "out_channels": PIXEL_CHANNELS,
+    "latent_channels": LATENT_CHANNELS,
+    "spatial_compression_ratio": 8,
+    "time_compression_ratio": 4,
+    "mid_block_add_attention": True,
+    "down_block_types": ["DownEncoderBlockCausal3D"] * len(LEVELS),
+    "up_block_types": ["UpDecoderBlockCausal3D"] * len(LEVELS),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VAEConfig:
+    """Widths of the VAE; the defaults are the released ones."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2  # of the encoder; the decoder has one more
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.476986  # latents as the DiT sees them = this * latents as the VAE sees them
+
+    def __post_init__(self) -> None:
+        if len(self.block_out_channels) != len(LEVELS):
+            raise UserError(
+                f"VAE config: block_out_channels must be {len(LEVELS)} widths, not {self.block_out_channels}."
+            )
+        if any(width < 1 or width % self.norm_num_groups for width in self.block_out_channels):
+            raise UserError(
+                f"VAE config: every width of block_out_channels {self.block_out_channels} must be a multiple of "
+                f"norm_num_groups ({self.norm_num_groups})."
+            )
+        if self.layers_per_block < 1 or self.scaling_factor <= 0:
+            raise UserError("VAE config: layers_per_block and scaling_factor must be above 0.")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> VAEConfig:
+        """From the content of a checkpoint's vae/config.json; keys that do not shape the network are ignored.
+
+        Raises UserError if the file describes an architecture other than this module's.
+        """
+        for key, implemented in _IMPLEMENTED.items():
+            found = values.get(key, implemented)
+            if found != implemented and list(_as_list(found)) != _as_list(implemented):
+                raise UserError(
+                    f"vae/config.json: {key} is {found!r}, but only {implemented!r} is supported. Is this the VAE of "
+                    "HunyuanVideo, in the layout it was released in?"
+                )
+        if values.get("shift_factor"):
+            raise UserError(f"vae/config.json: shift_factor is {values['shift_factor']!r}; this VAE has none.")
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        if "block_out_channels" in known:
+            known["block_out_channels"] = tuple(known["block_out_channels"])
+        return cls(**known)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = CausalConv3d(PIXEL_CHANNELS, widths[0])
+        ins = (widths[0], *widths)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(before, after, config.layers_per_block, groups, stride)
+            for before, after, stride in zip(ins, widths, LEVELS, strict=False)
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = CausalConv3d(widths[-1], 2 * LATENT_CHANNELS)  # mean and log-variance
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = CausalConv3d(LATENT_CHANNELS, widths[0])
+        self.mid_block = MidBlock(widths[0], groups)
+        ins = (widths[0], *widths)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(before, after, config.layers_per_block + 1, groups, factor)
+            for before, after, factor in zip(ins, widths, LEVELS, strict=False)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = CausalConv3d(widths[-1], PIXEL_CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
+
+
+class CausalVAE(nn.Module):
+    """Encoder and decoder. Meant for inference: some activations are computed in place."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv3d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, kernel_size=1)
+        self.post_quant_conv = nn.Conv3d(LATENT_CHANNELS, LATENT_CHANNELS, kernel_size=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.post_quant_conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.post_quant_conv.weight.device
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """The mode of the posterior, [B, 16, T, H/8, W/8], for pixels [B, 3, 4*(T - 1) + 1, H, W] in [-1, 1].
+
+        Not multiplied by the scaling factor.
+        """
+        mean, _log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels [B, 3, 4*(T - 1) + 1, 8h, 8w], about in [-1, 1], of latents [B, 16, T, h, w], in one piece.
+
+        The latents are already divided by the scaling factor and have this model's dtype.
+        """
+        return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,160 @@
+"""Decoding in overlapping tiles, streamed: the tile geometry of the official release (spec section 5).
+
+Tiled pixels differ from untiled ones, so the geometry belongs to a video's identity. With the official numbers:
+
+- time: tiles of 16 latent frames start every 12. Each reads one latent frame more, and each but the first drops its
+  first decoded frame, which the decoder took for the start of a video. 16 frames cross-fade. Up to 16 latent frames go
+  untiled.
+- space: within a temporal tile, tiles of 32 x 32 latents start every 24; 64 pixels cross-fade, first with the tile
+  above, then with the tile to the left. If neither side is longer than 32, space goes untiled; else both sides are cut,
+  even one that would have fitted.
+
+A cross-fade overwrites the later tile, and what was cross-faded is used for the next cross-fade.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hv_batch.engine.vae import PIXEL_CHANNELS, CausalVAE
+from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileGeometry:
+    """Tile sizes, and the share of a tile that overlaps the next. The defaults are the official ones."""
+
+    spatial_px: int = 256
+    temporal_frames: int = 64
+    overlap: float = 0.25
+
+    def __post_init__(self) -> None:
+        # Above one half, a tile would overlap the next but one.
+        if not 0.0 <= self.overlap <= 0.5:
+            raise UserError(f"VAE tiling: overlap is {self.overlap}; a number from 0 to 0.5 is allowed.")
+        for field, size, compression in (
+            ("spatial_px", self.spatial_px, SPATIAL_COMPRESSION),
+            ("temporal_frames", self.temporal_frames, TEMPORAL_COMPRESSION),
+        ):
+            if size < compression or size % compression:
+                raise UserError(f"VAE tiling: {field} is {size}; a multiple of {compression} above 0 is allowed.")
+            if not (size / compression * self.overlap).is_integer():
+                # The overlap would be rounded differently in latents and in pixels, and tiles would not meet.
+                raise UserError(
+                    f"VAE tiling: {field} {size} is {size // compression} latents, of which overlap {self.overlap} is "
+                    "not a whole number. Choose an overlap of 0.25 and a size that divides by four latents."
+                )
+
+    @property
+    def space(self) -> _Axis:
+        return _Axis.of(self.spatial_px, SPATIAL_COMPRESSION, self.overlap)
+
+    @property
+    def time(self) -> _Axis:
+        return _Axis.of(self.temporal_frames, TEMPORAL_COMPRESSION, self.overlap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """The tiling of one axis: `tile` and `stride` in latents, `stride_px` and `fade_px` in pixels or frames."""
+
+    tile: int
+    stride: int
+    stride_px: int
+    fade_px: int
+
+    @classmethod
+    def of(cls, size_px: int, compression: int, overlap: float) -> _Axis:
+        tile = size_px // compression
+        overlapping = int(tile * overlap)
+        stride = tile - overlapping
+        return cls(tile, stride, stride * compression, overlapping * compression)
+
+
+def decode_streaming(vae: CausalVAE, latents: Tensor, geometry: TileGeometry) -> Iterator[Tensor]:
+    """Frames of `latents` [1, 16, T, h, w] as the sampler leaves them (still scaled), in order.
+
+    Yields chunks [1, 3, n, 8h, 8w], about in [-1, 1], in the VAE's dtype and on its device, each as soon as its
+    temporal tile is done; together 4*(T - 1) + 1 frames. Holds the pixels of about one temporal tile, besides the chunk
+    that the caller may still have.
+    """
+    z = (latents.to(vae.device, torch.float32) / vae.config.scaling_factor).to(vae.dtype)
+    axis, num_frames = geometry.time, z.shape[2]
+    if num_frames <= axis.tile:
+        yield _decode_space(vae, z, geometry.space)
+        return
+    tail: Tensor | None = None
+    # A tile that starts at the last latent frame would hold nothing but the frame that is dropped.
+    for start in range(0, num_frames - 1, axis.stride):
+        pixels = _decode_space(vae, z[:, :, start : start + axis.tile + 1], geometry.space)
+        if tail is not None:
+            pixels = pixels[:, :, 1:]
+            _cross_fade(tail, pixels, 2, axis.fade_px)
+        keep = axis.stride_px if start else axis.stride_px + 1
+        tail = _last(pixels, 2, axis.fade_px).clone()  # a copy, so that the tile itself can be freed
+        yield pixels[:, :, :keep]
+        del pixels  # before the next tile is decoded, not after
+
+
+def _decode_space(vae: CausalVAE, z: Tensor, axis: _Axis) -> Tensor:
+    """Pixels [1, 3, 4*(T - 1) + 1, 8h, 8w] of latents that are decoded whole in time and tiled in space."""
+    num_frames, height, width = z.shape[2:]
+    if max(height, width) <= axis.tile:
+        return vae.decode(z)
+    num_pixel_frames = (num_frames - 1) * TEMPORAL_COMPRESSION + 1
+    out = z.new_empty(
+        len(z), PIXEL_CHANNELS, num_pixel_frames, height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION
+    )
+    above: list[Tensor] = []  # the lower edge of every tile of the row above
+    for top in range(0, height, axis.stride):
+        lower_edges = []
+        left: Tensor | None = None  # the right edge of the tile before
+        for column, start in enumerate(range(0, width, axis.stride)):
+            pixels = vae.decode(z[..., top : top + axis.tile, start : start + axis.tile])
+            if above:
+                _cross_fade(above[column], pixels, -2, axis.fade_px)
+            if left is not None:
+                _cross_fade(left, pixels, -1, axis.fade_px)
+            left = _last(pixels, -1, axis.fade_px).clone()
+            lower_edges.append(_last(pixels, -2, axis.fade_px).clone())
+            kept = pixels[..., : axis.stride_px, : axis.stride_px]
+            y, x = top * SPATIAL_COMPRESSION, start * SPATIAL_COMPRESSION
+            out[..., y : y + kept.shape[-2], x : x + kept.shape[-1]] = kept
+        above = lower_edges
+    return out
+
+
+def _last(pixels: Tensor, dim: int, length: int) -> Tensor:
+    length = min(length, pixels.shape[dim])
+    return pixels.narrow(dim, pixels.shape[dim] - length, length)
+
+
+def _cross_fade(before: Tensor, after: Tensor, dim: int, length: int) -> None:
+    """Overwrites the head of `after` along `dim` by a linear fade from the end of `before`.
+
+    A product is rounded to the pixels' dtype before the two are added, as the release does: half precisions agree too.
+    """
+    length = min(before.shape[dim], after.shape[dim], length)
+    if length == 0:
+        return
+    shape = [1] * after.ndim
+    shape[dim] = length
+    ramp = torch.tensor([step / length for step in range(length)], device=after.device).view(shape)
+    fading = (_last(before, dim, length) * (1 - ramp)).to(after.dtype)
+    after.narrow(dim, 0, length).mul_(ramp).add_(fading)
+
+
+def to_uint8(frames: Tensor) -> np.ndarray:
+    """Frames [1, 3, n, H, W] in [-1, 1] as uint8 [n, H, W, 3], truncated, not rounded, as released.
+
+    Raises ValueError for frames that are not finite, which a cast would turn into plausible black.
+    """
+    if not bool(torch.isfinite(frames).all()):
+        raise ValueError("the decoded frames are not finite")
+    scaled = frames[0].to(torch.float32, copy=True).mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255)
+    return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()

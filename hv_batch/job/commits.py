@@ -1,0 +1,250 @@
+"""The records that end a sample: committed or quarantined, exactly one of them (P1).
+
+Rendering is at-least-once; two workers may finish the same sample after a lost message. Committing is exactly-once: the
+media goes first, under a name that holds the hash of its bytes, then the commit record is put if absent. Whoever comes
+second finds a record there and changes nothing.
+
+A quarantine record has no standing beside a commit record. Each writer looks for the other kind *after* its own write,
+so whatever the order, at least one of the two sees both and removes the quarantine record. A crash between the two
+steps can leave both behind; `scan_shard` then counts the sample as committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from hv_batch.job import layout
+
+if TYPE_CHECKING:
+    from hv_batch.job.samples import Sample
+    from hv_batch.job.storage import Store
+
+COMMIT_SCHEMA = "hv_batch/commit/1"
+QUARANTINE_SCHEMA = "hv_batch/quarantine/1"
+LATENTS_SCHEMA = "hv_batch/latents/1"
+
+LICENCE_ID = "tencent-hunyuan-community"  # of every rendered file; `runs.licence_notice` says what it means
+
+
+class Media(Protocol):
+    """What is recorded of a rendered file."""
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...  # of the file, hex
+    @property
+    def frames_sha256(self) -> str: ...  # of the uint8 frames before they were compressed, hex
+    @property
+    def num_frames(self) -> int: ...  # as produced, like the two sides in pixels
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ShardState:
+    """What storage knows of one shard, by sample key."""
+
+    committed: frozenset[str]
+    quarantined: frozenset[str]  # never holds a committed key (P1)
+    latents: frozenset[str]  # final latents that wait for their decode
+    sealed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLatents:
+    latents: np.ndarray  # float32 [C, T, h, w]
+    stages: Mapping[str, Mapping[str, Any]]  # the reports of the stages behind them
+
+
+def commit_record(
+    sample: Sample,
+    *,
+    file: str,
+    media: Media,
+    stages: Mapping[str, Mapping[str, Any]],
+    failures: Sequence[Mapping[str, Any]],
+    fingerprint: str,
+    versions: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The record that makes `sample` done. `file` is the media's key in the output root.
+
+    `stages` are reports by stage name: their "seconds" become the record's `stages`, all else (node, worker, ...) its
+    `places`. `failures` are the tries that failed before this one, `fingerprint` is the run's.
+    """
+    return {
+        "schema": COMMIT_SCHEMA,
+        **_describe(sample),
+        "file": file,
+        "sha256": media.sha256,
+        "bytes": media.bytes,
+        "frames_sha256": media.frames_sha256,
+        "produced": {"num_frames": media.num_frames, "height": media.height, "width": media.width},
+        "stages": {name: report["seconds"] for name, report in stages.items()},
+        "places": {name: {k: v for k, v in report.items() if k != "seconds"} for name, report in stages.items()},
+        "attempts": len(failures) + 1,
+        "history": [dict(failure) for failure in failures],
+        "versions": dict(versions),
+        "fingerprint": fingerprint,
+        "licence": LICENCE_ID,
+        "created_at": _now(),
+    }
+
+
+def quarantine_record(
+    sample: Sample, *, failures: Sequence[Mapping[str, Any]], fingerprint: str, versions: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The record of a sample that is given up (P5). The last of `failures` (`Failure.to_dict`) used up its budget."""
+    last = failures[-1]
+    return {
+        "schema": QUARANTINE_SCHEMA,
+        **_describe(sample),
+        "class": last["kind"],
+        "message": last["message"],
+        "traceback": last["traceback"],
+        "attempts": len(failures),
+        "history": [dict(failure) for failure in failures],
+        "versions": dict(versions),
+        "fingerprint": fingerprint,
+        "created_at": _now(),
+    }
+
+
+def commit(store: Store, record: Mapping[str, Any]) -> bool:
+    """Make the record's sample done; the media must be stored already.
+
+    True when the commit record of this sample is now `record`, False when another one was there first.
+    """
+    shard, key = record["shard"], record["key"]
+    data = encode(record)
+    target = layout.commit_key(shard, key)
+    # A put whose acknowledgement was lost is repeated and then finds itself: that record is ours all the same.
+    is_ours = store.put_new(target, data) or store.get(target) == data
+    quarantined = layout.quarantine_key(shard, key)
+    if store.exists(quarantined):  # looking first spares versioned buckets a delete marker for every sample
+        store.delete(quarantined)
+    return is_ours
+
+
+def quarantine(store: Store, record: Mapping[str, Any]) -> bool:
+    """Give the record's sample up. True when it is quarantined now, False when it is committed."""
+    shard, key = record["shard"], record["key"]
+    committed, target = layout.commit_key(shard, key), layout.quarantine_key(shard, key)
+    if store.exists(committed):
+        return False
+    store.put_new(target, encode(record))
+    if store.exists(committed):
+        store.delete(target)
+        return False
+    return True
+
+
+def read_commit(store: Store, shard: int, key: str) -> dict[str, Any]:
+    """Raises FileNotFoundError."""
+    return decode(store.get(layout.commit_key(shard, key)))
+
+
+def read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any]:
+    """Raises FileNotFoundError."""
+    return decode(store.get(layout.quarantine_key(shard, key)))
+
+
+def scan_shard(store: Store, shard: int) -> ShardState:
+    """Everything a resume must know about one shard: three listings, whatever its size."""
+    committed, quarantined, latents = (
+        frozenset(map(layout.sample_key, store.list(folder)))
+        for folder in (layout.commit_dir(shard), layout.quarantine_dir(shard), layout.latent_dir(shard))
+    )
+    return ShardState(committed, quarantined - committed, latents, store.exists(layout.metadata_key(shard)))
+
+
+def sample_identity(sample: Sample, fingerprint: str) -> str:
+    """What a latent depends on: the sample's own parameters and the run it belongs to. Hex digest."""
+    return hashlib.sha256(encode({"params": asdict(sample.params), "fingerprint": fingerprint})).hexdigest()
+
+
+def put_latents(
+    store: Store, sample: Sample, latents: np.ndarray, identity: str, stages: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Keep the final latents, so that a failure from here on never repeats the denoise (P4).
+
+    `latents` [C, T, h, w] are stored as float32, with the reports of the `stages` that led to them. Raises ValueError
+    when their shape is not the sample's.
+    """
+    if latents.shape != sample.params.latent_shape:
+        raise ValueError(f"latents of {sample.key} are {latents.shape}, not {sample.params.latent_shape}")
+    tensor = np.ascontiguousarray(latents, dtype=np.float32)
+    facts = {"schema": LATENTS_SCHEMA, "identity": identity, "sha256": _digest(tensor), "stages": json.dumps(stages)}
+    store.put(layout.latent_key(sample.shard, sample.key), save({"latents": tensor}, metadata=facts))
+
+
+def get_latents(store: Store, sample: Sample, identity: str) -> StoredLatents | None:
+    """What `put_latents` kept under this identity; None when there is nothing to trust.
+
+    A file of another identity, a damaged one or a missing one all mean the same: denoise again. An error of the store
+    itself is raised, because then nothing is known.
+    """
+    try:
+        data = store.get(layout.latent_key(sample.shard, sample.key))
+    except FileNotFoundError:
+        return None
+    try:
+        header_bytes = int.from_bytes(data[:8], "little")
+        facts = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+        tensor = load(data)["latents"]
+        is_ours = facts["schema"] == LATENTS_SCHEMA and facts["identity"] == identity
+        is_whole = tensor.shape == sample.params.latent_shape and facts["sha256"] == _digest(tensor)
+        stages = json.loads(facts["stages"])
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    return StoredLatents(tensor, stages) if is_ours and is_whole else None
+
+
+def drop_latents(store: Store, sample: Sample) -> None:
+    store.delete(layout.latent_key(sample.shard, sample.key))
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """Canonical JSON: equal records are equal bytes. Raises ValueError for NaN and infinities, which are not JSON.
+
+    Text stays readable; a lone surrogate, which UTF-8 cannot hold, becomes the JSON escape it came from.
+    """
+    text = json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(data)
+    return record
+
+
+def _describe(sample: Sample) -> dict[str, Any]:
+    return {
+        "key": sample.key,
+        "id": sample.id,
+        "row": sample.row,
+        "video_index": sample.video_index,
+        "shard": sample.shard,
+        "params": asdict(sample.params),
+        "fps": sample.fps,
+        "extra": dict(sample.extra),
+    }
+
+
+def _digest(tensor: np.ndarray) -> str:
+    return hashlib.sha256(tensor.tobytes()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

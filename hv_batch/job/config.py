@@ -1,0 +1,278 @@
+"""The run config: one YAML file, checked as a whole before anything starts.
+
+Every problem is reported at once, as its dotted key, the value given and what is allowed. Unknown keys are errors: a
+misspelt key would otherwise render a night of videos with a default that nobody chose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from hv_batch.job.config_text import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
+from hv_batch.job.inputs import open_input, shorten
+from hv_batch.job.rows import find_fault
+from hv_batch.protocol import Device, UserError
+
+Count = Annotated[int, Field(ge=1)]
+GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on more than one GPU
+Cpus = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
+
+
+def _follow_row_rule(field: str, value: Any) -> Any:
+    allowed = find_fault(field, value)
+    if allowed:
+        raise ValueError(allowed)
+    return value
+
+
+class _Section(BaseModel):
+    # strict: "720" or true is not a height. NaN is never meant.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    engine: str = "hv_batch.engine.hunyuan:HunyuanVideo"
+    """Import path of the engine."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the engine's constructor. Opaque here: the engine refuses what it does not know."""
+
+    @field_validator("engine")
+    @classmethod
+    def _look_like_an_import_path(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
+            raise ValueError("an import path, package.module:Name")
+        return value
+
+
+class Defaults(_Section):
+    """What a manifest row leaves out (spec section 1)."""
+
+    negative_prompt: str = (  # spec section 3.3
+        "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
+        "bad hands, bad teeth, bad eyes, bad limbs, distortion"
+    )
+    """Rendered only where cfg_scale > 1."""
+    height: int = 720
+    """Pixels, a multiple of 16."""
+    width: int = 1280
+    """Pixels, a multiple of 16."""
+    num_frames: int = 129
+    """4n + 1; 1 is an image."""
+    num_inference_steps: int = 50
+    """Euler steps."""
+    num_videos: int = 1
+    """Videos of one row; video i is rendered with seed + i."""
+    guidance_scale: float = 6.0
+    """Embedded guidance: the released weights are guidance-distilled."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance; above 1 it doubles the cost of a step."""
+    guidance_rescale: float = 0.0
+    """Lin et al. 2305.08891, section 3.4; works only together with cfg_scale > 1."""
+    flow_shift: float = 7.0
+    """Shift of the sigma schedule (spec section 4)."""
+    fps: int = 24
+    """Frames per second of the mp4."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _follow_the_rules_of_a_row(cls, value: Any, info: Any) -> Any:
+        return _follow_row_rule(info.field_name, value)
+
+
+class ParallelConfig(_Section):
+    """How one video is spread over ranks. Part of its identity: another plan sums in another order."""
+
+    device: Device = "cuda"
+    """What the actors compute on."""
+    ulysses_degree: Count = 8
+    """Ranks that share the attention heads; must divide their number."""
+    ring_degree: Count = 1
+    """Ranks that share the keys; ulysses_degree x ring_degree is the size of a group."""
+
+    @property
+    def world_size(self) -> int:
+        return self.ulysses_degree * self.ring_degree
+
+
+class GroupsConfig(_Section):
+    """Denoise groups: gangs of ranks that render one sample together."""
+
+    count: Count = 1
+    """Groups that render at the same time."""
+    gpus_per_rank: GpuShare = 1.0
+    """GPUs that Ray reserves for a rank."""
+    cpus_per_rank: Cpus = 1.0
+    """CPUs that Ray reserves for a rank."""
+
+
+class EncodersConfig(_Section):
+    """Text-encoder actors."""
+
+    count: Count = 1
+    """Actors, each with both text towers."""
+    gpus: GpuShare = 1.0
+    """GPUs that Ray reserves for an actor."""
+    cpus: Cpus = 1.0
+    """CPUs that Ray reserves for an actor."""
+    batch_size: Count = 8
+    """Prompts of one call. Does not change the embeddings."""
+
+
+class DecodersConfig(_Section):
+    """VAE-decoder actors, which also write and commit the videos."""
+
+    count: Count = 1
+    """Actors, each with one VAE decoder."""
+    gpus: GpuShare = 1.0
+    """GPUs that Ray reserves for an actor."""
+    cpus: Cpus = 2.0
+    """CPUs that Ray reserves for an actor; the H.264 encoder runs on them."""
+
+
+class OutputConfig(_Section):
+    shard_size: Count = 256
+    """Samples of one shard, the unit of layout and metadata. Part of the run's identity: it decides every key."""
+    keep_latents: bool = False
+    """Keep the final latents beside the videos instead of removing them at commit."""
+
+
+class MediaConfig(_Section):
+    """H.264 settings (x264). Part of a video's identity."""
+
+    crf: Annotated[int, Field(ge=0, le=51)] = 18
+    """Constant rate factor: 0 is lossless, 18 visually clean, 51 worst."""
+    preset: Preset = "medium"
+    """Encoder effort against file size."""
+    threads: Count = 2
+    """Encoder threads, pinned: x264 writes other bytes with another number of threads."""
+
+
+class RetriesConfig(_Section):
+    """Tries of a sample, counting the first, for each class of failure."""
+
+    poison: Count = 2
+    """Of a sample that fails deterministically."""
+    infra: Count = 3
+    """Of a sample whose actor, node or collective was lost."""
+    oom: Count = 2
+    """Of a sample that ran out of GPU memory."""
+    preempted: Count = 20
+    """Of a sample whose node was reclaimed, which is never the sample's fault."""
+    worker: Count = 4
+    """Not a sample's: failures in a row after which a worker slot is given up. Above `infra`, see below."""
+
+    @model_validator(mode="after")
+    def _blame_the_sample_first(self) -> Self:
+        # A sample that kills every worker it meets must be quarantined before it has used up a healthy worker slot.
+        if self.worker <= self.infra:
+            raise PydanticCustomError(
+                CROSS_FIELD,
+                "retries.worker = {worker} with retries.infra = {infra}; allowed: worker above infra, or one sample "
+                "that kills its workers would use up a healthy worker before it is quarantined itself",
+                {"worker": self.worker, "infra": self.infra},
+            )
+        return self
+
+
+class TimeoutsConfig(_Section):
+    start_s: Seconds = 1800.0
+    """From asking for a worker until it has loaded its weights (26 GB from a cold store take a while)."""
+    stall_s: Seconds = 600.0
+    """Without progress (a step, a prompt, some frames) for this long, a worker counts as hung and is rebuilt."""
+    drain_s: Seconds = 600.0
+    """After SIGTERM: how long running samples may take to finish."""
+
+
+class RunConfig(_Section):
+    """The settings of one run. Every key has a default: the release's values on one node of eight GPUs and two more."""
+
+    seed: int = 0
+    """Rows without a seed derive theirs from it and their key."""
+    model: ModelConfig = ModelConfig()
+    defaults: Defaults = Defaults()
+    parallel: ParallelConfig = ParallelConfig()
+    groups: GroupsConfig = GroupsConfig()
+    encoders: EncodersConfig = EncodersConfig()
+    decoders: DecodersConfig = DecodersConfig()
+    output: OutputConfig = OutputConfig()
+    media: MediaConfig = MediaConfig()
+    retries: RetriesConfig = RetriesConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _follow_the_rule_of_a_seed(cls, value: Any) -> Any:
+        return _follow_row_rule("seed", value)
+
+    @model_validator(mode="after")
+    def _give_every_cuda_actor_a_gpu(self) -> Self:
+        gpus, ranks = self.groups.gpus_per_rank, self.parallel.world_size
+        for pool, share in (("encoders", self.encoders.gpus), ("decoders", self.decoders.gpus)):
+            if self.parallel.device == "cuda" and share == 0:
+                raise PydanticCustomError(
+                    CROSS_FIELD,
+                    "{pool}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1",
+                    {"pool": pool},
+                )
+        # Without a reservation a rank would compute on a GPU that Ray gives to others; NCCL refuses two ranks on one.
+        if self.parallel.device == "cuda" and (gpus == 0 or (ranks > 1 and gpus < 1)):
+            raise PydanticCustomError(
+                CROSS_FIELD,
+                "groups.gpus_per_rank = {gpus} with parallel.device = cuda and {ranks} rank(s) a group; allowed: 1, "
+                "or a fraction above 0 for a group of one rank",
+                {"gpus": gpus, "ranks": ranks},
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The part that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3)."""
+        return {
+            "seed": self.seed,
+            "engine": self.model.engine,
+            "defaults": self.defaults.model_dump(mode="json"),
+            "parallel": self.parallel.model_dump(mode="json"),
+            "media": self.media.model_dump(mode="json"),
+            "shard_size": self.output.shard_size,
+        }
+
+
+def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config behind a fsspec URL, changed by overrides such as `groups.count=4`.
+
+    An override's value is one YAML scalar, or a quoted or flow value ("...", [...], {...}).
+    Raises UserError naming every problem at once.
+    """
+    with open_input("config", url) as file:
+        content = file.read()
+    try:
+        values = parse_yaml(content)
+    except ValueError as error:
+        raise UserError(f"The config {url} is not valid YAML: {error}. Mend the file there.") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"The config {url} is {shorten(values)}; allowed: a mapping of the keys {known_keys(RunConfig)}."
+        )
+    found: list[str] = []
+    for override in overrides:
+        try:
+            apply_override(values, override)
+        except ValueError as error:
+            found.append(str(error))
+    config = None
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as invalid:
+        found += [explain(RunConfig, details) for details in invalid.errors(include_url=False)]
+    if config is None or found:
+        listing = "\n".join(f"  - {line}" for line in found)
+        raise UserError(f"The config {url} with its overrides has {len(found)} problem(s):\n{listing}")
+    return config

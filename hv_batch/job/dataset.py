@@ -1,0 +1,116 @@
+"""Sealing a shard: one table that names and describes every video of it, so that the directory is a dataset.
+
+Each `data/shard-N/` then holds its media and a `metadata.parquet` whose `file_name` column makes it load as a Hugging
+Face VideoFolder. What this module keeps:
+
+- **Same plan, same bytes (P2, P3).** The table holds what the plan fixes (identity, parameters, the user's own columns)
+  and what the pixels fix (hashes, sizes), in plan order, and nothing that varies from one undisturbed run to the next.
+  Timings, attempts, versions and dates stay in the commit records, and a run that was killed ten times seals the same
+  bytes.
+- **One schema in all shards.** Our columns have fixed types; those of the user come from `columns`.
+- **Sealed once (P1).** The table is put only where none is, and only when every sample of the shard is terminal.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hv_batch.job import layout
+from hv_batch.job.columns import Kind, arrow_column, clean_text, column_names, learn
+from hv_batch.job.commits import read_commit
+from hv_batch.job.storage import Store
+
+READERS = (
+    16  # records are small, so latency rules: enough to hide an object store's ~30 ms a GET, few enough to be polite
+)
+
+# Where each of our columns stands in a commit record, and its type. One more column is a new dataset: add with care.
+COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
+    "id": (("id",), pa.string()),
+    "key": (("key",), pa.string()),
+    "row": (("row",), pa.int64()),
+    "video_index": (("video_index",), pa.int64()),
+    "prompt": (("params", "prompt"), pa.string()),
+    "negative_prompt": (("params", "negative_prompt"), pa.string()),
+    "height": (("params", "height"), pa.int64()),
+    "width": (("params", "width"), pa.int64()),
+    "num_frames": (("params", "num_frames"), pa.int64()),
+    "fps": (("fps",), pa.int64()),
+    "num_inference_steps": (("params", "num_inference_steps"), pa.int64()),
+    "seed": (("params", "seed"), pa.int64()),
+    "guidance_scale": (("params", "guidance_scale"), pa.float64()),
+    "cfg_scale": (("params", "cfg_scale"), pa.float64()),
+    "guidance_rescale": (("params", "guidance_rescale"), pa.float64()),
+    "flow_shift": (("params", "flow_shift"), pa.float64()),
+    "bytes": (("bytes",), pa.int64()),
+    "sha256": (("sha256",), pa.string()),
+    "frames_sha256": (("frames_sha256",), pa.string()),
+    "fingerprint": (("fingerprint",), pa.string()),
+    "licence": (("licence",), pa.string()),
+}
+
+
+def seal_shard(
+    store: Store, shard: int, keys_in_order: Sequence[str], extra_kinds: Mapping[str, Kind] | None = None
+) -> bool:
+    """Write the shard's `metadata.parquet` from its commit records; True when this call wrote it.
+
+    `keys_in_order` are all keys of the shard in plan order; quarantined ones are left out of the table. `extra_kinds`
+    are the kinds of the user's columns over the whole manifest, from `columns.learn`; without them a column's type is
+    that of this shard's values, which is right only for a run of one shard.
+
+    Raises ValueError when a sample is neither committed nor quarantined.
+    """
+    key = layout.metadata_key(shard)
+    if store.exists(key):
+        return False
+    with ThreadPoolExecutor(READERS, thread_name_prefix="seal") as pool:
+        records = list(pool.map(lambda sample: _terminal_record(store, shard, sample), keys_in_order))
+    committed = [record for record in records if record is not None]
+    return store.put_new(key, parquet_bytes(metadata_table(committed, extra_kinds or {})))
+
+
+def _terminal_record(store: Store, shard: int, key: str) -> dict[str, Any] | None:
+    """The commit record, or None of a quarantined sample. A commit wins over a quarantine (P1)."""
+    for _ in range(2):  # a late commit may take the quarantine record away between the two looks
+        try:
+            return read_commit(store, shard, key)
+        except FileNotFoundError:
+            if store.exists(layout.quarantine_key(shard, key)):
+                return None
+    raise ValueError(f"{layout.shard_name(shard)} cannot be sealed: sample {key!r} is still pending")
+
+
+def metadata_table(records: Sequence[Mapping[str, Any]], extra_kinds: Mapping[str, Kind]) -> pa.Table:
+    """One row a commit record, in the order given: `file_name`, our columns, then the user's by name."""
+    kinds = dict(extra_kinds)
+    for record in records:
+        learn(kinds, record["extra"])
+    columns = {"file_name": pa.array([record["file"].rpartition("/")[2] for record in records], pa.string())}
+    for name, (path, dtype) in COLUMNS.items():
+        columns[name] = pa.array([_value_at(record, path) for record in records], dtype)
+    for name, column in column_names(kinds, taken=columns).items():
+        columns[column] = arrow_column((record["extra"].get(name) for record in records), kinds[name])
+    return pa.table(columns)
+
+
+def _value_at(record: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = record
+    for name in path:
+        value = value[name]
+    return clean_text(value) if isinstance(value, str) else value
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The table as a Parquet file: equal bytes for equal tables (and one version of pyarrow)."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        if table.num_rows:  # an empty row group makes the Hugging Face loader fail, a file without one does not
+            writer.write_table(table)
+    return sink.getvalue()

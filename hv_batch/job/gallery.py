@@ -1,0 +1,216 @@
+"""The report page as HTML: pure functions from records to markup, in the order in which they stand on the page.
+
+The page needs nothing but itself and the media beside it (`../data/...`): inline style, no external assets, so it can
+be opened from a disk, a bucket browser or a notebook. Prompts, ids and error texts come from outside and are data:
+every value passes through `text`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from string import Template
+from typing import Any
+from urllib.parse import quote
+
+from hv_batch.job.columns import clean_text
+
+MEDIA_ROOT = "../"  # from report/ to the root that the records' `file` is relative to
+
+# Records are JSON in alphabetical order; readers expect the order of the data path. Other stages follow.
+STAGE_ORDER = ("encode", "denoise", "decode")
+
+Record = Mapping[str, Any]
+
+
+def text(value: Any) -> str:
+    """Any value as HTML text that is safe inside an element and inside a quoted attribute."""
+    return html.escape(clean_text(str(value)))
+
+
+def page(name: str, run: Record, summary: Record, videos: Sequence[Record], quarantined: Sequence[Record]) -> str:
+    """The whole page. `videos` and `quarantined` are the records to show, which may be fewer than `summary` counts."""
+    template = resources.files(__package__).joinpath("report_page.html").read_text("utf-8")
+    return Template(template).substitute(
+        title=text(f"{name} - hv_batch"),
+        over=text(f"{plural(summary['samples'], 'sample')} in {plural(summary['shards'], 'shard')}"),
+        heading=text(name),
+        pill=_pill(summary),
+        bar=_bar(summary),
+        tiles=_tiles(summary),
+        panels=_panels(run, summary),
+        quarantine=_quarantine(quarantined, summary["quarantined"]),
+        gallery=_gallery(videos, summary["committed"]),
+        footer=text(f"Run {run['fingerprint'][:16]}"),
+    )
+
+
+def _pill(summary: Record) -> str:
+    if summary["pending"]:
+        return f'<span class="pill wait">{text(plural(summary["pending"], "sample"))} pending</span>'
+    if summary["quarantined"]:
+        return f'<span class="pill bad">finished, {summary["quarantined"]:,} quarantined</span>'
+    return '<span class="pill good">all committed</span>'
+
+
+def _bar(summary: Record) -> str:
+    shares = "".join(
+        f'<i class="{css}" style="flex-basis:{100 * count / summary["samples"]:.2f}%"></i>'
+        for css, count in (("good", summary["committed"]), ("bad", summary["quarantined"]))
+        if count
+    )
+    return f'<div class="bar">{shares}</div>'
+
+
+def _tiles(summary: Record) -> str:
+    media, gpu_seconds = summary["media"], summary["denoise_gpu_seconds"]
+    facts = {
+        "committed": f"{summary['committed']:,}",
+        "quarantined": f"{summary['quarantined']:,}",
+        "pending": f"{summary['pending']:,}",
+        "of footage": duration(media["seconds"]),
+        "frames": f"{media['frames']:,}",
+        "of media": size(media["bytes"]),
+    }
+    if gpu_seconds is not None:
+        facts["GPU time, denoising"] = duration(gpu_seconds)
+    tiles = (f'<div class="tile"><b>{text(value)}</b><span>{name}</span></div>' for name, value in facts.items())
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _panels(run: Record, summary: Record) -> str:
+    panels = [
+        ("panel", "Time by stage", _stages(summary["stages"])),
+        ("panel", "Run", _table(_run_facts(run))),
+        ("panel licence", "Licence of these videos", f"<p>{text(run['licence'])}</p>"),
+    ]
+    return "".join(f'<section class="{css}"><h3>{title}</h3>{body}</section>' for css, title, body in panels)
+
+
+def _stages(stages: Mapping[str, Record]) -> str:
+    rows = "".join(
+        f'<tr><th>{text(name)}</th><td class="n">{text(duration(stage["seconds"]))}</td>'
+        f'<td class="n">{text(duration(stage["mean_seconds"]))}</td></tr>'
+        for name, stage in in_path_order(stages)
+    )
+    return f'<table><thead><tr><th></th><th class="n">total</th><th class="n">per video</th></tr></thead>{rows}</table>'
+
+
+def _run_facts(run: Record) -> dict[str, Any]:
+    config, manifest = run["config"], run["manifest"]
+    parallel = config["parallel"]
+    return {
+        "Manifest": manifest["url"],
+        "Rows": f"{manifest['rows']:,}",
+        "Engine": config["model"]["engine"],
+        "Group": f"{parallel['device']}, Ulysses {parallel['ulysses_degree']} × ring {parallel['ring_degree']}",
+        "Run seed": config["seed"],
+    }
+
+
+def _table(facts: Record) -> str:
+    return "<table>" + "".join(f"<tr><th>{text(k)}</th><td>{text(v)}</td></tr>" for k, v in facts.items()) + "</table>"
+
+
+def _quarantine(records: Sequence[Record], total: int) -> str:
+    if not records:
+        return ""
+    note = f'<p class="hint">The first {len(records):,} of {total:,}.</p>' if total > len(records) else ""
+    return f"<section><h2>Quarantined</h2>{note}{''.join(map(_failed, records))}</section>"
+
+
+def _failed(record: Record) -> str:
+    trace = record["traceback"]
+    details = f"<details><summary>Traceback</summary><pre>{text(trace)}</pre></details>" if trace else ""
+    return (
+        f'<article class="failed"><div class="id"><span>{text(record["id"])}</span>'
+        f'<span class="bad">{text(record["class"])}, {text(plural(record["attempts"], "try", "tries"))}</span></div>'
+        f'<p class="prompt" dir="auto">{text(record["params"]["prompt"])}</p>'
+        f'<p class="why">{text(record["message"])}</p>{details}</article>'
+    )
+
+
+def _gallery(records: Sequence[Record], total: int) -> str:
+    if not records:
+        return '<p class="hint">No sample is committed yet.</p>'
+    note = ""
+    if total > len(records):
+        note = f'<p class="hint">The first {len(records):,} of {total:,} are shown; all are below data/.</p>'
+    search = (
+        '<input class="filter" type="search" hidden aria-label="Filter the videos" '
+        'placeholder="Filter by prompt, id, size, seed">'
+    )
+    return f'{search}{note}<div class="grid">{"".join(map(_card, records))}</div>'
+
+
+def _card(record: Record) -> str:
+    params = record["params"]
+    chips = [f"{params['width']} × {params['height']}"]
+    chips += ["image"] if params["num_frames"] == 1 else [f"{params['num_frames']} frames", f"{record['fps']} fps"]
+    chips += [
+        f"{params['num_inference_steps']} steps",
+        f"seed {params['seed']}",
+        f"guidance {params['guidance_scale']:g}",
+    ]
+    chips += [f"CFG {params['cfg_scale']:g}"] if params["cfg_scale"] > 1 else []
+    return (
+        f'<article class="card"><div class="stage">{_media(record)}</div><div class="text">'
+        f'<div class="id"><span>{text(record["id"])}</span>'
+        f'<a href="{_link(record)}">{text(size(record["bytes"]))}</a></div>'
+        f'<p class="prompt" dir="auto">{text(params["prompt"])}</p>'
+        f'<div class="chips">{"".join(f"<span>{text(chip)}</span>" for chip in chips)}</div>'
+        f"<details><summary>Details</summary>{_table(_more(record))}</details></div></article>"
+    )
+
+
+def _media(record: Record) -> str:
+    if record["params"]["num_frames"] == 1:
+        return f'<img src="{_link(record)}" alt="{text(record["params"]["prompt"])}" loading="lazy">'
+    return f'<video src="{_link(record)}" muted loop autoplay playsinline controls preload="metadata"></video>'
+
+
+def _link(record: Record) -> str:
+    return text(MEDIA_ROOT + quote(record["file"]))
+
+
+def _more(record: Record) -> dict[str, Any]:
+    params = record["params"]
+    facts: dict[str, Any] = {"Row": record["row"]}
+    if params["cfg_scale"] > 1:
+        facts |= {"Negative prompt": params["negative_prompt"], "Guidance rescale": params["guidance_rescale"]}
+    facts["Flow shift"] = params["flow_shift"]
+    facts |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in record["extra"].items()}
+    facts |= {name.capitalize(): duration(seconds) for name, seconds in in_path_order(record["stages"])}
+    return facts | {"Tries": record["attempts"]}
+
+
+def in_path_order(stages: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The stages of a record or a summary, those of the data path first."""
+    known = [name for name in STAGE_ORDER if name in stages]
+    return [(name, stages[name]) for name in known + sorted(stages.keys() - set(STAGE_ORDER))]
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time at the precision that matters to a reader: `0.42 s`, `12.3 s`, `4.2 min`, `3.2 h`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as object stores bill them."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:,.3g} {units[0]}"

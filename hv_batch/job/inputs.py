@@ -1,0 +1,48 @@
+"""What the user wrote (a config, a manifest): opening it from any fsspec URL, and showing its values in messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
+
+import fsspec
+
+from hv_batch.protocol import UserError
+
+SHOWN_CHARS = 60  # of a bad value: enough to find it, short enough for one line
+
+
+@contextmanager
+def open_input(role: str, url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
+    """The bytes behind `url`; `role` ("config", "manifest") is what the user calls the file.
+
+    Raises UserError when it cannot be opened. Failures after that are the reader's own.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        file = filesystem.open(path, "rb")
+    except Exception as error:  # every storage backend raises its own kinds (credentials, endpoints, missing packages)
+        raise UserError(f"The {role} {url} {_reason(error)}") from error
+    with file:
+        yield file
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "does not exist. Give the path or URL of an existing file."
+    if isinstance(error, IsADirectoryError):
+        return "is a directory. Give the path or URL of one file."
+    if isinstance(error, PermissionError):
+        return "may not be read with these credentials. Grant read access or give other credentials."
+    if isinstance(error, ImportError):
+        return f"needs a storage package that is not installed ({error}). Install the extra s3, gcs or azure."
+    return f"cannot be opened: {type(error).__name__}: {error}. Check the URL, the network and the credentials."
+
+
+def shorten(value: Any) -> str:
+    """A value as JSON of at most SHOWN_CHARS characters, on one line and without control characters."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    text = "".join(char if char.isprintable() else "�" for char in text)
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"

@@ -1,0 +1,71 @@
+"""The keys of an output root: one function a kind of object, so that the layout is written down once.
+
+    run.json                                     what this root is: the run's identity, config, versions
+    data/shard-00017/<key>-<hash8>.mp4           media; the hash of its bytes is in its name
+    data/shard-00017/metadata.parquet            the sealed shard
+    commits/shard-00017/<key>.json               the record that makes a sample done
+    quarantine/shard-00017/<key>.json            the record of a sample that was given up
+    latents/shard-00017/<key>.safetensors        a final latent whose video is not committed yet
+    summary.json, report/index.html, _SUCCESS
+
+Keys are relative to the root and posix. `key` is a sample's key-safe name (`Sample.key`), unique within the manifest.
+"""
+
+from __future__ import annotations
+
+RUN = "run.json"
+SUMMARY = "summary.json"
+SUCCESS = "_SUCCESS"
+REPORT = "report/index.html"
+COMMITS = "commits/"
+
+
+def shard_name(shard: int) -> str:
+    # Five digits keep names in order up to 100,000 shards, which is 25 million samples at the default shard size.
+    return f"shard-{shard:05d}"
+
+
+def media_dir(shard: int) -> str:
+    return f"data/{shard_name(shard)}/"
+
+
+def media_key(shard: int, key: str, sha256: str, suffix: str) -> str:
+    """Where a rendered file goes; `sha256` is the hex digest of its bytes, `suffix` begins with the dot.
+
+    The digest in the name is what makes a late writer harmless (P1): other bytes get another name.
+    """
+    return f"{media_dir(shard)}{key}-{sha256[:8]}{suffix}"
+
+
+def metadata_key(shard: int) -> str:
+    return f"{media_dir(shard)}metadata.parquet"
+
+
+def commit_dir(shard: int) -> str:
+    return f"{COMMITS}{shard_name(shard)}/"
+
+
+def commit_key(shard: int, key: str) -> str:
+    return f"{commit_dir(shard)}{key}.json"
+
+
+def quarantine_dir(shard: int) -> str:
+    return f"quarantine/{shard_name(shard)}/"
+
+
+def quarantine_key(shard: int, key: str) -> str:
+    return f"{quarantine_dir(shard)}{key}.json"
+
+
+def latent_dir(shard: int) -> str:
+    return f"latents/{shard_name(shard)}/"
+
+
+def latent_key(shard: int, key: str) -> str:
+    return f"{latent_dir(shard)}{key}.safetensors"
+
+
+def sample_key(path: str) -> str:
+    """The sample's key of a commit, quarantine or latent path. Keys may hold dots, so only the one suffix goes."""
+    name = path.rsplit("/", 1)[-1]
+    return name.removesuffix(".json").removesuffix(".safetensors")

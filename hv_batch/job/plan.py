@@ -1,0 +1,95 @@
+"""What is left to render, shard by shard, and when a shard is complete.
+
+A shard is looked up in the output root only when the run comes to it, and forgotten once it is sealed: however long the
+manifest, only the shards between the oldest running sample and the newest are held (P7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+
+from hv_batch.job.commits import scan_shard
+from hv_batch.job.events import Stage
+from hv_batch.job.samples import Sample
+from hv_batch.job.storage import Store
+
+
+@dataclass(slots=True)
+class Tally:
+    """Samples by how they stand, over the part of the manifest the plan has come to."""
+
+    committed_before: int = 0  # found in the output root
+    quarantined_before: int = 0
+    committed: int = 0  # by this run
+    quarantined: int = 0
+
+    @property
+    def terminal(self) -> int:
+        return self.committed_before + self.quarantined_before + self.committed + self.quarantined
+
+
+@dataclass(slots=True)
+class _OpenShard:
+    keys: tuple[str, ...]  # in plan order
+    pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sealable:
+    """A shard whose last sample has become terminal."""
+
+    shard: int
+    keys: tuple[str, ...]
+
+
+class Plan:
+    """Iterate it for the pending samples, each with the station it begins at; tell it what became of each."""
+
+    def __init__(self, store: Store, samples: Iterable[Sample]) -> None:
+        self.tally = Tally()
+        self._store = store
+        self._open: dict[int, _OpenShard] = {}
+        self._sealable: list[Sealable] = []
+        self._pending = self._walk(samples)
+
+    def __iter__(self) -> Iterator[tuple[Sample, Stage]]:
+        return self._pending
+
+    def _walk(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Stage]]:
+        for shard, members in groupby(samples, key=attrgetter("shard")):
+            inside = list(members)
+            state = scan_shard(self._store, shard)
+            terminal = state.committed | state.quarantined
+            self.tally.committed_before += sum(sample.key in state.committed for sample in inside)
+            self.tally.quarantined_before += sum(sample.key in state.quarantined for sample in inside)
+            keys = tuple(sample.key for sample in inside)
+            pending = [sample for sample in inside if sample.key not in terminal]
+            if pending:
+                self._open[shard] = _OpenShard(keys, len(pending))
+            elif not state.sealed:
+                self._sealable.append(Sealable(shard, keys))
+            for sample in pending:
+                yield sample, Stage.DECODE if sample.key in state.latents else Stage.ENCODE
+
+    def committed(self, sample: Sample) -> None:
+        self.tally.committed += 1
+        self._terminal(sample)
+
+    def quarantined(self, sample: Sample) -> None:
+        self.tally.quarantined += 1
+        self._terminal(sample)
+
+    def _terminal(self, sample: Sample) -> None:
+        shard = self._open[sample.shard]
+        shard.pending -= 1
+        if shard.pending == 0:
+            del self._open[sample.shard]
+            self._sealable.append(Sealable(sample.shard, shard.keys))
+
+    def take_sealable(self) -> list[Sealable]:
+        """The shards that have become complete since the last call, including those a crash left unsealed."""
+        ready, self._sealable = self._sealable, []
+        return ready

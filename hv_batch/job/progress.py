@@ -1,0 +1,103 @@
+"""Progress for people: a live bar with an ETA on a terminal, plain lines with a clock time in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+LINE_EVERY_S = 30.0  # a job log of a night stays under a thousand lines
+DRAW_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How far a run is."""
+
+    total: int
+    committed: int
+    quarantined: int
+    done_before: int  # terminal samples that this run found, of `committed` and `quarantined`
+    encoding: int
+    denoising: int
+    decoding: int
+
+    @property
+    def terminal(self) -> int:
+        return self.committed + self.quarantined
+
+    def eta_s(self, elapsed_s: float) -> float | None:
+        """Seconds to the end at the mean pace of this run; None before its first sample is done."""
+        done_here = self.terminal - self.done_before
+        if done_here <= 0:
+            return None
+        return (self.total - self.terminal) * elapsed_s / done_here
+
+    def describe(self, elapsed_s: float) -> str:
+        eta = self.eta_s(elapsed_s)
+        parts = [f"{self.terminal}/{self.total} done"]
+        if self.quarantined:
+            parts.append(f"{self.quarantined} quarantined")
+        parts.append(f"in work: {self.encoding} encode, {self.denoising} denoise, {self.decoding} decode")
+        parts.append(f"ETA {'--:--' if eta is None else clock(eta)}")
+        return " · ".join(parts)
+
+
+class Progress:
+    """Use as a context manager; `show` as often as you like, `say` for events worth a line of their own."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._console = Console(file=self._stream, highlight=False, markup=False)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._is_terminal() else None
+        self._begun = time.monotonic()
+        self._shown: float | None = None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        if self._live:
+            self._console.print(text)
+        else:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=self._stream, flush=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        now = time.monotonic()
+        if self._shown is not None and now - self._shown < (DRAW_EVERY_S if self._live else LINE_EVERY_S):
+            return
+        self._shown = now
+        text = snapshot.describe(now - self._begun)
+        if self._live:
+            self._live.update(_bar(snapshot, text), refresh=True)
+        else:
+            self.say(text)
+
+    def _is_terminal(self) -> bool:
+        return self._console.is_terminal and not self._console.is_dumb_terminal
+
+
+def _bar(snapshot: Snapshot, text: str) -> Table:
+    row = Table.grid(padding=(0, 1))
+    row.add_row(ProgressBar(total=max(1, snapshot.total), completed=snapshot.terminal, width=30), Text(text))
+    return row
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss or mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"

@@ -1,0 +1,153 @@
+"""What an output root is: one manifest and one resolved config, written down before anything else (P2).
+
+`run.json` is put if absent, so the first command decides what the root is for. Every later command must bring the same
+identity, or is refused with the difference. What is not part of the identity (how many groups, retries, ...) may change
+from one command to the next.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from hv_batch.job import layout
+from hv_batch.job.commits import LICENCE_ID, decode, encode
+from hv_batch.protocol import UserError
+
+if TYPE_CHECKING:
+    from hv_batch.job.storage import Store
+
+RUN_SCHEMA = "hv_batch/run/1"
+
+# More lines than this are another run altogether, and the first ones say so.
+MAX_DIFFERENCES = 20
+# A prompt can be a page long; this much of each side shows which one it is.
+MAX_VALUE_CHARS = 80
+
+_ABSENT = object()
+
+
+class RunState(enum.Enum):
+    NEW = "new"
+    RESUMED = "resumed"
+    FINISHED = "finished"
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hex digest of everything that changes pixels (P3); the order of the keys does not matter."""
+    return hashlib.sha256(encode(identity)).hexdigest()
+
+
+def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
+    """Claim the output root for the run that `document` describes, or find out that it is this run's already.
+
+    `document["identity"]` must be JSON-able; all else of it is written down as it is. Raises UserError when the root
+    belongs to another run, with every dotted path whose value differs.
+    """
+    if not store.exists(layout.RUN):
+        _refuse_orphans(store)
+    identity = fingerprint(document["identity"])
+    written = {
+        "licence": licence_notice(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **document,
+        "schema": RUN_SCHEMA,
+        "fingerprint": identity,
+    }
+    if store.put_new(layout.RUN, encode(written)):
+        return RunState.NEW
+    existing = read_run(store)
+    if existing["fingerprint"] != identity:
+        raise UserError(_refusal(store, existing["identity"], document["identity"]))
+    return RunState.FINISHED if store.exists(layout.SUCCESS) else RunState.RESUMED
+
+
+def read_run(store: Store) -> dict[str, Any]:
+    """The `run.json` of an output root. Raises UserError when there is none, or it is not one of ours."""
+    try:
+        run = decode(store.get(layout.RUN))
+        is_ours = run["schema"] == RUN_SCHEMA and {"identity", "fingerprint"} <= run.keys()
+    except FileNotFoundError:
+        raise UserError(
+            f"{store.url} is not an output root: it has no {layout.RUN}. Check the path; a run writes this file before "
+            "anything else."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(
+            f"{layout.RUN} in {store.url} was not written by this program, or not by this version (it must say "
+            f'"schema": "{RUN_SCHEMA}"). Choose another output root.'
+        )
+    return run
+
+
+def finish_run(store: Store, summary: Mapping[str, Any]) -> None:
+    """Write the summary, and seal the run when `summary["pending"]` samples are none.
+
+    The seal is last: a root that has it needs nothing more.
+    """
+    store.put(layout.SUMMARY, encode(summary))
+    if summary["pending"] == 0:
+        store.put(layout.SUCCESS, b"")
+
+
+def licence_notice() -> str:
+    """What users of the outputs have to know (spec section 10), as one paragraph for `run.json`, report and README."""
+    return (
+        "The HunyuanVideo weights, and the videos made with them, come under the Tencent Hunyuan Community License "
+        f"Agreement (here: {LICENCE_ID}). It does not cover the European Union, the United Kingdom and South Korea, "
+        "and so grants nothing there. The videos must not be used to improve any AI model other than Hunyuan and its "
+        "derivatives. Read the licence that came with the weights before you use or pass on this dataset."
+    )
+
+
+def _refuse_orphans(store: Store) -> None:
+    """Commit records without a run.json could be of any config, and resuming would take them for ours."""
+    has_commits = next(store.list(layout.COMMITS), None) is not None
+    # A run that began since the first look has its run.json by now.
+    if has_commits and not store.exists(layout.RUN):
+        raise UserError(
+            f"{store.url} holds commit records but no {layout.RUN}, so nobody can tell which config and manifest they "
+            f"were rendered from. Put its {layout.RUN} back, or choose another output root."
+        )
+
+
+def _refusal(store: Store, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    lines = list(_differences(theirs, json.loads(encode(ours))))
+    shown = "\n".join(f"  {line}" for line in lines[:MAX_DIFFERENCES])
+    rest = f"\n  and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
+    return (
+        f"The output root {store.url} was made by a run that would render other pixels, so it cannot be resumed with "
+        f"this config and manifest. What differs (theirs -> yours):\n{shown}{rest}\n"
+        "Choose another output root, or go back to the values on the left."
+    )
+
+
+def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
+    """Readable lines for every leaf at which two JSON values differ, in order of their dotted paths."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in sorted(theirs.keys() | ours.keys()):
+            where = f"{path}.{name}" if path else name
+            yield from _differences(theirs.get(name, _ABSENT), ours.get(name, _ABSENT), where)
+    elif (left := _as_text(theirs)) != (right := _as_text(ours)):
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+        yield f"{path}: {_clip(left, same)} -> {_clip(right, same)}"
+
+
+def _as_text(value: Any) -> str:
+    return "(absent)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _clip(text: str, same: int) -> str:
+    """At most MAX_VALUE_CHARS of `text`, around its first character that differs, which is at `same`."""
+    if len(text) <= MAX_VALUE_CHARS:
+        return text
+    start = max(0, min(same - MAX_VALUE_CHARS // 2, len(text) - MAX_VALUE_CHARS))
+    end = start + MAX_VALUE_CHARS
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")

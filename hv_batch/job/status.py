@@ -1,0 +1,145 @@
+"""The state of an output root, read from storage alone: no Ray, no driver, while a run goes on or years after it.
+
+What it says is what a resume would find: a sample is committed or quarantined because its record exists, and pending
+otherwise. Only counts are kept, one line a shard, whatever the samples hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hv_batch.job import layout
+from hv_batch.job.commits import scan_shard
+from hv_batch.job.runs import read_run
+from hv_batch.job.storage import Store
+
+SCANNERS = 16  # listings wait for the store, not for the CPU
+WINDOW = 1024  # shards queued at once, so that a run of 40,000 shards does not become 40,000 futures
+MAX_LINES = 100  # of shards in the text table; beyond it only those that need attention are listed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStatus:
+    shard: int
+    samples: int
+    committed: int
+    quarantined: int
+    sealed: bool
+
+    @property
+    def pending(self) -> int:
+        return self.samples - self.committed - self.quarantined
+
+    @property
+    def state(self) -> str:
+        """`sealed`, `complete` (only the sealing is missing), `partial` or `untouched`."""
+        if self.sealed:
+            return "sealed"
+        if self.pending == 0:
+            return "complete"
+        return "partial" if self.committed or self.quarantined else "untouched"
+
+    @property
+    def needs_attention(self) -> bool:
+        return not self.sealed or self.quarantined > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """An output root at one moment. `finished` is that of `_SUCCESS`: nothing pending and everything sealed."""
+
+    url: str
+    finished: bool
+    shards: tuple[ShardStatus, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def committed(self) -> int:
+        return sum(shard.committed for shard in self.shards)
+
+    @property
+    def quarantined(self) -> int:
+        return sum(shard.quarantined for shard in self.shards)
+
+    @property
+    def pending(self) -> int:
+        return sum(shard.pending for shard in self.shards)
+
+    @property
+    def sealed(self) -> int:
+        return sum(shard.sealed for shard in self.shards)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: totals, then every shard."""
+        return {
+            "url": self.url,
+            "finished": self.finished,
+            "samples": self.samples,
+            "committed": self.committed,
+            "quarantined": self.quarantined,
+            "pending": self.pending,
+            "shards_sealed": self.sealed,
+            "shards": [asdict(shard) | {"pending": shard.pending, "state": shard.state} for shard in self.shards],
+        }
+
+    def render(self) -> str:
+        """A table for people: totals, then the shards (of many, only those that are not sealed and clean)."""
+        listed = self.shards
+        if len(listed) > MAX_LINES:
+            listed = tuple(shard for shard in self.shards if shard.needs_attention)
+        lines = [
+            f"{self.url}: {'finished' if self.finished else 'not finished'}",
+            f"{self.committed:,} of {self.samples:,} samples committed, {self.quarantined:,} quarantined, "
+            f"{self.pending:,} pending; {self.sealed:,} of {len(self.shards):,} shards sealed",
+            "",
+            f"{'shard':<14}{'samples':>9}{'committed':>11}{'quarantined':>13}{'pending':>9}  state",
+        ]
+        lines += [
+            f"{layout.shard_name(shard.shard):<14}{shard.samples:>9,}{shard.committed:>11,}{shard.quarantined:>13,}"
+            f"{shard.pending:>9,}  {shard.state}"
+            for shard in listed[:MAX_LINES]
+        ]
+        clean, cut = len(self.shards) - len(listed), len(listed) - len(listed[:MAX_LINES])
+        if clean:
+            lines.append(f"and {clean:,} shards that are sealed and without quarantined samples")
+        if cut:
+            lines.append(f"and {cut:,} more shards that are not; --json lists all")
+        return "\n".join(lines)
+
+
+def read_status(store: Store) -> Status:
+    """Status of an output root. Raises UserError when it holds no run."""
+    run = read_run(store)
+    finished = store.exists(layout.SUCCESS)  # before the scan: what a finished run holds no longer changes
+    return Status(url=store.url, finished=finished, shards=tuple(_scan_shards(store, run)))
+
+
+def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
+    """(samples, shards) of a run; every shard is full but the last."""
+    samples: int = run["manifest"]["samples"]
+    return samples, -(-samples // run["config"]["output"]["shard_size"])
+
+
+def _scan_shards(store: Store, run: Mapping[str, Any]) -> Iterator[ShardStatus]:
+    samples, shards = plan_size(run)
+    shard_size = run["config"]["output"]["shard_size"]
+
+    def scan(shard: int) -> ShardStatus:
+        found = scan_shard(store, shard)
+        return ShardStatus(
+            shard=shard,
+            samples=min(shard_size, samples - shard * shard_size),
+            committed=len(found.committed),
+            quarantined=len(found.quarantined),
+            sealed=found.sealed,
+        )
+
+    with ThreadPoolExecutor(SCANNERS, thread_name_prefix="status") as pool:
+        for first in range(0, shards, WINDOW):
+            yield from pool.map(scan, range(first, min(first + WINDOW, shards)))

@@ -1,0 +1,146 @@
+"""An output root on any fsspec URL, reduced to the few acts that the commit protocol needs.
+
+Two of them carry the promises (design.md section 4):
+
+- `put_new` creates an object only if nothing has its name, in one atomic act: of any number of writers exactly one
+  wins, and a reader sees a whole object or none (P1). Object stores do it with a conditional PUT; a local disk does it
+  with a hidden file that is hard-linked to its name once it is complete, because `open("x")` shows a half-written file.
+- `put` and `put_file` replace atomically.
+
+Transient errors are retried here and nowhere else. What is left surfaces as the built-in exception that says it: no
+space, no permission, not found, or StorageUnavailableError when the retries did not help. Credentials come from where
+each store's own tools look for them; a `Store` holds nothing but its URL, so it can be pickled to any worker.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
+
+from hv_batch.job.backends import LocalDisk, PutIfAbsent, Remote
+from hv_batch.job.store_errors import StorageUnavailableError, is_transient, raise_translated
+from hv_batch.protocol import UserError
+
+__all__ = ["PutIfAbsent", "StorageUnavailableError", "Store"]
+
+T = TypeVar("T")
+
+# Pauses between four tries: they ride out a throttled prefix or a dropped connection. A longer outage is left to the
+# scheduler, which has a budget a sample and other work to do meanwhile.
+PAUSES_S = (0.5, 1.0, 2.0)
+
+
+class Store:
+    """One output root. Keys are relative, posix, and never leave the root.
+
+    Every method raises ValueError for a key that is no such thing, PermissionError, StorageUnavailableError, UserError
+    when the URL cannot be opened at all, and otherwise the store's own error.
+    """
+
+    def __init__(self, url: str) -> None:
+        is_local = get_protocol(url) in ("file", "local")
+        # Workers have another working directory than the driver: a local root is made absolute before it travels.
+        self.url: str = url_to_fs(url)[1] if is_local else url
+        self._is_local = is_local
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.url,)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    @cached_property
+    def _backend(self) -> LocalDisk | Remote:
+        return LocalDisk(self.url) if self._is_local else Remote(self.url)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Create `key` with `data` unless it exists; whether this call created it.
+
+        False may also follow a write of ours whose acknowledgement was lost. Who must know compares what is stored.
+        """
+        path = _checked(key)
+        # The look beforehand saves the upload in the common case, and narrows the race where a server ignores the
+        # condition of the write that follows.
+        return self._retry(lambda: not self._backend.exists(path) and self._backend.create(path, data))
+
+    def put(self, key: str, data: bytes) -> None:
+        path = _checked(key)
+        self._retry(lambda: self._backend.put(path, data))
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Upload a file of any size. The name should hold a hash of its bytes: then writing it twice is harmless."""
+        target = _checked(key)
+        self._retry(lambda: self._backend.put_file(target, path))
+
+    def get(self, key: str) -> bytes:
+        """The object's bytes. Raises FileNotFoundError."""
+        path = _checked(key)
+        return self._retry(lambda: self._backend.get(path))
+
+    def exists(self, key: str) -> bool:
+        path = _checked(key)
+        return self._retry(lambda: self._backend.exists(path))
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Keys below `prefix` (a folder: "commits/shard-00017/"), recursive and sorted; none when it is missing.
+
+        Never answered from a cache. The whole listing is held in memory, so ask for a shard at a time (P7).
+        """
+        path = _checked(prefix.rstrip("/"))
+        for key in sorted(self._retry(lambda: self._backend.list(path))):
+            # Hidden names are files that a killed writer left behind, or a probe.
+            if not key.rsplit("/", 1)[-1].startswith("."):
+                yield key
+
+    def delete(self, key: str) -> None:
+        """Remove the object; a missing one is fine."""
+        path = _checked(key)
+        self._retry(lambda: self._backend.delete(path))
+
+    def probe(self) -> PutIfAbsent:
+        """Find out by trying whether the root can be written, and how it keeps `put_new`'s promise.
+
+        Raises UserError when it cannot be written.
+        """
+        key = f".probe-{uuid.uuid4().hex}"
+        try:
+            created = self._retry(lambda: self._backend.create(key, b"first"))
+            created_again = self._retry(lambda: self._backend.create(key, b"second"))
+            kept = self.get(key) == b"first"
+            self.delete(key)
+        except UserError:
+            raise
+        except Exception as error:  # every driver has errors of its own; all mean the same to the user
+            raise UserError(
+                f"The output root {self.url} cannot be written: {type(error).__name__}: {error}. Check that the bucket "
+                "or folder exists, that its credentials are set up on this machine, and that they allow to read, "
+                "write, list and delete."
+            ) from error
+        is_exclusive = created and not created_again and kept
+        return self._backend.claim if is_exclusive else PutIfAbsent.UNSAFE
+
+    def _retry(self, act: Callable[[], T]) -> T:
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return act()
+            except Exception as error:  # noqa: BLE001  (judged in the next line, and raised unless it is transient)
+                if pause_s is None or not is_transient(error):
+                    raise_translated(error, self.url)
+            # Jitter: a whole cluster is throttled at the same moment and must not come back at the same moment.
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
+        raise AssertionError("the last try returns or raises")
+
+
+def _checked(key: str) -> str:
+    parts = key.split("/")
+    if not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"not a key below an output root: {key!r}")
+    return key

@@ -1,0 +1,74 @@
+"""What every actor of a run is given, and what it reports back: small messages that travel through Ray."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hv_batch.job.config import RunConfig
+from hv_batch.job.storage import Store
+from hv_batch.protocol import Engine, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """One run as its actors see it."""
+
+    config: RunConfig
+    engine: Engine
+    store: Store
+    fingerprint: str
+    versions: Mapping[str, str]
+
+
+def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
+    """The engine named by import path (`package.module:Name`), constructed from the config's `model.options`.
+
+    Raises UserError when there is no such engine or it refuses the options.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"The engine {path} of the config's model.engine cannot be imported: {error}. Give the import path of an "
+            "engine that is installed where the actors run, as package.module:Name."
+        ) from error
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise UserError(f"The engine {path} refuses the config's model.options {dict(options)}: {error}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What one station did for one sample: goes into the commit record."""
+
+    seconds: float
+    node: str
+    worker: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"seconds": round(self.seconds, 3), "node": self.node, "worker": self.worker, **self.details}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> StageReport:
+        rest = dict(values)
+        return StageReport(rest.pop("seconds"), rest.pop("node"), rest.pop("worker"), rest)
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    seconds: float = 0.0
+
+
+@contextmanager
+def stopwatch() -> Iterator[Stopwatch]:
+    watch, begun = Stopwatch(), time.monotonic()
+    yield watch
+    watch.seconds = time.monotonic() - begun

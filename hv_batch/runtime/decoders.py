@@ -1,0 +1,92 @@
+"""VAE-decoder actors: latents in, a committed video out. Frames never leave the actor that decoded them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from hv_batch.job import commits, layout
+from hv_batch.job.errors import Failure
+from hv_batch.job.samples import Sample
+from hv_batch.protocol import Decoder
+from hv_batch.runtime.context import RunContext, StageReport, stopwatch
+from hv_batch.runtime.failures import LatentsGoneError
+from hv_batch.runtime.media import MediaInfo, write_media
+
+
+@ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
+class DecoderActor:
+    """Holds the VAE decoder; decodes, encodes to mp4, uploads and commits one sample at a time."""
+
+    def __init__(self, context: RunContext, name: str) -> None:
+        self._context = context
+        self._name = name
+        self._frames = 0
+
+    def load(self) -> None:
+        """Not in __init__: an exception here keeps its type on the way to the driver."""
+        self._decoder: Decoder = self._context.engine.decoder(self._context.config.parallel.device)
+
+    def decode(
+        self,
+        sample: Sample,
+        latents: np.ndarray | None,
+        stages: Mapping[str, StageReport],
+        failures: Sequence[Failure],
+    ) -> bool:
+        """Render `latents` (None: those in the output root) and commit; False when another had committed first (P1)."""
+        context = self._context
+        if latents is None:
+            stored = commits.get_latents(context.store, sample, commits.sample_identity(sample, context.fingerprint))
+            if stored is None:
+                raise LatentsGoneError(f"no stored latents of sample {sample.key} that belong to this run")
+            latents = stored.latents
+            stages = {name: StageReport.from_dict(report) for name, report in stored.stages.items()}
+        with tempfile.TemporaryDirectory(prefix="hv_batch-") as folder:
+            with stopwatch() as decoding:
+                media = self._write(sample, latents, Path(folder))
+            with stopwatch() as uploading:
+                file = layout.media_key(sample.shard, sample.key, media.sha256, media.suffix)
+                context.store.put_file(file, media.path)
+        details = {"upload_seconds": round(uploading.seconds, 3)}
+        report = StageReport(decoding.seconds, ray.util.get_node_ip_address(), self._name, details)
+        record = commits.commit_record(
+            sample,
+            file=file,
+            media=media,
+            stages={name: report.to_dict() for name, report in {**stages, "decode": report}.items()},
+            failures=[failure.to_dict() for failure in failures],
+            fingerprint=context.fingerprint,
+            versions=context.versions,
+        )
+        ours = commits.commit(context.store, record)
+        if not context.config.output.keep_latents:
+            commits.drop_latents(context.store, sample)
+        return ours
+
+    def _write(self, sample: Sample, latents: np.ndarray, folder: Path) -> MediaInfo:
+        params, media = sample.params, self._context.config.media
+        return write_media(
+            self._counted(self._decoder.decode(latents)),
+            folder / "media",
+            height=params.height,
+            width=params.width,
+            num_frames=params.num_frames,
+            fps=sample.fps,
+            crf=media.crf,
+            preset=media.preset,
+            threads=media.threads,
+        )
+
+    def _counted(self, chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for chunk in chunks:
+            self._frames += len(chunk)
+            yield chunk
+
+    @ray.method(concurrency_group="health")
+    def progress(self) -> int:
+        return self._frames

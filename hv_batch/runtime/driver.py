@@ -1,0 +1,268 @@
+"""The driver loop: hears Ray, tells the scheduler, carries out its actions. It holds references, never payloads.
+
+One thread, one queue of events. Everything that takes long (encoding, rendering, uploading, sealing) happens in an
+actor or task, and its reference is watched until it is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError
+
+from hv_batch.job.columns import Kind
+from hv_batch.job.commits import quarantine, quarantine_record
+from hv_batch.job.config import RunConfig
+from hv_batch.job.dataset import seal_shard
+from hv_batch.job.errors import Failure
+from hv_batch.job.events import (
+    Abort,
+    Action,
+    Admit,
+    Admitted,
+    Event,
+    Finish,
+    KillWorker,
+    PlanExhausted,
+    Quarantine,
+    Run,
+    Stage,
+    StartWorker,
+    StopRequested,
+    TaskDone,
+    TaskFailed,
+    Tick,
+    WorkerId,
+    WorkerLost,
+)
+from hv_batch.job.plan import Plan, Sealable
+from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
+from hv_batch.job.storage import Store
+from hv_batch.runtime.context import RunContext
+from hv_batch.runtime.failures import classify
+from hv_batch.runtime.groups import DenoiseGroup
+from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
+
+TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
+POLL_S = 1.0  # how often a worker is asked for its progress
+
+
+class FatalError(Exception):
+    """The run cannot go on; carries the failure that ended it."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    drained: bool  # a stop cut it short
+    seconds: float
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind]) -> None:
+    """In a task, because a shard's records are a few hundred reads and the driver must keep feeding."""
+    seal_shard(store, sealable.shard, sealable.keys, extra_kinds)
+
+
+class Driver:
+    """Renders what `plan` has left. `should_stop` is asked on every turn of the loop."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        plan: Plan,
+        total: int,
+        extra_kinds: Mapping[str, Kind],
+        progress: Progress,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._context = context
+        self._plan = plan
+        self._pending = iter(plan)
+        self._total = total
+        self._extra_kinds = extra_kinds
+        self._progress = progress
+        self._should_stop = should_stop
+        self._scheduler = _scheduler(context.config)
+        self._items: dict[str, InFlight] = {}
+        self._workers: dict[WorkerId, Worker] = {}
+        self._tasks: dict[WorkerId, tuple[str, ...]] = {}
+        self._watched: dict[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]] = {}
+        self._events: deque[Event] = deque()
+        self._sealing = 0
+        self._polled = 0.0
+        self._stop_said = False
+        self._end: Finish | None = None
+
+    def run(self) -> Outcome:
+        """Raises FatalError when the run cannot go on. However it ends, its actors and placement groups are gone."""
+        begun = time.monotonic()
+        try:
+            self._carry_out(self._scheduler.begin())
+            self._work_off()
+            while self._end is None or self._sealing:
+                self._listen()
+                self._work_off()
+                self._progress.show(self._snapshot())
+            return Outcome(self._end.drained, time.monotonic() - begun)
+        finally:
+            for worker in list(self._workers.values()):
+                worker.kill()
+
+    # Hearing ----------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Wait for news at most one tick, and queue it."""
+        if self._watched:
+            first, _ = ray.wait(list(self._watched), num_returns=1, timeout=TICK_S, fetch_local=False)
+            if first:  # whatever else has come in meanwhile is taken in the same turn
+                ready, _ = ray.wait(list(self._watched), num_returns=len(self._watched), timeout=0, fetch_local=False)
+                for ref in ready:
+                    self._events.extend(self._watched.pop(ref)(ref))
+        else:
+            time.sleep(TICK_S)
+        if self._should_stop() and not self._stop_said:
+            self._stop_said = True
+            self._progress.say(
+                f"stop requested: finishing what is running, at most {self._context.config.timeouts.drain_s:g} s"
+            )
+            self._events.append(StopRequested())
+        self._events.append(Tick())
+        now = time.monotonic()
+        if now - self._polled >= POLL_S:
+            self._polled = now
+            for worker in list(self._workers.values()):
+                self._events.extend(worker.poll(now))
+
+    def _watch(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
+        self._watched[ref] = then
+
+    def _work_off(self) -> None:
+        while self._events:
+            event = self._events.popleft()
+            self._note(event)
+            self._carry_out(self._scheduler.step(event, time.monotonic()))
+        for sealable in self._plan.take_sealable():
+            self._sealing += 1
+            self._watch(seal.remote(self._context.store, sealable, self._extra_kinds), self._sealed)
+
+    def _note(self, event: Event) -> None:
+        """Keep the driver's own books and tell people what they would want to know."""
+        match event:
+            case TaskDone(worker) if worker in self._workers:
+                keys = self._tasks.pop(worker, ())
+                if worker.stage is Stage.DECODE:
+                    for key in keys:
+                        self._plan.committed(self._items.pop(key).sample)
+            case TaskFailed(worker, failure) | WorkerLost(worker, failure) if worker in self._workers:
+                keys = self._tasks.pop(worker, ())
+                for key in keys:
+                    self._items[key].failures.append(failure)
+                about = f" while rendering {', '.join(keys)}" if keys else ""
+                self._progress.say(f"{worker}{about}: {failure.kind.value}: {_first_line(failure)}")
+
+    def _sealed(self, ref: ray.ObjectRef) -> list[Event]:
+        self._sealing -= 1
+        try:
+            ray.get(ref)
+        except RayError as error:
+            # Nothing is lost: the records are there, and the next run of the same command seals the shard.
+            self._progress.say(f"a shard could not be sealed: {classify(error).message}")
+        return []
+
+    # Acting -----------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Admit(count):
+                    self._admit(count)
+                case StartWorker(worker):
+                    self._workers[worker] = self._start(worker)
+                case KillWorker(worker):
+                    if found := self._workers.pop(worker, None):
+                        found.kill()
+                case Run(worker, keys):
+                    self._tasks[worker] = keys
+                    self._workers[worker].run([self._items[key] for key in keys])
+                case Quarantine(key):
+                    self._quarantine(self._items.pop(key))
+                case Abort(failure):
+                    raise FatalError(failure)
+                case Finish():
+                    self._end = action
+
+    def _admit(self, count: int) -> None:
+        for _ in range(count):
+            found = next(self._pending, None)
+            if found is None:
+                self._events.append(PlanExhausted())
+                return
+            sample, stage = found
+            self._items[sample.key] = InFlight(sample)
+            self._events.append(Admitted(sample.key, stage))
+
+    def _start(self, worker: WorkerId) -> Worker:
+        if worker.stage is Stage.DENOISE:
+            return DenoiseGroup(worker, self._context, self._watch)
+        start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
+        return start(worker, self._context, self._watch)
+
+    def _quarantine(self, item: InFlight) -> None:
+        record = quarantine_record(
+            item.sample,
+            failures=[failure.to_dict() for failure in item.failures],
+            fingerprint=self._context.fingerprint,
+            versions=self._context.versions,
+        )
+        if quarantine(self._context.store, record):
+            reason = _first_line(item.failures[-1])
+            self._progress.say(f"quarantined {item.sample.key} (row {item.sample.row}): {reason}")
+            self._plan.quarantined(item.sample)
+        else:
+            self._plan.committed(item.sample)
+
+    def _snapshot(self) -> Snapshot:
+        at, tally = Counter(self._scheduler.in_flight().values()), self._plan.tally
+        return Snapshot(
+            total=self._total,
+            committed=tally.committed_before + tally.committed,
+            quarantined=tally.quarantined_before + tally.quarantined,
+            done_before=tally.committed_before + tally.quarantined_before,
+            encoding=at[Stage.ENCODE],
+            denoising=at[Stage.DENOISE],
+            decoding=at[Stage.DECODE],
+        )
+
+
+def _first_line(failure: Failure) -> str:
+    return failure.message.strip().partition("\n")[0]
+
+
+def _scheduler(config: RunConfig) -> Scheduler:
+    """Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work."""
+    stall_s = config.timeouts.stall_s
+    batch = config.encoders.batch_size
+    stages = {
+        Stage.ENCODE: StageLimits(workers=config.encoders.count, batch=batch, ahead=batch, task_timeout_s=stall_s),
+        Stage.DENOISE: StageLimits(
+            workers=config.groups.count, ahead=max(config.groups.count, batch), task_timeout_s=stall_s
+        ),
+        Stage.DECODE: StageLimits(
+            workers=config.decoders.count,
+            ahead=max(config.groups.count, config.decoders.count),
+            task_timeout_s=stall_s,
+        ),
+    }
+    retries = RetryLimits(**config.retries.model_dump())
+    return Scheduler(stages, retries, config.timeouts.drain_s)

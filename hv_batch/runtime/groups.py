@@ -1,0 +1,144 @@
+"""Denoise groups, from the driver's side: a gang that is placed, meets, renders one sample at a time, and goes as one.
+
+Life cycle: placement group -> one actor a rank -> rank 0 opens the meeting point -> all ranks join -> ready. The first
+failure of any rank ends the whole gang (the others would hang in a collective), frees its placement group, and leaves
+the rebuild to the scheduler (P4, P5). The placement group belongs to this driver, so Ray reclaims it if we are killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.events import Event, TaskDone, WorkerId, WorkerLost, WorkerReady
+from hv_batch.runtime.context import RunContext
+from hv_batch.runtime.failures import classify, most_telling
+from hv_batch.runtime.placement import group_bundles, show, total
+from hv_batch.runtime.ranks import RankActor
+from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, start_failure
+
+# When a rank fails, its peers' own errors arrive within moments; this is how long they may take to be heard before the
+# most telling one is chosen.
+COLLATERAL_S = 0.3
+
+# Ray shall not narrow each rank's view to its own GPU: ranks of a node must see each other's (see RankActor.join).
+SHOW_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+
+
+class DenoiseGroup:
+    """One life of one group."""
+
+    def __init__(self, worker: WorkerId, context: RunContext, watch: Watch) -> None:
+        self.id = worker
+        self._context = context
+        self._watch = watch
+        self._bundles = group_bundles(context.config)
+        self._deadline = time.monotonic() + context.config.timeouts.start_s
+        self._ready = False
+        self._ranks: list[Any] = []
+        self._pulse: Pulse | None = None
+        self._placement: PlacementGroup = placement_group(self._bundles, strategy="STRICT_PACK", name=f"hv-{worker}")
+        watch(self._placement.ready(), self._placed)
+
+    @property
+    def steps_done(self) -> int:
+        return self._pulse.count if self._pulse else 0
+
+    def poll(self, now: float) -> list[Event]:
+        if self._ready and self._pulse:
+            self._pulse.ask()
+        elif not self._ready and now > self._deadline:
+            return [WorkerLost(self.id, Failure(FailureClass.INFRA, self._why_late(), where=str(self.id)))]
+        return []
+
+    def kill(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        remove_placement_group(self._placement)
+
+    # Starting ---------------------------------------------------------------------------------------------------------
+
+    def _placed(self, ref: ray.ObjectRef) -> list[Event]:
+        if error := _error_of(ref):
+            return [WorkerLost(self.id, start_failure(classify(error, str(self.id))))]
+        groups = self._context.config.groups
+        actor_class: Any = RankActor  # ray.remote has replaced the class by its actor factory
+        for index in range(len(self._bundles)):
+            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
+            actor = actor_class.options(
+                num_cpus=groups.cpus_per_rank,
+                num_gpus=groups.gpus_per_rank,
+                scheduling_strategy=strategy,
+                runtime_env=SHOW_GPUS if self._context.config.parallel.device == "cuda" else HIDE_GPUS,
+            ).remote(self._context, index, str(self.id))
+            self._ranks.append(actor)
+        self._pulse = Pulse(self.id, self._ranks[0], self._watch)
+        first_words = [self._ranks[0].host_rendezvous.remote(), *(rank.seat.remote() for rank in self._ranks)]
+        self._when_all(first_words, lambda: self._seated(first_words))
+        return []
+
+    def _seated(self, first_words: Sequence[ray.ObjectRef]) -> list[Event]:
+        address, *seats = ray.get(list(first_words))
+        self._when_all([rank.join.remote(address, seats) for rank in self._ranks], self._joined)
+        return []
+
+    def _joined(self) -> list[Event]:
+        self._ready = True
+        return [WorkerReady(self.id)]
+
+    def _when_all(self, refs: Sequence[ray.ObjectRef], then: Any) -> None:
+        """Call `then` once every rank has answered; the first error loses the group."""
+        missing = set(refs)
+
+        def answered(ref: ray.ObjectRef) -> list[Event]:
+            if _error_of(ref):
+                failure = self._verdict(refs)
+                return [WorkerLost(self.id, failure if self._ready else start_failure(failure))]
+            missing.discard(ref)
+            return [] if missing else then()
+
+        for ref in refs:
+            self._watch(ref, answered)
+
+    # Rendering --------------------------------------------------------------------------------------------------------
+
+    def run(self, items: Sequence[InFlight]) -> None:
+        (item,) = items
+        arguments = (item.sample, item.embeddings, item.stages)
+        latents, report = self._ranks[0].denoise.options(num_returns=2).remote(*arguments)
+        others = [rank.denoise.remote(*arguments) for rank in self._ranks[1:]]
+
+        def rendered() -> list[Event]:
+            item.latents, item.embeddings = latents, None
+            item.stages["denoise"] = ray.get(report)
+            return [TaskDone(self.id)]
+
+        self._when_all([report, *others], rendered)
+
+    def _verdict(self, refs: Sequence[ray.ObjectRef]) -> Failure:
+        heard, _ = ray.wait(list(refs), num_returns=len(refs), timeout=COLLATERAL_S, fetch_local=False)
+        return most_telling([classify(error, str(self.id)) for ref in heard if (error := _error_of(ref))])
+
+    def _why_late(self) -> str:
+        asked = show(total(self._bundles))
+        there = show({k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")})
+        state = "placed but its ranks did not load and meet" if self._ranks else "not placed"
+        return (
+            f"a group of {len(self._bundles)} rank(s) was {state} within timeouts.start_s. It asks for {asked} on one "
+            f"node; free in the whole cluster: {there}"
+        )
+
+
+def _error_of(ref: ray.ObjectRef) -> RayError | None:
+    try:
+        ray.get(ref)
+    except RayError as error:
+        return error
+    return None

@@ -1,0 +1,94 @@
+"""Where a run's actors may stand: the bill of materials, and whether a cluster can ever pay it (P6)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from hv_batch.job.config import RunConfig
+from hv_batch.protocol import UserError
+
+Bundle = dict[str, float]
+
+LOOK_EVERY_S = 2.0
+SAY_EVERY_S = 30.0
+
+
+def actor_bundle(cpus: float, gpus: float) -> Bundle:
+    """Ray refuses zero amounts in a bundle."""
+    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
+
+
+def group_bundles(config: RunConfig) -> list[Bundle]:
+    """One bundle a rank."""
+    return [actor_bundle(config.groups.cpus_per_rank, config.groups.gpus_per_rank)] * config.parallel.world_size
+
+
+def least_bill(config: RunConfig) -> list[list[Bundle]]:
+    """The least that renders anything: one group, one encoder, one decoder. Each inner list must fit on one node."""
+    return [
+        group_bundles(config),
+        [actor_bundle(config.encoders.cpus, config.encoders.gpus)],
+        [actor_bundle(config.decoders.cpus, config.decoders.gpus)],
+    ]
+
+
+def total(bundles: Sequence[Bundle]) -> Bundle:
+    names = {name for bundle in bundles for name in bundle}
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in sorted(names)}
+
+
+def fits(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether every inner list finds a node, largest first (first fit: enough for one group and two single actors)."""
+    free = [dict(node) for node in nodes]
+    for need in sorted((total(bundles) for bundles in bill), key=lambda need: sorted(need.values()), reverse=True):
+        node = next((node for node in free if all(node.get(k, 0.0) >= v - 1e-9 for k, v in need.items())), None)
+        if node is None:
+            return False
+        for name, amount in need.items():
+            node[name] -= amount
+    return True
+
+
+def await_resources(config: RunConfig, *, patience_s: float, say: Callable[[str], None]) -> None:
+    """Wait until the cluster has what the least bill asks for, telling an autoscaler about it meanwhile.
+
+    Raises UserError after `patience_s` with what was asked and what there is. Nothing is reserved.
+    """
+    bill = least_bill(config)
+    deadline, said = time.monotonic() + patience_s, 0.0
+    try:
+        while not fits(bill, nodes := _alive_nodes()):
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"Ray has not the resources that this run needs. {_asked_and_there(config, nodes)} Add nodes, or "
+                    "ask for less in the config (parallel, groups, encoders, decoders)."
+                )
+            if time.monotonic() - said > SAY_EVERY_S:
+                request_resources(bundles=[bundle for bundles in bill for bundle in bundles])
+                say(f"waiting for nodes: {_asked_and_there(config, nodes)}")
+                said = time.monotonic()
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if said:
+            request_resources(bundles=[])
+
+
+def _alive_nodes() -> list[Bundle]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _asked_and_there(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> str:
+    group, encoder, decoder = (show(total(bundles)) for bundles in least_bill(config))
+    there = "; ".join(show({k: node.get(k, 0.0) for k in ("CPU", "GPU")}) for node in nodes) or "none"
+    return (
+        f"Needed at least: a group of {config.parallel.world_size} rank(s) on one node with {group}, an encoder with "
+        f"{encoder}, a decoder with {decoder}. Nodes there are: {there}."
+    )
+
+
+def show(resources: Mapping[str, float]) -> str:
+    return " + ".join(f"{amount:g} {name}" for name, amount in resources.items()) or "nothing"

@@ -1,0 +1,83 @@
+"""The inside of a denoise group: one actor a rank, one GPU (or CPU process) each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from hv_batch.job import commits
+from hv_batch.job.samples import Sample
+from hv_batch.protocol import Denoiser, RankPlace
+from hv_batch.runtime.context import RunContext, StageReport, stopwatch
+
+
+@dataclass(frozen=True, slots=True)
+class RankSeat:
+    """Where Ray put a rank: what the ranks of a group need to know of each other before they can meet."""
+
+    node: str
+    gpus: tuple[str, ...]
+
+
+@ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
+class RankActor:
+    """One rank. A restarted rank would have no process group, hence no restarts: the driver rebuilds the whole gang."""
+
+    def __init__(self, context: RunContext, rank: int, name: str) -> None:
+        self._context = context
+        self._rank = rank
+        self._name = name
+        self._steps = 0
+
+    def seat(self) -> RankSeat:
+        gpus = tuple(str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+        return RankSeat(ray.util.get_node_ip_address(), gpus)
+
+    def host_rendezvous(self) -> str:
+        """Rank 0: open the meeting point on a port that is free at this moment, and keep it (no port race)."""
+        host, world_size = ray.util.get_node_ip_address(), self._context.config.parallel.world_size
+        return self._context.engine.host_rendezvous(host, world_size)
+
+    def join(self, address: str, seats: Sequence[RankSeat]) -> None:
+        """Load the weights and meet the other ranks; returns when all have."""
+        parallel = self._context.config.parallel
+        neighbours = [rank for rank, seat in enumerate(seats) if seat.node == seats[self._rank].node]
+        if parallel.device == "cuda":
+            # Every rank of a node sees the same GPUs in the same order: peer-to-peer copies and NCCL's topology search
+            # need to see the neighbours. Takes effect because CUDA starts only in the engine.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for rank in neighbours for gpu in seats[rank].gpus)
+        place = RankPlace(
+            rank=self._rank,
+            local_rank=neighbours.index(self._rank),
+            ulysses_degree=parallel.ulysses_degree,
+            ring_degree=parallel.ring_degree,
+            device=parallel.device,
+            address=address,
+            timeout_s=self._context.config.timeouts.stall_s,
+        )
+        self._denoiser: Denoiser = self._context.engine.join(place)
+
+    def denoise(self, sample: Sample, embeddings: tuple[Any, Any], stages: Mapping[str, StageReport]) -> Any:
+        """Latents and report from rank 0, which has put the latents into the output root first (P4); None elsewhere."""
+        positive, negative = embeddings
+        with stopwatch() as watch:
+            latents = self._denoiser.denoise(sample.params, positive, negative, self._count_step)
+        if self._rank != 0:
+            return None
+        context = self._context
+        identity = commits.sample_identity(sample, context.fingerprint)
+        report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name)
+        stages = {**stages, "denoise": report}
+        commits.put_latents(context.store, sample, latents, identity, {name: r.to_dict() for name, r in stages.items()})
+        return latents, report
+
+    def _count_step(self, _done: int) -> None:
+        self._steps += 1
+
+    @ray.method(concurrency_group="health")
+    def progress(self) -> int:
+        return self._steps

@@ -1,0 +1,167 @@
+"""One whole run, from a checked config to a finished output root: what `hv-batch run` and jobs/render.py call.
+
+Everything that can be found wrong is found in `_prepare`, before Ray is touched (P6); everything that is rendered is
+found again by the same call after a crash (P2).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib import metadata
+from threading import Event
+from types import FrameType
+from typing import Any
+
+from hv_batch import __version__
+from hv_batch.job import layout
+from hv_batch.job.config import RunConfig
+from hv_batch.job.manifest import Manifest
+from hv_batch.job.plan import Plan
+from hv_batch.job.progress import Progress, clock
+from hv_batch.job.report import aggregate, write_report
+from hv_batch.job.runs import RunState, fingerprint, finish_run, open_run
+from hv_batch.job.samples import ManifestSummary, check_manifest, iter_samples
+from hv_batch.job.storage import PutIfAbsent, Store
+from hv_batch.protocol import Engine, UserError
+from hv_batch.runtime.context import RunContext, build_engine
+from hv_batch.runtime.driver import Driver, Outcome
+from hv_batch.runtime.placement import await_resources
+from hv_batch.runtime.session import ray_session
+
+# What a record's reader needs to reproduce its bytes.
+RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "numpy")
+
+
+class ExitCode(IntEnum):
+    COMMITTED = 0
+    FATAL = 1
+    QUARANTINED = 3
+    STOPPED = 143
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    context: RunContext
+    manifest: Manifest
+    summary: ManifestSummary
+    state: RunState
+
+
+def render(
+    config: RunConfig, manifest_url: str, output_url: str, *, address: str | None, progress: Progress
+) -> ExitCode:
+    """Render what `output_url` lacks of the manifest. Raises UserError and FatalError; both mean exit code 1."""
+    with _stop_signals() as stopped:
+        job = _prepare(config, manifest_url, Store(output_url), progress)
+        store = job.context.store
+        if job.state is RunState.FINISHED:
+            summary = json.loads(store.get(layout.SUMMARY))
+            progress.say(f"nothing to render: all {job.summary.samples} samples of {store.url} are done")
+            return _exit_code(summary)
+        plan = Plan(store, iter_samples(job.manifest, config))
+        with ray_session(config, address) as local, _stop_signals(stopped), progress:
+            patience_s = 0.0 if local else config.timeouts.start_s
+            await_resources(config, patience_s=patience_s, say=progress.say)
+            driver = Driver(
+                job.context, plan, job.summary.samples, job.summary.extra_kinds, progress, should_stop=stopped.is_set
+            )
+            outcome = driver.run()
+    return _close(store, plan, outcome, progress)
+
+
+def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progress) -> _Job:
+    """Every check that needs no cluster, then the claim on the output root."""
+    engine = build_engine(config.model.engine, config.model.options)
+    _check_engine(engine, config)
+    manifest = Manifest(manifest_url)
+    summary = check_manifest(manifest, config)
+    progress.say(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
+    for warning in summary.warnings:
+        progress.say(f"note: {warning}")
+    versions = {"hv_batch": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
+    identity = {**config.identity(), "model": engine.identity(), "manifest": summary.digest}
+    if not store.exists(layout.RUN) and store.probe() is PutIfAbsent.UNSAFE:
+        progress.say(f"warning: {store.url} cannot put an object only if it is absent; never run two drivers on it")
+    state = open_run(store, _document(identity, config, manifest, summary, versions))
+    return _Job(RunContext(config, engine, store, fingerprint(identity), versions), manifest, summary, state)
+
+
+def _check_engine(engine: Engine, config: RunConfig) -> None:
+    parallel = config.parallel
+    found = engine.check() + engine.group_problems(parallel.ulysses_degree, parallel.ring_degree)
+    if found:
+        listing = "\n".join(f"  - {problem}" for problem in found)
+        raise UserError(f"The engine {config.model.engine} cannot render with this config:\n{listing}")
+
+
+def _document(
+    identity: dict[str, Any],
+    config: RunConfig,
+    manifest: Manifest,
+    summary: ManifestSummary,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    return {
+        "identity": identity,
+        "config": config.model_dump(mode="json"),
+        "manifest": {
+            "url": _without_secrets(manifest.url),
+            "digest": summary.digest,
+            "rows": summary.rows,
+            "samples": summary.samples,
+            "shards": summary.shards,
+        },
+        "versions": versions,
+    }
+
+
+def _without_secrets(url: str) -> str:
+    """A URL may carry a password before its host, and a signature after its path."""
+    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
+
+
+def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> ExitCode:
+    """Write what people read. A stopped run gets its summary and gallery too, but no _SUCCESS."""
+    summary = aggregate(store)
+    write_report(store, summary)
+    finish_run(store, summary)
+    tally = plan.tally
+    found = tally.committed_before + tally.quarantined_before
+    progress.say(
+        f"{'stopped' if outcome.drained else 'finished'} after {clock(outcome.seconds)}: {tally.committed} rendered, "
+        f"{tally.quarantined} quarantined now, {found} were done before, {summary['pending']} pending"
+    )
+    return ExitCode.STOPPED if outcome.drained else _exit_code(summary)
+
+
+def _exit_code(summary: dict[str, Any]) -> ExitCode:
+    return ExitCode.QUARANTINED if summary["quarantined"] else ExitCode.COMMITTED
+
+
+@contextmanager
+def _stop_signals(stopped: Event | None = None) -> Iterator[Event]:
+    """SIGTERM and SIGINT set the event: a handler does nothing else. A second one ends the process at once.
+
+    Used again after `ray.init`, which installs handlers of its own.
+    """
+    stopped = stopped or Event()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,166 @@
+"""The driver's side of the pool actors: start one, give it a task, ask how it is doing, end it.
+
+Every answer of an actor becomes scheduler events. A worker never blocks: it asks its `watch` to call back when a Ray
+reference is there, and the callback returns the events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.events import Beat, Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerReady
+from hv_batch.job.samples import Sample
+from hv_batch.runtime.context import RunContext, StageReport
+from hv_batch.runtime.decoders import DecoderActor
+from hv_batch.runtime.encoders import EncoderActor
+from hv_batch.runtime.failures import classify, worker_survives
+
+Watch = Callable[[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]], None]
+
+# A CPU-only actor must not open a context on a GPU that belongs to somebody else; Ray leaves it all of them in sight.
+HIDE_GPUS = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+
+
+@dataclass(slots=True)
+class InFlight:
+    """One sample on its way: references and small reports, never a payload."""
+
+    sample: Sample
+    embeddings: ray.ObjectRef | None = None
+    latents: ray.ObjectRef | None = None  # None also where the decoder shall read them from the output root
+    stages: dict[str, StageReport] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Worker(Protocol):
+    def run(self, items: Sequence[InFlight]) -> None: ...
+
+    def poll(self, now: float) -> list[Event]:
+        """Ask for progress; also the moment to give up a start that takes too long."""
+        ...
+
+    def kill(self) -> None: ...
+
+
+class Pulse:
+    """Asks one actor for its progress counter, at most one question at a time, and turns changes into beats."""
+
+    def __init__(self, worker: WorkerId, actor: Any, watch: Watch) -> None:
+        self._worker, self._actor, self._watch = worker, actor, watch
+        self._asking = False
+        self.count = 0
+
+    def ask(self) -> None:
+        if not self._asking:
+            self._asking = True
+            self._watch(self._actor.progress.remote(), self._answered)
+
+    def _answered(self, ref: ray.ObjectRef) -> list[Event]:
+        self._asking = False
+        try:
+            count = ray.get(ref)
+        except RayError as error:
+            return [WorkerLost(self._worker, classify(error, str(self._worker)))]
+        changed, self.count = count != self.count, count
+        return [Beat(self._worker)] if changed else []
+
+
+class PoolWorker:
+    """One encoder or decoder actor; the two differ in what a task is."""
+
+    def __init__(self, worker: WorkerId, actor: Any, watch: Watch, start_timeout_s: float) -> None:
+        self.id = worker
+        self._actor = actor
+        self._watch = watch
+        self._ready = False
+        self._deadline = time.monotonic() + start_timeout_s
+        self._pulse = Pulse(worker, actor, watch)
+        watch(actor.load.remote(), self._loaded)
+
+    def poll(self, now: float) -> list[Event]:
+        if self._ready:
+            self._pulse.ask()
+        elif now > self._deadline:
+            message = "it was not placed and loaded within timeouts.start_s; the cluster may have no room for it"
+            return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)))]
+        return []
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+    def _loaded(self, ref: ray.ObjectRef) -> list[Event]:
+        try:
+            ray.get(ref)
+        except RayError as error:
+            return [WorkerLost(self.id, start_failure(classify(error, str(self.id))))]
+        self._ready = True
+        return [WorkerReady(self.id)]
+
+    def _failed(self, error: RayError) -> list[Event]:
+        failure = classify(error, str(self.id))
+        return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure)]
+
+
+def start_failure(failure: Failure) -> Failure:
+    """No sample is to blame for a worker that does not start, so whatever is not fatal counts against the slot."""
+    if failure.kind in (FailureClass.FATAL, FailureClass.PREEMPTED):
+        return failure
+    return replace(failure, kind=FailureClass.INFRA, message=f"it did not start: {failure.message}")
+
+
+class EncoderWorker(PoolWorker):
+    def run(self, items: Sequence[InFlight]) -> None:
+        call = self._actor.encode.options(num_returns=len(items) + 1)
+        *embeddings, reports = call.remote([item.sample.params for item in items])
+        self._watch(reports, lambda ref: self._encoded(ref, items, embeddings))
+
+    def _encoded(
+        self, ref: ray.ObjectRef, items: Sequence[InFlight], embeddings: Sequence[ray.ObjectRef]
+    ) -> list[Event]:
+        try:
+            reports = ray.get(ref)
+        except RayError as error:
+            return self._failed(error)
+        for item, embedding, report in zip(items, embeddings, reports, strict=True):
+            item.embeddings, item.stages = embedding, {"encode": report}
+        return [TaskDone(self.id)]
+
+
+class DecoderWorker(PoolWorker):
+    def run(self, items: Sequence[InFlight]) -> None:
+        (item,) = items
+        ref = self._actor.decode.remote(item.sample, item.latents, item.stages, item.failures)
+        # A second try reads the output root: the reference may be what was lost.
+        item.latents = None
+        self._watch(ref, self._decoded)
+
+    def _decoded(self, ref: ray.ObjectRef) -> list[Event]:
+        try:
+            ray.get(ref)
+        except RayError as error:
+            return self._failed(error)
+        return [TaskDone(self.id)]
+
+
+def start_encoder(worker: WorkerId, context: RunContext, watch: Watch) -> EncoderWorker:
+    pool = context.config.encoders
+    actor = _start(EncoderActor, worker, context, pool.cpus, pool.gpus)
+    return EncoderWorker(worker, actor, watch, context.config.timeouts.start_s)
+
+
+def start_decoder(worker: WorkerId, context: RunContext, watch: Watch) -> DecoderWorker:
+    pool = context.config.decoders
+    actor = _start(DecoderActor, worker, context, pool.cpus, pool.gpus)
+    return DecoderWorker(worker, actor, watch, context.config.timeouts.start_s)
+
+
+def _start(actor_class: Any, worker: WorkerId, context: RunContext, cpus: float, gpus: float) -> Any:
+    runtime_env = HIDE_GPUS if gpus == 0 else {}
+    return actor_class.options(num_cpus=cpus, num_gpus=gpus, runtime_env=runtime_env).remote(context, str(worker))

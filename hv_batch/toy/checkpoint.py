@@ -1,0 +1,138 @@
+"""The toy checkpoint: the real architecture at toy width, as a tree laid out exactly like the released one (spec 7).
+
+Nothing in it is trained: `hv_batch.toy.random_weights` says where the weights come from and what their pictures show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.toy import random_weights, tokenizers
+from hv_batch.toy.random_weights import State, dit_state, text_state, vae_state
+
+LLAMA_WIDTH = 64
+CLIP_WIDTH = 32
+
+# Eight heads, so that a group of eight ranks can share them out as it does the released model's 24. Half of each head
+# turns with time: frames are few, and should differ.
+TOY_DIT: dict[str, Any] = {
+    "hidden_size": 128,
+    "heads_num": 8,
+    "rope_dim_list": (8, 4, 4),
+    "mm_double_blocks_depth": 2,
+    "mm_single_blocks_depth": 2,
+    "text_states_dim": LLAMA_WIDTH,
+    "text_states_dim_2": CLIP_WIDTH,
+}
+TOY_VAE: dict[str, Any] = {
+    "block_out_channels": (16, 16, 32, 32),
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+}
+
+
+def write_toy_checkpoint(root: Path, seed: int = 0) -> Path:
+    """The model base of the toy checkpoint under `root`, written first if it is not there yet.
+
+    Its directory is named by the seed and a digest of this recipe, so that a tree of another version is never taken
+    for this one. It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
+    """
+    model_base = root / f"toy-{seed}-{_recipe()}"
+    if model_base.is_dir():
+        return model_base
+    root.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".toy-", dir=root))
+    try:
+        _write_tree(draft, seed)
+        draft.chmod(0o755)  # mkdtemp's is private to the user; a checkpoint is shared
+        draft.rename(model_base)
+    except OSError:
+        if not model_base.is_dir():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return model_base
+
+
+def _recipe() -> str:
+    sources = (Path(__file__), *(Path(str(module.__file__)) for module in (tokenizers, random_weights)))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+
+
+def _write_tree(base: Path, seed: int) -> None:
+    model = base / "hunyuan-video-t2v-720p"
+    for directory in (model / "transformers", model / "vae"):
+        directory.mkdir(parents=True)
+    with torch.device("meta"):
+        dit, vae = HYVideoDiT(DiTConfig(**TOY_DIT)), CausalVAE(VAEConfig(**TOY_VAE))
+    # torch.save writes the file's stem into the archive: the final names, from the start, keep the bytes equal.
+    bf16 = {name: tensor.bfloat16() for name, tensor in dit_state(dit, seed).items()}
+    torch.save({"module": bf16}, model / "transformers" / "mp_rank_00_model_states.pt")
+    torch.save(vae_state(vae, seed), model / "vae" / "pytorch_model.pt")
+    _write_json(
+        model / "vae" / "config.json", {"_class_name": "AutoencoderKLCausal3D", "latent_channels": 16} | TOY_VAE
+    )
+    _write_llama(base / "text_encoder", seed)
+    _write_clip(base / "text_encoder_2", seed)
+
+
+def _write_llama(directory: Path, seed: int) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=tokenizers.write_llama_tokenizer(directory),
+        hidden_size=LLAMA_WIDTH,
+        intermediate_size=2 * LLAMA_WIDTH,
+        num_hidden_layers=4,  # of which the engine runs two
+        num_attention_heads=4,
+        num_key_value_heads=2,  # grouped, as in Llama 3
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        architectures=["LlamaModel"],
+    )
+    with torch.device("meta"):
+        model = LlamaModel(config)
+    _write_safetensors(directory, config, text_state(model, seed))
+
+
+def _write_clip(directory: Path, seed: int) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vocab_size, start, end = tokenizers.write_clip_tokenizer(directory)
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=4 * CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=start,
+        eos_token_id=end,  # the model pools at this token's position
+        pad_token_id=end,
+        architectures=["CLIPTextModel"],
+    )
+    with torch.device("meta"):
+        model = CLIPTextModel(config)
+    # The released file's names start with "text_model."; some versions of transformers leave that out of the module's.
+    state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in text_state(model, seed).items()}
+    _write_safetensors(directory, config, state)
+
+
+def _write_safetensors(directory: Path, config: Any, state: State) -> None:
+    _write_json(directory / "config.json", config.to_diff_dict())
+    # Not save_file, which makes the file private to its writer.
+    (directory / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,12 @@
+"""The entry point of a Ray job; takes what `hv-batch run` takes.
+
+ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/render.py --config C --manifest M --output O
+"""
+
+import sys
+
+from hv_batch.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "run")
+    main()

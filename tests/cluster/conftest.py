@@ -1,0 +1,65 @@
+"""One real Ray head for all cluster tests, with eight GPUs that do not exist, ended by its process id."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_environment():
+    """For this process and every Ray process it starts."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # a token in the home folder would outlive the tests
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = str(ROOT)  # where actors find the doubles
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def ray_head(ray_environment, tmp_path_factory):
+    """(GCS address, dashboard URL) of `ray start --head --num-gpus 8`."""
+    port, dashboard = free_port(), free_port()
+    log = tmp_path_factory.mktemp("head") / "log.txt"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += ["--num-cpus=8", "--num-gpus=8", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += ["--object-store-memory=300000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    with log.open("w") as output:
+        # A session of its own, so that everything it starts can be ended as one group.
+        head = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not re.search(r"Ray runtime started", log.read_text()):
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def marks(tmp_path):
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder

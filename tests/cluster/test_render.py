@@ -1,0 +1,211 @@
+"""Whole runs on a real Ray with the fake engine: what is promised when things go well, and when they do not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import (
+    command,
+    count,
+    dataset,
+    finish,
+    records,
+    render,
+    start,
+    table,
+    write_config,
+    write_manifest,
+)
+
+PROMPTS = [f"prompt {i}" for i in range(10)]
+DEADLINE_S = 60
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never saw {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_head, tmp_path_factory):
+    """The output root of PROMPTS when nothing goes wrong."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    marks = folder / "marks"
+    marks.mkdir()
+    config, manifest = write_config(folder, marks), write_manifest(folder, PROMPTS)
+    code, text = render(config, manifest, folder / "out", ray_head[0])
+    assert code == 0, text
+    return folder
+
+
+def test_every_sample_is_committed_once(undisturbed):
+    """P1: one record a sample, its media where the record says, shards sealed, summary and _SUCCESS written."""
+    output = undisturbed / "out"
+    found = records(output)
+    assert list(found) == [f"s{i:02d}" for i in range(10)]
+    assert all((output / record["file"]).stat().st_size == record["bytes"] for record in found.values())
+    assert [row["id"] for shard in range(3) for row in table(output, shard)] == list(found)
+    assert json.loads((output / "summary.json").read_text())["committed"] == 10
+    assert (output / "_SUCCESS").exists()
+    assert (output / "report" / "index.html").exists()
+    assert not list((output / "latents").rglob("*.safetensors"))
+    assert count(undisturbed / "marks", "denoised") == dict.fromkeys(PROMPTS, 1)
+
+
+def test_a_record_tells_where_it_came_from(undisturbed):
+    """Lineage: parameters, seed, plan, stages with their workers, versions and licence are in the commit record."""
+    record = records(undisturbed / "out")["s03"]
+    assert record["params"]["prompt"] == "prompt 3"
+    assert record["params"]["height"] == 64
+    assert set(record["stages"]) == {"encode", "denoise", "decode"}
+    assert record["places"]["denoise"]["worker"].startswith("denoise-0")
+    assert record["places"]["encode"]["tokens_lost"] == 0
+    assert record["versions"]["torch"]
+    assert record["licence"]
+
+
+def test_a_finished_root_renders_nothing(undisturbed, ray_head):
+    """P2: the same command over a finished output changes nothing and starts no actor."""
+    before = dataset(undisturbed / "out")
+    code, text = render(undisturbed / "config.yaml", undisturbed / "manifest.jsonl", undisturbed / "out", "127.0.0.1:1")
+    assert code == 0, text
+    assert "nothing to render" in text
+    assert dataset(undisturbed / "out") == before
+    assert sum(count(undisturbed / "marks", "denoised").values()) == 10
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, marks, after):
+    """P2, P3: a driver killed at any moment is resumed; nothing committed is rendered again, and the bytes are equal."""
+    config = write_config(tmp_path, marks, {"step_seconds": 0.02})
+    manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
+    driver = start(command(config, manifest, output, ray_head[0]))
+    wait_for(lambda: len(records(output)) >= after and (output / "run.json").exists(), f"{after} commits")
+    driver.send_signal(signal.SIGKILL)
+    finish(driver)
+    committed = {record["params"]["prompt"] for record in records(output).values()}
+    begun = count(marks, "denoised")
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 0, text
+    assert all(count(marks, "denoised")[prompt] == begun[prompt] for prompt in committed)
+    assert {k: v for k, v in dataset(output).items() if k.endswith(".mp4")} == {
+        k: v for k, v in dataset(undisturbed / "out").items() if k.endswith(".mp4")
+    }
+    assert (output / "_SUCCESS").exists()
+
+
+def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
+    """Exit codes: a stop lets what is running finish, exits 143, and the same command goes on from there."""
+    config, output = write_config(tmp_path, marks, {"step_seconds": 0.2}), tmp_path / "out"
+    manifest = write_manifest(tmp_path, PROMPTS[:6])
+    driver = start(command(config, manifest, output, ray_head[0]))
+    wait_for(lambda: count(marks, "denoised"), "a denoise")
+    driver.send_signal(signal.SIGTERM)
+    code, text = finish(driver)
+    assert code == 143, text
+    done = len(records(output))
+    assert 1 <= done < 6
+    assert sum(count(marks, "denoised").values()) == done, "what was denoised was committed too"
+    assert not (output / "_SUCCESS").exists()
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 0, text
+    assert len(records(output)) == 6
+    assert sum(count(marks, "denoised").values()) == 6
+
+
+def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
+    """P5: exit code 3, one quarantine record with its traceback, everything else committed; again it is still 3."""
+    config, output = write_config(tmp_path, marks), tmp_path / "out"
+    manifest = write_manifest(tmp_path, ["good 0", "bad !raise-denoise", "good 1", "bad !raise-encode", "good 2"])
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 3, text
+    assert set(records(output)) == {"s00", "s02", "s04"}
+    bad = records(output, "quarantine")
+    assert set(bad) == {"s01", "s03"}
+    assert bad["s01"]["class"] == "POISON"
+    assert "told to fail at denoise" in bad["s01"]["message"]
+    assert "misbehave" in bad["s01"]["traceback"]
+    assert [row["id"] for row in table(output)] == ["s00", "s02"]
+    code, text = render(config, manifest, output, "127.0.0.1:1")
+    assert code == 3, text
+
+
+@pytest.mark.parametrize("fault", ["!kill-denoise-once", "!kill-encode-once", "!freeze-denoise-once"])
+def test_a_lost_worker_costs_one_try(ray_head, tmp_path, marks, fault):
+    """P4: a rank or encoder that dies or hangs is replaced, the sample tried again, and the bytes are the same."""
+    config = write_config(tmp_path, marks, timeouts={"stall_s": 4})
+    prompts = ["good 0", f"bad {fault}", "good 1"]
+    output = tmp_path / "out"
+    code, text = render(config, write_manifest(tmp_path, prompts), output, ray_head[0])
+    assert code == 0, text
+    found = records(output)
+    assert set(found) == {"s00", "s01", "s02"}
+    assert count(marks, "denoised") == dict.fromkeys(prompts, 1)
+    if "encode" not in fault:
+        assert found["s01"]["attempts"] == 2
+        assert found["s01"]["history"][0]["kind"] == "INFRA"
+
+
+def test_a_dead_decoder_never_repeats_a_denoise(ray_head, tmp_path, marks):
+    """P4: the final latents were written first, so a decoder's death costs a decode and nothing else."""
+    (marks / "decoder-dies").touch()
+    config, output = write_config(tmp_path, marks), tmp_path / "out"
+    code, text = render(config, write_manifest(tmp_path, PROMPTS[:3]), output, ray_head[0])
+    assert code == 0, text
+    assert count(marks, "denoised") == dict.fromkeys(PROMPTS[:3], 1)
+    assert len(records(output)) == 3
+
+
+def test_eight_ranks_are_placed_on_fake_gpus(ray_head, tmp_path, marks):
+    """Placement: a gang of eight one-GPU bundles stands where Ray counts eight GPUs, real or not."""
+    config = write_config(tmp_path, marks, parallel={"ulysses_degree": 4, "ring_degree": 2})
+    code, text = render(config, write_manifest(tmp_path, PROMPTS[:2]), tmp_path / "out", ray_head[0])
+    assert code == 0, text
+    assert {path.name for path in marks.glob("join-*")} == {f"join-{rank}-of-8" for rank in range(8)}
+
+
+def test_more_gpus_than_the_cluster_has_are_said(ray_head, tmp_path, marks):
+    """P6: what was asked and what there is, before anything is placed."""
+    config = write_config(
+        tmp_path, marks, parallel={"ulysses_degree": 12}, timeouts={"start_s": 1, "stall_s": 60, "drain_s": 30}
+    )
+    code, text = render(config, write_manifest(tmp_path, PROMPTS[:1]), tmp_path / "out", ray_head[0])
+    assert code == 1, text
+    assert "12 GPU" in text
+    assert "8 GPU" in text
+    assert "Traceback" not in text
+    assert not list(marks.glob("join-*"))
+
+
+def test_changed_config_is_refused_with_the_difference(undisturbed, ray_head):
+    """P2: another config on the same output root is refused, and the difference named."""
+    arguments = (undisturbed / "config.yaml", undisturbed / "manifest.jsonl", undisturbed / "out", ray_head[0])
+    code, text = render(*arguments, "defaults.num_inference_steps=5")
+    assert code == 1
+    assert "num_inference_steps: 4 -> 5" in text
+    code, text = render(*arguments, "groups.count=2")
+    assert code == 0, "how many groups render is not part of a run's identity"
+
+
+def test_parquet_manifest_renders_the_same(undisturbed, ray_head, tmp_path, marks):
+    """A Parquet manifest with the same rows gives the same videos."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in (undisturbed / "manifest.jsonl").read_text().splitlines()]
+    manifest = tmp_path / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), manifest)
+    code, text = render(write_config(tmp_path, marks), manifest, tmp_path / "out", ray_head[0])
+    assert code == 0, text
+
+    def videos(output: Path):
+        return {key: data for key, data in dataset(output).items() if key.endswith(".mp4")}
+
+    assert videos(tmp_path / "out") == videos(undisturbed / "out")

@@ -1,0 +1,125 @@
+"""A stand-in for the model, behind the engine protocol: instant, deterministic, and able to fail on command.
+
+A prompt says what goes wrong with it, as in "... !kill-denoise-once". Faults that happen once leave a mark in `marks`,
+a folder that all actors share, and so do all calls: tests read there how often something was really done.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class FakeEmbedding:
+    text: str
+    num_tokens: int
+    tokens_lost: int = 0
+
+
+class FakeEngine:
+    def __init__(self, *, marks: str, step_seconds: float = 0.0, check: list[str] | None = None, revision: str = "a"):
+        self.marks = Path(marks)
+        self.step_seconds = step_seconds
+        self.problems = check or []
+        self.revision = revision
+
+    def check(self):
+        return list(self.problems)
+
+    def identity(self):
+        return {"fake": self.revision}
+
+    def group_problems(self, ulysses_degree, ring_degree):
+        return [] if 24 % ulysses_degree == 0 else [f"ulysses_degree {ulysses_degree} does not divide 24"]
+
+    def text_encoder(self, device):
+        return FakeEncoder(self)
+
+    def host_rendezvous(self, host, world_size):
+        return f"{host}:0"
+
+    def join(self, place):
+        self.mark(f"join-{place.rank}-of-{place.world_size}", place.address)
+        return FakeDenoiser(self, place.rank)
+
+    def decoder(self, device):
+        return FakeDecoder(self)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def mark(self, what, text=""):
+        with (self.marks / what).open("a") as file:
+            file.write(text.replace("\n", " ") + "\n")
+
+    def first(self, what):
+        try:
+            (self.marks / f"once-{what}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def misbehave(self, stage, text):
+        """Do what the prompt's commands say for this stage."""
+        for command in (word for word in text.split() if word.startswith("!")):
+            fault, where, *once = command[1:].split("-")
+            if where != stage or (once and not self.first(f"{command[1:]}-{text.split()[0]}")):
+                continue
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "raise":
+                raise ValueError(f"told to fail at {stage}: {text}")
+            elif fault == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class FakeEncoder:
+    def __init__(self, engine):
+        self.engine = engine
+
+    def encode(self, prompts, *, image):
+        for prompt in prompts:
+            self.engine.misbehave("encode", prompt)
+            self.engine.mark("encoded", prompt)
+        return [FakeEmbedding(prompt, len(prompt.split())) for prompt in prompts]
+
+
+class FakeDenoiser:
+    def __init__(self, engine, rank):
+        self.engine = engine
+        self.rank = rank
+
+    def denoise(self, params, positive, negative, on_step):
+        assert positive.text == params.prompt
+        assert (negative is not None) == params.uses_cfg
+        for step in range(params.num_inference_steps):
+            time.sleep(self.engine.step_seconds)
+            on_step(step + 1)
+            if step == params.num_inference_steps // 2 and self.rank == 0:
+                self.engine.misbehave("denoise", params.prompt)
+        if self.rank == 0:
+            self.engine.mark("denoised", params.prompt)
+        noise = np.random.default_rng(params.seed).standard_normal(params.latent_shape)
+        return noise.astype(np.float32) * (2.0 if params.uses_cfg else 1.0)
+
+
+class FakeDecoder:
+    """Grey frames whose level follows the latents; knows the prompt only through a mark the denoiser left."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def decode(self, latents):
+        if (self.engine.marks / "decoder-dies").exists() and self.engine.first("decoder-died"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.engine.mark("decoded")
+        _, frames, height, width = latents.shape
+        for index in range(frames):
+            level = np.uint8(128 + 40 * np.tanh(latents[:, index].mean() * 10))
+            count = 1 if index == 0 else 4
+            yield np.full((count, height * 8, width * 8, 3), level, np.uint8)

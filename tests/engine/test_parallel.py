@@ -1,0 +1,208 @@
+"""The sequence-parallel DiT on real process groups, against one rank.
+
+Four processes join group after group, run every case twice and write what they got; the tests read that. The sizes
+are chosen to be awkward: token counts that no degree divides, shards that are padding only, a ring chunk that is
+padding only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hv_batch.engine.attention import attend_math, attend_sdpa
+from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, join_group, leave_group
+from hv_batch.protocol import RankPlace, UserError
+from tests.engine.dit_reference import random_dit, random_inputs
+
+CONFIG = DiTConfig(
+    hidden_size=96,
+    heads_num=12,  # divisible by every Ulysses degree below
+    mm_double_blocks_depth=2,
+    mm_single_blocks_depth=2,
+    rope_dim_list=(2, 4, 2),
+    text_states_dim=16,
+    text_states_dim_2=8,
+)
+PADDED = 12
+TIMEOUT_S = 60.0  # far above what a joining group needs here, so that only a hang meets it
+
+
+@dataclass(frozen=True)
+class Case:
+    size: tuple[int, int, int]  # latents T, h, w
+    text_lengths: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+CASES = [
+    Case((1, 2, 2), (1,)),  # one image token: every other shard is padding
+    Case((1, 2, 4), (7,)),  # two tokens: at a ring of 3 or 4, chunks of padding only
+    Case((1, 2, 10), (PADDED,)),  # five tokens
+    Case((3, 6, 10), (7,)),  # 45 tokens: odd, and no degree below divides it but 3
+    Case((2, 4, 6), (PADDED,)),
+    Case((3, 6, 10), (7, PADDED)),  # classifier-free guidance: two items, two text lengths
+    Case((1, 14, 2), (1, PADDED)),
+    Case((3, 6, 10), (7,), torch.bfloat16),
+]
+PLANS = [(2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4)]  # (Ulysses degree, ring degree)
+PROCESSES = max(u * r for u, r in PLANS)
+
+
+@cache
+def _model(dtype: torch.dtype) -> HYVideoDiT:
+    return random_dit(CONFIG, seed=1).to(dtype)
+
+
+def _forward(case: Case, mesh: SequenceMesh) -> torch.Tensor:
+    inputs = random_inputs(CONFIG, case.size, list(case.text_lengths), seed=2, padded=PADDED)
+    return _model(case.dtype)(**inputs, mesh=mesh)
+
+
+def _attend(mesh: SequenceMesh) -> torch.Tensor:
+    """Joint attention of 5 text and 9 image tokens; this rank's rows."""
+    qkv = torch.randn(5 + 9, 3, 12, 8, generator=torch.Generator().manual_seed(3))
+    start, stop = mesh.span(9)
+    image = torch.cat((qkv[5:], torch.full((8, 3, 12, 8), float("nan"))))[start:stop]
+    return attend_jointly(torch.cat((qkv[:5], image)), 5, 9, mesh, attend_sdpa)
+
+
+def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:
+    torch.set_num_threads(1)
+    for u, r in PLANS:
+        if rank >= u * r:
+            continue
+        if rank == 0:
+            address = host_store("127.0.0.1", u * r)
+            for _ in range(u * r - 1):
+                addresses[u, r].put(address)
+        else:
+            address = addresses[u, r].get()
+        mesh = join_group(_place(rank, u, r, address, TIMEOUT_S))
+        runs = {case: (_forward(case, mesh), _forward(case, mesh)) for case in CASES}
+        torch.save((runs, _attend(mesh)), folder / f"u{u}r{r}-{rank}.pt")
+        leave_group()
+
+
+def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankPlace:
+    return RankPlace(
+        rank=rank,
+        local_rank=rank,
+        ulysses_degree=u,
+        ring_degree=r,
+        device="cpu",
+        address=address,
+        timeout_s=timeout_s,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What every rank of every plan returned, one file each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.get_context("forkserver")  # imports torch once, not once a process
+    context.set_forkserver_preload(["hv_batch.engine.dit", "hypothesis", "pytest"])
+    addresses = {plan: context.Queue() for plan in PLANS}
+    mp.start_processes(_rank_main, (folder, addresses), nprocs=PROCESSES, start_method="forkserver")
+    return folder
+
+
+def _load(folder: Path, u: int, r: int):
+    return [torch.load(folder / f"u{u}r{r}-{rank}.pt", weights_only=False) for rank in range(u * r)]
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[Case, torch.Tensor]:
+    return {case: _forward(case, SequenceMesh.single()) for case in CASES}
+
+
+@pytest.mark.parametrize(("u", "r"), PLANS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_group_equals_one_rank(folder, single, u, r, case):
+    """Design section 5: every size works at every degree, exactly but for float rounding (P3: measured, not hidden)."""
+    runs, _ = _load(folder, u, r)[0]
+    tolerance = 1e-4 if case.dtype is torch.float32 else 0.1 * single[case].abs().max().item()
+    assert single[case].std() > 0.1
+    assert (runs[case][0] - single[case]).abs().max().item() <= tolerance
+
+
+@pytest.mark.parametrize(("u", "r"), PLANS)
+def test_every_rank_returns_the_same_bits_every_time(folder, u, r):
+    """P3: same plan, same bytes; and the sampler may run replicated, because no rank's velocity differs."""
+    ranks = [runs for runs, _ in _load(folder, u, r)]
+    for case in CASES:
+        outputs = list(itertools.chain.from_iterable(runs[case] for runs in ranks))
+        assert all(torch.equal(outputs[0], other) for other in outputs[1:]), case
+
+
+@pytest.mark.parametrize(("u", "r"), PLANS)
+def test_attention_rows(folder, u, r):
+    """The text rows are one set of bits on all ranks, and NaN in the padding reaches no true row."""
+    qkv = torch.randn(5 + 9, 3, 12, 8, generator=torch.Generator().manual_seed(3))
+    expected, _ = attend_math(*qkv.unbind(1))
+    outputs = [attended for _, attended in _load(folder, u, r)]
+    assert all(torch.equal(outputs[0][:5], attended[:5]) for attended in outputs[1:])
+    assembled = torch.cat([outputs[0][:5], *(attended[5:] for attended in outputs)])[:14]
+    assert (assembled - expected.flatten(1)).abs().max().item() <= 1e-5
+
+
+@given(st.integers(1, 4000), st.integers(1, 8), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_shards_partition_the_tokens(length, u, r):
+    """Equal shards, in rank order, cover the tokens; pads (fewer than the ranks) sit at the very end."""
+    meshes = [SequenceMesh(rank=rank, ulysses_degree=u, ring_degree=r) for rank in range(u * r)]
+    spans = [mesh.span(length) for mesh in meshes]
+    assert spans[0][0] == 0
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    assert 0 <= spans[-1][1] - length < u * r
+    tokens = torch.arange(length).unsqueeze(1)
+    assert torch.equal(torch.cat([mesh.shard(tokens) for mesh in meshes])[:length], tokens)
+    chunks = meshes[0].chunk_lengths(length)
+    assert sum(chunks) == length
+    for mesh in meshes:
+        true_rows = sum(
+            max(0, min(stop, length) - start)
+            for (start, stop), other in zip(spans, meshes, strict=True)
+            if other.ring_index == mesh.ring_index
+        )
+        assert chunks[mesh.ring_index] == true_rows
+
+
+def test_one_rank_needs_no_group():
+    """A group of one joins at once and leaves no process group behind."""
+    assert join_group(_place(0, 1, 1, "nowhere:1", 1.0)) == SequenceMesh.single()
+    assert not torch.distributed.is_initialized()
+    leave_group()
+
+
+def test_a_missing_rank_is_an_error_not_a_hang():
+    """P5: a rank that never comes makes the others fail at their timeout, so that the group can be rebuilt."""
+    address = host_store("127.0.0.1", 2)
+    with pytest.raises(RuntimeError):
+        join_group(_place(0, 2, 1, address, 1.0))
+    leave_group()
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_groups_on_one_host_meet_apart():
+    """Two groups of one node get two addresses, each on a port the system chose (no bind-close-publish race)."""
+    addresses = {host_store("127.0.0.1", 2), host_store("127.0.0.1", 2)}
+    assert len(addresses) == 2
+    leave_group()
+
+
+def test_heads_that_do_not_split_are_refused():
+    """P6: a Ulysses degree that does not divide the heads is refused before any collective, naming the setting."""
+    inputs = random_inputs(CONFIG, (1, 2, 2), [1], seed=0, padded=1)
+    mesh = SequenceMesh(rank=0, ulysses_degree=5, ring_degree=1)
+    with pytest.raises(UserError, match="ulysses_degree"):
+        random_dit(CONFIG, seed=0)(**inputs, mesh=mesh)

@@ -1,0 +1,304 @@
+"""The engine object and the single-process pipeline, on the toy checkpoint: prompt in, frames out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import multiprocessing
+
+from hv_batch.engine.checkpoint import CheckpointTree
+from hv_batch.engine.hunyuan import HunyuanVideo
+from hv_batch.engine.pipeline import HunyuanVideoPipeline
+from hv_batch.engine.sampler import initial_noise
+from hv_batch.engine.weights import load_dit, load_vae
+from hv_batch.protocol import RankPlace, SamplingParams, UserError
+from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE, write_toy_checkpoint
+
+FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
+OPTIONS = {**FP32, "dit": TOY_DIT}
+PROMPT = "A cat walks on the grass, realistic."
+SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3}
+PARAMS = SamplingParams(
+    prompt=PROMPT,
+    negative_prompt="dark",
+    seed=0,
+    guidance_scale=6.0,
+    cfg_scale=1.0,
+    guidance_rescale=0.0,
+    flow_shift=7.0,
+    **SMALL,
+)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(toy):
+    return HunyuanVideoPipeline.from_pretrained(toy, device="cpu", **OPTIONS)
+
+
+def place(rank, world_size, address):
+    return RankPlace(
+        rank=rank,
+        local_rank=rank,
+        ulysses_degree=world_size,
+        ring_degree=1,
+        device="cpu",
+        address=address,
+        timeout_s=60.0,
+    )
+
+
+def test_a_prompt_becomes_frames(pipeline):
+    """Design section 1: the pipeline is the whole path, and a video is a picture that changes."""
+    steps = []
+    frames = pipeline(PROMPT, **SMALL, on_step=steps.append)
+    assert frames.shape == (9, 32, 48, 3)
+    assert frames.dtype == np.uint8
+    assert steps == [1, 2, 3]
+    assert frames.std() > 5
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_one_frame_is_an_image(pipeline):
+    """Spec section 1: 1 frame = an image, with the image template: not the first frame of a video."""
+    image = pipeline(PROMPT, **{**SMALL, "num_frames": 1})
+    assert image.shape == (1, 32, 48, 3)
+
+
+def test_equal_parameters_give_equal_bytes(toy, pipeline):
+    """P3: in the same process after other work, and from a freshly loaded model."""
+    first = pipeline(PROMPT, **SMALL, cfg_scale=2.0)
+    pipeline("Something else", **{**SMALL, "height": 64})
+    assert np.array_equal(pipeline(PROMPT, **SMALL, cfg_scale=2.0), first)
+    fresh = HunyuanVideoPipeline.from_pretrained(toy, device="cpu", **OPTIONS)
+    assert np.array_equal(fresh(PROMPT, **SMALL, cfg_scale=2.0), first)
+
+
+def test_every_parameter_reaches_the_pixels(pipeline):
+    """P3: each of these is part of a video's identity because each changes it."""
+    guided = {"cfg_scale": 3.0, "guidance_rescale": 0.5, "negative_prompt": "dark"}
+    frames = pipeline(PROMPT, **SMALL, **guided)
+    for change in (
+        {"seed": 1},
+        {"guidance_scale": 1.0},
+        {"flow_shift": 3.0},
+        {"num_inference_steps": 2},
+        {"cfg_scale": 2.0},
+        {"guidance_rescale": 0.0},
+        {"negative_prompt": "A field of red flowers under a bright sun"},
+    ):
+        assert not np.array_equal(pipeline(PROMPT, **{**SMALL, **guided, **change}), frames), change
+    assert not np.array_equal(pipeline("A red car on a bridge at night", **SMALL, **guided), frames)
+
+
+def test_the_negative_prompt_matters_only_with_guidance(pipeline):
+    """Spec section 1: used only when cfg scale > 1."""
+    assert np.array_equal(pipeline(PROMPT, **SMALL), pipeline(PROMPT, **SMALL, negative_prompt="dark"))
+
+
+def test_chunks_are_the_frames(toy, pipeline):
+    """Protocol `Decoder.decode`: chunks in order, each a temporal tile, together the video."""
+    tiled = HunyuanVideoPipeline.from_pretrained(
+        toy, device="cpu", **OPTIONS, vae_tile={"spatial_px": 32, "temporal_frames": 16}
+    )
+    params = replace(PARAMS, num_frames=25)
+    chunks = list(tiled.stream(params))
+    assert len(chunks) > 1
+    assert np.array_equal(np.concatenate(chunks), tiled(PROMPT, **{**SMALL, "num_frames": 25}, negative_prompt="dark"))
+    whole = np.concatenate(list(pipeline.stream(params)))
+    assert whole.shape == (25, 32, 48, 3)
+    assert not np.array_equal(np.concatenate(chunks), whole)  # P3: tile geometry belongs to the identity
+
+
+def test_all_bad_values_are_told_at_once(pipeline):
+    """P6: the rules of a manifest row hold for the Python API as well."""
+    with pytest.raises(UserError) as refusal:
+        pipeline(" ", height=100, width=48, num_frames=8, seed=-1)
+    for told in ("prompt", "height is 100, allowed is a multiple of 16", "num_frames is 8", "seed is -1"):
+        assert told in str(refusal.value)
+
+
+def test_an_incomplete_model_is_refused(tmp_path):
+    """P6: a missing weight file names the path expected and the layout."""
+    with pytest.raises(UserError, match=r"nowhere is not a folder; the layout is"):
+        HunyuanVideoPipeline.from_pretrained(tmp_path / "nowhere", device="cpu")
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_the_video_is_that_of_the_reference_pipeline(toy, pipeline, cfg_scale):
+    """Spec, end to end: diffusers' pipeline with our weights in its own DiT and VAE, from the same texts and noise."""
+    # Imported here: the ranks of another test import this module, and diffusers takes them seconds.
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
+    from diffusers import HunyuanVideoPipeline as ReferencePipeline
+
+    from tests.engine.dit_reference import reference_model
+
+    params = replace(PARAMS, cfg_scale=cfg_scale)
+    tree, cpu = CheckpointTree(toy), torch.device("cpu")
+    dit = load_dit(tree, pipeline._denoiser._model.config, "auto", torch.float32, cpu)
+    vae = AutoencoderKLHunyuanVideo(**TOY_VAE)
+    vae.load_state_dict(load_vae(tree, torch.float32, cpu).state_dict())
+    reference = ReferencePipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=reference_model(dit),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=params.flow_shift),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    reference.set_progress_bar_config(disable=True)
+    texts = pipeline._text_encoder.encode([params.prompt, params.negative_prompt], image=False)
+    embeds = {}
+    for prefix, text in zip(("", "negative_"), texts, strict=True):
+        embeds |= {
+            f"{prefix}prompt_embeds": text.states[None],
+            f"{prefix}prompt_attention_mask": torch.ones(1, len(text.states)),
+            f"{prefix}pooled_prompt_embeds": text.pooled[None],
+        }
+    expected = reference(
+        **embeds,
+        **SMALL,
+        true_cfg_scale=cfg_scale,
+        guidance_scale=params.guidance_scale,
+        latents=initial_noise(params),
+        output_type="np",
+    ).frames[0]
+    frames = np.concatenate(list(pipeline.stream(params)))
+    assert np.abs(frames / 255 - expected).max() <= 1.01 / 255  # we truncate to 8 bits, as the release does
+
+
+def _render_rank(rank, world_size, engine, address, arguments, results):
+    denoiser = engine.join(place(rank, world_size, address))
+    latents = [denoiser.denoise(*arguments, lambda n: None) for _ in range(2)]
+    np.save(results / f"{rank}.npy", np.stack(latents))
+
+
+def test_a_group_of_two_ranks_denoises_what_one_does(toy, pipeline, tmp_path):
+    """Protocol `Denoiser.denoise`: through rendezvous and join, equal on every rank, the same again in the next call,
+    and within rounding what one rank makes."""
+    params = replace(PARAMS, cfg_scale=3.0)
+    arguments = params, *pipeline._text_encoder.encode([params.prompt, params.negative_prompt], image=False)
+    engine = HunyuanVideo(model_base=toy, **OPTIONS)
+    address = engine.host_rendezvous("127.0.0.1", 2)
+    multiprocessing.spawn(_render_rank, (2, engine, address, arguments, tmp_path), nprocs=2)
+    (first, again), other = np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy")
+    assert first.dtype == np.float32
+    assert first.shape == PARAMS.latent_shape
+    assert np.array_equal(first, again)
+    assert np.array_equal(np.stack([first, again]), other)
+    alone = pipeline._denoiser.denoise(*arguments, lambda n: None)
+    np.testing.assert_allclose(first, alone, rtol=0, atol=1e-4)
+
+
+def test_the_decoder_refuses_latents_of_another_shape(pipeline):
+    """Protocol `Decoder.decode`: [C, T, h, w]; said before any work."""
+    for shape in ((1, 16, 3, 4, 6), (8, 3, 4, 6)):
+        with pytest.raises(ValueError, match=r"latents must be shaped \[16, T, h, w\]"):
+            pipeline._decoder.decode(np.zeros(shape, np.float32))
+
+
+def test_the_decoder_refuses_to_make_pixels_of_overflow(pipeline):
+    """P5: not finite is an error with a reason, never a black video that counts as good."""
+    latents = np.zeros((16, 1, 4, 6), np.float32)
+    latents[0, 0, 0, 0] = np.inf
+    with pytest.raises(ValueError, match="not finite"):
+        list(pipeline._decoder.decode(latents))
+
+
+def test_the_decoder_takes_read_only_latents(pipeline, recwarn):
+    """Latents come out of a shared object store, which nobody may write."""
+    latents = np.zeros((16, 1, 4, 6), np.float32)
+    latents.flags.writeable = False
+    assert next(iter(pipeline._decoder.decode(latents))).shape == (1, 32, 48, 3)
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
+
+
+def test_an_engine_is_built_without_weights_or_devices(tmp_path):
+    """Protocol `Engine`: cheap in the driver and every actor; a missing model is `check`'s to tell (P6)."""
+    engine = HunyuanVideo(model_base=tmp_path / "nowhere")
+    (sentence,) = engine.check()
+    assert "nowhere is not a folder" in sentence
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        engine.identity()
+
+
+def test_importing_the_engine_loads_no_heavy_library():
+    """Design sections 2 and 8: no Ray in the engine, no GPU package, and transformers only where towers are loaded."""
+    code = (
+        "import sys, hv_batch.engine.hunyuan, torch\n"
+        "heavy = {'ray', 'transformers', 'diffusers', 'flash_attn', 'xfuser', 'triton'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"precision": "float16"}, "precision: 'float16' is not allowed; allowed are bf16, fp16, fp32"),
+        ({"vae_precision": ["fp16"]}, r"vae_precision: \['fp16'\] is not allowed"),
+        ({"text_encoder_precision": None}, "text_encoder_precision: None is not allowed"),
+        ({"attention": "sage"}, "attention: 'sage' is not allowed; allowed are auto"),
+        ({"load_key": "state"}, "load_key: 'state' is not allowed; allowed are module, ema"),
+        ({"dit": {"hidden": 64}}, "dit: unknown 'hidden'; allowed are in_channels.*hidden_size"),
+        ({"dit": {"hidden_size": 100}}, "hidden_size"),
+        ({"dit": {"hidden_size": "big"}}, "dit"),
+        ({"dit": {"heads_num": 0}}, "dit"),
+        ({"dit": "toy"}, "dit: 'toy' should map names to values"),
+        ({"vae_tile": {"size": 256}}, "vae_tile: unknown 'size'; allowed are spatial_px"),
+        ({"vae_tile": {"overlap": 2}}, "overlap"),
+        ({"model_base": ""}, "model_base: '' is not a path"),
+        ({"dit_weight": 3}, "dit_weight: 3 is not a path"),
+    ],
+)
+def test_a_wrong_option_is_told_with_what_is_allowed(options, told):
+    """P6: the engine refuses what it cannot do, by option, value and what is allowed."""
+    with pytest.raises(UserError, match=told):
+        HunyuanVideo(**{"model_base": "ckpts", **options})
+
+
+def test_the_identity_survives_json_and_moves_with_the_options(toy):
+    """P2, P3: run.json holds it; any option that changes pixels changes it."""
+    identity = HunyuanVideo(model_base=toy, **OPTIONS).identity()
+    assert json.loads(json.dumps(identity)) == identity
+    as_yaml = json.loads(json.dumps(OPTIONS))  # lists for tuples
+    assert HunyuanVideo(model_base=str(toy), **as_yaml).identity() == identity
+    for change in (
+        {"precision": "bf16"},
+        {"vae_precision": "bf16"},
+        {"text_encoder_precision": "bf16"},
+        {"attention": "math"},
+        {"load_key": "ema"},
+        {"vae_tile": {"overlap": 0.5}},
+        {"dit": {**TOY_DIT, "mm_single_blocks_depth": 1}},
+    ):
+        assert HunyuanVideo(model_base=toy, **{**OPTIONS, **change}).identity() != identity, change
+
+
+def test_a_group_that_cannot_be_shared_out_is_told_what_can():
+    """Design section 5: Ulysses divides the heads, ring is free; P6: the remedy keeps the number of ranks."""
+    engine = HunyuanVideo(model_base="ckpts")
+    assert [engine.group_problems(u, r) for u, r in ((1, 1), (8, 1), (24, 1), (3, 5), (1, 7))] == [[]] * 5
+    (sentence,) = engine.group_problems(16, 1)
+    assert "ulysses_degree 16 does not divide the model's 24 attention heads" in sentence
+    assert "1 x 16, 2 x 8, 4 x 4, 8 x 2" in sentence
+    assert "16 x 1" not in sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+def test_a_missing_gpu_is_told(toy):
+    """P6: asked for CUDA on a machine without: what was seen and what to set."""
+    with pytest.raises(UserError, match="sees 0 GPUs and needs number 0"):
+        HunyuanVideo(model_base=toy, **OPTIONS).decoder("cuda")

@@ -1,0 +1,278 @@
+"""The sampler against diffusers' scheduler and pipeline, and its own contract."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hv_batch.engine import sampler
+from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.text import TextEmbedding
+from hv_batch.protocol import SamplingParams
+
+CPU = torch.device("cpu")
+PARAMS = SamplingParams(
+    prompt="a",
+    negative_prompt="b",
+    height=32,
+    width=48,
+    num_frames=5,
+    num_inference_steps=4,
+    seed=7,
+    guidance_scale=6.0,
+    cfg_scale=1.0,
+    guidance_rescale=0.0,
+    flow_shift=7.0,
+)
+
+
+class Field:
+    """A velocity field with the DiT's call: it depends on every input, and on padding not at all."""
+
+    def __init__(self, guidance_embed=True, dtype=torch.float32):
+        self.config = SimpleNamespace(guidance_embed=guidance_embed)
+        self.dtype = dtype
+        self.calls = []
+
+    def __call__(self, latents, timestep, text_states, text_lengths, pooled, guidance, mesh):
+        self.calls.append(
+            SimpleNamespace(
+                latents=latents, timestep=timestep, states=text_states, lengths=text_lengths, guidance=guidance
+            )
+        )
+        text = torch.stack([states[:n].mean() for states, n in zip(text_states, text_lengths, strict=True)])
+        strength = text + pooled.mean(1) + timestep / 1000 + (0 if guidance is None else guidance / 6000)
+        velocity = torch.sin(2 * latents) * strength.view(-1, 1, 1, 1, 1) + 0.1 * latents.roll(1, -1)
+        return velocity.to(self.dtype)
+
+
+def embed(tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    states, pooled = torch.randn(tokens, 8, generator=generator), torch.randn(6, generator=generator)
+    return TextEmbedding(states, pooled, num_tokens=tokens, tokens_lost=0)
+
+
+def run(params=PARAMS, model=None, on_step=lambda n: None):
+    negative = embed(3, 2) if params.uses_cfg else None
+    return sampler.denoise(
+        model or Field(), params, embed(5, 1), negative, mesh=SequenceMesh.single(), device=CPU, on_step=on_step
+    )
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 7.0), (7, 1.0), (50, 7.0), (50, 17.0), (1000, 0.5)])
+def test_the_schedule_is_that_of_the_reference(steps, shift):
+    """Spec section 4: shifted sigmas from 1 to 0, fed to the model as sigma * 1000."""
+    reference = FlowMatchEulerDiscreteScheduler(shift=shift)
+    reference.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+    torch.testing.assert_close(sampler.sigmas(steps, shift), reference.sigmas, rtol=0, atol=1e-6)
+    timesteps = sampler.sigmas(steps, shift)[:-1] * sampler.TIME_UNIT
+    torch.testing.assert_close(timesteps, reference.timesteps, rtol=0, atol=1e-3)
+
+
+@given(steps=st.integers(1, 1000), shift=st.floats(0.01, 1000.0))
+@settings(max_examples=50, deadline=None)
+def test_the_schedule_falls_from_one_to_zero(steps, shift):
+    """Spec section 4: whatever the shift, the noise level starts at 1, never rises and ends at exactly 0."""
+    levels = sampler.sigmas(steps, shift)
+    assert levels.dtype == torch.float32
+    assert levels.shape == (steps + 1,)
+    assert levels[0].item() == pytest.approx(1.0, abs=1e-6)
+    assert levels[-1].item() == 0.0
+    assert (levels.diff() <= 0).all()
+
+
+def test_noise_is_a_function_of_the_seed_and_the_shape():
+    """P3: not of the global generator, the prompt or what was drawn before."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    noise = sampler.initial_noise(PARAMS)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(noise, sampler.initial_noise(replace(PARAMS, prompt="other", num_inference_steps=9)))
+    assert not torch.equal(noise, sampler.initial_noise(replace(PARAMS, seed=8)))
+    assert noise.shape == (1, *PARAMS.latent_shape)
+    assert noise.dtype == torch.float32
+    assert noise.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_noise_takes_the_largest_seed():
+    """Spec section 1: every seed the manifest may hold can be drawn."""
+    assert sampler.initial_noise(replace(PARAMS, seed=2**63 - 1)).isfinite().all()
+
+
+class DiffusersField(torch.nn.Module):
+    """`Field` behind the call of diffusers' transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=16)
+        self.dtype, self.device = torch.float32, CPU
+
+    def cache_context(self, _name):
+        return nullcontext()
+
+    def forward(
+        self,
+        hidden_states,
+        timestep,
+        encoder_hidden_states,
+        encoder_attention_mask,
+        pooled_projections,
+        guidance,
+        attention_kwargs,
+        return_dict,
+    ):
+        lengths = [int(n) for n in encoder_attention_mask.sum(1)]
+        return (
+            Field()(hidden_states, timestep, encoder_hidden_states, lengths, pooled_projections, guidance, mesh=None),
+        )
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.5])
+def test_a_trajectory_is_that_of_the_reference_pipeline(cfg_scale):
+    """Spec section 4, end to end: diffusers' pipeline, given the same velocity field, noise and texts, ends at the
+    same latents, with and without classifier-free guidance (whose two texts differ in length)."""
+    params = replace(PARAMS, cfg_scale=cfg_scale, num_inference_steps=6)
+    pipeline = HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=DiffusersField(),
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=params.flow_shift),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    positive, negative = embed(5, 1), embed(3, 2)
+    texts = {
+        "prompt_embeds": positive.states[None],
+        "prompt_attention_mask": torch.ones(1, 5),
+        "pooled_prompt_embeds": positive.pooled[None],
+        "negative_prompt_embeds": negative.states[None],
+        "negative_prompt_attention_mask": torch.ones(1, 3),
+        "negative_pooled_prompt_embeds": negative.pooled[None],
+    }
+    expected = pipeline(
+        **texts,
+        true_cfg_scale=cfg_scale,
+        height=params.height,
+        width=params.width,
+        num_frames=params.num_frames,
+        num_inference_steps=params.num_inference_steps,
+        guidance_scale=params.guidance_scale,
+        latents=sampler.initial_noise(params),
+        output_type="latent",
+    ).frames
+    torch.testing.assert_close(run(params), expected[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
+def test_guidance_is_rescaled_as_in_the_paper(rescale):
+    """Lin et al. 2305.08891, section 3.4, against diffusers' implementation."""
+    negative, positive = torch.randn(2, 1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    guided = negative + 5.0 * (positive - negative)
+    expected = rescale_noise_cfg(guided, positive, guidance_rescale=rescale)
+    torch.testing.assert_close(sampler.guide(negative, positive, 5.0, rescale), expected)
+    if rescale == 1.0:
+        assert expected.std().item() == pytest.approx(positive.std().item(), rel=1e-5)
+
+
+def test_rescale_reaches_the_latents():
+    """Spec section 1: `guidance_rescale` changes a guided video and leaves an unguided one alone."""
+    guided = replace(PARAMS, cfg_scale=4.0)
+    assert not torch.equal(run(guided), run(replace(guided, guidance_rescale=0.7)))
+    assert torch.equal(run(PARAMS), run(replace(PARAMS, guidance_rescale=0.7)))
+
+
+def test_guidance_runs_one_batch_with_the_negative_prompt_first():
+    """Spec section 1: classifier-free guidance doubles the batch, negative first, padded to one length."""
+    model = Field()
+    run(replace(PARAMS, cfg_scale=3.0, num_inference_steps=1), model)
+    (call,) = model.calls
+    assert call.latents.shape[0] == 2
+    assert torch.equal(call.states[0, :3], embed(3, 2).states)
+    assert torch.equal(call.states[1], embed(5, 1).states)
+    assert not call.states[0, 3:].any()
+    assert call.lengths == (3, 5)
+
+
+@pytest.mark.parametrize(("scale", "seen"), [(6.0, 6016.0), (6.3, 6304.0)])
+def test_guidance_is_rounded_as_in_the_released_run(scale, seen):
+    """Spec section 4: cast to the model's dtype before the embedder. 6.3 is 6.3125 in bfloat16; times 1000, 6304."""
+    model = Field(dtype=torch.bfloat16)
+    assert sampler.condition(model, [embed(2, 1)], scale, CPU).guidance.tolist() == [seen]
+
+
+def test_only_the_model_computes_in_its_dtype():
+    """Spec section 4: the update is float32, and the model is given latents and times unrounded."""
+    model = Field(dtype=torch.bfloat16)
+    latents = run(model=model)
+    assert latents.dtype == torch.float32
+    assert not torch.equal(latents, latents.bfloat16().float())
+    assert {call.latents.dtype for call in model.calls} == {torch.float32}
+    assert {call.timestep.dtype for call in model.calls} == {torch.float32}
+
+
+def test_a_model_without_guidance_embedding_is_given_none():
+    """Spec section 2: the guidance embedder is part of the config."""
+    model = Field(guidance_embed=False)
+    run(model=model)
+    assert {call.guidance for call in model.calls} == {None}
+
+
+def test_steps_are_reported_in_order_and_an_exception_stops_the_sampling():
+    """Protocol `Denoiser.denoise`: on_step(n) after each step; what it raises passes through, so a group can stop."""
+    seen = []
+    run(on_step=seen.append)
+    assert seen == [1, 2, 3, 4]
+
+    class StopError(Exception):
+        pass
+
+    def stop_at_two(step):
+        if step == 2:
+            raise StopError
+
+    model = Field()
+    with pytest.raises(StopError):
+        run(model=model, on_step=stop_at_two)
+    assert len(model.calls) == 2
+
+
+def test_a_result_that_is_not_finite_is_refused_at_its_step():
+    """P5: a poisoned sample fails at once with a reason instead of becoming a black video."""
+
+    class Overflow(Field):
+        def __call__(self, *inputs):
+            velocity = super().__call__(*inputs)
+            if len(self.calls) == 3:
+                velocity[..., 0, 0] = float("inf")
+            return velocity
+
+    seen = []
+    with pytest.raises(ValueError, match=r"not finite after step 3 of 4.*48x32.*seed 7"):
+        run(model=Overflow(), on_step=seen.append)
+    assert seen == [1, 2]
+
+
+def test_guidance_without_a_negative_embedding_is_refused():
+    """Protocol `Denoiser.denoise`: never rendered unguided by accident."""
+    with pytest.raises(ValueError, match="negative prompt"):
+        sampler.denoise(
+            Field(),
+            replace(PARAMS, cfg_scale=2.0),
+            embed(5, 1),
+            None,
+            mesh=SequenceMesh.single(),
+            device=CPU,
+            on_step=lambda n: None,
+        )

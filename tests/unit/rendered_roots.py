@@ -1,0 +1,96 @@
+"""Output roots as a run leaves them, made of real records without rendering anything."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from hv_batch.job import commits, layout, runs
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.samples import Sample
+from hv_batch.job.storage import Store
+from hv_batch.protocol import SamplingParams
+
+SHARD_SIZE = 4
+FINGERPRINT = "f" * 64
+
+
+def make_sample(number: int, *, extra: dict[str, Any] | None = None, **changes: Any) -> Sample:
+    """The sample of row `number`, from 1; `changes` are fields of its parameters."""
+    params = {
+        "prompt": f"a heron at dawn, take {number}",
+        "negative_prompt": "blurred",
+        "height": 128,
+        "width": 96,
+        "num_frames": 17,
+        "num_inference_steps": 8,
+        "seed": 1000 + number,
+        "guidance_scale": 6.0,
+        "cfg_scale": 1.0,
+        "guidance_rescale": 0.0,
+        "flow_shift": 7.0,
+    }
+    return Sample(
+        key=f"s{number:03d}",
+        id=f"s{number:03d}",
+        row=number,
+        video_index=0,
+        shard=(number - 1) // SHARD_SIZE,
+        params=SamplingParams(**params | changes),
+        fps=24,
+        extra=extra or {},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedMedia:
+    bytes: int
+    sha256: str
+    frames_sha256: str
+    num_frames: int
+    height: int
+    width: int
+
+
+def make_failure(kind: FailureClass = FailureClass.POISON, message: str = "not finite", traceback: str = "Traceback"):
+    return Failure(kind, message, traceback, where="node-1").to_dict()
+
+
+def make_commit(sample: Sample, **changes: Any) -> dict[str, Any]:
+    """Its commit record, whose media facts follow from the sample alone, as they do for real (P3)."""
+    sha256 = hashlib.sha256(sample.key.encode()).hexdigest()
+    params = sample.params
+    media = RenderedMedia(1000, sha256, sha256[::-1], params.num_frames, params.height, params.width)
+    reports = {"encode": {"seconds": 0.5}, "denoise": {"seconds": 10.0}, "decode": {"seconds": 2.0, "node": "node-1"}}
+    facts: dict[str, Any] = {
+        "file": layout.media_key(sample.shard, sample.key, sha256, ".png" if params.is_image else ".mp4"),
+        "media": media,
+        "stages": reports,
+        "failures": [],
+        "fingerprint": FINGERPRINT,
+        "versions": {"torch": "2"},
+    }
+    return commits.commit_record(sample, **facts | changes)
+
+
+def make_quarantine(sample: Sample, *failures: dict[str, Any]) -> dict[str, Any]:
+    tries = failures or (make_failure(), make_failure())
+    return commits.quarantine_record(sample, failures=tries, fingerprint=FINGERPRINT, versions={})
+
+
+def open_root(store: Store, samples: int, *, device: str = "cpu") -> None:
+    """A run of so many samples in shards of SHARD_SIZE, in groups of 2 x 1 ranks."""
+    config = {
+        "seed": 0,
+        "model": {"engine": "hv_batch.engine.hunyuan:HunyuanVideo"},
+        "parallel": {"device": device, "ulysses_degree": 2, "ring_degree": 1},
+        "output": {"shard_size": SHARD_SIZE},
+    }
+    manifest = {
+        "url": "/nights/<b>prompts</b>.jsonl",
+        "rows": samples,
+        "samples": samples,
+        "shards": -(-samples // SHARD_SIZE),
+    }
+    runs.open_run(store, {"identity": {"seed": 0}, "config": config, "manifest": manifest, "versions": {}})

@@ -1,0 +1,255 @@
+"""The media writer, with the real ffmpeg."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from PIL import Image
+
+from hv_batch.runtime.media import MediaInfo, write_media
+
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+HEIGHT, WIDTH = 48, 64
+SETTINGS = {"height": HEIGHT, "width": WIDTH, "fps": 24, "crf": 10, "preset": "veryfast", "threads": 2}
+
+
+def _video(num_frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """A moving, smooth, colourful picture: each channel its own gradient, so that swapped axes or colours show."""
+    t, y, x = np.meshgrid(np.arange(num_frames), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin(x / 20 + t / 9), np.cos(y / 15), np.sin((x + 2 * y) / 40 - t / 7)]
+    return ((np.stack(waves, axis=-1) * 0.45 + 0.5) * 255).astype(np.uint8)
+
+
+def _decode(path: Path, num_frames: int) -> np.ndarray:
+    """Back to RGB as a player does, from the tags in the file, but rounding rather than truncating."""
+    exact = "accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
+    raw = subprocess.run(
+        [FFMPEG, "-v", "error", "-i", path, "-sws_flags", exact, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"],
+        check=True,
+        capture_output=True,
+    ).stdout
+    frames = np.frombuffer(raw, np.uint8).reshape(-1, HEIGHT, WIDTH, 3)
+    assert len(frames) == num_frames
+    return frames
+
+
+def _probe(path: Path) -> str:
+    return subprocess.run([FFMPEG, "-hide_banner", "-i", path], capture_output=True, text=True, check=False).stderr
+
+
+def _children() -> set[int]:
+    """Live or unreaped child processes of this one."""
+    tasks = Path(f"/proc/{os.getpid()}/task")
+    return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+
+
+def test_a_video_round_trips(tmp_path):
+    """Spec section 1, step 5: H.264 mp4 of the asked size and rate, tagged BT.709, with the pixels that were given."""
+    frames = _video(25)
+    info = write_media(iter([frames[:9], frames[9:10], frames[10:]]), tmp_path / "clip", num_frames=25, **SETTINGS)
+    content = info.path.read_bytes()
+    assert info == MediaInfo(
+        path=tmp_path / "clip.mp4",
+        suffix=".mp4",
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        frames_sha256=hashlib.sha256(frames.tobytes()).hexdigest(),
+        num_frames=25,
+        height=HEIGHT,
+        width=WIDTH,
+    )
+    probe = _probe(info.path)
+    assert re.search(r"Video: h264.*yuv420p\(tv, bt709.*64x48.*24 fps", probe), probe
+    assert "Audio" not in probe
+    assert content.index(b"moov") < content.index(b"mdat"), "the index must come first (faststart)"
+    error = _decode(info.path, 25).astype(float) - frames
+    assert 10 * np.log10(255**2 / np.mean(error**2)) > 36
+    assert np.abs(error.mean(axis=(0, 1, 2))).max() < 1.0, "a colour cast: wrong matrix or range"
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)], ids=str)
+def test_pure_colours_are_coded_with_the_bt709_matrix(tmp_path, colour):
+    """P3: what the file says about its colours is what was done: Y, Cb, Cr by the BT.709 limited-range formula."""
+    frames = np.broadcast_to(np.array(colour, np.uint8), (5, HEIGHT, WIDTH, 3))
+    info = write_media(iter([frames]), tmp_path / "flat", num_frames=5, **SETTINGS)
+    raw = subprocess.run(
+        [FFMPEG, "-v", "error", "-i", info.path, "-f", "rawvideo", "-pix_fmt", "yuv420p", "pipe:1"],
+        check=True,
+        capture_output=True,
+    ).stdout
+    r, g, b = (value / 255 for value in colour)
+    luma = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    expected = (16 + 219 * luma, 128 + 224 * (b - luma) / 1.8556, 128 + 224 * (r - luma) / 1.5748)
+    pixels = HEIGHT * WIDTH
+    planes = raw[pixels // 2], raw[pixels + pixels // 8], raw[pixels + pixels // 4 + pixels // 8]
+    assert np.abs(np.array(planes) - expected).max() <= 1.5
+
+
+def test_equal_frames_give_equal_bytes(tmp_path):
+    """P3: same plan, same bytes; chunking, time of day and file name do not matter."""
+    frames = _video(33)
+    one = write_media(iter([frames]), tmp_path / "one", num_frames=33, **SETTINGS)
+    other = write_media((frames[i : i + 7] for i in range(0, 33, 7)), tmp_path / "other", num_frames=33, **SETTINGS)
+    assert one.path.read_bytes() == other.path.read_bytes()
+    assert one.sha256 == other.sha256
+    assert one.frames_sha256 == other.frames_sha256
+
+
+def test_no_metadata_is_written(tmp_path):
+    """P3: no creation date, no library version in the container."""
+    info = write_media(iter([_video(5)]), tmp_path / "clip", num_frames=5, **SETTINGS)
+    probe = _probe(info.path)
+    assert "creation_time" not in probe
+    assert not re.search(r"Lav[fc]\s?\d", probe)
+
+
+def test_one_frame_is_an_exact_png(tmp_path):
+    """Spec section 1: one frame is an image; nothing is lost. Odd sizes and an odd file name are fine."""
+    frame = _video(1, 33, 47)
+    sizes = {**SETTINGS, "height": 33, "width": 47}
+    info = write_media(iter([frame]), tmp_path / "a %d:b-x", num_frames=1, **sizes)
+    assert info.path == tmp_path / "a %d:b-x.png"
+    assert info.suffix == ".png"
+    with Image.open(info.path) as image:
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), frame[0])
+
+
+def _too_few() -> Iterator[np.ndarray]:
+    yield _video(4)
+
+
+def _too_many() -> Iterator[np.ndarray]:
+    yield _video(4)
+    yield _video(4)
+
+
+def _none() -> Iterator[np.ndarray]:
+    yield from ()
+
+
+def _wrong_size() -> Iterator[np.ndarray]:
+    yield _video(2)
+    yield _video(3, HEIGHT, WIDTH + 16)
+
+
+def _wrong_type() -> Iterator[np.ndarray]:
+    yield _video(5).astype(np.float32)
+
+
+def _transposed() -> Iterator[np.ndarray]:
+    yield _video(5).transpose(0, 2, 1, 3)
+
+
+def _raises() -> Iterator[np.ndarray]:
+    yield _video(2)
+    raise ZeroDivisionError("the decoder failed")
+
+
+def _interrupted() -> Iterator[np.ndarray]:
+    yield _video(2)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("frames", "error"),
+    [
+        (_too_few, ValueError),
+        (_too_many, ValueError),
+        (_none, ValueError),
+        (_wrong_size, ValueError),
+        (_wrong_type, ValueError),
+        (_transposed, ValueError),
+        (_raises, ZeroDivisionError),
+        (_interrupted, KeyboardInterrupt),
+    ],
+)
+def test_a_failure_leaves_no_file_and_no_process(tmp_path, frames, error):
+    """P1: what cannot be committed whole is not left around; the caller sees the first cause."""
+    before = _children()
+    with pytest.raises(error):
+        write_media(frames(), tmp_path / "clip", num_frames=5, **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+    assert _children() == before
+
+
+def test_ffmpegs_words_are_in_the_error(tmp_path):
+    """P5: a sample that fails says why."""
+    with pytest.raises(RuntimeError, match="no-such-preset"):
+        write_media(
+            (_video(50) for _ in range(20)),
+            tmp_path / "clip",
+            num_frames=1000,
+            **{**SETTINGS, "preset": "no-such-preset"},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_reported_by_path(tmp_path):
+    """P5: ditto for an output that cannot be opened."""
+    with pytest.raises(RuntimeError, match="absent"):
+        write_media(iter([_video(5)]), tmp_path / "absent" / "clip", num_frames=5, **SETTINGS)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("num_frames", [1, 60])
+def test_a_full_disk_is_told_apart(tmp_path, num_frames):
+    """Design section 6: a full disk is fatal for the run, not the sample's fault, so it must be recognisable."""
+    noise = np.random.default_rng(0).integers(0, 256, (num_frames, HEIGHT, WIDTH, 3), np.uint8)
+    suffix = ".png" if num_frames == 1 else ".mp4"
+    (tmp_path / f"clip{suffix}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_media(iter([noise]), tmp_path / "clip", num_frames=num_frames, **SETTINGS)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+_WRITES_UNTIL_KILLED = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from hv_batch.runtime.media import write_media
+
+def frames():
+    yield np.zeros((3, 48, 64, 3), np.uint8)
+    pid = Path("/proc/self/task", str(__import__("os").getpid()), "children").read_text().strip()
+    print(pid, flush=True)
+    time.sleep(600)
+
+write_media(frames(), Path(sys.argv[1]), height=48, width=64, num_frames=99, fps=24, crf=18, preset="medium", threads=2)
+"""
+
+
+def test_ffmpeg_ends_when_the_writer_is_killed(tmp_path):
+    """P4: a killed decoder leaves no encoder behind."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITES_UNTIL_KILLED, tmp_path / "clip"], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        encoder = int(writer.stdout.readline())
+        assert Path(f"/proc/{encoder}").exists()
+        writer.send_signal(signal.SIGKILL)
+    give_up = time.monotonic() + 60
+    while _runs(encoder) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert not _runs(encoder)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is alive; a zombie that nobody reaps has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,185 @@
+"""The numbers of summary.json and the gallery page."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urljoin
+
+import pytest
+from rendered_roots import make_commit, make_failure, make_quarantine, make_sample, open_root
+
+from hv_batch.job import commits, gallery, layout, report, runs
+from hv_batch.job.errors import FailureClass
+from hv_batch.job.storage import Store
+from hv_batch.protocol import UserError
+
+HOSTILE = """<script>alert("x")</script><img src=x onerror='y'> & $heading ${title} "quoted" \u202e \ud800"""
+VOID = {"meta", "img", "input", "br", "link"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, and whether every one is closed in order."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(markup)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def read_page(store: Store) -> Page:
+    page = Page(store.get(layout.REPORT).decode("utf-8"))
+    assert page.open == []
+    return page
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request, tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "root") if request.param == "disk" else f"memory://{tmp_path.name}")
+
+
+def test_aggregate_adds_up(store):
+    """Summary: counts, seconds by stage as sum and mean, GPU seconds, media, failures and retries by class."""
+    open_root(store, 9, device="cuda")
+    lost = make_failure(FailureClass.INFRA)
+    commits.commit(store, make_commit(make_sample(1)))
+    commits.commit(store, make_commit(make_sample(2, num_frames=1), stages={"denoise": {"seconds": 20.0}}))
+    commits.commit(store, make_commit(make_sample(6), failures=[lost, lost]))
+    commits.quarantine(store, make_quarantine(make_sample(7)))
+    commits.quarantine(store, make_quarantine(make_sample(9), make_failure(FailureClass.GPU_OOM)))
+    summary = report.aggregate(store)
+    assert (summary["samples"], summary["committed"], summary["quarantined"], summary["pending"]) == (9, 3, 2, 4)
+    assert (summary["shards"], summary["shards_sealed"]) == (3, 0)
+    assert summary["stages"]["denoise"] == {"seconds": 40.0, "mean_seconds": 13.333}
+    assert summary["stages"]["decode"] == {"seconds": 4.0, "mean_seconds": 2.0}
+    assert summary["denoise_gpu_seconds"] == 80.0
+    assert summary["media"] == {"bytes": 3000, "frames": 35, "seconds": round(34 / 24, 3)}
+    assert summary["failures"] == {"POISON": 1, "GPU_OOM": 1}
+    assert summary["retries"] == {"INFRA": 2}
+    runs.finish_run(store, summary)
+    assert not store.exists(layout.SUCCESS)
+
+
+def test_aggregate_without_gpus_claims_no_gpu_time(store):
+    """A CPU run reports no GPU seconds rather than a wrong number."""
+    open_root(store, 1)
+    assert report.aggregate(store)["denoise_gpu_seconds"] is None
+
+
+def test_aggregate_needs_a_run(store):
+    """P6: a wrong path is said so."""
+    with pytest.raises(UserError):
+        report.aggregate(store)
+
+
+def test_page_shows_videos_in_plan_order_from_beside_it(store):
+    """Design 4: relative sources that resolve to the media keys; an image is an image; nothing from elsewhere."""
+    open_root(store, 5)
+    records = [make_commit(make_sample(n, num_frames=1 if n == 3 else 17)) for n in (5, 3, 2, 1, 4)]
+    for record in records:
+        commits.commit(store, record)
+    report.write_report(store, report.aggregate(store))
+    page = read_page(store)
+    media = [a["src"] for tag, a in page.elements if tag in ("video", "img")]
+    files = [record["file"] for record in sorted(records, key=lambda record: record["row"])]
+    assert [unquote(urljoin("http://h/report/index.html", src)) for src in media] == [f"http://h/{f}" for f in files]
+    assert len(page.all("img")) == 1
+    assert all({"muted", "loop", "autoplay", "playsinline", "controls"} <= a.keys() for a in page.all("video"))
+    links = [v for _, a in page.elements for k, v in a.items() if k in ("src", "href") and v]
+    assert all(link.startswith("../data/") for link in links)
+    assert not page.all("link")
+    assert "http" not in store.get(layout.REPORT).decode()
+
+
+def test_hostile_texts_stay_text(store):
+    """Prompts, ids, columns and errors come from outside: they are shown, never interpreted."""
+    open_root(store, 2)
+    commits.commit(store, make_commit(make_sample(1, prompt=HOSTILE, num_frames=1, extra={HOSTILE: HOSTILE})))
+    failure = make_failure(FailureClass.POISON, HOSTILE, HOSTILE)
+    bad = make_quarantine(make_sample(2, prompt=HOSTILE), failure)
+    commits.quarantine(store, bad | {"id": HOSTILE})
+    report.write_report(store, report.aggregate(store))
+    page = read_page(store)
+    assert len(page.all("script")) == 1
+    assert len(page.all("img")) == 1
+    assert not [a for _, a in page.elements if "onerror" in a]
+    shown = HOSTILE.replace("\ud800", "?")
+    assert page.all("img")[0]["alt"] == shown
+    assert "".join(page.words).count(shown) == 7
+
+
+def test_page_tells_failures_totals_and_licence(store):
+    """P5: each quarantined sample with its reason; spec section 10: the licence where users see it."""
+    open_root(store, 3)
+    commits.commit(store, make_commit(make_sample(1)))
+    commits.quarantine(store, make_quarantine(make_sample(2)))
+    report.write_report(store, report.aggregate(store))
+    words = " ".join(read_page(store).words)
+    for expected in ("s002", "POISON, 2 tries", "not finite", "1 sample pending", "European Union"):
+        assert expected in words
+
+
+def test_page_of_a_run_that_has_nothing_yet(store):
+    """The report can be made at any moment."""
+    open_root(store, 3)
+    report.write_report(store, report.aggregate(store))
+    assert "No sample is committed yet." in read_page(store).words
+
+
+def test_gallery_is_capped_with_a_note(store, monkeypatch):
+    """P7: a long run makes a page of bounded size that says what it leaves out."""
+    monkeypatch.setattr(report, "MAX_CARDS", 3)
+    monkeypatch.setattr(report, "MAX_FAILED", 1)
+    open_root(store, 8)
+    for number in range(1, 6):
+        commits.commit(store, make_commit(make_sample(number)))
+    for number in (6, 7):
+        commits.quarantine(store, make_quarantine(make_sample(number)))
+    report.write_report(store, report.aggregate(store))
+    page = read_page(store)
+    assert len(page.all("video")) == 3
+    words = " ".join(page.words)
+    assert "The first 3 of 5 are shown" in words
+    assert "The first 1 of 2." in words
+
+
+def test_template_has_no_placeholder_left_over():
+    """The page's own script and style must not collide with the template's placeholders."""
+    template = (Path(gallery.__file__).parent / "report_page.html").read_text("utf-8")
+    names = re.findall(r"\$(\w*)", template)
+    assert all(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.42, "0.42 s"), (12.34, "12.3 s"), (250, "4.2 min"), (11520, "3.2 h"), (5999, "100.0 min")],
+)
+def test_durations_are_told_at_a_useful_precision(seconds, shown):
+    """Report: a reader sees two or three digits of any length of time."""
+    assert gallery.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(999, "999 B"), (1500, "1.5 kB"), (357_000_000, "357 MB"), (5e15, "5e+03 TB")]
+)
+def test_sizes_are_told_in_decimal_units(count, shown):
+    """Report: sizes as object stores bill them."""
+    assert gallery.size(count) == shown

@@ -1,0 +1,388 @@
+"""The few acts of a store, on a real disk, in memory, and against a real S3 endpoint."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import boto3
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hv_batch.job import storage
+from hv_batch.job.storage import PutIfAbsent, StorageUnavailableError, Store
+from hv_batch.protocol import UserError
+
+
+def at_once(count, act):
+    """What `act(i)` returns for i < count, all begun at the same moment."""
+    results, barrier = [None] * count, threading.Barrier(count)
+
+    def run(i):
+        barrier.wait()
+        results[i] = act(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+# What a store does ----------------------------------------------------------------------------------------------------
+
+
+def test_put_new_creates_once(any_store):
+    """P1: the first writer wins, later ones change nothing."""
+    assert any_store.put_new("commits/shard-00000/a.json", b"first")
+    assert not any_store.put_new("commits/shard-00000/a.json", b"second")
+    assert any_store.get("commits/shard-00000/a.json") == b"first"
+
+
+def test_put_replaces(any_store):
+    """Design 4: summaries and latents are replaced as a whole, also by shorter ones."""
+    any_store.put("summary.json", b"a long first version")
+    any_store.put("summary.json", b"short")
+    assert any_store.get("summary.json") == b"short"
+
+
+def test_put_file_stores_the_bytes(any_store, tmp_path):
+    """Design 4: media are files of any content; writing the same one again is harmless."""
+    media, data = tmp_path / "media.mp4", os.urandom(300_000)
+    media.write_bytes(data)
+    any_store.put_file("data/shard-00000/a-12345678.mp4", media)
+    any_store.put_file("data/shard-00000/a-12345678.mp4", media)
+    assert any_store.get("data/shard-00000/a-12345678.mp4") == data
+    assert list(any_store.list("data")) == ["data/shard-00000/a-12345678.mp4"]
+
+
+def test_empty_objects_exist(any_store):
+    """Design 4: `_SUCCESS` is empty and still there."""
+    any_store.put("_SUCCESS", b"")
+    assert any_store.exists("_SUCCESS")
+    assert any_store.get("_SUCCESS") == b""
+
+
+def test_a_missing_object(any_store):
+    """Reading says FileNotFoundError, deleting is fine, listing is empty."""
+    with pytest.raises(FileNotFoundError):
+        any_store.get("run.json")
+    assert not any_store.exists("run.json")
+    assert list(any_store.list("commits/shard-00000/")) == []
+    any_store.delete("run.json")
+
+
+def test_delete_removes(any_store):
+    """A deleted object may be created anew."""
+    any_store.put("a/b", b"1")
+    any_store.delete("a/b")
+    assert not any_store.exists("a/b")
+    assert any_store.put_new("a/b", b"2")
+
+
+def test_a_folder_is_no_object(any_store):
+    """Otherwise a shard with records would hide a sample named like its folder."""
+    any_store.put("a/b", b"1")
+    assert not any_store.exists("a")
+
+
+def test_list_is_recursive_relative_and_sorted(any_store):
+    """Keys come back as they were written, and only those below the folder itself, not of its namesakes."""
+    keys = ["commits/shard-00001/b.json", "commits/shard-00001/a.x.json", "commits/shard-00001/deep/er/c.json"]
+    for key in [*keys, "commits/shard-000010/d.json", "run.json"]:
+        any_store.put(key, b"x")
+    assert list(any_store.list("commits/shard-00001/")) == sorted(keys)
+    assert list(any_store.list("commits/shard-00001")) == sorted(keys)
+
+
+def test_nothing_is_answered_from_a_cache(any_store):
+    """P2: what another worker wrote or removed since the last look is seen."""
+    other = pickle.loads(pickle.dumps(any_store))
+    assert list(any_store.list("commits/")) == []
+    other.put("commits/a.json", b"1")
+    assert list(any_store.list("commits/")) == ["commits/a.json"]
+    assert any_store.exists("commits/a.json")
+    other.delete("commits/a.json")
+    assert not any_store.exists("commits/a.json")
+    assert list(any_store.list("commits/")) == []
+
+
+def test_another_machine_writes_to_s3(s3_store):
+    """P2: the same, past every cache of this process."""
+    bucket = s3_store.url.split("/")[2]
+    assert list(s3_store.list("commits/")) == []
+    assert not s3_store.exists("commits/a.json")
+    boto3.client("s3").put_object(Bucket=bucket, Key="some/root/commits/a.json", Body=b"1")
+    assert s3_store.exists("commits/a.json")
+    assert list(s3_store.list("commits/")) == ["commits/a.json"]
+    boto3.client("s3").delete_object(Bucket=bucket, Key="some/root/commits/a.json")
+    assert list(s3_store.list("commits/")) == []
+    assert not s3_store.exists("commits/a.json")
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../a", "a/../b", "a//b", "a/", ".", "./a", "a\\b", "a\0b"])
+def test_keys_that_leave_the_root_are_refused(any_store, key):
+    """Keys are made from ids that users choose; none may reach another place."""
+    with pytest.raises(ValueError, match="not a key"):
+        any_store.put(key, b"x")
+    with pytest.raises(ValueError, match="not a key"):
+        any_store.exists(key)
+
+
+@given(key=st.text(alphabet=st.sampled_from("ab./\\\0 ~"), max_size=12))
+def test_a_key_stays_below_the_root(key):
+    """The same for any key: refused, or below the root and not the root itself."""
+    try:
+        checked = storage._checked(key)
+    except ValueError:
+        return
+    assert os.path.normpath(os.path.join("/root", checked)) == f"/root/{checked}"
+
+
+def test_a_local_root_is_absolute(tmp_path, monkeypatch):
+    """Workers have another working directory than the driver."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    store = Store("out")
+    store.put("a", b"1")
+    message = pickle.dumps(store)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(message).get("a") == b"1"
+    assert store.url == str(tmp_path / "out")
+    assert Store(f"file://{tmp_path}/out").get("a") == b"1"
+
+
+def test_a_pickled_store_holds_its_url_only(s3_store):
+    """Credentials come from each machine's own environment and never travel."""
+    s3_store.put("a", b"1")
+    assert pickle.loads(pickle.dumps(s3_store)).__dict__ == Store(s3_store.url).__dict__
+
+
+# Races and crashes ----------------------------------------------------------------------------------------------------
+
+
+def test_of_many_threads_one_creates(any_store):
+    """P1: of any number of writers at one moment exactly one wins, and its bytes are what is there."""
+    for turn in range(5):
+        key = f"commits/shard-00000/{turn}.json"
+        wins = at_once(8, lambda i, key=key: any_store.put_new(key, f"writer {i}".encode()))
+        assert wins.count(True) == 1
+        assert any_store.get(key) == f"writer {wins.index(True)}".encode()
+
+
+def python(script: str, *args: object) -> subprocess.Popen:
+    """A fresh interpreter that has `Store` at hand."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys, time\nfrom hv_batch.job.storage import Store\n{script}", *map(str, args)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_of_many_processes_one_creates(tmp_path):
+    """P1: the same for processes on a local disk, key by key."""
+    keys, writers = 40, 4
+    script = """
+store, me, begin = Store(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+time.sleep(max(0.0, begin - time.time()))
+print(*[int(store.put_new(f"commits/{key}.json", me.encode() * 1000)) for key in range(int(sys.argv[4]))])
+"""
+    running = [python(script, tmp_path / "root", i, time.time() + 1.5, keys) for i in range(writers)]
+    wins = [list(map(int, process.communicate()[0].split())) for process in running]
+    store = Store(str(tmp_path / "root"))
+    assert len({i for i in range(writers) if any(wins[i])}) > 1, "the writers did not meet"
+    for key in range(keys):
+        (winner,) = [i for i in range(writers) if wins[i][key]]
+        assert store.get(f"commits/{key}.json") == str(winner).encode() * 1000
+
+
+def test_a_killed_writer_leaves_no_partial_object(tmp_path):
+    """P2: whenever a writer is killed, readers see whole objects or none."""
+    size = 3_000_000
+    script = """
+store, size, media = Store(sys.argv[1]), int(sys.argv[2]), __import__("pathlib").Path(sys.argv[3])
+media.write_bytes(b"m" * size)
+print("begun", flush=True)
+for i in range(10**6):
+    store.put_new(f"commits/{sys.argv[4]}-{i}", bytes([65 + i % 26]) * size)
+    store.put("latents/one", bytes([65 + i % 26]) * size)
+    store.put_file(f"data/{i % 3}", media)
+    store.delete(f"commits/{sys.argv[4]}-{i - 2}")
+"""
+    store = Store(str(tmp_path / "root"))
+    seen = 0
+    for turn in range(4):
+        writer = python(script, tmp_path / "root", size, tmp_path / "media", turn)
+        assert writer.stdout.readline() == "begun\n"
+        deadline = time.monotonic() + 0.15 + 0.11 * turn
+        while time.monotonic() < deadline:
+            seen += _check_whole(store, size)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        seen += _check_whole(store, size)
+    assert seen > 10
+
+
+def _check_whole(store: Store, size: int) -> int:
+    seen = 0
+    for folder in ("commits", "latents", "data"):
+        for key in store.list(folder):
+            try:
+                data = store.get(key)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            assert len(data) == size, f"{key} is partial"
+            assert data == data[:1] * size, f"{key} is mixed"
+            seen += 1
+    return seen
+
+
+def test_list_hides_what_a_killed_writer_left(tmp_path):
+    """P2: a draft is no object."""
+    store = Store(str(tmp_path))
+    store.put("commits/a.json", b"1")
+    (tmp_path / "commits" / ".draft-0123").write_bytes(b"hal")
+    assert list(store.list("commits/")) == ["commits/a.json"]
+
+
+@pytest.mark.parametrize("act", ["put_new", "put", "put_file"])
+def test_a_full_disk_surfaces_and_leaves_nothing(tmp_path, monkeypatch, act):
+    """Design 6: a full disk is FATAL, so its errno must arrive; what was half written is gone."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    media = tmp_path / "media"
+    media.write_bytes(b"x")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        getattr(Store(str(tmp_path / "root")), act)("a/b", media if act == "put_file" else b"x")
+    assert caught.value.errno == errno.ENOSPC
+    assert files_below(tmp_path / "root") == []
+
+
+def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
+    """P1 on NFS: a repeated link reports our own success as a conflict."""
+    link = os.link
+
+    def link_twice(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    store = Store(str(tmp_path))
+    assert store.put_new("a", b"1")
+    assert not store.put_new("a", b"2")
+
+
+# Probe ----------------------------------------------------------------------------------------------------------------
+
+
+def test_probe_knows_the_stores(any_store):
+    """P1: each kind of store says how it keeps the promise; only the one that cannot comes with a warning."""
+    expected = {"s3": PutIfAbsent.CONDITIONAL_PUT, "memory": PutIfAbsent.UNSAFE}
+    claim = any_store.probe()
+    assert claim is expected.get(any_store.url.split(":")[0], PutIfAbsent.EXCLUSIVE_LINK)
+    assert (claim.warning is None) == (claim is not PutIfAbsent.UNSAFE)
+
+
+def test_probe_leaves_nothing(tmp_path, s3_store):
+    """An output root that was only looked at stays empty."""
+    Store(str(tmp_path / "root")).probe()
+    assert files_below(tmp_path) == []
+    s3_store.probe()
+    assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket=s3_store.url.split("/")[2])
+
+
+def test_probe_finds_a_server_that_ignores_the_condition(s3, s3_store):
+    """P1: some S3-compatible servers accept every PUT; the user is told."""
+    s3.ignores_conditions = True
+    assert s3_store.probe() is PutIfAbsent.UNSAFE
+    assert s3_store.put_new("a", b"1")
+    assert not s3_store.put_new("a", b"2"), "the look beforehand still helps one run at a time"
+
+
+def test_probe_finds_a_disk_without_hard_links(tmp_path, monkeypatch):
+    """P1: FAT and many FUSE mounts have none; the root still works, with a warning."""
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(str(tmp_path / "root"))
+    assert store.probe() is PutIfAbsent.UNSAFE
+    assert store.put_new("a", b"1")
+    assert not store.put_new("a", b"2")
+    assert store.get("a") == b"1"
+    assert files_below(tmp_path / "root") == ["a"]
+
+
+def test_probe_refuses_what_cannot_be_written(tmp_path, s3):
+    """P6: an unwritable root is found at the start, and the message names it."""
+    (tmp_path / "file").write_bytes(b"")
+    for url in [str(tmp_path / "file" / "root"), "/proc/nowhere/root", "s3://no-such-bucket/root"]:
+        with pytest.raises(UserError, match="cannot be written") as caught:
+            Store(url).probe()
+        assert url in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/root", "hdfs://host/root"])
+def test_probe_refuses_what_cannot_be_opened(url):
+    """P6: an unknown protocol, or one whose package is not installed."""
+    with pytest.raises(UserError, match=url):
+        Store(url).probe()
+
+
+# Retries --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 409])
+def test_transient_errors_are_retried(s3, s3_store, status):
+    """Design 4: throttling, a server's hiccup and S3's answer to two conditional PUTs at once all pass."""
+    s3.faults = [status] * 3
+    assert s3_store.put_new("a", b"1")
+    assert s3.spoilt == 3
+    s3.faults = [status] * 3
+    assert s3_store.get("a") == b"1"
+
+
+def test_a_store_that_stays_away_is_named_as_such(s3, s3_store):
+    """P5: after four tries it is a fault of the infrastructure, with a type that says so and survives pickling."""
+    s3.faults = [503] * 100
+    with pytest.raises(StorageUnavailableError, match=s3_store.url) as caught:
+        s3_store.put("a", b"1")
+    assert s3.spoilt == 4
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), ConnectionError)
+
+
+def test_refused_credentials_are_not_retried(s3, s3_store):
+    """Design 6: a permission error stops the run at once; its errno tells it from a sample's own error."""
+    s3.faults = [403] * 100
+    with pytest.raises(PermissionError) as caught:
+        s3_store.put("a", b"1")
+    assert caught.value.errno == errno.EACCES
+    assert s3.spoilt == 1
+
+
+def test_an_error_never_looks_like_a_missing_object(s3, s3_store):
+    """P2: if `exists` answered False to an outage, a resume would render what is committed."""
+    s3_store.put("commits/a.json", b"1")
+    s3.faults, s3.methods = [503] * 100, {"GET", "HEAD"}
+    with pytest.raises(StorageUnavailableError):
+        list(s3_store.list("commits/"))
+    with pytest.raises(StorageUnavailableError):
+        s3_store.exists("commits/a.json")
