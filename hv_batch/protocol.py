@@ -32,6 +32,12 @@ MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1  # torch.Generator takes a signed 64-bit seed
 
 
+DEFAULT_NEGATIVE_PROMPT = (  # spec section 3.3
+    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
+    "bad hands, bad teeth, bad eyes, bad limbs, distortion"
+)
+
+
 class UserError(Exception):
     """Something the user can mend. Its text is one paragraph: what, where, what is allowed, and the remedy.
 
@@ -165,8 +171,15 @@ class RankPlace:
 class Embedding(Protocol):
     """One encoded prompt. The job carries it and reads only how much of the prompt the model saw."""
 
-    num_tokens: int  # text tokens that reach the DiT, template excluded
-    tokens_lost: int  # prompt tokens beyond the model's limit
+    @property
+    def num_tokens(self) -> int:
+        """Text tokens that reach the DiT, template excluded."""
+        ...
+
+    @property
+    def tokens_lost(self) -> int:
+        """Prompt tokens beyond the model's limit."""
+        ...
 
 
 class TextEncoder(Protocol):

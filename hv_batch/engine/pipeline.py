@@ -16,16 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.protocol import Device, RankPlace, SamplingParams, UserError, problems
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, RankPlace, SamplingParams, UserError, problems
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-# Spec section 3.3; matters only where cfg_scale > 1.
-DEFAULT_NEGATIVE_PROMPT = (
-    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
-    "bad hands, bad teeth, bad eyes, bad limbs, distortion"
-)
 
 
 def _ignore(_step: int) -> None:

@@ -137,7 +137,8 @@ class Remote:
         protocol = get_protocol(url)
         self.is_conditional = protocol in CONDITIONAL_PROTOCOLS
         self.claim = PutIfAbsent.CONDITIONAL_PUT if self.is_conditional else PutIfAbsent.UNSAFE
-        # Listings change under us from other machines. Drivers outside the list may not know the option.
+        # Listings change under us from other machines. Drivers outside the list may not know the option, so there the
+        # cache is emptied before every look.
         options: dict[str, Any] = {"use_listings_cache": False} if self.is_conditional else {}
         try:
             self.fs, self.root = url_to_fs(url, **options)
@@ -181,7 +182,7 @@ class Remote:
         return bytes(self.fs.cat_file(self._path(key)))
 
     def exists(self, key: str) -> bool:
-        self.fs.invalidate_cache()
+        self._forget_listings()
         # Not fs.exists: drivers answer False there to any error, which would look like a sample that is not committed.
         try:
             return bool(self.fs.info(self._path(key))["type"] == "file")
@@ -189,7 +190,7 @@ class Remote:
             return False
 
     def list(self, prefix: str) -> list[str]:
-        self.fs.invalidate_cache()
+        self._forget_listings()
         # The generic walk leaves out folders it cannot read unless told otherwise; the stores' own never do.
         options = {} if self.is_conditional else {"on_error": "raise"}
         try:
@@ -204,6 +205,10 @@ class Remote:
 
     def _path(self, key: str) -> str:
         return f"{self.root.rstrip('/')}/{key}"
+
+    def _forget_listings(self) -> None:
+        if not self.is_conditional:
+            self.fs.invalidate_cache()
 
     def _make_folder(self, path: str) -> None:
         if not self.is_conditional:  # object stores have no folders, and s3fs would try to create the bucket

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from hv_batch.job.config_text import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
 from hv_batch.job.inputs import open_input, shorten
 from hv_batch.job.rows import find_fault
-from hv_batch.protocol import Device, UserError
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, UserError
 
 Count = Annotated[int, Field(ge=1)]
 GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on more than one GPU
@@ -54,10 +54,7 @@ class ModelConfig(_Section):
 class Defaults(_Section):
     """What a manifest row leaves out (spec section 1)."""
 
-    negative_prompt: str = (  # spec section 3.3
-        "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
-        "bad hands, bad teeth, bad eyes, bad limbs, distortion"
-    )
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     """Rendered only where cfg_scale > 1."""
     height: int = 720
     """Pixels, a multiple of 16."""

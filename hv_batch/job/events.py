@@ -106,9 +106,10 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class KillWorker:
-    """Tear the worker down; no answer is expected."""
+    """Tear the worker down, for this reason; no answer is expected."""
 
     worker: WorkerId
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,10 @@ class Scheduler:
     def in_flight(self) -> dict[str, Stage]:
         return {key: sample.stage for key, sample in self._samples.items()}
 
+    def failures(self, key: str) -> tuple[Failure, ...]:
+        """What an in-flight sample has been charged with so far."""
+        return tuple(self._samples[key].failures)
+
     def begin(self) -> list[Action]:
         """The first actions; nothing is started before there is a sample that needs it."""
         return self._next_actions(0.0)
@@ -216,7 +220,7 @@ class Scheduler:
         if failure.kind is FailureClass.INFRA:
             worker.losses += 1
         worker.start_at = now + (min(MAX_BACKOFF_S, 2.0 ** (worker.losses - 2)) if worker.losses > 1 else 0.0)
-        actions: list[Action] = [KillWorker(worker.id)]
+        actions: list[Action] = [KillWorker(worker.id, failure)]
         worker.id = WorkerId(worker.id.stage, worker.id.slot, worker.id.life + 1)
         if worker.losses >= self._retries.worker:
             worker.status = Status.ABANDONED

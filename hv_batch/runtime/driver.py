@@ -37,10 +37,10 @@ from hv_batch.job.events import (
     TaskFailed,
     Tick,
     WorkerId,
-    WorkerLost,
 )
 from hv_batch.job.plan import Plan, Sealable
 from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.samples import Sample
 from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
 from hv_batch.job.storage import Store
 from hv_batch.runtime.context import RunContext
@@ -164,12 +164,13 @@ class Driver:
                 if worker.stage is Stage.DECODE:
                     for key in keys:
                         self._plan.committed(self._items.pop(key).sample)
-            case TaskFailed(worker, failure) | WorkerLost(worker, failure) if worker in self._workers:
-                keys = self._tasks.pop(worker, ())
-                for key in keys:
-                    self._items[key].failures.append(failure)
-                about = f" while rendering {', '.join(keys)}" if keys else ""
-                self._progress.say(f"{worker}{about}: {failure.kind.value}: {_first_line(failure)}")
+            case TaskFailed(worker, failure) if worker in self._workers:
+                self._say_failed(worker, failure)
+
+    def _say_failed(self, worker: WorkerId, failure: Failure) -> None:
+        keys = self._tasks.pop(worker, ())
+        about = f" with {', '.join(keys)}" if keys else ""
+        self._progress.say(f"{worker}{about}: {failure.kind.value}: {_first_line(failure)}")
 
     def _sealed(self, ref: ray.ObjectRef) -> list[Event]:
         self._sealing -= 1
@@ -189,14 +190,14 @@ class Driver:
                     self._admit(count)
                 case StartWorker(worker):
                     self._workers[worker] = self._start(worker)
-                case KillWorker(worker):
-                    if found := self._workers.pop(worker, None):
-                        found.kill()
+                case KillWorker(worker, failure):
+                    self._say_failed(worker, failure)
+                    self._workers.pop(worker).kill()
                 case Run(worker, keys):
                     self._tasks[worker] = keys
-                    self._workers[worker].run([self._items[key] for key in keys])
-                case Quarantine(key):
-                    self._quarantine(self._items.pop(key))
+                    self._run(worker, keys)
+                case Quarantine(key, failures):
+                    self._quarantine(self._items.pop(key).sample, failures)
                 case Abort(failure):
                     raise FatalError(failure)
                 case Finish():
@@ -218,19 +219,24 @@ class Driver:
         start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
         return start(worker, self._context, self._watch)
 
-    def _quarantine(self, item: InFlight) -> None:
+    def _run(self, worker: WorkerId, keys: tuple[str, ...]) -> None:
+        items = [self._items[key] for key in keys]
+        for item in items:
+            item.failures = self._scheduler.failures(item.sample.key)
+        self._workers[worker].run(items)
+
+    def _quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
         record = quarantine_record(
-            item.sample,
-            failures=[failure.to_dict() for failure in item.failures],
+            sample,
+            failures=[failure.to_dict() for failure in failures],
             fingerprint=self._context.fingerprint,
             versions=self._context.versions,
         )
         if quarantine(self._context.store, record):
-            reason = _first_line(item.failures[-1])
-            self._progress.say(f"quarantined {item.sample.key} (row {item.sample.row}): {reason}")
-            self._plan.quarantined(item.sample)
+            self._progress.say(f"quarantined {sample.key} (row {sample.row}): {_first_line(failures[-1])}")
+            self._plan.quarantined(sample)
         else:
-            self._plan.committed(item.sample)
+            self._plan.committed(sample)
 
     def _snapshot(self) -> Snapshot:
         at, tally = Counter(self._scheduler.in_flight().values()), self._plan.tally

@@ -6,7 +6,7 @@ import errno
 import re
 from collections.abc import Sequence
 
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.protocol import UserError
@@ -32,10 +32,14 @@ class LatentsGoneError(Exception):
     """The final latents a decode was to start from are neither in the object store nor in the output root."""
 
 
+# A lost input object surfaces as the consumer's own task error with a Ray error as its cause.
+NOT_THE_SAMPLE = (RayError, MemoryError, ConnectionError, TimeoutError, LatentsGoneError)
+
+
 def classify(error: BaseException, where: str = "") -> Failure:
     """The failure class of an exception that `ray.get` raised for a task of worker `where`."""
     if isinstance(error, RayTaskError):
-        return _of_task(error.cause, error.traceback_str, where)
+        return _of_task(error.cause, str(error), where)  # Ray prints a task's error as the remote traceback
     if isinstance(error, RayActorError) and getattr(error, "preempted", False):
         return Failure(FailureClass.PREEMPTED, f"its node was preempted: {error}", where=where).trimmed()
     if isinstance(error, RayError):
@@ -61,10 +65,7 @@ def _of_task(cause: BaseException, traceback: str, where: str) -> Failure:
         kind = FailureClass.FATAL
     elif _is_device_oom(cause):
         kind = FailureClass.GPU_OOM
-    elif isinstance(cause, RayError | OutOfMemoryError | LatentsGoneError | MemoryError | ConnectionError | TimeoutError):
-        # A lost input object surfaces as the consumer's own task error with a Ray error as its cause.
-        kind = FailureClass.INFRA
-    elif isinstance(cause, RuntimeError) and COLLECTIVE.search(str(cause)):
+    elif isinstance(cause, NOT_THE_SAMPLE) or (isinstance(cause, RuntimeError) and COLLECTIVE.search(str(cause))):
         kind = FailureClass.INFRA
     return Failure(kind, message, traceback, where, begin_anew=isinstance(cause, LatentsGoneError)).trimmed()
 

@@ -36,7 +36,7 @@ class InFlight:
     embeddings: ray.ObjectRef | None = None
     latents: ray.ObjectRef | None = None  # None also where the decoder shall read them from the output root
     stages: dict[str, StageReport] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
+    failures: tuple[Failure, ...] = ()
 
 
 class Worker(Protocol):

@@ -70,9 +70,17 @@ def test_a_prompt_becomes_frames(pipeline):
 
 
 def test_one_frame_is_an_image(pipeline):
-    """Spec section 1: 1 frame = an image, with the image template: not the first frame of a video."""
-    image = pipeline(PROMPT, **{**SMALL, "num_frames": 1})
+    """Spec sections 1 and 3.1: 1 frame = an image, whose prompt goes into the image template."""
+    params = replace(PARAMS, num_frames=1)
+    image = np.concatenate(list(pipeline.stream(params)))
     assert image.shape == (1, 32, 48, 3)
+    rendered = []
+    for template in (True, False):
+        (text,) = pipeline._text_encoder.encode([PROMPT], image=template)
+        latents = pipeline._denoiser.denoise(params, text, None, lambda n: None)
+        rendered.append(np.concatenate(list(pipeline._decoder.decode(latents))))
+    assert np.array_equal(image, rendered[0])
+    assert not np.array_equal(image, rendered[1])
 
 
 def test_equal_parameters_give_equal_bytes(toy, pipeline):

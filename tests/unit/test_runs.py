@@ -7,7 +7,7 @@ import re
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
@@ -132,6 +132,7 @@ identities = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(theirs=identities, ours=identities)
 def test_a_refusal_always_has_a_difference_to_show(theirs, ours):
     """P2: fingerprints differ exactly when there is a line to show, as 1 and 1.0 and true do."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import storage
@@ -142,6 +142,7 @@ def test_keys_that_leave_the_root_are_refused(any_store, key):
         any_store.exists(key)
 
 
+@settings(deadline=None)
 @given(key=st.text(alphabet=st.sampled_from("ab./\\\0 ~"), max_size=12))
 def test_a_key_stays_below_the_root(key):
     """The same for any key: refused, or below the root and not the root itself."""
@@ -176,17 +177,23 @@ def test_a_pickled_store_holds_its_url_only(s3_store):
 
 def test_of_many_threads_one_creates(any_store):
     """P1: of any number of writers at one moment exactly one wins, and its bytes are what is there."""
-    for turn in range(5):
-        key = f"commits/shard-00000/{turn}.json"
-        wins = at_once(8, lambda i, key=key: any_store.put_new(key, f"writer {i}".encode()))
-        assert wins.count(True) == 1
-        assert any_store.get(key) == f"writer {wins.index(True)}".encode()
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change places inside the act, not only between two acts
+    try:
+        for turn in range(8):
+            key = f"commits/shard-00000/{turn}.json"
+            wins = at_once(8, lambda i, key=key: any_store.put_new(key, f"writer {i}".encode()))
+            assert wins.count(True) == 1
+            assert any_store.get(key) == f"writer {wins.index(True)}".encode()
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def python(script: str, *args: object) -> subprocess.Popen:
     """A fresh interpreter that has `Store` at hand."""
     return subprocess.Popen(
-        [sys.executable, "-c", f"import sys, time\nfrom hv_batch.job.storage import Store\n{script}", *map(str, args)],
+        [sys.executable, "-c", f"import sys\nfrom hv_batch.job.storage import Store\n{script}", *map(str, args)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -195,19 +202,23 @@ def python(script: str, *args: object) -> subprocess.Popen:
 
 def test_of_many_processes_one_creates(tmp_path):
     """P1: the same for processes on a local disk, key by key."""
-    keys, writers = 40, 4
     script = """
-store, me, begin = Store(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-time.sleep(max(0.0, begin - time.time()))
-print(*[int(store.put_new(f"commits/{key}.json", me.encode() * 1000)) for key in range(int(sys.argv[4]))])
+store, me = Store(sys.argv[1]), sys.argv[2].encode() * 1000
+for key in sys.stdin:
+    print(int(store.put_new(f"commits/{key.strip()}.json", me)), flush=True)
 """
-    running = [python(script, tmp_path / "root", i, time.time() + 1.5, keys) for i in range(writers)]
-    wins = [list(map(int, process.communicate()[0].split())) for process in running]
+    writers = [python(script, tmp_path / "root", i) for i in range(4)]
     store = Store(str(tmp_path / "root"))
-    assert len({i for i in range(writers) if any(wins[i])}) > 1, "the writers did not meet"
-    for key in range(keys):
-        (winner,) = [i for i in range(writers) if wins[i][key]]
-        assert store.get(f"commits/{key}.json") == str(winner).encode() * 1000
+    for key in range(60):
+        for writer in writers:
+            writer.stdin.write(f"{key}\n")
+        for writer in writers:
+            writer.stdin.flush()
+        wins = [int(writer.stdout.readline()) for writer in writers]
+        assert sum(wins) == 1
+        assert store.get(f"commits/{key}.json") == str(wins.index(1)).encode() * 1000
+    for writer in writers:
+        writer.communicate()
 
 
 def test_a_killed_writer_leaves_no_partial_object(tmp_path):
@@ -386,3 +397,16 @@ def test_an_error_never_looks_like_a_missing_object(s3, s3_store):
         list(s3_store.list("commits/"))
     with pytest.raises(StorageUnavailableError):
         s3_store.exists("commits/a.json")
+
+
+def test_an_unreadable_folder_is_not_an_empty_one(tmp_path, monkeypatch):
+    """P2: the same on a local disk."""
+
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    store = Store(str(tmp_path))
+    store.put("commits/a.json", b"1")
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(store.list("commits/"))
