@@ -64,6 +64,16 @@ def demo(
 
 
 @app.command()
+def toy(
+    folder: Annotated[Path, typer.Argument(help="where to write it")],
+) -> None:
+    """Write the toy checkpoint, a tree laid out exactly like the released one, and print its model_base."""
+    from hv_batch.toy.checkpoint import write_toy_checkpoint
+
+    print(write_toy_checkpoint(folder.absolute()))
+
+
+@app.command()
 def status(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,

@@ -30,6 +30,9 @@ CONDITIONAL_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfs
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
+# What fsync(2) says of a folder on file systems that look after folders themselves (CIFS, some FUSE mounts).
+NO_FOLDER_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
+
 # Where nobody judges the condition, at least the threads of one process take turns.
 _TURN = threading.Lock()
 
@@ -110,7 +113,7 @@ class LocalDisk:
         draft = os.path.join(folder, f".draft-{uuid.uuid4().hex}")
         try:
             yield draft
-            _flush(folder)
+            _flush_folder(folder)
         finally:
             Path(draft).unlink(missing_ok=True)
 
@@ -220,6 +223,14 @@ def _write(path: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _flush_folder(folder: str) -> None:
+    try:
+        _flush(folder)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_FLUSH:
+            raise
 
 
 def _flush(path: str) -> None:

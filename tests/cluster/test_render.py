@@ -83,7 +83,7 @@ def test_a_finished_root_renders_nothing(undisturbed, ray_head):
 
 @pytest.mark.parametrize("after", [0, 1, 4, 9])
 def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, marks, after):
-    """P2, P3: a driver killed at any moment is resumed; nothing committed is rendered again, and the bytes are equal."""
+    """P2, P3: a driver killed at any moment is resumed; nothing committed is rendered again, bytes are equal."""
     config = write_config(tmp_path, marks, {"step_seconds": 0.02})
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
     driver = start(command(config, manifest, output, ray_head[0]))

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +191,20 @@ def test_of_many_threads_one_creates(any_store):
         sys.setswitchinterval(usual)
 
 
+def test_threads_take_turns_where_no_server_judges(monkeypatch):
+    """P1: without a conditional write the look and the write are two acts, and no thread may come between."""
+    exists = MemoryFileSystem.exists
+
+    def slow_exists(self, path, **options):  # the driver's own look, just before it writes
+        found = exists(self, path, **options)
+        time.sleep(0.005)
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", slow_exists)
+    store = Store("memory://turns")
+    assert at_once(8, lambda i: store.put_new("a/b", b"%d" % i)).count(True) == 1
+
+
 def python(script: str, *args: object) -> subprocess.Popen:
     """A fresh interpreter that has `Store` at hand."""
     return subprocess.Popen(
@@ -284,6 +300,21 @@ def test_a_full_disk_surfaces_and_leaves_nothing(tmp_path, monkeypatch, act):
         getattr(Store(str(tmp_path / "root")), act)("a/b", media if act == "put_file" else b"x")
     assert caught.value.errno == errno.ENOSPC
     assert files_below(tmp_path / "root") == []
+
+
+def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeypatch):
+    """Design 4: CIFS and some FUSE mounts keep folders themselves and refuse the call."""
+    fsync = os.fsync
+
+    def picky(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    store = Store(str(tmp_path))
+    assert store.put_new("a/b", b"1")
+    assert store.get("a/b") == b"1"
 
 
 def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
