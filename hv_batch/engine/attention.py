@@ -53,25 +53,22 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 KERNELS: dict[str, Kernel] = {"math": attend_math, "sdpa": attend_sdpa, "flash": attend_flash}
-BACKENDS = ("auto", *KERNELS)
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that `name` means here; "auto" is flash-attn where it can run, else PyTorch's own.
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel of that name. None is chosen by what happens to be installed: two nodes must not differ in pixels.
 
     Raises UserError for an unknown name, and for "flash" where flash-attn cannot run.
     """
-    if name not in BACKENDS:
-        raise UserError(f"attention backend {name!r} is not known; allowed: {', '.join(BACKENDS)}.")
+    if name not in KERNELS:
+        raise UserError(f"attention {name!r} is not known; allowed: {', '.join(KERNELS)}.")
     flash_runs = device.type == "cuda" and dtype is not torch.float32 and find_spec("flash_attn") is not None
     if name == "flash" and not flash_runs:
         raise UserError(
-            f"attention backend 'flash' needs the flash-attn package, a CUDA device and half precision, and this "
-            f"process has {device.type} and {dtype}; install the 'gpu' extra, or choose 'sdpa' or 'auto'."
+            f"attention 'flash' needs the flash-attn package, a CUDA device and half precision, and this process has "
+            f"{device.type} and {dtype}; install the 'gpu' extra, or choose 'sdpa'."
         )
-    if name == "auto":
-        return "flash" if flash_runs else "sdpa"
-    return name
+    return KERNELS[name]
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

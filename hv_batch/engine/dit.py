@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hv_batch.engine.attention import KERNELS, resolve_backend
+from hv_batch.engine.attention import choose_kernel
 from hv_batch.engine.dit_blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from hv_batch.engine.embeddings import (
     MLPEmbedder,
@@ -68,9 +68,9 @@ class DiTConfig:
 
 
 class HYVideoDiT(nn.Module):
-    """The network. `attention` names the kernel backend: auto, sdpa, flash or math."""
+    """The network. `attention` names the kernel: sdpa, flash or math."""
 
-    def __init__(self, config: DiTConfig, attention: str = "auto") -> None:
+    def __init__(self, config: DiTConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
         self.attention = attention
@@ -139,7 +139,7 @@ class HYVideoDiT(nn.Module):
         return vec
 
     def _velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh) -> Tensor:
-        kernel = KERNELS[resolve_backend(self.attention, latents.device, self.dtype)]
+        kernel = choose_kernel(self.attention, latents.device, self.dtype)
 
         patches, grid = patchify(latents.to(self.dtype), self.config.patch_size)
         image_len, text_len = patches.shape[0], text.shape[0]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hv_batch.engine import sampler
-from hv_batch.engine.attention import BACKENDS, resolve_backend
+from hv_batch.engine.attention import KERNELS, choose_kernel
 from hv_batch.engine.checkpoint import CheckpointTree, revision
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
@@ -62,7 +62,7 @@ class HunyuanVideo:
         precision: str = "bf16",
         vae_precision: str = "fp16",
         text_encoder_precision: str = "fp16",
-        attention: str = "auto",
+        attention: str = "sdpa",
         vae_tile: Mapping[str, Any] | None = None,
     ) -> None:
         # Absolute, because an actor's working folder is not the driver's.
@@ -79,7 +79,7 @@ class HunyuanVideo:
         }
         for option, value in self._precisions.items():
             _choice(option, value, PRECISIONS)
-        self._attention = _choice("attention", attention, BACKENDS)
+        self._attention = _choice("attention", attention, KERNELS)
 
     def check(self) -> list[str]:
         """Missing files, unreadable files and tensors that do not fit, one sentence each; reads no tensor data."""
@@ -125,8 +125,8 @@ class HunyuanVideo:
         """Load the DiT, then meet the other ranks: so a rank that cannot load fails by itself, with its own reason."""
         device = _claim(place.device, place.local_rank)
         dtype = self._dtype("precision")
-        attention = resolve_backend(self._attention, device, dtype)
-        model = load_dit(self._tree, self._dit_config, attention, dtype, device)
+        choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
+        model = load_dit(self._tree, self._dit_config, self._attention, dtype, device)
         mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)
         return HunyuanDenoiser(model, mesh, device)
 

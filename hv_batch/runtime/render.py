@@ -28,7 +28,7 @@ from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.runs import RunState, fingerprint, finish_run, open_run
 from hv_batch.job.samples import ManifestSummary, check_manifest, iter_samples
-from hv_batch.job.storage import PutIfAbsent, Store
+from hv_batch.job.storage import Store
 from hv_batch.protocol import Engine, UserError
 from hv_batch.runtime.context import RunContext, build_engine
 from hv_batch.runtime.driver import Driver, Outcome
@@ -88,8 +88,10 @@ def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progr
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**config.identity(), "model": engine.identity(), "manifest": summary.digest}
-    if not store.exists(layout.RUN) and store.probe() is PutIfAbsent.UNSAFE:
-        progress.say(f"warning: {store.url} cannot put an object only if it is absent; never run two drivers on it")
+    if not store.exists(layout.SUCCESS):
+        mode = store.probe()
+        if mode.warning:
+            progress.say(f"warning: {mode.warning}")
     state = open_run(store, _document(identity, config, manifest, summary, versions))
     return _Job(RunContext(config, engine, store, fingerprint(identity), versions), manifest, summary, state)
 

@@ -103,7 +103,7 @@ def reference_model(model: HYVideoDiT) -> Any:
     return reference.eval()
 
 
-def random_dit(config: DiTConfig, seed: int, attention: str = "auto") -> HYVideoDiT:
+def random_dit(config: DiTConfig, seed: int, attention: str = "sdpa") -> HYVideoDiT:
     """A model whose every parameter matters: nothing is 0 or 1 as freshly initialised norms and gates would be."""
     model = HYVideoDiT(config, attention=attention)
     draw = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.engine.attention import KERNELS, attend_math, merge, resolve_backend
+from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.dit_blocks import modulate
 from hv_batch.engine.embeddings import patchify, rope_table, unpatchify
@@ -196,7 +197,8 @@ def _device_kernels():
     if torch.cuda.is_available():
         yield from (("sdpa", "cuda", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
         for dtype in (torch.bfloat16, torch.float16):
-            yield resolve_backend("auto", torch.device("cuda"), dtype), "cuda", dtype
+            if find_spec("flash_attn"):
+                yield "flash", "cuda", dtype
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), list(_device_kernels()))
@@ -238,4 +240,4 @@ def test_merging_parts_equals_the_whole(q_len, parts, sharpness, seed):
 def test_backend_that_cannot_run_is_refused(name):
     """P6: an unknown backend, and flash-attn on a CPU, are refused by name with the remedy."""
     with pytest.raises(UserError, match="sdpa"):
-        resolve_backend(name, torch.device("cpu"), torch.float32)
+        choose_kernel(name, torch.device("cpu"), torch.float32)

@@ -82,12 +82,11 @@ def test_another_seed_changes_every_weight_file(model_base, tmp_path):
     assert changed == {DIT, VAE, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"}
 
 
-def test_a_complete_tree_is_left_alone(tmp_path):
-    """P2: the second call reads nothing and writes nothing."""
-    base = write_toy_checkpoint(tmp_path)
-    (base / DIT).write_bytes(b"mine")
-    assert write_toy_checkpoint(tmp_path) == base
-    assert (base / DIT).read_bytes() == b"mine"
+def test_a_complete_tree_is_left_alone(model_base, monkeypatch):
+    """P2: the second call writes nothing."""
+    monkeypatch.setattr("hv_batch.toy.checkpoint._write_tree", lambda *_: 1 / 0)
+    assert write_toy_checkpoint(model_base.parent) == model_base
+    assert os.listdir(model_base.parent) == [model_base.name]
 
 
 def test_a_writer_that_dies_leaves_no_tree(tmp_path, monkeypatch):

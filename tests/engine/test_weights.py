@@ -38,7 +38,7 @@ def base(toy, tmp_path):
 
 
 def load(base, **paths):
-    return load_dit(CheckpointTree(base, **paths), CONFIG, "auto", torch.float32, CPU)
+    return load_dit(CheckpointTree(base, **paths), CONFIG, "sdpa", torch.float32, CPU)
 
 
 def stored(path):
