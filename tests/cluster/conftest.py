@@ -35,10 +35,12 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def ray_head(ray_environment, tmp_path_factory):
     """(GCS address, dashboard URL) of `ray start --head --num-gpus 8`."""
-    port, dashboard = free_port(), free_port()
+    # Ray's fixed default ports may be taken by the local Ray of another test that is just ending.
+    port, dashboard, agent, client = (free_port() for _ in range(4))
     log = tmp_path_factory.mktemp("head") / "log.txt"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += ["--num-cpus=8", "--num-gpus=8", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     command += ["--object-store-memory=300000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     with log.open("w") as output:
         # A session of its own, so that everything it starts can be ended as one group.

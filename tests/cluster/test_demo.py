@@ -1,0 +1,87 @@
+"""The README's first command, run as a user runs it: a local Ray, the toy checkpoint, the shipped manifest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from tests.cluster.runs import dataset, finish, records, start, table
+
+DEADLINE_S = 120
+
+
+@pytest.fixture(scope="module")
+def home(ray_environment, tmp_path_factory):
+    """A cache folder as empty as a new user's, shared by the demos of this file."""
+    folder = tmp_path_factory.mktemp("demo")
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    yield folder
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+def demo(output):
+    return start([sys.executable, "-m", "hv_batch", "demo", "--output", str(output)])
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+    code, text = finish(demo(home / "first"), timeout=DEADLINE_S)
+    assert code == 0, text
+    return home / "first", text
+
+
+def test_the_demo_renders_its_manifest(finished):
+    """The README's promise: every row of the shipped manifest ends as a video (one as an image) with its metadata."""
+    output, text = finished
+    found = records(output)
+    assert len(found) == 15
+    assert sorted(record["file"].rpartition(".")[2] for record in found.values()) == ["mp4"] * 14 + ["png"]
+    assert sum(record["params"]["cfg_scale"] > 1 for record in found.values()) >= 2
+    assert {"dancer-silk-v0", "dancer-silk-v1"} <= set(found)
+    assert all(
+        record["produced"] == {side: record["params"][side] for side in ("num_frames", "height", "width")}
+        for record in found.values()
+    )
+    assert table(output)[0]["category"] == "landscape", "further columns are carried into the metadata"
+    assert str(output) in text
+    assert (output / "report" / "index.html").as_uri() in text
+
+
+def test_the_videos_depend_on_their_prompts(finished):
+    """No two of the demo's videos have the same frames."""
+    found = records(finished[0]).values()
+    assert len({record["frames_sha256"] for record in found}) == len(found)
+
+
+def test_a_killed_demo_goes_on_to_the_same_bytes(finished, home):
+    """P2, P3: SIGKILL while it renders, the same command again, and the dataset is that of an undisturbed run."""
+    output = home / "second"
+    victim = demo(output)
+    deadline = time.monotonic() + DEADLINE_S
+    while len(records(output)) < 4:
+        assert time.monotonic() < deadline
+        assert victim.poll() is None, finish(victim)[1]
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    finish(victim)
+    assert not (output / "_SUCCESS").exists()
+    code, text = finish(demo(output), timeout=DEADLINE_S)
+    assert code == 0, text
+    assert dataset(output) == dataset(finished[0])
+
+
+def test_a_second_demo_renders_nothing(finished):
+    """P2: run again over its output, the demo says that there is nothing to do."""
+    before = dataset(finished[0])
+    code, text = finish(demo(finished[0]), timeout=DEADLINE_S)
+    assert code == 0, text
+    assert "nothing to render" in text
+    assert dataset(finished[0]) == before

@@ -1,0 +1,106 @@
+"""The command line where no Ray is needed: every refusal is one clear text, exit code 1, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import write_config, write_manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+def hv_batch(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "hv_batch", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def good(tmp_path):
+    """(config, manifest, output root) of a run that would go."""
+    (tmp_path / "marks").mkdir()
+    config = write_config(tmp_path, tmp_path / "marks")
+    return config, write_manifest(tmp_path, ["a prompt"]), tmp_path / "out"
+
+
+def refused(config, manifest, output, *overrides):
+    code, _, stderr = hv_batch("run", "--config", config, "--manifest", manifest, "--output", output, *overrides)
+    assert code == 1
+    assert stderr.startswith("error: ") or "\nerror: " in stderr
+    assert not (output / "run.json").exists(), "a refused run must not claim its output root"
+    return stderr
+
+
+def test_every_bad_row_is_told_at_once(good, tmp_path):
+    """P6: row number, field, value and what is allowed, for all rows in one go."""
+    manifest = tmp_path / "bad.jsonl"
+    rows = [{"prompt": "ok"}, {"prompt": "x", "height": 100}, {"prompt": ""}, {"prompt": "y", "num_frames": 8}]
+    manifest.write_text("\n".join(map(json.dumps, rows)) + "\n{not json\n")
+    text = refused(good[0], manifest, good[2])
+    for expected in ("row 2: height = 100", "row 3: prompt", "row 4: num_frames = 8", "row 5", "multiple of 16"):
+        assert expected in text
+
+
+def test_unknown_config_keys_are_errors(good):
+    """P6: a misspelt key is named with the nearest known one."""
+    assert "groups.cuont" in refused(*good, "groups.cuont=2")
+
+
+def test_a_missing_weight_file_names_path_and_layout(good, tmp_path):
+    """P6: the path expected and the layout of the tree."""
+    text = refused(
+        ROOT / "configs" / "720p_8gpu.yaml", good[1], good[2], f"model.options.model_base={tmp_path / 'ckpts'}"
+    )
+    assert f"model_base {tmp_path / 'ckpts'}" in text
+    assert "hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt" in text
+    assert "text_encoder_2/" in text
+
+
+def test_heads_that_do_not_split_are_told(good):
+    """P6: an impossible parallel plan is refused before Ray is touched."""
+    assert "does not divide 24" in refused(*good, "parallel.ulysses_degree=5")
+
+
+def test_an_engine_that_is_not_there_is_told(good):
+    """P6: the import path of the engine is in the message."""
+    assert "tests.doubles:NoEngine" in refused(*good, "model.engine=tests.doubles:NoEngine")
+    assert "surprise" in refused(*good, "model.options.surprise=1")
+
+
+def test_an_unwritable_output_is_told(good, tmp_path):
+    """P6: found by trying, before anything is rendered."""
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in refused(good[0], good[1], tmp_path / "file" / "out")
+
+
+def test_a_missing_manifest_is_told(good, tmp_path):
+    """P6: the path is in the message."""
+    assert "nowhere.jsonl" in refused(good[0], tmp_path / "nowhere.jsonl", good[2])
+
+
+def test_status_of_something_else_is_told(tmp_path):
+    """`hv-batch status` of a folder that is no output root is an error, not an empty table."""
+    code, _, stderr = hv_batch("status", tmp_path)
+    assert code == 1
+    assert "run.json" in stderr
+
+
+def test_toy_writes_a_checkpoint_and_prints_its_path(tmp_path):
+    """What the configs' comments tell the user to run."""
+    code, stdout, _ = hv_batch("toy", tmp_path)
+    assert code == 0
+    assert (Path(stdout.strip()) / "hunyuan-video-t2v-720p" / "vae" / "config.json").is_file()
