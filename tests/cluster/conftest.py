@@ -23,6 +23,7 @@ def ray_environment():
     os.environ["RAY_AUTH_MODE"] = "disabled"  # a token in the home folder would outlive the tests
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = str(ROOT)  # where actors find the doubles
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as an activated venv does
     os.environ.pop("RAY_ADDRESS", None)
 
 

@@ -11,7 +11,7 @@ import time
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 from tests.cluster.runs import ROOT, count, records, render, write_config, write_manifest
 
-TIMEOUT_S = 240
+TIMEOUT_S = 120
 
 
 def ray_job(dashboard, *arguments, timeout=TIMEOUT_S):
