@@ -89,5 +89,8 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a store that went away, a disk that is full: nothing of ours is broken
+        sys.exit(f"error: {error}. What is committed stays; run the same command again to go on.")
     except KeyboardInterrupt:
-        sys.exit("stopped at once; run the same command again to resume")
+        print("stopped at once; run the same command again to go on", file=sys.stderr)
+        sys.exit(143)

@@ -97,6 +97,8 @@ class FakeDenoiser:
     def denoise(self, params, positive, negative, on_step):
         assert positive.text == params.prompt
         assert (negative is not None) == params.uses_cfg
+        if "!nan" in params.prompt:
+            raise ValueError("latents are not finite")
         for step in range(params.num_inference_steps):
             time.sleep(self.engine.step_seconds)
             on_step(step + 1)

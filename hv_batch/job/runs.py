@@ -88,12 +88,12 @@ def read_run(store: Store) -> dict[str, Any]:
 
 
 def finish_run(store: Store, summary: Mapping[str, Any]) -> None:
-    """Write the summary, and seal the run when `summary["pending"]` samples are none.
+    """Write the summary, and seal the run when no sample is pending and every shard is sealed.
 
     The seal is last: a root that has it needs nothing more.
     """
     store.put(layout.SUMMARY, encode(summary))
-    if summary["pending"] == 0:
+    if summary["pending"] == 0 and summary["shards_sealed"] == summary["shards"]:
         store.put(layout.SUCCESS, b"")
 
 

@@ -296,16 +296,28 @@ class Scheduler:
             yield Admit(room)
 
     def _starts(self, now: float) -> Iterator[Action]:
+        needed = {stage: self._needed(stage) for stage in Stage}
+        # The first worker of each station comes before the second of any: on a cluster that is too small for all of
+        # them, a second encoder must not take the GPU that the only decoder waits for.
+        all_served = all(
+            any(worker.status in (Status.IDLE, Status.BUSY) for worker in self._workers[stage])
+            for stage in Stage
+            if needed[stage]
+        )
         for stage, workers in self._workers.items():
-            needed = sum(1 for sample in self._samples.values() if sample.stage <= stage)
-            if self._drain_until is not None:  # a drain only finishes what needs a decoder
-                needed = len(self._waiting[stage]) if stage is Stage.DECODE else 0
             live = sum(worker.alive for worker in workers)
+            wanted = min(needed[stage], len(workers) if all_served else 1)
             for worker in workers:
-                if live < needed and worker.status is Status.ABSENT and now >= worker.start_at:
+                if live < wanted and worker.status is Status.ABSENT and now >= worker.start_at:
                     worker.status = Status.STARTING
                     live += 1
                     yield StartWorker(worker.id)
+
+    def _needed(self, stage: Stage) -> int:
+        """How many workers of the station could ever be busy with what is in flight."""
+        if self._drain_until is not None:  # a drain only finishes what needs a decoder
+            return len(self._waiting[stage]) if stage is Stage.DECODE else 0
+        return sum(1 for sample in self._samples.values() if sample.stage <= stage)
 
     def _runs(self, now: float) -> Iterator[Action]:
         for stage in sorted(Stage, reverse=True):  # what is nearest to a commit goes first

@@ -43,6 +43,7 @@ from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.samples import Sample
 from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
 from hv_batch.job.storage import Store
+from hv_batch.protocol import UserError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify
 from hv_batch.runtime.groups import DenoiseGroup
@@ -50,14 +51,6 @@ from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_enco
 
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
 POLL_S = 1.0  # how often a worker is asked for its progress
-
-
-class FatalError(Exception):
-    """The run cannot go on; carries the failure that ended it."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +61,7 @@ class Outcome:
     seconds: float
 
 
-@ray.remote(num_cpus=0, max_retries=0)
+@ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
 def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind]) -> None:
     """In a task, because a shard's records are a few hundred reads and the driver must keep feeding."""
     seal_shard(store, sealable.shard, sealable.keys, extra_kinds)
@@ -105,7 +98,7 @@ class Driver:
         self._end: Finish | None = None
 
     def run(self) -> Outcome:
-        """Raises FatalError when the run cannot go on. However it ends, its actors and placement groups are gone."""
+        """Raises UserError when the run cannot go on. However it ends, its actors and placement groups are gone."""
         begun = time.monotonic()
         try:
             self._carry_out(self._scheduler.begin())
@@ -199,7 +192,12 @@ class Driver:
                 case Quarantine(key, failures):
                     self._quarantine(self._items.pop(key).sample, failures)
                 case Abort(failure):
-                    raise FatalError(failure)
+                    if failure.traceback:
+                        self._progress.say(failure.traceback)
+                    raise UserError(
+                        f"The run cannot go on: {failure.message.rstrip('. ')}. What is committed stays; mend this and "
+                        "run the same command again to render the rest."
+                    )
                 case Finish():
                     self._end = action
 

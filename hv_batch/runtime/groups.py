@@ -8,7 +8,7 @@ the rebuild to the scheduler (P4, P5). The placement group belongs to this drive
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Event, TaskDone, WorkerId, WorkerLost, WorkerReady
+from hv_batch.job.events import Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerReady
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify, most_telling
 from hv_batch.runtime.placement import group_bundles, show, total
@@ -42,14 +42,11 @@ class DenoiseGroup:
         self._bundles = group_bundles(context.config)
         self._deadline = time.monotonic() + context.config.timeouts.start_s
         self._ready = False
+        self._killed = False
         self._ranks: list[Any] = []
         self._pulse: Pulse | None = None
         self._placement: PlacementGroup = placement_group(self._bundles, strategy="STRICT_PACK", name=f"hv-{worker}")
         watch(self._placement.ready(), self._placed)
-
-    @property
-    def steps_done(self) -> int:
-        return self._pulse.count if self._pulse else 0
 
     def poll(self, now: float) -> list[Event]:
         if self._ready and self._pulse:
@@ -59,6 +56,7 @@ class DenoiseGroup:
         return []
 
     def kill(self) -> None:
+        self._killed = True
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         remove_placement_group(self._placement)
@@ -66,6 +64,8 @@ class DenoiseGroup:
     # Starting ---------------------------------------------------------------------------------------------------------
 
     def _placed(self, ref: ray.ObjectRef) -> list[Event]:
+        if self._killed:
+            return []
         if error := _error_of(ref):
             return [WorkerLost(self.id, start_failure(classify(error, str(self.id))))]
         groups = self._context.config.groups
@@ -93,14 +93,16 @@ class DenoiseGroup:
         self._ready = True
         return [WorkerReady(self.id)]
 
-    def _when_all(self, refs: Sequence[ray.ObjectRef], then: Any) -> None:
-        """Call `then` once every rank has answered; the first error loses the group."""
+    def _when_all(self, refs: Sequence[ray.ObjectRef], then: Callable[[], list[Event]]) -> None:
+        """Call `then` once every rank has answered; the first error ends the waiting."""
         missing = set(refs)
 
         def answered(ref: ray.ObjectRef) -> list[Event]:
+            if self._killed or not missing:
+                return []
             if _error_of(ref):
-                failure = self._verdict(refs)
-                return [WorkerLost(self.id, failure if self._ready else start_failure(failure))]
+                missing.clear()
+                return [self._verdict(refs)]
             missing.discard(ref)
             return [] if missing else then()
 
@@ -122,9 +124,18 @@ class DenoiseGroup:
 
         self._when_all([report, *others], rendered)
 
-    def _verdict(self, refs: Sequence[ray.ObjectRef]) -> Failure:
+    def _verdict(self, refs: Sequence[ray.ObjectRef]) -> Event:
+        """What a rank's error means for the group, after a moment for the others' errors to arrive."""
         heard, _ = ray.wait(list(refs), num_returns=len(refs), timeout=COLLATERAL_S, fetch_local=False)
-        return most_telling([classify(error, str(self.id)) for ref in heard if (error := _error_of(ref))])
+        failures = [classify(error, str(self.id)) for ref in heard if (error := _error_of(ref))]
+        failure = most_telling(failures)
+        if not self._ready:
+            return WorkerLost(self.id, start_failure(failure))
+        # Where every rank found the fault in the sample (latents that are not finite, say), none is left waiting in a
+        # collective: the gang keeps its 26 GB of weights and takes the next sample.
+        if len(failures) == len(refs) and all(f.kind is FailureClass.POISON for f in failures):
+            return TaskFailed(self.id, failure)
+        return WorkerLost(self.id, failure)
 
     def _why_late(self) -> str:
         asked = show(total(self._bundles))

@@ -57,7 +57,7 @@ class _Job:
 def render(
     config: RunConfig, manifest_url: str, output_url: str, *, address: str | None, progress: Progress
 ) -> ExitCode:
-    """Render what `output_url` lacks of the manifest. Raises UserError and FatalError; both mean exit code 1."""
+    """Render what `output_url` lacks of the manifest. Raises UserError, which means exit code 1."""
     with _stop_signals() as stopped:
         job = _prepare(config, manifest_url, Store(output_url), progress)
         store = job.context.store
@@ -141,7 +141,14 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         f"{'stopped' if outcome.drained else 'finished'} after {clock(outcome.seconds)}: {tally.committed} rendered, "
         f"{tally.quarantined} quarantined now, {found} were done before, {summary['pending']} pending"
     )
-    return ExitCode.STOPPED if outcome.drained else _exit_code(summary)
+    if outcome.drained:
+        return ExitCode.STOPPED
+    if unsealed := summary["shards"] - summary["shards_sealed"]:
+        raise UserError(
+            f"Every sample of {store.url} is done, but {unsealed} shard(s) could not be sealed; the lines above say why. "
+            "Run the same command again: it seals them and renders nothing."
+        )
+    return _exit_code(summary)
 
 
 def _exit_code(summary: dict[str, Any]) -> ExitCode:

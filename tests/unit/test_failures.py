@@ -1,0 +1,73 @@
+"""One function, one table: what each exception says about sample, worker and run (design section 6)."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError
+
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.protocol import UserError
+from hv_batch.runtime.failures import LatentsGoneError, classify, most_telling, worker_survives
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named and placed as torch's."""
+
+    __module__ = "torch.cuda"
+
+
+def raised_by_a_task(cause):
+    return RayTaskError("denoise", "Traceback ...", cause, proctitle="x", pid=1, ip="127.0.0.1").as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "survives"),
+    [
+        (ValueError("latents are not finite"), FailureClass.POISON, True),
+        (RuntimeError("shape mismatch"), FailureClass.POISON, True),
+        (OutOfMemoryError("CUDA out of memory"), FailureClass.GPU_OOM, False),
+        (UserError("no such weights"), FailureClass.FATAL, True),
+        (OSError(errno.ENOSPC, "No space left on device"), FailureClass.FATAL, True),
+        (PermissionError(errno.EACCES, "denied"), FailureClass.FATAL, True),
+        (ConnectionError("store is away"), FailureClass.INFRA, True),
+        (TimeoutError("store is slow"), FailureClass.INFRA, True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), FailureClass.INFRA, True),
+        (RuntimeError("NCCL error: unhandled system error"), FailureClass.INFRA, True),
+        (ObjectLostError("ab" * 14, None, ""), FailureClass.INFRA, False),
+        (LatentsGoneError("gone"), FailureClass.INFRA, True),
+    ],
+)
+def test_task_errors_are_classified_by_their_cause(cause, kind, survives):
+    """P5: the sample is blamed only for what is its own fault; a lost input surfaces as the consumer's task error."""
+    error = raised_by_a_task(cause)
+    failure = classify(error, "denoise-0.0")
+    assert failure.kind is kind
+    assert failure.where == "denoise-0.0"
+    assert str(cause) in failure.message
+    assert worker_survives(error) is survives
+    assert failure.begin_anew is isinstance(cause, LatentsGoneError)
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), NodeDiedError("node died")])
+def test_lost_actors_and_nodes_are_infrastructure(error):
+    """P5: a death is nobody's fault until it repeats."""
+    assert classify(error).kind is FailureClass.INFRA
+    assert not worker_survives(error)
+
+
+def test_preemption_is_its_own_class():
+    """P5: a reclaimed node is never blamed on the sample."""
+    error = ActorDiedError()
+    error._preempted = True
+    assert error.preempted
+    assert classify(error).kind is FailureClass.PREEMPTED
+
+
+def test_collateral_errors_do_not_hide_the_cause():
+    """The survivors of a gang fail with connection errors; the one that raised speaks for all, a preemption first."""
+    infra, poison, preempted = (Failure(kind, kind) for kind in ("INFRA", "POISON", "PREEMPTED"))
+    infra, poison, preempted = (Failure(FailureClass(f.kind), f.message) for f in (infra, poison, preempted))
+    assert most_telling([infra, poison, infra]) is poison
+    assert most_telling([infra, poison, preempted]) is preempted
