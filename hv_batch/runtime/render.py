@@ -145,8 +145,8 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         return ExitCode.STOPPED
     if unsealed := summary["shards"] - summary["shards_sealed"]:
         raise UserError(
-            f"Every sample of {store.url} is done, but {unsealed} shard(s) could not be sealed; the lines above say why. "
-            "Run the same command again: it seals them and renders nothing."
+            f"Every sample of {store.url} is done, but {unsealed} shard(s) could not be sealed, as said above. Run "
+            "the same command again: it seals them and renders nothing."
         )
     return _exit_code(summary)
 

@@ -56,12 +56,12 @@ def test_the_life_of_a_run(any_store):
     assert open_run(any_store, DOCUMENT) is RunState.NEW
     first = any_store.get(layout.RUN)
     assert open_run(any_store, DOCUMENT) is RunState.RESUMED
-    sealed = {"shards": 1, "shards_sealed": 1}
-    finish_run(any_store, {"committed": 3, "pending": 1, "shards": 1, "shards_sealed": 0})
+    open_shard, sealed = {"shards": 1, "shards_sealed": 0}, {"shards": 1, "shards_sealed": 1}
+    finish_run(any_store, {"committed": 3, "pending": 1, **open_shard})
     assert open_run(any_store, DOCUMENT) is RunState.RESUMED, "nothing seals a run with pending samples"
-    finish_run(any_store, {"committed": 4, "pending": 0, "shards": 1, "shards_sealed": 0})
+    finish_run(any_store, {"committed": 4, "pending": 0, **open_shard})
     assert open_run(any_store, DOCUMENT) is RunState.RESUMED, "nor one with a shard that is not sealed"
-    finish_run(any_store, {"committed": 4, "pending": 0} | sealed)
+    finish_run(any_store, {"committed": 4, "pending": 0, **sealed})
     assert open_run(any_store, DOCUMENT) is RunState.FINISHED
     assert any_store.get(layout.RUN) == first, "a resume does not rewrite history"
     assert b'"committed": 4' in any_store.get(layout.SUMMARY)
