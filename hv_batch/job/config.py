@@ -163,19 +163,7 @@ class RetriesConfig(_Section):
     preempted: Count = 20
     """Of a sample whose node was reclaimed, which is never the sample's fault."""
     worker: Count = 4
-    """Not a sample's: failures in a row after which a worker slot is given up. Above `infra`, see below."""
-
-    @model_validator(mode="after")
-    def _blame_the_sample_first(self) -> Self:
-        # A sample that kills every worker it meets must be quarantined before it has used up a healthy worker slot.
-        if self.worker <= self.infra:
-            raise PydanticCustomError(
-                CROSS_FIELD,
-                "retries.worker = {worker} with retries.infra = {infra}; allowed: worker above infra, or one sample "
-                "that kills its workers would use up a healthy worker before it is quarantined itself",
-                {"worker": self.worker, "infra": self.infra},
-            )
-        return self
+    """Not a sample's: losses in a row, each of another sample, after which a worker slot is given up."""
 
 
 class TimeoutsConfig(_Section):
@@ -209,7 +197,14 @@ class RunConfig(_Section):
         return _follow_row_rule("seed", value)
 
     @model_validator(mode="after")
-    def _give_every_cuda_actor_a_gpu(self) -> Self:
+    def _give_every_actor_what_it_computes_on(self) -> Self:
+        if self.groups.gpus_per_rank + self.groups.cpus_per_rank == 0:
+            raise PydanticCustomError(
+                CROSS_FIELD,
+                "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: at least one of them above 0, or Ray "
+                "has nothing to place a rank by",
+                {},
+            )
         gpus, ranks = self.groups.gpus_per_rank, self.parallel.world_size
         for pool, share in (("encoders", self.encoders.gpus), ("decoders", self.decoders.gpus)):
             if self.parallel.device == "cuda" and share == 0:

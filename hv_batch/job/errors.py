@@ -17,6 +17,7 @@ class FailureClass(StrEnum):
     POISON = "POISON"  # a deterministic error of this sample
     GPU_OOM = "GPU_OOM"  # out of device memory; one more try on a rebuilt worker
     INFRA = "INFRA"  # lost actor, node or object, collective error, hang: not the sample's fault until it repeats
+    OUTAGE = "OUTAGE"  # the output root does not answer: nobody's fault, everything waits for it
     PREEMPTED = "PREEMPTED"  # the node was taken away; never blamed on the sample
     FATAL = "FATAL"  # config, credentials, weights, disk full: the run cannot go on
 

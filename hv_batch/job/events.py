@@ -45,6 +45,13 @@ class PlanExhausted:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerPlaced:
+    """The resources of a starting worker are its own now; it still has to load."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady:
     worker: WorkerId
 
@@ -87,7 +94,18 @@ class Tick:
     """Time has passed."""
 
 
-Event = Admitted | PlanExhausted | WorkerReady | WorkerLost | TaskDone | TaskFailed | Beat | StopRequested | Tick
+Event = (
+    Admitted
+    | PlanExhausted
+    | WorkerPlaced
+    | WorkerReady
+    | WorkerLost
+    | TaskDone
+    | TaskFailed
+    | Beat
+    | StopRequested
+    | Tick
+)
 
 # Actions --------------------------------------------------------------------------------------------------------------
 

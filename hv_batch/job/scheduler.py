@@ -10,7 +10,8 @@ Invariants, which tests/unit/test_scheduler.py checks after every step of genera
 - At most `window` samples are in flight, and a station starts no task whose results the next one has no room for: a
   slow decoder slows the groups instead of filling the object store (P7).
 - A failure costs its own sample at most its budget and its worker at most a restart; everything else goes on (P5).
-  In particular a batch that fails is tried again sample by sample, and none of its members is charged for it.
+  In particular a batch that fails is tried again sample by sample, and none of its members is charged for it; and
+  while the output root does not answer, nobody is.
 - News from an earlier life of a worker changes nothing.
 """
 
@@ -18,8 +19,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
 
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
@@ -42,14 +42,21 @@ from hv_batch.job.events import (
     Tick,
     WorkerId,
     WorkerLost,
+    WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.slots import Status, WorkerSlot
 
 # A retried denoise is encoded anew: an encoding costs a thousandth of a denoise, and the embedding may have been lost
 # with the node that held it. A retried decode reads the final latents from storage: they were written first (P4).
 RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DECODE: Stage.DECODE}
 
-MAX_BACKOFF_S = 60.0  # a worker slot that keeps failing tries again at most this late
+# Groups are asked for first: only they need many GPUs of one node at once, and a single actor that lands there first
+# would keep them out.
+START_ORDER = (Stage.DENOISE, Stage.ENCODE, Stage.DECODE)
+
+OUTAGE_PAUSE_S = 15.0  # between two tries while the output root does not answer
+OUTAGE_LIMIT_S = 1800.0  # then the run ends; everything that was stored is there for the same command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +69,7 @@ class StageLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryLimits:
-    """How many tries a sample has for each class of failure, and how often in a row one worker slot may be lost.
-
-    `worker` must exceed `infra`: a sample that kills every worker it meets has to be quarantined before it has used up
-    the last slot of a station.
-    """
+    """How many tries a sample has for each class of failure, and how often in a row one worker slot may be lost."""
 
     poison: int
     oom: int
@@ -74,39 +77,13 @@ class RetryLimits:
     preempted: int
     worker: int
 
-    def __post_init__(self) -> None:
-        assert self.worker > self.infra, "retries.worker must be greater than retries.infra"
-
     def tries(self, kind: FailureClass) -> int:
         return {
             FailureClass.POISON: self.poison,
             FailureClass.GPU_OOM: self.oom,
             FailureClass.INFRA: self.infra,
             FailureClass.PREEMPTED: self.preempted,
-            FailureClass.FATAL: 1,
         }[kind]
-
-
-class Status(Enum):
-    ABSENT = "absent"  # not started, or lost and waiting for its next life
-    STARTING = "starting"
-    IDLE = "idle"
-    BUSY = "busy"
-    ABANDONED = "abandoned"  # lost too often in a row
-
-
-@dataclass(slots=True)
-class _Worker:
-    id: WorkerId
-    status: Status = Status.ABSENT
-    task: tuple[str, ...] = ()
-    beat: float = 0.0
-    losses: int = 0  # in a row
-    start_at: float = 0.0
-
-    @property
-    def alive(self) -> bool:
-        return self.status in (Status.STARTING, Status.IDLE, Status.BUSY)
 
 
 @dataclass(slots=True)
@@ -126,8 +103,12 @@ class Scheduler:
         self._samples: dict[str, _Sample] = {}
         self._waiting: dict[Stage, deque[str]] = {stage: deque() for stage in Stage}
         self._workers = {
-            stage: [_Worker(WorkerId(stage, slot, 0)) for slot in range(stages[stage].workers)] for stage in Stage
+            stage: [WorkerSlot(WorkerId(stage, slot, 0)) for slot in range(stages[stage].workers)] for stage in Stage
         }
+        self._proven: set[Stage] = set()  # stations that have had a ready worker: config and weights are right
+        self._last_loss: dict[Stage, Failure] = {}
+        self._outage_since: float | None = None
+        self._decode_at = 0.0  # no decode begins before
         self._asked = 0  # admissions ordered and not yet answered
         self._exhausted = False
         self._drain_until: float | None = None
@@ -167,9 +148,13 @@ class Scheduler:
                 self._admit(key, stage)
             case PlanExhausted():
                 self._exhausted, self._asked = True, 0
+            case WorkerPlaced(worker_id):
+                if worker := self._current(worker_id):
+                    worker.placed = True
             case WorkerReady(worker_id):
                 if (worker := self._current(worker_id)) and worker.status is Status.STARTING:
                     worker.status = Status.IDLE
+                    self._proven.add(worker_id.stage)
             case Beat(worker_id):
                 if worker := self._current(worker_id):
                     worker.beat = now
@@ -178,7 +163,7 @@ class Scheduler:
                     self._task_done(worker)
             case TaskFailed(worker_id, failure):
                 if (worker := self._current(worker_id)) and worker.task:
-                    return self._task_failed(worker, failure)
+                    return self._task_failed(worker, failure, now)
             case WorkerLost(worker_id, failure):
                 if worker := self._current(worker_id):
                     return self._worker_lost(worker, failure, now)
@@ -189,7 +174,7 @@ class Scheduler:
                 return self._find_hung(now)
         return []
 
-    def _current(self, worker_id: WorkerId) -> _Worker | None:
+    def _current(self, worker_id: WorkerId) -> WorkerSlot | None:
         worker = self._workers[worker_id.stage][worker_id.slot]
         return worker if worker.id == worker_id and worker.alive else None
 
@@ -199,47 +184,54 @@ class Scheduler:
         self._samples[key] = _Sample(stage)
         self._waiting[stage].append(key)
 
-    def _task_done(self, worker: _Worker) -> None:
-        keys, worker.task, worker.status, worker.losses = worker.task, (), Status.IDLE, 0
-        for key in keys:
+    def _task_done(self, worker: WorkerSlot) -> None:
+        for key in worker.succeed():
             sample = self._samples[key]
             if sample.stage is Stage.DECODE:
+                self._outage_since = None
                 del self._samples[key]
             else:
                 sample.stage = Stage(sample.stage + 1)
                 self._waiting[sample.stage].append(key)
 
-    def _task_failed(self, worker: _Worker, failure: Failure) -> list[Action]:
-        keys, worker.task, worker.status = worker.task, (), Status.IDLE
-        return self._charge(keys, failure)
-
-    def _worker_lost(self, worker: _Worker, failure: Failure, now: float) -> list[Action]:
-        keys, worker.task, worker.status = worker.task, (), Status.ABSENT
-        # Only what may be the worker's or its node's own fault counts against the slot: a gang torn down because its
-        # sample is poisoned, or because its node was preempted, is as good as new after the rebuild.
-        if failure.kind is FailureClass.INFRA:
-            worker.losses += 1
-        worker.start_at = now + (min(MAX_BACKOFF_S, 2.0 ** (worker.losses - 2)) if worker.losses > 1 else 0.0)
-        actions: list[Action] = [KillWorker(worker.id, failure)]
-        worker.id = WorkerId(worker.id.stage, worker.id.slot, worker.id.life + 1)
-        if worker.losses >= self._retries.worker:
-            worker.status = Status.ABANDONED
-        if keys or failure.kind is FailureClass.FATAL:
-            actions += self._charge(keys, failure)
-        if all(other.status is Status.ABANDONED for other in self._workers[worker.id.stage]):
-            actions.append(Abort(_station_gone(worker.id.stage, failure, self._retries.worker)))
+    def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
+        keys = worker.release()
+        worker.suspect(keys, failure)
+        actions = self._charge(keys, failure, now)
+        if worker.sick:
+            reason = f"{len(worker.suspicious)} different samples failed on it in a row; the last: {failure.message}"
+            actions += self._worker_lost(worker, replace(failure, kind=FailureClass.POISON, message=reason), now)
         return actions
 
-    def _charge(self, keys: tuple[str, ...], failure: Failure) -> list[Action]:
+    def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
+        stage, starting = worker.id.stage, worker.status is Status.STARTING
+        if failure.kind is FailureClass.FATAL and starting and stage in self._proven:
+            # Elsewhere the same config and weights have started, so it is this node that is not right.
+            failure = replace(failure, kind=FailureClass.INFRA)
+        actions: list[Action] = [KillWorker(worker.id, failure)]
+        keys = worker.lose(failure, now, self._retries.worker)
+        if failure.kind is FailureClass.OUTAGE:
+            worker.start_at = now + OUTAGE_PAUSE_S
+        if keys or failure.kind in (FailureClass.FATAL, FailureClass.OUTAGE):
+            actions += self._charge(keys, failure, now)
+        self._last_loss[stage] = failure
+        return actions
+
+    def _charge(self, keys: tuple[str, ...], failure: Failure, now: float) -> list[Action]:
         """Put the samples of a failed task back in line, or out of it when their budget is spent."""
         if failure.kind is FailureClass.FATAL:
             return [Abort(failure)]
+        if failure.kind is FailureClass.OUTAGE:
+            self._outage_since = now if self._outage_since is None else self._outage_since
+            self._decode_at = now + OUTAGE_PAUSE_S
+            if now - self._outage_since > OUTAGE_LIMIT_S:
+                return [Abort(replace(failure, kind=FailureClass.FATAL))]
         actions: list[Action] = []
         for key in keys:
             sample = self._samples[key]
             if len(keys) > 1:
                 sample.solo = True
-            else:
+            elif failure.kind is not FailureClass.OUTAGE:
                 sample.failures.append(failure)
                 spent = Counter(f.kind for f in sample.failures)[failure.kind]
                 if spent >= self._retries.tries(failure.kind):
@@ -270,6 +262,10 @@ class Scheduler:
         if self._finished(now):
             self._over = True
             return [Finish(drained=self._drain_until is not None and not self._all_done())]
+        for stage, workers in self._workers.items():
+            if self._needed(stage) and all(worker.status is Status.ABANDONED for worker in workers):
+                self._over = True
+                return [Abort(_station_gone(stage, self._last_loss[stage], self._retries.worker))]
         return [*self._admissions(), *self._starts(now), *self._runs(now)]
 
     def _all_done(self) -> bool:
@@ -299,19 +295,18 @@ class Scheduler:
         needed = {stage: self._needed(stage) for stage in Stage}
         # The first worker of each station comes before the second of any: on a cluster that is too small for all of
         # them, a second encoder must not take the GPU that the only decoder waits for.
-        all_served = all(
-            any(worker.status in (Status.IDLE, Status.BUSY) for worker in self._workers[stage])
-            for stage in Stage
-            if needed[stage]
-        )
-        for stage, workers in self._workers.items():
-            live = sum(worker.alive for worker in workers)
-            wanted = min(needed[stage], len(workers) if all_served else 1)
-            for worker in workers:
-                if live < wanted and worker.status is Status.ABSENT and now >= worker.start_at:
-                    worker.status = Status.STARTING
+        all_served = all(any(slot.ready for slot in self._workers[stage]) for stage in Stage if needed[stage])
+        group_placed = any(slot.alive and slot.placed for slot in self._workers[Stage.DENOISE])
+        for stage in START_ORDER:
+            if stage is not Stage.DENOISE and needed[Stage.DENOISE] and not group_placed:
+                continue
+            live = sum(slot.alive for slot in self._workers[stage])
+            wanted = min(needed[stage], len(self._workers[stage]) if all_served else 1)
+            for slot in self._workers[stage]:
+                if live < wanted and slot.status is Status.ABSENT and now >= slot.start_at:
+                    slot.start()
                     live += 1
-                    yield StartWorker(worker.id)
+                    yield StartWorker(slot.id)
 
     def _needed(self, stage: Stage) -> int:
         """How many workers of the station could ever be busy with what is in flight."""
@@ -321,12 +316,12 @@ class Scheduler:
 
     def _runs(self, now: float) -> Iterator[Action]:
         for stage in sorted(Stage, reverse=True):  # what is nearest to a commit goes first
-            if self._drain_until is not None and stage is not Stage.DECODE:
+            if now < self._decode_at if stage is Stage.DECODE else self._drain_until is not None:
                 continue
             for worker in self._workers[stage]:
                 room = self._room_after(stage)
                 if worker.status is Status.IDLE and self._waiting[stage] and room > 0:
-                    worker.task, worker.status, worker.beat = self._take_batch(stage, room), Status.BUSY, now
+                    worker.run(self._take_batch(stage, room), now)
                     yield Run(worker.id, worker.task)
 
     def _room_after(self, stage: Stage) -> int:

@@ -75,7 +75,6 @@ def test_every_problem_is_told_at_once(write):
             "defaults: {hieght: 3, height: 721, num_frames: 34, fps: true, cfg_scale: .nan}\n"
             "groups: {count: 0, gpus_per_rank: '1'}\n"
             "parallel: {device: gpu}\n"
-            "retries: {infra: 9}\n"
             "media: {preset: warp}\n"
             "encoders: 5\n"
             "height: 720\n"
@@ -95,7 +94,6 @@ def test_every_problem_is_told_at_once(write):
         "groups.count = 0; allowed: greater than or equal to 1",
         'groups.gpus_per_rank = "1"; allowed: a valid number',
         "parallel.device = \"gpu\"; allowed: 'cpu' or 'cuda'",
-        "retries.worker = 4 with retries.infra = 9; allowed: worker above infra",
         'media.preset = "warp"; allowed: ',
         "encoders = 5; allowed: a mapping of the keys count, gpus, cpus, batch_size",
         "height: unknown key. Did you mean defaults.height?",
@@ -105,7 +103,7 @@ def test_every_problem_is_told_at_once(write):
         'model.engine = "hunyuan"; allowed: an import path, package.module:Name',
     ):
         assert expected in text
-    assert "has 17 problem(s)" in text
+    assert "has 16 problem(s)" in text
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from hv_batch.job.events import (
     Tick,
     WorkerId,
     WorkerLost,
+    WorkerPlaced,
     WorkerReady,
 )
 from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
@@ -52,6 +53,7 @@ class World:
     stages: dict[Stage, StageLimits]
     plan: list[Admitted]
     drain_timeout_s: float = 100.0
+    has_room: bool = True  # groups are placed as soon as they are asked for
     now: float = 0.0
     starting: list[WorkerId] = field(default_factory=list)
     idle: set[WorkerId] = field(default_factory=set)
@@ -90,6 +92,8 @@ class World:
                     self.feed(PlanExhausted())
             case StartWorker(worker):
                 self.starting.append(worker)
+                if worker.stage is Stage.DENOISE and self.has_room:
+                    self.feed(WorkerPlaced(worker))
             case KillWorker(worker):
                 self.starting = [other for other in self.starting if other != worker]
                 self.idle.discard(worker)
@@ -282,6 +286,97 @@ def test_one_group_that_never_starts_ends_the_run():
             world.tick(100.0)
     assert "denoise group" in world.abort.failure.message
     assert "lost" in world.abort.failure.message
+
+
+def drive(world, bad):
+    """Run to the end; `bad(worker, keys)` says what goes wrong with a task, as (what, kind), or None."""
+    for _ in range(10_000):
+        if world.finish or world.abort:
+            return
+        if world.starting:
+            world.ready(world.starting[0])
+        elif world.running:
+            worker, keys = next(iter(world.running.items()))
+            fault = bad(worker, keys)
+            getattr(world, fault[0])(worker, fault[1]) if fault else world.done(worker)
+        else:
+            world.tick(5.0)
+    pytest.fail("no end")
+
+
+def test_samples_that_kill_their_group_do_not_use_it_up():
+    """P5: a slot counts each sample once, so killers that take turns end in quarantine and the run does not abort."""
+    world = World(limits(groups=1), plan_of(8))
+    killers = {("s2",), ("s3",)}
+    drive(world, lambda w, k: ("lost", FailureClass.INFRA) if w.stage is Stage.DENOISE and k in killers else None)
+    assert world.finish
+    assert sorted(world.quarantined) == ["s2", "s3"]
+    assert len(world.committed) == 6
+
+
+def test_a_batch_with_a_killer_does_not_use_up_the_encoder():
+    """P5: losing the whole batch counts for nobody; the killer is found alone and quarantined."""
+    world = World(limits(batch=4), plan_of(8))
+    drive(world, lambda w, k: ("lost", FailureClass.INFRA) if w.stage is Stage.ENCODE and "s7" in k else None)
+    assert world.finish
+    assert world.quarantined == ["s7"]
+    assert len(world.committed) == 7
+
+
+def test_different_samples_that_kill_a_lone_group_end_the_run():
+    """P6: a group that loses every sample it is given is sick, and with no other left the run says so."""
+    world = World(limits(groups=1), plan_of(20))
+    drive(world, lambda w, k: ("lost", FailureClass.INFRA) if w.stage is Stage.DENOISE else None)
+    assert world.abort
+    assert len(world.quarantined) < RETRIES.worker + 1
+
+
+def test_a_worker_on_which_everything_fails_is_rebuilt():
+    """P5: three different samples that fail in a row on a worker that survives them are a sign against the worker."""
+    world = World(limits(groups=1), plan_of(12))
+    drive(world, lambda w, k: ("failed", FailureClass.POISON) if w.stage is Stage.DECODE and w.life == 0 else None)
+    assert world.finish
+    assert len(world.quarantined) <= 3, "what had both its tries before the worker fell under suspicion"
+    assert len(world.committed) >= 9
+
+
+def test_an_outage_of_the_output_root_blames_nobody():
+    """P5: while the store does not answer, decodes wait and are tried again; no sample is charged."""
+    world = World(limits(groups=1), plan_of(4))
+    drive(
+        world, lambda w, k: ("failed", FailureClass.OUTAGE) if w.stage is Stage.DECODE and world.now < 600.0 else None
+    )
+    assert world.finish
+    assert len(world.committed) == 4
+    assert world.runs[Stage.DENOISE, "s0"] == 1
+
+
+def test_an_outage_that_does_not_end_ends_the_run():
+    """Design section 6: after half an hour without its output root a run stops, and says why."""
+    world = World(limits(groups=1), plan_of(4))
+    drive(world, lambda w, k: ("failed", FailureClass.OUTAGE) if w.stage is Stage.DECODE else None)
+    assert world.abort.failure.kind is FailureClass.FATAL
+    assert 1800 < world.now < 2400
+
+
+def test_groups_are_placed_before_single_actors():
+    """P33: an actor that wants one GPU must not stand where only a whole group fits."""
+    world = World(limits(), plan_of(4), has_room=False)
+    assert {worker.stage for worker in world.starting} == {Stage.DENOISE}
+    world.feed(WorkerPlaced(world.starting[0]))
+    assert {worker.stage for worker in world.starting} == set(Stage)
+
+
+def test_a_node_that_is_not_right_does_not_end_a_proven_run():
+    """P5: where the same config has started before, a start that fails for good is that node's fault."""
+    world = World(limits(groups=2), plan_of(6))
+    for _ in range(3):
+        world.ready(world.starting[0])
+    second = next(worker for worker in world.starting if worker.stage is Stage.DENOISE)
+    world.lost(second, FailureClass.FATAL)
+    assert not world.abort
+    world.calm_down()
+    assert len(world.committed) == 6
 
 
 def test_fatal_failure_aborts_at_once():
