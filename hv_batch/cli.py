@@ -42,7 +42,7 @@ def run(
     """
     from hv_batch.runtime.render import render  # Ray and the engine take seconds to import; status does without
 
-    on_cluster = address or os.environ.get("RAY_ADDRESS")
+    on_cluster = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     if on_cluster and "://" not in output and not Path(output).is_absolute():
         raise UserError(
             f"The output root {output} is a relative path, which means another folder on every node of a cluster. Give "
@@ -55,7 +55,7 @@ def run(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="output root; run again, it is resumed")] = Path("hv_batch_demo"),
+    output: Annotated[str, typer.Option(help="output root: folder or URL; run again, it is resumed")] = "hv_batch_demo",
 ) -> None:
     """Render the shipped manifest with the real architecture at toy width, on a local Ray and this machine's CPU."""
     from hv_batch.demo import run_demo
@@ -89,8 +89,5 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:  # a store that went away, a disk that is full: nothing of ours is broken
-        sys.exit(f"error: {error}. What is committed stays; run the same command again to go on.")
-    except KeyboardInterrupt:
-        print("stopped at once; run the same command again to go on", file=sys.stderr)
-        sys.exit(143)
+    except OSError as error:
+        sys.exit(f"error: {error}.")

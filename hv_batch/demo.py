@@ -8,6 +8,7 @@ from pathlib import Path
 from hv_batch.job import layout
 from hv_batch.job.config import RunConfig, load_config
 from hv_batch.job.progress import Progress
+from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import write_toy_checkpoint
@@ -17,15 +18,16 @@ MANIFEST = "demo_prompts.jsonl"
 TOY_SEED = 2  # of the first few, the one with the most colourful pictures
 
 
-def run_demo(output: Path, progress: Progress) -> ExitCode:
+def run_demo(output: str, progress: Progress) -> ExitCode:
     """Render the demo manifest into `output`, or what is missing of it there, and print where to look."""
     model_base = write_toy_checkpoint(cache_dir(), TOY_SEED)
     progress.say(f"toy checkpoint, laid out as the released one: {model_base}")
     config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
-    code = render(config, str(shipped(MANIFEST)), str(output), address=None, progress=progress)
-    root = output.absolute()
+    code = render(config, str(shipped(MANIFEST)), output, address="local", progress=progress)
+    root = Store(output).url
     print(f"output root: {root}")
-    print(f"gallery:     {(root / layout.REPORT).as_uri()}")
+    gallery = f"{root}/{layout.REPORT}"
+    print(f"gallery:     {gallery if '://' in root else Path(gallery).as_uri()}")
     return code
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hv_batch.protocol import UserError
@@ -94,8 +95,8 @@ def _missing(directory: Path, what: str, tokenizers: list[tuple[str, ...]]) -> l
     if not directory.is_dir():
         return [f"{what} is expected in the directory {directory}, which does not exist"]
     found = []
-    if not (directory / "config.json").is_file():
-        found.append(f"{what} lacks {directory / 'config.json'}")
+    configs = [directory / name for name in ("config.json", "tokenizer_config.json")]
+    found += [f"{what} lacks {path}" for path in configs if not path.is_file()]
     if not any(all((directory / name).is_file() for name in names) for names in tokenizers):
         found.append(f"{what} lacks its tokenizer: {directory / tokenizers[0][0]}")
     weights = next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
@@ -104,7 +105,17 @@ def _missing(directory: Path, what: str, tokenizers: list[tuple[str, ...]]) -> l
     elif weights.suffix == ".json":
         shards = sorted(set(json.loads(weights.read_text())["weight_map"].values()))
         found += [f"{what} lacks {directory / s}, named in its index" for s in shards if not (directory / s).is_file()]
-    return found
+    damages = {path: _damage(path) for path in sorted(directory.glob("*.safetensors"))}
+    return found + [f"{what} has a damaged file, {path}: {said}" for path, said in damages.items() if said]
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a safetensors file, as far as its header and its size tell."""
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return str(error)
 
 
 class TextTowers:

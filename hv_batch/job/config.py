@@ -198,29 +198,25 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _give_every_actor_what_it_computes_on(self) -> Self:
-        if self.groups.gpus_per_rank + self.groups.cpus_per_rank == 0:
-            raise PydanticCustomError(
-                CROSS_FIELD,
-                "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: at least one of them above 0, or Ray "
-                "has nothing to place a rank by",
-                {},
+        groups, ranks = self.groups, self.parallel.world_size
+        found = []
+        if groups.gpus_per_rank + groups.cpus_per_rank == 0:
+            found.append(
+                "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
+                "nothing to place a rank by"
             )
-        gpus, ranks = self.groups.gpus_per_rank, self.parallel.world_size
-        for pool, share in (("encoders", self.encoders.gpus), ("decoders", self.decoders.gpus)):
-            if self.parallel.device == "cuda" and share == 0:
-                raise PydanticCustomError(
-                    CROSS_FIELD,
-                    "{pool}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1",
-                    {"pool": pool},
+        if self.parallel.device == "cuda":
+            # Ray hides every GPU from an actor that reserves none; NCCL refuses two ranks of a group on one GPU.
+            if groups.gpus_per_rank == 0 or (ranks > 1 and groups.gpus_per_rank < 1):
+                found.append(
+                    f"groups.gpus_per_rank = {groups.gpus_per_rank} with parallel.device = cuda and {ranks} rank(s) a "
+                    "group; allowed: 1, or a fraction above 0 for a group of one rank"
                 )
-        # Without a reservation a rank would compute on a GPU that Ray gives to others; NCCL refuses two ranks on one.
-        if self.parallel.device == "cuda" and (gpus == 0 or (ranks > 1 and gpus < 1)):
-            raise PydanticCustomError(
-                CROSS_FIELD,
-                "groups.gpus_per_rank = {gpus} with parallel.device = cuda and {ranks} rank(s) a group; allowed: 1, "
-                "or a fraction above 0 for a group of one rank",
-                {"gpus": gpus, "ranks": ranks},
-            )
+            for pool, share in (("encoders", self.encoders.gpus), ("decoders", self.decoders.gpus)):
+                if share == 0:
+                    found.append(f"{pool}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1")
+        if found:
+            raise PydanticCustomError(CROSS_FIELD, "{found}", {"found": "\n  - ".join(found)})
         return self
 
     def identity(self) -> dict[str, Any]:

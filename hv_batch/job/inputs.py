@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
@@ -46,3 +47,22 @@ def shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = "".join(char if char.isprintable() else "�" for char in text)
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
+
+
+SECRET_NAMES = re.compile(r"token|secret|passw|credential|(api|access|private|account)_?key", re.I)
+
+
+def public_url(url: str) -> str:
+    """A URL as it may be written down: without the password before its host and the signature after its path."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
+def public_values(value: Any) -> Any:
+    """A JSON value with everything masked that is named like a secret."""
+    if isinstance(value, Mapping):
+        return {k: "***" if SECRET_NAMES.search(str(k)) else public_values(v) for k, v in value.items()}
+    return [public_values(item) for item in value] if isinstance(value, list) else value

@@ -7,9 +7,11 @@ are reported together (P6).
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -59,8 +61,8 @@ class Manifest:
 
         JSON Lines: the number is the line's, blank lines are counted and skipped; BOM and CRLF are tolerated; NaN,
         Infinity, duplicate keys and lone surrogates are refused. Parquet: dates, times and timestamps (cut to
-        microseconds) become ISO 8601 strings, decimals become ints without a scale and floats with one, enumerations
-        become their values; whatever JSON cannot hold (binary, durations) is left for the reader to refuse.
+        microseconds) become ISO 8601 strings, durations seconds, binary values base64 text, decimals ints without a
+        scale and floats with one, enumerations their values.
 
         Raises UserError when the file is missing, damaged, without rows, without a `prompt` column (Parquet), or not
         the bytes that an earlier pass read.
@@ -192,4 +194,8 @@ def _to_json(value: Any) -> Any:
         return [_to_json(below) for below in value]
     if isinstance(value, Decimal):
         return int(value) if value.as_tuple().exponent == 0 else float(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
     return value.isoformat() if hasattr(value, "isoformat") else value

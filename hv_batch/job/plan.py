@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
-from hv_batch.job.commits import scan_shard
+from hv_batch.job.commits import drop_latents, scan_shard
 from hv_batch.job.events import Stage
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
@@ -31,6 +31,13 @@ class Tally:
         return self.committed_before + self.quarantined_before + self.committed + self.quarantined
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A shard with nothing left to render has been looked up."""
+
+    shard: int
+
+
 @dataclass(slots=True)
 class _OpenShard:
     keys: tuple[str, ...]  # in plan order
@@ -46,19 +53,23 @@ class Sealable:
 
 
 class Plan:
-    """Iterate it for the pending samples, each with the station it begins at; tell it what became of each."""
+    """Iterate it for the pending samples, each with the station it begins at; tell it what became of each.
 
-    def __init__(self, store: Store, samples: Iterable[Sample]) -> None:
+    `keep_latents` leaves alone what a crash between a commit and the removal of its latents has left behind.
+    """
+
+    def __init__(self, store: Store, samples: Iterable[Sample], *, keep_latents: bool = False) -> None:
         self.tally = Tally()
         self._store = store
+        self._keep_latents = keep_latents
         self._open: dict[int, _OpenShard] = {}
         self._sealable: list[Sealable] = []
         self._pending = self._walk(samples)
 
-    def __iter__(self) -> Iterator[tuple[Sample, Stage]]:
+    def __iter__(self) -> Iterator[tuple[Sample, Stage] | Passed]:
         return self._pending
 
-    def _walk(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Stage]]:
+    def _walk(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Stage] | Passed]:
         for shard, members in groupby(samples, key=attrgetter("shard")):
             inside = list(members)
             state = scan_shard(self._store, shard)
@@ -71,6 +82,12 @@ class Plan:
                 self._open[shard] = _OpenShard(keys, len(pending))
             elif not state.sealed:
                 self._sealable.append(Sealable(shard, keys))
+            if not self._keep_latents:
+                for sample in inside:
+                    if sample.key in state.latents & terminal:
+                        drop_latents(self._store, sample)
+            if not pending:
+                yield Passed(shard)
             for sample in pending:
                 yield sample, Stage.DECODE if sample.key in state.latents else Stage.ENCODE
 

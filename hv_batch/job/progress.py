@@ -25,6 +25,7 @@ class Snapshot:
     committed: int
     quarantined: int
     done_before: int  # terminal samples that this run found, of `committed` and `quarantined`
+    starting: int  # workers that are being placed or load their weights
     encoding: int
     denoising: int
     decoding: int
@@ -33,21 +34,33 @@ class Snapshot:
     def terminal(self) -> int:
         return self.committed + self.quarantined
 
-    def eta_s(self, elapsed_s: float) -> float | None:
-        """Seconds to the end at the mean pace of this run; None before its first sample is done."""
-        done_here = self.terminal - self.done_before
-        if done_here <= 0:
-            return None
-        return (self.total - self.terminal) * elapsed_s / done_here
-
-    def describe(self, elapsed_s: float) -> str:
-        eta = self.eta_s(elapsed_s)
+    def describe(self, elapsed_s: float, eta_s: float | None) -> str:
         parts = [f"{self.terminal}/{self.total} done"]
         if self.quarantined:
             parts.append(f"{self.quarantined} quarantined")
+        if self.starting:
+            parts.append(f"{self.starting} workers starting")
         parts.append(f"in work: {self.encoding} encode, {self.denoising} denoise, {self.decoding} decode")
-        parts.append(f"ETA {'--:--' if eta is None else clock(eta)}")
+        parts.append(f"{clock(elapsed_s)} ETA {'--:--' if eta_s is None else clock(eta_s)}")
         return " · ".join(parts)
+
+
+class Pace:
+    """The mean pace since the first sample came out: what starting and loading took says nothing about the rest."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def eta_s(self, snapshot: Snapshot, now: float) -> float | None:
+        """Seconds to the end; None before a second sample is done."""
+        done_here = snapshot.terminal - snapshot.done_before
+        if self._first is None:
+            self._first = (now, done_here) if done_here > 0 else None
+            return None
+        since, done_then = self._first
+        if done_here == done_then:
+            return None
+        return (snapshot.total - snapshot.terminal) * (now - since) / (done_here - done_then)
 
 
 class Progress:
@@ -58,6 +71,7 @@ class Progress:
         self._console = Console(file=self._stream, highlight=False, markup=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._is_terminal() else None
         self._begun = time.monotonic()
+        self._pace = Pace()
         self._shown: float | None = None
 
     def __enter__(self) -> Progress:
@@ -77,10 +91,11 @@ class Progress:
 
     def show(self, snapshot: Snapshot) -> None:
         now = time.monotonic()
+        eta_s = self._pace.eta_s(snapshot, now)
         if self._shown is not None and now - self._shown < (DRAW_EVERY_S if self._live else LINE_EVERY_S):
             return
         self._shown = now
-        text = snapshot.describe(now - self._begun)
+        text = snapshot.describe(now - self._begun, eta_s)
         if self._live:
             self._live.update(_bar(snapshot, text), refresh=True)
         else:

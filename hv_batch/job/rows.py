@@ -80,7 +80,12 @@ class Row:
 def read_row(number: int, written: Mapping[str, Any]) -> Row:
     """Judge one row. Whole floats in whole-number columns (720.0) are accepted: pandas writes them beside nulls."""
     values = {name: _normalise(name, written[name]) for name in KNOWN_COLUMNS if written.get(name) is not None}
-    extra = {name: value for name, value in written.items() if value is not None and name not in KNOWN_COLUMNS}
+    # NaN is how data frames write a missing number; in a column of ours it is refused, in the user's it is left out.
+    extra = {
+        name: value
+        for name, value in written.items()
+        if name not in KNOWN_COLUMNS and value is not None and value == value
+    }
     row_id = values.pop("id", None)
     found = [
         FieldProblem(name, value, allowed) for name, value in values.items() if (allowed := find_fault(name, value))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hv_batch.job import layout
 from hv_batch.job.commits import LICENCE_ID, decode, encode
+from hv_batch.job.inputs import public_url
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
@@ -43,28 +44,36 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(encode(identity)).hexdigest()
 
 
-def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
-    """Claim the output root for the run that `document` describes, or find out that it is this run's already.
+def inspect_run(store: Store, document: Mapping[str, Any]) -> RunState:
+    """What the output root is to the run that `document` describes, without writing anything.
 
-    `document["identity"]` must be JSON-able; all else of it is written down as it is. Raises UserError when the root
-    belongs to another run, with every dotted path whose value differs.
+    Raises UserError when the root belongs to another run, with every dotted path whose value differs.
     """
     if not store.exists(layout.RUN):
         _refuse_orphans(store)
-    identity = fingerprint(document["identity"])
+        return RunState.NEW
+    existing = read_run(store)
+    if existing["fingerprint"] != fingerprint(document["identity"]):
+        raise UserError(_refusal(store, existing, document))
+    return RunState.FINISHED if store.exists(layout.SUCCESS) else RunState.RESUMED
+
+
+def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
+    """Claim the output root for the run that `document` describes, or find out that it is this run's already.
+
+    `document["identity"]` must be JSON-able; all else of it is written as it is. Raises UserError as `inspect_run`.
+    """
+    state = inspect_run(store, document)
     written = {
+        "schema": RUN_SCHEMA,
+        "fingerprint": fingerprint(document["identity"]),
         "licence": licence_notice(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **document,
-        "schema": RUN_SCHEMA,
-        "fingerprint": identity,
     }
-    if store.put_new(layout.RUN, encode(written)):
-        return RunState.NEW
-    existing = read_run(store)
-    if existing["fingerprint"] != identity:
-        raise UserError(_refusal(store, existing["identity"], document["identity"]))
-    return RunState.FINISHED if store.exists(layout.SUCCESS) else RunState.RESUMED
+    if state is RunState.NEW and not store.put_new(layout.RUN, encode(written)):
+        return inspect_run(store, document)  # another driver was faster
+    return state
 
 
 def read_run(store: Store) -> dict[str, Any]:
@@ -119,12 +128,15 @@ def _refuse_orphans(store: Store) -> None:
 
 
 def _refusal(store: Store, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    lines = list(_differences(theirs, json.loads(encode(ours))))
+    lines = list(_differences(theirs["identity"], json.loads(encode(ours["identity"]))))
+    if any(line.startswith("manifest:") for line in lines):
+        # Two digests differ, but say nothing: what the manifests are does.
+        lines += [f"(manifest) {line}" for line in _differences(theirs.get("manifest"), ours.get("manifest"))]
     shown = "\n".join(f"  {line}" for line in lines[:MAX_DIFFERENCES])
     rest = f"\n  and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
     return (
-        f"The output root {store.url} was made by a run that would render other pixels, so it cannot be resumed with "
-        f"this config and manifest. What differs (theirs -> yours):\n{shown}{rest}\n"
+        f"The output root {public_url(store.url)} was made by a run with another config, manifest or model, so it "
+        f"cannot be resumed with these. What differs (theirs -> yours):\n{shown}{rest}\n"
         "Choose another output root, or go back to the values on the left."
     )
 

@@ -122,6 +122,10 @@ class Scheduler:
     def in_flight(self) -> dict[str, Stage]:
         return {key: sample.stage for key, sample in self._samples.items()}
 
+    def starting(self) -> int:
+        """How many workers are being placed or load."""
+        return sum(slot.status is Status.STARTING for slots in self._workers.values() for slot in slots)
+
     def failures(self, key: str) -> tuple[Failure, ...]:
         """What an in-flight sample has been charged with so far."""
         return tuple(self._samples[key].failures)

@@ -37,14 +37,14 @@ class ShardStatus:
     def state(self) -> str:
         """`sealed`, `complete` (only the sealing is missing), `partial` or `untouched`."""
         if self.sealed:
-            return "sealed"
+            return "sealed" if self.pending == 0 else "sealed, records missing"
         if self.pending == 0:
             return "complete"
         return "partial" if self.committed or self.quarantined else "untouched"
 
     @property
     def needs_attention(self) -> bool:
-        return not self.sealed or self.quarantined > 0
+        return not self.sealed or self.pending > 0 or self.quarantined > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

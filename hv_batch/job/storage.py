@@ -26,6 +26,7 @@ from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from hv_batch.job.backends import LocalDisk, PutIfAbsent, Remote
+from hv_batch.job.inputs import public_url
 from hv_batch.job.store_errors import StorageUnavailableError, is_transient, raise_translated
 from hv_batch.protocol import UserError
 
@@ -118,11 +119,16 @@ class Store:
             self.delete(key)
         except UserError:
             raise
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(
+                f"The output root {public_url(self.url)} is a file, or lies below one ({error.filename or error}). "
+                "Choose a folder."
+            ) from error
         except Exception as error:  # every driver has errors of its own; all mean the same to the user
             raise UserError(
-                f"The output root {self.url} cannot be written: {type(error).__name__}: {error}. Check that the bucket "
-                "or folder exists, that its credentials are set up on this machine, and that they allow to read, "
-                "write, list and delete."
+                f"The output root {public_url(self.url)} cannot be written: {type(error).__name__}: {error}. Check "
+                "that the bucket or folder exists, that its credentials are set up on this machine, and that they "
+                "allow to read, write, list and delete."
             ) from error
         is_exclusive = created and not created_again and kept
         return self._backend.claim if is_exclusive else PutIfAbsent.UNSAFE

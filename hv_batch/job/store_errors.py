@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 from typing import Any, NoReturn
 
+from hv_batch.job.inputs import public_url
+
 # 409 is S3's answer to two conditional PUTs of one key at the same instant: ask again and learn who won.
 TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 TRANSIENT_ERRNO = frozenset(
@@ -46,7 +48,7 @@ class StorageUnavailableError(ConnectionError):
 
 def raise_translated(error: Exception, url: str) -> NoReturn:
     """Raise `error` as what it means, which is unchanged unless it is one of the two kinds above."""
-    said = f"{url}: {type(error).__name__}: {error}"
+    said = f"{public_url(url)}: {type(error).__name__}: {error}"
     if is_refused(error):
         raise PermissionError(errno.EACCES, said) from error
     if is_transient(error):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+
+from hv_batch.job import layout
 from hv_batch.job.config import RunConfig
+from hv_batch.job.inputs import public_url
 from hv_batch.job.storage import Store
 from hv_batch.protocol import Engine, UserError
 
@@ -38,10 +43,27 @@ def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
             f"The engine {path} of the config's model.engine cannot be imported: {error}. Give the import path of an "
             "engine that is installed where the actors run, as package.module:Name."
         ) from error
+    allowed = [name for name in inspect.signature(factory).parameters if name != "self"]
+    if unknown := [name for name in options if name not in allowed]:
+        raise UserError(
+            f"model.options: the engine {path} does not know {', '.join(map(repr, unknown))}; allowed: "
+            f"{', '.join(allowed)}."
+        )
     try:
         return factory(**options)
-    except TypeError as error:
-        raise UserError(f"The engine {path} refuses the config's model.options {dict(options)}: {error}.") from error
+    except TypeError as error:  # one that it needs is missing
+        raise UserError(f"model.options: the engine {path} cannot be built: {error}. Add it to the config.") from error
+
+
+def see_output_root(store: Store) -> None:
+    """Raises UserError where the output root is not the one that the driver has claimed."""
+    if not store.exists(layout.RUN):
+        node = ray.util.get_node_ip_address()
+        raise UserError(
+            f"The node {node} does not see the output root {public_url(store.url)}: it finds no {layout.RUN} there, "
+            "which the driver has written. Give storage that every node of the cluster shares, as a URL or as a folder "
+            "that is mounted everywhere."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import ray
 
@@ -13,9 +18,20 @@ from hv_batch.job import commits, layout
 from hv_batch.job.errors import Failure
 from hv_batch.job.samples import Sample
 from hv_batch.protocol import Decoder
-from hv_batch.runtime.context import RunContext, StageReport, stopwatch
-from hv_batch.runtime.failures import LatentsGoneError
+from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
+from hv_batch.runtime.failures import DISK_FULL, LatentsGoneError, NodeError
 from hv_batch.runtime.media import MediaInfo, write_media
+
+SCRATCH = "hv_batch-"
+SCRATCH_AGE_S = 6 * 3600.0  # older than any encoding: what is left by a process that was killed
+
+
+def sweep_scratch(folder: Path) -> None:
+    """Remove the temporary folders that killed decoders have left behind."""
+    for path in folder.glob(f"{SCRATCH}*-*"):
+        with suppress(OSError):  # another decoder of this node sweeps too
+            if time.time() - path.stat().st_mtime > SCRATCH_AGE_S:
+                shutil.rmtree(path)
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
@@ -29,6 +45,9 @@ class DecoderActor:
 
     def load(self) -> None:
         """Not in __init__: an exception here keeps its type on the way to the driver."""
+        see_output_root(self._context.store)
+        sweep_scratch(Path(tempfile.gettempdir()))
+        imageio_ffmpeg.get_ffmpeg_exe()  # a node without one is found here, not at its first sample
         self._decoder: Decoder = self._context.engine.decoder(self._context.config.parallel.device)
 
     def decode(
@@ -41,12 +60,16 @@ class DecoderActor:
         """Render `latents` (None: those in the output root) and commit; False when another had committed first (P1)."""
         context = self._context
         if latents is None:
+            # An earlier try may have committed and died before it could say so: then its latents are gone with reason.
+            if context.store.exists(layout.commit_key(sample.shard, sample.key)):
+                commits.drop_latents(context.store, sample)
+                return False
             stored = commits.get_latents(context.store, sample, commits.sample_identity(sample, context.fingerprint))
             if stored is None:
                 raise LatentsGoneError(f"no stored latents of sample {sample.key} that belong to this run")
             latents = stored.latents
             stages = {name: StageReport.from_dict(report) for name, report in stored.stages.items()}
-        with tempfile.TemporaryDirectory(prefix="hv_batch-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as folder:
             with stopwatch() as decoding:
                 media = self._write(sample, latents, Path(folder))
             with stopwatch() as uploading:
@@ -70,17 +93,22 @@ class DecoderActor:
 
     def _write(self, sample: Sample, latents: np.ndarray, folder: Path) -> MediaInfo:
         params, media = sample.params, self._context.config.media
-        return write_media(
-            self._counted(self._decoder.decode(latents)),
-            folder / "media",
-            height=params.height,
-            width=params.width,
-            num_frames=params.num_frames,
-            fps=sample.fps,
-            crf=media.crf,
-            preset=media.preset,
-            threads=media.threads,
-        )
+        try:
+            return write_media(
+                self._counted(self._decoder.decode(latents)),
+                folder / "media",
+                height=params.height,
+                width=params.width,
+                num_frames=params.num_frames,
+                fps=sample.fps,
+                crf=media.crf,
+                preset=media.preset,
+                threads=media.threads,
+            )
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise NodeError(f"no space for temporary files in {folder.parent}: {error}") from error
+            raise
 
     def _counted(self, chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for chunk in chunks:

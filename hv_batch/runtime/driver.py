@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from hv_batch.job.columns import Kind
-from hv_batch.job.commits import quarantine, quarantine_record
+from hv_batch.job.commits import drop_latents, quarantine, quarantine_record
 from hv_batch.job.config import RunConfig
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.errors import Failure
@@ -38,7 +38,7 @@ from hv_batch.job.events import (
     Tick,
     WorkerId,
 )
-from hv_batch.job.plan import Plan, Sealable
+from hv_batch.job.plan import Passed, Plan, Sealable
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.samples import Sample
 from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
@@ -92,6 +92,7 @@ class Driver:
         self._tasks: dict[WorkerId, tuple[str, ...]] = {}
         self._watched: dict[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]] = {}
         self._events: deque[Event] = deque()
+        self._to_admit = 0
         self._sealing = 0
         self._polled = 0.0
         self._stop_said = False
@@ -103,7 +104,8 @@ class Driver:
         try:
             self._carry_out(self._scheduler.begin())
             self._work_off()
-            while self._end is None or self._sealing:
+            # A drain does not wait for seals: the next run finds the shard complete and seals it.
+            while self._end is None or (self._sealing and not self._end.drained):
                 self._listen()
                 self._work_off()
                 self._progress.show(self._snapshot())
@@ -117,12 +119,13 @@ class Driver:
     def _listen(self) -> None:
         """Wait for news at most one tick, and queue it."""
         if self._watched:
-            first, _ = ray.wait(list(self._watched), num_returns=1, timeout=TICK_S, fetch_local=False)
+            patience = 0 if self._to_admit else TICK_S
+            first, _ = ray.wait(list(self._watched), num_returns=1, timeout=patience, fetch_local=False)
             if first:  # whatever else has come in meanwhile is taken in the same turn
                 ready, _ = ray.wait(list(self._watched), num_returns=len(self._watched), timeout=0, fetch_local=False)
                 for ref in ready:
                     self._events.extend(self._watched.pop(ref)(ref))
-        else:
+        elif not self._to_admit:
             time.sleep(TICK_S)
         if self._should_stop() and not self._stop_said:
             self._stop_said = True
@@ -130,12 +133,13 @@ class Driver:
                 f"stop requested: finishing what is running, at most {self._context.config.timeouts.drain_s:g} s"
             )
             self._events.append(StopRequested())
-        self._events.append(Tick())
         now = time.monotonic()
         if now - self._polled >= POLL_S:
             self._polled = now
             for worker in list(self._workers.values()):
                 self._events.extend(worker.poll(now))
+        self._admit()
+        self._events.append(Tick())
 
     def _watch(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
         self._watched[ref] = then
@@ -180,7 +184,7 @@ class Driver:
         for action in actions:
             match action:
                 case Admit(count):
-                    self._admit(count)
+                    self._to_admit += count
                 case StartWorker(worker):
                     self._workers[worker] = self._start(worker)
                 case KillWorker(worker, failure):
@@ -201,19 +205,24 @@ class Driver:
                 case Finish():
                     self._end = action
 
-    def _admit(self, count: int) -> None:
-        for _ in range(count):
+    def _admit(self) -> None:
+        """Feed samples from the plan, but look up at most one finished shard a turn: a resume has thousands."""
+        while self._to_admit:
             found = next(self._pending, None)
             if found is None:
+                self._to_admit = 0
                 self._events.append(PlanExhausted())
+            elif isinstance(found, Passed):
                 return
-            sample, stage = found
-            self._items[sample.key] = InFlight(sample)
-            self._events.append(Admitted(sample.key, stage))
+            else:
+                sample, stage = found
+                self._to_admit -= 1
+                self._items[sample.key] = InFlight(sample)
+                self._events.append(Admitted(sample.key, stage))
 
     def _start(self, worker: WorkerId) -> Worker:
         if worker.stage is Stage.DENOISE:
-            return DenoiseGroup(worker, self._context, self._watch)
+            return DenoiseGroup(worker, self._context, self._watch, self._progress.say)
         start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
         return start(worker, self._context, self._watch)
 
@@ -232,6 +241,7 @@ class Driver:
         )
         if quarantine(self._context.store, record):
             self._progress.say(f"quarantined {sample.key} (row {sample.row}): {_first_line(failures[-1])}")
+            drop_latents(self._context.store, sample)
             self._plan.quarantined(sample)
         else:
             self._plan.committed(sample)
@@ -243,6 +253,7 @@ class Driver:
             committed=tally.committed_before + tally.committed,
             quarantined=tally.quarantined_before + tally.quarantined,
             done_before=tally.committed_before + tally.quarantined_before,
+            starting=self._scheduler.starting(),
             encoding=at[Stage.ENCODE],
             denoising=at[Stage.DENOISE],
             decoding=at[Stage.DECODE],

@@ -7,6 +7,7 @@ the rebuild to the scheduler (P4, P5). The placement group belongs to this drive
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +18,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerReady
+from hv_batch.job.events import Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
 from hv_batch.runtime.context import RunContext
-from hv_batch.runtime.failures import classify, most_telling
-from hv_batch.runtime.placement import group_bundles, show, total
+from hv_batch.runtime.failures import classify, input_was_lost, most_telling
+from hv_batch.runtime.placement import SAY_EVERY_S, group_bundles, show, total
 from hv_batch.runtime.ranks import RankActor
 from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, start_failure
 
@@ -35,24 +36,31 @@ SHOW_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 class DenoiseGroup:
     """One life of one group."""
 
-    def __init__(self, worker: WorkerId, context: RunContext, watch: Watch) -> None:
+    def __init__(self, worker: WorkerId, context: RunContext, watch: Watch, say: Callable[[str], None]) -> None:
         self.id = worker
         self._context = context
+        self._say = say
         self._watch = watch
         self._bundles = group_bundles(context.config)
-        self._deadline = time.monotonic() + context.config.timeouts.start_s
+        self._deadline = math.inf  # of the start, once placed: waiting for nodes is not a fault of the group
+        self._next_word = time.monotonic() + SAY_EVERY_S
         self._ready = False
         self._killed = False
         self._ranks: list[Any] = []
-        self._pulse: Pulse | None = None
+        self._pulses: list[Pulse] = []
         self._placement: PlacementGroup = placement_group(self._bundles, strategy="STRICT_PACK", name=f"hv-{worker}")
         watch(self._placement.ready(), self._placed)
 
     def poll(self, now: float) -> list[Event]:
-        if self._ready and self._pulse:
-            self._pulse.ask()
-        elif not self._ready and now > self._deadline:
-            return [WorkerLost(self.id, Failure(FailureClass.INFRA, self._why_late(), where=str(self.id)))]
+        if self._ready:
+            for pulse in self._pulses:
+                pulse.ask()
+        elif now > self._deadline:
+            message = "its ranks did not load and meet within timeouts.start_s"
+            return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)))]
+        elif not self._ranks and now > self._next_word:
+            self._next_word = now + SAY_EVERY_S
+            self._say(self._why_waiting())
         return []
 
     def kill(self) -> None:
@@ -79,10 +87,12 @@ class DenoiseGroup:
                 runtime_env=SHOW_GPUS if self._context.config.parallel.device == "cuda" else HIDE_GPUS,
             ).remote(self._context, index, str(self.id))
             self._ranks.append(actor)
-        self._pulse = Pulse(self.id, self._ranks[0], self._watch)
+        self._deadline = time.monotonic() + self._context.config.timeouts.start_s
+        # Every rank is asked, so that the death of any is noticed while the group is idle, too.
+        self._pulses = [Pulse(self.id, rank, self._watch) for rank in self._ranks]
         first_words = [self._ranks[0].host_rendezvous.remote(), *(rank.seat.remote() for rank in self._ranks)]
         self._when_all(first_words, lambda: self._seated(first_words))
-        return []
+        return [WorkerPlaced(self.id)]
 
     def _seated(self, first_words: Sequence[ray.ObjectRef]) -> list[Event]:
         address, *seats = ray.get(list(first_words))
@@ -127,23 +137,24 @@ class DenoiseGroup:
     def _verdict(self, refs: Sequence[ray.ObjectRef]) -> Event:
         """What a rank's error means for the group, after a moment for the others' errors to arrive."""
         heard, _ = ray.wait(list(refs), num_returns=len(refs), timeout=COLLATERAL_S, fetch_local=False)
-        failures = [classify(error, str(self.id)) for ref in heard if (error := _error_of(ref))]
+        errors = [error for ref in heard if (error := _error_of(ref))]
+        failures = [classify(error, str(self.id)) for error in errors]
         failure = most_telling(failures)
         if not self._ready:
             return WorkerLost(self.id, start_failure(failure))
-        # Where every rank found the fault in the sample (latents that are not finite, say), none is left waiting in a
-        # collective: the gang keeps its 26 GB of weights and takes the next sample.
-        if len(failures) == len(refs) and all(f.kind is FailureClass.POISON for f in failures):
+        # Where every rank refused the sample alike (latents that are not finite, an input that was lost), none is left
+        # waiting in a collective: the gang keeps its 26 GB of weights and takes the next sample.
+        refused = all(f.kind is FailureClass.POISON for f in failures) or all(map(input_was_lost, errors))
+        if refused and len(errors) == len(refs):
             return TaskFailed(self.id, failure)
         return WorkerLost(self.id, failure)
 
-    def _why_late(self) -> str:
+    def _why_waiting(self) -> str:
         asked = show(total(self._bundles))
         there = show({k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")})
-        state = "placed but its ranks did not load and meet" if self._ranks else "not placed"
         return (
-            f"a group of {len(self._bundles)} rank(s) was {state} within timeouts.start_s. It asks for {asked} on one "
-            f"node; free in the whole cluster: {there}"
+            f"{self.id} waits for a node: {len(self._bundles)} rank(s) ask for {asked} on one node; free in the whole "
+            f"cluster: {there}"
         )
 
 

@@ -182,6 +182,8 @@ class _Encoder:
         said = b"".join(self._said).decode(errors="replace").strip()
         if os.strerror(errno.ENOSPC) in said:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {said}")
+        if status < 0:  # the memory killer, usually
+            raise ChildProcessError(errno.ECHILD, f"ffmpeg was killed by signal {-status}")
         if status != 0:
             raise RuntimeError(f"ffmpeg failed with status {status}: {said or 'it said nothing'}")
 

@@ -53,15 +53,20 @@ def fits(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]])
     return True
 
 
-def await_resources(config: RunConfig, *, patience_s: float, say: Callable[[str], None]) -> None:
+def await_resources(
+    config: RunConfig, *, patience_s: float, say: Callable[[str], None], should_stop: Callable[[], bool]
+) -> bool:
     """Wait until the cluster has what the least bill asks for, telling an autoscaler about it meanwhile.
 
-    Raises UserError after `patience_s` with what was asked and what there is. Nothing is reserved.
+    False when `should_stop` ended the waiting. Raises UserError after `patience_s` with what was asked and what there
+    is. Nothing is reserved.
     """
     bill = least_bill(config)
     deadline, said = time.monotonic() + patience_s, 0.0
     try:
         while not fits(bill, nodes := _alive_nodes()):
+            if should_stop():
+                return False
             if time.monotonic() >= deadline:
                 raise UserError(
                     f"Ray has not the resources that this run needs. {_asked_and_there(config, nodes)} Add nodes, or "
@@ -72,6 +77,7 @@ def await_resources(config: RunConfig, *, patience_s: float, say: Callable[[str]
                 say(f"waiting for nodes: {_asked_and_there(config, nodes)}")
                 said = time.monotonic()
             time.sleep(LOOK_EVERY_S)
+        return True
     finally:
         if said:
             request_resources(bundles=[])

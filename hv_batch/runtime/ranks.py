@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import ray
 
 from hv_batch.job import commits
 from hv_batch.job.samples import Sample
+from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, RankPlace
-from hv_batch.runtime.context import RunContext, StageReport, stopwatch
+from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,15 @@ class RankActor:
 
     def join(self, address: str, seats: Sequence[RankSeat]) -> None:
         """Load the weights and meet the other ranks; returns when all have."""
+        if self._rank == 0:
+            see_output_root(self._context.store)
         parallel = self._context.config.parallel
         neighbours = [rank for rank, seat in enumerate(seats) if seat.node == seats[self._rank].node]
         if parallel.device == "cuda":
             # Every rank of a node sees the same GPUs in the same order: peer-to-peer copies and NCCL's topology search
             # need to see the neighbours. Takes effect because CUDA starts only in the engine.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for rank in neighbours for gpu in seats[rank].gpus)
+        timeouts = self._context.config.timeouts
         place = RankPlace(
             rank=self._rank,
             local_rank=neighbours.index(self._rank),
@@ -57,7 +62,9 @@ class RankActor:
             ring_degree=parallel.ring_degree,
             device=parallel.device,
             address=address,
-            timeout_s=self._context.config.timeouts.stall_s,
+            # Ranks may finish loading as far apart as a start may take. A hang in a collective does not wait for this:
+            # the scheduler misses the steps after timeouts.stall_s.
+            timeout_s=max(timeouts.start_s, timeouts.stall_s),
         )
         self._denoiser: Denoiser = self._context.engine.join(place)
 
@@ -69,10 +76,12 @@ class RankActor:
         if self._rank != 0:
             return None
         context = self._context
-        identity = commits.sample_identity(sample, context.fingerprint)
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name)
-        stages = {**stages, "denoise": report}
-        commits.put_latents(context.store, sample, latents, identity, {name: r.to_dict() for name, r in stages.items()})
+        reports = {name: stage.to_dict() for name, stage in {**stages, "denoise": report}.items()}
+        # An output root that does not answer is no reason to lose a denoise: the latents also travel by reference.
+        with suppress(StorageUnavailableError):
+            identity = commits.sample_identity(sample, context.fingerprint)
+            commits.put_latents(context.store, sample, latents, identity, reports)
         return latents, report
 
     def _count_step(self, _done: int) -> None:

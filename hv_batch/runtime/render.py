@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +21,12 @@ from typing import Any
 from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config import RunConfig
+from hv_batch.job.inputs import public_url, public_values
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
-from hv_batch.job.runs import RunState, fingerprint, finish_run, open_run
+from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run
 from hv_batch.job.samples import ManifestSummary, check_manifest, iter_samples
 from hv_batch.job.storage import Store
 from hv_batch.protocol import Engine, UserError
@@ -51,6 +51,7 @@ class _Job:
     context: RunContext
     manifest: Manifest
     summary: ManifestSummary
+    document: dict[str, Any]  # of run.json
     state: RunState
 
 
@@ -59,41 +60,73 @@ def render(
 ) -> ExitCode:
     """Render what `output_url` lacks of the manifest. Raises UserError, which means exit code 1."""
     with _stop_signals() as stopped:
-        job = _prepare(config, manifest_url, Store(output_url), progress)
-        store = job.context.store
-        if job.state is RunState.FINISHED:
-            summary = json.loads(store.get(layout.SUMMARY))
-            progress.say(f"nothing to render: all {job.summary.samples} samples of {store.url} are done")
-            return _exit_code(summary)
-        plan = Plan(store, iter_samples(job.manifest, config))
-        with ray_session(config, address) as local, _stop_signals(stopped), progress:
-            patience_s = 0.0 if local else config.timeouts.start_s
-            await_resources(config, patience_s=patience_s, say=progress.say)
-            driver = Driver(
-                job.context, plan, job.summary.samples, job.summary.extra_kinds, progress, should_stop=stopped.is_set
-            )
-            outcome = driver.run()
+        try:
+            return _render(config, manifest_url, Store(output_url), address, progress, stopped)
+        except KeyboardInterrupt:
+            progress.say("stopped at once; run the same command again to go on")
+            return ExitCode.STOPPED
+        except OSError as error:  # a store that went away, a disk that is full: nothing of ours is broken
+            raise UserError(
+                f"{error}. What is committed stays; mend this and run the same command again to go on."
+            ) from error
+
+
+def _render(
+    config: RunConfig, manifest_url: str, store: Store, address: str | None, progress: Progress, stopped: Event
+) -> ExitCode:
+    job = _prepare(config, manifest_url, store, progress)
+    total = job.summary.samples
+    if job.state is RunState.FINISHED:
+        progress.say(f"nothing to render: all {total} samples of {public_url(store.url)} are done")
+        return _exit_code(json.loads(store.get(layout.SUMMARY)))
+    progress.say("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
+    plan = Plan(store, iter_samples(job.manifest, config), keep_latents=config.output.keep_latents)
+    with ray_session(config, address) as local, _stop_signals(stopped), progress:
+        patience_s = 0.0 if local else config.timeouts.start_s
+        if not await_resources(config, patience_s=patience_s, say=progress.say, should_stop=stopped.is_set):
+            progress.say("stopped while waiting for nodes; nothing was begun")
+            return ExitCode.STOPPED
+        # Only now is the root claimed: whoever asked for more than there is may ask for something else.
+        open_run(store, job.document)
+        driver = Driver(job.context, plan, total, job.summary.extra_kinds, progress, should_stop=stopped.is_set)
+        outcome = driver.run()
     return _close(store, plan, outcome, progress)
 
 
 def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progress) -> _Job:
-    """Every check that needs no cluster, then the claim on the output root."""
-    engine = build_engine(config.model.engine, config.model.options)
-    _check_engine(engine, config)
-    manifest = Manifest(manifest_url)
-    summary = check_manifest(manifest, config)
-    progress.say(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
-    for warning in summary.warnings:
-        progress.say(f"note: {warning}")
+    """Every check that needs no cluster; writes nothing but the probe of the output root.
+
+    Raises UserError that tells what is wrong with the engine, its weights and the manifest, all at once.
+    """
+    found: list[str] = []
+    with _collected(found):
+        engine = build_engine(config.model.engine, config.model.options)
+        _check_engine(engine, config)
+    with _collected(found):
+        manifest = Manifest(manifest_url)
+        summary = check_manifest(manifest, config)
+        progress.say(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
+        for note in summary.warnings:
+            progress.say(f"note: {note}")
+    if found:
+        raise UserError("\n".join(found))
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**config.identity(), "model": engine.identity(), "manifest": summary.digest}
-    if not store.exists(layout.SUCCESS):
-        mode = store.probe()
-        if mode.warning:
-            progress.say(f"warning: {mode.warning}")
-    state = open_run(store, _document(identity, config, manifest, summary, versions))
-    return _Job(RunContext(config, engine, store, fingerprint(identity), versions), manifest, summary, state)
+    document = _document(identity, config, manifest, summary, versions)
+    if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
+        progress.say(f"warning: {warning}")
+    state = inspect_run(store, document)
+    context = RunContext(config, engine, store, fingerprint(identity), versions)
+    return _Job(context, manifest, summary, document, state)
+
+
+@contextmanager
+def _collected(found: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        found.append(str(error))
 
 
 def _check_engine(engine: Engine, config: RunConfig) -> None:
@@ -113,9 +146,9 @@ def _document(
 ) -> dict[str, Any]:
     return {
         "identity": identity,
-        "config": config.model_dump(mode="json"),
+        "config": public_values(config.model_dump(mode="json")),
         "manifest": {
-            "url": _without_secrets(manifest.url),
+            "url": public_url(manifest.url),
             "digest": summary.digest,
             "rows": summary.rows,
             "samples": summary.samples,
@@ -125,28 +158,27 @@ def _document(
     }
 
 
-def _without_secrets(url: str) -> str:
-    """A URL may carry a password before its host, and a signature after its path."""
-    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
-
-
 def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> ExitCode:
-    """Write what people read. A stopped run gets its summary and gallery too, but no _SUCCESS."""
+    tally = plan.tally
+    found = tally.committed_before + tally.quarantined_before
+    told = f"{tally.committed} rendered, {tally.quarantined} quarantined now, {found} were done before"
+    if outcome.drained:
+        # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
+        progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
+        return ExitCode.STOPPED
     summary = aggregate(store)
     write_report(store, summary)
     finish_run(store, summary)
-    tally = plan.tally
-    found = tally.committed_before + tally.quarantined_before
-    progress.say(
-        f"{'stopped' if outcome.drained else 'finished'} after {clock(outcome.seconds)}: {tally.committed} rendered, "
-        f"{tally.quarantined} quarantined now, {found} were done before, {summary['pending']} pending"
-    )
-    if outcome.drained:
-        return ExitCode.STOPPED
+    progress.say(f"finished after {clock(outcome.seconds)}: {told}")
+    if pending := summary["pending"]:
+        raise UserError(
+            f"{pending} samples that were rendered have no record in {public_url(store.url)}. Either somebody removes "
+            "objects there, or the actors write to another place than this driver reads. Mend that and run again."
+        )
     if unsealed := summary["shards"] - summary["shards_sealed"]:
         raise UserError(
-            f"Every sample of {store.url} is done, but {unsealed} shard(s) could not be sealed, as said above. Run "
-            "the same command again: it seals them and renders nothing."
+            f"Every sample of {public_url(store.url)} is done, but {unsealed} shard(s) could not be sealed, as said "
+            "above. Run the same command again: it seals them and renders nothing."
         )
     return _exit_code(summary)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,29 +20,39 @@ from hv_batch.runtime.placement import least_bill, total
 # Ray's own default would take a third of a small machine's memory for it.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
+CONNECT_TIMEOUT_S = 10.0
+
 
 @contextmanager
 def ray_session(config: RunConfig, address: str | None) -> Iterator[bool]:
     """Connect for the length of a `with`; yields whether the Ray is a local one of our own.
 
-    `address` None means RAY_ADDRESS, which `ray job submit` sets, and without that a local Ray.
+    `address` None means RAY_ADDRESS, which `ray job submit` sets, and without that "local": a Ray of our own.
     """
-    local = address is None and not os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Every failed task is looked at by the driver; Ray would print the tracebacks of those it has classified as well.
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+    if address == "local":
+        _start_local(config)
+    else:
+        _connect(address)
     try:
-        if local:
-            _start_local(config)
-        else:
-            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise UserError(
-            f"No Ray cluster answers at {where}: {error}. Start one (`ray start --head`), give its address with "
-            "--address, or leave out both --address and RAY_ADDRESS for a local Ray."
-        ) from error
-    try:
-        yield local
+        yield address == "local"
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    try:
+        if match := re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d+)", address):
+            # Asked first, because Ray itself tries an address that does not answer for minutes.
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_TIMEOUT_S).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"No Ray cluster answers at {address}: {error}. Start one (`ray start --head`) and give the address it "
+            "prints with --address, or leave out both --address and RAY_ADDRESS for a local Ray."
+        ) from error
 
 
 def _start_local(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import Beat, Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerReady
@@ -137,14 +137,14 @@ class DecoderWorker(PoolWorker):
     def run(self, items: Sequence[InFlight]) -> None:
         (item,) = items
         ref = self._actor.decode.remote(item.sample, item.latents, item.stages, item.failures)
-        # A second try reads the output root: the reference may be what was lost.
-        item.latents = None
-        self._watch(ref, self._decoded)
+        self._watch(ref, lambda ref: self._decoded(ref, item))
 
-    def _decoded(self, ref: ray.ObjectRef) -> list[Event]:
+    def _decoded(self, ref: ray.ObjectRef, item: InFlight) -> list[Event]:
         try:
             ray.get(ref)
         except RayError as error:
+            if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
+                item.latents = None  # may be what was lost; the next try reads the output root
             return self._failed(error)
         return [TaskDone(self.id)]
 

@@ -78,7 +78,7 @@ def records(output: Path, kind: str = "commits") -> dict[str, dict]:
 
 def dataset(output: Path) -> dict[str, bytes]:
     """What P2 and P3 promise to be equal whatever happened on the way: media and sealed tables, byte for byte."""
-    return {str(p.relative_to(output)): p.read_bytes() for p in sorted((output / "data").rglob("*")) if p.is_file()}
+    return {str(p.relative_to(output)): p.read_bytes() for p in sorted((output / "data").rglob("[!.]*")) if p.is_file()}
 
 
 def table(output: Path, shard: int = 0):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hv_batch.job.inputs import public_url, public_values
 from tests.cluster.runs import write_config, write_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -78,13 +79,45 @@ def test_heads_that_do_not_split_are_told(good):
 def test_an_engine_that_is_not_there_is_told(good):
     """P6: the import path of the engine is in the message."""
     assert "tests.doubles:NoEngine" in refused(*good, "model.engine=tests.doubles:NoEngine")
-    assert "surprise" in refused(*good, "model.options.surprise=1")
 
 
 def test_an_unwritable_output_is_told(good, tmp_path):
     """P6: found by trying, before anything is rendered."""
     (tmp_path / "file").write_text("in the way")
-    assert "cannot be written" in refused(good[0], good[1], tmp_path / "file" / "out")
+    assert "is a file, or lies below one" in refused(good[0], good[1], tmp_path / "file" / "out")
+
+
+def test_config_weights_and_manifest_are_told_together(good, tmp_path):
+    """P6: what is wrong with the plan does not hide what is wrong with the rows."""
+    manifest = tmp_path / "bad.jsonl"
+    manifest.write_text('{"prompt": ""}\n')
+    text = refused(good[0], manifest, good[2], "parallel.ulysses_degree=5")
+    assert "does not divide 24" in text
+    assert "row 1: prompt" in text
+
+
+def test_an_unknown_engine_option_is_told_with_the_known_ones(good):
+    """P6: as for every other key of the config."""
+    text = refused(*good, "model.options.surprise=1")
+    assert "'surprise'" in text
+    assert "step_seconds" in text
+
+
+def test_an_address_where_nothing_answers_is_told(good):
+    """P6: within seconds, and not in the words of a network library."""
+    code, _, stderr = hv_batch(
+        "run", "--config", good[0], "--manifest", good[1], "--output", good[2], "--address", "127.0.0.1:9"
+    )
+    assert code == 1
+    assert "No Ray cluster answers at 127.0.0.1:9" in stderr
+
+
+def test_secrets_do_not_reach_run_json_or_messages(good):
+    """Safe: passwords in URLs and options named like secrets are masked."""
+    url = "sftp://user:p@ss@host/dir/x.parquet?X-Signature=abc"
+    assert public_url(url) == "sftp://host/dir/x.parquet"
+    masked = public_values({"model": {"options": {"hub_token": "t", "load_key": "module"}}})
+    assert masked == {"model": {"options": {"hub_token": "***", "load_key": "module"}}}
 
 
 def test_a_missing_manifest_is_told(good, tmp_path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 
 import pytest
-from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError, WorkerCrashedError
 
 from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import UserError
-from hv_batch.runtime.failures import LatentsGoneError, classify, most_telling, worker_survives
+from hv_batch.runtime.failures import LatentsGoneError, NodeError, classify, most_telling, worker_survives
 
 
 class OutOfMemoryError(RuntimeError):
@@ -31,11 +32,16 @@ def raised_by_a_task(cause):
         (UserError("no such weights"), FailureClass.FATAL, True),
         (OSError(errno.ENOSPC, "No space left on device"), FailureClass.FATAL, True),
         (PermissionError(errno.EACCES, "denied"), FailureClass.FATAL, True),
-        (ConnectionError("store is away"), FailureClass.INFRA, True),
+        (StorageUnavailableError("store is away"), FailureClass.OUTAGE, True),
+        (ConnectionError("peer is away"), FailureClass.INFRA, True),
+        (ChildProcessError(errno.ECHILD, "ffmpeg was killed by signal 9"), FailureClass.INFRA, True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), FailureClass.INFRA, False),
+        (NodeError("no space for temporary files"), FailureClass.INFRA, True),
         (TimeoutError("store is slow"), FailureClass.INFRA, True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), FailureClass.INFRA, True),
         (RuntimeError("NCCL error: unhandled system error"), FailureClass.INFRA, True),
-        (ObjectLostError("ab" * 14, None, ""), FailureClass.INFRA, False),
+        (ObjectLostError("ab" * 14, None, ""), FailureClass.INFRA, True),
+        (WorkerCrashedError(), FailureClass.INFRA, False),
         (LatentsGoneError("gone"), FailureClass.INFRA, True),
     ],
 )
@@ -46,6 +52,7 @@ def test_task_errors_are_classified_by_their_cause(cause, kind, survives):
     assert failure.kind is kind
     assert failure.where == "denoise-0.0"
     assert str(cause) in failure.message
+    assert bool(failure.traceback) is (kind is not FailureClass.FATAL)
     assert worker_survives(error) is survives
     assert failure.begin_anew is isinstance(cause, LatentsGoneError)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import fsspec
@@ -323,10 +324,20 @@ def test_parquet_gives_the_same_samples_as_jsonl(tmp_path):
         assert list(iter_samples(Manifest(str(path)), PLAIN)) == expected
 
 
-def test_parquet_binary_columns_are_refused_by_name(tmp_path):
-    """P6: what the metadata cannot hold is told before anything starts."""
-    pq.write_table(pa.table({"prompt": ["a"], "thumbnail": [b"\x89PNG"]}), tmp_path / "m.parquet")
-    with pytest.raises(UserError, match=r"row 1: thumbnail = .*PNG.*; allowed: a value that JSON can hold"):
+def test_parquet_columns_that_json_lacks_are_carried_as_text_and_numbers(tmp_path):
+    """Further columns never refuse a manifest: binary becomes base64, a duration seconds, NaN a missing value."""
+    columns = {"prompt": ["a"], "thumb": [b"\x89PNG"], "length": [timedelta(seconds=2.5)], "score": [float("nan")]}
+    pq.write_table(pa.table(columns), tmp_path / "m.parquet")
+    manifest = Manifest(str(tmp_path / "m.parquet"))
+    check_manifest(manifest, PLAIN)
+    (sample,) = iter_samples(manifest, PLAIN)
+    assert sample.extra == {"thumb": "iVBORw==", "length": 2.5}
+
+
+def test_nan_in_a_known_column_is_refused(tmp_path):
+    """P6: a seed or scale that is no number is the user's to mend, not ours to guess."""
+    pq.write_table(pa.table({"prompt": ["a"], "cfg_scale": [float("nan")]}), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"row 1: cfg_scale = NaN; allowed: a number"):
         check_manifest(Manifest(str(tmp_path / "m.parquet")), PLAIN)
 
 
