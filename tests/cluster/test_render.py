@@ -120,6 +120,31 @@ def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
     assert sum(count(marks, "denoised").values()) == 6
 
 
+def test_a_second_signal_stops_at_once(ray_head, tmp_path, marks):
+    """Exit codes: who asks twice does not wait for the drain, and the same command still goes on from there."""
+    config, output = write_config(tmp_path, marks, {"step_seconds": 5.0}), tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, PROMPTS[:2]), output, ray_head[0]))
+    wait_for(lambda: count(marks, "encoded"), "an encoding")
+    driver.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    driver.send_signal(signal.SIGTERM)
+    code, text = finish(driver, timeout=15)
+    assert code == 143, text
+    assert "stopped at once" in text
+    assert not records(output)
+
+
+def test_a_stop_while_waiting_for_nodes_is_heard(ray_head, tmp_path, marks):
+    """Exit codes: SIGTERM is answered before anything is placed, and the output root is not claimed."""
+    config, output = write_config(tmp_path, marks, parallel={"ulysses_degree": 12}), tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, PROMPTS[:1]), output, ray_head[0]))
+    wait_for(lambda: "waiting for nodes" in driver.stdout.readline(), "the waiting")
+    driver.send_signal(signal.SIGTERM)
+    code, text = finish(driver, timeout=30)
+    assert code == 143, text
+    assert not (output / "run.json").exists()
+
+
 def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
     """P5: exit code 3, one quarantine record with its traceback, everything else committed; again it is still 3."""
     config, output = write_config(tmp_path, marks), tmp_path / "out"
