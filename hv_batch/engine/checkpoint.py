@@ -35,6 +35,7 @@ LAYOUT = (
 )
 
 MODEL = "hunyuan-video-t2v-720p"
+DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as ours: fields of `DiTConfig`
 CONVERTED = "model.safetensors"  # what `hv-batch weights convert` writes, or its index
 
 # What the text towers may read from their folders. A README or a downloader's notes do not change a picture.
@@ -131,7 +132,14 @@ class CheckpointTree:
         if not path.is_file():
             return {}
         values = read_json(path)
-        return diffusers_layout.dit_options(values, path) if "_class_name" in values else values
+        if self.is_diffusers or values.get("_class_name") == diffusers_layout.DIT_CLASS:
+            return diffusers_layout.dit_options(values, path)
+        # Any other file of this name may be about anything.
+        return (
+            {key: values[key] for key in values if key != "_class_name"}
+            if values.get("_class_name") == DIT_CLASS
+            else {}
+        )
 
     def missing(self) -> list[str]:
         """One sentence for each file that is not there, with the path where it is expected; empty when complete."""

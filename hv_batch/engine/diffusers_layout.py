@@ -26,6 +26,7 @@ from torch import Tensor
 from hv_batch.engine.tensor_files import StoredTensor, joined
 from hv_batch.protocol import UserError
 
+DIT_CLASS = "HunyuanVideoTransformer3DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _FINAL_MODULATION = "norm_out.linear"
@@ -126,7 +127,7 @@ _DIT_CONFIG: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {  # field of Di
 
 # Keys of transformer/config.json that would make another network, and the one value that is this one.
 _IMPLEMENTED: Mapping[str, Any] = {
-    "_class_name": "HunyuanVideoTransformer3DModel",
+    "_class_name": DIT_CLASS,
     "image_condition_type": None,
     "qk_norm": "rms_norm",
     "rope_theta": 256.0,

@@ -9,7 +9,7 @@ round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from hv_batch.protocol import UserError
 # "none": FP8 weights become weights in the model's dtype when they are loaded; the same numbers, twice the memory.
 # "storage": they stay FP8 and are dequantised on every use, as released.
 FP8_MODES = ("none", "storage")
+
+LLAMA_TYPES = ("llama",)  # model_type in the config.json of a text tower
+CLIP_TYPES = ("clip", "clip_text_model")
 
 Tensors = dict[str, StoredTensor]
 
@@ -64,13 +67,23 @@ def verify(tree: CheckpointTree, config: DiTConfig, fp8: str = "none") -> list[s
     """What would stop the model from loading, found without reading tensor data: seconds for any size of model."""
     if missing := tree.missing():
         return missing
+    return [
+        *verify_dit(tree, config, fp8),
+        *_told_by(
+            lambda: _plan_vae(tree),
+            lambda: open_tower(tree.text_encoder, LLAMA_TYPES),
+            lambda: open_tower(tree.text_encoder_2, CLIP_TYPES),
+        ),
+    ]
+
+
+def verify_dit(tree: CheckpointTree, config: DiTConfig, fp8: str = "none") -> list[str]:
+    """The same of the DiT alone."""
+    return _told_by(lambda: _plan_dit(tree, config, "sdpa", fp8))
+
+
+def _told_by(*checks: Callable[[], object]) -> list[str]:
     found = []
-    checks: tuple[Callable[[], Any], ...] = (
-        lambda: _plan_dit(tree, config, "sdpa", fp8),
-        lambda: _plan_vae(tree),
-        lambda: _open_tower(tree.text_encoder),
-        lambda: _open_tower(tree.text_encoder_2),
-    )
     for check in checks:
         try:
             check()
@@ -104,7 +117,8 @@ def open_scales(path: Path, tensors: Mapping[str, StoredTensor]) -> Tensors:
     if not map_path.is_file():
         raise UserError(
             f"{path} holds 8-bit weights (as {weights[0]}), which mean nothing without their scales: these are "
-            f"expected in {map_path}, which is not there. Copy the released map there, or name the bf16 file as dit_weight."
+            f"expected in {map_path}, which is not there. Copy the released map there, or name the bf16 file as "
+            "dit_weight."
         )
     scales = named_tensors(open_file(map_path), map_path)
     modules = [name.removesuffix(".weight") for name in weights]
@@ -128,6 +142,23 @@ def open_vae(tree: CheckpointTree) -> Tensors:
 def vae_config(tree: CheckpointTree) -> VAEConfig:
     values = read_json(tree.vae_config)
     return VAEConfig.from_json(diffusers_layout.released_vae_config(values) if tree.is_diffusers else values)
+
+
+def open_tower(folder: Path, model_types: Collection[str]) -> Tensors:
+    """The tensors of a text tower, unread; which of them it needs, transformers judges when it loads them.
+
+    Raises UserError when a file is missing or damaged, or config.json names a type of model not in `model_types`.
+    """
+    config = folder / "config.json"
+    if (found := read_json(config).get("model_type")) not in model_types:
+        raise UserError(
+            f"{config} describes a model of type {found!r}; allowed is {' or '.join(map(repr, model_types))}. From a "
+            "LLaVA checkpoint, take the language model first: `hv-batch weights extract-text-encoder`."
+        )
+    path = weight_file(folder)
+    if path is None:
+        raise UserError(f"{folder} holds no weights; expected is {folder / 'model.safetensors'}. Copy them there.")
+    return named_tensors(open_file(path), path)
 
 
 def _plan_dit(tree: CheckpointTree, config: DiTConfig, attention: str, fp8: str) -> tuple[HYVideoDiT, Tensors]:
@@ -164,12 +195,6 @@ def _plan_vae(tree: CheckpointTree) -> tuple[CausalVAE, Tensors]:
     tensors = open_vae(tree)
     _refuse_mismatch(model, tensors, tree.vae_weight)
     return model, tensors
-
-
-def _open_tower(folder: Path) -> None:
-    """Raises UserError for a damaged file of a text tower; transformers reads and judges the tensors."""
-    if path := weight_file(folder):
-        named_tensors(open_file(path), path)
 
 
 def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
