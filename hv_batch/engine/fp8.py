@@ -29,7 +29,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     matrix of zeros has scale 1.
     """
     wide = weight.float()
-    scale = _round_up_to_bf16(wide.abs().amax() / FP8_MAX)
+    low, high = wide.aminmax()
+    scale = _round_up_to_bf16(torch.maximum(-low, high) / FP8_MAX)
     scale = torch.where(scale > 0, scale, 1.0)
     return (wide / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
 

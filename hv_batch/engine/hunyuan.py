@@ -72,7 +72,7 @@ class HunyuanVideo:
         self._tree = CheckpointTree(
             _path("model_base", model_base), dit_path, _choice("load_key", load_key, ("module", "ema"))
         )
-        self._dit_config = _dit_config(self._tree, dit)
+        self._dit_config = _from_options(DiTConfig, dit or {}, "dit", self._tree.dit_options())
         self._geometry = _from_options(TileGeometry, vae_tile or {}, "vae_tile")
         self._precisions = {
             "precision": precision,
@@ -217,25 +217,20 @@ def _choice(option: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def _dit_config(tree: CheckpointTree, options: Mapping[str, Any] | None) -> DiTConfig:
-    """The released widths, unless the checkpoint says others beside its weights, or the options do."""
-    given: Any = options or {}
-    return _from_options(DiTConfig, {**tree.dit_options(), **given} if isinstance(given, Mapping) else given, "dit")
-
-
-def _from_options(kind: type[T], options: Mapping[str, Any], name: str) -> T:
-    """A config dataclass from untrusted values, where a YAML list stands for a tuple."""
+def _from_options(kind: type[T], options: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None) -> T:
+    """A config dataclass from untrusted values over those of `base`, where a YAML list stands for a tuple."""
     allowed = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(options, Mapping):
         raise UserError(
             f"engine option {name}: {options!r} should map names to values; names are {', '.join(allowed)}."
         )
-    if unknown := [key for key in options if key not in allowed]:
+    values = {**(base or {}), **options}
+    if unknown := [key for key in values if key not in allowed]:
         raise UserError(
             f"engine option {name}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}."
         )
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"engine option {name}: {error}") from error
 

@@ -1,7 +1,7 @@
 """Files of tensors, opened but not read: .pt, .safetensors, and the index of a sharded one.
 
 What is opened is a name, a shape and a dtype each; the bytes come one tensor at a time out of a memory map, when they
-are asked for. A tensor that stays on the host in the file's own dtype is never copied: its pages are the page cache's,
+are asked for. A tensor that stays on the host in the file's own dtype is not copied: its pages are the page cache's,
 which all processes of a node share and the system may drop. Nothing but tensors is ever unpickled.
 """
 
@@ -25,6 +25,7 @@ from hv_batch.protocol import UserError
 INDEX_SUFFIX = ".index.json"
 COPY_AGAIN = "Compare its size and checksum with the release and copy it again."
 CPU = torch.device("cpu")
+ALIGNMENT = 64  # bytes: where torch's own allocations and the tensors of its files begin
 
 DTYPE_NAMES: Mapping[str, torch.dtype] = {  # safetensors' name of a dtype
     "F64": torch.float64,

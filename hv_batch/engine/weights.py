@@ -21,7 +21,7 @@ from hv_batch.engine import diffusers_layout
 from hv_batch.engine.checkpoint import LAYOUT, CheckpointTree, read_json, scales_file
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise, hold_in_fp8
-from hv_batch.engine.tensor_files import StoredTensor, all_tensors, named_tensors, open_file
+from hv_batch.engine.tensor_files import ALIGNMENT, StoredTensor, all_tensors, named_tensors, open_file
 from hv_batch.engine.text import weight_file
 from hv_batch.engine.vae import CausalVAE, VAEConfig
 from hv_batch.protocol import UserError
@@ -200,11 +200,19 @@ def _plan_vae(tree: CheckpointTree) -> tuple[CausalVAE, Tensors]:
 def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
     """Read the tensors into a model that stands on the meta device; FP8 ones as they are, the others in `dtype`."""
     state = {
-        name: tensors[name].read(device, FP8 if empty.dtype == FP8 else dtype)
+        name: _aligned(tensors[name].read(device, FP8 if empty.dtype == FP8 else dtype))
         for name, empty in model.state_dict().items()
     }
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False).eval()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch itself would have put it (P3): matrix kernels of the CPU sum in another order elsewhere.
+
+    Files of torch, and those that `hv-batch weights convert` writes, are aligned; other safetensors seldom are.
+    """
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _as_scalar(scale: StoredTensor) -> StoredTensor:

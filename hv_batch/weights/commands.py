@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -103,8 +104,10 @@ def fetch(
     ] = None,
 ) -> None:
     """Download the weights, pinned to the commits that are recorded when the folder is begun."""
+    from hv_batch.job.runs import licence_notice
     from hv_batch.weights import fetching
 
+    print(licence_notice(), file=sys.stderr)
     revisions = {}
     for text in revision or []:
         name, equals, commit = text.partition("=")

@@ -203,17 +203,17 @@ def _dequantised(weight: StoredTensor, scale: StoredTensor, dtype: torch.dtype) 
 
 def _quantised(weight: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
     """FP8 weight and scale. The scale is remembered when the weight is written, and found again when it was not."""
-    known: list[Tensor] = []
+    known: list[float] = []  # numbers, because a small tensor between two large ones would hold the heap's pages
 
     def quantise_once() -> Tensor:
         values, scale = quantise(weight.read(CPU, torch.float32))
-        known[:] = [scale]
+        known[:] = [scale.item()]
         return values
 
     def read_scale(device: torch.device, dtype: torch.dtype) -> Tensor:
         if not known:
             quantise_once()
-        return known[0].to(device, dtype)
+        return torch.tensor(known[0], dtype=torch.float32).to(device, dtype)
 
     values = replace(weight, dtype=FP8, read=lambda device, dtype: quantise_once().to(device, dtype))
     return values, StoredTensor((), torch.float32, read_scale)

@@ -170,7 +170,8 @@ def _unreachable(name: str, revision: str, error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0]
     return (
         f"{name} at {revision} could not be fetched: {reason}. Check the network, the name of the revision, and "
-        "HF_TOKEN where access is granted by it; what has come stays, and the same command goes on. Without a network: --from."
+        "HF_TOKEN where access is granted by it; what has come stays, and the same command goes on. --from takes a "
+        "local copy instead."
     )
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hv_batch.engine.tensor_files import CPU, DTYPE_NAMES, INDEX_SUFFIX, StoredTensor
+from hv_batch.engine.tensor_files import ALIGNMENT, CPU, DTYPE_NAMES, INDEX_SUFFIX, StoredTensor
 from hv_batch.protocol import UserError
 
 SHARD_BYTES = 5 * 10**9  # as the hub's tools cut them
@@ -68,8 +68,8 @@ def write_file(path: Path, tensors: Mapping[str, StoredTensor], source: str, on_
             raise UserError(f"{path} is there already and was made of something else. Choose another destination.")
         on_bytes(sum(tensor.nbytes for tensor in tensors.values()))
         return
-    # Wide dtypes first: then every tensor starts at a multiple of its element's size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    # The format allows no gaps: so what ends at a multiple of the alignment comes first, then wide dtypes first.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, -item[1].dtype.itemsize)))
     with _draft(path) as file:
         file.write(_header(ordered, source))
         for tensor in ordered.values():
@@ -86,7 +86,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _header(tensors: Mapping[str, StoredTensor], source: str) -> bytes:
-    """The format: length of the JSON as 8 bytes, little end first, then the JSON, padded to a multiple of 8."""
+    """The format: length of the JSON as 8 bytes, little end first, then the JSON, padded for the data to be aligned."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", _SOURCE: source}}
     offset = 0
     for name, tensor in tensors.items():
@@ -97,7 +97,7 @@ def _header(tensors: Mapping[str, StoredTensor], source: str) -> bytes:
         }
         offset += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
