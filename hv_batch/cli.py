@@ -15,6 +15,7 @@ from hv_batch.job.progress import Progress
 from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
+from hv_batch.weights.commands import app as weights_app
 
 app = typer.Typer(
     help="Render HunyuanVideo datasets: a prompt manifest in, videos and metadata out, on Ray.",
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(weights_app, name="weights")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
 

@@ -26,7 +26,7 @@ from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
-from hv_batch.engine.weights import load_dit, load_vae, verify
+from hv_batch.engine.weights import FP8_MODES, load_dit, load_vae, verify
 from hv_batch.protocol import LATENT_CHANNELS, Device, RankPlace, SamplingParams, UserError
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ class HunyuanVideo:
 
     - `model_base`: the checkpoint tree (spec section 7); `dit_weight`: another DiT file, or a folder that holds one;
       `load_key`: which of the file's sets of tensors, "module" or "ema"
-    - `dit`: fields of `DiTConfig` that differ from the released model
+    - `dit`: fields of `DiTConfig` that differ from the released model and from a config.json beside the weights
     - `precision`, `vae_precision`, `text_encoder_precision`: "bf16", "fp16" or "fp32"
+    - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same
     - `attention`: the kernel family of the DiT
     - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
 
@@ -62,6 +63,7 @@ class HunyuanVideo:
         precision: str = "bf16",
         vae_precision: str = "fp16",
         text_encoder_precision: str = "fp16",
+        fp8: str = "none",
         attention: str = "sdpa",
         vae_tile: Mapping[str, Any] | None = None,
     ) -> None:
@@ -70,7 +72,7 @@ class HunyuanVideo:
         self._tree = CheckpointTree(
             _path("model_base", model_base), dit_path, _choice("load_key", load_key, ("module", "ema"))
         )
-        self._dit_config = _from_options(DiTConfig, dit or {}, "dit")
+        self._dit_config = _from_options(DiTConfig, dit or {}, "dit", self._tree.dit_options())
         self._geometry = _from_options(TileGeometry, vae_tile or {}, "vae_tile")
         self._precisions = {
             "precision": precision,
@@ -79,11 +81,12 @@ class HunyuanVideo:
         }
         for option, value in self._precisions.items():
             _choice(option, value, PRECISIONS)
+        self._fp8 = _choice("fp8", fp8, FP8_MODES)
         self._attention = _choice("attention", attention, KERNELS)
 
     def check(self) -> list[str]:
         """Missing files, unreadable files and tensors that do not fit, one sentence each; reads no tensor data."""
-        return verify(self._tree, self._dit_config)
+        return verify(self._tree, self._dit_config, self._fp8)
 
     def identity(self) -> dict[str, Any]:
         """What of this engine changes pixels (P3). Raises UserError when a file of the checkpoint is missing."""
@@ -92,6 +95,7 @@ class HunyuanVideo:
             "load_key": self._tree.load_key,
             "dit": _jsonable(asdict(self._dit_config)),
             **self._precisions,
+            "fp8": self._fp8,
             "attention": self._attention,
             "vae_tile": _jsonable(asdict(self._geometry)),
             "noise": {"device": "cpu", "dtype": "float32"},
@@ -115,7 +119,14 @@ class HunyuanVideo:
 
     def text_encoder(self, device: Device) -> TextTowers:
         dtype = self._dtype("text_encoder_precision")
-        return TextTowers(self._tree.text_encoder, self._tree.text_encoder_2, device=_claim(device), dtype=dtype)
+        return TextTowers(
+            self._tree.text_encoder,
+            self._tree.text_encoder_2,
+            device=_claim(device),
+            dtype=dtype,
+            llama_tokenizer=self._tree.tokenizer,
+            clip_tokenizer=self._tree.tokenizer_2,
+        )
 
     def host_rendezvous(self, host: str, world_size: int) -> str:
         """Rank 0 only: open the group's meeting point on a free port of `host` and return its address."""
@@ -126,7 +137,7 @@ class HunyuanVideo:
         device = _claim(place.device, place.local_rank)
         dtype = self._dtype("precision")
         choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
-        model = load_dit(self._tree, self._dit_config, self._attention, dtype, device)
+        model = load_dit(self._tree, self._dit_config, self._attention, dtype, device, self._fp8)
         mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)
         return HunyuanDenoiser(model, mesh, device)
 
@@ -206,19 +217,20 @@ def _choice(option: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def _from_options(kind: type[T], options: Mapping[str, Any], name: str) -> T:
-    """A config dataclass from untrusted values, where a YAML list stands for a tuple."""
+def _from_options(kind: type[T], options: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None) -> T:
+    """A config dataclass from untrusted values over those of `base`, where a YAML list stands for a tuple."""
     allowed = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(options, Mapping):
         raise UserError(
             f"engine option {name}: {options!r} should map names to values; names are {', '.join(allowed)}."
         )
-    if unknown := [key for key in options if key not in allowed]:
+    values = {**(base or {}), **options}
+    if unknown := [key for key in values if key not in allowed]:
         raise UserError(
             f"engine option {name}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}."
         )
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"engine option {name}: {error}") from error
 

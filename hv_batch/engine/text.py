@@ -12,7 +12,6 @@ Three things are easy to get wrong, and change every picture when they are:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from hv_batch.engine.tensor_files import open_file, shard_files
 from hv_batch.protocol import UserError
 
 MAX_TEXT_TOKENS = 256  # prompt tokens the DiT was trained with
@@ -83,39 +82,51 @@ class TextEmbedding:
     tokens_lost: int
 
 
-def text_problems(llama_dir: Path, clip_dir: Path) -> list[str]:
-    """What is missing from the two directories, one sentence each; reads no weights."""
+def text_problems(
+    llama_dir: Path, clip_dir: Path, llama_tokenizer: Path | None = None, clip_tokenizer: Path | None = None
+) -> list[str]:
+    """What is missing from the directories, one sentence each; reads no weights.
+
+    The tokenizers lie beside the weights unless directories of their own are given, as in diffusers' layout.
+    """
+    clip_files = [("tokenizer.json",), ("vocab.json", "merges.txt")]
     return [
-        *_missing(llama_dir, "the LLaMA text encoder", [("tokenizer.json",)]),
-        *_missing(clip_dir, "the CLIP text encoder", [("tokenizer.json",), ("vocab.json", "merges.txt")]),
+        *_missing(llama_dir, llama_tokenizer or llama_dir, "the LLaMA text encoder", [("tokenizer.json",)]),
+        *_missing(clip_dir, clip_tokenizer or clip_dir, "the CLIP text encoder", clip_files),
     ]
 
 
-def _missing(directory: Path, what: str, tokenizers: list[tuple[str, ...]]) -> list[str]:
+def weight_file(directory: Path) -> Path | None:
+    """The file of a tower's weights, or the index of its shards, in transformers' order of choice."""
+    return next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
+
+
+def _missing(directory: Path, tokenizer: Path, what: str, tokenizers: list[tuple[str, ...]]) -> list[str]:
     if not directory.is_dir():
         return [f"{what} is expected in the directory {directory}, which does not exist"]
     found = []
-    configs = [directory / name for name in ("config.json", "tokenizer_config.json")]
-    found += [f"{what} lacks {path}" for path in configs if not path.is_file()]
-    if not any(all((directory / name).is_file() for name in names) for names in tokenizers):
-        found.append(f"{what} lacks its tokenizer: {directory / tokenizers[0][0]}")
-    weights = next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
+    required = (directory / "config.json", tokenizer / "tokenizer_config.json")
+    found += [f"{what} lacks {path}" for path in required if not path.is_file()]
+    if not any(all((tokenizer / name).is_file() for name in names) for names in tokenizers):
+        found.append(f"{what} lacks its tokenizer: {tokenizer / tokenizers[0][0]}")
+    weights = weight_file(directory)
     if weights is None:
-        found.append(f"{what} lacks its weights: {directory / _WEIGHTS[0]}")
-    elif weights.suffix == ".json":
-        shards = sorted(set(json.loads(weights.read_text())["weight_map"].values()))
-        found += [f"{what} lacks {directory / s}, named in its index" for s in shards if not (directory / s).is_file()]
-    damages = {path: _damage(path) for path in sorted(directory.glob("*.safetensors"))}
-    return found + [f"{what} has a damaged file, {path}: {said}" for path, said in damages.items() if said]
+        return [*found, f"{what} lacks its weights: {directory / _WEIGHTS[0]}"]
+    try:
+        shards = shard_files(weights)
+    except UserError as error:
+        return [*found, str(error)]
+    found += [f"{what} lacks {shard}, named in its index" for shard in shards if not shard.is_file()]
+    return found + [said for shard in shards if shard.is_file() and (said := _damage(shard))]
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a safetensors file, as far as its header and its size tell."""
+    """What is wrong with a file of weights, as far as its header and its size tell."""
     try:
-        with safe_open(path, framework="pt"):
-            return None
-    except (SafetensorError, OSError) as error:
+        open_file(path)
+    except UserError as error:
         return str(error)
+    return None
 
 
 class TextTowers:
@@ -125,15 +136,25 @@ class TextTowers:
     templates into the number of tokens that the crop assumes.
     """
 
-    def __init__(self, llama_dir: Path, clip_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        if found := text_problems(llama_dir, clip_dir):
+    def __init__(
+        self,
+        llama_dir: Path,
+        clip_dir: Path,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        llama_tokenizer: Path | None = None,
+        clip_tokenizer: Path | None = None,
+    ) -> None:
+        llama_tokenizer, clip_tokenizer = llama_tokenizer or llama_dir, clip_tokenizer or clip_dir
+        if found := text_problems(llama_dir, clip_dir, llama_tokenizer, clip_tokenizer):
             raise UserError(
                 f"The text encoders cannot be loaded: {'; '.join(found)}. The expected layout is:\n{TEXT_LAYOUT}"
             )
         with _quiet_transformers():
-            self._llama_tokenizer = _load_tokenizer(llama_dir)
-            self._clip_tokenizer = _load_tokenizer(clip_dir)
-            self._heads = {t: self._head_ids(t, llama_dir) for t in (VIDEO_TEMPLATE, IMAGE_TEMPLATE)}
+            self._llama_tokenizer = _load_tokenizer(llama_tokenizer)
+            self._clip_tokenizer = _load_tokenizer(clip_tokenizer)
+            self._heads = {t: self._head_ids(t, llama_tokenizer) for t in (VIDEO_TEMPLATE, IMAGE_TEMPLATE)}
             self._llama = _load_llama(llama_dir, dtype).to(device)
             self._clip = _load_clip(clip_dir, dtype).to(device)
         self._device = device

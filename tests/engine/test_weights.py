@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shutil
 from itertools import pairwise
@@ -18,6 +20,7 @@ from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.weights import load_dit, load_vae, verify
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
+from tests.engine.dit_reference import random_inputs
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(**TOY_DIT)
@@ -207,6 +210,8 @@ def test_a_damaged_safetensors_file_is_told_as_such(toy, tmp_path):
 
 
 class Payload:
+    """Unpickled by the ordinary unpickler, it would create `target`."""
+
     def __init__(self, target):
         self.target = target
 
@@ -214,22 +219,79 @@ class Payload:
         return open, (str(self.target), "w")
 
 
-def test_a_checkpoint_cannot_run_code(base, tmp_path):
-    """Weights come from strangers: unpickling yields tensors or an error."""
-    torch.save({"module": Payload(tmp_path / "owned")}, base / DIT)
-    with pytest.raises(UserError, match="not a checkpoint"):
-        load(base)
+@pytest.mark.parametrize("name", [DIT, VAE])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_a_checkpoint_cannot_run_code(base, tmp_path, name, zipped):
+    """Weights come from strangers: unpickling yields tensors, or an error that names what would have run."""
+    content = {"module": Payload(tmp_path / "owned")}
+    torch.save(content, base / name, _use_new_zipfile_serialization=zipped)
+    (told,) = verify(CheckpointTree(base), CONFIG)
+    assert f"{base / name} holds more than tensors: to read it, io.open would have to run" in told
+    assert "safetensors" in told
     assert not (tmp_path / "owned").exists()
 
 
-def test_8_bit_weights_are_refused(base):
-    """Spec section 6: without their scales they would load, and render noise."""
+def test_a_training_state_with_objects_in_it_is_refused_by_their_name(base):
+    """What needs more than tensors is not read in part: an optimiser's or argparse's leftovers are named."""
     content = stored(base / DIT)
-    name = "double_blocks.0.img_mlp.fc1.weight"
-    content["module"][name] = content["module"][name].to(torch.float8_e4m3fn)
-    torch.save(content, base / DIT)
-    with pytest.raises(UserError, match=f"8-bit weights \\(as {name}\\)"):
+    torch.save(content | {"args": argparse.Namespace(lr=1e-4)}, base / DIT)
+    with pytest.raises(UserError, match=r"argparse\.Namespace would have to run"):
         load(base)
+
+
+def test_safetensors_in_shards_load_as_one_file_does(toy, tmp_path):
+    """A folder with an index and its shards may be the DiT; a missing or truncated shard is told."""
+    state = stored(toy / DIT)["module"]
+    names = sorted(state)
+    halves = {"model-1.safetensors": names[: len(names) // 2], "model-2.safetensors": names[len(names) // 2 :]}
+    for file, part in halves.items():
+        save_file({name: state[name] for name in part}, tmp_path / file)
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    expected = load(toy).state_dict()
+    loaded = load(toy, dit_weight=tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+    _truncate(tmp_path / "model-2.safetensors")
+    with pytest.raises(UserError, match=r"model-2.safetensors \(\d+ bytes\) is damaged"):
+        load(toy, dit_weight=tmp_path)
+    (tmp_path / "model-2.safetensors").unlink()
+    assert "model-2.safetensors is not there" in CheckpointTree(toy, dit_weight=tmp_path).missing()[0]
+    with pytest.raises(
+        UserError, match=r"model-2\.safetensors is not there, but model\.safetensors\.index\.json names"
+    ):
+        load(toy, dit_weight=tmp_path)
+
+
+def test_cpu_weights_lie_where_torch_would_have_put_them(toy, tmp_path):
+    """P3: matrix kernels of the CPU sum in another order over weights that begin at an odd address of a file."""
+    state = {name: tensor.float() for name, tensor in stored(toy / DIT)["module"].items()}
+    file = tmp_path / "dit.safetensors"
+    save_file(state, file, metadata={"pad": "x" * 3})
+    aligned = tmp_path / "dit.pt"
+    torch.save(state, aligned)
+    inputs = random_inputs(CONFIG, (1, 4, 4), [5], seed=0, padded=5)
+    a, b = (load(toy, dit_weight=path)(**inputs) for path in (file, aligned))
+    assert torch.equal(a, b)
+    assert all(p.data_ptr() % 64 == 0 for p in load(toy, dit_weight=file).parameters())
+
+
+@pytest.mark.parametrize("tower", ["text_encoder", "text_encoder_2"])
+def test_a_truncated_text_tower_is_told_before_it_is_loaded(base, tower):
+    """P6: its header is read with the others'."""
+    _truncate(base / tower / "model.safetensors")
+    (told,) = verify(CheckpointTree(base), CONFIG)
+    assert str(base / tower / "model.safetensors") in told
+    assert "damaged" in told
+
+
+def test_a_whole_llava_is_no_text_encoder(base):
+    """P6: the step that was forgotten is named."""
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps({"model_type": "llava", "text_config": json.loads(path.read_text())}))
+    (told,) = verify(CheckpointTree(base), CONFIG)
+    assert "'llava'; allowed is 'llama'" in told
+    assert "extract-text-encoder" in told
 
 
 @pytest.mark.parametrize("form", ["bare", "state_dict", "vae.", "state_dict and vae."])

@@ -1,0 +1,199 @@
+"""What a checkpoint is: which parts are there, how large, in which dtypes, of which widths; and what is wrong with it.
+
+Reads headers, never tensors: seconds for the released 40 GB.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hv_batch.engine.checkpoint import MODEL, CheckpointTree, read_json, revision, scales_file
+from hv_batch.engine.dit import DiTConfig
+from hv_batch.engine.tensor_files import shard_files
+from hv_batch.engine.text import weight_file
+from hv_batch.engine.weights import (
+    CLIP_TYPES,
+    LLAMA_TYPES,
+    Tensors,
+    open_dit,
+    open_tower,
+    open_vae,
+    vae_config,
+    verify,
+    verify_dit,
+)
+from hv_batch.protocol import UserError
+
+FP8_FILE = "mp_rank_00_model_states_fp8.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One model of a checkpoint."""
+
+    name: str
+    path: str
+    files: int
+    nbytes: int  # on disk
+    tensors: int
+    parameters: int
+    dtypes: Mapping[str, int]  # parameters of each
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    path: str
+    layout: str
+    parts: list[Part]
+    problems: list[str]
+    revision: str | None  # of a complete tree, as it enters a run's identity
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def render(self) -> str:
+        lines = [f"{self.path}  ({self.layout})"]
+        for part in self.parts:
+            dtypes = ", ".join(f"{dtype} {100 * count / part.parameters:.0f} %" for dtype, count in part.dtypes.items())
+            files = f" in {part.files} files" if part.files > 1 else ""
+            lines += [
+                f"  {part.name:<15} {part.parameters:>15,} parameters  {_size(part.nbytes):>9}{files}  {dtypes}",
+                f"  {'':<15} {part.path}: {part.note}",
+            ]
+        lines += [f"  problem: {problem}" for problem in self.problems]
+        lines.append(f"  revision {self.revision}" if self.revision else "  not complete, so without a revision")
+        return "\n".join(lines)
+
+
+def take_inventory(path: Path, load_key: str = "module") -> Inventory:
+    """Of a model_base in either layout, or of a DiT file or folder. Raises UserError when nothing is there."""
+    if not path.exists():
+        raise UserError(f"{path} is not there. Name a model_base, or a DiT file or folder.")
+    tree = CheckpointTree(path, load_key=load_key)
+    if not (tree.is_diffusers or (path / MODEL).is_dir()):
+        alone = CheckpointTree(path.parent, dit_weight=path, load_key=load_key)
+        parts, problems = _collect(path, {"DiT": lambda: _dit(alone)})
+        problems = problems or verify_dit(alone, _config(alone))
+        return Inventory(str(path), "a DiT alone", parts, problems, None)
+
+    takers: dict[str, Callable[[], tuple[Path, Tensors, str]]] = {"DiT": lambda: _dit(tree)}
+    fp8 = CheckpointTree(path, dit_weight=path / MODEL / "transformers" / FP8_FILE, load_key=load_key)
+    has_fp8 = fp8.dit_file().is_file()
+    if has_fp8:
+        takers["DiT, FP8"] = lambda: _dit(fp8)
+    takers["VAE"] = lambda: (tree.vae_weight, open_vae(tree), _widths(vae_config(tree).block_out_channels))
+    takers["LLaMA"] = lambda: _tower(tree.text_encoder, LLAMA_TYPES)
+    takers["CLIP"] = lambda: _tower(tree.text_encoder_2, CLIP_TYPES)
+    parts, broken = _collect(path, takers)
+    problems = tree.missing() or (broken if len(parts) < len(takers) else verify(tree, _config(tree)))
+    if has_fp8 and not tree.missing():
+        problems = list(dict.fromkeys([*problems, *verify_dit(fp8, _config(fp8))]))
+    layout = "diffusers' layout" if tree.is_diffusers else "the released layout"
+    return Inventory(str(path), layout, parts, problems, None if problems else revision(tree))
+
+
+def dit_widths(tensors: Tensors) -> dict[str, Any]:
+    """Fields of `DiTConfig` that the shapes of a DiT's tensors tell; raises KeyError when they are no DiT's.
+
+    They do not tell how a head's channels are shared out over time, height and width: the released shares, or, for
+    another head, some that fit.
+    """
+    shape = {name: tensor.shape for name, tensor in tensors.items()}
+    hidden, in_channels, *patch = shape["img_in.proj.weight"]
+    norm = next((name for name in shape if name.endswith("q_norm.weight")), "")
+    head_dim = shape[norm][0]
+    mlp = next((shape[name][0] for name in shape if name.endswith("img_mlp.fc1.weight")), None)
+    if mlp is None:
+        mlp = shape["single_blocks.0.linear1.weight"][0] - 3 * hidden
+    return {
+        "in_channels": in_channels,
+        "out_channels": shape["final_layer.linear.weight"][0] // (patch[0] * patch[1] * patch[2]),
+        "patch_size": tuple(patch),
+        "hidden_size": hidden,
+        "heads_num": hidden // head_dim,
+        "mlp_width_ratio": mlp / hidden,
+        "mm_double_blocks_depth": _depth(shape, "double_blocks."),
+        "mm_single_blocks_depth": _depth(shape, "single_blocks."),
+        "rope_dim_list": DiTConfig().rope_dim_list if head_dim == 128 else (head_dim - 4, 2, 2),
+        "text_states_dim": shape["txt_in.input_embedder.weight"][1],
+        "text_states_dim_2": shape["vector_in.in_layer.weight"][1],
+        "guidance_embed": "guidance_in.mlp.0.weight" in shape,
+        "refiner_depth": _depth(shape, "txt_in.individual_token_refiner.blocks."),
+    }
+
+
+def _config(tree: CheckpointTree) -> DiTConfig:
+    """What the DiT ought to be: as its config.json says, else as its own shapes do, else as released."""
+    try:
+        options = tree.dit_options() or dit_widths(open_dit(tree))
+        lists_as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        return DiTConfig(**lists_as_tuples)
+    except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
+        return DiTConfig()
+
+
+def _dit(tree: CheckpointTree) -> tuple[Path, Tensors, str]:
+    tensors = open_dit(tree)
+    config = _config(tree)
+    width = (
+        f"width {config.hidden_size}, {config.heads_num} heads, {config.mm_double_blocks_depth} double and "
+        f"{config.mm_single_blocks_depth} single blocks"
+    )
+    if config == DiTConfig():
+        return tree.dit_file(), tensors, f"{width}, as released"
+    told = "its config.json says so" if tree.dit_options() else "not as released: the engine needs its `dit` option"
+    return tree.dit_file(), tensors, f"{width}; {told}"
+
+
+def _tower(folder: Path, model_types: tuple[str, ...]) -> tuple[Path, Tensors, str]:
+    tensors = open_tower(folder, model_types)
+    config = read_json(folder / "config.json")
+    config = config.get("text_config") or config  # CLIP's has two
+    path = weight_file(folder)
+    assert path is not None
+    return path, tensors, f"{config.get('num_hidden_layers', '?')} layers, width {config.get('hidden_size', '?')}"
+
+
+def _collect(base: Path, takers: Mapping[str, Callable[[], tuple[Path, Tensors, str]]]) -> tuple[list[Part], list[str]]:
+    parts, problems = [], []
+    for name, take in takers.items():
+        try:
+            parts.append(_part(name, base, *take()))
+        except UserError as error:
+            problems.append(str(error))
+    return parts, problems
+
+
+def _part(name: str, base: Path, path: Path, tensors: Tensors, note: str) -> Part:
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+    files = [file for file in dict.fromkeys([*shard_files(path), path, scales_file(path)]) if file.is_file()]
+    return Part(
+        name=name,
+        path=str(path.relative_to(base)) if path != base and path.is_relative_to(base) else path.name,
+        files=len(files),
+        nbytes=sum(file.stat().st_size for file in files),
+        tensors=len(tensors),
+        parameters=dtypes.total(),
+        dtypes=dict(dtypes.most_common()),
+        note=note,
+    )
+
+
+def _depth(names: Mapping[str, Any], prefix: str) -> int:
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+    return len(numbers)
+
+
+def _widths(channels: tuple[int, ...]) -> str:
+    return f"widths {', '.join(map(str, channels))}"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

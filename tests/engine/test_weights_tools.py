@@ -1,0 +1,342 @@
+"""`hv-batch weights`: checkpoints looked at, rewritten and extracted; nothing half-written is ever taken for whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from hv_batch.cli import app
+from hv_batch.engine.checkpoint import CheckpointTree, revision
+from hv_batch.engine.dit import DiTConfig
+from hv_batch.engine.fp8 import FP8, block_linears, dequantise
+from hv_batch.engine.hunyuan import HunyuanVideo
+from hv_batch.engine.tensor_files import stored
+from hv_batch.engine.text import TextTowers
+from hv_batch.engine.weights import load_dit, load_vae, verify
+from hv_batch.protocol import UserError
+from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
+from hv_batch.weights import shards
+from hv_batch.weights.conversion import Recipe, convert
+from hv_batch.weights.extraction import extract_text_encoder
+from hv_batch.weights.inventory import take_inventory
+
+CPU = torch.device("cpu")
+CONFIG = DiTConfig(**TOY_DIT)
+MODEL = "hunyuan-video-t2v-720p"
+DIT = f"{MODEL}/transformers/mp_rank_00_model_states.pt"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def base(toy, tmp_path):
+    return shutil.copytree(toy, tmp_path / "ckpts")
+
+
+def dit_of(base, dtype=torch.bfloat16, fp8="none", **tree):
+    return load_dit(CheckpointTree(base, **tree), CONFIG, "sdpa", dtype, CPU, fp8).state_dict()
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ---- convert
+
+
+def test_a_converted_tree_is_the_same_model(toy, tmp_path):
+    """The engine loads it as it is; every tensor is equal bit for bit, over several shards."""
+    convert(toy, tmp_path / "out", Recipe(shard_bytes=2 * 10**6))
+    tree = CheckpointTree(tmp_path / "out")
+    assert verify(tree, CONFIG) == []
+    assert tree.dit_file().name == "model.safetensors.index.json"
+    assert len(list(tree.dit_file().parent.glob("model-*.safetensors"))) == 3
+    assert equal(dit_of(toy), dit_of(tmp_path / "out"))
+    vaes = [load_vae(CheckpointTree(base), torch.float32, CPU).state_dict() for base in (toy, tmp_path / "out")]
+    assert equal(*vaes)
+    towers = TextTowers(tree.text_encoder, tree.text_encoder_2, device=CPU, dtype=torch.float32)
+    assert towers.encode(["a cat"], image=True)[0].num_tokens == 2
+    assert not [name for name in files(tmp_path / "out") if name.endswith(".part")]
+
+
+def test_converted_weights_are_mapped_and_not_copied(tmp_path):
+    """Every tensor that could be is aligned in the file, so that loading leaves it there; the others are small."""
+    odd = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.zeros(5), "c": torch.zeros(7, dtype=torch.bfloat16)}
+    large = {"x": torch.zeros(64, dtype=FP8), "y": torch.zeros(8, 8), "z": torch.zeros(32, dtype=torch.bfloat16)}
+    shards.write_file(tmp_path / "f.safetensors", {k: stored(t) for k, t in {**odd, **large}.items()}, "here")
+    file = safe_open(tmp_path / "f.safetensors", framework="pt")
+    assert [file.get_tensor(name).data_ptr() % 64 for name in large] == [0, 0, 0]
+    assert equal(load_file(tmp_path / "f.safetensors"), odd | large)
+
+
+def test_fp8_conversion_is_in_the_released_form(toy, tmp_path):
+    """Spec section 6: the Linears inside the blocks, one scale a module; near the original, and held as `storage`."""
+    convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
+    held = dit_of(toy, fp8="storage", dit_weight=tmp_path / "out")
+    assert {name.removesuffix(".scale") for name in held if name.endswith(".scale")} == {
+        name for name in block_linears(load_dit(CheckpointTree(toy), CONFIG, "sdpa", torch.bfloat16, CPU))
+    }
+    original = dit_of(toy)
+    for name, tensor in original.items():
+        if held[name].dtype == FP8:
+            back = dequantise(held[name], held[f"{name.removesuffix('.weight')}.scale"], torch.bfloat16)
+            # Half a step of 3 mantissa bits, or of the smallest numbers; and rounding the product to bf16.
+            error = (back.float() - tensor.float()).abs()
+            assert (error <= tensor.float().abs() / 16 * 1.07 + tensor.float().abs().max() / 448 / 512).all()
+        else:
+            assert torch.equal(held[name], tensor)
+
+    convert(tmp_path / "out", tmp_path / "again", Recipe(fp8=True))  # what is FP8 stays as it is
+    assert equal(held, dit_of(toy, fp8="storage", dit_weight=tmp_path / "again"))
+    convert(tmp_path / "out", tmp_path / "back", Recipe())
+    assert equal(dit_of(toy, dit_weight=tmp_path / "out"), dit_of(toy, dit_weight=tmp_path / "back"))
+
+
+def test_dtype_is_of_the_dit_alone(toy, tmp_path):
+    """The VAE is released in fp32 and run in fp16: a detour over bf16 would change pixels."""
+    convert(toy, tmp_path / "out", Recipe(dtype=torch.float16))
+    parts = {part.name: part for part in take_inventory(tmp_path / "out").parts}
+    assert set(parts["DiT"].dtypes) == {"float16"}
+    assert set(parts["VAE"].dtypes) == {"float32"}
+    assert equal(dit_of(tmp_path / "out", torch.float16), dit_of(toy, torch.float16))
+
+
+def test_a_killed_conversion_goes_on_and_ends_the_same(toy, tmp_path, monkeypatch):
+    """P2: shards that are there are kept; a half-written one is not; the index comes last."""
+    recipe = Recipe(fp8=True, shard_bytes=10**6)
+    convert(toy, tmp_path / "whole", recipe)
+    header, calls = shards._header, []
+
+    def die_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return header(*args)
+
+    monkeypatch.setattr(shards, "_header", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        convert(toy, tmp_path / "out", recipe)
+    folder = tmp_path / "out" / MODEL / "transformers"
+    (first,) = [name for name in files(folder) if name != "config.json"]
+    assert first.startswith("model-00001-of-")
+    written = (folder / first).stat().st_mtime_ns
+    monkeypatch.setattr(shards, "_header", header)
+    convert(toy, tmp_path / "out", recipe)
+    assert (folder / first).stat().st_mtime_ns == written
+    assert revision(CheckpointTree(tmp_path / "out")) == revision(CheckpointTree(tmp_path / "whole"))
+    convert(toy, tmp_path / "out", recipe)  # and once more changes nothing
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_another_source_or_recipe_is_not_mixed_in(toy, base, tmp_path):
+    """Two models in one folder of shards would load, and render noise."""
+    convert(toy / DIT, tmp_path / "out", Recipe())
+    with pytest.raises(UserError, match="was made of something else"):
+        convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
+    state = torch.load(base / DIT, weights_only=True)
+    state["module"]["img_in.proj.bias"] += 1
+    torch.save(state, base / DIT)
+    with pytest.raises(UserError, match="was made of something else"):
+        convert(base / DIT, tmp_path / "out", Recipe())
+
+
+def test_impossible_conversions_are_refused_before_they_begin(toy, base, tmp_path, monkeypatch):
+    """P6: an incomplete source, a destination inside it, a disk that is too small."""
+    with pytest.raises(UserError, match="is not there"):
+        convert(tmp_path / "nowhere", tmp_path / "out", Recipe())
+    with pytest.raises(UserError, match="lies in the source"):
+        convert(toy, toy / "out", Recipe())
+    shutil.rmtree(base / "text_encoder")
+    with pytest.raises(UserError, match="The source is not complete"):
+        convert(base, tmp_path / "out", Recipe())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match="GB free"):
+        convert(toy, tmp_path / "out", Recipe())
+    assert not (tmp_path / "out").exists()
+
+
+def test_widths_travel_with_the_weights(base, tmp_path):
+    """A config.json beside the DiT, marked as ours, stands for the engine's `dit` option, before and after."""
+    path = base / MODEL / "transformers" / "config.json"
+    path.write_text(json.dumps({"_class_name": "HYVideoDiT", **TOY_DIT}))
+    assert HunyuanVideo(model_base=base).check() == []
+    convert(base, tmp_path / "out", Recipe())
+    assert HunyuanVideo(model_base=tmp_path / "out").check() == []
+    path.write_text(json.dumps({"_class_name": "SomethingElse", "hidden_size": 7}))
+    assert "does not fit the configured model" in HunyuanVideo(model_base=base).check()[0]
+
+
+# ---- extract
+
+
+def llava(folder, toy, prefixes):
+    """A LLaVA around the toy's LLaMA, whose config leaves out what equals the defaults, in two shards."""
+    config = LlamaConfig.from_pretrained(toy / "text_encoder")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.model = AutoModel.from_pretrained(toy / "text_encoder")
+    language, head, other = prefixes
+    state = {f"{language}{name}": tensor for name, tensor in model.model.state_dict().items()}
+    state[f"{head}lm_head.weight"] = model.lm_head.weight.detach()
+    extra = {f"{other}vision_tower.x.weight": torch.zeros(3), f"{other}multi_modal_projector.y.bias": torch.zeros(2)}
+    folder.mkdir()
+    halves = {"model-00001-of-00002.safetensors": state, "model-00002-of-00002.safetensors": extra}
+    for file, tensors in halves.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, tensors in halves.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    text = json.loads((toy / "text_encoder" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(toy / "text_encoder" / name, folder / name)
+    (folder / "preprocessor_config.json").write_text("{}")
+    return folder, model
+
+
+OLD = ("language_model.model.", "language_model.", "")  # below transformers 4.52: what xtuner released
+NEW = ("model.language_model.", "", "model.")
+
+
+@pytest.mark.parametrize("prefixes", [OLD, NEW], ids=["old names", "new names"])
+def test_the_language_model_is_what_llava_holds(toy, tmp_path, prefixes):
+    """Every tensor under the names of a LlamaForCausalLM; no image tower; its states are the towers' own."""
+    folder, model = llava(tmp_path / "llava", toy, prefixes)
+    extract_text_encoder(folder, tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    assert equal(load_file(shard), model.state_dict())
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").config.architectures == ["LlamaForCausalLM"]
+    encoded = [
+        TextTowers(llama, toy / "text_encoder_2", device=CPU, dtype=torch.float32).encode(["a cat"], image=False)[0]
+        for llama in (tmp_path / "out", toy / "text_encoder")
+    ]
+    assert torch.equal(encoded[0].states, encoded[1].states)
+
+
+def test_a_config_without_the_defaults_is_completed(toy, tmp_path):
+    """The released config leaves out the widths that are transformers' defaults, which another version may change."""
+    folder, _ = llava(tmp_path / "llava", toy, OLD)
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="says 32 layers, which the weights beside it do not hold"):
+        extract_text_encoder(folder, tmp_path / "out")
+    shard = folder / "model-00001-of-00002.safetensors"
+    last = {"language_model.model.layers.31.input_layernorm.weight": torch.ones(64)}
+    save_file(load_file(shard) | last, shard)
+    extract_text_encoder(folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_hidden_layers"] == 32
+    assert written["hidden_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is not there"),
+        (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "is not there, but model.safetensors.index.json"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "describes no LLaVA with a LLaMA inside"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "holds no LLaVA weights"),
+    ],
+)
+def test_what_is_no_llava_is_refused(toy, tmp_path, damage, told):
+    """P6: with what is missing, before anything is written."""
+    folder, _ = llava(tmp_path / "llava", toy, OLD)
+    damage(folder)
+    with pytest.raises(UserError, match=told):
+        extract_text_encoder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- check
+
+
+def test_a_whole_tree_is_told_with_its_revision(toy):
+    """Sizes, dtypes, parameter counts; the revision is the one that enters a run's identity."""
+    found = take_inventory(toy)
+    assert found.problems == []
+    assert found.revision == revision(CheckpointTree(toy))
+    parts = {part.name: part for part in found.parts}
+    assert list(parts) == ["DiT", "VAE", "LLaMA", "CLIP"]
+    state = torch.load(toy / DIT, weights_only=True)["module"]
+    assert parts["DiT"].parameters == sum(tensor.numel() for tensor in state.values())
+    assert parts["DiT"].dtypes == {"bfloat16": parts["DiT"].parameters}
+    assert parts["DiT"].nbytes == (toy / DIT).stat().st_size
+    assert "width 128, 8 heads, 2 double and 2 single blocks" in parts["DiT"].note
+
+
+def test_what_is_missing_or_damaged_is_told_beside_what_is_there(base):
+    """P6: all of it, and no revision."""
+    (base / DIT).unlink()
+    (base / MODEL / "vae" / "config.json").write_text("{")
+    found = take_inventory(base)
+    assert found.revision is None
+    assert {part.name for part in found.parts} == {"LLaMA", "CLIP"}
+    assert any("mp_rank_00_model_states.pt is not there" in problem for problem in found.problems)
+
+
+def test_a_dit_of_another_model_is_told_by_its_tensors(base):
+    """The first mismatching tensors are named, by the widths that the file itself has."""
+    content = torch.load(base / DIT, weights_only=True)
+    content["module"]["single_blocks.1.linear2.weight"] = torch.zeros(3, 3)
+    content["module"]["lora.up"] = torch.zeros(3)
+    torch.save(content, base / DIT)
+    (problem,) = take_inventory(base).problems
+    assert "single_blocks.1.linear2.weight is [3, 3], should be [128, 640]" in problem
+    assert "1 not of this model (lora.up)" in problem
+    save_file({"a": torch.zeros(1)}, base / "other.safetensors")
+    (problem,) = take_inventory(base / "other.safetensors").problems
+    assert "1 not of this model (a)" in problem
+
+
+def test_a_dit_alone_may_be_looked_at(toy, tmp_path):
+    """A file or a folder of shards; FP8 counts its map among its files."""
+    convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
+    (part,) = take_inventory(tmp_path / "out").parts
+    assert part.files == 3
+    assert list(part.dtypes) == ["float8_e4m3fn", "bfloat16"]
+    (tmp_path / "out" / "model_map.safetensors").unlink()
+    assert "model_map.safetensors" in take_inventory(tmp_path / "out").problems[0]
+
+
+# ---- the commands
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, ["weights", *map(str, arguments)])
+    return done.exit_code, done.output, done.exception
+
+
+def test_the_commands_say_what_they_did(toy, base, tmp_path):
+    """Text for people, --json for machines, exit code 1 for a checkpoint that has problems."""
+    code, text, _ = run("check", toy)
+    assert code == 0
+    assert f"revision {revision(CheckpointTree(toy))}" in text
+    code, text, _ = run("check", toy, "--json")
+    assert json.loads(text)["parts"][0]["parameters"] > 10**6
+    (base / DIT).unlink()
+    code, text, _ = run("check", base)
+    assert code == 1
+    assert "problem: DiT weights missing" in text
+
+    code, text, _ = run("convert", toy, tmp_path / "out", "--to", "safetensors", "--dtype", "bf16", "--fp8")
+    assert code == 0
+    assert verify(CheckpointTree(tmp_path / "out"), CONFIG, "storage") == []
+    assert isinstance(run("check", tmp_path / "nowhere")[2], UserError)
+    folder, _ = llava(tmp_path / "llava", toy, OLD)
+    assert run("extract-text-encoder", folder, tmp_path / "text_encoder")[0] == 0
+    assert (tmp_path / "text_encoder" / "model.safetensors.index.json").is_file()
