@@ -9,7 +9,7 @@ also what a small machine needs: spinning OpenMP threads of several processes sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hv_batch.engine import sampler
 from hv_batch.engine.attention import KERNELS, choose_kernel
 from hv_batch.engine.checkpoint import CheckpointTree, revision
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
+from hv_batch.engine.sampler import NOISES, Recipe
 from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
@@ -45,10 +47,14 @@ class HunyuanVideo:
     - `model_base`: the checkpoint tree (spec section 7); `dit_weight`: another DiT file, or a folder that holds one;
       `load_key`: which of the file's sets of tensors, "module" or "ema"
     - `dit`: fields of `DiTConfig` that differ from the released model and from a config.json beside the weights
-    - `precision`, `vae_precision`, `text_encoder_precision`: "bf16", "fp16" or "fp32"
+    - `precision`, `vae_precision`, `text_encoder_precision`, `text_encoder_precision_2`: "bf16", "fp16" or "fp32"; the
+      last is CLIP's and as LLaMA's unless given
     - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same
     - `attention`: the kernel family of the DiT
     - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
+    - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
+      dtype of the prompt embedding, for those who reproduce an old seed
+    - `flow_reverse`: the direction of sampling; the released model is sampled with it
 
     Raises UserError for a value that is not allowed.
     """
@@ -63,9 +69,12 @@ class HunyuanVideo:
         precision: str = "bf16",
         vae_precision: str = "fp16",
         text_encoder_precision: str = "fp16",
+        text_encoder_precision_2: str | None = None,
         fp8: str = "none",
         attention: str = "sdpa",
         vae_tile: Mapping[str, Any] | None = None,
+        noise: str = "cpu-fp32",
+        flow_reverse: bool = True,
     ) -> None:
         # Absolute, because an actor's working folder is not the driver's.
         dit_path = None if dit_weight is None else _path("dit_weight", dit_weight)
@@ -78,11 +87,15 @@ class HunyuanVideo:
             "precision": precision,
             "vae_precision": vae_precision,
             "text_encoder_precision": text_encoder_precision,
+            "text_encoder_precision_2": text_encoder_precision_2 or text_encoder_precision,
         }
         for option, value in self._precisions.items():
             _choice(option, value, PRECISIONS)
         self._fp8 = _choice("fp8", fp8, FP8_MODES)
         self._attention = _choice("attention", attention, KERNELS)
+        if not isinstance(flow_reverse, bool):
+            raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true, false.")
+        self._recipe = Recipe(_choice("noise", noise, NOISES), flow_reverse)
 
     def check(self) -> list[str]:
         """Missing files, unreadable files and tensors that do not fit, one sentence each; reads no tensor data."""
@@ -98,7 +111,8 @@ class HunyuanVideo:
             "fp8": self._fp8,
             "attention": self._attention,
             "vae_tile": _jsonable(asdict(self._geometry)),
-            "noise": {"device": "cpu", "dtype": "float32"},
+            "noise": self._recipe.noise,
+            "flow_reverse": self._recipe.reverse,
         }
 
     @cached_property
@@ -118,12 +132,12 @@ class HunyuanVideo:
         ]
 
     def text_encoder(self, device: Device) -> TextTowers:
-        dtype = self._dtype("text_encoder_precision")
         return TextTowers(
             self._tree.text_encoder,
             self._tree.text_encoder_2,
             device=_claim(device),
-            dtype=dtype,
+            dtype=self._dtype("text_encoder_precision"),
+            clip_dtype=self._dtype("text_encoder_precision_2"),
             llama_tokenizer=self._tree.tokenizer,
             clip_tokenizer=self._tree.tokenizer_2,
         )
@@ -139,7 +153,7 @@ class HunyuanVideo:
         choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
         model = load_dit(self._tree, self._dit_config, self._attention, dtype, device, self._fp8)
         mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)
-        return HunyuanDenoiser(model, mesh, device)
+        return HunyuanDenoiser(model, mesh, device, self._recipe)
 
     def decoder(self, device: Device) -> HunyuanDecoder:
         vae = load_vae(self._tree, self._dtype("vae_precision"), _claim(device))
@@ -152,10 +166,28 @@ class HunyuanVideo:
 class HunyuanDenoiser:
     """One rank of a group with its model (satisfies `hv_batch.protocol.Denoiser`)."""
 
-    def __init__(self, model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: HYVideoDiT,
+        mesh: SequenceMesh,
+        device: torch.device,
+        recipe: Recipe = Recipe(),  # noqa: B008
+    ) -> None:
         self._model = model
         self._mesh = mesh
         self._device = device
+        self._recipe = recipe
+
+    def trajectory(
+        self,
+        batch: Sequence[SamplingParams],
+        positives: Sequence[TextEmbedding],
+        negatives: Sequence[TextEmbedding] | None,
+    ) -> Generator[Tensor, None, None]:
+        """The latents of videos that are denoised side by side, after each step; see `sampler.trajectory`."""
+        return sampler.trajectory(
+            self._model, batch, positives, negatives, mesh=self._mesh, device=self._device, recipe=self._recipe
+        )
 
     def denoise(
         self,
@@ -166,7 +198,14 @@ class HunyuanDenoiser:
     ) -> np.ndarray:
         """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`."""
         latents = sampler.denoise(
-            self._model, params, positive, negative, mesh=self._mesh, device=self._device, on_step=on_step
+            self._model,
+            params,
+            positive,
+            negative,
+            mesh=self._mesh,
+            device=self._device,
+            on_step=on_step,
+            recipe=self._recipe,
         )
         return latents.cpu().numpy()
 

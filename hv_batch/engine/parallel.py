@@ -81,6 +81,12 @@ class SequenceMesh:
         dist.all_gather(list(full.chunk(self.size)), shard.contiguous(), group=self.world)
         return full[:length]
 
+    def adopt(self, x: Tensor) -> Tensor:
+        """Rank 0's x, on every rank; x itself may be overwritten."""
+        if self.size > 1:
+            dist.broadcast(x, group_src=0, group=self.world)
+        return x
+
 
 def attend_jointly(qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor:
     """Attention of text and image over text and image, across the mesh.

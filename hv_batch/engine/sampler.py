@@ -2,21 +2,22 @@
 
     latents = initial_noise(params)                        seeded, on the CPU
     sigma   = sigmas(steps, shift)                         1 -> 0
-    texts   = condition([negative,] positive)              one batch item a guidance branch
+    texts   = condition([negatives,] positives)            one batch item a video and guidance branch
     repeat:
         velocity = predict_velocity(model, latents, ...)   the DiT, then classifier-free guidance
         latents  = euler_step(latents, velocity, ...)
 
-Latents, velocities and their arithmetic are float32 throughout; only the model computes in its own dtype. Shapes: B
-guidance branches (1, or 2 with classifier-free guidance), C latent channels, T latent frames, H and W latent rows and
-columns, L text tokens, D and P the widths of the text states and of the pooled vector.
+Latents, velocities and their arithmetic are float32 throughout; only the model computes in its own dtype. Shapes: N
+videos that are denoised side by side, B guidance branches of them (N, or 2N with classifier-free guidance), C latent
+channels, T latent frames, H and W latent rows and columns, L text tokens, D and P the widths of the text states and of
+the pooled vector.
 Facts: the released HunyuanVideo run, spec section 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,29 +34,46 @@ if TYPE_CHECKING:
 TIME_UNIT = 1000.0
 
 
-def initial_noise(params: SamplingParams, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal noise [1, C, T, H, W] in `dtype`, a function of the seed and the shape alone.
+def initial_noise(
+    params: SamplingParams, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal noise [1, C, T, H, W], a function of the seed, the shape and how it is drawn.
 
-    Drawn on the CPU so that one seed means one noise on every device and every rank. `dtype` takes part in the draw:
-    one seed gives values that differ by about 1e-3 between float16 and float32.
+    Drawn on the CPU, one seed means one noise everywhere; a CUDA generator draws another, which depends on the GPU
+    model as well. `dtype` takes part in the draw: one seed gives values that differ by about 1e-3 between float16 and
+    float32.
     """
-    generator = torch.Generator("cpu").manual_seed(params.seed)
-    return torch.randn((1, *params.latent_shape), generator=generator, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(params.seed)
+    return torch.randn((1, *params.latent_shape), generator=generator, dtype=dtype, device=device)
 
 
-def sigmas(steps: int, shift: float) -> Tensor:
+def sigmas(steps: int, shift: float, reverse: bool = True) -> Tensor:
     """The noise levels before, between and after `steps` steps: float32 [steps + 1] from 1 down to 0.
 
-    The released model is sampled in this direction (the official `--flow-reverse`). A `shift` above 1 spends more of
-    the steps at high noise, where a large picture is decided.
+    The released model is sampled in this direction (the official `--flow-reverse`); without `reverse` they run from 0
+    to 1, which it was not trained for. A `shift` above 1 spends more of the steps at high noise, where a large picture
+    is decided.
     """
     even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32)
-    return shift * even / (1.0 + (shift - 1.0) * even)
+    shifted = shift * even / (1.0 + (shift - 1.0) * even)
+    return shifted if reverse else 1.0 - shifted
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to sample, beside what a user chooses for one video; belongs to the identity of every video (P3)."""
+
+    noise: str = "cpu-fp32"  # of NOISES
+    reverse: bool = True
+
+
+# "official" is the released draw: on the model's device, in the dtype of the prompt embedding (spec section 4).
+NOISES = ("cpu-fp32", "official")
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What the model is told besides latents and time, one batch item a guidance branch."""
+    """What the model is told besides latents and time, one batch item a video and guidance branch."""
 
     states: Tensor  # [B, L, D], right padded with zeros
     lengths: tuple[int, ...]  # valid text tokens of each item
@@ -66,7 +84,7 @@ class Condition:
 def condition(
     model: HYVideoDiT, branches: Sequence[TextEmbedding], guidance_scale: float, device: torch.device
 ) -> Condition:
-    """Batch the texts of the guidance branches on `device`, padded to the longest.
+    """Batch the texts of all guidance branches on `device`, padded to the longest.
 
     The guidance is cast to the model's dtype before it is scaled, as in the released run: in bfloat16 the model sees
     6016 for 6.0. The texts keep the encoder's dtype; the model averages them before it rounds them.
@@ -90,12 +108,12 @@ def predict_velocity(
     params: SamplingParams,
     mesh: SequenceMesh,
 ) -> Tensor:
-    """The guided velocity at noise level `sigma` for latents [1, C, T, H, W]; same shape, float32."""
+    """The guided velocity at noise level `sigma` for latents [N, C, T, H, W]; same shape, float32."""
     branches = len(texts.lengths)
-    inputs = latents.expand(branches, -1, -1, -1, -1)
+    inputs = latents.repeat(branches // len(latents), 1, 1, 1, 1)
     time = (sigma * TIME_UNIT).to(latents.device).expand(branches)
     velocity = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh).float()
-    if branches == 1:
+    if branches == len(latents):
         return velocity
     negative, positive = velocity.chunk(2)
     return guide(negative, positive, params.cfg_scale, params.guidance_rescale)
@@ -121,6 +139,57 @@ def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Ten
 
 
 @torch.no_grad()
+def trajectory(
+    model: HYVideoDiT,
+    batch: Sequence[SamplingParams],
+    positives: Sequence[TextEmbedding],
+    negatives: Sequence[TextEmbedding] | None,
+    *,
+    mesh: SequenceMesh,
+    device: torch.device,
+    recipe: Recipe = Recipe(),
+) -> Generator[Tensor, None, None]:
+    """The latents [N, C, T, H, W] of N videos after each step, float32 on `device`, equal on every rank of `mesh`.
+
+    The videos may differ in prompts and seed, and each is the same bits whatever it is batched with. `negatives` are
+    used, and required, exactly when the parameters use CFG. Whoever stops asking stops the sampling. Raises ValueError
+    for a batch of unlike videos, and as soon as a step's result is not finite.
+    """
+    params = batch[0]
+    if any(
+        replace(other, prompt="", negative_prompt="", seed=0) != replace(params, prompt="", negative_prompt="", seed=0)
+        for other in batch
+    ):
+        raise ValueError("videos that are denoised side by side may differ in prompts and seed only")
+    if params.uses_cfg and negatives is None:
+        raise ValueError(f"cfg_scale {params.cfg_scale} needs an embedding of the negative prompt")
+    branches = [*negatives, *positives] if params.uses_cfg and negatives is not None else positives
+    texts = condition(model, branches, params.guidance_scale, device)
+    levels = sigmas(params.num_inference_steps, params.flow_shift, recipe.reverse)
+    latents = _start(batch, positives[0].states.dtype, device, mesh, recipe)
+    for step in range(params.num_inference_steps):
+        velocity = predict_velocity(model, latents, levels[step], texts, params, mesh)
+        latents = euler_step(latents, velocity, levels[step], levels[step + 1])
+        # Waiting for the device here costs nothing beside a step, saves the rest of a lost sample, and means that
+        # a step that is reported is done rather than queued. All ranks hold equal latents, so all of them raise.
+        if not torch.isfinite(latents).all():
+            lost = next(one for one, item in zip(batch, latents, strict=True) if not torch.isfinite(item).all())
+            raise ValueError(_not_finite(step + 1, lost, model.dtype))
+        yield latents
+
+
+def _start(
+    batch: Sequence[SamplingParams], text_dtype: torch.dtype, device: torch.device, mesh: SequenceMesh, recipe: Recipe
+) -> Tensor:
+    """The initial latents of a batch, float32 on `device`."""
+    if recipe.noise == "cpu-fp32":
+        return torch.cat([initial_noise(params) for params in batch]).to(device)
+    # Each video has a generator of its own, so what it starts from does not depend on the batch. Unlike GPU models
+    # would draw unlike noise: rank 0's is everybody's.
+    drawn = torch.cat([initial_noise(params, text_dtype, device) for params in batch])
+    return mesh.adopt(drawn).float()
+
+
 def denoise(
     model: HYVideoDiT,
     params: SamplingParams,
@@ -130,27 +199,18 @@ def denoise(
     mesh: SequenceMesh,
     device: torch.device,
     on_step: Callable[[int], None],
+    recipe: Recipe = Recipe(),
 ) -> Tensor:
-    """Final latents [C, T, H, W], float32 on `device`, where the model is, equal on every rank of `mesh`.
+    """Final latents [C, T, H, W] of one video; see `trajectory`.
 
-    `negative` is used, and required, exactly when `params.uses_cfg`. `on_step(n)` is called after step n = 1..steps;
-    whatever it raises ends the sampling and passes through. Raises ValueError as soon as a step's result is not finite.
+    `on_step(n)` is called after step n = 1..steps; whatever it raises ends the sampling and passes through.
     """
-    if params.uses_cfg and negative is None:
-        raise ValueError(f"cfg_scale {params.cfg_scale} needs an embedding of the negative prompt")
-    branches = [negative, positive] if params.uses_cfg and negative is not None else [positive]
-    texts = condition(model, branches, params.guidance_scale, device)
-    levels = sigmas(params.num_inference_steps, params.flow_shift)
-    latents = initial_noise(params).to(device)
-    for step in range(params.num_inference_steps):
-        velocity = predict_velocity(model, latents, levels[step], texts, params, mesh)
-        latents = euler_step(latents, velocity, levels[step], levels[step + 1])
-        # Waiting for the device here costs nothing beside a step, saves the rest of a lost sample, and means that
-        # `on_step` reports work that is done rather than queued. All ranks hold equal latents, so all of them raise.
-        if not torch.isfinite(latents).all():
-            raise ValueError(_not_finite(step + 1, params, model.dtype))
-        on_step(step + 1)
-    return latents[0]
+    negatives = None if negative is None else [negative]
+    states = trajectory(model, [params], [positive], negatives, mesh=mesh, device=device, recipe=recipe)
+    for step, latents in enumerate(states, 1):
+        done = latents
+        on_step(step)
+    return done[0]
 
 
 def _not_finite(step: int, params: SamplingParams, dtype: torch.dtype) -> str:

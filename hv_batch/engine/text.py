@@ -143,6 +143,7 @@ class TextTowers:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        clip_dtype: torch.dtype | None = None,  # None: as the LLaMA tower
         llama_tokenizer: Path | None = None,
         clip_tokenizer: Path | None = None,
     ) -> None:
@@ -156,7 +157,7 @@ class TextTowers:
             self._clip_tokenizer = _load_tokenizer(clip_tokenizer)
             self._heads = {t: self._head_ids(t, llama_tokenizer) for t in (VIDEO_TEMPLATE, IMAGE_TEMPLATE)}
             self._llama = _load_llama(llama_dir, dtype).to(device)
-            self._clip = _load_clip(clip_dir, dtype).to(device)
+            self._clip = _load_clip(clip_dir, clip_dtype or dtype).to(device)
         self._device = device
 
     # no_grad rather than inference_mode: inference tensors could never feed a training step.

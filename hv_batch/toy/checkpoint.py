@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from hv_batch.engine.checkpoint import DIT_CLASS
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.vae import CausalVAE, VAEConfig
 from hv_batch.toy import random_weights, tokenizers
@@ -79,6 +80,8 @@ def _write_tree(base: Path, seed: int) -> None:
     # torch.save writes the file's stem into the archive: the final names, from the start, keep the bytes equal.
     bf16 = {name: tensor.bfloat16() for name, tensor in dit_state(dit, seed).items()}
     torch.save({"module": bf16}, model / "transformers" / "mp_rank_00_model_states.pt")
+    # The released tree has none: the width of the released model is known. With it, the toy loads without options.
+    _write_json(model / "transformers" / "config.json", {"_class_name": DIT_CLASS} | TOY_DIT)
     torch.save(vae_state(vae, seed), model / "vae" / "pytorch_model.pt")
     _write_json(
         model / "vae" / "config.json", {"_class_name": "AutoencoderKLCausal3D", "latent_channels": 16} | TOY_VAE

@@ -61,10 +61,10 @@ def place(rank, world_size, address):
 def test_a_prompt_becomes_frames(pipeline):
     """Design section 1: the pipeline is the whole path, and a video is a picture that changes."""
     steps = []
-    frames = pipeline(PROMPT, **SMALL, on_step=steps.append)
+    frames = pipeline(PROMPT, **SMALL, callback=lambda step, latents: steps.append((step, latents.shape)))
     assert frames.shape == (9, 32, 48, 3)
     assert frames.dtype == np.uint8
-    assert steps == [1, 2, 3]
+    assert steps == [(step, (1, *PARAMS.latent_shape)) for step in (1, 2, 3)]
     assert frames.std() > 5
     assert not np.array_equal(frames[0], frames[-1])
 

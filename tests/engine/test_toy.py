@@ -20,6 +20,7 @@ from hv_batch.engine.vae import CausalVAE, VAEConfig
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 
 DIT = "hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt"
+DIT_CONFIG = "hunyuan-video-t2v-720p/transformers/config.json"
 VAE = "hunyuan-video-t2v-720p/vae/pytorch_model.pt"
 
 
@@ -37,9 +38,10 @@ def digests(base: Path) -> dict[str, str]:
 
 
 def test_tree_is_the_released_one(model_base):
-    """Spec 7: the files that a loader of the released checkpoint looks for, and nothing strange beside them."""
+    """Spec 7: the files that a loader of the released checkpoint looks for, and beside them the DiT's width alone."""
     assert set(digests(model_base)) == {
         DIT,
+        DIT_CONFIG,
         VAE,
         "hunyuan-video-t2v-720p/vae/config.json",
         "text_encoder/config.json",
