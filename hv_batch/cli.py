@@ -76,6 +76,17 @@ def toy(
     print(write_toy_checkpoint(folder.absolute()))
 
 
+@app.command(
+    add_help_option=False,  # it has flags of its own, those of the released command line, and its own help
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def sample(context: typer.Context) -> None:
+    """Render one prompt without Ray; takes the flags of the released sample_video.py (--help lists them)."""
+    from hv_batch.sample import main as render_sample
+
+    raise typer.Exit(render_sample(context.args))
+
+
 @app.command()
 def status(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],

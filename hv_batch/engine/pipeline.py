@@ -53,6 +53,9 @@ class HunyuanVideoPipeline:
         ring_degree: int = 1,
         reproduce_seed: int | None = None,
     ) -> None:
+        for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
+            if not _is_count(degree):
+                raise UserError(f"{name} is {degree!r}; allowed is a whole number above 0.")
         if found := engine.check():
             raise UserError("The model cannot be loaded: " + " | ".join(found))
         if found := engine.group_problems(ulysses_degree, ring_degree):

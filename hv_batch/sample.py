@@ -1,0 +1,229 @@
+"""`hv-batch sample`: prompts to files on one machine, without Ray.
+
+    encode all prompts -> free the text towers -> denoise (one process, or a local group) -> decode -> mp4 or png
+                                                        --latents-only: .safetensors    ^
+                                                        --from-latents: begin here -----'
+
+Flags are read in `sample_options`, files written in `sample_files`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from hv_batch import __version__
+from hv_batch.engine.hunyuan import HunyuanVideo
+from hv_batch.engine.local_group import RankFailed
+from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device, plan_videos
+from hv_batch.engine.reproduce import make_deterministic
+from hv_batch.job.commits import LICENCE_ID
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, SamplingParams, UserError, problems
+from hv_batch.sample_files import free_stem, read_latents, shorten, write_latents, write_video
+from hv_batch.sample_options import MODELS, idle_flags, parse, round_up
+
+SCHEMA = "hv_batch/sample/1"
+MAX_RANDOM_SEED = 1_000_000
+# The flag of each field of the parameters, for messages.
+FLAGS = {
+    "prompt": "--prompt",
+    "negative_prompt": "--neg-prompt",
+    "height": "height of --video-size",
+    "width": "width of --video-size",
+    "num_frames": "--video-length",
+    "num_inference_steps": "--infer-steps",
+    "seed": "--seed",
+    "guidance_scale": "--embedded-cfg-scale",
+    "cfg_scale": "--cfg-scale",
+    "guidance_rescale": "--guidance-rescale",
+    "flow_shift": "--flow-shift",
+}
+# Larger than anything that can be asked for.
+UNTILED = {"spatial_px": MAX_SIDE, "temporal_frames": 1040, "overlap": 0.0}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code. Raises UserError for what the user can mend."""
+    options = parse(arguments)
+    _refuse_launcher()
+    for flag in idle_flags(options):
+        _say(f"{flag} does nothing, here as in the release")
+    engine = HunyuanVideo(**_engine_options(options))
+    folder = _save_folder(options)
+    try:
+        if options.from_latents:
+            _decode(options, engine, folder)
+        else:
+            _render(options, engine, folder)
+    except RankFailed as failed:
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> None:
+    videos = _videos(options)
+    seed = videos[0].seed
+    if options.reproduce:
+        make_deterministic(seed)
+    device = choose_device(options.device)
+    pipeline = HunyuanVideoPipeline(
+        engine,
+        device,
+        ulysses_degree=options.ulysses_degree,
+        ring_degree=options.ring_degree,
+        reproduce_seed=seed if options.reproduce else None,
+    )
+    facts = {
+        "engine": engine.identity(),
+        "parallel": {
+            "device": device,
+            "ulysses_degree": options.ulysses_degree,
+            "ring_degree": options.ring_degree,
+        },
+        "reproduce": options.reproduce,
+    }
+    with pipeline, _progress(len(videos), options) as callback:
+        embeddings = pipeline.encode(videos)
+        pipeline.free_text_encoder()
+        for prompt, text in embeddings.items():
+            _tell_lost(prompt, text.num_tokens, text.tokens_lost)
+        finals = pipeline.denoise(videos, embeddings, batch_size=options.batch_size, callback=callback)
+        for params, latents in zip(videos, finals, strict=True):
+            text = embeddings[params.prompt]
+            record = {
+                "schema": SCHEMA,
+                "params": asdict(params),
+                "text": {"num_tokens": text.num_tokens, "tokens_lost": text.tokens_lost},
+                **facts,
+                "versions": {"hv_batch": __version__},
+                "licence": LICENCE_ID,
+            }
+            stem = free_stem(folder, f"seed{params.seed}_{shorten(params.prompt)}", options.name_suffix)
+            if options.latents_only:
+                write_latents(stem, latents, record)
+            else:
+                write_video(stem, pipeline.decode(latents), latents.shape, record)
+
+
+def _decode(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> None:
+    found = [read_latents(Path(file)) for file in options.from_latents]  # all are read before one is decoded
+    decoder = engine.decoder(choose_device(options.device))
+    for file, (latents, record) in zip(options.from_latents, found, strict=True):
+        match record:
+            case {"params": {"seed": int(seed), "prompt": str(prompt)}}:
+                name = f"seed{seed}_{shorten(prompt)}"
+            case _:  # latents of somebody else
+                name = Path(file).stem
+        stem = free_stem(folder, name, options.name_suffix)
+        write_video(stem, decoder.decode(latents), latents.shape, {"schema": SCHEMA, **record})
+
+
+def _videos(options: argparse.Namespace) -> list[SamplingParams]:
+    height, width = round_up(options.video_size)
+    asked = (options.video_size[0], options.video_size[-1])
+    if asked != (height, width):
+        _say(f"size {asked[0]}x{asked[1]} is rounded up to multiples of 16: {height}x{width} (height x width)")
+    seed = options.seed
+    if seed is None:
+        seed = random.randint(0, MAX_RANDOM_SEED)
+        _say(f"seed {seed}")
+    values = {
+        "negative_prompt": (options.neg_prompt or DEFAULT_NEGATIVE_PROMPT).strip(),
+        "height": height,
+        "width": width,
+        "num_frames": options.video_length,
+        "num_inference_steps": options.infer_steps,
+        "guidance_scale": options.embedded_cfg_scale,
+        "cfg_scale": max(1.0, options.cfg_scale),  # the release takes anything up to 1 for off
+        "guidance_rescale": options.guidance_rescale,
+        "flow_shift": options.flow_shift,
+    }
+    prompts = [prompt.strip() for prompt in options.prompt]
+    found = [one for prompt in prompts for one in problems({"prompt": prompt})] + problems({**values, "seed": seed})
+    if found:
+        told = "; ".join(f"{FLAGS[one.field]} is {one.value!r}, allowed is {one.allowed}" for one in found)
+        raise UserError(f"This video cannot be rendered: {told}.")
+    return plan_videos(prompts, seed, options.num_videos, **values)
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    chosen: dict[str, Any] = {
+        "model_base": options.model_base,
+        "dit_weight": options.dit_weight,
+        "load_key": options.load_key,
+        "dit": MODELS[options.model],
+        "precision": options.precision,
+        "vae_precision": options.vae_precision,
+        "text_encoder_precision": options.text_encoder_precision,
+        "text_encoder_precision_2": options.text_encoder_precision_2,
+        "attention": options.attention,
+        "noise": options.noise,
+        "flow_reverse": options.flow_reverse,
+        "vae_tile": None if options.vae_tiling else UNTILED,
+    }
+    if options.use_fp8:
+        chosen |= _if_known("fp8", "storage", "--use-fp8")
+    if options.use_cpu_offload:
+        chosen |= _if_known("offload", "blocks", "--use-cpu-offload")
+    return chosen
+
+
+def _if_known(option: str, value: str, flag: str) -> dict[str, str]:
+    """Both options come with their own parts of the engine."""
+    if option in inspect.signature(HunyuanVideo).parameters:
+        return {option: value}
+    _say(f"{flag} is not there yet and changes nothing")
+    return {}
+
+
+def _refuse_launcher() -> None:
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "hv-batch sample starts the ranks of --ulysses-degree x --ring-degree itself, and a launcher has started "
+            f"it {os.environ['WORLD_SIZE']} times. Run it once, without torchrun."
+        )
+
+
+def _save_folder(options: argparse.Namespace) -> Path:
+    suffix = f"_{options.save_path_suffix}" if options.save_path_suffix else ""
+    folder = Path(options.save_path + suffix)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save-path {folder} cannot be made a folder: {error}. Name another.") from error
+    return folder
+
+
+def _tell_lost(prompt: str, num_tokens: int, tokens_lost: int) -> None:
+    if tokens_lost:
+        _say(
+            f"the prompt {shorten(prompt)[:40]!r}... is {num_tokens + tokens_lost} tokens long, of which the model "
+            f"reads {num_tokens}: the last {tokens_lost} are lost"
+        )
+
+
+@contextmanager
+def _progress(num_videos: int, options: argparse.Namespace) -> Iterator[Callback]:
+    """A bar on a terminal, nothing elsewhere."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        batches = -(-num_videos // options.batch_size)
+        task = bar.add_task("denoising", total=batches * options.infer_steps)
+        yield lambda _step, _latents: bar.advance(task)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

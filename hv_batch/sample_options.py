@@ -1,0 +1,185 @@
+"""The command line of `hv-batch sample`: the flags of the released `sample_video.py`, by their names and defaults.
+
+Whatever was written after `sample_video.py` can be written after `hv-batch sample`. Three kinds of flags:
+
+- those that choose something, with the released meaning;
+- `FIXED`: those that name a part of the released model. There is one such part, so its name is accepted and any other
+  refused with the reason, rather than rendering with something else than was asked for;
+- `IDLE`: those that the released script reads and then does nothing with. They do nothing here, and that is said.
+
+The one default that differs: `--flow-reverse` is on, because the released model only makes pictures with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, SIZE_MULTIPLE, UserError
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+# flag -> (the value of the released model, why there is no other)
+FIXED: dict[str, tuple[str | int, str]] = {
+    "--latent-channels": (16, "the VAE has 16 latent channels"),
+    "--rope-theta": (256, "the model was trained with rotary embeddings of theta 256"),
+    "--vae": ("884-16c-hy", "no other VAE was released"),
+    "--text-encoder": ("llm", "the model was trained with the states of the LLaMA tower"),
+    "--tokenizer": ("llm", "the LLaMA tower reads the tokens of its own tokenizer"),
+    "--text-states-dim": (4096, "it is the width of the LLaMA tower"),
+    "--text-len": (256, "the model was trained with 256 text tokens"),
+    "--prompt-template": ("dit-llm-encode", "the template is part of the weights' contract"),
+    "--prompt-template-video": ("dit-llm-encode-video", "the template is part of the weights' contract"),
+    "--hidden-state-skip-layer": (2, "the model was trained with the states two layers before the last"),
+    "--text-encoder-2": ("clipL", "the model was trained with the pooled vector of CLIP ViT-L/14"),
+    "--tokenizer-2": ("clipL", "CLIP reads the tokens of its own tokenizer"),
+    "--text-states-dim-2": (768, "it is the width of CLIP ViT-L/14"),
+    "--text-len-2": (77, "it is the length of CLIP's position table"),
+    "--denoise-type": ("flow", "the model was trained by flow matching"),
+    "--flow-solver": ("euler", "the release has no other solver"),
+}
+
+# flag -> keyword arguments for argparse
+IDLE: dict[str, dict[str, Any]] = {
+    "--model-resolution": {"choices": ("540p", "720p")},
+    "--seed-type": {"choices": ("file", "random", "fixed", "auto")},
+    "--use-linear-quadratic-schedule": {"action": "store_true", "default": None},
+    "--linear-schedule-end": {"type": int},
+    "--disable-autocast": {"action": "store_true", "default": None},  # of no use here: autocast is never on
+}
+
+MODELS: dict[str, dict[str, Any]] = {  # options of the DiT
+    "HYVideo-T/2-cfgdistill": {},
+    "HYVideo-T/2": {"guidance_embed": False},
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `hv-batch sample --help` lists what is allowed.")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags as attributes named like them. Raises UserError for what is not allowed; `--help` exits."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for flag, (value, reason) in FIXED.items():
+        given = getattr(options, _attribute(flag))
+        if given != value:
+            raise UserError(f"{flag} is {given!r}, and only {value!r} is allowed: {reason}. Leave the flag out.")
+    if options.apply_final_norm:
+        raise UserError("--apply-final-norm is not allowed: the model was trained without it. Leave the flag out.")
+    if len(options.video_size) > 2:
+        given = " ".join(map(str, options.video_size))
+        raise UserError(f"--video-size is {given}; allowed are one number for both sides, or height and width.")
+    for flag in ("--num-videos", "--batch-size", "--ulysses-degree", "--ring-degree"):
+        if getattr(options, _attribute(flag)) < 1:
+            raise UserError(f"{flag} is {getattr(options, _attribute(flag))}; allowed is a whole number above 0.")
+    if not options.prompt and not options.from_latents:
+        raise UserError("--prompt is missing: give the text to render, or latents to decode with --from-latents.")
+    return options
+
+
+def idle_flags(options: argparse.Namespace) -> list[str]:
+    """The given flags that do nothing."""
+    return [flag for flag in IDLE if getattr(options, _attribute(flag)) is not None]
+
+
+def round_up(video_size: Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels, each rounded up as released; one value means both.
+
+    Raises UserError for a size that is not positive.
+    """
+    if min(video_size) <= 0:
+        given = " ".join(map(str, video_size))
+        raise UserError(f"--video-size is {given}; height and width must be above 0, as in --video-size 720 1280.")
+    height, width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (video_size[0], video_size[-1]))
+    return height, width
+
+
+def _attribute(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hv-batch sample",
+        description="Render one prompt without Ray. Takes the flags of HunyuanVideo's sample_video.py.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_sampling(parser.add_argument_group("what to render"))
+    _add_model(parser.add_argument_group("the model"))
+    _add_machine(parser.add_argument_group("where to compute"))
+    _add_output(parser.add_argument_group("what is written"))
+    _add_released_only(parser.add_argument_group("flags of the release that leave no choice"))
+    return parser
+
+
+Group = argparse._ArgumentGroup  # argparse has no public name for it
+
+
+def _add_sampling(group: Group) -> None:
+    add = group.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="what to show; given again, another video")
+    add("--neg-prompt", metavar="TEXT", help=f"what to avoid, with --cfg-scale; if empty: {DEFAULT_NEGATIVE_PROMPT}")
+    add(
+        "--video-size", type=int, nargs="+", default=(720, 1280), metavar="PX", help="height and width, or one for both"
+    )
+    add("--video-length", type=int, default=129, metavar="FRAMES", help="4n + 1 frames; 1 is an image")
+    add("--infer-steps", type=int, default=50, metavar="N", help="denoising steps")
+    add("--seed", type=int, metavar="N", help="of the first video, counting up; drawn and told if left out")
+    add("--num-videos", type=int, default=1, metavar="N", help="videos of each prompt")
+    add("--batch-size", type=int, default=1, metavar="N", help="videos denoised side by side; no pixel depends on it")
+    add("--embedded-cfg-scale", type=float, default=6.0, metavar="X", help="embedded guidance")
+    add("--cfg-scale", type=float, default=1.0, metavar="X", help="classifier-free guidance; at most 1 is off")
+    add("--guidance-rescale", type=float, default=0.0, metavar="X", help="against over-exposure by --cfg-scale")
+    add("--flow-shift", type=float, default=7.0, metavar="X", help="shift of the noise schedule")
+    add(
+        "--flow-reverse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="from noise to picture; off in the release, where every command gives it",
+    )
+    add("--noise", default="cpu-fp32", choices=("cpu-fp32", "official"), help="official: drawn as in the release")
+
+
+def _add_model(group: Group) -> None:
+    add = group.add_argument
+    add("--model-base", default="ckpts", metavar="DIR", help="the checkpoint tree")
+    add("--dit-weight", metavar="PATH", help="another file, or a folder of one, than the tree's")
+    add("--load-key", default="module", choices=("module", "ema"), help="which tensors of the file")
+    add("--model", default="HYVideo-T/2-cfgdistill", choices=tuple(MODELS), help="with or without embedded guidance")
+    add("--precision", default="bf16", choices=PRECISIONS, help="of the DiT")
+    add("--vae-precision", default="fp16", choices=PRECISIONS)
+    add("--text-encoder-precision", default="fp16", choices=PRECISIONS, help="of LLaMA")
+    add("--text-encoder-precision-2", default="fp16", choices=PRECISIONS, help="of CLIP")
+    add("--use-fp8", action="store_true", help="8-bit weights, named by --dit-weight")
+    add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
+    add("--attention", default="sdpa", choices=("sdpa", "flash", "math"), help="the kernel; flash needs flash-attn")
+
+
+def _add_machine(group: Group) -> None:
+    add = group.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto is cuda where there is one")
+    add("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that share the heads; started here")
+    add("--ring-degree", type=int, default=1, metavar="N", help="ranks that share the tokens; N x M in all")
+    add("--use-cpu-offload", action="store_true", help="keep the DiT's weights in host memory")
+    add("--reproduce", action="store_true", help="seed everything, deterministic kernels only")
+
+
+def _add_output(group: Group) -> None:
+    add = group.add_argument
+    add("--save-path", default="./results", metavar="DIR", help="made if it is not there")
+    add("--save-path-suffix", default="", metavar="TEXT", help="appended to the folder's name, after _")
+    add("--name-suffix", default="", metavar="TEXT", help="appended to the files' names, after _")
+    add("--latents-only", action="store_true", help="write .safetensors instead of decoding")
+    add("--from-latents", nargs="+", metavar="FILE", help="decode these and render nothing")
+
+
+def _add_released_only(group: Group) -> None:
+    for flag, (value, reason) in FIXED.items():
+        group.add_argument(flag, type=type(value), default=value, metavar="X", help=reason)
+    group.add_argument("--apply-final-norm", action="store_true", help="refused: the model was trained without")
+    for flag, how in IDLE.items():
+        group.add_argument(flag, help="does nothing, here as in the release", **how)
