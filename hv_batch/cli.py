@@ -70,7 +70,7 @@ def demo(
 def toy(
     folder: Annotated[Path, typer.Argument(help="where to write it")],
 ) -> None:
-    """Write the toy checkpoint, a tree laid out exactly like the released one, and print its model_base."""
+    """Write the toy checkpoint, a tree laid out like the released one, and print its model_base."""
     from hv_batch.toy.checkpoint import write_toy_checkpoint
 
     print(write_toy_checkpoint(folder.absolute()))

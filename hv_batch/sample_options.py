@@ -139,7 +139,7 @@ def _add_sampling(group: Group) -> None:
         "--flow-reverse",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="from noise to picture; off in the release, where every command gives it",
+        help="sample from noise to picture",
     )
     add("--noise", default="cpu-fp32", choices=("cpu-fp32", "official"), help="official: drawn as in the release")
 

@@ -1,4 +1,4 @@
-"""The toy checkpoint: the real architecture at toy width, as a tree laid out exactly like the released one (spec 7).
+"""The toy checkpoint: the real architecture at toy width, as a tree laid out like the released one (spec 7).
 
 Nothing in it is trained: `hv_batch.toy.random_weights` says where the weights come from and what their pictures show.
 """

@@ -1,0 +1,195 @@
+"""What a call of the Python API may ask for: several videos, latents, a callback, an interrupt."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hv_batch.engine import sampler
+from hv_batch.engine.pipeline import HunyuanVideoPipeline, Interrupted, plan_videos
+from hv_batch.engine.sampler import Recipe
+from hv_batch.protocol import UserError
+from hv_batch.toy.checkpoint import write_toy_checkpoint
+
+FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
+PROMPT = "A cat walks on the grass, realistic."
+SMALL = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3}
+LATENTS = {**SMALL, "output": "latents"}
+REST = {
+    **SMALL,
+    "negative_prompt": "",
+    "guidance_scale": 6.0,
+    "cfg_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "flow_shift": 7.0,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(base):
+    return HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seed", "num_videos", "planned"),
+    [
+        ("a", 7, 2, [("a", 7), ("a", 8)]),
+        (["a", "b"], 7, 2, [("a", 7), ("a", 8), ("b", 7), ("b", 8)]),
+        (["a", "b"], [7, 20], 2, [("a", 7), ("a", 8), ("b", 20), ("b", 21)]),
+        (["a", "b"], [1, 5, 2, 6], 2, [("a", 1), ("a", 5), ("b", 2), ("b", 6)]),
+        ("a", [5, 3], 2, [("a", 5), ("a", 3)]),
+        ("a", [5], 2, [("a", 5), ("a", 6)]),
+    ],
+)
+def test_seeds_are_given_out_as_released(prompts, seed, num_videos, planned):
+    """Spec section 1: video i of a prompt has seed + i; a list is one a prompt, or one a video."""
+    videos = plan_videos(prompts, seed, num_videos, **REST)
+    assert [(params.prompt, params.seed) for params in videos] == planned
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seed", "num_videos", "told"),
+    [
+        ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2"),
+        (["a", "b"], [], 1, r"seed is \[\]"),
+        ("a", "7", 1, "seed is '7'"),
+        ("a", [1.5], 1, "seed is 1.5"),
+        ("a", True, 1, "seed is True"),
+        ("a", 2**63 - 1, 2, f"seed is {2**63}"),
+        ([], 1, 1, r"prompt is \[\]"),
+        ("a", 1, 0, "num_videos is 0"),
+        (["a", ""], 1, 1, "prompt is ''"),
+        (["a", None], 1, 1, "prompt is None"),
+    ],
+)
+def test_wrong_seeds_and_counts_are_told(prompts, seed, num_videos, told):
+    """P6: what was given and what is allowed."""
+    with pytest.raises(UserError, match=told):
+        plan_videos(prompts, seed, num_videos, **REST)
+
+
+def test_no_bit_depends_on_the_batch(pipeline):
+    """P3: side by side, one after the other, or alone; texts of unlike length, with guidance."""
+    prompts, choice = ["dark", PROMPT], {**LATENTS, "cfg_scale": 3.0, "guidance_rescale": 0.5, "num_videos": 2}
+    together = pipeline(prompts, seed=4, batch_size=4, **choice)
+    assert together.shape == (4, 16, 2, 4, 6)
+    assert together.dtype == np.float32
+    assert np.array_equal(pipeline(prompts, seed=4, batch_size=3, **choice), together)
+    alone = pipeline(PROMPT, seed=5, **{**choice, "num_videos": 1})
+    assert np.array_equal(together[3], alone)
+    assert len({one.tobytes() for one in together}) == 4
+
+
+def test_frames_and_latents_of_one_video(pipeline):
+    """The frames of a call are those of its latents; several videos are stacked."""
+    latents = pipeline(PROMPT, seed=[1, 2], num_videos=2, **LATENTS)
+    frames = pipeline(PROMPT, seed=[1, 2], num_videos=2, **SMALL)
+    assert frames.shape == (2, 5, 32, 48, 3)
+    assert frames.dtype == np.uint8
+    assert np.array_equal(np.concatenate(list(pipeline.decode(latents[1]))), frames[1])
+    with pytest.raises(UserError, match="output is 'pixels', allowed is 'frames' or 'latents'"):
+        pipeline(PROMPT, **{**SMALL, "output": "pixels"})
+    with pytest.raises(UserError, match="batch_size is 0"):
+        pipeline(PROMPT, batch_size=0, **SMALL)
+
+
+def test_the_callback_sees_every_step(pipeline):
+    """Each step of each batch, with the latents as they are; the last ones are the result."""
+    seen = []
+    final = pipeline(PROMPT, num_videos=3, batch_size=2, callback=lambda n, x: seen.append((n, x.clone())), **LATENTS)
+    assert [(n, len(x)) for n, x in seen] == [(1, 2), (2, 2), (3, 2), (1, 1), (2, 1), (3, 1)]
+    assert np.array_equal(seen[2][1].numpy(), final[:2])
+    assert seen[0][1].dtype == torch.float32
+
+    def fail(_step, _latents):
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        pipeline(PROMPT, callback=fail, **LATENTS)
+
+
+def test_an_interrupt_ends_the_call_and_not_the_next(pipeline):
+    """From a callback, from another thread, between chunks of frames; a late one is forgotten."""
+    expected = pipeline(PROMPT, **LATENTS)
+    with pytest.raises(Interrupted, match="after step 1 of 3"):
+        pipeline(PROMPT, callback=lambda *_: pipeline.interrupt(), **LATENTS)
+
+    def from_a_thread(_step, _latents):
+        thread = threading.Thread(target=pipeline.interrupt)
+        thread.start()
+        thread.join()
+
+    with pytest.raises(Interrupted):
+        pipeline(PROMPT, callback=from_a_thread, **LATENTS)
+    chunks = pipeline.decode(expected)
+    pipeline.interrupt()
+    with pytest.raises(Interrupted, match="while decoding"):
+        next(chunks)
+    pipeline.interrupt()
+    assert np.array_equal(pipeline(PROMPT, **LATENTS), expected)
+
+
+def test_parts_are_loaded_when_needed(base):
+    """Spec section 1, memory: decoding latents loads no text tower and no DiT, and the towers can be given back."""
+    pipeline = HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32)
+    assert list(pipeline.decode(np.zeros((16, 1, 4, 6), np.float32)))
+    assert not {"_text_encoder", "_denoiser"} & vars(pipeline).keys()
+    before = pipeline(PROMPT, **LATENTS)
+    pipeline.free_text_encoder()
+    assert "_text_encoder" not in vars(pipeline)
+    assert np.array_equal(pipeline(PROMPT, **LATENTS), before)
+
+
+def test_a_prompt_that_is_no_text_is_told(pipeline):
+    """P6: undecodable bytes of a command line reach Python as lone surrogates, which no tokenizer takes."""
+    with pytest.raises(UserError, match="prompt is not valid Unicode text"):
+        pipeline("caf\udce9", **SMALL)
+
+
+def test_unlike_videos_are_not_denoised_side_by_side(pipeline):
+    """One schedule and one shape for a batch."""
+    one, other = plan_videos("a", 1, 2, **REST)
+    with pytest.raises(ValueError, match="may differ in prompts and seed only"):
+        list(pipeline.denoise([one, replace(other, flow_shift=5.0)], batch_size=2))
+
+
+def test_the_official_noise_is_drawn_in_the_dtype_of_the_text(base):
+    """Spec section 4: on the device, in the prompt embedding's dtype; the sampler then works in float32."""
+    (params,) = plan_videos("a", 1, 1, **REST)
+    half = sampler.initial_noise(params, torch.float16)
+    assert 0 < (half.float() - sampler.initial_noise(params)).abs().max() < 5e-3
+    official = HunyuanVideoPipeline.from_pretrained(
+        base, device="cpu", **{**FP32, "text_encoder_precision": "fp16"}, noise="official"
+    )
+    seen = []
+    recipe = official._denoiser._recipe
+    model = official._denoiser._model
+    model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    official("a", seed=1, **{**LATENTS, "num_inference_steps": 1})
+    assert recipe == Recipe("official", True)
+    assert torch.equal(seen[0], half.float())
+
+
+def test_without_reverse_the_schedule_rises():
+    """Spec section 4: without reverse, 1 - sigma'."""
+    levels = sampler.sigmas(5, 7.0, reverse=False)
+    assert torch.equal(levels, 1 - sampler.sigmas(5, 7.0))
+    assert levels[0] == 0.0
+
+
+def test_the_two_towers_have_their_own_precision(base):
+    """Spec section 1, `--text-encoder-precision-2`."""
+    pipeline = HunyuanVideoPipeline.from_pretrained(
+        base, device="cpu", text_encoder_precision="fp32", text_encoder_precision_2="bf16"
+    )
+    (embedding,) = pipeline._text_encoder.encode(["A cat"], image=True)
+    assert (embedding.states.dtype, embedding.pooled.dtype) == (torch.float32, torch.bfloat16)
