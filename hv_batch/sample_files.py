@@ -36,14 +36,18 @@ def shorten(prompt: str) -> str:
 def free_stem(folder: Path, name: str, suffix: str) -> Path:
     """A path without ending that no file has yet."""
     now = datetime.now().strftime("%Y-%m-%d-%H:%M:%S")
-    ending = f"_{shorten(suffix)}" if suffix else ""
-    room = NAME_BYTES - len(ending.encode())
-    stem = f"{now}_{name}".encode()[: max(room, 0)].decode(errors="ignore") + ending
+    ending = _cut(f"_{shorten(suffix)}", NAME_BYTES // 2) if suffix else ""
+    stem = _cut(f"{now}_{name}", NAME_BYTES - len(ending.encode())) + ending
     for count in range(1000):
         path = folder / (f"{stem}_{count}" if count else stem)
         if not any(path.with_name(path.name + end).exists() for end in SUFFIXES):
             return path
     raise UserError(f"{folder} holds a thousand files called {stem}; name another --save-path.")
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    """As much of `text` as fits, ending with a whole character."""
+    return text.encode()[:num_bytes].decode(errors="ignore")
 
 
 def write_video(

@@ -14,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -322,6 +322,8 @@ hostile = st.text(max_size=300) | st.text("/.\n\0\u202e🎈é<>|", max_size=300)
 
 
 @settings(max_examples=100, deadline=None)
+@example(prompt="🎈" * 100, suffix="")
+@example(prompt="🎈" * 100, suffix="🎈" * 300)
 @given(prompt=hostile.filter(lambda text: not re.search("[\ud800-\udfff]", text)), suffix=hostile)
 def test_names_are_safe_whatever_the_prompt(tmp_path_factory, prompt, suffix):
     """A prompt is data: it cannot leave the folder, break the terminal, or be too long for the file system."""

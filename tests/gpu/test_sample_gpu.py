@@ -1,4 +1,4 @@
-"""The single-machine pipeline on CUDA, at toy width: where it must agree with the CPU, with itself and with its ranks."""
+"""The single-machine pipeline on CUDA at toy width: where it must agree with the CPU, itself and its ranks."""
 
 from __future__ import annotations
 
