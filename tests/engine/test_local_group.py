@@ -85,6 +85,6 @@ def test_degrees_that_do_not_fit_start_no_process(base):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 def test_a_rank_without_its_gpu_says_so(base):
-    """P6: the engine's own words, from the rank to the user."""
-    with pytest.raises(UserError, match="sees 0 GPUs"):
-        LocalGroup(HunyuanVideo(model_base=base), "cuda", 2, 1)
+    """P6: what the user can mend reaches the user in the engine's own words, without a traceback."""
+    with pytest.raises(UserError, match=r"^device 'cuda' was asked for, but this process sees 0 GPUs"):
+        LocalGroup(HunyuanVideo(model_base=base), "cuda", 1, 1)
