@@ -171,21 +171,15 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "attention": options.attention,
         "noise": options.noise,
         "flow_reverse": options.flow_reverse,
+        "fp8": "storage" if options.use_fp8 else "none",
         "vae_tile": None if options.vae_tiling else UNTILED,
     }
-    if options.use_fp8:
-        chosen |= _if_known("fp8", "storage", "--use-fp8")
     if options.use_cpu_offload:
-        chosen |= _if_known("offload", "blocks", "--use-cpu-offload")
+        if "offload" in inspect.signature(HunyuanVideo).parameters:
+            chosen["offload"] = "blocks"
+        else:
+            _say("--use-cpu-offload is not there yet and changes nothing")
     return chosen
-
-
-def _if_known(option: str, value: str, flag: str) -> dict[str, str]:
-    """Both options come with their own parts of the engine."""
-    if option in inspect.signature(HunyuanVideo).parameters:
-        return {option: value}
-    _say(f"{flag} is not there yet and changes nothing")
-    return {}
 
 
 def _refuse_launcher() -> None:
