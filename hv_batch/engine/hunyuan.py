@@ -22,6 +22,7 @@ from hv_batch.engine import sampler
 from hv_batch.engine.attention import KERNELS, choose_kernel
 from hv_batch.engine.checkpoint import CheckpointTree, revision
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.engine.vae import CausalVAE
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from hv_batch.protocol import Engine
 
 PRECISIONS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OFFLOADS = ("none", "blocks", "mapped")
 
 T = TypeVar("T")
 
@@ -40,7 +42,7 @@ T = TypeVar("T")
 class HunyuanVideo:
     """The engine of this package (satisfies `hv_batch.protocol.Engine`).
 
-    Options, all of them part of a video's identity except paths:
+    Options, all of them part of a video's identity except paths and `offload`:
 
     - `model_base`: the checkpoint tree (spec section 7); `dit_weight`: another DiT file, or a folder that holds one;
       `load_key`: which of the file's sets of tensors, "module" or "ema"
@@ -49,6 +51,8 @@ class HunyuanVideo:
     - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same
     - `attention`: the kernel family of the DiT
     - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
+    - `offload`: where the weights of the DiT's blocks are. "none": on the device; "blocks": in pinned host memory of
+      every rank; "mapped": in the checkpoint file's pages, which the ranks of a node share
 
     Raises UserError for a value that is not allowed.
     """
@@ -66,6 +70,7 @@ class HunyuanVideo:
         fp8: str = "none",
         attention: str = "sdpa",
         vae_tile: Mapping[str, Any] | None = None,
+        offload: str = "none",
     ) -> None:
         # Absolute, because an actor's working folder is not the driver's.
         dit_path = None if dit_weight is None else _path("dit_weight", dit_weight)
@@ -83,6 +88,7 @@ class HunyuanVideo:
             _choice(option, value, PRECISIONS)
         self._fp8 = _choice("fp8", fp8, FP8_MODES)
         self._attention = _choice("attention", attention, KERNELS)
+        self._offload = _choice("offload", offload, OFFLOADS)
 
     def check(self) -> list[str]:
         """Missing files, unreadable files and tensors that do not fit, one sentence each; reads no tensor data."""
@@ -137,7 +143,10 @@ class HunyuanVideo:
         device = _claim(place.device, place.local_rank)
         dtype = self._dtype("precision")
         choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
-        model = load_dit(self._tree, self._dit_config, self._attention, dtype, device, self._fp8)
+        home = device if self._offload == "none" else torch.device("cpu")
+        model = load_dit(self._tree, self._dit_config, self._attention, dtype, home, self._fp8)
+        if self._offload != "none":
+            offload_blocks(model, device, pinned=self._offload == "blocks")
         mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)
         return HunyuanDenoiser(model, mesh, device)
 
