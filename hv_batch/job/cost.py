@@ -10,12 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hv_batch.job.architecture import VAEShape
 from hv_batch.job.memory import MAX_TEXT_TOKENS, Shape, count_tokens
 from hv_batch.job.model import ITEMSIZE, ModelShape
-from hv_batch.job.samples import Sample
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+
+if TYPE_CHECKING:
+    from hv_batch.job.samples import Sample
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hv_batch.job.config import RunConfig
 from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
 from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, UserError
+
+if TYPE_CHECKING:
+    from hv_batch.job.config import RunConfig
 
 GIB = 2**30
 
