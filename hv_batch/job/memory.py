@@ -63,36 +63,39 @@ def denoiser_footprint(model: ModelShape, tokens: int, ulysses: int, ring: int) 
 
 def dit_activations(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = MAX_TEXT_TOKENS) -> int:
     """Bytes of one forward of one item, at its widest. Guidance branches run one after the other."""
-    dit, item = model.dit, ITEMSIZE[model.precision]
-    mlp = dit.mlp_width_ratio
+    dit, item, mlp = model.dit, ITEMSIZE[model.precision], model.dit.mlp_width_ratio
     local = -(-tokens // (ulysses * ring))
-    # Each term is tensors of [rows, hidden] in the model's precision; `float` is one in float32.
-    wide, cast = 4 / item, 4 / item if item < 4 else 0
-    exchange = 3 + 4 if ulysses > 1 else 0  # q, k, v of the chunk; attended rows on their way back: 2 sent, 2 received
-    passing = 0.0
-    if ring > 1:  # k and v that are here and, unless the hop is the last, that arrive; two partial results being merged
-        passing = (3 if ulysses > 1 else 0) + 2 * (2 if ring > 2 else 1) + 2 * wide + 1 + cast
-    double = max(
-        4
-        + 2
-        * mlp,  # MLP: stream before and after attention, attended, modulated; its hidden layer before and after GELU
-        1 + 3 + max(exchange, passing),  # stream; q, k, v
-        1 + 3 + wide + max(2 * wide, cast + 2 * wide),  # stream; q, k, v; one of them rotated in float32
-    )
-    single = max(
-        2 + (3 + mlp) + 1 + mlp + (1 + mlp),  # stream twice; fused projection; attended; GELU; both joined
-        2 + (3 + mlp) + max(exchange, passing),
-        2 + (3 + mlp) + wide + max(2 * wide, cast + 2 * wide),
-    )
     rows = local + text
-    blocks = (
-        rows
-        * dit.hidden_size
-        * item
-        * max(double if dit.mm_double_blocks_depth else 0, single if dit.mm_single_blocks_depth else 0)
-    )
+    attending = max(_meet(item, ulysses, ring), _rotate(item))
+    widest = 0.0  # in tensors of one row of hidden channels, in the model's precision
+    if dit.mm_double_blocks_depth:
+        # The image's MLP: stream before and after attention, attended, modulated; hidden layer before and after GELU.
+        # Meanwhile of the text: stream and attended.
+        widest = max(widest, local * (4 + 2 * mlp) + text * 2)
+        widest = max(widest, rows * (1 + 3 + attending))  # stream; q, k, v
+    if dit.mm_single_blocks_depth:
+        fused = 2 + 3 + mlp  # stream, before the blocks and now; q, k, v and the MLP's input
+        widest = max(widest, rows * (fused + 1 + mlp + 1 + mlp))  # attended; after GELU; both joined
+        widest = max(widest, rows * (fused + attending))
     rotary = local * dit.head_dim * 4  # cos and sin, half of the head's channels each, float32
-    return int(blocks) + rotary + tokens * _token_values(model) * item
+    return int(widest * dit.hidden_size * item) + rotary + tokens * _token_values(model) * item
+
+
+def _meet(item: int, ulysses: int, ring: int) -> float:
+    """What joint attention holds beside q, k and v, in tensors of a rank's rows."""
+    wide, cast = 4 / item, 4 / item if item < 4 else 0  # in float32, and a copy where that is another precision
+    chunk = 3 if ulysses > 1 else 0  # q, k, v of a chunk's tokens and some heads
+    trade = chunk + 4 if ulysses > 1 else 1  # attended rows, and on their way back: packed, received, unpacked
+    if ring == 1:
+        return trade
+    moving = 2 * (2 if ring > 2 else 1)  # k and v that are here and, unless it is the last hop, those that arrive
+    return max(trade, chunk + moving + 2 * wide + 1 + cast)  # two partial results and their merged sum
+
+
+def _rotate(item: int) -> float:
+    """What turning q or k by its positions holds, in float32: a copy, and half of the channels three times or all."""
+    wide = 4 / item
+    return (wide if item < 4 else 0) + 2 * wide
 
 
 def _token_values(model: ModelShape) -> int:
