@@ -18,8 +18,10 @@ from hv_batch.job.cost import Work, plan_ranks, rank_traffic
 from hv_batch.job.gpus import GPUS, HOST_LINK, decode_seconds, denoise_seconds, find_gpu, forward_seconds
 from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint, memory_problems
 from hv_batch.job.model import ModelShape
+from hv_batch.job.progress import Progress
 from hv_batch.plan import make_plan, render_plan
 from hv_batch.protocol import UserError
+from hv_batch.runtime.render import render
 from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +210,17 @@ def test_a_run_that_cannot_fit_is_refused_with_every_reason(manifest):
     assert any("encoders.gpus" in line for line in found)
     with pytest.raises(UserError, match=r"does not fit into GPU memory:\n  - "):
         make_plan(config, manifest, GPUS["h100"])
+
+
+def test_a_run_that_cannot_fit_claims_no_output_root(manifest, tmp_path):
+    """P6: `hv-batch run` refuses it as the plan does, before Ray starts and before anything is written."""
+    base = write_toy_checkpoint(tmp_path)
+    shares = ("groups.gpus_per_rank=1", "encoders.gpus=1", "decoders.gpus=1")
+    overrides = ["gpu_memory_gib=1", "parallel.device=cuda", *shares]
+    config = with_model_base(load_config(str(shipped("demo_cpu.yaml")), overrides), base)
+    with pytest.raises(UserError, match="does not fit into GPU memory"):
+        render(config, manifest, str(tmp_path / "out"), address=None, progress=Progress())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_fits_and_a_memory_unknown_are_let_through():
