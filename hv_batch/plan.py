@@ -13,6 +13,7 @@ from typing import Any
 from hv_batch.job.config import RunConfig
 from hv_batch.job.cost import Work, count_work, decode_flops, forward_flops, plan_ranks, rank_traffic
 from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
+from hv_batch.job.inputs import public_url
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import (
     GIB,
@@ -50,7 +51,12 @@ def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
     model = ModelShape.from_options(config.model.options)
     work = count_work(iter_samples(manifest, config))
     return {
-        "manifest": {"url": manifest_url, "rows": summary.rows, "samples": summary.samples, "shards": summary.shards},
+        "manifest": {
+            "url": public_url(manifest_url),
+            "rows": summary.rows,
+            "samples": summary.samples,
+            "shards": summary.shards,
+        },
         "work": [_work(model, kind, count) for kind, count in sorted(work.items())],
         "components": _components(model),
         "memory": _memory(config, model, work, gpu),

@@ -53,9 +53,9 @@ def denoiser_footprint(model: ModelShape, tokens: int, ulysses: int, ring: int) 
     resident = model.dit_bytes
     if model.offload:
         resident += 2 * model.largest_block_bytes - model.streamed_bytes
-    if model.fp8:  # one weight at a time is dequantised: the widest Linear's
+    if model.fp8:  # one weight at a time is dequantised, the widest Linear's: before and after its scale
         width = model.dit.hidden_size
-        resident += width * (3 * width + model.dit.mlp_width) * ITEMSIZE[model.precision]
+        resident += 2 * width * (3 * width + model.dit.mlp_width) * ITEMSIZE[model.precision]
     # The sampler keeps them in float32, whole on every rank: before the step, velocity, its product, after the step.
     latents = 4 * tokens * _token_values(model) * 4
     return Footprint(resident, dit_activations(model, tokens, ulysses, ring) + latents)

@@ -19,6 +19,8 @@ ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that these numbers
 
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
 
+DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as this engine's
+
 T = TypeVar("T")
 
 
@@ -95,7 +97,7 @@ class ModelShape:
             if options.get(name) in ITEMSIZE
         }
         return cls(
-            dit=_shape(DiTShape, options.get("dit") or {}),
+            dit=_shape(DiTShape, {**_dit_beside(base, options.get("dit_weight")), **(options.get("dit") or {})}),
             vae=_shape(VAEShape, _read_json(base / "hunyuan-video-t2v-720p" / "vae" / "config.json")),
             llama=_shape(LlamaShape, _read_json(base / "text_encoder" / "config.json")),
             clip=_shape(ClipShape, _clip_text(_read_json(base / "text_encoder_2" / "config.json"))),
@@ -118,6 +120,13 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _dit_beside(base: Path, dit_weight: Any) -> Mapping[str, Any]:
+    """What a config.json beside the DiT's weights says, if it is one of this engine's."""
+    place = Path(str(dit_weight)).expanduser() if dit_weight else base / "hunyuan-video-t2v-720p" / "transformers"
+    values = _read_json((place if place.is_dir() else place.parent) / "config.json")
+    return values if values.get("_class_name") == DIT_CLASS else {}
 
 
 def _clip_text(values: Mapping[str, Any]) -> Mapping[str, Any]:

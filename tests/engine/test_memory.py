@@ -143,7 +143,7 @@ def test_offloading_and_fp8_leave_less_on_the_device():
     dit = DiTShape()
     assert plain.weights == 2 * dit.parameters
     assert offloaded.weights == 2 * (dit.parameters - dit.blocks) + 2 * 2 * dit.double_block
-    assert plain.weights - fp8.weights == pytest.approx(dit.block_linears, rel=0.02)
+    assert plain.weights - fp8.weights == pytest.approx(dit.block_linears, rel=0.03)
     assert plain.activations == offloaded.activations == fp8.activations
 
 
