@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.fp8 import block_linears, hold_in_fp8, quantise
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
@@ -112,6 +113,23 @@ def test_the_next_block_is_fetched_ahead_and_once(monkeypatch):
     with streamer.resident(0):
         assert fetched == [0, 1, 2, 3, 4, 0], "block 0 was fetched at the end of the step before"
     assert fetched[-1] == 1
+
+
+def test_fp8_weights_stream_with_their_scales():
+    """Both savings together: a block's 8-bit weights and the buffers that hold their scales pass through."""
+    model = frozen(config(), torch.bfloat16)
+    linears = block_linears(model)
+    quantised = {name: quantise(linear.weight) for name, linear in linears.items()}
+    biases = {name: linear.bias for name, linear in linears.items()}
+    before = max(block_bytes(model))
+    hold_in_fp8(model, linears)
+    for name, (weight, scale) in quantised.items():
+        state = {"weight": weight, "bias": biases[name], "scale": scale.to(torch.bfloat16)}
+        model.get_submodule(name).load_state_dict(state, assign=True)
+    expected = model(**inputs())
+    streamer = offload_blocks(model.requires_grad_(False), CPU, pinned=True)
+    assert torch.equal(model(**inputs()), expected)
+    assert streamer.device_bytes < 2 * 0.7 * before
 
 
 def test_a_step_that_failed_leaves_nothing_behind():
