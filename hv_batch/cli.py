@@ -97,6 +97,22 @@ def status(
     print(json.dumps(found.to_dict(), indent=1) if as_json else found.render())
 
 
+@app.command()
+def plan(
+    config: Annotated[str, typer.Option(help="YAML file or URL")],
+    manifest: Annotated[str, typer.Option(help="prompts: JSONL or Parquet, file or URL")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="H100, H200, A100, H20 or L40S")] = "H100",
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Tell what a run will need and cost: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
+    from hv_batch.job.gpus import find_gpu
+    from hv_batch.plan import make_plan, render_plan  # the engine takes seconds to import
+
+    found = make_plan(load_config(config, overrides or []), manifest, find_gpu(gpu))
+    print(json.dumps(found, indent=1) if as_json else render_plan(found))
+
+
 def main() -> None:
     """Entry point: errors that the user can mend are one paragraph on stderr, not a traceback."""
     try:

@@ -10,7 +10,6 @@ Flags are read in `sample_options`, files written in `sample_files`.
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import random
 import sys
@@ -173,12 +172,8 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "flow_reverse": options.flow_reverse,
         "fp8": "storage" if options.use_fp8 else "none",
         "vae_tile": None if options.vae_tiling else UNTILED,
+        "offload": "blocks" if options.use_cpu_offload else "none",
     }
-    if options.use_cpu_offload:
-        if "offload" in inspect.signature(HunyuanVideo).parameters:
-            chosen["offload"] = "blocks"
-        else:
-            _say("--use-cpu-offload is not there yet and changes nothing")
     return chosen
 
 

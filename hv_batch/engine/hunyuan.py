@@ -23,6 +23,7 @@ from hv_batch.engine import sampler
 from hv_batch.engine.attention import KERNELS, choose_kernel
 from hv_batch.engine.checkpoint import CheckpointTree, revision
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
 from hv_batch.engine.text import TextEmbedding, TextTowers
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from hv_batch.protocol import Engine
 
 PRECISIONS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OFFLOADS = ("none", "blocks", "mapped")
 
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ T = TypeVar("T")
 class HunyuanVideo:
     """The engine of this package (satisfies `hv_batch.protocol.Engine`).
 
-    Options, all of them part of a video's identity except paths:
+    Options, all of them part of a video's identity except paths and `offload`:
 
     - `model_base`: the checkpoint tree (spec section 7); `dit_weight`: another DiT file, or a folder that holds one;
       `load_key`: which of the file's sets of tensors, "module" or "ema"
@@ -55,6 +57,8 @@ class HunyuanVideo:
     - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
       dtype of the prompt embedding, for those who reproduce an old seed
     - `flow_reverse`: the direction of sampling; the released model is sampled with it
+    - `offload`: where the weights of the DiT's blocks are. "none": on the device; "blocks": in pinned host memory of
+      every rank; "mapped": in the checkpoint file's pages, which the ranks of a node share
 
     Raises UserError for a value that is not allowed.
     """
@@ -75,6 +79,7 @@ class HunyuanVideo:
         vae_tile: Mapping[str, Any] | None = None,
         noise: str = "cpu-fp32",
         flow_reverse: bool = True,
+        offload: str = "none",
     ) -> None:
         # Absolute, because an actor's working folder is not the driver's.
         dit_path = None if dit_weight is None else _path("dit_weight", dit_weight)
@@ -96,6 +101,7 @@ class HunyuanVideo:
         if not isinstance(flow_reverse, bool):
             raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true, false.")
         self._recipe = Recipe(_choice("noise", noise, NOISES), flow_reverse)
+        self._offload = _choice("offload", offload, OFFLOADS)
 
     def check(self) -> list[str]:
         """Missing files, unreadable files and tensors that do not fit, one sentence each; reads no tensor data."""
@@ -151,7 +157,10 @@ class HunyuanVideo:
         device = _claim(place.device, place.local_rank)
         dtype = self._dtype("precision")
         choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
-        model = load_dit(self._tree, self._dit_config, self._attention, dtype, device, self._fp8)
+        home = device if self._offload == "none" else torch.device("cpu")
+        model = load_dit(self._tree, self._dit_config, self._attention, dtype, home, self._fp8)
+        if self._offload != "none":
+            offload_blocks(model, device, pinned=self._offload == "blocks")
         mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)
         return HunyuanDenoiser(model, mesh, device, self._recipe)
 

@@ -190,6 +190,8 @@ class RunConfig(_Section):
     media: MediaConfig = MediaConfig()
     retries: RetriesConfig = RetriesConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one GPU. Given, a run whose largest shape cannot fit is refused before it starts."""
 
     @field_validator("seed", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from hv_batch.job import layout
 from hv_batch.job.config import RunConfig
 from hv_batch.job.inputs import public_url, public_values
 from hv_batch.job.manifest import Manifest
+from hv_batch.job.memory import check_memory
 from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
@@ -110,6 +111,7 @@ def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progr
             progress.say(f"note: {note}")
     if found:
         raise UserError("\n".join(found))
+    check_memory(config, summary.shapes)  # last: it trusts the options that the engine has accepted
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**config.identity(), "model": engine.identity(), "manifest": summary.digest}

@@ -1,0 +1,178 @@
+"""The networks by their numbers: widths, and the parameters that follow. The engine without torch, to plan with.
+
+The defaults are the released model (spec sections 2, 3 and 5); tests compare every sum with the modules themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hv_batch.protocol import LATENT_CHANNELS
+
+TIMESTEP_WIDTH = 256  # of the sinusoid in front of the timestep embedders
+REFINER_MLP_RATIO = 4
+SKIPPED_LAYERS = 2  # of the LLaMA tower, which are never loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTShape:
+    """The transformer; fields are named as in the engine's `dit` option."""
+
+    in_channels: int = LATENT_CHANNELS
+    out_channels: int = LATENT_CHANNELS
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hidden_size: int = 3072
+    heads_num: int = 24
+    mlp_width_ratio: float = 4.0
+    mm_double_blocks_depth: int = 20
+    mm_single_blocks_depth: int = 40
+    text_states_dim: int = 4096
+    text_states_dim_2: int = 768
+    guidance_embed: bool = True
+    refiner_depth: int = 2
+
+    @property
+    def depth(self) -> int:
+        return self.mm_double_blocks_depth + self.mm_single_blocks_depth
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads_num
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.hidden_size * self.mlp_width_ratio)
+
+    @property
+    def double_linears(self) -> int:
+        """Weights of the Linears of a double-stream block."""
+        width = self.hidden_size
+        return 2 * width * (6 * width + 3 * width + width + 2 * self.mlp_width)
+
+    @property
+    def double_block(self) -> int:
+        """Parameters of a double-stream block: the Linears, their biases, and the norms of Q and K."""
+        return self.double_linears + 2 * (11 * self.hidden_size + self.mlp_width) + 4 * self.head_dim
+
+    @property
+    def single_linears(self) -> int:
+        width = self.hidden_size
+        return width * (3 * width + self.mlp_width) + width * (width + self.mlp_width) + 3 * width * width
+
+    @property
+    def single_block(self) -> int:
+        return self.single_linears + 7 * self.hidden_size + self.mlp_width + 2 * self.head_dim
+
+    @property
+    def blocks(self) -> int:
+        return self.mm_double_blocks_depth * self.double_block + self.mm_single_blocks_depth * self.single_block
+
+    @property
+    def block_linears(self) -> int:
+        """The weights that FP8 stores in one byte each (spec section 6)."""
+        return self.mm_double_blocks_depth * self.double_linears + self.mm_single_blocks_depth * self.single_linears
+
+    @property
+    def parameters(self) -> int:
+        width = self.hidden_size
+        patch = math.prod(self.patch_size)
+        timestep = _linear(TIMESTEP_WIDTH, width) + _linear(width, width)
+        refiner_mlp = REFINER_MLP_RATIO * width
+        refiner_block = (
+            4 * width  # two affine norms
+            + _linear(width, 3 * width)
+            + _linear(width, width)
+            + _linear(width, refiner_mlp)
+            + _linear(refiner_mlp, width)
+            + _linear(width, 2 * width)
+        )
+        return (
+            self.blocks
+            + _linear(self.in_channels * patch, width)
+            + 2 * (_linear(self.text_states_dim, width))  # into the refiner, and into its modulation
+            + _linear(width, width)
+            + self.refiner_depth * refiner_block
+            + timestep * (3 if self.guidance_embed else 2)  # the model's, the refiner's, the guidance's
+            + _linear(self.text_states_dim_2, width)
+            + _linear(width, width)
+            + _linear(width, patch * self.out_channels)
+            + _linear(width, 2 * width)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VAEShape:
+    """The causal VAE; fields are named as in its config.json."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+
+    @property
+    def parameters(self) -> int:
+        """Encoder and decoder: both are loaded, the decoder alone is used."""
+        widths, layers = self.block_out_channels, self.layers_per_block
+        reverse = widths[::-1]
+        encoder = _conv(3, widths[0]) + _conv(widths[-1], 2 * LATENT_CHANNELS) + 2 * widths[-1]
+        decoder = _conv(LATENT_CHANNELS, reverse[0]) + _conv(reverse[-1], 3) + 2 * reverse[-1]
+        encoder += sum(_resnets(a, b, layers) for a, b in pairwise((widths[0], *widths)))
+        decoder += sum(_resnets(a, b, layers + 1) for a, b in pairwise((reverse[0], *reverse)))
+        # All levels but the innermost of the encoder, and the outermost of the decoder, end in a resampler.
+        resamplers = sum(_conv(width, width) for width in (*widths[:-1], *reverse[:-1]))
+        attention = 4 * _linear(widths[-1], widths[-1]) + 2 * widths[-1]
+        middles = 2 * (_resnets(widths[-1], widths[-1], 2) + attention)
+        quant = _linear(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS) + _linear(LATENT_CHANNELS, LATENT_CHANNELS)
+        return encoder + decoder + resamplers + middles + quant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaShape:
+    """The LLaMA tower as loaded: without its last two layers, its final norm and its head. Named as in config.json."""
+
+    vocab_size: int = 128_320
+    hidden_size: int = 4096
+    intermediate_size: int = 14_336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+
+    @property
+    def parameters(self) -> int:
+        width, heads = self.hidden_size, self.num_attention_heads
+        attention = 2 * width * width + 2 * width * (width // heads * self.num_key_value_heads)
+        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        return self.vocab_size * width + (self.num_hidden_layers - SKIPPED_LAYERS) * layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipShape:
+    """CLIP's text tower. Named as in config.json."""
+
+    vocab_size: int = 49_408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    max_position_embeddings: int = 77
+
+    @property
+    def parameters(self) -> int:
+        width, inner = self.hidden_size, self.intermediate_size
+        layer = 4 * _linear(width, width) + _linear(width, inner) + _linear(inner, width) + 4 * width
+        embeddings = (self.vocab_size + self.max_position_embeddings) * width
+        return embeddings + self.num_hidden_layers * layer + 2 * width
+
+
+def _linear(ins: int, outs: int) -> int:
+    return ins * outs + outs
+
+
+def _conv(ins: int, outs: int) -> int:
+    return 27 * ins * outs + outs
+
+
+def _resnets(ins: int, outs: int, layers: int) -> int:
+    """`layers` resnets, of which the first changes the width."""
+    shortcut = _linear(ins, outs) if ins != outs else 0
+    first = 2 * ins + 2 * outs + _conv(ins, outs) + _conv(outs, outs) + shortcut
+    return first + (layers - 1) * (4 * outs + 2 * _conv(outs, outs))

@@ -1,0 +1,154 @@
+"""What a sample costs, before it is rendered: operations of each stage, and bytes that ranks send each other.
+
+Pure functions of the model's numbers and of a video's shape (spec section 2). Seconds are the business of
+`hv_batch.job.gpus`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hv_batch.job.architecture import VAEShape
+from hv_batch.job.memory import MAX_TEXT_TOKENS, Shape, count_tokens
+from hv_batch.job.model import ITEMSIZE, ModelShape
+from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+
+if TYPE_CHECKING:
+    from hv_batch.job.samples import Sample
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Work:
+    """What decides a sample's cost."""
+
+    shape: Shape
+    steps: int
+    branches: int  # 2 with classifier-free guidance
+
+    @property
+    def tokens(self) -> int:
+        return count_tokens(self.shape)
+
+    @property
+    def forwards(self) -> int:
+        """Passes through the DiT."""
+        return self.steps * self.branches
+
+
+def count_work(samples: Iterable[Sample]) -> Counter[Work]:
+    """The samples of each kind of work; as many entries as kinds, however long the manifest (P7)."""
+    return Counter(
+        Work(
+            (sample.params.height, sample.params.width, sample.params.num_frames),
+            sample.params.num_inference_steps,
+            2 if sample.params.uses_cfg else 1,
+        )
+        for sample in samples
+    )
+
+
+def forward_flops(model: ModelShape, tokens: int) -> float:
+    """One pass of one item through the DiT; the text's share, below 1 % at video sizes, is left out as in the spec."""
+    return linear_flops(model, tokens) + attention_flops(model, tokens)
+
+
+def linear_flops(model: ModelShape, tokens: int) -> float:
+    dit = model.dit
+    # Q, K, V, the projection out, and the MLP of the image stream. Both kinds of block have as many.
+    return 2.0 * tokens * dit.depth * dit.hidden_size * (4 * dit.hidden_size + 2 * dit.mlp_width)
+
+
+def attention_flops(model: ModelShape, tokens: int) -> float:
+    return 4.0 * tokens**2 * model.dit.hidden_size * model.dit.depth
+
+
+def decode_flops(model: ModelShape, shape: Shape) -> float:
+    """All tiles of a video through the VAE's decoder."""
+    return sum(count * tile_flops(model.vae, tile) for tile, count in count_tiles(model, shape).items())
+
+
+def count_tiles(model: ModelShape, shape: Shape) -> Counter[Shape]:
+    """The tiles of a video, by latent (frames, height, width): the geometry of spec section 5."""
+    height, width, frames = shape
+    latent = ((frames - 1) // TEMPORAL_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+    tile = model.tile
+    in_time = [latent[0]]
+    if latent[0] > tile.frames:
+        stride = tile.frames - int(tile.frames * tile.overlap)
+        in_time = [min(tile.frames + 1, latent[0] - start) for start in range(0, latent[0] - 1, stride)]
+    tiled = max(latent[1:]) > tile.side
+    rows, columns = (_cut(side, tile.side, tile.overlap) if tiled else [side] for side in latent[1:])
+    return Counter((t, h, w) for t in in_time for h in rows for w in columns)
+
+
+def _cut(side: int, tile: int, overlap: float) -> list[int]:
+    return [min(tile, side - start) for start in range(0, side, tile - int(tile * overlap))]
+
+
+def tile_flops(vae: VAEShape, tile: Shape) -> float:
+    """One tile of latents (frames, height, width) through the decoder, as the engine computes it."""
+    frames, height, width = tile
+    widths = vae.block_out_channels[::-1]
+    area = frames * height * width
+    macs = area * 27.0 * LATENT_CHANNELS * widths[0]
+    macs += area * (4 * 27 + 4) * widths[0] ** 2  # two resnets; the projections of the attention
+    macs += area**2 * widths[0]  # a token sees the frames up to its own: half of all pairs, twice (scores, values)
+    before = widths[0]
+    for level, after in enumerate(widths):
+        area = frames * height * width
+        shortcut = before if before != after else 0
+        macs += area * after * (27 * (before + after) + shortcut + vae.layers_per_block * 54 * after)
+        if level < len(widths) - 1:
+            doubles_time = level > 0  # counted from the latents: space, then twice space and time
+            frames, height, width = (2 * frames - 1 if doubles_time else frames), 2 * height, 2 * width
+            # Upsampling merges the taps that meet equal inputs: 2 a doubled axis instead of 3.
+            macs += frames * height * width * after**2 * (8 if doubles_time else 12)
+        before = after
+    return 2.0 * (macs + frames * height * width * 27.0 * widths[-1] * 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that one rank sends in one pass through the DiT."""
+
+    ulysses: float  # while nothing computes
+    ring: float  # while attention computes
+    gather: float  # the velocity, at the end
+
+    @property
+    def total(self) -> float:
+        return self.ulysses + self.ring + self.gather
+
+
+def rank_traffic(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = MAX_TEXT_TOKENS) -> Traffic:
+    """The rank that sends most, with prompts of `text` tokens."""
+    dit, item = model.dit, ITEMSIZE[model.precision]
+    ranks = ulysses * ring
+    local = -(-tokens // ranks)
+    row = dit.hidden_size * item
+    # To each of the others 1/u of the heads: q, k, v of the own rows; back, attended rows and as many of the text.
+    abroad = (ulysses - 1) / ulysses
+    per_block = abroad * (3 * local * row + (local + text) * row)
+    # Keys and values of a chunk of u shards, 1/u of the heads, are passed on ring - 1 times.
+    passed = (ring - 1) * 2 * local * row
+    replicated = text * row / ulysses if ring > 1 else 0  # ring rank 0's text rows, to all
+    values = dit.out_channels * math.prod(dit.patch_size)
+    return Traffic(
+        ulysses=dit.depth * (per_block + replicated),
+        ring=float(dit.depth * passed),
+        gather=float((ranks - 1) * local * values * item),
+    )
+
+
+def plan_ranks(heads: int, ranks: int) -> tuple[int, int]:
+    """(Ulysses degree, ring degree) of a group: as much Ulysses as the heads allow, because it sends less."""
+    ulysses = max(degree for degree in _divisors(ranks) if heads % degree == 0)
+    return ulysses, ranks // ulysses
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)

@@ -1,0 +1,98 @@
+"""How fast GPUs are: from operations and bytes to seconds.
+
+Peaks are the vendors' figures for dense bf16. What is reached of them is fitted to published runs of the released code
+(spec section 9), whose attention kernel this engine's "sdpa" is; figures without such an anchor are assumptions, and
+say so. Everything here is an estimate for planning: tests hold it within 13 % of the published series it was fitted to.
+
+An efficiency is that of a whole step at 720x1280x129, 87 % attention. Smaller shapes, where the faster matrix products
+weigh more, take somewhat less than predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hv_batch.job.cost import Work, attention_flops, decode_flops, forward_flops, rank_traffic
+from hv_batch.job.model import ModelShape
+from hv_batch.protocol import UserError
+
+# Bytes/s a rank sends to its group over NVLink, kernel launches and packing included. One figure fits the published
+# series of H100, H800 and H20, 1 to 8 ranks (the links themselves are 4 times as fast).
+NVLINK = 100e9
+PCIE = 10e9  # a rank of eight over PCIe 4; assumed
+
+# Bytes/s from pinned host memory to one GPU: 80 % of PCIe 4 x16; assumed.
+HOST_LINK = 25e9
+
+# Of the peak, while decoding. Fitted to one figure, of another engine: 5.71 s for 480x848x77 on an H200.
+DECODE_EFFICIENCY = 0.15
+
+ENCODE_SECONDS = 0.1  # a prompt, on any of these GPUs: the LLaMA tower's 14 GB are read once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    name: str
+    tflops: float  # dense bf16 peak
+    memory_gib: float
+    efficiency: float  # of the peak, in a DiT step on one GPU
+    link: float  # bytes/s to the other ranks
+    anchor: str  # what the efficiency is fitted to
+
+
+_H100 = "34.2 s a step at 720x1280x129 on one H100"
+
+GPUS: Mapping[str, Gpu] = {
+    gpu.name.lower(): gpu
+    for gpu in (
+        Gpu(name="H100", tflops=989, memory_gib=79.6, efficiency=0.355, link=NVLINK, anchor=_H100),
+        Gpu(name="H200", tflops=989, memory_gib=140.4, efficiency=0.355, link=NVLINK, anchor=f"{_H100} (same cores)"),
+        Gpu(
+            name="A100",
+            tflops=312,
+            memory_gib=80.0,
+            efficiency=0.67,
+            link=NVLINK,
+            anchor="50 min for 720p on one A800, less 2 min of decoding",
+        ),
+        Gpu(
+            name="H20",
+            tflops=148,
+            memory_gib=95.6,
+            efficiency=0.62,
+            link=NVLINK,
+            anchor="6639 s at 720x1280x129 on one H20, less 2 min of decoding",
+        ),
+        Gpu(name="L40S", tflops=362, memory_gib=45.0, efficiency=0.5, link=PCIE, anchor="none: assumed"),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """Raises UserError for a GPU that is not in the table."""
+    if gpu := GPUS.get(name.lower()):
+        return gpu
+    raise UserError(f"GPU {name!r} is not known; known are {', '.join(gpu.name for gpu in GPUS.values())}.")
+
+
+def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring: int) -> float:
+    """One pass of one item through the DiT, on a group of ulysses x ring ranks."""
+    ranks = ulysses * ring
+    rate = gpu.tflops * 1e12 * gpu.efficiency
+    local = -(-tokens // ranks) / tokens  # with the padding that the tail shards carry
+    computing = forward_flops(model, tokens) * local / rate
+    traffic = rank_traffic(model, tokens, ulysses, ring)
+    # A ring passes keys on while it computes with those it has: all hops but the last can hide.
+    hidden = attention_flops(model, tokens) * local / rate * (ring - 1) / ring
+    waiting = (traffic.ulysses + traffic.gather) / gpu.link + max(0.0, traffic.ring / gpu.link - hidden)
+    # Streamed weights arrive while the block before computes.
+    return max(computing + waiting, model.streamed_bytes / HOST_LINK)
+
+
+def denoise_seconds(gpu: Gpu, model: ModelShape, work: Work, ulysses: int, ring: int) -> float:
+    return work.forwards * forward_seconds(gpu, model, work.tokens, ulysses, ring)
+
+
+def decode_seconds(gpu: Gpu, model: ModelShape, work: Work) -> float:
+    return decode_flops(model, work.shape) / (gpu.tflops * 1e12 * DECODE_EFFICIENCY)

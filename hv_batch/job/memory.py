@@ -1,0 +1,186 @@
+"""Peak memory of each kind of worker, computed before any GPU is taken.
+
+Activations are counted by reading the engine: the formulas below name the tensors that are alive at the widest points
+of a pass, so a change of the engine's code changes them. Tests hold them against every allocation of real passes: of
+groups at toy width, and of one rank at the released width and size (traced, not computed). What these cannot see is
+what a kernel allocates within itself and what the libraries keep: `RESERVE_BYTES`, an assumption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
+from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, UserError
+
+if TYPE_CHECKING:
+    from hv_batch.job.config import RunConfig
+
+GIB = 2**30
+
+# CUDA context, workspaces of cuBLAS and cuDNN, NCCL's buffers, gaps between the allocator's blocks. Not measured.
+RESERVE_BYTES = 2 * GIB
+
+MAX_TEXT_TOKENS = 256
+TEMPLATE_TOKENS = 95  # of the video template, in front of the prompt while the LLaMA tower reads it
+
+Shape = tuple[int, int, int]  # height, width, frames
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes on one device."""
+
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + RESERVE_BYTES
+
+
+def count_tokens(shape: Shape) -> int:
+    """Image tokens of the DiT."""
+    height, width, frames = shape
+    return ((frames - 1) // TEMPORAL_COMPRESSION + 1) * (height // SIZE_MULTIPLE) * (width // SIZE_MULTIPLE)
+
+
+def denoiser_footprint(model: ModelShape, tokens: int, ulysses: int, ring: int) -> Footprint:
+    """One rank of a group."""
+    resident = model.dit_bytes
+    if model.offload:
+        resident += 2 * model.largest_block_bytes - model.streamed_bytes
+    if model.fp8:  # one weight at a time is dequantised, the widest Linear's: before and after its scale
+        width = model.dit.hidden_size
+        resident += 2 * width * (3 * width + model.dit.mlp_width) * ITEMSIZE[model.precision]
+    # The sampler keeps them in float32, whole on every rank: before the step, velocity, its product, after the step.
+    latents = 4 * tokens * _token_values(model) * 4
+    return Footprint(resident, dit_activations(model, tokens, ulysses, ring) + latents)
+
+
+def dit_activations(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = MAX_TEXT_TOKENS) -> int:
+    """Bytes of one forward of one item, at its widest. Guidance branches run one after the other."""
+    dit, item, mlp = model.dit, ITEMSIZE[model.precision], model.dit.mlp_width_ratio
+    local = -(-tokens // (ulysses * ring))
+    rows = local + text
+    attending = max(_meet(item, ulysses, ring), _rotate(item))
+    widest = 0.0  # in tensors of one row of hidden channels, in the model's precision
+    if dit.mm_double_blocks_depth:
+        # The image's MLP: stream before and after attention, attended, modulated; hidden layer before and after GELU.
+        # Meanwhile of the text: stream and attended.
+        widest = max(widest, local * (4 + 2 * mlp) + text * 2)
+        widest = max(widest, rows * (1 + 3 + attending))  # stream; q, k, v
+    if dit.mm_single_blocks_depth:
+        fused = 2 + 3 + mlp  # stream, before the blocks and now; q, k, v and the MLP's input
+        widest = max(widest, rows * (fused + 1 + mlp + 1 + mlp))  # attended; after GELU; both joined
+        widest = max(widest, rows * (fused + attending))
+    rotary = local * dit.head_dim * 4  # cos and sin, half of the head's channels each, float32
+    return int(widest * dit.hidden_size * item) + rotary + tokens * _token_values(model) * item
+
+
+def _meet(item: int, ulysses: int, ring: int) -> float:
+    """What joint attention holds beside q, k and v, in tensors of a rank's rows."""
+    wide, cast = 4 / item, 4 / item if item < 4 else 0  # in float32, and a copy where that is another precision
+    chunk = 3 if ulysses > 1 else 0  # q, k, v of a chunk's tokens and some heads
+    trade = chunk + 4 if ulysses > 1 else 1  # attended rows, and on their way back: packed, received, unpacked
+    if ring == 1:
+        return trade
+    moving = 2 * (2 if ring > 2 else 1)  # k and v that are here and, unless it is the last hop, those that arrive
+    return max(trade, chunk + moving + 2 * wide + 1 + cast)  # two partial results and their merged sum
+
+
+def _rotate(item: int) -> float:
+    """What turning q or k by its positions holds, in float32: a copy, and half of the channels three times or all."""
+    wide = 4 / item
+    return (wide if item < 4 else 0) + 2 * wide
+
+
+def _token_values(model: ModelShape) -> int:
+    """Latent values of one token."""
+    return model.dit.in_channels * math.prod(model.dit.patch_size)
+
+
+def encoder_footprint(model: ModelShape) -> Footprint:
+    """Both text towers, reading one prompt."""
+    llama, item = model.llama, ITEMSIZE[model.text_encoder_precision]
+    tokens = MAX_TEXT_TOKENS + TEMPLATE_TOKENS
+    # In a layer's MLP: gate, up and their product, beside the stream and its norm in float32.
+    return Footprint(
+        model.text_bytes, tokens * (3 * llama.intermediate_size * item + llama.hidden_size * (2 * item + 8))
+    )
+
+
+def decoder_footprint(model: ModelShape, shape: Shape) -> Footprint:
+    """The VAE, decoding tile by tile."""
+    return Footprint(model.vae_bytes, decode_activations(model, shape))
+
+
+def decode_activations(model: ModelShape, shape: Shape) -> int:
+    """Bytes while the largest tile of a video is decoded."""
+    height, width, frames = shape
+    tile, item = model.tile, ITEMSIZE[model.vae_precision]
+    latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
+    in_tile = latent_frames if latent_frames <= tile.frames else tile.frames + 1
+    tile_frames = (in_tile - 1) * TEMPORAL_COMPRESSION + 1
+    tiled = max(height, width) > tile.spatial_px
+    tall, broad = (min(side, tile.spatial_px) if tiled else side for side in (height, width))
+    # The last level, at full resolution, is the widest. Its first resnet: input, normed, padded by 2 frames and by one
+    # pixel around, output. A later one: the level's input, its own, hidden before and after norm, padded, output.
+    narrow, before = model.vae.block_out_channels[:2]
+    padding = (tile_frames + 2) * (tall + 2) * (broad + 2) / (tile_frames * tall * broad)
+    channels = max((2 + padding) * before + narrow, before + (4 + padding) * narrow)
+    decoding = channels * tile_frames * tall * broad * item
+    # Frames of a temporal tile: being put together, and the tile before in the hands of the caller.
+    frames_held = 3 * tile_frames * height * width * item
+    whole = frames_held * ((2 if latent_frames > tile.frames else 1) + tile.overlap if tiled else 1)
+    return int(decoding + whole)
+
+
+def check_memory(config: RunConfig, shapes: Iterable[Shape]) -> None:
+    """Raises UserError when `gpu_memory_gib` is given and a worker needs more than its share of it (P6).
+
+    The engine must have accepted the config's options.
+    """
+    if short := memory_problems(config, shapes):
+        raise UserError("This run does not fit into GPU memory:\n" + "\n".join(f"  - {line}" for line in short))
+
+
+def memory_problems(config: RunConfig, shapes: Iterable[Shape]) -> list[str]:
+    """Which workers cannot hold what they must, one sentence each; empty where `gpu_memory_gib` is not given."""
+    if config.gpu_memory_gib is None or config.parallel.device != "cuda" or config.model.engine != ENGINE:
+        return []
+    model = ModelShape.from_options(config.model.options)
+    return list(_shortages(config, config.gpu_memory_gib, model, set(shapes)))
+
+
+def _shortages(config: RunConfig, gib: float, model: ModelShape, shapes: set[Shape]) -> Iterator[str]:
+    parallel = config.parallel
+    for shape in sorted(shapes):
+        need = denoiser_footprint(model, count_tokens(shape), parallel.ulysses_degree, parallel.ring_degree).total
+        if need > gib * config.groups.gpus_per_rank * GIB:
+            yield (
+                f"{_named(shape)} needs about {need / GIB:.1f} GiB on each rank of a group, and gpu_memory_gib = "
+                f"{gib:g} with groups.gpus_per_rank = {config.groups.gpus_per_rank:g}; raise parallel.ulysses_degree "
+                "or ring_degree, set model.options.offload to blocks, or render it smaller"
+            )
+        need = decoder_footprint(model, shape).total
+        if need > gib * config.decoders.gpus * GIB:
+            yield (
+                f"{_named(shape)} needs about {need / GIB:.1f} GiB to decode, and gpu_memory_gib = {gib:g} with "
+                f"decoders.gpus = {config.decoders.gpus:g}; raise decoders.gpus, or set smaller tiles in "
+                "model.options.vae_tile (which changes the pixels)"
+            )
+    need = encoder_footprint(model).total
+    if need > gib * config.encoders.gpus * GIB:
+        yield (
+            f"the text encoders need about {need / GIB:.1f} GiB, and gpu_memory_gib = {gib:g} with encoders.gpus = "
+            f"{config.encoders.gpus:g}; raise encoders.gpus"
+        )
+
+
+def _named(shape: Shape) -> str:
+    height, width, frames = shape
+    return f"{height}x{width}x{frames}"

@@ -1,0 +1,135 @@
+"""One model as a config describes it: its networks, precisions and options, and the bytes of its weights.
+
+Widths come from `model.options`, and from the JSON files of the checkpoint tree where there is one; what neither says
+is as released. So a plan can be made before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hv_batch.job.architecture import ClipShape, DiTShape, LlamaShape, VAEShape
+from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+
+ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that these numbers are of
+
+ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
+
+DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as this engine's
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileShape:
+    """The VAE's tiling; fields are named as in the engine's `vae_tile` option."""
+
+    spatial_px: int = 256
+    temporal_frames: int = 64
+    overlap: float = 0.25
+
+    @property
+    def side(self) -> int:
+        """Latents along height or width of a tile."""
+        return self.spatial_px // SPATIAL_COMPRESSION
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a tile, without the one that it reads in addition."""
+        return self.temporal_frames // TEMPORAL_COMPRESSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """All of it, in the precisions that are computed with."""
+
+    dit: DiTShape = field(default_factory=DiTShape)
+    vae: VAEShape = field(default_factory=VAEShape)
+    llama: LlamaShape = field(default_factory=LlamaShape)
+    clip: ClipShape = field(default_factory=ClipShape)
+    tile: TileShape = field(default_factory=TileShape)
+    precision: str = "bf16"
+    vae_precision: str = "fp16"
+    text_encoder_precision: str = "fp16"
+    fp8: bool = False
+    offload: bool = False
+
+    @property
+    def dit_bytes(self) -> int:
+        """The DiT's weights, wherever they lie."""
+        dit, itemsize = self.dit, ITEMSIZE[self.precision]
+        saved = dit.block_linears * (itemsize - 1) if self.fp8 else 0
+        return dit.parameters * itemsize - saved
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of these, what offloading leaves on the host: the blocks."""
+        if not self.offload:
+            return 0
+        return self.dit_bytes - (self.dit.parameters - self.dit.blocks) * ITEMSIZE[self.precision]
+
+    @property
+    def largest_block_bytes(self) -> int:
+        dit, itemsize = self.dit, ITEMSIZE[self.precision]
+        blocks = [(dit.double_block, dit.double_linears)] * bool(dit.mm_double_blocks_depth)
+        blocks += [(dit.single_block, dit.single_linears)] * bool(dit.mm_single_blocks_depth)
+        return max(total * itemsize - (linears * (itemsize - 1) if self.fp8 else 0) for total, linears in blocks)
+
+    @property
+    def text_bytes(self) -> int:
+        return (self.llama.parameters + self.clip.parameters) * ITEMSIZE[self.text_encoder_precision]
+
+    @property
+    def vae_bytes(self) -> int:
+        return self.vae.parameters * ITEMSIZE[self.vae_precision]
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ModelShape:
+        """From options that the engine has accepted; what neither they nor the tree say is as released."""
+        base = Path(str(options.get("model_base", ""))).expanduser()
+        precisions = {
+            name: options[name]
+            for name in ("precision", "vae_precision", "text_encoder_precision")
+            if options.get(name) in ITEMSIZE
+        }
+        return cls(
+            dit=_shape(DiTShape, {**_dit_beside(base, options.get("dit_weight")), **(options.get("dit") or {})}),
+            vae=_shape(VAEShape, _read_json(base / "hunyuan-video-t2v-720p" / "vae" / "config.json")),
+            llama=_shape(LlamaShape, _read_json(base / "text_encoder" / "config.json")),
+            clip=_shape(ClipShape, _clip_text(_read_json(base / "text_encoder_2" / "config.json"))),
+            tile=_shape(TileShape, options.get("vae_tile") or {}),
+            fp8=options.get("fp8", "none") != "none",
+            offload=options.get("offload", "none") != "none",
+            **precisions,
+        )
+
+
+def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
+    known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """A checkpoint's own words about itself; nothing where it is absent or, for the engine to tell, unreadable."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _dit_beside(base: Path, dit_weight: Any) -> Mapping[str, Any]:
+    """What a config.json beside the DiT's weights says, if it is one of this engine's."""
+    place = Path(str(dit_weight)).expanduser() if dit_weight else base / "hunyuan-video-t2v-720p" / "transformers"
+    values = _read_json((place if place.is_dir() else place.parent) / "config.json")
+    return values if values.get("_class_name") == DIT_CLASS else {}
+
+
+def _clip_text(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text half of a config of both of CLIP's towers."""
+    text: Mapping[str, Any] = values.get("text_config") or values
+    return text

@@ -1,0 +1,264 @@
+"""What a run will need and cost, told before it starts: `hv-batch plan`. Needs neither GPUs nor weights.
+
+The numbers come from `hv_batch.job.{model,memory,cost,gpus}`; this module adds them up over a manifest and shows
+them. Hours are estimates: see `hv_batch.job.gpus` for what they are fitted to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hv_batch.job.config import RunConfig
+from hv_batch.job.cost import Work, count_work, decode_flops, forward_flops, plan_ranks, rank_traffic
+from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
+from hv_batch.job.inputs import public_url
+from hv_batch.job.manifest import Manifest
+from hv_batch.job.memory import (
+    GIB,
+    RESERVE_BYTES,
+    Footprint,
+    check_memory,
+    decoder_footprint,
+    denoiser_footprint,
+    encoder_footprint,
+)
+from hv_batch.job.model import ENGINE, ModelShape
+from hv_batch.job.samples import check_manifest, iter_samples
+from hv_batch.protocol import UserError
+from hv_batch.runtime.context import build_engine
+
+GROUP_SIZES = (1, 2, 4, 8)  # what one node of eight GPUs divides into
+NODE_GPUS = 8
+DAY_S = 86_400
+HOUR_S = 3600
+
+Report = dict[str, Any]
+
+
+def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
+    """Everything there is to tell, JSON-able. Raises UserError for a config or manifest that would not run."""
+    if config.model.engine != ENGINE:
+        raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
+    engine = build_engine(config.model.engine, config.model.options)  # refuses the options that a run would refuse
+    parallel = config.parallel
+    if found := engine.group_problems(parallel.ulysses_degree, parallel.ring_degree):
+        raise UserError("; ".join(found))
+    manifest = Manifest(manifest_url)
+    summary = check_manifest(manifest, config)
+    check_memory(config, summary.shapes)
+    model = ModelShape.from_options(config.model.options)
+    work = count_work(iter_samples(manifest, config))
+    return {
+        "manifest": {
+            "url": public_url(manifest_url),
+            "rows": summary.rows,
+            "samples": summary.samples,
+            "shards": summary.shards,
+        },
+        "work": [_work(model, kind, count) for kind, count in sorted(work.items())],
+        "components": _components(model),
+        "memory": _memory(config, model, work, gpu),
+        "traffic": _traffic(config, model, work),
+        "gpus": _bill(config),
+        "estimate": {name: _estimate(config, model, work, known) for name, known in GPUS.items()},
+        "gpu": {
+            "name": gpu.name,
+            "tflops": gpu.tflops,
+            "memory_gib": gpu.memory_gib,
+            "efficiency": gpu.efficiency,
+            "fitted_to": gpu.anchor,
+        },
+        "group_sizes": [_group_size(model, work, gpu, ranks) for ranks in GROUP_SIZES],
+    }
+
+
+def _work(model: ModelShape, work: Work, samples: int) -> Report:
+    height, width, frames = work.shape
+    return {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "steps": work.steps,
+        "cfg": work.branches == 2,
+        "samples": samples,
+        "tokens": work.tokens,
+        "denoise_flops": work.forwards * forward_flops(model, work.tokens),
+        "decode_flops": decode_flops(model, work.shape),
+    }
+
+
+def _components(model: ModelShape) -> list[Report]:
+    dit = {"name": "DiT", "parameters": model.dit.parameters, "bytes": model.dit_bytes}
+    dit |= {"streamed_from_host": model.streamed_bytes} if model.offload else {}
+    return [
+        {"name": "LLaMA and CLIP", "parameters": model.llama.parameters + model.clip.parameters}
+        | {"bytes": model.text_bytes},
+        dit,
+        {"name": "VAE", "parameters": model.vae.parameters, "bytes": model.vae_bytes},
+    ]
+
+
+def _memory(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> list[Report]:
+    """Each kind of worker at the shape that needs most of it."""
+    parallel = config.parallel
+    most_tokens = max(work, key=lambda kind: kind.tokens)
+    ranks = denoiser_footprint(model, most_tokens.tokens, parallel.ulysses_degree, parallel.ring_degree)
+    decoders = {kind: decoder_footprint(model, kind.shape) for kind in work}
+    largest = max(decoders, key=lambda kind: decoders[kind].total)
+    return [
+        _stage("text encoder", encoder_footprint(model), gpu),
+        _stage("denoise rank", ranks, gpu, most_tokens),
+        _stage("VAE decoder", decoders[largest], gpu, largest),
+    ]
+
+
+def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) -> Report:
+    return {
+        "stage": name,
+        "shape": list(work.shape) if work else None,
+        "weights": footprint.weights,
+        "activations": footprint.activations,
+        "reserve": RESERVE_BYTES,
+        "total": footprint.total,
+        "fits": footprint.total <= gpu.memory_gib * GIB,
+    }
+
+
+def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work]) -> Report:
+    """Of one rank, for a sample of the shape with most tokens."""
+    parallel = config.parallel
+    kind = max(work, key=lambda kind: kind.tokens)
+    sent = rank_traffic(model, kind.tokens, parallel.ulysses_degree, parallel.ring_degree)
+    return {
+        "shape": list(kind.shape),
+        "ulysses_bytes_a_step": sent.ulysses * kind.branches,
+        "ring_bytes_a_step": sent.ring * kind.branches,
+        "bytes_a_sample": sent.total * kind.forwards,
+        "streamed_bytes_a_step": model.streamed_bytes * kind.branches,
+    }
+
+
+def _bill(config: RunConfig) -> Report:
+    groups = config.groups.count * config.parallel.world_size * config.groups.gpus_per_rank
+    encoders, decoders = config.encoders.count * config.encoders.gpus, config.decoders.count * config.decoders.gpus
+    return {"groups": groups, "encoders": encoders, "decoders": decoders, "total": groups + encoders + decoders}
+
+
+def _estimate(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
+    """Seconds of every stage over the whole manifest; they overlap, so the slowest is the run's."""
+    u, r = config.parallel.ulysses_degree, config.parallel.ring_degree
+    stages = {
+        "encode": _total(work, lambda kind: kind.branches * ENCODE_SECONDS) / config.encoders.count,
+        "denoise": _total(work, lambda kind: denoise_seconds(gpu, model, kind, u, r)) / config.groups.count,
+        "decode": _total(work, lambda kind: decode_seconds(gpu, model, kind)) / config.decoders.count,
+    }
+    hours = max(stages.values()) / HOUR_S
+    return {
+        "hours": hours,
+        "gpu_hours": hours * _bill(config)["total"],
+        "slowest": max(stages, key=lambda stage: stages[stage]),
+        "stage_hours": {stage: seconds / HOUR_S for stage, seconds in stages.items()},
+        "assumed": gpu.anchor.startswith("none"),
+    }
+
+
+def _group_size(model: ModelShape, work: Counter[Work], gpu: Gpu, ranks: int) -> Report:
+    """What denoising this manifest costs with groups of so many ranks."""
+    ulysses, ring = plan_ranks(model.dit.heads_num, ranks)
+    seconds = _total(work, lambda kind: denoise_seconds(gpu, model, kind, ulysses, ring))
+    alone = _total(work, lambda kind: denoise_seconds(gpu, model, kind, 1, 1))
+    largest = max(kind.tokens for kind in work)
+    need = denoiser_footprint(model, largest, ulysses, ring).total
+    return {
+        "ranks": ranks,
+        "ulysses_degree": ulysses,
+        "ring_degree": ring,
+        "seconds_a_sample": seconds / work.total(),
+        "efficiency": alone / seconds / ranks,
+        "videos_a_node_a_day": DAY_S * (NODE_GPUS // ranks) * work.total() / seconds,
+        "gpu_hours": seconds * ranks / HOUR_S,
+        "bytes_a_rank": need,
+        "fits": need <= gpu.memory_gib * GIB,
+    }
+
+
+def _total(work: Counter[Work], seconds: Any) -> float:
+    return sum(count * seconds(kind) for kind, count in work.items())
+
+
+def render_plan(plan: Mapping[str, Any]) -> str:
+    """The plan as tables for people."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    manifest, gpu = plan["manifest"], plan["gpu"]
+    rows, samples, shards = (f"{manifest[count]:,} {count}" for count in ("rows", "samples", "shards"))
+    yield f"{manifest['url']}: {rows}, {samples} in {shards}"
+    yield ""
+    yield f"{'shape':<16}{'steps':>6}{'cfg':>5}{'samples':>10}{'tokens':>10}{'denoise PFLOP':>15}{'decode PFLOP':>14}"
+    for work in plan["work"]:
+        shape = _shape([work["height"], work["width"], work["num_frames"]])
+        yield (
+            f"{shape:<16}{work['steps']:>6}{'yes' if work['cfg'] else 'no':>5}{work['samples']:>10,}"
+            f"{work['tokens']:>10,}{work['denoise_flops'] / 1e15:>15,.4g}{work['decode_flops'] / 1e15:>14,.4g}"
+        )
+    yield ""
+    yield f"{'model':<16}{'parameters':>14}{'GB':>9}"
+    for part in plan["components"]:
+        streamed = part.get("streamed_from_host")
+        note = f"  of which {streamed / 1e9:.2f} stream from the host" if streamed else ""
+        yield f"{part['name']:<16}{part['parameters']:>14,}{part['bytes'] / 1e9:>9.2f}{note}"
+    yield ""
+    yield f"{'memory, GiB':<16}{'weights':>9}{'activations':>13}{'reserve':>9}{'peak':>8}  at"
+    for stage in plan["memory"]:
+        at = _shape(stage["shape"]) if stage["shape"] else ""
+        fits = "" if stage["fits"] else f"  DOES NOT FIT into the {gpu['memory_gib']:g} of one {gpu['name']}"
+        weights, activations, reserve, total = (
+            stage[part] / GIB for part in ("weights", "activations", "reserve", "total")
+        )
+        yield f"{stage['stage']:<16}{weights:>9.1f}{activations:>13.1f}{reserve:>9.1f}{total:>8.1f}  {at}{fits}"
+    yield ""
+    yield from _cost_lines(plan)
+
+
+def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    gpu, bill, traffic = plan["gpu"], plan["gpus"], plan["traffic"]
+    yield (
+        f"GPUs: {bill['groups']:g} for groups + {bill['encoders']:g} for encoders + {bill['decoders']:g} for decoders "
+        f"= {bill['total']:g}"
+    )
+    yield (
+        f"sent by a rank in a step of {_shape(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB by "
+        f"Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring"
+    )
+    yield ""
+    yield f"{'estimate':<16}{'hours':>9}{'GPU hours':>11}{'encode':>9}{'denoise':>9}{'decode':>9}"
+    for name, estimate in plan["estimate"].items():
+        stages = estimate["stage_hours"]
+        yield (
+            f"{name.upper():<16}{estimate['hours']:>9.2f}{estimate['gpu_hours']:>11.1f}{stages['encode']:>9.2f}"
+            f"{stages['denoise']:>9.2f}{stages['decode']:>9.2f}{'  (speed assumed)' if estimate['assumed'] else ''}"
+        )
+    yield ""
+    yield f"denoising this manifest on {gpu['name']}, by group size:"
+    head = f"{'ranks (u x r)':<16}{'s/sample':>9}{'efficient':>11}{'videos/node/day':>17}"
+    yield f"{head}{'GPU hours':>11}{'GiB/rank':>10}"
+    for size in plan["group_sizes"]:
+        plan_name = f"{size['ranks']} ({size['ulysses_degree']} x {size['ring_degree']})"
+        yield (
+            f"{plan_name:<16}{size['seconds_a_sample']:>9.1f}{size['efficiency']:>11.0%}"
+            f"{size['videos_a_node_a_day']:>17,.0f}{size['gpu_hours']:>11.1f}{size['bytes_a_rank'] / GIB:>10.1f}"
+            f"{'' if size['fits'] else '  does not fit'}"
+        )
+    yield ""
+    yield (
+        f"{gpu['name']}: {gpu['tflops']:g} TFLOP/s dense bf16, of which {gpu['efficiency']:.1%}, fitted to: "
+        f"{gpu['fitted_to']}. Speeds are estimates; memory is computed, with an assumed reserve."
+    )
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,344 @@
+"""The memory and cost models, held against the engine itself: every allocation, parameter, operation and byte sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
+from hv_batch.job.architecture import ClipShape, DiTShape, LlamaShape, VAEShape
+from hv_batch.job.cost import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
+from hv_batch.job.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
+from hv_batch.job.model import ModelShape
+from hv_batch.protocol import RankPlace
+from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
+from tests.engine.dit_reference import random_dit, random_inputs
+from tests.engine.live_bytes import LiveBytes
+
+TOLERANCE = 0.05  # of the measured peak, either way
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def dit_shape(**options: Any) -> DiTShape:
+    return DiTShape(**{name: value for name, value in options.items() if name != "rope_dim_list"})
+
+
+def vae_shape(**options: Any) -> VAEShape:
+    return VAEShape(**{name: value for name, value in options.items() if name != "norm_num_groups"})
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize("options", [{}, TOY_DIT, {"guidance_embed": False, "refiner_depth": 1}], ids=len)
+def test_dit_parameters(options):
+    """Spec section 2: 12.82 B, and exactly the module's for any width; the blocks too, which is what streams."""
+    with torch.device("meta"):
+        model = HYVideoDiT(DiTConfig(**options))
+    shape = dit_shape(**options)
+    assert shape.parameters == parameters(model)
+    assert shape.double_block == parameters(model.double_blocks[0])
+    assert shape.single_block == parameters(model.single_blocks[0])
+    linears = [
+        m.weight.numel() for b in (model.double_blocks, model.single_blocks) for m in b.modules() if is_linear(m)
+    ]
+    assert shape.block_linears == sum(linears)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+@pytest.mark.parametrize("options", [{}, TOY_VAE], ids=len)
+def test_vae_parameters(options):
+    """Spec section 5: 246 M."""
+    with torch.device("meta"):
+        assert vae_shape(**options).parameters == parameters(CausalVAE(VAEConfig(**options)))
+
+
+def test_text_tower_parameters():
+    """Spec section 3: LLaMA 3 8B without its last two layers, final norm and head; CLIP ViT-L/14's text half."""
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+    llama = LlamaShape()
+    with torch.device("meta"):
+        tower = LlamaModel(
+            LlamaConfig(
+                vocab_size=llama.vocab_size,
+                hidden_size=4096,
+                intermediate_size=14_336,
+                num_hidden_layers=30,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+            )
+        )
+        clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    assert llama.parameters == parameters(tower) - parameters(tower.norm)
+    assert ClipShape().parameters == parameters(clip)
+
+
+# ---- memory of one rank, at the released width and size
+
+
+def traced_forward(options: dict[str, Any], precision: str, size: tuple[int, int, int], text: int) -> int:
+    config = DiTConfig(**options)
+    with torch.device("meta"):
+        model = HYVideoDiT(config).to(DTYPES[precision])
+        latents, timestep, guidance = torch.empty(1, 16, *size), torch.empty(1), torch.empty(1)
+        states = torch.empty(1, text, config.text_states_dim, dtype=DTYPES[precision])
+        pooled = torch.empty(1, config.text_states_dim_2, dtype=DTYPES[precision])
+    with LiveBytes() as traced:
+        model(latents, timestep, states, [text], pooled, guidance if config.guidance_embed else None)
+    return traced.peak
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("depth", [(1, 1), (1, 0), (0, 1)], ids=["both", "double", "single"])
+@pytest.mark.parametrize("size", [(33, 90, 160), (33, 68, 120), (20, 60, 106)], ids=str)
+def test_activations_at_the_released_width(precision, depth, size):
+    """Computed peak against all allocations of a forward at 3072 channels and real sizes, traced on the meta device."""
+    options = {"mm_double_blocks_depth": depth[0], "mm_single_blocks_depth": depth[1]}
+    peak = traced_forward(options, precision, size, text=256)
+    model = ModelShape(dit=dit_shape(**options), precision=precision)
+    assert dit_activations(model, size[0] * size[1] * size[2] // 4, 1, 1) == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_depth_costs_no_activations():
+    """Blocks run one after the other: the peak of 60 is that of one of each kind."""
+    depths = ({"mm_double_blocks_depth": n, "mm_single_blocks_depth": n} for n in (1, 3))
+    shallow, deep = (traced_forward(depth, "bf16", (9, 32, 32), text=64) for depth in depths)
+    assert deep == pytest.approx(shallow, rel=0.01)
+
+
+def test_720p_fits_published_hardware():
+    """Spec section 9: the released code needs 60 GB with everything loaded; a denoise rank alone must need less."""
+    rank = denoiser_footprint(ModelShape(), 118_800, 1, 1)
+    assert 38e9 < rank.total < 60e9
+    text = encoder_footprint(ModelShape())
+    assert rank.total + text.weights == pytest.approx(60e9, rel=0.1)
+
+
+def test_offloading_and_fp8_leave_less_on_the_device():
+    """Offloaded, two of the largest blocks remain of the blocks; FP8 halves the Linears' share."""
+    plain, offloaded, fp8 = (
+        denoiser_footprint(model, 118_800, 8, 1)
+        for model in (ModelShape(), ModelShape(offload=True), ModelShape(fp8=True))
+    )
+    dit = DiTShape()
+    assert plain.weights == 2 * dit.parameters
+    assert offloaded.weights == 2 * (dit.parameters - dit.blocks) + 2 * 2 * dit.double_block
+    assert plain.weights - fp8.weights == pytest.approx(dit.block_linears, rel=0.03)
+    assert plain.activations == offloaded.activations == fp8.activations
+
+
+# ---- memory and traffic of groups, on real ranks
+
+PLANS = [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (4, 1)]
+GROUP = {"hidden_size": 96, "heads_num": 12, "text_states_dim": 16, "text_states_dim_2": 8, "rope_dim_list": (2, 4, 2)}
+SIZE, TEXT = (3, 32, 32), 40
+TOKENS = 3 * 16 * 16
+KINDS = [(1, 0), (0, 1)]
+PRELOADED = [
+    "hv_batch.engine.vae_tiling",
+    "hv_batch.job.cost",
+    "hv_batch.toy.checkpoint",
+    "pytest",
+]  # once, not by rank
+
+
+class SentBytes(TorchDispatchMode):
+    """What the collectives of this rank put on the wire, by their definition."""
+
+    def __init__(self, mesh: SequenceMesh) -> None:
+        super().__init__()
+        self._mesh = mesh
+        self.ulysses = self.ring = self.gather = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, u = str(func), self._mesh.ulysses_degree
+        if name.startswith("c10d.alltoall_base_"):
+            self.ulysses += args[1].nbytes * (u - 1) / u
+        elif name.startswith("c10d.send"):
+            self.ring += args[0][0].nbytes
+        elif name.startswith("c10d.broadcast_"):
+            self.ulysses += args[0][0].nbytes
+        elif name.startswith("c10d.allgather_"):
+            self.gather += args[1][0].nbytes * (self._mesh.size - 1)
+        return func(*args, **(kwargs or {}))
+
+
+def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:
+    torch.set_num_threads(1)
+    for u, r in PLANS:
+        if rank >= u * r:
+            continue
+        with _joined(rank, u, r, addresses[u, r]) as mesh:
+            measured = {}
+            for kind in KINDS:
+                for precision in ("bf16", "fp32"):
+                    config = DiTConfig(mm_double_blocks_depth=kind[0], mm_single_blocks_depth=kind[1], **GROUP)
+                    model = random_dit(config, seed=1).to(DTYPES[precision])
+                    inputs = random_inputs(config, SIZE, [TEXT], seed=2, padded=TEXT)
+                    peaks = []
+                    for _ in range(2):
+                        with LiveBytes() as traced, SentBytes(mesh) as sent:
+                            model(**inputs, mesh=mesh)
+                        peaks.append(traced.peak)
+                    measured[kind, precision] = (min(peaks), sent.ulysses, sent.ring, sent.gather)
+        torch.save(measured, folder / f"u{u}r{r}-{rank}.pt")
+
+
+@contextmanager
+def _joined(rank: int, u: int, r: int, addresses: mp.Queue) -> Iterator[SequenceMesh]:
+    if rank == 0:
+        address = host_store("127.0.0.1", u * r)
+        for _ in range(u * r - 1):
+            addresses.put(address)
+    else:
+        address = addresses.get()
+    yield join_group(
+        RankPlace(
+            rank=rank, local_rank=rank, ulysses_degree=u, ring_degree=r, device="cpu", address=address, timeout_s=60.0
+        )
+    )
+    leave_group()
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    addresses = {plan: context.Queue() for plan in PLANS}
+    mp.start_processes(_rank_main, (folder, addresses), nprocs=4, start_method="forkserver")
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", KINDS, ids=["double", "single"])
+@pytest.mark.parametrize(("u", "r"), PLANS)
+def test_activations_and_traffic_of_a_rank(group, u, r, kind, precision):
+    """Computed peak and bytes sent against every allocation and collective of real ranks of real groups."""
+    measured = [torch.load(group / f"u{u}r{r}-{rank}.pt")[kind, precision] for rank in range(u * r)]
+    model = ModelShape(
+        dit=dit_shape(mm_double_blocks_depth=kind[0], mm_single_blocks_depth=kind[1], **GROUP), precision=precision
+    )
+    # The least of all ranks and runs: now and then gloo's thread holds a buffer for a moment after its collective.
+    peak = min(rank[0] for rank in measured)
+    assert dit_activations(model, TOKENS, u, r, text=TEXT) == pytest.approx(peak, rel=TOLERANCE)
+    traffic = rank_traffic(model, TOKENS, u, r, text=TEXT)
+    _, ulysses, ring, gather = measured[0]
+    assert traffic.ulysses == pytest.approx(ulysses)
+    assert traffic.ring == pytest.approx(ring)
+    assert traffic.gather == pytest.approx(gather)
+
+
+# ---- the decoder
+
+
+def vae_on_meta(options: dict[str, Any], precision: str) -> CausalVAE:
+    with torch.device("meta"):
+        return CausalVAE(VAEConfig(**options)).to(DTYPES[precision])
+
+
+def traced_decode(vae: CausalVAE, latents: tuple[int, int, int]) -> int:
+    """The peak of a tiled decode whose caller keeps one chunk while it asks for the next."""
+    z = torch.empty(1, 16, *latents, device="meta")
+    with LiveBytes() as traced:
+        for _chunk in decode_streaming(vae, z, TileGeometry()):
+            pass
+    return traced.peak
+
+
+@pytest.mark.parametrize("latents", [(20, 56, 72), (33, 32, 32), (9, 48, 72), (1, 60, 106), (17, 24, 40)], ids=str)
+def test_decode_memory_at_the_released_width(latents):
+    """Computed peak against all allocations of a whole tiled decode, traced on the meta device."""
+    peak = traced_decode(vae_on_meta({}, "fp16"), latents)
+    frames, height, width = latents
+    shape = (8 * height, 8 * width, 4 * (frames - 1) + 1)
+    assert decode_activations(ModelShape(), shape) == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_tiles_bound_the_memory_of_any_video():
+    """Spec section 5, tiling: twice the frames cost nothing, three times the area only the frames themselves."""
+    vae = vae_on_meta({}, "fp16")
+    short, long = traced_decode(vae, (33, 32, 32)), traced_decode(vae, (65, 32, 32))
+    assert long == pytest.approx(short, rel=0.01)
+    large = traced_decode(vae, (33, 48, 72))
+    tile_frames, pixels = 65, 64 * (48 * 72 - 32 * 32)
+    assert large - short <= 4 * tile_frames * 3 * pixels * 2
+
+
+def test_a_decode_holds_one_video():
+    """VAE slicing: videos of a batch are decoded one after the other, so a second costs no more than the first."""
+    vae = vae_on_meta({}, "fp16")
+    z = torch.empty(2, 16, 5, 32, 32, device="meta")
+    with LiveBytes() as one:
+        list(decode_streaming(vae, z[:1], TileGeometry()))
+    with LiveBytes() as both:
+        for item in z.split(1):
+            for _chunk in decode_streaming(vae, item, TileGeometry()):
+                del _chunk
+    assert both.peak == one.peak
+
+
+# ---- operations
+
+
+def counted(run: Any) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_flops_of_a_forward():
+    """Spec section 2: L * 2 * 6.795e9 + 60 * 4 * L^2 * 3072, 12 PF at 720x1280x129, of which attention is 87 %."""
+    model = ModelShape()
+    assert forward_flops(model, 118_800) == pytest.approx(12e15, rel=0.01)
+    options = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 2}
+    with torch.device("meta"):
+        dit = HYVideoDiT(DiTConfig(**options), attention="math").bfloat16()
+        args = (torch.empty(1, 16, 5, 64, 64), torch.empty(1), torch.empty(1, 1, 4096), [1], torch.empty(1, 768))
+        ops = counted(lambda: dit(*args, torch.empty(1)))
+    assert forward_flops(ModelShape(dit=dit_shape(**options)), 5 * 32 * 32) == pytest.approx(ops, rel=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, TOY_VAE], ids=len)
+@pytest.mark.parametrize("tile", [(17, 32, 32), (9, 32, 16), (1, 32, 32)], ids=str)
+def test_flops_of_a_tile(options, tile):
+    """All convolutions and products of the decoder, as the engine runs them."""
+    vae = vae_on_meta(options, "fp32")
+    ops = counted(lambda: vae.decode(torch.empty(1, 16, *tile, device="meta")))
+    assert tile_flops(vae_shape(**options), tile) == pytest.approx(ops, rel=0.03)
+
+
+def test_flops_of_a_video_are_those_of_its_tiles():
+    """Spec section 5: 84 tiles at 720x1280x129; every tile the engine decodes is counted, at its own size."""
+    tiles = count_tiles(ModelShape(), (720, 1280, 129))
+    assert tiles.total() == 84
+    vae = vae_on_meta({}, "fp16")
+    decoded = []
+    vae.decode = lambda z: (decoded.append(tuple(z.shape[2:])), CausalVAE.decode(vae, z))[1]  # type: ignore[method-assign]
+    for latents in ((33, 40, 30), (9, 30, 20), (20, 24, 60)):
+        decoded.clear()
+        list(decode_streaming(vae, torch.empty(1, 16, *latents, device="meta"), TileGeometry()))
+        shape = (8 * latents[1], 8 * latents[2], 4 * (latents[0] - 1) + 1)
+        assert sorted(count_tiles(ModelShape(), shape).elements()) == sorted(decoded)
+        assert decode_flops(ModelShape(), shape) == pytest.approx(sum(tile_flops(VAEShape(), t) for t in decoded))

@@ -1,0 +1,282 @@
+"""`hv-batch plan`: what it adds up over a manifest, what its speeds are fitted to, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hv_batch.demo import shipped, with_model_base
+from hv_batch.job.config import load_config
+from hv_batch.job.cost import Work, plan_ranks, rank_traffic
+from hv_batch.job.gpus import GPUS, HOST_LINK, decode_seconds, denoise_seconds, find_gpu, forward_seconds
+from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint, memory_problems
+from hv_batch.job.model import ModelShape
+from hv_batch.job.progress import Progress
+from hv_batch.plan import make_plan, render_plan
+from hv_batch.protocol import UserError
+from hv_batch.runtime.render import render
+from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint
+
+ROOT = Path(__file__).parents[2]
+RELEASED = ModelShape()
+HD = Work((720, 1280, 129), 50, 1)
+SQUARE = Work((960, 960, 129), 50, 1)
+DECODE_S = 115  # of the released code, which decodes on every rank: what its series extrapolate to at infinitely many
+
+
+# ---- speeds
+
+PUBLISHED = [  # spec section 9: GPU, work, {ranks: seconds}
+    ("h100", HD, {1: 1904, 2: 930, 4: 514, 8: 338}),
+    ("h20", HD, {1: 6639, 2: 3401, 4: 1763, 8: 941}),
+    ("h100", SQUARE, {1: 1735, 2: 934, 3: 645, 6: 367}),
+    ("a100", HD, {1: 3000}),
+]
+
+
+@pytest.mark.parametrize(("gpu", "work", "series"), PUBLISHED)
+def test_the_published_series_are_met(gpu, work, series):
+    """Efficiencies and link speed are fitted, and the fit holds within 13 % for every figure it was made from."""
+    for ranks, seconds in series.items():
+        predicted = denoise_seconds(GPUS[gpu], RELEASED, work, ranks, 1) + DECODE_S
+        assert predicted == pytest.approx(seconds, rel=0.13), ranks
+
+
+def test_the_published_speedup_without_decoding_is_met():
+    """H800, DiT only: 1625 s to 225 s on eight."""
+    alone, eight = (denoise_seconds(GPUS["h100"], RELEASED, Work((720, 1280, 125), 50, 1), n, 1) for n in (1, 8))
+    assert alone / eight == pytest.approx(1625 / 225, rel=0.1)
+    assert decode_seconds(GPUS["h200"], RELEASED, Work((480, 848, 77), 30, 1)) == pytest.approx(5.71, rel=0.1)
+
+
+@given(st.sampled_from(sorted(GPUS)), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 33))
+def test_more_ranks_are_never_slower_nor_superlinear(gpu, ulysses, ring, scale):
+    """What every choice of a group rests on: time falls with ranks, and no rank does more than its share."""
+    tokens = 3600 * scale
+    alone = forward_seconds(GPUS[gpu], RELEASED, tokens, 1, 1)
+    group = forward_seconds(GPUS[gpu], RELEASED, tokens, ulysses, ring)
+    assert group >= alone / (ulysses * ring) * 0.999
+    smaller, larger = (denoiser_footprint(RELEASED, tokens, u, 1).total for u in (8, 1))
+    assert smaller < larger
+
+
+def test_streaming_weights_bounds_a_short_step():
+    """Offloaded, a step takes at least as long as 25 GB take to arrive; a long one hides them."""
+    gpu, offloaded = GPUS["h100"], ModelShape(offload=True)
+    arrival = offloaded.streamed_bytes / HOST_LINK
+    assert forward_seconds(gpu, offloaded, 3600, 1, 1) == arrival > forward_seconds(gpu, RELEASED, 3600, 1, 1)
+    assert forward_seconds(gpu, offloaded, 118_800, 1, 1) == forward_seconds(gpu, RELEASED, 118_800, 1, 1) > arrival
+
+
+def test_ranks_are_planned_for_ulysses_first():
+    """Design section 5: the Ulysses degree divides the heads; what it cannot take goes to the ring."""
+    assert [plan_ranks(24, ranks) for ranks in (1, 2, 4, 8, 16, 5)] == [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (1, 5)]
+    assert rank_traffic(RELEASED, 118_800, 1, 1).total == 0
+
+
+def test_an_unknown_gpu_is_told_with_those_that_are_known():
+    """P6."""
+    assert find_gpu("h100").name == "H100"
+    with pytest.raises(UserError, match=r"known are H100, H200, A100, H20, L40S"):
+        find_gpu("RTX 9090")
+
+
+# ---- the plan of a manifest
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    rows = [
+        {"prompt": "a", "num_videos": 3},
+        {"prompt": "b", "height": 544, "width": 960, "num_inference_steps": 30},
+        {"prompt": "c", "height": 544, "width": 960, "num_inference_steps": 30},
+        {"prompt": "d", "height": 544, "width": 960, "num_inference_steps": 30, "cfg_scale": 3.0},
+        {"prompt": "e", "num_frames": 1},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def config():
+    return load_config(str(shipped("720p_8gpu.yaml")))
+
+
+def test_a_plan_counts_samples_by_what_they_cost(config, manifest):
+    """Samples of one shape, number of steps and guidance are one line; guidance doubles the operations."""
+    plan = make_plan(config, manifest, GPUS["h100"])
+    assert plan["manifest"]["samples"] == 7
+    counted = [(w["height"], w["num_frames"], w["steps"], w["cfg"], w["samples"], w["tokens"]) for w in plan["work"]]
+    assert counted == [
+        (544, 129, 30, False, 2, 67_320),
+        (544, 129, 30, True, 1, 67_320),
+        (720, 1, 50, False, 1, 3_600),
+        (720, 129, 50, False, 3, 118_800),
+    ]
+    plain, guided, _, hd = (work["denoise_flops"] for work in plan["work"])
+    assert guided == 2 * plain
+    assert hd == pytest.approx(50 * 12e15, rel=0.01)
+
+
+def test_a_plan_adds_up(config, manifest):
+    """GPUs are those that are reserved, hours those of the slowest stage, and the text round-trips through JSON."""
+    plan = make_plan(config, manifest, GPUS["h100"])
+    assert plan == json.loads(json.dumps(plan))
+    assert plan["gpus"] == {"groups": 8, "encoders": 1, "decoders": 1, "total": 10}
+    estimate = plan["estimate"]["h100"]
+    assert estimate["slowest"] == "denoise"
+    assert estimate["hours"] == max(estimate["stage_hours"].values())
+    assert estimate["gpu_hours"] == pytest.approx(10 * estimate["hours"])
+    eight = plan["group_sizes"][-1]
+    assert (eight["ranks"], eight["ulysses_degree"]) == (8, 8)
+    assert eight["seconds_a_sample"] * 7 / 3600 == pytest.approx(estimate["stage_hours"]["denoise"])
+    assert eight["gpu_hours"] == pytest.approx(8 * estimate["stage_hours"]["denoise"])
+    videos = [size["videos_a_node_a_day"] for size in plan["group_sizes"]]
+    assert videos == sorted(videos, reverse=True), "small groups give throughput (spec section 9)"
+    (rank,) = [stage for stage in plan["memory"] if stage["stage"] == "denoise rank"]
+    assert rank["shape"] == [720, 1280, 129]
+    assert rank["total"] == denoiser_footprint(RELEASED, count_tokens((720, 1280, 129)), 8, 1).total
+
+
+def test_options_of_the_model_are_counted(manifest):
+    """Offloading, FP8-less precision and group size change what a rank holds."""
+
+    def rank(*overrides: str) -> float:
+        plan = make_plan(load_config(str(shipped("720p_8gpu.yaml")), overrides), manifest, GPUS["h100"])
+        return plan["memory"][1]["weights"] / 1e9
+
+    assert rank() == pytest.approx(25.6, abs=0.1)
+    assert rank("model.options.precision=fp32") == pytest.approx(51.3, abs=0.1)
+    assert rank("model.options.offload=blocks") == rank("model.options.offload=mapped") == pytest.approx(2.1, abs=0.1)
+
+
+def test_the_tree_tells_the_widths_that_the_options_do_not(tmp_path):
+    """A plan for another checkpoint is made with that checkpoint's VAE and towers."""
+    base = write_toy_checkpoint(tmp_path)
+    model = ModelShape.from_options({"model_base": str(base)})
+    assert model.vae.block_out_channels == TOY_VAE["block_out_channels"]
+    assert model.llama.hidden_size == 64
+    assert model.clip.hidden_size == 32
+    beside = base / "hunyuan-video-t2v-720p" / "transformers" / "config.json"
+    beside.write_text('{"_class_name": "HYVideoDiT", "hidden_size": 128, "heads_num": 8}')
+    model = ModelShape.from_options({"model_base": str(base), "dit": {"heads_num": 4}})
+    assert (model.dit.hidden_size, model.dit.heads_num) == (128, 4)
+    elsewhere = {"model_base": "nowhere", "dit_weight": str(beside.with_name("weights.pt"))}
+    assert ModelShape.from_options(elsewhere).dit.hidden_size == 128
+    beside.write_text('{"_class_name": "Another", "hidden_size": 64}')
+    assert ModelShape.from_options({"model_base": str(base)}).dit.hidden_size == 3072
+    (base / "text_encoder" / "config.json").write_text("not json")
+    assert ModelShape.from_options({"model_base": str(base)}).llama.hidden_size == 4096
+
+
+def test_the_text_says_what_the_plan_says(config, manifest):
+    """For people: every table, and that speeds are estimates."""
+    text = render_plan(make_plan(config, manifest, GPUS["l40s"]))
+    for expected in ("7 samples", "118,800", "12,821,012,544", "= 10", "19.2 GB by Ulysses", "(speed assumed)"):
+        assert expected in text
+    assert "estimates" in text
+    offloaded = config.model.model_copy(update={"options": {**config.model.options, "offload": "blocks"}})
+    text = render_plan(make_plan(config.model_copy(update={"model": offloaded}), manifest, GPUS["l40s"]))
+    assert "24.92 stream from the host" in text
+
+
+def test_what_does_not_fit_the_gpu_asked_about_is_marked(manifest):
+    """720p in fp32 on one L40S needs more memory than there is."""
+    config = load_config(
+        str(shipped("throughput_1gpu.yaml")), ["parallel.ulysses_degree=1", "model.options.precision=fp32"]
+    )
+    plan = make_plan(config, manifest, GPUS["l40s"])
+    assert [stage["fits"] for stage in plan["memory"]] == [True, False, True]
+    assert "DOES NOT FIT into the 45 of one L40S" in render_plan(plan)
+
+
+def test_another_engine_has_no_known_costs(config, manifest):
+    """P6: no numbers are made up for a model that is not this one."""
+    other = config.model.model_copy(update={"engine": "tests.doubles:Double"})
+    with pytest.raises(UserError, match=r"costs of the engine tests.doubles:Double are not known"):
+        make_plan(config.model_copy(update={"model": other}), manifest, GPUS["h100"])
+
+
+# ---- refusing what cannot fit
+
+
+def test_a_run_that_cannot_fit_is_refused_with_every_reason(manifest):
+    """P6: too little GPU memory is found before a GPU is taken; each shape and stage with the remedy."""
+    config = load_config(str(shipped("throughput_1gpu.yaml")), ["gpu_memory_gib=24"])
+    found = memory_problems(config, [(720, 1280, 129), (720, 1280, 1)])
+    subjects = ("720x1280x1 needs", "720x1280x129 needs", "the text encoders need")
+    assert [line.startswith(subject) for line, subject in zip(found, subjects, strict=True)] == [True] * 3
+    assert any("offload to blocks" in line for line in found)
+    assert any("encoders.gpus" in line for line in found)
+    with pytest.raises(UserError, match=r"does not fit into GPU memory:\n  - "):
+        make_plan(config, manifest, GPUS["h100"])
+
+
+def test_a_run_that_cannot_fit_claims_no_output_root(manifest, tmp_path):
+    """P6: `hv-batch run` refuses it as the plan does, before Ray starts and before anything is written."""
+    base = write_toy_checkpoint(tmp_path)
+    shares = ("groups.gpus_per_rank=1", "encoders.gpus=1", "decoders.gpus=1")
+    overrides = ["gpu_memory_gib=1", "parallel.device=cuda", *shares]
+    config = with_model_base(load_config(str(shipped("demo_cpu.yaml")), overrides), base)
+    with pytest.raises(UserError, match="does not fit into GPU memory"):
+        render(config, manifest, str(tmp_path / "out"), address=None, progress=Progress())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fits_and_a_memory_unknown_are_let_through():
+    """Nothing is refused on a guess: without the key, on a CPU, or for another engine there is no judgement."""
+    shapes = [(720, 1280, 129)]
+    path = str(shipped("720p_8gpu.yaml"))
+    assert memory_problems(load_config(path), shapes) == []
+    assert memory_problems(load_config(path, ["gpu_memory_gib=79.6"]), shapes) == []
+    assert memory_problems(load_config(path, ["gpu_memory_gib=1", "model.engine=a:B"]), shapes) == []
+    small = load_config(path, ["gpu_memory_gib=1"])
+    assert len(memory_problems(small, shapes)) == 3
+    on_cpu = small.model_copy(update={"parallel": small.parallel.model_copy(update={"device": "cpu"})})
+    assert memory_problems(on_cpu, shapes) == []
+
+
+def test_the_limit_is_the_computed_peak():
+    """The refusal is neither early nor late."""
+    need = denoiser_footprint(RELEASED, 118_800, 8, 1).total / GIB
+    for memory, refused in ((need - 0.01, True), (need + 0.01, False)):
+        config = load_config(str(shipped("720p_8gpu.yaml")), [f"gpu_memory_gib={memory}"])
+        assert bool(memory_problems(config, [(720, 1280, 129)])) is refused
+
+
+def test_the_command_runs_without_weights_or_gpus(tmp_path):
+    """`hv-batch plan`: exit code 0 and JSON on stdout; a bad manifest is refused as `run` refuses it."""
+    base = write_toy_checkpoint(tmp_path)
+    config = with_model_base(load_config(str(shipped("demo_cpu.yaml"))), base)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "height": 100}\n')
+
+    def plan(name):
+        arguments = ["--config", tmp_path / "config.yaml", "--manifest", tmp_path / name, "--json", "--gpu", "h20"]
+        return subprocess.run(
+            [sys.executable, "-m", "hv_batch", "plan", *map(str, arguments)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+
+    done = plan("good.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["gpu"]["name"] == "H20"
+    assert found["work"][0]["tokens"] == 5 * 8 * 8
+    refused = plan("bad.jsonl")
+    assert refused.returncode == 1
+    assert "row 1: height = 100" in refused.stderr
+    assert "Traceback" not in refused.stderr
