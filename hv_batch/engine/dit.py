@@ -145,7 +145,7 @@ class HYVideoDiT(nn.Module):
         image_len, text_len = patches.shape[0], text.shape[0]
         img = self.img_in(mesh.shard(patches))
         txt = self.txt_in(text, timestep, kernel)
-        rope = rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device)
+        rope = torch.complex(*rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device))
         attend = partial(attend_jointly, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
         for block in self.double_blocks:
