@@ -151,6 +151,7 @@ class HYVideoDiT(nn.Module):
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, rope, attend)
         x = torch.cat((txt, img))
+        del txt, img
         for block in self.single_blocks:
             x = block(x, vec, text_len, rope, attend)
 
