@@ -145,12 +145,13 @@ class HYVideoDiT(nn.Module):
         image_len, text_len = patches.shape[0], text.shape[0]
         img = self.img_in(mesh.shard(patches))
         txt = self.txt_in(text, timestep, kernel)
-        rope = rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device)
+        rope = torch.complex(*rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device))
         attend = partial(attend_jointly, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, rope, attend)
         x = torch.cat((txt, img))
+        del txt, img
         for block in self.single_blocks:
             x = block(x, vec, text_len, rope, attend)
 

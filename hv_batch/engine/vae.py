@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, Stride, UpBlock, norm_silu
+from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, Stride, UpBlock, mix_channels
+from hv_batch.engine.vae_norm import in_layout
 from hv_batch.protocol import LATENT_CHANNELS, UserError
 
 PIXEL_CHANNELS = 3
@@ -102,7 +103,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return self.conv_out(x, self.conv_norm_out)
 
 
 class Decoder(nn.Module):
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return self.conv_out(x, self.conv_norm_out)
 
 
 class CausalVAE(nn.Module):
@@ -151,7 +152,7 @@ class CausalVAE(nn.Module):
 
         Not multiplied by the scaling factor.
         """
-        mean, _log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, _log_variance = mix_channels(self.quant_conv, self.encoder(in_layout(x))).chunk(2, dim=1)
         return mean
 
     @torch.no_grad()
@@ -160,4 +161,4 @@ class CausalVAE(nn.Module):
 
         The latents are already divided by the scaling factor and have this model's dtype.
         """
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(mix_channels(self.post_quant_conv, in_layout(z)))

@@ -93,22 +93,24 @@ def tile_flops(vae: VAEShape, tile: Shape) -> float:
     """One tile of latents (frames, height, width) through the decoder, as the engine computes it."""
     frames, height, width = tile
     widths = vae.block_out_channels[::-1]
+    taps = 27.0 if frames > 1 else 9.0  # of a single frame, all taps in time meet one input and are added up before
     area = frames * height * width
-    macs = area * 27.0 * LATENT_CHANNELS * widths[0]
-    macs += area * (4 * 27 + 4) * widths[0] ** 2  # two resnets; the projections of the attention
+    macs = area * taps * LATENT_CHANNELS * widths[0]
+    macs += area * (4 * taps + 4) * widths[0] ** 2  # two resnets; the projections of the attention
     macs += area**2 * widths[0]  # a token sees the frames up to its own: half of all pairs, twice (scores, values)
     before = widths[0]
     for level, after in enumerate(widths):
         area = frames * height * width
         shortcut = before if before != after else 0
-        macs += area * after * (27 * (before + after) + shortcut + vae.layers_per_block * 54 * after)
+        macs += area * after * (taps * (before + after) + shortcut + vae.layers_per_block * 2 * taps * after)
         if level < len(widths) - 1:
             doubles_time = level > 0  # counted from the latents: space, then twice space and time
-            frames, height, width = (2 * frames - 1 if doubles_time else frames), 2 * height, 2 * width
             # Upsampling merges the taps that meet equal inputs: 2 a doubled axis instead of 3.
-            macs += frames * height * width * after**2 * (8 if doubles_time else 12)
+            merged = 4 * (1 if frames == 1 else 2 if doubles_time else 3)
+            frames, height, width = (2 * frames - 1 if doubles_time else frames), 2 * height, 2 * width
+            macs += frames * height * width * after**2 * merged
         before = after
-    return 2.0 * (macs + frames * height * width * 27.0 * widths[-1] * 3)
+    return 2.0 * (macs + frames * height * width * taps * widths[-1] * 3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,15 +69,15 @@ def dit_activations(model: ModelShape, tokens: int, ulysses: int, ring: int, tex
     attending = max(_meet(item, ulysses, ring), _rotate(item))
     widest = 0.0  # in tensors of one row of hidden channels, in the model's precision
     if dit.mm_double_blocks_depth:
-        # The image's MLP: stream before and after attention, attended, modulated; hidden layer before and after GELU.
-        # Meanwhile of the text: stream and attended.
-        widest = max(widest, local * (4 + 2 * mlp) + text * 2)
+        # The image's MLP: stream before and after attention, attended, modulated, hidden layer, result. Meanwhile of
+        # the text: stream and attended.
+        widest = max(widest, local * (5 + mlp) + text * 2)
         widest = max(widest, rows * (1 + 3 + attending))  # stream; q, k, v
     if dit.mm_single_blocks_depth:
-        fused = 2 + 3 + mlp  # stream, before the blocks and now; q, k, v and the MLP's input
-        widest = max(widest, rows * (fused + 1 + mlp + 1 + mlp))  # attended; after GELU; both joined
+        fused = 1 + 3 + mlp  # stream; q, k, v and the MLP's input
+        widest = max(widest, rows * (fused + 1 + 1 + mlp))  # attended; it and the MLP's hidden layer, joined
         widest = max(widest, rows * (fused + attending))
-    rotary = local * dit.head_dim * 4  # cos and sin, half of the head's channels each, float32
+    rotary = 2 * local * dit.head_dim * 4  # cos and sin of half of the head's channels, in float32 and as one complex
     return int(widest * dit.hidden_size * item) + rotary + tokens * _token_values(model) * item
 
 
@@ -93,9 +93,8 @@ def _meet(item: int, ulysses: int, ring: int) -> float:
 
 
 def _rotate(item: int) -> float:
-    """What turning q or k by its positions holds, in float32: a copy, and half of the channels three times or all."""
-    wide = 4 / item
-    return (wide if item < 4 else 0) + 2 * wide
+    """What turning q and k by their positions holds: both in float32, unless they are."""
+    return 2 * 4 / item if item < 4 else 0
 
 
 def _token_values(model: ModelShape) -> int:
@@ -128,10 +127,11 @@ def decode_activations(model: ModelShape, shape: Shape) -> int:
     tiled = max(height, width) > tile.spatial_px
     tall, broad = (min(side, tile.spatial_px) if tiled else side for side in (height, width))
     # The last level, at full resolution, is the widest. Its first resnet: input, normed, padded by 2 frames and by one
-    # pixel around, output. A later one: the level's input, its own, hidden before and after norm, padded, output.
+    # pixel around. A later one: the level's input, its own, hidden, that normed, padded.
     narrow, before = model.vae.block_out_channels[:2]
-    padding = (tile_frames + 2) * (tall + 2) * (broad + 2) / (tile_frames * tall * broad)
-    channels = max((2 + padding) * before + narrow, before + (4 + padding) * narrow)
+    front = 2 if tile_frames > 1 else 0
+    padding = (tile_frames + front) * (tall + 2) * (broad + 2) / (tile_frames * tall * broad)
+    channels = max((2 + padding) * before, before + (3 + padding) * narrow)
     decoding = channels * tile_frames * tall * broad * item
     # Frames of a temporal tile: being put together, and the tile before in the hands of the caller.
     frames_held = 3 * tile_frames * height * width * item
