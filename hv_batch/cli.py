@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hv_batch.bench.commands import app as bench_app
 from hv_batch.job.config import load_config
 from hv_batch.job.progress import Progress
 from hv_batch.job.status import read_status
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(weights_app, name="weights")
+app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
 

@@ -160,6 +160,17 @@ class TextTowers:
             self._clip = _load_clip(clip_dir, clip_dtype or dtype).to(device)
         self._device = device
 
+    @classmethod
+    def of_models(
+        cls, llama_tokenizer: Any, llama: nn.Module, clip_tokenizer: Any, clip: nn.Module, device: torch.device
+    ) -> TextTowers:
+        """Towers that are in memory already; `llama` without the layers that are not used, and without final norm."""
+        towers = cls.__new__(cls)
+        towers._llama_tokenizer, towers._clip_tokenizer = llama_tokenizer, clip_tokenizer
+        towers._heads = {t: towers._head_ids(t, Path("memory")) for t in (VIDEO_TEMPLATE, IMAGE_TEMPLATE)}
+        towers._llama, towers._clip, towers._device = llama, clip, device
+        return towers
+
     # no_grad rather than inference_mode: inference tensors could never feed a training step.
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, image: bool) -> list[TextEmbedding]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, Stride, UpBlock, mix_channels
-from hv_batch.engine.vae_norm import in_layout
+from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, UpBlock
+from hv_batch.engine.vae_kernels import Stride, in_layout, mix_channels
 from hv_batch.protocol import LATENT_CHANNELS, UserError
 
 PIXEL_CHANNELS = 3

@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hv_batch.engine.vae_norm import in_layout, layout, norm_silu_pad, pad
+from hv_batch.engine.vae_kernels import Stride, convolve, layout, mix_channels, norm_silu_pad, pad
 
 NORM_EPS = 1e-6  # of every GroupNorm of the released model
 CORNERS = tuple(product((0, 1), repeat=2))  # which of the doubled rows and columns: even or odd
-
-Stride = tuple[int, int, int]  # frames, height, width
 
 
 class CausalConv3d(nn.Module):
@@ -27,6 +25,7 @@ class CausalConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 3, stride)
+        self.stride = stride
 
     def forward(self, x: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
         """The convolution of `x`, or with `norm` that of SiLU(norm(x))."""
@@ -34,8 +33,7 @@ class CausalConv3d(nn.Module):
         if x.shape[2] == 1:
             weight, front = _sum_taps_in_time(weight).to(x.dtype), 0
         padded = pad(x, front) if norm is None else norm_silu_pad(norm, x, front)
-        # Narrow ones run in a CPU kernel that answers in a layout of its own.
-        return in_layout(F.conv3d(padded, weight, self.conv.bias, self.conv.stride))
+        return convolve(padded, weight, self.conv.bias, self.stride)
 
 
 class PointwiseConv3d(nn.Module):
@@ -47,13 +45,6 @@ class PointwiseConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return mix_channels(self.conv, x)
-
-
-def mix_channels(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A 1x1x1 convolution; where channels are last, as the matrix product that it is."""
-    if layout(x) is not torch.channels_last_3d:
-        return conv(x)
-    return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
 
 class UpsampleCausal3D(nn.Module):
@@ -82,7 +73,7 @@ class UpsampleCausal3D(nn.Module):
         bias = self.conv.conv.bias
         for t, kernel in enumerate(kernels):
             weight = torch.cat([_merge_taps(_merge_taps(kernel, 3, h), 4, w) for h, w in CORNERS])
-            four = F.conv3d(x[:, :, t:], weight.to(x.dtype), None if bias is None else bias.repeat(len(CORNERS)))
+            four = convolve(x[:, :, t:], weight.to(x.dtype), None if bias is None else bias.repeat(len(CORNERS)))
             for (h, w), one in zip(CORNERS, four.chunk(len(CORNERS), dim=1), strict=True):
                 out[:, :, t :: len(kernels), h::2, w::2] = one[..., h : h + height, w : w + width]
         return out
@@ -154,7 +145,7 @@ class FrameCausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, frames, height, width = x.shape
-        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2)  # see vae_norm on other layouts
+        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2)  # on other layouts, see vae_kernels
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # [B, 1 head, L, C]
         in_frame = height * width
         by_frame = [

@@ -1,0 +1,49 @@
+"""`hv-batch bench`: the command line of the measurements."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure how fast this machine is.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Measure how fast this machine is."""
+
+
+@app.command()
+def engine(
+    preset: Annotated[str | None, typer.Option(help="toy, mid, 540p or 720p; default: mid on a CPU, else 720p")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; default: as many as PyTorch takes")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="how often hv_batch and diffusers take turns")] = 3,
+    stage: Annotated[list[str] | None, typer.Option(help="text, dit or vae; repeat it; default: all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Time text encoding, one DiT step and the tiled VAE decode, with random weights, next to diffusers.
+
+    `of peak` is measured against the best large matrix product of this device in the stage's precision; `memory` is
+    what a run took on top of its models.
+    """
+    import torch  # with the engine, seconds to import
+
+    from hv_batch.bench.engine import HEADER, bench_engine, describe, find_device, missing_reference
+    from hv_batch.bench.stages import STAGES
+
+    if threads:
+        torch.set_num_threads(threads)
+    place = find_device(device)
+    preset = preset or ("720p" if place.type == "cuda" else "mid")
+    reports = bench_engine(preset, place, stage or list(STAGES), rounds)
+    if as_json:
+        found = {"machine": describe(place), "preset": preset, "stages": [report.to_dict() for report in reports]}
+        print(json.dumps(found, indent=1))
+        return
+    lines = (f"{describe(place)}; preset {preset}", missing_reference(), HEADER)
+    print(*filter(None, lines), sep="\n", flush=True)
+    for report in reports:
+        print(report.render(), flush=True)

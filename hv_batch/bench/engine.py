@@ -1,0 +1,170 @@
+"""Time the engine stage by stage on one device, next to diffusers in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hv_batch.bench.measure import Probe, Times, Work, measure_matmul_peak, median_ratio, probe, time_in_turns
+from hv_batch.bench.presets import PRESETS
+from hv_batch.bench.stages import STAGES, Stage, has_diffusers
+from hv_batch.protocol import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """diffusers at the same stage. The ratios are ours / theirs: below 1, hv_batch is faster."""
+
+    best_s: float
+    median_s: float
+    gflop: float
+    peak_gb: float | None
+    ratio_best: float
+    ratio_median: float  # of the rounds' ratios
+
+    def render(self) -> str:
+        return (
+            f"{'  diffusers':<13}{self.best_s:9.3f}{self.median_s:9.3f}{self.gflop:11,.0f}{'':18}"
+            f"{_gb(self.peak_gb)}   hv_batch takes {self.ratio_best:.2f} of it (best), {self.ratio_median:.2f} (median)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """One stage of hv_batch, and of diffusers where it ran."""
+
+    stage: str
+    size: str
+    dtype: str
+    best_s: float
+    median_s: float
+    gflop: float  # of work that really ran, which is not the same for two implementations
+    gflops: float  # a second, in the best round
+    of_matmul_peak: float
+    peak_gb: float | None
+    diffusers: Comparison | None
+    note: str
+
+    def render(self) -> str:
+        lines = [
+            f"{self.stage:<13}{self.best_s:9.3f}{self.median_s:9.3f}{self.gflop:11,.0f}{self.gflops:10,.0f}"
+            f"{self.of_matmul_peak:8.0%}{_gb(self.peak_gb)}   {self.dtype}, {self.size}"
+        ]
+        if self.diffusers:
+            lines.append(self.diffusers.render())
+        if self.note:
+            lines.append(f"  {self.note}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+HEADER = f"{'':13}{'best s':>9}{'median s':>9}{'GFLOP':>11}{'GFLOP/s':>10}{'of peak':>8}{'memory':>10}"
+
+
+def bench_engine(preset: str, device: torch.device, stages: Sequence[str], rounds: int) -> Iterator[StageReport]:
+    """Report on each stage as soon as it is timed.
+
+    Raises UserError for a name that is not known at once, and on the way when hv_batch itself does not fit into the
+    device's memory.
+    """
+    choose("preset", preset, PRESETS)
+    for name in stages:
+        choose("stage", name, STAGES)
+    return (_time_stage(name, preset, rounds, device) for name in stages)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, "auto" being the GPU if there is one. Raises UserError when there is none."""
+    choose("device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but this process sees no GPU; choose cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def describe(device: torch.device) -> str:
+    """The device, in words."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device}: {name}, PyTorch {torch.__version__}"
+
+
+def missing_reference() -> str:
+    """What to say where diffusers is not installed; empty where it is."""
+    return (
+        ""
+        if has_diffusers()
+        else "diffusers is not installed, so nothing is compared; `pip install diffusers` adds it."
+    )
+
+
+def choose(option: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise UserError(f"--{option} {value!r} is not known; allowed are {', '.join(allowed)}.")
+
+
+def _time_stage(name: str, preset: str, rounds: int, device: torch.device) -> StageReport:
+    try:
+        stage = STAGES[name](PRESETS[preset], device)
+        return _report(name, stage, rounds, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Stage {name} of preset {preset} does not fit into the memory of {device}: {error}. Choose a smaller "
+            f"preset of {', '.join(PRESETS)}."
+        ) from error
+
+
+def _report(name: str, stage: Stage, rounds: int, device: torch.device) -> StageReport:
+    peak = measure_matmul_peak(device, stage.dtype)
+    counted = probe(stage.ours, device)
+    theirs, counted_theirs, note = _prepare(stage, device)
+    works = [stage.ours] if theirs is None else [stage.ours, theirs]
+    times = time_in_turns(works, rounds, device)
+    ours = times[0]
+    comparison = None if counted_theirs is None else _compare(ours, times[1], counted_theirs)
+    return StageReport(
+        stage=name,
+        size=stage.size,
+        dtype=str(stage.dtype).removeprefix("torch."),
+        best_s=ours.best,
+        median_s=ours.median,
+        gflop=counted.flop / 1e9,
+        gflops=counted.flop / 1e9 / ours.best,
+        of_matmul_peak=counted.flop / ours.best / peak,
+        peak_gb=_to_gb(counted.peak_bytes),
+        diffusers=comparison,
+        note=note,
+    )
+
+
+def _prepare(stage: Stage, device: torch.device) -> tuple[Work | None, Probe | None, str]:
+    """diffusers' work, already run once, or why there is none."""
+    if stage.theirs is None:
+        return None, None, ""
+    try:
+        work = stage.theirs()
+        return work, probe(work, device), ""
+    except torch.OutOfMemoryError:
+        return None, None, "diffusers ran out of memory beside hv_batch; only hv_batch was timed"
+
+
+def _compare(ours: Times, theirs: Times, counted: Probe) -> Comparison:
+    return Comparison(
+        best_s=theirs.best,
+        median_s=theirs.median,
+        gflop=counted.flop / 1e9,
+        peak_gb=_to_gb(counted.peak_bytes),
+        ratio_best=ours.best / theirs.best,
+        ratio_median=median_ratio(ours, theirs),
+    )
+
+
+def _to_gb(amount: int | None) -> float | None:
+    return None if amount is None else amount / 1e9
+
+
+def _gb(amount: float | None) -> str:
+    return f"{'?':>10}" if amount is None else f"{amount:7.2f} GB"

@@ -1,0 +1,231 @@
+"""The three stages of a render as functions to time: text encoding, one DiT step, the tiled VAE decode.
+
+Each builder draws random weights on the device and returns what hv_batch computes there and, where diffusers is
+installed, what diffusers computes of the same size. A builder runs just before its stage is timed, and what it built is
+dropped before the next: only one stage's models are ever in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hv_batch.bench.measure import Work
+from hv_batch.bench.presets import Preset, TextWidths
+from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.text import MAX_TEXT_TOKENS, SKIPPED_LAYERS, TextTowers
+from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
+from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.toy import tokenizers
+
+PROMPT = "A cat walks on the grass, realistic style, soft light, the camera follows slowly."
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`theirs` makes diffusers' model, when called, and returns its work; None where diffusers is not installed."""
+
+    size: str
+    dtype: torch.dtype
+    ours: Work
+    theirs: Callable[[], Work] | None
+
+
+def has_diffusers() -> bool:
+    return find_spec("diffusers") is not None
+
+
+def text_stage(preset: Preset, device: torch.device) -> Stage:
+    """One prompt through both towers. diffusers runs the same weights, all layers of them."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        llama_dir, clip_dir = Path(folder, "llama"), Path(folder, "clip")
+        llama_words = tokenizers.write_llama_tokenizer(llama_dir)
+        clip_words = tokenizers.write_clip_tokenizer(clip_dir)
+        llama_tokenizer, clip_tokenizer = (AutoTokenizer.from_pretrained(path) for path in (llama_dir, clip_dir))
+    llama = _random(lambda: _llama(preset.text, llama_words), device, preset.text_dtype)
+    clip = _random(lambda: _clip(preset.text, *clip_words), device, preset.text_dtype)
+    towers = TextTowers.of_models(llama_tokenizer, _used_part(llama), clip_tokenizer, clip, device)
+
+    def theirs() -> Work:
+        from diffusers import HunyuanVideoPipeline
+
+        pipeline: Any = HunyuanVideoPipeline(llama, llama_tokenizer, None, None, None, clip, clip_tokenizer)
+        return _without_grad(lambda: pipeline.encode_prompt(PROMPT, device=device))
+
+    size = f"{preset.text.llama_layers} layers of {preset.text.llama_width}, {_millions(llama, clip)}"
+    return Stage(size, preset.text_dtype, lambda: towers.encode([PROMPT], image=False), _if_installed(theirs))
+
+
+def dit_stage(preset: Preset, device: torch.device) -> Stage:
+    """One forward pass with embedded guidance, without classifier-free guidance. The text is padded to 256 tokens."""
+    config, dtype = preset.dit, preset.dit_dtype
+    model = _random(lambda: HYVideoDiT(config), device, dtype)
+    latents = torch.randn(1, LATENT_CHANNELS, *preset.dit_latents, device=device).to(dtype)
+    states = torch.randn(1, MAX_TEXT_TOKENS, config.text_states_dim, device=device).to(dtype)
+    pooled = torch.randn(1, config.text_states_dim_2, device=device).to(dtype)
+    timestep, guidance = (torch.full((1,), value, device=device) for value in (900.0, 6000.0))
+
+    def ours() -> object:
+        return model(latents, timestep, states, [preset.text_tokens], pooled, guidance)
+
+    def theirs() -> Work:
+        from diffusers import HunyuanVideoTransformer3DModel
+
+        reference = _random(
+            lambda: HunyuanVideoTransformer3DModel(
+                num_attention_heads=config.heads_num,
+                attention_head_dim=config.hidden_size // config.heads_num,
+                num_layers=config.mm_double_blocks_depth,
+                num_single_layers=config.mm_single_blocks_depth,
+                mlp_ratio=config.mlp_width_ratio,
+                text_embed_dim=config.text_states_dim,
+                pooled_projection_dim=config.text_states_dim_2,
+                rope_axes_dim=tuple(config.rope_dim_list),
+            ),
+            device,
+            dtype,
+        )
+        mask = (torch.arange(MAX_TEXT_TOKENS, device=device) < preset.text_tokens).long()[None]
+        return _without_grad(
+            lambda: reference(
+                hidden_states=latents,
+                timestep=timestep.to(dtype),
+                encoder_hidden_states=states,
+                encoder_attention_mask=mask,
+                pooled_projections=pooled,
+                guidance=guidance.to(dtype),
+            )
+        )
+
+    frames, rows, columns = preset.dit_latents
+    tokens = frames * rows * columns // 4  # patches of 1 x 2 x 2
+    size = f"{tokens:,} tokens, text {preset.text_tokens} of {MAX_TEXT_TOKENS}, {_millions(model)}"
+    return Stage(size, dtype, ours, _if_installed(theirs))
+
+
+def vae_stage(preset: Preset, device: torch.device) -> Stage:
+    """A decode in the official tiles, of which diffusers takes the same; both have the same weights."""
+    config, dtype, geometry = preset.vae, preset.vae_dtype, TileGeometry()
+    vae = _random(lambda: CausalVAE(config), device, dtype)
+    latents = torch.randn(1, LATENT_CHANNELS, *preset.vae_latents, device=device) * config.scaling_factor
+
+    def ours() -> None:
+        for _chunk in decode_streaming(vae, latents, geometry):
+            pass  # as in a render, where a chunk is encoded and forgotten
+
+    def theirs() -> Work:
+        from diffusers import AutoencoderKLHunyuanVideo
+
+        with torch.device("meta"):
+            reference: Any = AutoencoderKLHunyuanVideo(
+                block_out_channels=config.block_out_channels,
+                layers_per_block=config.layers_per_block,
+                norm_num_groups=config.norm_num_groups,
+            )
+        reference.load_state_dict(vae.state_dict(), assign=True)
+        space, time = geometry.space, geometry.time
+        reference.requires_grad_(False).eval().enable_tiling(
+            geometry.spatial_px,
+            geometry.spatial_px,
+            geometry.temporal_frames,
+            space.stride_px,
+            space.stride_px,
+            time.stride_px,
+        )
+        z = (latents / config.scaling_factor).to(dtype)
+        return _without_grad(lambda: reference.decode(z))
+
+    frames, rows, columns = preset.vae_latents
+    size = (
+        f"{4 * frames - 3} frames of {8 * rows}x{8 * columns}, widths {', '.join(map(str, config.block_out_channels))}"
+    )
+    return Stage(size, dtype, ours, _if_installed(theirs))
+
+
+STAGES: dict[str, Callable[[Preset, torch.device], Stage]] = {
+    "text": text_stage,
+    "dit": dit_stage,
+    "vae": vae_stage,
+}
+
+
+def _random(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A module with the weights that PyTorch draws for a new one, made where and in what it computes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return build().requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _llama(widths: TextWidths, words: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=words,
+            hidden_size=widths.llama_width,
+            intermediate_size=widths.llama_mlp,
+            num_hidden_layers=widths.llama_layers,
+            num_attention_heads=widths.llama_heads,
+            num_key_value_heads=widths.llama_kv_heads,
+            max_position_embeddings=8192,
+        )
+    )
+
+
+def _clip(widths: TextWidths, words: int, start: int, end: int) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=widths.clip_width,
+            intermediate_size=4 * widths.clip_width,
+            num_hidden_layers=widths.clip_layers,
+            num_attention_heads=widths.clip_heads,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+def _used_part(llama: Any) -> Any:
+    """The same weights without the last layers and the final norm, as `TextTowers` loads them."""
+    part = copy.copy(llama)
+    part._modules = dict(llama._modules)
+    part.config = copy.deepcopy(llama.config)
+    part.config.num_hidden_layers -= SKIPPED_LAYERS
+    part.layers, part.norm = llama.layers[:-SKIPPED_LAYERS], nn.Identity()
+    return part
+
+
+def _without_grad(work: Work) -> Work:
+    def run() -> object:
+        with torch.no_grad():
+            return work()
+
+    return run
+
+
+def _if_installed(theirs: Callable[[], Work]) -> Callable[[], Work] | None:
+    return theirs if has_diffusers() else None
+
+
+def _millions(*models: nn.Module) -> str:
+    parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
+    return f"{parameters / 1e6:,.1f} M parameters"
