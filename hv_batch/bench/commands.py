@@ -22,6 +22,7 @@ def engine(
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; default: as many as PyTorch takes")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="how often hv_batch and diffusers take turns")] = 3,
     stage: Annotated[list[str] | None, typer.Option(help="text, dit or vae; repeat it; default: all")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="let hv_batch compute the DiT's products in FP8")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Time text encoding, one DiT step and the tiled VAE decode, with random weights, next to diffusers.
@@ -38,7 +39,7 @@ def engine(
         torch.set_num_threads(threads)
     place = find_device(device)
     preset = preset or ("720p" if place.type == "cuda" else "mid")
-    reports = bench_engine(preset, place, stage or list(STAGES), rounds)
+    reports = bench_engine(preset, place, stage or list(STAGES), rounds, fp8)
     if as_json:
         found = {"machine": describe(place), "preset": preset, "stages": [report.to_dict() for report in reports]}
         print(json.dumps(found, indent=1))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from hv_batch.bench.measure import Probe, Times, Work, measure_matmul_peak, median_ratio, probe, time_in_turns
-from hv_batch.bench.presets import PRESETS
+from hv_batch.bench.presets import PRESETS, Preset
 from hv_batch.bench.stages import STAGES, Stage, has_diffusers
 from hv_batch.protocol import UserError
 
@@ -66,8 +66,10 @@ class StageReport:
 HEADER = f"{'':13}{'best s':>9}{'median s':>9}{'GFLOP':>11}{'GFLOP/s':>10}{'of peak':>8}{'memory':>10}"
 
 
-def bench_engine(preset: str, device: torch.device, stages: Sequence[str], rounds: int) -> Iterator[StageReport]:
-    """Report on each stage as soon as it is timed.
+def bench_engine(
+    preset: str, device: torch.device, stages: Sequence[str], rounds: int, fp8: bool = False
+) -> Iterator[StageReport]:
+    """Report on each stage as soon as it is timed, the DiT's with FP8 products if `fp8`.
 
     Raises UserError for a name that is not known at once, and on the way when hv_batch itself does not fit into the
     device's memory.
@@ -75,7 +77,8 @@ def bench_engine(preset: str, device: torch.device, stages: Sequence[str], round
     choose("preset", preset, PRESETS)
     for name in stages:
         choose("stage", name, STAGES)
-    return (_time_stage(name, preset, rounds, device) for name in stages)
+    sizes = replace(PRESETS[preset], fp8=fp8)
+    return (_time_stage(name, sizes, rounds, device) for name in stages)
 
 
 def find_device(name: str) -> torch.device:
@@ -94,11 +97,9 @@ def describe(device: torch.device) -> str:
 
 def missing_reference() -> str:
     """What to say where diffusers is not installed; empty where it is."""
-    return (
-        ""
-        if has_diffusers()
-        else "diffusers is not installed, so nothing is compared; `pip install diffusers` adds it."
-    )
+    if has_diffusers():
+        return ""
+    return "diffusers is not installed, so nothing is compared; `pip install diffusers` adds it."
 
 
 def choose(option: str, value: str, allowed: Any) -> None:
@@ -106,14 +107,13 @@ def choose(option: str, value: str, allowed: Any) -> None:
         raise UserError(f"--{option} {value!r} is not known; allowed are {', '.join(allowed)}.")
 
 
-def _time_stage(name: str, preset: str, rounds: int, device: torch.device) -> StageReport:
+def _time_stage(name: str, preset: Preset, rounds: int, device: torch.device) -> StageReport:
     try:
-        stage = STAGES[name](PRESETS[preset], device)
-        return _report(name, stage, rounds, device)
+        return _report(name, STAGES[name](preset, device), rounds, device)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"Stage {name} of preset {preset} does not fit into the memory of {device}: {error}. Choose a smaller "
-            f"preset of {', '.join(PRESETS)}."
+            f"Stage {name} ({preset.summary}) does not fit into the memory of {device}: {error}. Choose another preset "
+            f"of {', '.join(PRESETS)}."
         ) from error
 
 
@@ -123,7 +123,7 @@ def _report(name: str, stage: Stage, rounds: int, device: torch.device) -> Stage
     theirs, counted_theirs, note = _prepare(stage, device)
     works = [stage.ours] if theirs is None else [stage.ours, theirs]
     times = time_in_turns(works, rounds, device)
-    ours = times[0]
+    ours, peak = times[0], max(peak, measure_matmul_peak(device, stage.dtype))
     comparison = None if counted_theirs is None else _compare(ours, times[1], counted_theirs)
     return StageReport(
         stage=name,

@@ -41,6 +41,7 @@ class Preset:
     text_dtype: torch.dtype = torch.float16
     dit_dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float16
+    fp8: bool = False  # the products of the DiT's blocks, of hv_batch only
 
 
 _FP32: dict[str, Any] = {"text_dtype": torch.float32, "dit_dtype": torch.float32, "vae_dtype": torch.float32}

@@ -21,6 +21,7 @@ from torch import nn
 from hv_batch.bench.measure import Work
 from hv_batch.bench.presets import Preset, TextWidths
 from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.text import MAX_TEXT_TOKENS, SKIPPED_LAYERS, TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
@@ -71,6 +72,8 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
     """One forward pass with embedded guidance, without classifier-free guidance. The text is padded to 256 tokens."""
     config, dtype = preset.dit, preset.dit_dtype
     model = _random(lambda: HYVideoDiT(config), device, dtype)
+    if preset.fp8:
+        multiply_in_fp8_(model, device)
     latents = torch.randn(1, LATENT_CHANNELS, *preset.dit_latents, device=device).to(dtype)
     states = torch.randn(1, MAX_TEXT_TOKENS, config.text_states_dim, device=device).to(dtype)
     pooled = torch.randn(1, config.text_states_dim_2, device=device).to(dtype)
@@ -110,7 +113,8 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
 
     frames, rows, columns = preset.dit_latents
     tokens = frames * rows * columns // 4  # patches of 1 x 2 x 2
-    size = f"{tokens:,} tokens, text {preset.text_tokens} of {MAX_TEXT_TOKENS}, {_millions(model)}"
+    products = ", FP8 products" if preset.fp8 else ""
+    size = f"{tokens:,} tokens, text {preset.text_tokens} of {MAX_TEXT_TOKENS}, {_millions(model)}{products}"
     return Stage(size, dtype, ours, _if_installed(theirs))
 
 

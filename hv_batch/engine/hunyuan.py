@@ -23,6 +23,7 @@ from hv_batch.engine import sampler
 from hv_batch.engine.attention import KERNELS, choose_kernel
 from hv_batch.engine.checkpoint import CheckpointTree, revision
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
@@ -51,7 +52,8 @@ class HunyuanVideo:
     - `dit`: fields of `DiTConfig` that differ from the released model and from a config.json beside the weights
     - `precision`, `vae_precision`, `text_encoder_precision`, `text_encoder_precision_2`: "bf16", "fp16" or "fp32"; the
       last is CLIP's and as LLaMA's unless given
-    - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same
+    - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same. "matmul"
+      computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.fp8_matmul`
     - `attention`: the kernel family of the DiT
     - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
     - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
@@ -159,6 +161,8 @@ class HunyuanVideo:
         choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
         home = device if self._offload == "none" else torch.device("cpu")
         model = load_dit(self._tree, self._dit_config, self._attention, dtype, home, self._fp8)
+        if self._fp8 == "matmul":
+            multiply_in_fp8_(model, device)
         if self._offload != "none":
             offload_blocks(model, device, pinned=self._offload == "blocks")
         mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)

@@ -28,7 +28,8 @@ from hv_batch.protocol import UserError
 
 # "none": FP8 weights become weights in the model's dtype when they are loaded; the same numbers, twice the memory.
 # "storage": they stay FP8 and are dequantised on every use, as released.
-FP8_MODES = ("none", "storage")
+# "matmul": the products of the blocks are FP8 as well, whatever the file holds; see `hv_batch.engine.fp8_matmul`.
+FP8_MODES = ("none", "storage", "matmul")
 
 LLAMA_TYPES = ("llama",)  # model_type in the config.json of a text tower
 CLIP_TYPES = ("clip", "clip_text_model")
@@ -175,12 +176,12 @@ def _plan_dit(tree: CheckpointTree, config: DiTConfig, attention: str, fp8: str)
             f"{path} holds 8-bit weights that the release does not: {_told(strange)}. Only the Linears inside the "
             "blocks may be, as float8_e4m3fn. Name the released FP8 file, or the bf16 one."
         )
-    if fp8 == "storage":
-        if not scales:
-            raise UserError(
-                f"fp8: storage was asked for, but {path} holds no FP8 weights. Name the released "
-                "mp_rank_00_model_states_fp8.pt as dit_weight, or make some with `hv-batch weights convert --fp8`."
-            )
+    if fp8 == "storage" and not scales:
+        raise UserError(
+            f"fp8: storage was asked for, but {path} holds no FP8 weights. Name the released "
+            "mp_rank_00_model_states_fp8.pt as dit_weight, or make some with `hv-batch weights convert --fp8`."
+        )
+    if fp8 != "none" and scales:
         hold_in_fp8(model, scales)
         return model, tensors | {f"{name}.scale": _as_scalar(scale) for name, scale in scales.items()}
     return model, tensors | {
