@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop
 
 Work = Callable[[], object]
 
-_MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough for the peak, done in a second
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough for the peak, done in a fraction of a second
 _MATMUL_TRIES = 5
 
 
@@ -69,8 +69,9 @@ def median_ratio(ours: Times, theirs: Times) -> float:
 
 
 def probe(work: Work, device: torch.device) -> Probe:
-    """Run once to warm up, so that kernels are chosen and their buffers there, and once to count."""
-    work()
+    """Run once to warm up, so that kernels are chosen, their buffers and the counter's own memory there; then count."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS):
+        work()
     before = _reset_peak(device)
     with FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS) as counter:
         work()
@@ -81,7 +82,7 @@ def probe(work: Work, device: torch.device) -> Probe:
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of a few large square matrix products: what the device gives, not what its data sheet says."""
-    size = _MATMUL_SIZE.get(device.type, 2048)
+    size = _MATMUL_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(time_once(lambda: torch.mm(a, b), device) for _ in range(_MATMUL_TRIES))

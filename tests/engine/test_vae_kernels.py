@@ -1,0 +1,146 @@
+"""The VAE's hot operations against the plain ones they stand for, and the layout that its tensors lie in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hv_batch.engine import vae_kernels
+from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.engine.vae_blocks import CausalConv3d, UpsampleCausal3D
+from hv_batch.engine.vae_kernels import convolve, in_layout, mix_channels, norm_silu_pad, pad
+
+NARROW = VAEConfig(block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=8)
+
+
+def is_channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def random_norm(groups, channels):
+    norm = nn.GroupNorm(groups, channels, eps=1e-6).requires_grad_(False)
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    nn.init.normal_(norm.bias, 0.0, 0.3)
+    return norm
+
+
+@given(
+    batch=st.integers(1, 2),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(2, 6)),
+    groups=st.sampled_from([(1, 4), (4, 4), (2, 8), (8, 24)]),
+    front=st.integers(0, 2),
+    mean=st.sampled_from([0.0, 3.0, 1000.0]),
+    frames_at_a_time=st.integers(1, 3),
+)
+@settings(max_examples=80, deadline=None)
+def test_norm_silu_and_padding_in_one(batch, size, groups, front, mean, frames_at_a_time):
+    """Spec section 5: what the three operations give one after the other, in any chunks, far from zero as well."""
+    torch.manual_seed(0)
+    count, channels = groups
+    norm, x = random_norm(count, channels), torch.randn(batch, channels, *size) + mean
+    expected = pad(F.silu(F.group_norm(x.double(), count, norm.weight.double(), norm.bias.double(), 1e-6)), front)
+    before = vae_kernels.CACHE_BYTES
+    vae_kernels.CACHE_BYTES = frames_at_a_time * x[:, :, 0].numel() * 4
+    try:
+        result = norm_silu_pad(norm, in_layout(x), front)
+    finally:
+        vae_kernels.CACHE_BYTES = before
+    assert result.shape == expected.shape
+    assert is_channels_last(result)
+    # A number at 1000 is stored to 6e-5; where a group has one element, its deviation is nothing but rounding.
+    tolerance = 2e-5 if mean < 10 else 2e-3
+    assert (result - expected).abs().max() <= tolerance
+
+
+def test_large_groups_are_summed_accurately():
+    """Fidelity at the size of a tile's last level, where PyTorch's own GroupNorm of this layout is 1e-3 off."""
+    torch.manual_seed(0)
+    norm, x = random_norm(4, 4), in_layout(torch.randn(1, 4, 9, 256, 256) * 2 + 5)
+    expected = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
+    result = norm_silu_pad(norm, x, 0)[..., 1:-1, 1:-1]
+    assert (result - expected).abs().max() <= 5e-6
+    assert (F.silu(norm(x)) - expected).abs().max() > 1e-4, (
+        "PyTorch has become accurate; the detour may not pay any more"
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+def test_half_precisions_are_rounded_once(dtype, tolerance):
+    """Statistics and SiLU in float32, whatever the tensors are in."""
+    torch.manual_seed(0)
+    norm, x = random_norm(2, 8), torch.randn(1, 8, 3, 5, 5).to(dtype)
+    expected = norm_silu_pad(norm, x.float(), 2)
+    result = norm_silu_pad(norm.to(dtype), x, 2)
+    assert result.dtype is dtype
+    assert (result.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("channels", [(3, 16), (16, 16), (16, 3), (32, 64), (64, 128)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+def test_convolutions_are_pytorchs(channels, stride):
+    """Narrow and wide ones go through the same fast kernel, and answer channels last."""
+    torch.manual_seed(0)
+    narrow, wide = channels
+    x, weight, bias = torch.randn(2, narrow, 5, 9, 8), torch.randn(wide, narrow, 3, 3, 3), torch.randn(wide)
+    weight *= (27 * narrow) ** -0.5
+    result = convolve(in_layout(x), weight, bias, stride)
+    expected = F.conv3d(x.double(), weight.double(), bias.double(), stride)
+    assert is_channels_last(result)
+    assert (result - expected).abs().max() <= 1e-5
+    assert (convolve(in_layout(x), weight, None, stride) - expected + bias.view(-1, 1, 1, 1)).abs().max() <= 1e-5
+
+
+def test_pointwise_convolutions_are_pytorchs():
+    """As a matrix product: the same numbers, layout kept."""
+    conv, x = nn.Conv3d(8, 5, 1).requires_grad_(False), torch.randn(2, 8, 3, 4, 5)
+    result = mix_channels(conv, in_layout(x))
+    assert is_channels_last(result)
+    assert (result - conv(x)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+def test_a_single_frame_is_convolved_in_two_dimensions(stride):
+    """Images: the sum of the taps in time meets the frame, a third of the work, with what the padded frames give."""
+    torch.manual_seed(0)
+    layer, x = CausalConv3d(6, 7, stride).requires_grad_(False), torch.randn(1, 6, 1, 8, 6)
+    padded = F.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate")
+    expected = F.conv3d(padded, layer.conv.weight, layer.conv.bias, stride)
+    assert (layer(x) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("factor", [(1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_the_upsampler_is_the_plain_way(factor, frames):
+    """Spec section 5: nearest neighbours, the first frame not doubled in time, then the padded convolution."""
+    torch.manual_seed(0)
+    layer, x = UpsampleCausal3D(5, factor).requires_grad_(False), torch.randn(2, 5, frames, 3, 4)
+    doubled = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    if factor[0] == 2:
+        doubled = doubled.repeat_interleave(2, 2)[:, :, 1:]
+    padded = F.pad(doubled, (1, 1, 1, 1, 2, 0), mode="replicate")
+    result = layer(in_layout(x))
+    assert is_channels_last(result)
+    assert (result - F.conv3d(padded, layer.conv.conv.weight, layer.conv.conv.bias)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_no_layer_loses_the_layout(frames):
+    """Speed: a tensor that falls out of its layout is copied back and forth by every layer that follows."""
+    vae, strays = CausalVAE(NARROW).requires_grad_(False), []
+
+    def watch(name):
+        def hook(_module, inputs, output):
+            strays.extend(name for x in (inputs[0], output) if x.dim() == 5 and not is_channels_last(x))
+
+        return hook
+
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.GroupNorm | nn.Conv3d):  # the attention's norm has a layout of its own
+            module.register_forward_hook(watch(name))
+    vae.decode(torch.randn(1, 16, frames, 6, 5))
+    vae.encode(torch.randn(1, 3, 4 * frames - 3, 32, 24))
+    assert strays == []
