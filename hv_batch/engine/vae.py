@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, UpBlock
-from hv_batch.engine.vae_kernels import Stride, in_layout, mix_channels
+from hv_batch.engine.vae_kernels import Stride, in_layout, mix_channels, reused_memory
 from hv_batch.protocol import LATENT_CHANNELS, UserError
 
 PIXEL_CHANNELS = 3
@@ -152,7 +152,9 @@ class CausalVAE(nn.Module):
 
         Not multiplied by the scaling factor.
         """
-        mean, _log_variance = mix_channels(self.quant_conv, self.encoder(in_layout(x))).chunk(2, dim=1)
+        with reused_memory():
+            hidden = self.encoder(in_layout(x))
+        mean, _log_variance = mix_channels(self.quant_conv, hidden).chunk(2, dim=1)
         return mean
 
     @torch.no_grad()
@@ -161,4 +163,6 @@ class CausalVAE(nn.Module):
 
         The latents are already divided by the scaling factor and have this model's dtype.
         """
-        return self.decoder(mix_channels(self.post_quant_conv, in_layout(z)))
+        with reused_memory():
+            pixels: Tensor = self.decoder(mix_channels(self.post_quant_conv, in_layout(z)))
+        return pixels

@@ -10,11 +10,18 @@ one tile.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Stride = tuple[int, int, int]  # frames, height, width
+
+_reused = threading.local()  # .memory: one byte tensor, inside `reused_memory` only
 
 CACHE_BYTES = 8 * 2**20  # of scratch at a time: a share of any last-level cache, yet enough to keep calls few
 
@@ -56,9 +63,30 @@ def norm_silu_pad(norm: nn.GroupNorm, x: Tensor, front: int) -> Tensor:
     return pad(F.silu(norm(x), inplace=True), front)
 
 
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Within it, all padded tensors of this thread share their memory: each is convolved before the next is made."""
+    _reused.memory = torch.empty(0, dtype=torch.uint8)
+    try:
+        yield
+    finally:
+        del _reused.memory
+
+
+def _memory_for(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if not hasattr(_reused, "memory"):
+        return torch.empty(shape, dtype=dtype)
+    num_bytes = prod(shape) * dtype.itemsize
+    if _reused.memory.numel() < num_bytes:
+        _reused.memory = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is asked for
+        _reused.memory = torch.empty(num_bytes, dtype=torch.uint8)
+    memory: Tensor = _reused.memory[:num_bytes]
+    return memory.view(dtype).view(shape)
+
+
 def _by_chunk(norm: nn.GroupNorm, x: Tensor, front: int) -> Tensor:
     batch, channels, frames, height, width = x.shape
-    out = x.new_empty(batch, frames + front, height + 2, width + 2, channels)
+    out = _memory_for((batch, frames + front, height + 2, width + 2, channels), x.dtype)
     chunks = _chunks(x)
     scratch = torch.empty(chunks[0].shape, dtype=torch.float32)
     scale, shift = _affine(norm, chunks, scratch)
