@@ -42,8 +42,7 @@ def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
     if config.model.engine != ENGINE:
         raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
     engine = build_engine(config.model.engine, config.model.options)  # refuses the options that a run would refuse
-    parallel = config.parallel
-    if found := engine.group_problems(parallel.ulysses_degree, parallel.ring_degree):
+    if found := engine.group_problems(config.parallel.plan):
         raise UserError("; ".join(found))
     manifest = Manifest(manifest_url)
     summary = check_manifest(manifest, config)
@@ -141,7 +140,7 @@ def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work]) -> Repor
 
 
 def _bill(config: RunConfig) -> Report:
-    groups = config.groups.count * config.parallel.world_size * config.groups.gpus_per_rank
+    groups = config.groups.count * config.parallel.plan.world_size * config.groups.gpus_per_rank
     encoders, decoders = config.encoders.count * config.encoders.gpus, config.decoders.count * config.decoders.gpus
     return {"groups": groups, "encoders": encoders, "decoders": decoders, "total": groups + encoders + decoders}
 

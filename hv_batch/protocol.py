@@ -148,6 +148,21 @@ def problems(values: Mapping[str, Any]) -> list[FieldProblem]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelPlan:
+    """How one video is spread over the ranks of a group. Part of its identity: another plan sums in another order."""
+
+    ulysses_degree: int = 1  # ranks that share the attention heads
+    ring_degree: int = 1  # ranks that share the keys
+
+    @property
+    def world_size(self) -> int:
+        return self.ulysses_degree * self.ring_degree
+
+    def __str__(self) -> str:
+        return f"Ulysses {self.ulysses_degree} x ring {self.ring_degree}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlace:
     """Where one rank of a denoise group stands.
 
@@ -157,15 +172,10 @@ class RankPlace:
 
     rank: int
     local_rank: int
-    ulysses_degree: int
-    ring_degree: int
+    plan: ParallelPlan
     device: Device
     address: str
     timeout_s: float
-
-    @property
-    def world_size(self) -> int:
-        return self.ulysses_degree * self.ring_degree
 
 
 class Embedding(Protocol):
@@ -221,7 +231,7 @@ class Engine(Protocol):
         """JSON-able facts of the model that change pixels: weights revision, precisions, tile geometry, ..."""
         ...
 
-    def group_problems(self, ulysses_degree: int, ring_degree: int) -> list[str]:
+    def group_problems(self, plan: ParallelPlan) -> list[str]:
         """Why this engine could not shard itself so; empty when it can."""
         ...
 

@@ -35,8 +35,8 @@ class FakeEngine:
     def identity(self):
         return {"fake": self.revision}
 
-    def group_problems(self, ulysses_degree, ring_degree):
-        return [] if 24 % ulysses_degree == 0 else [f"ulysses_degree {ulysses_degree} does not divide 24"]
+    def group_problems(self, plan):
+        return [] if 24 % plan.ulysses_degree == 0 else [f"ulysses_degree {plan.ulysses_degree} does not divide 24"]
 
     def text_encoder(self, device):
         return FakeEncoder(self)
@@ -45,7 +45,7 @@ class FakeEngine:
         return f"{host}:0"
 
     def join(self, place):
-        self.mark(f"join-{place.rank}-of-{place.world_size}", place.address)
+        self.mark(f"join-{place.rank}-of-{place.plan.world_size}", place.address)
         return FakeDenoiser(self, place.rank)
 
     def decoder(self, device):

@@ -31,7 +31,7 @@ from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
 from hv_batch.engine.weights import FP8_MODES, load_dit, load_vae, verify
-from hv_batch.protocol import LATENT_CHANNELS, Device, RankPlace, SamplingParams, UserError
+from hv_batch.protocol import LATENT_CHANNELS, Device, ParallelPlan, RankPlace, SamplingParams, UserError
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine
@@ -127,15 +127,14 @@ class HunyuanVideo:
     def _revision(self) -> str:
         return revision(self._tree)
 
-    def group_problems(self, ulysses_degree: int, ring_degree: int) -> list[str]:
+    def group_problems(self, plan: ParallelPlan) -> list[str]:
         """Ulysses shares out whole attention heads, so its degree must divide their number; ring takes any."""
-        heads = self._dit_config.heads_num
-        if heads % ulysses_degree == 0:
+        heads, ranks = self._dit_config.heads_num, plan.world_size
+        if heads % plan.ulysses_degree == 0:
             return []
-        ranks = ulysses_degree * ring_degree
         allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0]
         return [
-            f"ulysses_degree {ulysses_degree} does not divide the model's {heads} attention heads; "
+            f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; "
             f"with {ranks} ranks, ulysses_degree x ring_degree may be {', '.join(allowed)}"
         ]
 
@@ -165,7 +164,7 @@ class HunyuanVideo:
             multiply_in_fp8_(model, device)
         if self._offload != "none":
             offload_blocks(model, device, pinned=self._offload == "blocks")
-        mesh = SequenceMesh.single() if place.world_size == 1 else join_group(place)
+        mesh = SequenceMesh.single() if place.plan.world_size == 1 else join_group(place)
         return HunyuanDenoiser(model, mesh, device, self._recipe)
 
     def decoder(self, device: Device) -> HunyuanDecoder:

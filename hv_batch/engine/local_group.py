@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hv_batch.engine.parallel import leave_group
 from hv_batch.engine.reproduce import make_deterministic
-from hv_batch.protocol import Device, RankPlace, SamplingParams, UserError
+from hv_batch.protocol import Device, ParallelPlan, RankPlace, SamplingParams, UserError
 
 if TYPE_CHECKING:
     from hv_batch.engine.hunyuan import HunyuanVideo
@@ -59,7 +59,7 @@ class _Failure:
 
 
 class LocalGroup:
-    """`ulysses_degree` x `ring_degree` processes that denoise together.
+    """The processes of one plan, which denoise together.
 
     As with all spawned processes, a script that makes a group needs the `if __name__ == "__main__"` guard. Raises
     UserError when the degrees do not fit the model or a rank cannot load, RankFailed when one fails.
@@ -69,23 +69,21 @@ class LocalGroup:
         self,
         engine: HunyuanVideo,
         device: Device,
-        ulysses_degree: int,
-        ring_degree: int,
+        plan: ParallelPlan,
         *,
         reproduce_seed: int | None = None,
     ) -> None:
         """Start all ranks and wait until they have loaded and met; `reproduce_seed` is of `make_deterministic`."""
-        if found := engine.group_problems(ulysses_degree, ring_degree):
+        if found := engine.group_problems(plan):
             raise UserError("The model cannot be shared out like this: " + "; ".join(found) + ".")
         self._links: list[Connection] = []
         self._processes: list[Any] = []
         try:
-            for rank in range(ulysses_degree * ring_degree):
+            for rank in range(plan.world_size):
                 place = RankPlace(
                     rank=rank,
                     local_rank=rank,
-                    ulysses_degree=ulysses_degree,
-                    ring_degree=ring_degree,
+                    plan=plan,
                     device=device,
                     address="",
                     timeout_s=TIMEOUT_S,
@@ -200,7 +198,7 @@ def _serve(engine: HunyuanVideo, place: RankPlace, link: Connection, reproduce_s
         if reproduce_seed is not None:
             make_deterministic(reproduce_seed)
         if place.rank == 0:
-            _send(link, engine.host_rendezvous(HOST, place.world_size))
+            _send(link, engine.host_rendezvous(HOST, place.plan.world_size))
         denoiser = engine.join(replace(place, address=_receive(link)))
         if place.rank == 0:  # joining ends for all ranks together
             _send(link, "ready")

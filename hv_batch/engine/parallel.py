@@ -199,16 +199,16 @@ def join_group(place: RankPlace) -> SequenceMesh:
     """
     if place.device == "cuda":
         torch.cuda.set_device(place.local_rank)
-    u, r, timeout = place.ulysses_degree, place.ring_degree, timedelta(seconds=place.timeout_s)
-    if place.world_size == 1:
+    u, r, timeout = place.plan.ulysses_degree, place.plan.ring_degree, timedelta(seconds=place.timeout_s)
+    if place.plan.world_size == 1:
         return SequenceMesh.single()
     host, port = place.address.rsplit(":", 1)
-    store = TCPStore(host, int(port), place.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    store = TCPStore(host, int(port), place.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
         "nccl" if place.device == "cuda" else "gloo",
         store=PrefixStore("sequence-parallel", store),
         rank=place.rank,
-        world_size=place.world_size,
+        world_size=place.plan.world_size,
         timeout=timeout,
         device_id=torch.device("cuda", place.local_rank) if place.device == "cuda" else None,
     )

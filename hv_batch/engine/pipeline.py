@@ -22,7 +22,15 @@ from torch import Tensor
 
 from hv_batch.engine.hunyuan import HunyuanDecoder, HunyuanDenoiser, HunyuanVideo
 from hv_batch.engine.local_group import LocalGroup
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, RankPlace, SamplingParams, UserError, problems
+from hv_batch.protocol import (
+    DEFAULT_NEGATIVE_PROMPT,
+    Device,
+    ParallelPlan,
+    RankPlace,
+    SamplingParams,
+    UserError,
+    problems,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,13 +64,14 @@ class HunyuanVideoPipeline:
         for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
             if not _is_count(degree):
                 raise UserError(f"{name} is {degree!r}; allowed is a whole number above 0.")
+        plan = ParallelPlan(ulysses_degree=ulysses_degree, ring_degree=ring_degree)
         if found := engine.check():
             raise UserError("The model cannot be loaded: " + " | ".join(found))
-        if found := engine.group_problems(ulysses_degree, ring_degree):
+        if found := engine.group_problems(plan):
             raise UserError("The model cannot be shared out like this: " + "; ".join(found) + ".")
         self.engine = engine
         self.device = device
-        self._degrees = (ulysses_degree, ring_degree)
+        self._plan = plan
         self._reproduce_seed = reproduce_seed
         self._interrupted = threading.Event()
 
@@ -86,14 +95,9 @@ class HunyuanVideoPipeline:
 
     @cached_property
     def _denoiser(self) -> HunyuanDenoiser | LocalGroup:
-        ulysses_degree, ring_degree = self._degrees
-        if ulysses_degree * ring_degree > 1:
-            return LocalGroup(
-                self.engine, self.device, ulysses_degree, ring_degree, reproduce_seed=self._reproduce_seed
-            )
-        alone = RankPlace(
-            rank=0, local_rank=0, ulysses_degree=1, ring_degree=1, device=self.device, address="", timeout_s=0.0
-        )
+        if self._plan.world_size > 1:
+            return LocalGroup(self.engine, self.device, self._plan, reproduce_seed=self._reproduce_seed)
+        alone = RankPlace(rank=0, local_rank=0, plan=self._plan, device=self.device, address="", timeout_s=0.0)
         return self.engine.join(alone)
 
     @cached_property

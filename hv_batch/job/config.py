@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from hv_batch.job.config_text import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
 from hv_batch.job.inputs import open_input, shorten
 from hv_batch.job.rows import find_fault
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, UserError
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, ParallelPlan, UserError
 
 Count = Annotated[int, Field(ge=1)]
 GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on more than one GPU
@@ -94,8 +94,8 @@ class ParallelConfig(_Section):
     """Ranks that share the keys; ulysses_degree x ring_degree is the size of a group."""
 
     @property
-    def world_size(self) -> int:
-        return self.ulysses_degree * self.ring_degree
+    def plan(self) -> ParallelPlan:
+        return ParallelPlan(ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree)
 
 
 class GroupsConfig(_Section):
@@ -200,7 +200,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _give_every_actor_what_it_computes_on(self) -> Self:
-        groups, ranks = self.groups, self.parallel.world_size
+        groups, ranks = self.groups, self.parallel.plan.world_size
         found = []
         if groups.gpus_per_rank + groups.cpus_per_rank == 0:
             found.append(

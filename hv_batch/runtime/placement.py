@@ -24,7 +24,7 @@ def actor_bundle(cpus: float, gpus: float) -> Bundle:
 
 def group_bundles(config: RunConfig) -> list[Bundle]:
     """One bundle a rank."""
-    return [actor_bundle(config.groups.cpus_per_rank, config.groups.gpus_per_rank)] * config.parallel.world_size
+    return [actor_bundle(config.groups.cpus_per_rank, config.groups.gpus_per_rank)] * config.parallel.plan.world_size
 
 
 def least_bill(config: RunConfig) -> list[list[Bundle]]:
@@ -91,8 +91,8 @@ def _asked_and_there(config: RunConfig, nodes: Sequence[Mapping[str, float]]) ->
     group, encoder, decoder = (show(total(bundles)) for bundles in least_bill(config))
     there = "; ".join(show({k: node.get(k, 0.0) for k in ("CPU", "GPU")}) for node in nodes) or "none"
     return (
-        f"Needed at least: a group of {config.parallel.world_size} rank(s) on one node with {group}, an encoder with "
-        f"{encoder}, a decoder with {decoder}. Nodes there are: {there}."
+        f"Needed at least: a group of {config.parallel.plan.world_size} rank(s) on one node with {group}, an encoder "
+        f"with {encoder}, a decoder with {decoder}. Nodes there are: {there}."
     )
 
 

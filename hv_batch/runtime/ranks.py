@@ -41,7 +41,7 @@ class RankActor:
 
     def host_rendezvous(self) -> str:
         """Rank 0: open the meeting point on a port that is free at this moment, and keep it (no port race)."""
-        host, world_size = ray.util.get_node_ip_address(), self._context.config.parallel.world_size
+        host, world_size = ray.util.get_node_ip_address(), self._context.config.parallel.plan.world_size
         return self._context.engine.host_rendezvous(host, world_size)
 
     def join(self, address: str, seats: Sequence[RankSeat]) -> None:
@@ -58,8 +58,7 @@ class RankActor:
         place = RankPlace(
             rank=self._rank,
             local_rank=neighbours.index(self._rank),
-            ulysses_degree=parallel.ulysses_degree,
-            ring_degree=parallel.ring_degree,
+            plan=parallel.plan,
             device=parallel.device,
             address=address,
             # Ranks may finish loading as far apart as a start may take. A hang in a collective does not wait for this:

@@ -132,8 +132,7 @@ def _collected(found: list[str]) -> Iterator[None]:
 
 
 def _check_engine(engine: Engine, config: RunConfig) -> None:
-    parallel = config.parallel
-    found = engine.check() + engine.group_problems(parallel.ulysses_degree, parallel.ring_degree)
+    found = engine.check() + engine.group_problems(config.parallel.plan)
     if found:
         listing = "\n".join(f"  - {problem}" for problem in found)
         raise UserError(f"The engine {config.model.engine} cannot render with this config:\n{listing}")

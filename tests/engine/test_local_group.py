@@ -13,7 +13,7 @@ import torch
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import LocalGroup, RankFailed
 from hv_batch.engine.pipeline import HunyuanVideoPipeline, Interrupted
-from hv_batch.protocol import UserError
+from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
@@ -58,7 +58,7 @@ def test_a_group_renders_stops_and_ends_with_its_first_loss(base):
 class FailingEngine:
     """Rank 1 fails while rank 0 would wait for it for ever."""
 
-    def group_problems(self, _ulysses, _ring):
+    def group_problems(self, _plan):
         return []
 
     def host_rendezvous(self, _host, _world_size):
@@ -74,17 +74,17 @@ class FailingEngine:
 def test_the_first_error_is_what_the_user_sees():
     """P6: the reason of the rank that failed, and no waiting for the others."""
     with pytest.raises(RankFailed, match=r"(?s)rank 1 failed first:.*Traceback.*ValueError: broken weights"):
-        LocalGroup(FailingEngine(), "cpu", 2, 1)
+        LocalGroup(FailingEngine(), "cpu", ParallelPlan(ulysses_degree=2))
 
 
 def test_degrees_that_do_not_fit_start_no_process(base):
     """P6: the heads are counted first."""
     with pytest.raises(UserError, match="ulysses_degree 3 does not divide"):
-        LocalGroup(HunyuanVideo(model_base=base), "cpu", 3, 1)
+        LocalGroup(HunyuanVideo(model_base=base), "cpu", ParallelPlan(ulysses_degree=3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 def test_a_rank_without_its_gpu_says_so(base):
     """P6: what the user can mend reaches the user in the engine's own words, without a traceback."""
     with pytest.raises(UserError, match=r"^device 'cuda' was asked for, but this process sees 0 GPUs"):
-        LocalGroup(HunyuanVideo(model_base=base), "cuda", 1, 1)
+        LocalGroup(HunyuanVideo(model_base=base), "cuda", ParallelPlan())

@@ -22,7 +22,7 @@ from hv_batch.job.architecture import ClipShape, DiTShape, LlamaShape, VAEShape
 from hv_batch.job.cost import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
 from hv_batch.job.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
 from hv_batch.job.model import ModelShape
-from hv_batch.protocol import RankPlace
+from hv_batch.protocol import ParallelPlan, RankPlace
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
 from tests.engine.dit_reference import random_dit, random_inputs
 from tests.engine.live_bytes import LiveBytes
@@ -213,7 +213,12 @@ def _joined(rank: int, u: int, r: int, addresses: mp.Queue) -> Iterator[Sequence
         address = addresses.get()
     yield join_group(
         RankPlace(
-            rank=rank, local_rank=rank, ulysses_degree=u, ring_degree=r, device="cpu", address=address, timeout_s=60.0
+            rank=rank,
+            local_rank=rank,
+            plan=ParallelPlan(ulysses_degree=u, ring_degree=r),
+            device="cpu",
+            address=address,
+            timeout_s=60.0,
         )
     )
     leave_group()

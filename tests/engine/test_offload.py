@@ -16,7 +16,7 @@ from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
 from hv_batch.engine.text import TextEmbedding
-from hv_batch.protocol import RankPlace, SamplingParams
+from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.engine.dit_reference import random_dit, random_inputs
 from tests.engine.live_bytes import LiveBytes
@@ -175,7 +175,12 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
         else:
             address = addresses[u, r].get()
         place = RankPlace(
-            rank=rank, local_rank=rank, ulysses_degree=u, ring_degree=r, device="cpu", address=address, timeout_s=60.0
+            rank=rank,
+            local_rank=rank,
+            plan=ParallelPlan(ulysses_degree=u, ring_degree=r),
+            device="cpu",
+            address=address,
+            timeout_s=60.0,
         )
         mesh = join_group(place)
         model = frozen(config())
@@ -221,7 +226,7 @@ PARAMS = SamplingParams(
     guidance_rescale=0.0,
     flow_shift=7.0,
 )
-ALONE = RankPlace(rank=0, local_rank=0, ulysses_degree=1, ring_degree=1, device="cpu", address="", timeout_s=0.0)
+ALONE = RankPlace(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
 
 
 @pytest.fixture(scope="module")

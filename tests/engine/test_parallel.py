@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hv_batch.engine.attention import attend_math, attend_sdpa
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, join_group, leave_group
-from hv_batch.protocol import RankPlace, UserError
+from hv_batch.protocol import ParallelPlan, RankPlace, UserError
 from tests.engine.dit_reference import random_dit, random_inputs
 
 CONFIG = DiTConfig(
@@ -97,8 +97,7 @@ def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankPla
     return RankPlace(
         rank=rank,
         local_rank=rank,
-        ulysses_degree=u,
-        ring_degree=r,
+        plan=ParallelPlan(ulysses_degree=u, ring_degree=r),
         device="cpu",
         address=address,
         timeout_s=timeout_s,

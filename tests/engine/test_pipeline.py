@@ -18,7 +18,7 @@ from hv_batch.engine.parallel import leave_group
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampler import initial_noise
 from hv_batch.engine.weights import load_dit, load_vae
-from hv_batch.protocol import RankPlace, SamplingParams, UserError
+from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams, UserError
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE, write_toy_checkpoint
 
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
@@ -51,8 +51,7 @@ def place(rank, world_size, address):
     return RankPlace(
         rank=rank,
         local_rank=rank,
-        ulysses_degree=world_size,
-        ring_degree=1,
+        plan=ParallelPlan(ulysses_degree=world_size, ring_degree=1),
         device="cpu",
         address=address,
         timeout_s=60.0,
@@ -300,8 +299,9 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
 def test_a_group_that_cannot_be_shared_out_is_told_what_can():
     """Design section 5: Ulysses divides the heads, ring is free; P6: the remedy keeps the number of ranks."""
     engine = HunyuanVideo(model_base="ckpts")
-    assert [engine.group_problems(u, r) for u, r in ((1, 1), (8, 1), (24, 1), (3, 5), (1, 7))] == [[]] * 5
-    (sentence,) = engine.group_problems(16, 1)
+    for u, r in ((1, 1), (8, 1), (24, 1), (3, 5), (1, 7)):
+        assert engine.group_problems(ParallelPlan(ulysses_degree=u, ring_degree=r)) == []
+    (sentence,) = engine.group_problems(ParallelPlan(ulysses_degree=16))
     assert "ulysses_degree 16 does not divide the model's 24 attention heads" in sentence
     assert "1 x 16, 2 x 8, 4 x 4, 8 x 2" in sentence
     assert "16 x 1" not in sentence
