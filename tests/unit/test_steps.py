@@ -23,8 +23,11 @@ def latents_after(step):
     return np.full(PARAMS.latent_shape, step, np.float32)
 
 
+DEADLINE_S = 30  # of what takes milliseconds, so that a test that fails does not hang
+
+
 class GatedStore(Store):
-    """Lets a write through only when told, and remembers the latents that were read for one."""
+    """Lets a write through only when told."""
 
     def __init__(self, url):
         super().__init__(url)
@@ -33,7 +36,7 @@ class GatedStore(Store):
 
     def put(self, key, data):
         self.begun.release()
-        self.gate.wait()
+        assert self.gate.wait(DEADLINE_S)
         super().put(key, data)
 
 
@@ -82,7 +85,7 @@ def test_a_slow_store_makes_checkpoints_rare_and_holds_no_step_up(tmp_path):
     denoise = Denoise(store, every=1)
     with denoise.writer:
         denoise.step(1)
-        store.begun.acquire()
+        assert store.begun.acquire(timeout=DEADLINE_S)
         denoise.asked.set()
         denoise.step(2)  # comes back while the first write is held
         assert denoise.read == [1]
@@ -111,7 +114,7 @@ def test_a_write_under_way_ends_before_the_denoise_does(tmp_path):
 
     thread = threading.Thread(target=fail)
     thread.start()
-    store.begun.acquire()
+    assert store.begun.acquire(timeout=DEADLINE_S)
     assert not ended.is_set()
     store.gate.set()
     thread.join()
