@@ -153,13 +153,20 @@ class ParallelPlan:
 
     ulysses_degree: int = 1  # ranks that share the attention heads
     ring_degree: int = 1  # ranks that share the keys
+    cfg_degree: int = 1  # 2: each half of the group computes one branch of classifier-free guidance
+
+    @property
+    def sequence_degree(self) -> int:
+        """Ranks that share the tokens of one item."""
+        return self.ulysses_degree * self.ring_degree
 
     @property
     def world_size(self) -> int:
-        return self.ulysses_degree * self.ring_degree
+        return self.cfg_degree * self.sequence_degree
 
     def __str__(self) -> str:
-        return f"Ulysses {self.ulysses_degree} x ring {self.ring_degree}"
+        branches = f"CFG {self.cfg_degree} x " if self.cfg_degree > 1 else ""
+        return f"{branches}Ulysses {self.ulysses_degree} x ring {self.ring_degree}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

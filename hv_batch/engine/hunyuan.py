@@ -129,14 +129,13 @@ class HunyuanVideo:
 
     def group_problems(self, plan: ParallelPlan) -> list[str]:
         """Ulysses shares out whole attention heads, so its degree must divide their number; ring takes any."""
-        heads, ranks = self._dit_config.heads_num, plan.world_size
+        heads = self._dit_config.heads_num
         if heads % plan.ulysses_degree == 0:
             return []
-        allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0]
-        return [
-            f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; "
-            f"with {ranks} ranks, ulysses_degree x ring_degree may be {', '.join(allowed)}"
-        ]
+        allowed = f"with {plan.world_size} ranks, ulysses_degree x ring_degree may be {_splits(heads, plan.world_size)}"
+        if plan.world_size % 2 == 0:
+            allowed += f", and with cfg_degree 2 {_splits(heads, plan.world_size // 2)}"
+        return [f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; {allowed}"]
 
     def text_encoder(self, device: Device) -> TextTowers:
         return TextTowers(
@@ -254,6 +253,11 @@ def _claim(device: Device, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _splits(heads: int, ranks: int) -> str:
+    """Every Ulysses x ring of that many ranks."""
+    return ", ".join(f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0)
 
 
 def _path(option: str, value: object) -> Path:

@@ -42,7 +42,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
     def bill(name):
         config = load_config(str(CONFIGS / name))
-        ranks = config.groups.count * config.parallel.world_size
+        ranks = config.groups.count * config.parallel.plan.world_size
         gpus = ranks * config.groups.gpus_per_rank
         gpus += config.encoders.count * config.encoders.gpus + config.decoders.count * config.decoders.gpus
         cpus = ranks * config.groups.cpus_per_rank
@@ -155,7 +155,7 @@ def test_overrides_are_yaml_values_laid_over_the_file(write):
     assert (config.groups.count, config.encoders.count) == (4, 2)  # an alias is not a shared variable
     assert config.output.keep_latents is True
     assert (config.defaults.flow_shift, config.defaults.guidance_scale) == (10.0, 5.0)
-    assert (config.parallel.device, config.parallel.world_size) == ("cpu", 16)
+    assert (config.parallel.device, config.parallel.plan.world_size) == ("cpu", 16)
     assert config.model.options == {"dit": {"depth": 1, "width": 16}, "tile": {"px": None}, "name": "1"}
     assert config.defaults.negative_prompt == ""
 

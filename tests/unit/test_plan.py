@@ -20,7 +20,7 @@ from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint, memory_pr
 from hv_batch.job.model import ModelShape
 from hv_batch.job.progress import Progress
 from hv_batch.plan import make_plan, render_plan
-from hv_batch.protocol import UserError
+from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render
 from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint
 
@@ -45,13 +45,14 @@ PUBLISHED = [  # spec section 9: GPU, work, {ranks: seconds}
 def test_the_published_series_are_met(gpu, work, series):
     """Efficiencies and link speed are fitted, and the fit holds within 13 % for every figure it was made from."""
     for ranks, seconds in series.items():
-        predicted = denoise_seconds(GPUS[gpu], RELEASED, work, ranks, 1) + DECODE_S
+        predicted = denoise_seconds(GPUS[gpu], RELEASED, work, ParallelPlan(ulysses_degree=ranks)) + DECODE_S
         assert predicted == pytest.approx(seconds, rel=0.13), ranks
 
 
 def test_the_published_speedup_without_decoding_is_met():
     """H800, DiT only: 1625 s to 225 s on eight."""
-    alone, eight = (denoise_seconds(GPUS["h100"], RELEASED, Work((720, 1280, 125), 50, 1), n, 1) for n in (1, 8))
+    work = Work((720, 1280, 125), 50, 1)
+    alone, eight = (denoise_seconds(GPUS["h100"], RELEASED, work, ParallelPlan(ulysses_degree=n)) for n in (1, 8))
     assert alone / eight == pytest.approx(1625 / 225, rel=0.1)
     assert decode_seconds(GPUS["h200"], RELEASED, Work((480, 848, 77), 30, 1)) == pytest.approx(5.71, rel=0.1)
 
