@@ -47,6 +47,8 @@ def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
     manifest = Manifest(manifest_url)
     summary = check_manifest(manifest, config)
     check_memory(config, summary.shapes)
+    if found := engine.group_problems(config.parallel.plan, summary.shapes):
+        raise UserError("; ".join(found))
     model = ModelShape.from_options(config.model.options)
     work = count_work(iter_samples(manifest, config))
     return {

@@ -161,7 +161,12 @@ def _add_model(group: Group) -> None:
     add("--text-encoder-precision-2", default="fp16", choices=PRECISIONS, help="of CLIP")
     add("--use-fp8", action="store_true", help="8-bit weights, named by --dit-weight")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
-    add("--attention", default="sdpa", choices=("sdpa", "flash", "math"), help="the kernel; flash needs flash-attn")
+    add(
+        "--attention",
+        default="sdpa",
+        choices=("sdpa", "cudnn", "flash", "math"),
+        help="the kernel; flash needs flash-attn",
+    )
 
 
 def _add_machine(group: Group) -> None:

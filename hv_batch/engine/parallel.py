@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,12 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from hv_batch.engine.attention import Kernel, merge
 from hv_batch.protocol import ParallelPlan, RankPlace
+
+
+class JointAttention(Protocol):
+    """How the ranks of a mesh attend together; see `attend_jointly`."""
+
+    def __call__(self, qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hv_batch.job.architecture import VAEShape
-from hv_batch.job.memory import MAX_TEXT_TOKENS, Shape, count_tokens
+from hv_batch.job.memory import MAX_TEXT_TOKENS, count_tokens
 from hv_batch.job.model import ITEMSIZE, ModelShape
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
 
 if TYPE_CHECKING:
     from hv_batch.job.samples import Sample
