@@ -61,7 +61,7 @@ def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
         "work": [_work(model, kind, count) for kind, count in sorted(work.items())],
         "components": _components(model),
         "memory": _memory(config, model, work, gpu),
-        "traffic": _traffic(config, model, work),
+        "traffic": _traffic(config, model, work, gpu),
         "gpus": _bill(config),
         "estimate": {name: _estimate(config, model, work, known) for name, known in GPUS.items()},
         "gpu": {
@@ -127,9 +127,10 @@ def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) 
     }
 
 
-def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work]) -> Report:
-    """Of one rank, for a sample of the shape with most tokens."""
+def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
+    """Of one rank, for a sample of the shape with most tokens; and what is left of the group's speed by it."""
     parallel = config.parallel
+    alone, together = ParallelPlan(), parallel.plan
     kind = max(work, key=lambda kind: kind.tokens)
     sent = rank_traffic(model, kind.tokens, parallel.ulysses_degree, parallel.ring_degree)
     passes = kind.branches // parallel.cfg_degree
@@ -141,6 +142,10 @@ def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work]) -> Repor
         "exchange_bytes_a_step": exchanged,
         "bytes_a_sample": kind.steps * (sent.total * passes + exchanged),
         "streamed_bytes_a_step": model.streamed_bytes * passes,
+        "group": str(together),
+        "efficiency": denoise_seconds(gpu, model, kind, alone)
+        / denoise_seconds(gpu, model, kind, together)
+        / together.world_size,
     }
 
 
@@ -237,7 +242,8 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         f"sent by a rank in a step of {_shape(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB by "
-        f"Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring"
+        f"Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring; so {traffic['group']} keeps "
+        f"{traffic['efficiency']:.0%} of its {gpu['name']}s' speed"
     )
     yield ""
     yield f"{'estimate':<16}{'hours':>9}{'GPU hours':>11}{'encode':>9}{'denoise':>9}{'decode':>9}"

@@ -92,7 +92,7 @@ class ParallelConfig(_Section):
     """Ranks that share the attention heads; must divide their number."""
     ring_degree: Count = 1
     """Ranks that share the keys."""
-    cfg_degree: Literal[1, 2] = 1
+    cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
     """2: each half of a group computes one branch of classifier-free guidance, which every row must then use. The size
     of a group is ulysses_degree x ring_degree x cfg_degree."""
 

@@ -229,6 +229,17 @@ def test_identity_is_what_changes_pixels_and_keys():
     assert json.loads(json.dumps(plain.identity())) == plain.identity()
 
 
+def test_a_later_key_is_in_the_identity_where_it_is_used():
+    """P2: output roots that were begun before there was a cfg_degree can be resumed; P3: another one cannot."""
+    assert "cfg_degree" not in RunConfig.model_validate({"parallel": {"cfg_degree": 1}}).identity()["parallel"]
+    halves = RunConfig.model_validate({"parallel": {"cfg_degree": 2}})
+    assert halves.identity()["parallel"]["cfg_degree"] == 2
+    assert halves.parallel.plan.world_size == 2 * RunConfig().parallel.plan.world_size
+    for wrong in (0, 3, True, 1.0):
+        with pytest.raises(ValueError, match="cfg_degree"):
+            RunConfig.model_validate({"parallel": {"cfg_degree": wrong}})
+
+
 def test_equal_settings_have_equal_identities():
     """P2: 6 and 6.0 are one guidance scale, or a resume with a reformatted config would be refused."""
     whole = RunConfig.model_validate({"defaults": {"guidance_scale": 6}})
