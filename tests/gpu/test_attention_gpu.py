@@ -25,7 +25,7 @@ PLANS = [(2, 1), (1, 2)]
 @pytest.mark.parametrize("name", ["sdpa", "cudnn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_merge_to_the_whole(name, dtype):
-    """Design section 5: the log-sum-exp is the true one (zeros would be silently wrong in a ring), of strided slices."""
+    """Design section 5: the log-sum-exp is the true one (zeros would be silently wrong in a ring), of strides."""
     torch.manual_seed(0)
     kernel = choose_kernel(name, torch.device("cuda"), dtype)
     q, k, v = torch.randn(1000, 3, 8, 128, device="cuda").to(dtype).unbind(1)
