@@ -55,7 +55,7 @@ class SequenceMesh:
     ring: dist.ProcessGroup | None = None
     sequence: dist.ProcessGroup | None = None  # the grid
     cfg: dist.ProcessGroup | None = None  # this rank and its counterpart in the other grid
-    world: dist.ProcessGroup | None = None
+    world: dist.ProcessGroup | None = None  # all ranks of the group
 
     @classmethod
     def single(cls) -> SequenceMesh:
@@ -63,6 +63,7 @@ class SequenceMesh:
 
     @property
     def size(self) -> int:
+        """Ranks of the grid; the group has `cfg_degree` grids."""
         return self.ulysses_degree * self.ring_degree
 
     @property
@@ -106,7 +107,7 @@ class SequenceMesh:
 
     def adopt(self, x: Tensor) -> Tensor:
         """x of the group's first rank, on every rank; x itself may be overwritten."""
-        if self.cfg_degree * self.size > 1:
+        if self.world is not None:
             dist.broadcast(x, group_src=0, group=self.world)
         return x
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hv_batch.engine.attention import Kernel
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel import SequenceMesh, attend_jointly
 from hv_batch.protocol import UserError
 
 # The pair that is known to work. xfuser 0.5 to 0.7 import a name from yunchang that no release of it has.
@@ -51,7 +51,7 @@ def find_uneven(tokens: int, ranks: int) -> str | None:
 
 
 class XfuserAttention:
-    """Takes the place of `attend_jointly` for the ranks of one mesh, with the same arguments and result."""
+    """A `JointAttention` for the ranks of one mesh."""
 
     def __init__(self, mesh: SequenceMesh) -> None:
         """All ranks of the group must do this at the same time."""
@@ -68,6 +68,8 @@ class XfuserAttention:
 
     def __call__(self, qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor:
         """See `attend_jointly`. Raises UserError for tokens that do not divide by the ranks."""
+        if mesh.size == 1:  # a rank by itself, to compare with
+            return attend_jointly(qkv, text_len, image_len, mesh, kernel)
         if fault := find_uneven(image_len, mesh.size):
             raise UserError(f"This size cannot be rendered: {fault}.")
         if kernel not in self._attentions:

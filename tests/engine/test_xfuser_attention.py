@@ -32,7 +32,7 @@ CONFIG = DiTConfig(
     text_states_dim=16,
     text_states_dim_2=8,
 )
-PLANS = [ParallelPlan(ulysses_degree=u, ring_degree=r) for u, r in [(4, 1), (1, 4), (2, 2)]]
+PLANS = [ParallelPlan(ulysses_degree=u, ring_degree=r) for u, r in [(4, 1), (2, 2)]]
 EVEN, UNEVEN = (3, 8, 8), (3, 6, 10)  # 48 tokens, and 45
 TEXTS = [7, 12]
 
@@ -100,6 +100,7 @@ def _rank_main(rank: int, folder: Path, addresses: dict[ParallelPlan, mp.Queue])
         model = random_dit(CONFIG, seed=1)
         model.joint_attention = XfuserAttention(mesh)
         velocity = model(**_inputs(EVEN), mesh=mesh)
+        assert (model(**_inputs(EVEN)) - velocity).abs().max().item() <= 1e-4  # a rank by itself still can
         with pytest.raises(UserError, match="45 image tokens do not divide by 4 ranks"):
             model(**_inputs(UNEVEN), mesh=mesh)
         torch.save(velocity, folder / f"{plan}-{rank}.pt")
