@@ -47,7 +47,7 @@ class FakeEngine:
     def identity(self):
         return {"fake": self.revision}
 
-    def group_problems(self, plan):
+    def group_problems(self, plan, shapes=()):
         return [] if 24 % plan.ulysses_degree == 0 else [f"ulysses_degree {plan.ulysses_degree} does not divide 24"]
 
     def text_encoder(self, device):

@@ -91,11 +91,16 @@ class ParallelConfig(_Section):
     ulysses_degree: Count = 8
     """Ranks that share the attention heads; must divide their number."""
     ring_degree: Count = 1
-    """Ranks that share the keys; ulysses_degree x ring_degree is the size of a group."""
+    """Ranks that share the keys."""
+    cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
+    """2: each half of a group computes one branch of classifier-free guidance, which every row must then use. The size
+    of a group is ulysses_degree x ring_degree x cfg_degree."""
 
     @property
     def plan(self) -> ParallelPlan:
-        return ParallelPlan(ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree)
+        return ParallelPlan(
+            ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree, cfg_degree=self.cfg_degree
+        )
 
 
 class GroupsConfig(_Section):
@@ -226,11 +231,13 @@ class RunConfig(_Section):
 
     def identity(self) -> dict[str, Any]:
         """The part that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3)."""
+        # Keys that came later are told where they are used: roots of before remain what they were.
+        later = {"cfg_degree"} if self.parallel.cfg_degree == 1 else set()
         return {
             "seed": self.seed,
             "engine": self.model.engine,
             "defaults": self.defaults.model_dump(mode="json"),
-            "parallel": self.parallel.model_dump(mode="json"),
+            "parallel": self.parallel.model_dump(mode="json", exclude=later),
             "media": self.media.model_dump(mode="json"),
             "shard_size": self.output.shard_size,
         }
