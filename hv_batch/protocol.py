@@ -201,6 +201,13 @@ class TextEncoder(Protocol):
 class Denoiser(Protocol):
     """One rank of a denoise group: every rank is called with equal arguments at the same time."""
 
+    def self_check(self) -> None:
+        """Render something small as a group and compare it with what this rank computes alone.
+
+        Called once, when the group has met. Raises RuntimeError when they disagree: such a group must not render.
+        """
+        ...
+
     def denoise(
         self, params: SamplingParams, positive: Any, negative: Any | None, on_step: Callable[[int], None]
     ) -> np.ndarray:
