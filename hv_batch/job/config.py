@@ -107,6 +107,9 @@ class GroupsConfig(_Section):
     """GPUs that Ray reserves for a rank."""
     cpus_per_rank: Cpus = 1.0
     """CPUs that Ray reserves for a rank."""
+    nodes_per_group: Count = 1
+    """Nodes that a group stands on, each with an equal part of its ranks. Above 1 the ring crosses them and Ulysses
+    stays inside each, so it must divide parallel.ring_degree. Does not change the pixels' identity: the plan does."""
 
 
 class EncodersConfig(_Section):
@@ -207,6 +210,8 @@ class RunConfig(_Section):
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
                 "nothing to place a rank by"
             )
+        if self.parallel.ring_degree % groups.nodes_per_group:
+            found.append(self._factorisations_over_nodes())
         if self.parallel.device == "cuda":
             # Ray hides every GPU from an actor that reserves none; NCCL refuses two ranks of a group on one GPU.
             if groups.gpus_per_rank == 0 or (ranks > 1 and groups.gpus_per_rank < 1):
@@ -220,6 +225,15 @@ class RunConfig(_Section):
         if found:
             raise PydanticCustomError(CROSS_FIELD, "{found}", {"found": "\n  - ".join(found)})
         return self
+
+    def _factorisations_over_nodes(self) -> str:
+        ranks, nodes = self.parallel.plan.world_size, self.groups.nodes_per_group
+        allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and ranks // u % nodes == 0]
+        return (
+            f"groups.nodes_per_group = {nodes} with {self.parallel.plan}; only the ring crosses nodes, so ring_degree "
+            f"must be a multiple of {nodes}. With {ranks} rank(s), ulysses_degree x ring_degree may be "
+            f"{', '.join(allowed) or f'nothing: choose a number of ranks that {nodes} divides'}"
+        )
 
     def identity(self) -> dict[str, Any]:
         """The part that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3)."""
