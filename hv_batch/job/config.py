@@ -109,7 +109,7 @@ class GroupsConfig(_Section):
     """CPUs that Ray reserves for a rank."""
     nodes_per_group: Count = 1
     """Nodes that a group stands on, each with an equal part of its ranks. Above 1 the ring crosses them and Ulysses
-    stays inside each, so it must divide parallel.ring_degree. Does not change the pixels' identity: the plan does."""
+    stays inside each, so it must divide parallel.ring_degree. Not part of a video's identity."""
 
 
 class EncodersConfig(_Section):

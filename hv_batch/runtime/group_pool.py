@@ -77,10 +77,10 @@ class GroupPool:
     # News -------------------------------------------------------------------------------------------------------------
 
     def start_failed(self, nodes: Iterable[str], reason: str) -> None:
-        self._tell(self._health.start_failed, nodes, f"groups do not start there: {reason}")
+        self._tell(self._health.start_failed, nodes, f"groups do not start there: {_first_line(reason)}")
 
     def device_faulted(self, nodes: Iterable[str], reason: str) -> None:
-        self._tell(self._health.device_faulted, nodes, f"its device fails: {reason}")
+        self._tell(self._health.device_faulted, nodes, f"its device fails: {_first_line(reason)}")
 
     def started(self, nodes: Iterable[str]) -> None:
         self._health.started(nodes)
@@ -138,3 +138,7 @@ class GroupPool:
             f"for {show_apart(self._bundles)}; the cluster has {there} on {len(nodes)} node(s), of which {free} are "
             f"free. {hope}"
         )
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().partition("\n")[0]

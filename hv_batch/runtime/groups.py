@@ -149,7 +149,7 @@ class DenoiseGroup:
     def _why_late(self) -> str:
         if self._seated:
             return "its ranks did not load and meet within timeouts.start_s"
-        return "its ranks did not start in time on GPUs that are its own; a process of an earlier life may hold them"
+        return "its ranks did not start in time where their seats are; a process of an earlier life may hold the GPUs"
 
     # Rendering --------------------------------------------------------------------------------------------------------
 
