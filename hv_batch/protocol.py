@@ -225,6 +225,13 @@ OnStep = Callable[[int, Callable[[], "np.ndarray"]], None]
 class Denoiser(Protocol):
     """One rank of a denoise group: every rank is called with equal arguments at the same time."""
 
+    def self_check(self) -> None:
+        """Render something small as a group and compare it with what this rank computes alone.
+
+        Called once, when the group has met. Raises RuntimeError when they disagree: such a group must not render.
+        """
+        ...
+
     def denoise(
         self,
         params: SamplingParams,

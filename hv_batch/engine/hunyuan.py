@@ -27,6 +27,7 @@ from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
+from hv_batch.engine.self_check import check_group
 from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
@@ -228,6 +229,10 @@ class HunyuanDenoiser:
         self._mesh = mesh
         self._device = device
         self._recipe = recipe
+
+    def self_check(self) -> None:
+        """Raises RuntimeError where the group's ranks compute another picture than one alone; see `self_check`."""
+        check_group(self._model, self._mesh, self._device)
 
     def trajectory(
         self,

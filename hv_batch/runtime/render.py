@@ -172,7 +172,8 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
         progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
         return ExitCode.STOPPED
-    summary = aggregate(store)
+    # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
+    summary = aggregate(store) | {"excluded_nodes": dict(outcome.excluded_nodes)}
     write_report(store, summary)
     finish_run(store, summary)
     progress.say(f"finished after {clock(outcome.seconds)}: {told}")

@@ -244,3 +244,15 @@ def test_equal_settings_have_equal_identities():
     """P2: 6 and 6.0 are one guidance scale, or a resume with a reformatted config would be refused."""
     whole = RunConfig.model_validate({"defaults": {"guidance_scale": 6}})
     assert json.dumps(whole.identity()) == json.dumps(RunConfig().identity())
+
+
+def test_only_the_ring_crosses_nodes(write):
+    """groups.nodes_per_group: a plan whose Ulysses part would cross nodes is refused with those that would not."""
+    overrides = ["groups.nodes_per_group=2", "parallel.ulysses_degree=4", "parallel.ring_degree=1"]
+    text = refusal(write(""), *overrides)
+    assert "groups.nodes_per_group = 2" in text
+    assert "may be 1 x 4, 2 x 2" in text
+    text = refusal(write(""), "groups.nodes_per_group=3", *overrides[1:])
+    assert "a number of ranks that 3 divides" in text
+    config = load_config(write(""), [*overrides[:2], "parallel.ring_degree=2"])
+    assert config.identity() == load_config(write(""), [overrides[1], "parallel.ring_degree=2"]).identity()
