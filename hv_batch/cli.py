@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,8 @@ app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
 
+Address = Annotated[str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")]
+
 
 @app.command()
 def run(
@@ -37,9 +40,7 @@ def run(
     manifest: Annotated[str, typer.Option(help="prompts: JSONL or Parquet, file or URL")],
     output: Annotated[str, typer.Option(help="output root: folder or URL; an unfinished one is resumed")],
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Render what the output root lacks of the manifest.
 
@@ -56,6 +57,47 @@ def run(
     settings = load_config(config, overrides or [])
     code = render(settings, manifest, output, address=address, progress=Progress())
     raise typer.Exit(code)
+
+
+@app.command()
+def resume(
+    output: Annotated[str, typer.Argument(help="output root: folder or URL")],
+    manifest: Annotated[str | None, typer.Option(help="where its manifest is now, should it have moved")] = None,
+    address: Address = None,
+) -> None:
+    """Render what is left of a run; its config and manifest are those of its run.json. Exit codes are those of run."""
+    from hv_batch.resume import resume as resume_run
+
+    raise typer.Exit(resume_run(output, address=address, progress=Progress(), manifest=manifest))
+
+
+@app.command()
+def nightly(
+    config: Annotated[str, typer.Option(help="YAML file or URL")],
+    manifest: Annotated[str, typer.Option(help="prompts of a date, {date} standing for it, as 2026-11-20")],
+    output: Annotated[str, typer.Option(help="where the nights' output roots are, each named after its date")],
+    overrides: Overrides = None,
+    day: Annotated[str | None, typer.Option("--date", help="of the partition; default: yesterday")] = None,
+    until: Annotated[str | None, typer.Option(help="be done by this local time, as 06:30; default: no limit")] = None,
+    catch_up: Annotated[int, typer.Option(min=0, help="days before, whose unfinished runs go first")] = 3,
+    address: Address = None,
+) -> None:
+    """Render the partition of a date after resuming earlier nights, and print one line of JSON about it.
+
+    The exit code is that of the worst night; a failed night does not keep the others from being rendered.
+    """
+    from hv_batch.nightly import Orders, next_time, render_night, which_day
+
+    now = datetime.now().astimezone()
+    orders = Orders(
+        config=load_config(config, overrides or []),
+        manifest=manifest,
+        output=output,
+        day=which_day(day, now),
+        until=None if until is None else next_time(until, now),
+        catch_up=catch_up,
+    )
+    raise typer.Exit(render_night(orders, address=address, progress=Progress(), report=sys.stdout))
 
 
 @app.command()

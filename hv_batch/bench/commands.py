@@ -48,3 +48,24 @@ def engine(
     print(*filter(None, lines), sep="\n", flush=True)
     for report in reports:
         print(report.render(), flush=True)
+
+
+@app.command()
+def job(
+    samples: Annotated[int, typer.Option(min=2, help="to render")] = 1000,
+    groups: Annotated[int, typer.Option(min=1, help="denoise groups of one rank")] = 2,
+    decoders: Annotated[int, typer.Option(min=1, help="VAE decoders")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="of a denoise")] = 1,
+    step_seconds: Annotated[float, typer.Option(min=0.0, help="that a step sleeps")] = 0.0,
+    frames: Annotated[int, typer.Option(min=1, help="1: a PNG; 4n + 1: an mp4")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Time the job around the model, which only sleeps: committed samples a second, and the driver's memory."""
+    from hv_batch.bench.job import Load, bench_job
+    from hv_batch.job.progress import Progress
+
+    load = Load(
+        samples=samples, groups=groups, decoders=decoders, steps=steps, step_seconds=step_seconds, frames=frames
+    )
+    report = bench_job(load, Progress())
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.render())

@@ -49,6 +49,8 @@ def shorten(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
 
 
+MASK = "***"  # what is written in place of a secret
+
 SECRET_NAMES = re.compile(r"token|secret|passw|credential|(api|access|private|account)_?key", re.I)
 
 
@@ -64,5 +66,5 @@ def public_url(url: str) -> str:
 def public_values(value: Any) -> Any:
     """A JSON value with everything masked that is named like a secret."""
     if isinstance(value, Mapping):
-        return {k: "***" if SECRET_NAMES.search(str(k)) else public_values(v) for k, v in value.items()}
+        return {k: MASK if SECRET_NAMES.search(str(k)) else public_values(v) for k, v in value.items()}
     return [public_values(item) for item in value] if isinstance(value, list) else value

@@ -57,10 +57,19 @@ class _Job:
 
 
 def render(
-    config: RunConfig, manifest_url: str, output_url: str, *, address: str | None, progress: Progress
+    config: RunConfig,
+    manifest_url: str,
+    output_url: str,
+    *,
+    address: str | None,
+    progress: Progress,
+    stopped: Event | None = None,
 ) -> ExitCode:
-    """Render what `output_url` lacks of the manifest. Raises UserError, which means exit code 1."""
-    with _stop_signals() as stopped:
+    """Render what `output_url` lacks of the manifest. Raises UserError, which means exit code 1.
+
+    `stopped` may be set by anybody to end the run after a drain; SIGTERM and SIGINT set it, too.
+    """
+    with _stop_signals(stopped) as stopped:
         try:
             return _render(config, manifest_url, Store(output_url), address, progress, stopped)
         except KeyboardInterrupt:

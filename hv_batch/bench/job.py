@@ -1,0 +1,99 @@
+"""Time the job around the model: committed samples a second with all durability on, and the driver's memory.
+
+The engine sleeps (`hv_batch.bench.idle_engine`); all else is real: Ray, the scheduler, latents that are stored before
+they are decoded, media, conditional commits, sealed shards, the report.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hv_batch.job.config import (
+    DecodersConfig,
+    Defaults,
+    EncodersConfig,
+    GroupsConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from hv_batch.job.progress import Progress
+from hv_batch.runtime.render import ExitCode, render
+
+SIDE = 64  # pixels: as small as the job's own cost, which does not depend on it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What the bench renders."""
+
+    samples: int
+    groups: int
+    decoders: int
+    steps: int
+    step_seconds: float
+    frames: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobReport:
+    load: Load
+    per_second: float  # committed, between the first commit and the last
+    groups_busy: float  # share of the groups' time, in the same span
+    driver_mb: float  # peak resident memory of the driver's process
+
+    def render(self) -> str:
+        load = self.load
+        return (
+            f"{load.samples:,} samples of {load.frames} frame(s), {load.groups} groups, {load.decoders} decoders: "
+            f"{self.per_second:.1f} committed a second, groups busy {self.groups_busy:.1%} of the time, "
+            f"driver {self.driver_mb:,.0f} MB"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench_job(load: Load, progress: Progress) -> JobReport:
+    """Render the load into a temporary folder on a local Ray. Raises UserError as a run does."""
+    with tempfile.TemporaryDirectory(prefix="hv_batch-bench-") as name:
+        folder = Path(name)
+        manifest = folder / "manifest.jsonl"
+        with manifest.open("w") as file:
+            file.writelines(json.dumps({"prompt": f"sample {n}"}) + "\n" for n in range(load.samples))
+        output = folder / "out"
+        code = render(_config(load), str(manifest), str(output), address="local", progress=progress)
+        assert code is ExitCode.COMMITTED, f"the bench's run ended with {code}"
+        ends = sorted(_ends(output))
+    span = ends[-1] - ends[0]
+    busy = (load.samples - 1) * load.steps * load.step_seconds / (load.groups * span)
+    return JobReport(
+        load=load,
+        per_second=(len(ends) - 1) / span,
+        groups_busy=busy,
+        driver_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    )
+
+
+def _config(load: Load) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(engine="hv_batch.bench.idle_engine:IdleEngine", options={"step_seconds": load.step_seconds}),
+        defaults=Defaults(height=SIDE, width=SIDE, num_frames=load.frames, num_inference_steps=load.steps),
+        parallel=ParallelConfig(device="cpu", ulysses_degree=1),
+        groups=GroupsConfig(count=load.groups, gpus_per_rank=0.0, cpus_per_rank=0.1),
+        encoders=EncodersConfig(gpus=0.0, cpus=0.1),
+        decoders=DecodersConfig(count=load.decoders, gpus=0.0, cpus=0.1),
+    )
+
+
+def _ends(output: Path) -> Iterator[float]:
+    """When each sample was committed, in seconds."""
+    for path in (output / "commits").rglob("*.json"):
+        yield datetime.fromisoformat(json.loads(path.read_text())["created_at"]).timestamp()

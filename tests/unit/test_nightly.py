@@ -1,0 +1,79 @@
+"""Which nights are rendered, and until when."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+from threading import Event
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hv_batch.job import layout
+from hv_batch.job.config import RunConfig
+from hv_batch.job.storage import Store
+from hv_batch.nightly import Orders, next_time, stop_in_time, unfinished, which_day
+from hv_batch.protocol import UserError
+
+NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+def orders(output, **changes) -> Orders:
+    values = {"manifest": "p/{date}.jsonl", "day": date(2026, 11, 19), "until": None, "catch_up": 3} | changes
+    return Orders(config=RunConfig(), output=str(output), **values)
+
+
+def test_yesterday_is_the_default():
+    """A nightly job that starts after midnight renders the day that has just ended."""
+    assert which_day(None, NOON) == date(2026, 11, 19)
+    assert which_day("2026-01-02", NOON) == date(2026, 1, 2)
+
+
+@pytest.mark.parametrize("text", ["20.11.2026", "2026-13-01", "yesterday"])
+def test_a_date_that_is_none_is_refused(text):
+    """P6: with the format that is meant."""
+    with pytest.raises(UserError, match="as 2026-11-20"):
+        which_day(text, NOON)
+
+
+@given(st.integers(0, 23), st.integers(0, 59), st.datetimes(timezones=st.just(UTC)).filter(lambda t: t.year < 9999))
+def test_a_deadline_is_the_next_such_time(hour, minute, now):
+    """`--until 06:30` at 23:00 means tomorrow morning: always ahead, never more than a day."""
+    until = next_time(f"{hour:02d}:{minute:02d}", now)
+    assert timedelta(0) < until - now <= timedelta(days=1)
+    assert (until.hour, until.minute) == (hour, minute)
+
+
+@pytest.mark.parametrize("text", ["25:00", "6.30", "", "06:30:00"])
+def test_a_time_that_is_none_is_refused(text):
+    """P6: with the format that is meant."""
+    with pytest.raises(UserError, match=r"as 06:30"):
+        next_time(text, NOON)
+
+
+def test_a_manifest_without_a_place_for_the_date_is_refused(tmp_path):
+    """P6: every night would render the same prompts."""
+    with pytest.raises(UserError, match=r"\{date\}"):
+        orders(tmp_path, manifest="prompts.jsonl")
+
+
+def test_unfinished_nights_come_oldest_first(tmp_path):
+    """A run that was begun and has no _SUCCESS is unfinished; one that was never begun is nobody's order."""
+    for day, finished in ((15, False), (16, False), (17, True), (18, False), (19, False)):
+        store = Store(f"{tmp_path}/2026-11-{day}")
+        store.put(layout.RUN, b"{}")
+        if finished:
+            store.put(layout.SUCCESS, b"")
+    assert list(unfinished(orders(tmp_path))) == [date(2026, 11, 16), date(2026, 11, 18)]
+    assert list(unfinished(orders(tmp_path, catch_up=0))) == []
+
+
+def test_the_drain_begins_so_early_that_it_ends_in_time():
+    """`--until`: a drain may take drain_s, so it is asked for that much before; at once where that is past."""
+    soon = datetime.now(UTC) + timedelta(seconds=100)
+    for drain_s, begins in ((99.9, True), (200.0, True), (1.0, False)):
+        stopped = Event()
+        with stop_in_time(soon, drain_s, stopped):
+            assert stopped.wait(10.0 if begins else 0.0) is begins
+    with stop_in_time(None, 0.0, stopped := Event()):
+        assert not stopped.is_set()
