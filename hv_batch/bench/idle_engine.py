@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Device, ParallelPlan, RankPlace, SamplingParams
+from hv_batch.protocol import (
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+    Device,
+    OnStep,
+    ParallelPlan,
+    RankPlace,
+    SamplingParams,
+    Shape,
+    StepState,
+)
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine
@@ -33,7 +43,7 @@ class IdleEngine:
     def identity(self) -> dict[str, Any]:
         return {"engine": "idle"}
 
-    def group_problems(self, _plan: ParallelPlan) -> list[str]:
+    def group_problems(self, _plan: ParallelPlan, _shapes: Iterable[Shape] = ()) -> list[str]:
         return []
 
     def text_encoder(self, _device: Device) -> IdleEncoder:
@@ -58,18 +68,23 @@ class IdleEncoder:
 class IdleDenoiser:
     step_seconds: float
 
+    def self_check(self) -> None:
+        """There is nothing that could be wrong."""
+
     def denoise(
         self,
         params: SamplingParams,
         positive: Any,
         negative: Any | None,
-        on_step: Callable[[int], None],
+        on_step: OnStep,
+        resume: StepState | None = None,
     ) -> np.ndarray:
         """Latents that differ from seed to seed, so that no two media have one name."""
-        for step in range(params.num_inference_steps):
+        latents = np.random.default_rng(params.seed).random(params.latent_shape, np.float32)
+        for step in range(resume.step if resume else 0, params.num_inference_steps):
             time.sleep(self.step_seconds)
-            on_step(step + 1)
-        return np.random.default_rng(params.seed).random(params.latent_shape, np.float32)
+            on_step(step + 1, lambda: latents)
+        return latents
 
 
 class IdleDecoder:

@@ -67,6 +67,15 @@ class SequenceMesh:
         return self.ulysses_degree * self.ring_degree
 
     @property
+    def world_size(self) -> int:
+        """Ranks of the whole group."""
+        return self.cfg_degree * self.size
+
+    @property
+    def world_rank(self) -> int:
+        return self.branch * self.size + self.rank
+
+    @property
     def ulysses_index(self) -> int:
         return self.rank % self.ulysses_degree
 

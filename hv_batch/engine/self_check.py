@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel import SequenceMesh, attend_jointly
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit import HYVideoDiT
 
 # A prime number of tokens times 7: no degree but 7 divides it, so shards are padded; at degree 8 and above the last
 # shards are nothing but padding.
-FRAMES, ROWS, COLUMNS = 7, 7, 1  # tokens
+FRAMES, ROWS = 7, 7  # tokens
 
 TEXT_LENGTHS = (5, 3)  # two texts of unequal length, so that one is padded
 
@@ -37,24 +37,27 @@ FLOOR = 1e-3
 @torch.no_grad()
 def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> None:
     """Raises RuntimeError on the ranks that see a deviation, or values that are not finite."""
-    latents, *others = _small_inputs(model, device)
+    # Only our own attention takes tokens that no degree divides.
+    latents, *others = _small_inputs(model, device, 1 if model.joint_attention is attend_jointly else mesh.size)
     alone = model(latents, *others, SequenceMesh.single()).float()
     if not torch.isfinite(alone).all():
         raise RuntimeError(
-            f"self-check: rank {mesh.rank} alone computes values that are not finite; its device or its copy of the "
-            "weights is damaged"
+            f"self-check: rank {mesh.world_rank} alone computes values that are not finite; its device or its copy "
+            "of the weights is damaged"
         )
-    if mesh.size == 1:
+    if mesh.world_size == 1:
         return
     unit = torch.finfo(model.dtype).eps
     nudged = latents * (1.0 + unit * _noise(1, latents.shape).to(device))
     rounding = _deviation(model(nudged, *others, SequenceMesh.single()).float(), alone)
-    found, limit = _deviation(model(latents, *others, mesh).float(), alone), max(MARGIN * rounding, FLOOR)
-    if not found <= limit:  # also where it is not a number
+    # Where halves of the group compute a guidance branch each, both are given the same one here, and exchange it.
+    halves = mesh.exchange(model(latents, *others, mesh)).float().chunk(mesh.cfg_degree)
+    found, limit = [_deviation(half, alone) for half in halves], max(MARGIN * rounding, FLOOR)
+    if not all(deviation <= limit for deviation in found):  # also where one is not a number
         raise RuntimeError(
-            f"self-check: the group's result deviates from what rank {mesh.rank} computes alone by {found:.2g} "
-            f"(relative RMS), and rounding explains {limit:.2g}. With Ulysses {mesh.ulysses_degree} x ring "
-            f"{mesh.ring_degree}, a device, a link or the weights of one rank are damaged"
+            f"self-check: the group's result deviates from what rank {mesh.world_rank} computes alone by "
+            f"{max(found):.2g} (relative RMS), and rounding explains {limit:.2g}. With Ulysses "
+            f"{mesh.ulysses_degree} x ring {mesh.ring_degree}, a device, a link or the weights of one rank are damaged"
         )
 
 
@@ -68,11 +71,11 @@ def _noise(seed: int, shape: Sequence[int]) -> Tensor:
 
 
 def _small_inputs(
-    model: HYVideoDiT, device: torch.device
+    model: HYVideoDiT, device: torch.device, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...], Tensor, Tensor | None]:
     """What `HYVideoDiT.forward` takes, but the mesh."""
     config, videos = model.config, len(TEXT_LENGTHS)
-    sides = [tokens * patch for tokens, patch in zip((FRAMES, ROWS, COLUMNS), config.patch_size, strict=True)]
+    sides = [tokens * patch for tokens, patch in zip((FRAMES, ROWS, columns), config.patch_size, strict=True)]
     timestep = torch.full((videos,), 500.0, device=device)
     guidance = torch.full((videos,), 6000.0, device=device) if config.guidance_embed else None
     return (

@@ -30,14 +30,14 @@ def decode_in_group(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mes
 
     Every rank is called with equal `latents` and geometry.
     """
-    if mesh.rank == 0:
+    if mesh.world_rank == 0:
         yield from decode_streaming(vae, latents, geometry, _Share(vae, mesh).decode)
     else:
         _help(vae, latents, geometry, mesh)
 
 
 class _Share:
-    """Rank 0's side. Tile i of the video is rank i % size's: the first of each round is its own."""
+    """Rank 0's side. Tile i of the video is rank i % world_size's: the first of each round is its own."""
 
     def __init__(self, vae: CausalVAE, mesh: SequenceMesh) -> None:
         self._vae, self._mesh = vae, mesh
@@ -45,7 +45,7 @@ class _Share:
 
     def decode(self, tiles: Sequence[Tensor]) -> Iterator[Tensor]:
         for tile in tiles:
-            rank = next(self._numbers) % self._mesh.size
+            rank = next(self._numbers) % self._mesh.world_size
             if rank == 0:
                 yield self._vae.decode(tile)
             else:
@@ -63,7 +63,7 @@ def _help(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: Sequenc
     )
     sending: tuple[Tensor, dist.Work] | None = None  # the tensor is kept until it has been sent
     for number, tile in enumerate(tiles):
-        if number % mesh.size == mesh.rank:
+        if number % mesh.world_size == mesh.world_rank:
             pixels = vae.decode(tile).contiguous()
             if sending is not None:
                 sending[1].wait()

@@ -116,8 +116,8 @@ class GroupsConfig(_Section):
     """Steps between two step checkpoints of a denoise, from which a lost group or run goes on; the latents are written
     (30 MB at 720p) while the next steps run. 0 writes them only when the run is stopped or a node is taken away."""
     nodes_per_group: Count = 1
-    """Nodes that a group stands on, each with an equal part of its ranks. Above 1 the ring crosses them and Ulysses
-    stays inside each, so it must divide parallel.ring_degree. Not part of a video's identity."""
+    """Nodes that a group stands on, each with an equal part of its ranks. The ring and the guidance branches cross
+    them, Ulysses stays inside each: it must divide ring_degree x cfg_degree. Not part of a video's identity."""
 
 
 class EncodersConfig(_Section):
@@ -218,7 +218,7 @@ class RunConfig(_Section):
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
                 "nothing to place a rank by"
             )
-        if self.parallel.ring_degree % groups.nodes_per_group:
+        if self.parallel.ring_degree * self.parallel.cfg_degree % groups.nodes_per_group:
             found.append(self._factorisations_over_nodes())
         if self.parallel.device == "cuda":
             # Ray hides every GPU from an actor that reserves none; NCCL refuses two ranks of a group on one GPU.
@@ -238,8 +238,9 @@ class RunConfig(_Section):
         ranks, nodes = self.parallel.plan.world_size, self.groups.nodes_per_group
         allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and ranks // u % nodes == 0]
         return (
-            f"groups.nodes_per_group = {nodes} with {self.parallel.plan}; only the ring crosses nodes, so ring_degree "
-            f"must be a multiple of {nodes}. With {ranks} rank(s), ulysses_degree x ring_degree may be "
+            f"groups.nodes_per_group = {nodes} with {self.parallel.plan}; only the ring and the guidance branches "
+            f"cross nodes, so ring_degree x cfg_degree must be a multiple of {nodes}. With {ranks} rank(s) and "
+            f"cfg_degree 1, ulysses_degree x ring_degree may be "
             f"{', '.join(allowed) or f'nothing: choose a number of ranks that {nodes} divides'}"
         )
 

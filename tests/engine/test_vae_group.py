@@ -14,10 +14,10 @@ from hv_batch.engine.vae_group import decode_in_group
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
 from hv_batch.protocol import LATENT_CHANNELS, ParallelPlan, RankPlace
 
-RANKS = 3
+RANKS = 4
 TILES = TileGeometry(spatial_px=64, temporal_frames=16)
 SIZES = [
-    (1, 5, 8),  # one tile: two ranks have nothing to do
+    (1, 5, 8),  # one tile: three ranks have nothing to do
     (8, 4, 5),  # tiled in time only, fewer tiles than ranks
     (5, 9, 13),  # 2 x 6 tiles
     (3, 11, 9),  # one temporal tile, 4 tiles
@@ -42,7 +42,7 @@ def _rank_main(rank: int, folder: Path, vae: CausalVAE, addresses: mp.Queue) -> 
             addresses.put(address)
     else:
         address = addresses.get()
-    plan = ParallelPlan(ulysses_degree=RANKS)
+    plan = ParallelPlan(ulysses_degree=2, cfg_degree=2)  # two grids, one group
     mesh = join_group(RankPlace(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=60.0))
     chunks = [list(decode_in_group(vae, _latents(size), TILES, mesh)) for size in SIZES]
     torch.save(chunks, folder / f"{rank}.pt")
@@ -66,4 +66,4 @@ def test_a_group_decodes_the_pixels_of_one_decoder(vae, decoded, case):
     alone = list(decode_streaming(vae, _latents(SIZES[case]), TILES))
     assert len(alone) == len(decoded[0][case])
     assert all(torch.equal(one, other) for one, other in zip(alone, decoded[0][case], strict=True))
-    assert [decoded[rank][case] for rank in range(1, RANKS)] == [[], []]
+    assert all(decoded[rank][case] == [] for rank in range(1, RANKS))
