@@ -40,6 +40,9 @@ def run(
     address: Annotated[
         str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")
     ] = None,
+    steal: Annotated[
+        bool, typer.Option("--steal", help="take the output root over from a driver that is known to hang")
+    ] = False,
 ) -> None:
     """Render what the output root lacks of the manifest.
 
@@ -54,7 +57,7 @@ def run(
             "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
         )
     settings = load_config(config, overrides or [])
-    code = render(settings, manifest, output, address=address, progress=Progress())
+    code = render(settings, manifest, output, address=address, progress=Progress(), steal=steal)
     raise typer.Exit(code)
 
 

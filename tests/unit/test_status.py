@@ -67,15 +67,16 @@ def test_dict_is_json_and_adds_up(store):
 
 
 def test_table_names_every_shard(store):
-    """The text table has a line a shard and the totals."""
+    """The text table has a line a shard, the totals, and why samples were given up."""
     half_rendered(store)
     table = status.read_status(store).render()
-    assert [line.split() for line in table.splitlines()[4:]] == [
+    assert [line.split() for line in table.splitlines()[4:7]] == [
         ["shard-00000", "4", "3", "1", "0", "sealed"],
         ["shard-00001", "4", "1", "1", "2", "partial"],
         ["shard-00002", "2", "0", "0", "2", "untouched"],
     ]
     assert "4 of 10 samples committed, 2 quarantined, 4 pending; 1 of 3 shards sealed" in table
+    assert table.splitlines()[-1].split() == ["2", "POISON", "not", "finite", "(as", "s004,", "s006)"]
 
 
 def test_long_table_lists_what_needs_attention():
