@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hv_batch.job.storage import Store
+
 
 @dataclass(frozen=True)
 class FakeEmbedding:
@@ -125,3 +127,42 @@ class FakeDecoder:
             level = np.uint8(128 + 40 * np.tanh(latents[:, index].mean() * 10))
             count = 1 if index == 0 else 4
             yield np.full((count, height * 8, width * 8, 3), level, np.uint8)
+
+
+# A store that dies ----------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The process is gone; no handler of ours catches it."""
+
+
+class CrashingStore(Store):
+    """A real store whose process dies just before or just after the act number `at` of those that change something."""
+
+    def __init__(self, url, at=None, when="before"):
+        super().__init__(url)
+        self.at = at
+        self.when = when
+        self.acts = []
+
+    def put_new(self, key, data):
+        return self._act("put_new", key, lambda: super(CrashingStore, self).put_new(key, data))
+
+    def put(self, key, data):
+        return self._act("put", key, lambda: super(CrashingStore, self).put(key, data))
+
+    def put_file(self, key, path):
+        return self._act("put_file", key, lambda: super(CrashingStore, self).put_file(key, path))
+
+    def delete(self, key):
+        return self._act("delete", key, lambda: super(CrashingStore, self).delete(key))
+
+    def _act(self, name, key, act):
+        dies = len(self.acts) == self.at
+        self.acts.append(f"{name} {key}")
+        if dies and self.when == "before":
+            raise Crash
+        result = act()
+        if dies:
+            raise Crash
+        return result

@@ -21,6 +21,7 @@ SUCCESS = "_SUCCESS"
 REPORT = "report/index.html"
 LEASE = "lease.json"
 COMMITS = "commits/"
+STEPS = "steps/"
 
 
 def shard_name(shard: int) -> str:

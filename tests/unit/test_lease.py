@@ -117,9 +117,11 @@ def test_a_living_driver_elsewhere_is_recognised_by_its_beat(any_store):
         return False
 
     said = []
-    with pytest.raises(LeaseHeldError, match="node-7"):
-        with held(any_store, this_process("run"), wait=wait, say=said.append):
-            pass
+    with (
+        pytest.raises(LeaseHeldError, match="node-7"),
+        held(any_store, this_process("run"), wait=wait, say=said.append),
+    ):
+        pass
     assert len(looks) == 3
     assert "node-7" in said[0]
     assert read_lease(any_store).token == theirs.token
