@@ -101,8 +101,9 @@ def compare(a: Store, b: Store) -> Comparison:
     for of_a, of_b in zip_longest(_shards(a, run_a), _shards(b, run_b), fillvalue=nothing):
         waiting_a |= of_a
         waiting_b |= of_b
-        for key in [key for key in (*of_a, *of_b) if key in waiting_a and key in waiting_b]:
-            _judge(result, key, waiting_a.pop(key), waiting_b.pop(key))
+        for key in dict.fromkeys((*of_a, *of_b)):
+            if key in waiting_a and key in waiting_b:
+                _judge(result, key, waiting_a.pop(key), waiting_b.pop(key))
     result.only_in_a += waiting_a
     result.only_in_b += waiting_b
     return result
