@@ -21,6 +21,7 @@ import typer
 
 from hv_batch.job.comparison import compare
 from hv_batch.job.errors import FailureClass
+from hv_batch.job.gallery import plural
 from hv_batch.job.garbage import find_garbage, remove
 from hv_batch.job.lease import held, this_process
 from hv_batch.job.quarantine import group_reasons, read_quarantined, release
@@ -115,10 +116,12 @@ def retry(
             return
         count = sum(reason.samples for reason in reasons)
         if not yes:
-            print(f"{count:,} samples would be taken back; --yes does it")
+            print(f"{plural(count, 'sample')} would be taken back; --yes does it")
             return
         release(store, read_quarantined(store, chosen, kinds or ()))
-    print(f"{count:,} samples are pending again. Run the same command as before: it renders them and nothing twice.")
+    print(
+        f"{plural(count, 'sample')} pending again. Run the same command as before: it renders them and nothing twice."
+    )
 
 
 def gc(

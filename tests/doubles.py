@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hv_batch.job.backends import LocalDisk
 from hv_batch.job.storage import Store
 
 
@@ -25,11 +26,40 @@ class FakeEmbedding:
 
 
 class FakeEngine:
-    def __init__(self, *, marks: str, step_seconds: float = 0.0, check: list[str] | None = None, revision: str = "a"):
+    def __init__(
+        self,
+        *,
+        marks: str,
+        step_seconds: float = 0.0,
+        check: list[str] | None = None,
+        revision: str = "a",
+        dies_after: list[str] | None = None,
+    ):
         self.marks = Path(marks)
+        self.dies_after = dies_after or []
+        self._arm()
         self.step_seconds = step_seconds
         self.problems = check or []
         self.revision = revision
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._arm()
+
+    def _arm(self):
+        """Driver or actor, this process dies just after it has written the first object whose key begins so."""
+        for prefix in self.dies_after:
+            for name in ("create", "put", "put_file"):
+                setattr(LocalDisk, name, self._dying(getattr(LocalDisk, name), prefix))
+
+    def _dying(self, act, prefix):
+        def wrapped(disk, key, *args):
+            result = act(disk, key, *args)
+            if key.startswith(prefix) and self.first(f"died-after-{prefix.replace('/', '')}"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
 
     def check(self):
         return list(self.problems)
