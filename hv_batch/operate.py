@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -79,9 +79,10 @@ def verify(
     from hv_batch.runtime.playback import decode_media
 
     store = Store(output)
-    with _changing(store, "verify", repair, steal):
+    with _changing(store, "verify", repair, steal) as still_ours:
         found = verify_root(store, decode_media, decodes=None if deep else sample_decode, shards=parse_shards(shards))
         if repair:
+            still_ours()
             remove_faults(store, found.findings)
     print(json.dumps(found.to_dict() | {"repaired": repair}, indent=1) if as_json else found.render())
     if not found.findings:
@@ -106,7 +107,7 @@ def retry(
 ) -> None:
     """Take quarantined samples back: they are pending again, and the same run command renders them."""
     store = Store(output)
-    with _changing(store, "retry", yes, steal):
+    with _changing(store, "retry", yes, steal) as still_ours:
         chosen = chosen_shards(read_run(store), parse_shards(shards))
         reasons = group_reasons(read_quarantined(store, chosen, kinds or ()))
         for reason in reasons:
@@ -118,6 +119,7 @@ def retry(
         if not yes:
             print(f"{plural(count, 'sample')} would be taken back; --yes does it")
             return
+        still_ours()
         release(store, read_quarantined(store, chosen, kinds or ()))
     print(
         f"{plural(count, 'sample')} pending again. Run the same command as before: it renders them and nothing twice."
@@ -135,7 +137,7 @@ def gc(
 ) -> None:
     """Remove what nobody needs: media without a record, latents of finished samples, drafts, unfinished uploads."""
     store = Store(output)
-    with _changing(store, "gc", yes, steal):
+    with _changing(store, "gc", yes, steal) as still_ours:
         counts: Counter[str] = Counter()
         for garbage in find_garbage(store, older_than=time.time() - 3600 * min_age_hours):
             counts[garbage.kind.value] += 1
@@ -145,6 +147,7 @@ def gc(
                 else f"{garbage.kind.value:<8}{garbage.name}"
             )
             if yes:
+                still_ours()
                 remove(store, garbage)
     if not as_json:
         told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "nothing"
@@ -177,16 +180,18 @@ def parse_shards(text: str | None) -> list[int] | None:
 
 
 @contextmanager
-def _changing(store: Store, purpose: str, does: bool, steal: bool) -> Iterator[None]:
-    """The lease of the root for a command that changes it; nothing for one that only looks."""
+def _changing(store: Store, purpose: str, does: bool, steal: bool) -> Iterator[Callable[[], None]]:
+    """The lease of the root for a command that changes it; nothing for one that only looks.
+
+    What is yielded is called before a change: it raises when somebody has taken the root over meanwhile.
+    """
     if not does:
-        yield
+        yield lambda: None
         return
     read_run(store)  # a mistyped path must not become a folder with a lease in it
     with held(store, this_process(purpose), steal=steal, say=lambda text: print(text, file=sys.stderr)) as lease:
         assert lease is not None, "nobody asked to give up waiting"
-        yield
-        lease.check()
+        yield lease.check
 
 
 def _show(found: Status, as_json: bool) -> None:

@@ -20,15 +20,20 @@ SAMPLES = some_samples(6)
 FUTURE = time.time() + 3600
 
 
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "root"))
+
+
 def put_latents(store: Store, sample) -> None:
     latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
     commits.put_latents(store, sample, latents.astype(np.float32), commits.sample_identity(sample, FINGERPRINT), {})
 
 
-def test_a_clean_root_has_no_garbage(any_store):
+def test_a_clean_root_has_no_garbage(store):
     """P1: everything a finished run leaves is needed."""
-    run_small(any_store, SAMPLES, poison={"s003"})
-    assert list(find_garbage(any_store, older_than=FUTURE)) == []
+    run_small(store, SAMPLES, poison={"s003"})
+    assert list(find_garbage(store, older_than=FUTURE)) == []
 
 
 def litter(store: Store) -> set[tuple[Kind, str]]:
@@ -55,8 +60,12 @@ def litter(store: Store) -> set[tuple[Kind, str]]:
 
 
 def test_what_killed_workers_leave_is_found_and_removed(any_store):
-    """P1, P4: media without a record, latents and checkpoints of finished samples; those of a pending one are kept."""
+    """P1, P4: media without a record, latents and checkpoints of finished samples; those of a pending one are kept.
+
+    What is young is left alone: a decoder uploads its media before it commits them.
+    """
     expected = litter(any_store)
+    assert list(find_garbage(any_store, older_than=time.time() - 3600)) == []
     found = list(find_garbage(any_store, older_than=FUTURE))
     assert {(garbage.kind, garbage.name) for garbage in found} == expected
     for garbage in found:
@@ -74,28 +83,22 @@ def test_what_killed_workers_leave_is_found_and_removed(any_store):
     }
 
 
-def test_what_is_young_may_be_about_to_be_named(any_store):
-    """P1: a decoder uploads its media before it commits them."""
-    litter(any_store)
-    assert list(find_garbage(any_store, older_than=time.time() - 3600)) == []
-
-
-def test_media_that_belong_to_a_committed_file_are_kept(any_store):
+def test_media_that_belong_to_a_committed_file_are_kept(store):
     """Files beside a video that carry its name (a poster) are as needed as it is."""
-    run_small(any_store, SAMPLES)
-    (media,) = [key for key in any_store.list("data/shard-00000") if "/s001-" in key]
-    any_store.put(media.replace(".mp4", ".jpg"), b"its poster")
-    any_store.put("data/shard-00000/s001-0a1b2c3d.jpg", b"of a version that lost")
-    found = [garbage.name for garbage in find_garbage(any_store, older_than=FUTURE)]
+    run_small(store, SAMPLES)
+    (media,) = [key for key in store.list("data/shard-00000") if "/s001-" in key]
+    store.put(media.replace(".mp4", ".jpg"), b"its poster")
+    store.put("data/shard-00000/s001-0a1b2c3d.jpg", b"of a version that lost")
+    found = [garbage.name for garbage in find_garbage(store, older_than=FUTURE)]
     assert found == ["data/shard-00000/s001-0a1b2c3d.jpg"]
 
 
-def test_a_record_that_cannot_be_read_makes_no_garbage(any_store):
+def test_a_record_that_cannot_be_read_makes_no_garbage(store):
     """P1: with no record to go by, nothing of that sample is removed."""
-    run_small(any_store, SAMPLES)
-    any_store.put("data/shard-00000/s001-0a1b2c3d.mp4", b"another version")
-    any_store.put(layout.commit_key(0, "s001"), b"{")
-    assert list(find_garbage(any_store, older_than=FUTURE)) == []
+    run_small(store, SAMPLES)
+    store.put("data/shard-00000/s001-0a1b2c3d.mp4", b"another version")
+    store.put(layout.commit_key(0, "s001"), b"{")
+    assert list(find_garbage(store, older_than=FUTURE)) == []
 
 
 def test_drafts_of_killed_writers(tmp_path):
@@ -135,8 +138,8 @@ def test_unfinished_uploads_on_s3(s3_store):
     ]
 
 
-def test_something_else_is_not_tidied(any_store):
+def test_something_else_is_not_tidied(store):
     """P6: a wrong path is said so before anything is looked at."""
-    any_store.put("data/shard-00000/a-0a1b2c3d.mp4", b"x")
+    store.put("data/shard-00000/a-0a1b2c3d.mp4", b"x")
     with pytest.raises(UserError, match=r"run\.json"):
-        list(find_garbage(any_store, older_than=FUTURE))
+        list(find_garbage(store, older_than=FUTURE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -20,11 +21,18 @@ from hv_batch.protocol import UserError
 SAMPLES = some_samples(6, height=32, width=32, num_frames=5)
 
 
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> Path:
+    """A finished root with four real videos and two samples given up."""
+    root = tmp_path_factory.mktemp("rendered") / "root"
+    run_small(Store(str(root)), SAMPLES, poison={"s003", "s005"}, media=real_media)
+    return root
+
+
 @pytest.fixture
-def root(tmp_path) -> str:
-    """A finished root with two samples given up."""
-    run_small(Store(str(tmp_path / "root")), SAMPLES, poison={"s003", "s005"}, media=real_media)
-    return str(tmp_path / "root")
+def root(rendered, tmp_path) -> str:
+    """A copy of it to change."""
+    return str(shutil.copytree(rendered, tmp_path / "root"))
 
 
 def hv_batch(*arguments: str) -> tuple[int, str]:
@@ -106,15 +114,14 @@ def test_a_path_that_is_no_root_stays_as_it_is(tmp_path, command):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_diff_tells_by_its_exit_code(root, tmp_path):
+def test_diff_tells_by_its_exit_code(root, rendered):
     """Exit codes: 0 when every sample is equal, 3 otherwise."""
-    other = str(tmp_path / "other")
-    run_small(Store(other), SAMPLES, poison={"s003", "s005"}, media=real_media)
+    other = str(rendered)
     assert hv_batch("diff", root, other)[0] == 0
-    commits.commit(Store(other), make_commit(make_sample(3)))
+    commits.commit(Store(root), make_commit(make_sample(3)))
     code, text = hv_batch("diff", root, other, "--json")
     assert code == 3
-    assert json.loads(text)["quarantined_in_a"] == ["s003"]
+    assert json.loads(text)["quarantined_in_b"] == ["s003"]
 
 
 def test_watching_ends_with_the_run(root, monkeypatch):

@@ -19,17 +19,22 @@ from hv_batch.operate import parse_shards
 from hv_batch.protocol import UserError
 
 
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "root"))
+
+
 def quarantined(store: Store, number: int, kind: FailureClass, message: str) -> None:
     commits.quarantine(store, make_quarantine(make_sample(number), make_failure(kind, message)))
 
 
-def test_reasons_are_grouped(any_store):
+def test_reasons_are_grouped(store):
     """P5: what differs from sample to sample (numbers, addresses, later lines) does not make another reason."""
-    open_root(any_store, 8)
+    open_root(store, 8)
     for number in (1, 2, 5, 6):
-        quarantined(any_store, number, FailureClass.POISON, f"step {number}: not finite at 0xA{number}f\nline {number}")
-    quarantined(any_store, 3, FailureClass.GPU_OOM, "out of memory: 12.5 GiB")
-    reasons = group_reasons(read_quarantined(any_store, range(2)))
+        quarantined(store, number, FailureClass.POISON, f"step {number}: not finite at 0xA{number}f\nline {number}")
+    quarantined(store, 3, FailureClass.GPU_OOM, "out of memory: 12.5 GiB")
+    reasons = group_reasons(read_quarantined(store, range(2)))
     assert [reason.to_dict() for reason in reasons] == [
         {
             "class": "POISON",
@@ -41,12 +46,12 @@ def test_reasons_are_grouped(any_store):
     ]
 
 
-def test_only_some_classes_and_shards(any_store):
+def test_only_some_classes_and_shards(store):
     """Operating: `retry --class GPU_OOM --shards 1` means these and no others."""
-    open_root(any_store, 8)
+    open_root(store, 8)
     for number, kind in ((1, FailureClass.GPU_OOM), (5, FailureClass.GPU_OOM), (6, FailureClass.POISON)):
-        quarantined(any_store, number, kind, "x")
-    found = read_quarantined(any_store, [1], [FailureClass.GPU_OOM])
+        quarantined(store, number, kind, "x")
+    found = read_quarantined(store, [1], [FailureClass.GPU_OOM])
     assert [record["key"] for record in found] == ["s005"]
 
 
@@ -60,26 +65,26 @@ def test_a_thousand_messages_do_not_fill_the_memory():
     assert reasons[0].message == OTHER_REASONS
 
 
-def test_what_was_released_is_rendered_by_the_same_command(any_store):
+def test_what_was_released_is_rendered_by_the_same_command(store):
     """P2, P5: only those, and the root ends as if they had never failed."""
     samples = some_samples(6)
-    run_small(any_store, samples, poison={"s003", "s005"})
-    assert release(any_store, read_quarantined(any_store, range(2))) == 2
-    assert not any_store.exists(layout.SUCCESS)
+    run_small(store, samples, poison={"s003", "s005"})
+    assert release(store, read_quarantined(store, range(2))) == 2
+    assert not store.exists(layout.SUCCESS)
     denoised: Counter[str] = Counter()
-    run_small(any_store, samples, denoised=denoised)
+    run_small(store, samples, denoised=denoised)
     assert denoised == {"s003": 1, "s005": 1}
     undisturbed = Store("memory://undisturbed-retry")
     run_small(undisturbed, samples)
-    assert everything(any_store) == everything(undisturbed)
+    assert everything(store) == everything(undisturbed)
 
 
-def test_a_release_leaves_other_shards_sealed(any_store):
+def test_a_release_leaves_other_shards_sealed(store):
     """P2: what is complete stays complete."""
-    run_small(any_store, some_samples(6), poison={"s005"})
-    release(any_store, read_quarantined(any_store, range(2)))
-    assert scan_shard(any_store, 0).sealed
-    assert not scan_shard(any_store, 1).sealed
+    run_small(store, some_samples(6), poison={"s005"})
+    release(store, read_quarantined(store, range(2)))
+    assert scan_shard(store, 0).sealed
+    assert not scan_shard(store, 1).sealed
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=20))
