@@ -198,16 +198,33 @@ class TextEncoder(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepState:
+    """A denoise between two of its steps, and all that the steps after depend on beside the arguments."""
+
+    step: int  # steps done, at least 1 and fewer than all
+    latents: np.ndarray  # float32, shaped `SamplingParams.latent_shape`, equal on every rank
+
+
+# (steps done, read): `read()` copies the latents of this step to host memory, and may be called only until the return.
+OnStep = Callable[[int, Callable[[], "np.ndarray"]], None]
+
+
 class Denoiser(Protocol):
     """One rank of a denoise group: every rank is called with equal arguments at the same time."""
 
     def denoise(
-        self, params: SamplingParams, positive: Any, negative: Any | None, on_step: Callable[[int], None]
+        self,
+        params: SamplingParams,
+        positive: Any,
+        negative: Any | None,
+        on_step: OnStep,
+        resume: StepState | None = None,
     ) -> np.ndarray:
         """Final latents, float32, shaped `params.latent_shape`, equal on every rank.
 
-        `on_step(n)` is called after each of the `num_inference_steps` steps with the number done. Raises ValueError
-        when the result is not finite.
+        `on_step` is called after each of the `num_inference_steps` steps. With `resume`, only the steps after it are
+        made, and the result is the same bits. Raises ValueError when the result is not finite.
         """
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,14 @@ class FakeEmbedding:
 
 
 class FakeEngine:
+    """`hold_after` names steps after which rank 0 waits until there is a mark "go-<step>"."""
+
     def __init__(
         self,
         *,
         marks: str,
         step_seconds: float = 0.0,
+        hold_after: Sequence[int] = (),
         check: list[str] | None = None,
         revision: str = "a",
         dies_after: list[str] | None = None,
@@ -39,6 +43,7 @@ class FakeEngine:
         self.dies_after = dies_after or []
         self._arm()
         self.step_seconds = step_seconds
+        self.hold_after = hold_after
         self.problems = check or []
         self.revision = revision
 
@@ -78,6 +83,7 @@ class FakeEngine:
 
     def join(self, place):
         self.mark(f"join-{place.rank}-of-{place.plan.world_size}", place.address)
+        self.mark(f"pid-{place.rank}", str(os.getpid()))
         return FakeDenoiser(self, place.rank)
 
     def decoder(self, device):
@@ -95,6 +101,10 @@ class FakeEngine:
         except FileExistsError:
             return False
         return True
+
+    def hold(self, step):
+        while step in self.hold_after and not (self.marks / f"go-{step}").exists():
+            time.sleep(0.02)
 
     def misbehave(self, stage, text):
         """Do what the prompt's commands say for this stage."""
@@ -122,24 +132,36 @@ class FakeEncoder:
 
 
 class FakeDenoiser:
+    """Every step adds its own noise to what was there, so that a step left out, or made twice, is seen in the end."""
+
     def __init__(self, engine, rank):
         self.engine = engine
         self.rank = rank
 
-    def denoise(self, params, positive, negative, on_step):
+    def denoise(self, params, positive, negative, on_step, resume=None):
         assert positive.text == params.prompt
         assert (negative is not None) == params.uses_cfg
         if "!nan" in params.prompt:
             raise ValueError("latents are not finite")
-        for step in range(params.num_inference_steps):
+        latents = resume.latents if resume else self.noise(params, 0)
+        for step in range(resume.step if resume else 0, params.num_inference_steps):
             time.sleep(self.engine.step_seconds)
-            on_step(step + 1)
+            latents = np.float32(0.5) * latents + self.noise(params, step + 1)
+            if self.rank == 0:
+                self.engine.mark("steps", f"{params.prompt} {step + 1}")
+            on_step(step + 1, latents.copy)
+            if self.rank == 0:
+                self.engine.hold(step + 1)
             if step == params.num_inference_steps // 2 and self.rank == 0:
                 self.engine.misbehave("denoise", params.prompt)
         if self.rank == 0:
             self.engine.mark("denoised", params.prompt)
-        noise = np.random.default_rng(params.seed).standard_normal(params.latent_shape)
-        return noise.astype(np.float32) * (2.0 if params.uses_cfg else 1.0)
+        return latents
+
+    @staticmethod
+    def noise(params, step):
+        drawn = np.random.default_rng([params.seed, step]).standard_normal(params.latent_shape)
+        return drawn.astype(np.float32) * np.float32(2.0 if params.uses_cfg else 1.0)
 
 
 class FakeDecoder:

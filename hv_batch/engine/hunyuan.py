@@ -9,7 +9,7 @@ also what a small machine needs: spinning OpenMP threads of several processes sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,16 @@ from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
 from hv_batch.engine.weights import FP8_MODES, load_dit, load_vae, verify
-from hv_batch.protocol import LATENT_CHANNELS, Device, ParallelPlan, RankPlace, SamplingParams, UserError
+from hv_batch.protocol import (
+    LATENT_CHANNELS,
+    Device,
+    OnStep,
+    ParallelPlan,
+    RankPlace,
+    SamplingParams,
+    StepState,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine
@@ -206,7 +215,8 @@ class HunyuanDenoiser:
         params: SamplingParams,
         positive: TextEmbedding,
         negative: TextEmbedding | None,
-        on_step: Callable[[int], None],
+        on_step: OnStep,
+        resume: StepState | None = None,
     ) -> np.ndarray:
         """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`."""
         latents = sampler.denoise(
@@ -216,8 +226,9 @@ class HunyuanDenoiser:
             negative,
             mesh=self._mesh,
             device=self._device,
-            on_step=on_step,
+            on_step=lambda done, latents: on_step(done, lambda: latents.cpu().numpy()),
             recipe=self._recipe,
+            resume=resume,
         )
         return latents.cpu().numpy()
 

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hv_batch.protocol import SamplingParams, StepState
+
 if TYPE_CHECKING:
     from hv_batch.engine.dit import HYVideoDiT
     from hv_batch.engine.parallel import SequenceMesh
     from hv_batch.engine.text import TextEmbedding
-    from hv_batch.protocol import SamplingParams
 
 # The model was trained with times 0..1000 and reads both its time and its guidance in that unit.
 TIME_UNIT = 1000.0
@@ -148,12 +149,16 @@ def trajectory(
     mesh: SequenceMesh,
     device: torch.device,
     recipe: Recipe = Recipe(),
+    resume: StepState | None = None,
 ) -> Generator[Tensor, None, None]:
     """The latents [N, C, T, H, W] of N videos after each step, float32 on `device`, equal on every rank of `mesh`.
 
     The videos may differ in prompts and seed, and each is the same bits whatever it is batched with. `negatives` are
-    used, and required, exactly when the parameters use CFG. Whoever stops asking stops the sampling. Raises ValueError
-    for a batch of unlike videos, and as soon as a step's result is not finite.
+    used, and required, exactly when the parameters use CFG. `resume` is what an earlier trajectory of the same
+    arguments had reached, its latents [N, C, T, H, W]: the steps after it are made, and are the same bits. Every step
+    makes new latents, so those that were given out stay as they are. Whoever stops asking stops the sampling. Raises
+    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs, and as soon as a step's result is not
+    finite.
     """
     params = batch[0]
     if any(
@@ -166,8 +171,11 @@ def trajectory(
     branches = [*negatives, *positives] if params.uses_cfg and negatives is not None else positives
     texts = condition(model, branches, params.guidance_scale, device)
     levels = sigmas(params.num_inference_steps, params.flow_shift, recipe.reverse)
-    latents = _start(batch, positives[0].states.dtype, device, mesh, recipe)
-    for step in range(params.num_inference_steps):
+    if resume is None:
+        latents = _start(batch, positives[0].states.dtype, device, mesh, recipe)
+    else:
+        latents = _resumed(batch, resume, device)
+    for step in range(resume.step if resume else 0, params.num_inference_steps):
         velocity = predict_velocity(model, latents, levels[step], texts, params, mesh)
         latents = euler_step(latents, velocity, levels[step], levels[step + 1])
         # Waiting for the device here costs nothing beside a step, saves the rest of a lost sample, and means that
@@ -190,6 +198,15 @@ def _start(
     return mesh.adopt(drawn).float()
 
 
+def _resumed(batch: Sequence[SamplingParams], state: StepState, device: torch.device) -> Tensor:
+    """The latents of `state`, float32 on `device`, copied into memory that is aligned and laid out as torch does it."""
+    found, shape = state.latents.shape, (len(batch), *batch[0].latent_shape)
+    steps = batch[0].num_inference_steps
+    if not 0 < state.step < steps or found != shape:
+        raise ValueError(f"cannot resume after step {state.step} of {steps} with latents {found} for {shape}")
+    return torch.tensor(state.latents, dtype=torch.float32, device=device)
+
+
 def denoise(
     model: HYVideoDiT,
     params: SamplingParams,
@@ -198,19 +215,22 @@ def denoise(
     *,
     mesh: SequenceMesh,
     device: torch.device,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int, Tensor], None],
     recipe: Recipe = Recipe(),
+    resume: StepState | None = None,
 ) -> Tensor:
     """Final latents [C, T, H, W] of one video; see `trajectory`.
 
-    `on_step(n)` is called after step n = 1..steps; whatever it raises ends the sampling and passes through.
+    `on_step(n, latents)` is called after each step that is made, n counting those before `resume` too; whatever it
+    raises ends the sampling and passes through.
     """
     negatives = None if negative is None else [negative]
-    states = trajectory(model, [params], [positive], negatives, mesh=mesh, device=device, recipe=recipe)
-    for step, latents in enumerate(states, 1):
-        done = latents
-        on_step(step)
-    return done[0]
+    start = resume and StepState(resume.step, resume.latents[None])
+    states = trajectory(model, [params], [positive], negatives, mesh=mesh, device=device, recipe=recipe, resume=start)
+    for step, latents in enumerate(states, 1 + (resume.step if resume else 0)):
+        done = latents[0]
+        on_step(step, done)
+    return done
 
 
 def _not_finite(step: int, params: SamplingParams, dtype: torch.dtype) -> str:

@@ -11,16 +11,11 @@ steps can leave both behind; `scan_shard` then counts the sample as committed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from hv_batch.job import layout
 
@@ -30,7 +25,6 @@ if TYPE_CHECKING:
 
 COMMIT_SCHEMA = "hv_batch/commit/1"
 QUARANTINE_SCHEMA = "hv_batch/quarantine/1"
-LATENTS_SCHEMA = "hv_batch/latents/1"
 
 LICENCE_ID = "tencent-hunyuan-community"  # of every rendered file; `runs.licence_notice` says what it means
 
@@ -60,12 +54,6 @@ class ShardState:
     quarantined: frozenset[str]  # never holds a committed key (P1)
     latents: frozenset[str]  # final latents that wait for their decode
     sealed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StoredLatents:
-    latents: np.ndarray  # float32 [C, T, h, w]
-    stages: Mapping[str, Mapping[str, Any]]  # the reports of the stages behind them
 
 
 def commit_record(
@@ -169,52 +157,6 @@ def scan_shard(store: Store, shard: int) -> ShardState:
     return ShardState(committed, quarantined - committed, latents, store.exists(layout.metadata_key(shard)))
 
 
-def sample_identity(sample: Sample, fingerprint: str) -> str:
-    """What a latent depends on: the sample's own parameters and the run it belongs to. Hex digest."""
-    return hashlib.sha256(encode({"params": asdict(sample.params), "fingerprint": fingerprint})).hexdigest()
-
-
-def put_latents(
-    store: Store, sample: Sample, latents: np.ndarray, identity: str, stages: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Keep the final latents, so that a failure from here on never repeats the denoise (P4).
-
-    `latents` [C, T, h, w] are stored as float32, with the reports of the `stages` that led to them. Raises ValueError
-    when their shape is not the sample's.
-    """
-    if latents.shape != sample.params.latent_shape:
-        raise ValueError(f"latents of {sample.key} are {latents.shape}, not {sample.params.latent_shape}")
-    tensor = np.ascontiguousarray(latents, dtype=np.float32)
-    facts = {"schema": LATENTS_SCHEMA, "identity": identity, "sha256": _digest(tensor), "stages": json.dumps(stages)}
-    store.put(layout.latent_key(sample.shard, sample.key), save({"latents": tensor}, metadata=facts))
-
-
-def get_latents(store: Store, sample: Sample, identity: str) -> StoredLatents | None:
-    """What `put_latents` kept under this identity; None when there is nothing to trust.
-
-    A file of another identity, a damaged one or a missing one all mean the same: denoise again. An error of the store
-    itself is raised, because then nothing is known.
-    """
-    try:
-        data = store.get(layout.latent_key(sample.shard, sample.key))
-    except FileNotFoundError:
-        return None
-    try:
-        header_bytes = int.from_bytes(data[:8], "little")
-        facts = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
-        tensor = load(data)["latents"]
-        is_ours = facts["schema"] == LATENTS_SCHEMA and facts["identity"] == identity
-        is_whole = tensor.shape == sample.params.latent_shape and facts["sha256"] == _digest(tensor)
-        stages = json.loads(facts["stages"])
-    except (SafetensorError, ValueError, KeyError, TypeError):
-        return None
-    return StoredLatents(tensor, stages) if is_ours and is_whole else None
-
-
-def drop_latents(store: Store, sample: Sample) -> None:
-    store.delete(layout.latent_key(sample.shard, sample.key))
-
-
 def encode(record: Mapping[str, Any]) -> bytes:
     """Canonical JSON: equal records are equal bytes. Raises ValueError for NaN and infinities, which are not JSON.
 
@@ -240,10 +182,6 @@ def _describe(sample: Sample) -> dict[str, Any]:
         "fps": sample.fps,
         "extra": dict(sample.extra),
     }
-
-
-def _digest(tensor: np.ndarray) -> str:
-    return hashlib.sha256(tensor.tobytes()).hexdigest()
 
 
 def _now() -> str:

@@ -107,6 +107,9 @@ class GroupsConfig(_Section):
     """GPUs that Ray reserves for a rank."""
     cpus_per_rank: Cpus = 1.0
     """CPUs that Ray reserves for a rank."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between two step checkpoints of a denoise, from which a lost group or run goes on; the latents are written
+    (30 MB at 720p) while the next steps run. 0 writes them only when the run is stopped or a node is taken away."""
 
 
 class EncodersConfig(_Section):

@@ -86,7 +86,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Drain: begin nothing long, let what is running finish."""
+    """Drain: begin nothing long, let what is running finish or leave a step checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,13 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Let the denoise group `worker` write a step checkpoint after the step that it is in."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
 class Quarantine:
     key: str
     failures: tuple[Failure, ...]
@@ -158,4 +165,4 @@ class Finish:
     drained: bool
 
 
-Action = Admit | StartWorker | KillWorker | Run | Quarantine | Abort | Finish
+Action = Admit | StartWorker | KillWorker | Run | Checkpoint | Quarantine | Abort | Finish

@@ -6,6 +6,7 @@
     commits/shard-00017/<key>.json               the record that makes a sample done
     quarantine/shard-00017/<key>.json            the record of a sample that was given up
     latents/shard-00017/<key>.safetensors        a final latent whose video is not committed yet
+    steps/shard-00017/<key>.safetensors          the last step checkpoint of a denoise that has not ended well yet
     report/shards/shard-00017.json               what the sealed shard adds to the summary
     lease.json                                   who is writing here at the moment
     summary.json, report/index.html, _SUCCESS
@@ -73,7 +74,11 @@ def latent_key(shard: int, key: str) -> str:
     return f"{latent_dir(shard)}{key}.safetensors"
 
 
+def step_key(shard: int, key: str) -> str:
+    return f"{STEPS}{shard_name(shard)}/{key}.safetensors"
+
+
 def sample_key(path: str) -> str:
-    """The sample's key of a commit, quarantine or latent path. Keys may hold dots, so only the one suffix goes."""
+    """The sample's key of the path of one of its objects. Keys may hold dots, so only the one suffix goes."""
     name = path.rsplit("/", 1)[-1]
     return name.removesuffix(".json").removesuffix(".safetensors")

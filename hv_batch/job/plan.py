@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
-from hv_batch.job.commits import drop_latents, scan_shard
+from hv_batch.job.commits import scan_shard
 from hv_batch.job.events import Stage
+from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 
@@ -29,6 +30,15 @@ class Tally:
     @property
     def terminal(self) -> int:
         return self.committed_before + self.quarantined_before + self.committed + self.quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A sample that is to be rendered."""
+
+    sample: Sample
+    stage: Stage  # the station at which it begins
+    has_steps: bool  # an earlier run has left a step checkpoint of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class Sealable:
 
 
 class Plan:
-    """Iterate it for the pending samples, each with the station it begins at; tell it what became of each.
+    """Iterate it for the pending samples; tell it what became of each.
 
     `keep_latents` leaves alone what a crash between a commit and the removal of its latents has left behind.
     """
@@ -66,10 +76,12 @@ class Plan:
         self._sealable: list[Sealable] = []
         self._pending = self._walk(samples)
 
-    def __iter__(self) -> Iterator[tuple[Sample, Stage] | Passed]:
+    def __iter__(self) -> Iterator[Pending | Passed]:
         return self._pending
 
-    def _walk(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Stage] | Passed]:
+    def _walk(self, samples: Iterable[Sample]) -> Iterator[Pending | Passed]:
+        # One listing for all shards: only what was running when a run ended has a step checkpoint.
+        with_steps = checkpointed(self._store)
         for shard, members in groupby(samples, key=attrgetter("shard")):
             inside = list(members)
             state = scan_shard(self._store, shard)
@@ -86,10 +98,14 @@ class Plan:
                 for sample in inside:
                     if sample.key in state.latents & terminal:
                         drop_latents(self._store, sample)
+            for sample in inside:
+                if sample.key in with_steps & terminal:
+                    drop_steps(self._store, sample)
             if not pending:
                 yield Passed(shard)
             for sample in pending:
-                yield sample, Stage.DECODE if sample.key in state.latents else Stage.ENCODE
+                stage = Stage.DECODE if sample.key in state.latents else Stage.ENCODE
+                yield Pending(sample, stage, sample.key in with_steps)
 
     def committed(self, sample: Sample) -> None:
         self.tally.committed += 1

@@ -28,6 +28,7 @@ from hv_batch.job.events import (
     Admit,
     Admitted,
     Beat,
+    Checkpoint,
     Event,
     Finish,
     KillWorker,
@@ -174,9 +175,15 @@ class Scheduler:
             case StopRequested():
                 if self._drain_until is None:
                     self._drain_until = now + self._drain_timeout_s
+                    return self._checkpoints()
             case Tick():
                 return self._find_hung(now)
         return []
+
+    def _checkpoints(self) -> list[Action]:
+        """What is denoised now may outlast the drain, or the patience of whoever asked for it (P4)."""
+        groups = self._workers[Stage.DENOISE]
+        return [Checkpoint(worker.id) for worker in groups if worker.status is Status.BUSY]
 
     def _current(self, worker_id: WorkerId) -> WorkerSlot | None:
         worker = self._workers[worker_id.stage][worker_id.slot]

@@ -16,6 +16,7 @@ import ray
 
 from hv_batch.job import commits, layout
 from hv_batch.job.errors import Failure
+from hv_batch.job.latents import drop_latents, drop_steps, get_latents, sample_identity
 from hv_batch.job.samples import Sample
 from hv_batch.protocol import Decoder
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
@@ -62,9 +63,9 @@ class DecoderActor:
         if latents is None:
             # An earlier try may have committed and died before it could say so: then its latents are gone with reason.
             if context.store.exists(layout.commit_key(sample.shard, sample.key)):
-                commits.drop_latents(context.store, sample)
+                self._clear(sample)
                 return False
-            stored = commits.get_latents(context.store, sample, commits.sample_identity(sample, context.fingerprint))
+            stored = get_latents(context.store, sample, sample_identity(sample, context.fingerprint))
             if stored is None:
                 raise LatentsGoneError(f"no stored latents of sample {sample.key} that belong to this run")
             latents = stored.latents
@@ -87,9 +88,14 @@ class DecoderActor:
             versions=context.versions,
         )
         ours = commits.commit(context.store, record)
-        if not context.config.output.keep_latents:
-            commits.drop_latents(context.store, sample)
+        self._clear(sample)
         return ours
+
+    def _clear(self, sample: Sample) -> None:
+        """Remove what nobody needs of a committed sample."""
+        drop_steps(self._context.store, sample)
+        if not self._context.config.output.keep_latents:
+            drop_latents(self._context.store, sample)
 
     def _write(self, sample: Sample, latents: np.ndarray, folder: Path) -> MediaInfo:
         params, media = sample.params, self._context.config.media

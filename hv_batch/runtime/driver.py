@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from hv_batch.job.columns import Kind
-from hv_batch.job.commits import drop_latents, quarantine, quarantine_record
+from hv_batch.job.commits import quarantine, quarantine_record
 from hv_batch.job.config import RunConfig
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.errors import Failure
@@ -24,6 +24,7 @@ from hv_batch.job.events import (
     Action,
     Admit,
     Admitted,
+    Checkpoint,
     Event,
     Finish,
     KillWorker,
@@ -38,6 +39,7 @@ from hv_batch.job.events import (
     Tick,
     WorkerId,
 )
+from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.plan import Passed, Plan, Sealable
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.samples import Sample
@@ -193,6 +195,10 @@ class Driver:
                 case Run(worker, keys):
                     self._tasks[worker] = keys
                     self._run(worker, keys)
+                case Checkpoint(worker):
+                    group = self._workers[worker]
+                    assert isinstance(group, DenoiseGroup), f"{worker} has no steps"
+                    group.checkpoint()
                 case Quarantine(key, failures):
                     self._quarantine(self._items.pop(key).sample, failures)
                 case Abort(failure):
@@ -215,10 +221,9 @@ class Driver:
             elif isinstance(found, Passed):
                 return
             else:
-                sample, stage = found
                 self._to_admit -= 1
-                self._items[sample.key] = InFlight(sample)
-                self._events.append(Admitted(sample.key, stage))
+                self._items[found.sample.key] = InFlight(found.sample, has_steps=found.has_steps)
+                self._events.append(Admitted(found.sample.key, found.stage))
 
     def _start(self, worker: WorkerId) -> Worker:
         if worker.stage is Stage.DENOISE:
@@ -242,6 +247,7 @@ class Driver:
         if quarantine(self._context.store, record):
             self._progress.say(f"quarantined {sample.key} (row {sample.row}): {_first_line(failures[-1])}")
             drop_latents(self._context.store, sample)
+            drop_steps(self._context.store, sample)
             self._plan.quarantined(sample)
         else:
             self._plan.committed(sample)

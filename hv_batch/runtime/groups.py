@@ -123,7 +123,9 @@ class DenoiseGroup:
 
     def run(self, items: Sequence[InFlight]) -> None:
         (item,) = items
-        arguments = (item.sample, item.embeddings, item.stages)
+        resume = self._ranks[0].read_steps.remote(item.sample) if item.may_resume() else None
+        item.has_steps = True
+        arguments = (item.sample, item.embeddings, item.stages, resume)
         latents, report = self._ranks[0].denoise.options(num_returns=2).remote(*arguments)
         others = [rank.denoise.remote(*arguments) for rank in self._ranks[1:]]
 
@@ -133,6 +135,10 @@ class DenoiseGroup:
             return [TaskDone(self.id)]
 
         self._when_all([report, *others], rendered)
+
+    def checkpoint(self) -> None:
+        """Let the running denoise write a step checkpoint soon. Nobody waits for the answer: the group may be dying."""
+        self._ranks[0].checkpoint.remote()
 
     def _verdict(self, refs: Sequence[ray.ObjectRef]) -> Event:
         """What a rank's error means for the group, after a moment for the others' errors to arrive."""

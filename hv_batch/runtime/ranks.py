@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
+import numpy as np
 import ray
 
-from hv_batch.job import commits
+from hv_batch.job.latents import put_latents, sample_identity
 from hv_batch.job.samples import Sample
 from hv_batch.job.store_errors import StorageUnavailableError
-from hv_batch.protocol import Denoiser, RankPlace
+from hv_batch.protocol import Denoiser, RankPlace, StepState
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
+from hv_batch.runtime.steps import StepWriter, read_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class RankActor:
         self._rank = rank
         self._name = name
         self._steps = 0
+        self._checkpoint_asked = Event()
 
     def seat(self) -> RankSeat:
         gpus = tuple(str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
@@ -67,25 +71,55 @@ class RankActor:
         )
         self._denoiser: Denoiser = self._context.engine.join(place)
 
-    def denoise(self, sample: Sample, embeddings: tuple[Any, Any], stages: Mapping[str, StageReport]) -> Any:
-        """Latents and report from rank 0, which has put the latents into the output root first (P4); None elsewhere."""
+    def read_steps(self, sample: Sample) -> StepState | None:
+        """Rank 0: the step checkpoint that an earlier try has left in the output root."""
+        return read_steps(self._context.store, sample, sample_identity(sample, self._context.fingerprint))
+
+    def denoise(
+        self,
+        sample: Sample,
+        embeddings: tuple[Any, Any],
+        stages: Mapping[str, StageReport],
+        resume: StepState | None,
+    ) -> Any:
+        """Latents and report from rank 0, which has put the latents into the output root first (P4); None elsewhere.
+
+        Every rank is given the same `resume`, what rank 0 read: a rank that looked for itself might see another one.
+        """
         positive, negative = embeddings
-        with stopwatch() as watch:
-            latents = self._denoiser.denoise(sample.params, positive, negative, self._count_step)
         if self._rank != 0:
+            self._denoiser.denoise(sample.params, positive, negative, self._count_step, resume)
             return None
         context = self._context
-        report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name)
+        identity = sample_identity(sample, context.fingerprint)
+        every = context.config.groups.checkpoint_every
+        with (
+            stopwatch() as watch,
+            StepWriter(context.store, sample, identity, every, self._checkpoint_asked) as writer,
+        ):
+
+            def on_step(done: int, read: Callable[[], np.ndarray]) -> None:
+                self._count_step(done, read)
+                writer.after_step(done, read)
+
+            latents = self._denoiser.denoise(sample.params, positive, negative, on_step, resume)
+        details = {"resumed_from_step": resume.step} if resume else {}
+        details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
+        report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
         reports = {name: stage.to_dict() for name, stage in {**stages, "denoise": report}.items()}
         # An output root that does not answer is no reason to lose a denoise: the latents also travel by reference.
         with suppress(StorageUnavailableError):
-            identity = commits.sample_identity(sample, context.fingerprint)
-            commits.put_latents(context.store, sample, latents, identity, reports)
+            put_latents(context.store, sample, latents, identity, reports)
         return latents, report
 
-    def _count_step(self, _done: int) -> None:
+    def _count_step(self, _done: int, _read: Callable[[], np.ndarray]) -> None:
         self._steps += 1
 
     @ray.method(concurrency_group="health")
     def progress(self) -> int:
         return self._steps
+
+    @ray.method(concurrency_group="health")
+    def checkpoint(self) -> None:
+        """Rank 0: have the step that is under way followed by a step checkpoint."""
+        self._checkpoint_asked.set()

@@ -37,6 +37,14 @@ class InFlight:
     latents: ray.ObjectRef | None = None  # None also where the decoder shall read them from the output root
     stages: dict[str, StageReport] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
+    has_steps: bool = False  # there may be a step checkpoint of it in the output root
+
+    def may_resume(self) -> bool:
+        """Whether to look for a step checkpoint.
+
+        Once an engine has refused its own result, what led to it is not trusted: the next try is one from the start.
+        """
+        return self.has_steps and all(failure.kind is not FailureClass.POISON for failure in self.failures)
 
 
 class Worker(Protocol):

@@ -147,7 +147,7 @@ def test_a_stop_while_waiting_for_nodes_is_heard(ray_head, tmp_path, marks):
 
 def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
     """P5: exit code 3, one quarantine record with its traceback, everything else committed; again it is still 3."""
-    config, output = write_config(tmp_path, marks), tmp_path / "out"
+    config, output = write_config(tmp_path, marks, groups={"checkpoint_every": 1}), tmp_path / "out"
     manifest = write_manifest(tmp_path, ["good 0", "bad !raise-denoise", "good 1", "bad !raise-encode", "good 2"])
     code, text = render(config, manifest, output, ray_head[0])
     assert code == 3, text
@@ -158,6 +158,8 @@ def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
     assert "told to fail at denoise" in bad["s01"]["message"]
     assert "misbehave" in bad["s01"]["traceback"]
     assert [row["id"] for row in table(output)] == ["s00", "s02"]
+    assert count(marks, "steps")["bad !raise-denoise 1"] == 2, "the second try trusted nothing of the first"
+    assert not list((output / "steps").rglob("*.safetensors"))
     code, text = render(config, manifest, output, "127.0.0.1:1")
     assert code == 3, text
 

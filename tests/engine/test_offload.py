@@ -272,7 +272,7 @@ def test_the_option_changes_no_bit_and_no_identity(toy):
     )
     build = partial(HunyuanVideo, model_base=toy, dit=TOY_DIT, precision="fp32")
     engines = [build(offload=offload) for offload in ("none", "blocks", "mapped")]
-    latents = [torch.from_numpy(e.join(ALONE).denoise(PARAMS, text, None, lambda _: None)) for e in engines]
+    latents = [torch.from_numpy(e.join(ALONE).denoise(PARAMS, text, None, lambda _n, _read: None)) for e in engines]
     assert torch.equal(latents[0], latents[1])
     assert torch.equal(latents[0], latents[2])
     assert engines[0].identity() == engines[1].identity() == engines[2].identity()

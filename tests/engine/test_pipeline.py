@@ -18,7 +18,7 @@ from hv_batch.engine.parallel import leave_group
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampler import initial_noise
 from hv_batch.engine.weights import load_dit, load_vae
-from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams, UserError
+from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams, StepState, UserError
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE, write_toy_checkpoint
 
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
@@ -77,7 +77,7 @@ def test_one_frame_is_an_image(pipeline):
     rendered = []
     for template in (True, False):
         (text,) = pipeline._text_encoder.encode([PROMPT], image=template)
-        latents = pipeline._denoiser.denoise(params, text, None, lambda n: None)
+        latents = pipeline._denoiser.denoise(params, text, None, lambda n, read: None)
         rendered.append(np.concatenate(list(pipeline._decoder.decode(latents))))
     assert np.array_equal(image, rendered[0])
     assert not np.array_equal(image, rendered[1])
@@ -188,25 +188,28 @@ def test_the_video_is_that_of_the_reference_pipeline(toy, pipeline, cfg_scale):
 
 def _render_rank(rank, world_size, engine, address, arguments, results):
     denoiser = engine.join(place(rank, world_size, address))
-    latents = [denoiser.denoise(*arguments, lambda n: None) for _ in range(2)]
+    states = {}
+    latents = [denoiser.denoise(*arguments, lambda n, read: states.setdefault(n, read())) for _ in range(2)]
+    latents += [denoiser.denoise(*arguments, lambda n, read: None, StepState(n, states[n])) for n in (1, 2)]
     np.save(results / f"{rank}.npy", np.stack(latents))
     leave_group()  # an exit with a live process group aborts now and then
 
 
 def test_a_group_of_two_ranks_denoises_what_one_does(toy, pipeline, tmp_path):
-    """Protocol `Denoiser.denoise`: through rendezvous and join, equal on every rank, the same again in the next call,
-    and within rounding what one rank makes."""
+    """Protocol `Denoiser.denoise`: through rendezvous and join, equal on every rank, the same again in the next call
+    and when resumed from any step (P4), and within rounding what one rank makes."""
     params = replace(PARAMS, cfg_scale=3.0)
     arguments = params, *pipeline._text_encoder.encode([params.prompt, params.negative_prompt], image=False)
     engine = HunyuanVideo(model_base=toy, **OPTIONS)
     address = engine.host_rendezvous("127.0.0.1", 2)
     multiprocessing.spawn(_render_rank, (2, engine, address, arguments, tmp_path), nprocs=2)
-    (first, again), other = np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy")
+    every, other = np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy")
+    first = every[0]
     assert first.dtype == np.float32
     assert first.shape == PARAMS.latent_shape
-    assert np.array_equal(first, again)
-    assert np.array_equal(np.stack([first, again]), other)
-    alone = pipeline._denoiser.denoise(*arguments, lambda n: None)
+    assert all(np.array_equal(first, again) for again in every[1:])
+    assert np.array_equal(every, other)
+    alone = pipeline._denoiser.denoise(*arguments, lambda n, read: None)
     np.testing.assert_allclose(first, alone, rtol=0, atol=1e-4)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hv_batch.engine import sampler
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.text import TextEmbedding
-from hv_batch.protocol import SamplingParams
+from hv_batch.protocol import SamplingParams, StepState
 
 CPU = torch.device("cpu")
 PARAMS = SamplingParams(
@@ -61,10 +61,17 @@ def embed(tokens, seed):
     return TextEmbedding(states, pooled, num_tokens=tokens, tokens_lost=0)
 
 
-def run(params=PARAMS, model=None, on_step=lambda n: None):
+def run(params=PARAMS, model=None, on_step=lambda n, latents: None, resume=None):
     negative = embed(3, 2) if params.uses_cfg else None
     return sampler.denoise(
-        model or Field(), params, embed(5, 1), negative, mesh=SequenceMesh.single(), device=CPU, on_step=on_step
+        model or Field(),
+        params,
+        embed(5, 1),
+        negative,
+        mesh=SequenceMesh.single(),
+        device=CPU,
+        on_step=on_step,
+        resume=resume,
     )
 
 
@@ -230,15 +237,16 @@ def test_a_model_without_guidance_embedding_is_given_none():
 
 
 def test_steps_are_reported_in_order_and_an_exception_stops_the_sampling():
-    """Protocol `Denoiser.denoise`: on_step(n) after each step; what it raises passes through, so a group can stop."""
+    """Protocol `Denoiser.denoise`: on_step after each step; what it raises passes through, so a group can stop."""
     seen = []
-    run(on_step=seen.append)
-    assert seen == [1, 2, 3, 4]
+    final = run(on_step=lambda step, latents: seen.append((step, latents)))
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert torch.equal(seen[-1][1], final)
 
     class StopError(Exception):
         pass
 
-    def stop_at_two(step):
+    def stop_at_two(step, _latents):
         if step == 2:
             raise StopError
 
@@ -260,7 +268,7 @@ def test_a_result_that_is_not_finite_is_refused_at_its_step():
 
     seen = []
     with pytest.raises(ValueError, match=r"not finite after step 3 of 4.*48x32.*seed 7"):
-        run(model=Overflow(), on_step=seen.append)
+        run(model=Overflow(), on_step=lambda step, _latents: seen.append(step))
     assert seen == [1, 2]
 
 
@@ -274,5 +282,43 @@ def test_guidance_without_a_negative_embedding_is_refused():
             None,
             mesh=SequenceMesh.single(),
             device=CPU,
-            on_step=lambda n: None,
+            on_step=lambda n, latents: None,
         )
+
+
+@given(
+    steps=st.integers(2, 9),
+    at=st.integers(1, 8),
+    cfg_scale=st.sampled_from([1.0, 3.0]),
+    rescale=st.sampled_from([0.0, 0.7]),
+    shift=st.sampled_from([1.0, 7.0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_resumed_trajectory_is_the_same_bits(steps, at, cfg_scale, rescale, shift):
+    """P3, P4: from any step on, with and without CFG, only the steps after it are made, and the latents are equal."""
+    params = replace(PARAMS, num_inference_steps=steps, cfg_scale=cfg_scale, guidance_rescale=rescale, flow_shift=shift)
+    at = min(at, steps - 1)
+    states = {}
+    final = run(params, on_step=lambda step, latents: states.setdefault(step, latents.numpy()))
+    kept = states[at].copy()
+    model, seen = Field(), []
+    again = run(params, model, lambda step, latents: seen.append(step), StepState(at, states[at]))
+    assert torch.equal(again, final)
+    assert seen == list(range(at + 1, steps + 1))
+    assert len(model.calls) == steps - at
+    assert np.array_equal(states[at], kept), "what was given is left as it is"
+
+
+def test_latents_from_an_object_store_are_resumed_from():
+    """P4: Ray hands out arrays that must not be written to."""
+    states = {}
+    final = run(on_step=lambda step, latents: states.setdefault(step, latents.numpy()))
+    states[2].flags.writeable = False
+    assert torch.equal(run(resume=StepState(2, states[2])), final)
+
+
+@pytest.mark.parametrize(("step", "shape"), [(0, (16, 2, 4, 6)), (4, (16, 2, 4, 6)), (2, (16, 2, 4, 4))])
+def test_a_state_that_cannot_be_of_this_video_is_refused(step, shape):
+    """P3: a step that is none of the trajectory's, or latents of another size."""
+    with pytest.raises(ValueError, match=f"cannot resume after step {step} of 4"):
+        run(resume=StepState(step, np.zeros(shape, np.float32)))

@@ -18,6 +18,7 @@ from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample
 from hv_batch.job import commits, layout, report, runs
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.events import Stage
+from hv_batch.job.latents import drop_latents, get_latents, put_latents, sample_identity
 from hv_batch.job.plan import Passed, Plan
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
@@ -45,7 +46,7 @@ def run_small(
     plan = Plan(store, samples)
     for found in plan:
         if not isinstance(found, Passed):
-            sample, stage = found
+            sample, stage = found.sample, found.stage
             if sample.key in poison:
                 _give_up(store, sample)
                 plan.quarantined(sample)
@@ -64,17 +65,17 @@ def _give_up(store: Store, sample: Sample) -> None:
     commits.quarantine(
         store, commits.quarantine_record(sample, failures=failures, fingerprint=FINGERPRINT, versions={})
     )
-    commits.drop_latents(store, sample)
+    drop_latents(store, sample)
 
 
 def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media: WriteMedia) -> None:
-    identity = commits.sample_identity(sample, FINGERPRINT)
-    stored = commits.get_latents(store, sample, identity) if stage is Stage.DECODE else None
+    identity = sample_identity(sample, FINGERPRINT)
+    stored = get_latents(store, sample, identity) if stage is Stage.DECODE else None
     if stored is None:
         denoised[sample.key] += 1
         latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
-        commits.put_latents(store, sample, latents.astype(np.float32), identity, {"denoise": {"seconds": 1.25}})
-        stored = commits.get_latents(store, sample, identity)
+        put_latents(store, sample, latents.astype(np.float32), identity, {"denoise": {"seconds": 1.25}})
+        stored = get_latents(store, sample, identity)
     with tempfile.TemporaryDirectory() as folder:
         path, suffix, info = media(sample, stored.latents, Path(folder))
         file = layout.media_key(sample.shard, sample.key, info.sha256, suffix)
@@ -89,7 +90,7 @@ def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media
         versions={},
     )
     commits.commit(store, record)
-    commits.drop_latents(store, sample)
+    drop_latents(store, sample)
 
 
 def fingerprint(store: Store) -> str:

@@ -21,18 +21,15 @@ from hv_batch.job.commits import (
     commit,
     commit_record,
     decode,
-    drop_latents,
     encode,
-    get_latents,
-    put_latents,
     quarantine,
     quarantine_record,
     read_commit,
     read_quarantine,
-    sample_identity,
     scan_shard,
 )
 from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.latents import put_latents
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.protocol import SamplingParams
@@ -242,7 +239,7 @@ def test_scan_tells_a_shard_apart_from_its_neighbours(any_store):
         commit(any_store, a_commit(dataclasses.replace(SAMPLE, shard=shard, key=keys["committed"])))
         quarantine(any_store, a_quarantine(dataclasses.replace(SAMPLE, shard=shard, key=keys["quarantined"])))
     with_latents = dataclasses.replace(SAMPLE, shard=1, key=keys["latents"])
-    put_latents(any_store, with_latents, some_latents(), "identity", STAGES)
+    put_latents(any_store, with_latents, np.zeros(PARAMS.latent_shape, np.float32), "identity", STAGES)
     any_store.put(layout.metadata_key(10), b"parquet")
     assert scan_shard(any_store, 1) == ShardState(
         frozenset({"a"}), frozenset({"b.json"}), frozenset({"c.d"}), sealed=False
@@ -257,83 +254,3 @@ def test_after_a_crash_between_two_steps_the_commit_counts(any_store):
     any_store.put_new(layout.commit_key(17, SAMPLE.key), encode(a_commit()))
     state = scan_shard(any_store, 17)
     assert (state.committed, state.quarantined) == ({SAMPLE.key}, frozenset())
-
-
-# Latents --------------------------------------------------------------------------------------------------------------
-
-
-def some_latents() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(PARAMS.latent_shape).astype(np.float32)
-
-
-def test_latents_come_back_bit_for_bit(any_store):
-    """P4: a decode that starts from storage decodes the same latents, and knows what they cost."""
-    latents = some_latents()
-    put_latents(any_store, SAMPLE, latents.transpose(0, 1, 3, 2).transpose(0, 1, 3, 2), "identity", STAGES)
-    stored = get_latents(any_store, SAMPLE, "identity")
-    assert stored.latents.dtype == np.float32
-    assert stored.latents.tobytes() == latents.tobytes()
-    assert stored.stages == STAGES
-    assert stored.latents.flags.writeable, "torch.from_numpy wants an array it may write to"
-    drop_latents(any_store, SAMPLE)
-    assert get_latents(any_store, SAMPLE, "identity") is None
-    drop_latents(any_store, SAMPLE)
-
-
-def test_latents_of_another_identity_are_not_ours(any_store):
-    """P3: latents of another config or another seed would give another video."""
-    put_latents(any_store, SAMPLE, some_latents(), "identity", STAGES)
-    assert get_latents(any_store, SAMPLE, "another") is None
-
-
-def test_latents_of_another_shape_are_refused(any_store):
-    """P4: on the way in it is an error of the engine, on the way out a reason to denoise again."""
-    with pytest.raises(ValueError, match="latents of"):
-        put_latents(any_store, SAMPLE, some_latents()[:, :, :, :4], "identity", STAGES)
-    put_latents(any_store, SAMPLE, some_latents(), "identity", STAGES)
-    taller = dataclasses.replace(SAMPLE, params=dataclasses.replace(PARAMS, height=128))
-    assert get_latents(any_store, taller, "identity") is None
-
-
-@settings(deadline=None)
-@given(data=st.data())
-def test_damaged_latents_are_not_trusted(data):
-    """P4: a truncated or altered file means denoise again, never an exception and never a wrong video."""
-    store = Store(f"memory://{uuid.uuid4().hex}")
-    key = layout.latent_key(SAMPLE.shard, SAMPLE.key)
-    put_latents(store, SAMPLE, some_latents(), "identity", STAGES)
-    whole = store.get(key)
-    if data.draw(st.booleans(), label="truncate"):
-        damaged = whole[: data.draw(st.integers(0, len(whole) - 1))]
-    else:
-        at = data.draw(st.integers(0, 1200) | st.integers(0, len(whole) - 1))
-        damaged = whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
-    store.put(key, damaged)
-    stored = get_latents(store, SAMPLE, "identity")
-    # The reports of the stages are not hashed: a changed letter there is of no account.
-    assert stored is None or stored.latents.tobytes() == some_latents().tobytes()
-
-
-@pytest.mark.parametrize("junk", [b"", b"{}", b"\x02" + bytes(7) + b"[]", b"\xff" * 64, b"\x04" + bytes(7) + b"null"])
-def test_junk_is_no_latents(any_store, junk):
-    """P4: the same for a file that never was one."""
-    any_store.put(layout.latent_key(17, SAMPLE.key), junk)
-    assert get_latents(any_store, SAMPLE, "identity") is None
-
-
-def test_an_outage_is_not_a_missing_latent(s3, s3_store):
-    """P4: if an outage read as "nothing there", a paid denoise would be paid again."""
-    put_latents(s3_store, SAMPLE, some_latents(), "identity", STAGES)
-    s3.faults = [503] * 100
-    with pytest.raises(ConnectionError):
-        get_latents(s3_store, SAMPLE, "identity")
-
-
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams)])
-def test_the_identity_covers_every_parameter(field):
-    """P3: whatever the user chose, and the run; not where the sample stands in the manifest."""
-    value = getattr(PARAMS, field)
-    changed = value + "!" if isinstance(value, str) else value + 16
-    other = dataclasses.replace(SAMPLE, params=dataclasses.replace(PARAMS, **{field: changed}))
-    assert sample_identity(other, "run") != sample_identity(SAMPLE, "run") != sample_identity(SAMPLE, "another run")
-    assert sample_identity(dataclasses.replace(SAMPLE, row=9, shard=1), "run") == sample_identity(SAMPLE, "run")

@@ -10,9 +10,10 @@ import pytest
 from rendered_roots import FINGERPRINT
 from small_runs import everything, run_small, some_samples
 
-from hv_batch.job import commits, layout
+from hv_batch.job import layout
 from hv_batch.job.dataset import unseal_shard
 from hv_batch.job.garbage import Kind, find_garbage, remove
+from hv_batch.job.latents import put_latents, sample_identity
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
@@ -25,9 +26,9 @@ def store(tmp_path) -> Store:
     return Store(str(tmp_path / "root"))
 
 
-def put_latents(store: Store, sample) -> None:
+def keep_latents(store: Store, sample) -> None:
     latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
-    commits.put_latents(store, sample, latents.astype(np.float32), commits.sample_identity(sample, FINGERPRINT), {})
+    put_latents(store, sample, latents.astype(np.float32), sample_identity(sample, FINGERPRINT), {})
 
 
 def test_a_clean_root_has_no_garbage(store):
@@ -46,7 +47,7 @@ def litter(store: Store) -> set[tuple[Kind, str]]:
     store.put("data/shard-00000/s003-0a1b2c3d.mp4", b"of one that was given up")
     store.put("data/shard-00000/notes.txt", b"somebody else's")
     for sample in (SAMPLES[0], SAMPLES[2], SAMPLES[5]):
-        put_latents(store, sample)
+        keep_latents(store, sample)
         store.put(f"steps/{layout.shard_name(sample.shard)}/{sample.key}.safetensors", b"x")
     return {
         (Kind.MEDIA, media),

@@ -15,6 +15,7 @@ from hv_batch.job.events import (
     Admit,
     Admitted,
     Beat,
+    Checkpoint,
     Finish,
     KillWorker,
     PlanExhausted,
@@ -62,6 +63,7 @@ class World:
     committed: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
     quarantines: list[Quarantine] = field(default_factory=list)
+    checkpoints: list[WorkerId] = field(default_factory=list)
     runs: Counter = field(default_factory=Counter)
     finish: Finish | None = None
     abort: Abort | None = None
@@ -105,6 +107,10 @@ class World:
                 assert len(keys) <= self.stages[worker.stage].batch
                 self.running[worker] = keys
                 self.runs.update((worker.stage, key) for key in keys)
+            case Checkpoint(worker):
+                assert worker.stage is Stage.DENOISE
+                assert worker in self.running, "nothing runs that could be kept"
+                self.checkpoints.append(worker)
             case Quarantine(key, _):
                 self.quarantined.append(key)
                 self.quarantines.append(action)
@@ -428,6 +434,19 @@ def test_drain_finishes_what_runs_and_begins_nothing():
     world.calm_down()
     assert world.finish == Finish(drained=True)
     assert world.committed == [sample]
+
+
+def test_a_stop_asks_every_running_denoise_for_a_checkpoint():
+    """P4: once, at once, and nobody else: the denoise may outlast the drain."""
+    world = World(limits(groups=2), plan_of(8))
+    while sum(worker.stage is Stage.DENOISE for worker in world.running) < 2:
+        early = [worker for worker in world.running if worker.stage is Stage.ENCODE]
+        world.ready(world.starting[0]) if world.starting else world.done(early[0])
+    groups = {worker for worker in world.running if worker.stage is Stage.DENOISE}
+    assert not world.checkpoints
+    world.feed(StopRequested())
+    world.feed(StopRequested())
+    assert sorted(world.checkpoints) == sorted(groups)
 
 
 def test_drain_ends_at_its_deadline():

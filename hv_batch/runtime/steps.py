@@ -1,0 +1,69 @@
+"""Step checkpoints, inside a group: rank 0 writes them while the steps go on, and reads one to resume from (P4).
+
+A checkpoint is insurance, and must never cost more than what it insures: one that cannot be written or read is as good
+as none, and what is wrong with the store is said where the final latents or the video go there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from hv_batch.job.latents import get_steps, put_steps
+from hv_batch.job.samples import Sample
+from hv_batch.job.storage import Store
+from hv_batch.protocol import StepState
+
+
+class StepWriter:
+    """Writes the step checkpoints of one denoise, every `every` steps (0: never by itself) and when `asked` is set.
+
+    A context manager: after it no write is under way, so none can land once the sample's last word is spoken.
+    """
+
+    def __init__(self, store: Store, sample: Sample, identity: str, every: int, asked: Event) -> None:
+        self._store, self._sample, self._identity = store, sample, identity
+        self._every = every
+        self._asked = asked
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="steps")
+        self._writing: Future[None] | None = None
+        self.failed = 0  # writes that did not succeed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+    def after_step(self, done: int, read: Callable[[], np.ndarray]) -> None:
+        """Begin a write if one is due; the ranks wait for nothing but the copy to host memory.
+
+        While the last write is under way no other begins: on a slow store checkpoints become rare, and do not pile up.
+        """
+        is_due = self._every > 0 and done % self._every == 0
+        is_last = done == self._sample.params.num_inference_steps
+        if is_last or not (is_due or self._asked.is_set()) or (self._writing and not self._writing.done()):
+            return
+        self._asked.clear()
+        self._writing = self._thread.submit(self._write, StepState(done, read()))
+
+    def _write(self, state: StepState) -> None:
+        try:
+            put_steps(self._store, self._sample, state, self._identity)
+        except Exception:  # noqa: BLE001  # every store has errors of its own, and none may end a denoise
+            self.failed += 1
+
+
+def read_steps(store: Store, sample: Sample, identity: str) -> StepState | None:
+    """The last step checkpoint, or None where there is none or the store does not give it."""
+    try:
+        return get_steps(store, sample, identity)
+    except Exception:  # noqa: BLE001  # as above: the denoise can begin anew
+        return None

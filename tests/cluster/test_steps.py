@@ -1,0 +1,100 @@
+"""Step checkpoints in whole runs on a real Ray: what a lost rank or a short drain costs, and what comes out (P4)."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.cluster.runs import command, count, dataset, finish, records, render, start, write_config, write_manifest
+from tests.cluster.test_render import wait_for
+
+PROMPTS = ["fox", "hare"]
+STEPS = 8
+
+
+def manifest_in(folder):
+    return write_manifest(folder, PROMPTS, num_inference_steps=STEPS)
+
+
+def config_in(folder, marks, every, engine_options=None, **sections):
+    return write_config(folder, marks, engine_options, groups={"checkpoint_every": every}, **sections)
+
+
+def checkpoints(output):
+    return list((output / "steps").rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_head, tmp_path_factory):
+    """The dataset of PROMPTS when nothing goes wrong and no checkpoint is written."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    marks = folder / "marks"
+    marks.mkdir()
+    code, text = render(config_in(folder, marks, every=0), manifest_in(folder), folder / "out", ray_head[0])
+    assert code == 0, text
+    assert not checkpoints(folder / "out")
+    return dataset(folder / "out")
+
+
+def assert_resumed(output, marks, reached):
+    """The first prompt's lost try had made `reached` steps; only those after its checkpoint were made again."""
+    record = records(output)["s00"]
+    resumed_from = record["places"]["denoise"]["resumed_from_step"]
+    made = {step: count(marks, "steps")[f"{PROMPTS[0]} {step}"] for step in range(1, STEPS + 1)}
+    assert made == {step: 2 if resumed_from < step <= reached else 1 for step in range(1, STEPS + 1)}
+    assert not checkpoints(output), "nobody needs it any more"
+    return record, resumed_from
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(undisturbed, ray_head, tmp_path, marks):
+    """P4, P3: rank 0 dies by SIGKILL; the rebuilt group goes on after the checkpoint, and the bytes are the same."""
+    config = config_in(tmp_path, marks, every=2, engine_options={"hold_after": [5]})
+    output = tmp_path / "out"
+    driver = start(command(config, manifest_in(tmp_path), output, ray_head[0]))
+    wait_for(lambda: count(marks, "steps")["fox 5"] and checkpoints(output), "a checkpoint and the fifth step")
+    os.kill(int((marks / "pid-0").read_text()), signal.SIGKILL)
+    (marks / "go-5").touch()
+    code, text = finish(driver)
+    assert code == 0, text
+    record, resumed_from = assert_resumed(output, marks, reached=5)
+    assert resumed_from in (2, 4)
+    assert record["attempts"] == 2
+    assert record["history"][0]["kind"] == "INFRA"
+    assert dataset(output) == undisturbed
+
+
+def test_a_drain_that_is_too_short_leaves_a_checkpoint(undisturbed, ray_head, tmp_path, marks):
+    """P4, P2: SIGTERM asks the running denoise for a checkpoint, and the same command goes on from there."""
+    options = {"hold_after": [3, STEPS], "step_seconds": 0.3}
+    config = config_in(tmp_path, marks, every=0, engine_options=options, timeouts={"drain_s": 4})
+    output, manifest = tmp_path / "out", manifest_in(tmp_path)
+    driver = start(command(config, manifest, output, ray_head[0]))
+    wait_for(lambda: count(marks, "steps")["fox 3"], "the third step")
+    driver.send_signal(signal.SIGTERM)
+    wait_for(lambda: "stop requested" in driver.stdout.readline(), "the drain")
+    (marks / "go-3").touch()  # the denoise goes on, and never ends
+    code, text = finish(driver)
+    assert code == 143, text
+    assert not records(output)
+    assert checkpoints(output)
+    config = config_in(tmp_path, marks, every=0)
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 0, text
+    record, resumed_from = assert_resumed(output, marks, reached=STEPS)
+    assert 3 < resumed_from < STEPS
+    assert record["attempts"] == 1, "who stopped the run did not blame the sample"
+    assert dataset(output) == undisturbed
+
+
+def test_checkpoints_that_cannot_be_written_disturb_nothing(undisturbed, ray_head, tmp_path, marks):
+    """P4: insurance that is not to be had costs nothing but itself, and the record says so."""
+    output = tmp_path / "out"
+    (output / "steps").mkdir(parents=True)
+    (output / "steps" / "shard-00000").touch()  # where a folder should be
+    config = config_in(tmp_path, marks, every=1)
+    code, text = render(config, manifest_in(tmp_path), output, ray_head[0])
+    assert code == 0, text
+    assert all(record["places"]["denoise"]["checkpoints_failed"] > 0 for record in records(output).values())
+    assert dataset(output) == undisturbed

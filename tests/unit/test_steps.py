@@ -1,0 +1,154 @@
+"""Step checkpoints inside a group: when they are written, and that nothing about them can disturb a denoise."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from hv_batch.job import layout
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.latents import get_steps, put_steps
+from hv_batch.job.storage import Store
+from hv_batch.protocol import StepState
+from hv_batch.runtime.steps import StepWriter, read_steps
+from hv_batch.runtime.workers import InFlight
+from tests.unit.test_commits import PARAMS, SAMPLE
+
+STEPS = PARAMS.num_inference_steps
+
+
+def latents_after(step):
+    return np.full(PARAMS.latent_shape, step, np.float32)
+
+
+DEADLINE_S = 30  # of what takes milliseconds, so that a test that fails does not hang
+
+
+class GatedStore(Store):
+    """Lets a write through only when told."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.gate = threading.Event()
+        self.begun = threading.Semaphore(0)
+
+    def put(self, key, data):
+        self.begun.release()
+        assert self.gate.wait(DEADLINE_S)
+        super().put(key, data)
+
+
+class Denoise:
+    """Reports the steps that a test makes, and counts the copies that were made of their latents."""
+
+    def __init__(self, store, every, asked=None):
+        self.read = []
+        self.asked = asked or threading.Event()
+        self.writer = StepWriter(store, SAMPLE, "identity", every, self.asked)
+
+    def step(self, done):
+        self.writer.after_step(done, lambda: self.read.append(done) or latents_after(done))
+
+
+@pytest.mark.parametrize(("every", "written"), [(0, []), (1, [1, 2, 3]), (2, [2]), (3, [3]), (4, []), (9, [])])
+def test_checkpoints_are_written_every_so_many_steps(any_store, every, written):
+    """P4: `groups.checkpoint_every`; never after the last step, and latents are copied only to be written."""
+    denoise = Denoise(any_store, every)
+    with denoise.writer:
+        for step in range(1, STEPS + 1):
+            denoise.step(step)
+            if denoise.writer._writing:
+                denoise.writer._writing.result()
+    assert denoise.read == written
+    state = get_steps(any_store, SAMPLE, "identity")
+    assert (state.step if state else None) == (written[-1] if written else None)
+
+
+def test_a_checkpoint_that_is_asked_for_follows_the_step_under_way(tmp_path):
+    """P4: one for one request, whatever `checkpoint_every` says."""
+    store = Store(str(tmp_path))
+    denoise = Denoise(store, every=0)
+    with denoise.writer:
+        denoise.step(1)
+        denoise.asked.set()
+        denoise.step(2)
+        denoise.step(3)
+    assert denoise.read == [2]
+    assert get_steps(store, SAMPLE, "identity").step == 2
+
+
+def test_a_slow_store_makes_checkpoints_rare_and_holds_no_step_up(tmp_path):
+    """P4, P7: one write at a time; what falls due meanwhile is skipped, what was asked for follows when it can."""
+    store = GatedStore(str(tmp_path))
+    denoise = Denoise(store, every=1)
+    with denoise.writer:
+        denoise.step(1)
+        assert store.begun.acquire(timeout=DEADLINE_S)
+        denoise.asked.set()
+        denoise.step(2)  # comes back while the first write is held
+        assert denoise.read == [1]
+        assert denoise.asked.is_set()
+        store.gate.set()
+        denoise.writer._writing.result()
+        denoise.step(3)
+    assert denoise.read == [1, 3]
+    assert get_steps(store, SAMPLE, "identity").step == 3, "the last write has ended with the denoise"
+    assert denoise.writer.failed == 0
+
+
+def test_a_write_under_way_ends_before_the_denoise_does(tmp_path):
+    """P1: whoever commits, quarantines or retries the sample next finds no late write, not even after a failure."""
+    store = GatedStore(str(tmp_path))
+    denoise = Denoise(store, every=1)
+    ended = threading.Event()
+
+    def fail():
+        try:
+            with denoise.writer:
+                denoise.step(1)
+                raise RuntimeError("lost peer")
+        except RuntimeError:
+            ended.set()
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    assert store.begun.acquire(timeout=DEADLINE_S)
+    assert not ended.is_set()
+    store.gate.set()
+    thread.join()
+    assert get_steps(store, SAMPLE, "identity").step == 1
+
+
+def test_a_store_that_does_not_answer_disturbs_no_denoise(s3, s3_store):
+    """P4: a checkpoint that cannot be written is counted and forgotten; one that cannot be read is as good as none."""
+    put_steps(s3_store, SAMPLE, StepState(1, latents_after(1)), "identity")
+    s3.faults = [503] * 1000
+    denoise = Denoise(s3_store, every=1)
+    with denoise.writer:
+        for step in (1, 2):
+            denoise.step(step)
+            denoise.writer._writing.result()
+    assert denoise.writer.failed == 2
+    assert read_steps(s3_store, SAMPLE, "identity") is None
+    s3.faults = []
+    assert read_steps(s3_store, SAMPLE, "identity").step == 1
+
+
+def test_a_place_that_cannot_be_written_disturbs_no_denoise(tmp_path):
+    """P4: nor do errors that will not pass."""
+    store = Store(str(tmp_path))
+    store.put(layout.STEPS + layout.shard_name(SAMPLE.shard), b"a file where the folder should be")
+    denoise = Denoise(store, every=1)
+    with denoise.writer:
+        denoise.step(1)
+    assert denoise.writer.failed == 1
+
+
+def test_what_led_to_a_refused_result_is_not_gone_on_from():
+    """P5: a sample that was not finite is tried again from its noise: the same steps could only fail alike."""
+    lost, poisoned = (Failure(kind, "failed") for kind in (FailureClass.INFRA, FailureClass.POISON))
+    assert InFlight(SAMPLE, has_steps=True, failures=(lost,)).may_resume()
+    assert not InFlight(SAMPLE, has_steps=True, failures=(poisoned, lost)).may_resume()
+    assert not InFlight(SAMPLE, failures=(lost,)).may_resume(), "nothing is read where nothing can be"
