@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.cost import Work, count_work, decode_flops, forward_flops, plan_ranks, rank_traffic
+from hv_batch.job.cost import Work, count_work, decode_flops, exchange_bytes, forward_flops, plan_ranks, rank_traffic
 from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
 from hv_batch.job.inputs import public_url
 from hv_batch.job.manifest import Manifest
@@ -26,7 +26,7 @@ from hv_batch.job.memory import (
 )
 from hv_batch.job.model import ENGINE, ModelShape
 from hv_batch.job.samples import check_manifest, iter_samples
-from hv_batch.protocol import UserError
+from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.context import build_engine
 
 GROUP_SIZES = (1, 2, 4, 8)  # what one node of eight GPUs divides into
@@ -47,6 +47,8 @@ def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
     manifest = Manifest(manifest_url)
     summary = check_manifest(manifest, config)
     check_memory(config, summary.shapes)
+    if found := engine.group_problems(config.parallel.plan, summary.shapes):
+        raise UserError("; ".join(found))
     model = ModelShape.from_options(config.model.options)
     work = count_work(iter_samples(manifest, config))
     return {
@@ -59,7 +61,7 @@ def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
         "work": [_work(model, kind, count) for kind, count in sorted(work.items())],
         "components": _components(model),
         "memory": _memory(config, model, work, gpu),
-        "traffic": _traffic(config, model, work),
+        "traffic": _traffic(config, model, work, gpu),
         "gpus": _bill(config),
         "estimate": {name: _estimate(config, model, work, known) for name, known in GPUS.items()},
         "gpu": {
@@ -125,17 +127,25 @@ def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) 
     }
 
 
-def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work]) -> Report:
-    """Of one rank, for a sample of the shape with most tokens."""
+def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
+    """Of one rank, for a sample of the shape with most tokens; and what is left of the group's speed by it."""
     parallel = config.parallel
+    alone, together = ParallelPlan(), parallel.plan
     kind = max(work, key=lambda kind: kind.tokens)
     sent = rank_traffic(model, kind.tokens, parallel.ulysses_degree, parallel.ring_degree)
+    passes = kind.branches // parallel.cfg_degree
+    exchanged = exchange_bytes(model, kind.tokens) if parallel.cfg_degree > 1 else 0.0
     return {
         "shape": list(kind.shape),
-        "ulysses_bytes_a_step": sent.ulysses * kind.branches,
-        "ring_bytes_a_step": sent.ring * kind.branches,
-        "bytes_a_sample": sent.total * kind.forwards,
-        "streamed_bytes_a_step": model.streamed_bytes * kind.branches,
+        "ulysses_bytes_a_step": sent.ulysses * passes,
+        "ring_bytes_a_step": sent.ring * passes,
+        "exchange_bytes_a_step": exchanged,
+        "bytes_a_sample": kind.steps * (sent.total * passes + exchanged),
+        "streamed_bytes_a_step": model.streamed_bytes * passes,
+        "group": str(together),
+        "efficiency": denoise_seconds(gpu, model, kind, alone)
+        / denoise_seconds(gpu, model, kind, together)
+        / together.world_size,
     }
 
 
@@ -147,10 +157,10 @@ def _bill(config: RunConfig) -> Report:
 
 def _estimate(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
     """Seconds of every stage over the whole manifest; they overlap, so the slowest is the run's."""
-    u, r = config.parallel.ulysses_degree, config.parallel.ring_degree
+    plan = config.parallel.plan
     stages = {
         "encode": _total(work, lambda kind: kind.branches * ENCODE_SECONDS) / config.encoders.count,
-        "denoise": _total(work, lambda kind: denoise_seconds(gpu, model, kind, u, r)) / config.groups.count,
+        "denoise": _total(work, lambda kind: denoise_seconds(gpu, model, kind, plan)) / config.groups.count,
         "decode": _total(work, lambda kind: decode_seconds(gpu, model, kind)) / config.decoders.count,
     }
     hours = max(stages.values()) / HOUR_S
@@ -166,8 +176,9 @@ def _estimate(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gp
 def _group_size(model: ModelShape, work: Counter[Work], gpu: Gpu, ranks: int) -> Report:
     """What denoising this manifest costs with groups of so many ranks."""
     ulysses, ring = plan_ranks(model.dit.heads_num, ranks)
-    seconds = _total(work, lambda kind: denoise_seconds(gpu, model, kind, ulysses, ring))
-    alone = _total(work, lambda kind: denoise_seconds(gpu, model, kind, 1, 1))
+    plan = ParallelPlan(ulysses_degree=ulysses, ring_degree=ring)
+    seconds = _total(work, lambda kind: denoise_seconds(gpu, model, kind, plan))
+    alone = _total(work, lambda kind: denoise_seconds(gpu, model, kind, ParallelPlan()))
     largest = max(kind.tokens for kind in work)
     need = denoiser_footprint(model, largest, ulysses, ring).total
     return {
@@ -231,7 +242,8 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         f"sent by a rank in a step of {_shape(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB by "
-        f"Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring"
+        f"Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring; so {traffic['group']} keeps "
+        f"{traffic['efficiency']:.0%} of its {gpu['name']}s' speed"
     )
     yield ""
     yield f"{'estimate':<16}{'hours':>9}{'GPU hours':>11}{'encode':>9}{'denoise':>9}{'decode':>9}"

@@ -13,7 +13,7 @@ An engine is named in the config by import path (``model.engine``) and built fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Device = Literal["cpu", "cuda"]
+Shape = tuple[int, int, int]  # height, width (pixels), frames
 
 LATENT_CHANNELS = 16
 SPATIAL_COMPRESSION = 8  # VAE; the DiT's patch halves height and width once more
@@ -43,6 +44,16 @@ class UserError(Exception):
 
     Shown without a traceback; the command ends with exit code 1.
     """
+
+
+def latent_shape(height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+    """(channels, latent frames, latent height, latent width)."""
+    return (
+        LATENT_CHANNELS,
+        (num_frames - 1) // TEMPORAL_COMPRESSION + 1,
+        height // SPATIAL_COMPRESSION,
+        width // SPATIAL_COMPRESSION,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +85,7 @@ class SamplingParams:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(channels, latent frames, latent height, latent width)."""
-        return (
-            LATENT_CHANNELS,
-            (self.num_frames - 1) // TEMPORAL_COMPRESSION + 1,
-            self.height // SPATIAL_COMPRESSION,
-            self.width // SPATIAL_COMPRESSION,
-        )
+        return latent_shape(self.height, self.width, self.num_frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +158,20 @@ class ParallelPlan:
 
     ulysses_degree: int = 1  # ranks that share the attention heads
     ring_degree: int = 1  # ranks that share the keys
+    cfg_degree: int = 1  # 2: each half of the group computes one branch of classifier-free guidance
+
+    @property
+    def sequence_degree(self) -> int:
+        """Ranks that share the tokens of one item."""
+        return self.ulysses_degree * self.ring_degree
 
     @property
     def world_size(self) -> int:
-        return self.ulysses_degree * self.ring_degree
+        return self.cfg_degree * self.sequence_degree
 
     def __str__(self) -> str:
-        return f"Ulysses {self.ulysses_degree} x ring {self.ring_degree}"
+        branches = f"CFG {self.cfg_degree} x " if self.cfg_degree > 1 else ""
+        return f"{branches}Ulysses {self.ulysses_degree} x ring {self.ring_degree}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +225,13 @@ OnStep = Callable[[int, Callable[[], "np.ndarray"]], None]
 class Denoiser(Protocol):
     """One rank of a denoise group: every rank is called with equal arguments at the same time."""
 
+    def self_check(self) -> None:
+        """Render something small as a group and compare it with what this rank computes alone.
+
+        Called once, when the group has met. Raises RuntimeError when they disagree: such a group must not render.
+        """
+        ...
+
     def denoise(
         self,
         params: SamplingParams,
@@ -248,8 +267,8 @@ class Engine(Protocol):
         """JSON-able facts of the model that change pixels: weights revision, precisions, tile geometry, ..."""
         ...
 
-    def group_problems(self, plan: ParallelPlan) -> list[str]:
-        """Why this engine could not shard itself so; empty when it can."""
+    def group_problems(self, plan: ParallelPlan, shapes: Iterable[Shape] = ()) -> list[str]:
+        """Why this engine could not shard itself so, nor render videos of those shapes then; empty when it can."""
         ...
 
     def text_encoder(self, device: Device) -> TextEncoder: ...

@@ -82,6 +82,7 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
         device,
         ulysses_degree=options.ulysses_degree,
         ring_degree=options.ring_degree,
+        cfg_degree=options.cfg_degree,
         reproduce_seed=seed if options.reproduce else None,
     )
     facts = {
@@ -90,6 +91,7 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
             "device": device,
             "ulysses_degree": options.ulysses_degree,
             "ring_degree": options.ring_degree,
+            "cfg_degree": options.cfg_degree,
         },
         "reproduce": options.reproduce,
     }
@@ -180,8 +182,8 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
 def _refuse_launcher() -> None:
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "hv-batch sample starts the ranks of --ulysses-degree x --ring-degree itself, and a launcher has started "
-            f"it {os.environ['WORLD_SIZE']} times. Run it once, without torchrun."
+            "hv-batch sample starts the ranks of --ulysses-degree x --ring-degree x --cfg-degree itself, and a "
+            f"launcher has started it {os.environ['WORLD_SIZE']} times. Run it once, without torchrun."
         )
 
 

@@ -76,6 +76,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for flag in ("--num-videos", "--batch-size", "--ulysses-degree", "--ring-degree"):
         if getattr(options, _attribute(flag)) < 1:
             raise UserError(f"{flag} is {getattr(options, _attribute(flag))}; allowed is a whole number above 0.")
+    if options.cfg_degree > 1 and options.cfg_scale <= 1 and not options.from_latents:
+        raise UserError(
+            f"--cfg-degree is {options.cfg_degree} with --cfg-scale {options.cfg_scale}: half of the ranks would "
+            "compute nothing. Give a --cfg-scale above 1, or leave --cfg-degree out."
+        )
     if not options.prompt and not options.from_latents:
         raise UserError("--prompt is missing: give the text to render, or latents to decode with --from-latents.")
     return options
@@ -156,14 +161,20 @@ def _add_model(group: Group) -> None:
     add("--text-encoder-precision-2", default="fp16", choices=PRECISIONS, help="of CLIP")
     add("--use-fp8", action="store_true", help="8-bit weights, named by --dit-weight")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
-    add("--attention", default="sdpa", choices=("sdpa", "flash", "math"), help="the kernel; flash needs flash-attn")
+    add(
+        "--attention",
+        default="sdpa",
+        choices=("sdpa", "cudnn", "flash", "math"),
+        help="the kernel; flash needs flash-attn",
+    )
 
 
 def _add_machine(group: Group) -> None:
     add = group.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto is cuda where there is one")
     add("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that share the heads; started here")
-    add("--ring-degree", type=int, default=1, metavar="N", help="ranks that share the tokens; N x M in all")
+    add("--ring-degree", type=int, default=1, metavar="N", help="ranks that share the tokens")
+    add("--cfg-degree", type=int, default=1, choices=(1, 2), help="2: half of the ranks for each branch of --cfg-scale")
     add("--use-cpu-offload", action="store_true", help="keep the DiT's weights in host memory")
     add("--reproduce", action="store_true", help="seed everything, deterministic kernels only")
 

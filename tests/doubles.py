@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import ray
 
 from hv_batch.job.backends import LocalDisk
 from hv_batch.job.storage import Store
@@ -72,7 +73,7 @@ class FakeEngine:
     def identity(self):
         return {"fake": self.revision}
 
-    def group_problems(self, plan):
+    def group_problems(self, plan, shapes=()):
         return [] if 24 % plan.ulysses_degree == 0 else [f"ulysses_degree {plan.ulysses_degree} does not divide 24"]
 
     def text_encoder(self, device):
@@ -84,6 +85,10 @@ class FakeEngine:
     def join(self, place):
         self.mark(f"join-{place.rank}-of-{place.plan.world_size}", place.address)
         self.mark(f"pid-{place.rank}", str(os.getpid()))
+        host = ray.util.get_node_ip_address()
+        self.mark("ranks", f"{host} {place.rank} {place.local_rank} {os.getpid()}")
+        if (self.marks / f"sick-{host}").exists():
+            raise RuntimeError(f"no device works on {host}")
         return FakeDenoiser(self, place.rank)
 
     def decoder(self, device):
@@ -138,6 +143,10 @@ class FakeDenoiser:
         self.engine = engine
         self.rank = rank
 
+    def self_check(self):
+        if self.rank and (self.engine.marks / "disagree").exists() and self.engine.first("disagreed"):
+            raise RuntimeError("this rank computes something else")
+
     def denoise(self, params, positive, negative, on_step, resume=None):
         assert positive.text == params.prompt
         assert (negative is not None) == params.uses_cfg
@@ -152,6 +161,8 @@ class FakeDenoiser:
             on_step(step + 1, latents.copy)
             if self.rank == 0:
                 self.engine.hold(step + 1)
+            if (self.engine.marks / f"faulty-{ray.util.get_node_ip_address()}").exists():
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
             if step == params.num_inference_steps // 2 and self.rank == 0:
                 self.engine.misbehave("denoise", params.prompt)
         if self.rank == 0:

@@ -28,7 +28,7 @@ from hv_batch.engine.embeddings import (
     rope_table,
     unpatchify,
 )
-from hv_batch.engine.parallel import SequenceMesh, attend_jointly
+from hv_batch.engine.parallel import JointAttention, SequenceMesh, attend_jointly
 from hv_batch.protocol import UserError
 
 ONE_RANK = SequenceMesh.single()
@@ -68,12 +68,16 @@ class DiTConfig:
 
 
 class HYVideoDiT(nn.Module):
-    """The network. `attention` names the kernel: sdpa, flash or math."""
+    """The network. `attention` names the kernel: sdpa, cudnn, flash or math.
+
+    `joint_attention` is how the ranks of a mesh attend together; `XfuserAttention` may take its place.
+    """
 
     def __init__(self, config: DiTConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
         self.attention = attention
+        self.joint_attention: JointAttention = attend_jointly
         width, heads = config.hidden_size, config.heads_num
         mlp_width = int(width * config.mlp_width_ratio)
         pt, ph, pw = config.patch_size
@@ -146,7 +150,7 @@ class HYVideoDiT(nn.Module):
         img = self.img_in(mesh.shard(patches))
         txt = self.txt_in(text, timestep, kernel)
         rope = torch.complex(*rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device))
-        attend = partial(attend_jointly, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
+        attend = partial(self.joint_attention, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, rope, attend)

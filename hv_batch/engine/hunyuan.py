@@ -27,10 +27,12 @@ from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
+from hv_batch.engine.self_check import check_group
 from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
 from hv_batch.engine.weights import FP8_MODES, load_dit, load_vae, verify
+from hv_batch.engine.xfuser_attention import XfuserAttention, check_xfuser, find_uneven
 from hv_batch.protocol import (
     LATENT_CHANNELS,
     Device,
@@ -38,8 +40,10 @@ from hv_batch.protocol import (
     ParallelPlan,
     RankPlace,
     SamplingParams,
+    Shape,
     StepState,
     UserError,
+    latent_shape,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 
 PRECISIONS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OFFLOADS = ("none", "blocks", "mapped")
+SEQUENCE_PARALLELS = ("native", "xfuser")
 
 T = TypeVar("T")
 
@@ -63,7 +68,9 @@ class HunyuanVideo:
       last is CLIP's and as LLaMA's unless given
     - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same. "matmul"
       computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.fp8_matmul`
-    - `attention`: the kernel family of the DiT
+    - `attention`: the kernel family of the DiT, "sdpa", "cudnn", "flash" or "math"
+    - `sequence_parallel`: how the ranks of a group attend together: "native", or "xfuser" for xfuser's long-context
+      attention, on GPUs and for sizes whose tokens divide by the ranks; see `hv_batch.engine.xfuser_attention`
     - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
     - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
       dtype of the prompt embedding, for those who reproduce an old seed
@@ -87,6 +94,7 @@ class HunyuanVideo:
         text_encoder_precision_2: str | None = None,
         fp8: str = "none",
         attention: str = "sdpa",
+        sequence_parallel: str = "native",
         vae_tile: Mapping[str, Any] | None = None,
         noise: str = "cpu-fp32",
         flow_reverse: bool = True,
@@ -109,6 +117,7 @@ class HunyuanVideo:
             _choice(option, value, PRECISIONS)
         self._fp8 = _choice("fp8", fp8, FP8_MODES)
         self._attention = _choice("attention", attention, KERNELS)
+        self._sequence_parallel = _choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
         if not isinstance(flow_reverse, bool):
             raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true, false.")
         self._recipe = Recipe(_choice("noise", noise, NOISES), flow_reverse)
@@ -127,6 +136,8 @@ class HunyuanVideo:
             **self._precisions,
             "fp8": self._fp8,
             "attention": self._attention,
+            # A later option, told where it is used: output roots of before remain what they were.
+            **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
             "vae_tile": _jsonable(asdict(self._geometry)),
             "noise": self._recipe.noise,
             "flow_reverse": self._recipe.reverse,
@@ -136,16 +147,32 @@ class HunyuanVideo:
     def _revision(self) -> str:
         return revision(self._tree)
 
-    def group_problems(self, plan: ParallelPlan) -> list[str]:
-        """Ulysses shares out whole attention heads, so its degree must divide their number; ring takes any."""
-        heads, ranks = self._dit_config.heads_num, plan.world_size
+    def group_problems(self, plan: ParallelPlan, shapes: Iterable[Shape] = ()) -> list[str]:
+        """Ulysses shares out whole attention heads, so its degree must divide their number; ring takes any.
+
+        Natively, every size works with every plan.
+        """
+        return [*self._head_problems(plan), *self._xfuser_problems(plan, shapes)]
+
+    def _xfuser_problems(self, plan: ParallelPlan, shapes: Iterable[Shape]) -> Iterator[str]:
+        if self._sequence_parallel != "xfuser":
+            return
+        if plan.sequence_degree == 1:
+            yield f"sequence_parallel 'xfuser' has nothing to share out with {plan}; choose 'native'"
+        pt, ph, pw = self._dit_config.patch_size
+        for height, width, frames in sorted(shapes):
+            _, t, h, w = latent_shape(height, width, frames)
+            if fault := find_uneven((t // pt) * (h // ph) * (w // pw), plan.sequence_degree):
+                yield f"{height}x{width}x{frames}: {fault}"
+
+    def _head_problems(self, plan: ParallelPlan) -> list[str]:
+        heads = self._dit_config.heads_num
         if heads % plan.ulysses_degree == 0:
             return []
-        allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0]
-        return [
-            f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; "
-            f"with {ranks} ranks, ulysses_degree x ring_degree may be {', '.join(allowed)}"
-        ]
+        allowed = f"with {plan.world_size} ranks, ulysses_degree x ring_degree may be {_splits(heads, plan.world_size)}"
+        if plan.world_size % 2 == 0:
+            allowed += f", and with cfg_degree 2 {_splits(heads, plan.world_size // 2)}"
+        return [f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; {allowed}"]
 
     def text_encoder(self, device: Device) -> TextTowers:
         return TextTowers(
@@ -167,6 +194,8 @@ class HunyuanVideo:
         device = _claim(place.device, place.local_rank)
         dtype = self._dtype("precision")
         choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
+        if self._sequence_parallel == "xfuser":
+            check_xfuser(device)
         home = device if self._offload == "none" else torch.device("cpu")
         model = load_dit(self._tree, self._dit_config, self._attention, dtype, home, self._fp8)
         if self._fp8 == "matmul":
@@ -174,6 +203,8 @@ class HunyuanVideo:
         if self._offload != "none":
             offload_blocks(model, device, pinned=self._offload == "blocks")
         mesh = SequenceMesh.single() if place.plan.world_size == 1 else join_group(place)
+        if self._sequence_parallel == "xfuser":
+            model.joint_attention = XfuserAttention(mesh)
         return HunyuanDenoiser(model, mesh, device, self._recipe)
 
     def decoder(self, device: Device) -> HunyuanDecoder:
@@ -198,6 +229,10 @@ class HunyuanDenoiser:
         self._mesh = mesh
         self._device = device
         self._recipe = recipe
+
+    def self_check(self) -> None:
+        """Raises RuntimeError where the group's ranks compute another picture than one alone; see `self_check`."""
+        check_group(self._model, self._mesh, self._device)
 
     def trajectory(
         self,
@@ -265,6 +300,11 @@ def _claim(device: Device, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _splits(heads: int, ranks: int) -> str:
+    """Every Ulysses x ring of that many ranks."""
+    return ", ".join(f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0)
 
 
 def _path(option: str, value: object) -> Path:

@@ -13,12 +13,17 @@ Rank r has ring index r // u and Ulysses index r % u: the chatty all-to-all runs
 of one ring chunk are consecutive tokens. Pads therefore sit at the tail of a chunk and are cut off before any kernel
 sees them. Text keys are joined once, to the local chunk of each ring rank.
 (Ulysses: arXiv 2309.14509; ring: 2310.01889; both together: 2405.07719.)
+
+With classifier-free guidance, the group may be two such meshes, one a guidance branch: ranks 0 ... n/2 - 1 the negative
+one, the others the positive one. Counterparts exchange their velocities once a step; nothing else crosses. Every item
+is computed as it would be in a group of half the ranks, to the bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,19 +33,29 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them unmarked
 
 from hv_batch.engine.attention import Kernel, merge
-from hv_batch.protocol import RankPlace
+from hv_batch.protocol import ParallelPlan, RankPlace
+
+
+class JointAttention(Protocol):
+    """How the ranks of a mesh attend together; see `attend_jointly`."""
+
+    def __call__(self, qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceMesh:
-    """This rank's place in the u x r grid of its group. A dimension of degree 1 has no process group."""
+    """This rank's place in the u x r grid that shares one sequence. A dimension of degree 1 has no process group."""
 
-    rank: int
+    rank: int  # within the grid
     ulysses_degree: int
     ring_degree: int
+    cfg_degree: int = 1
+    branch: int = 0  # which guidance branch this grid computes, where there are two grids: 0 the negative one
     ulysses: dist.ProcessGroup | None = None
     ring: dist.ProcessGroup | None = None
-    world: dist.ProcessGroup | None = None
+    sequence: dist.ProcessGroup | None = None  # the grid
+    cfg: dist.ProcessGroup | None = None  # this rank and its counterpart in the other grid
+    world: dist.ProcessGroup | None = None  # all ranks of the group
 
     @classmethod
     def single(cls) -> SequenceMesh:
@@ -48,6 +63,7 @@ class SequenceMesh:
 
     @property
     def size(self) -> int:
+        """Ranks of the grid; the group has `cfg_degree` grids."""
         return self.ulysses_degree * self.ring_degree
 
     @property
@@ -78,12 +94,20 @@ class SequenceMesh:
         if self.size == 1:
             return shard
         full = shard.new_empty(self.size * shard.shape[0], *shard.shape[1:])
-        dist.all_gather(list(full.chunk(self.size)), shard.contiguous(), group=self.world)
+        dist.all_gather(list(full.chunk(self.size)), shard.contiguous(), group=self.sequence)
         return full[:length]
 
+    def exchange(self, x: Tensor) -> Tensor:
+        """x of both grids, negative branch first, stacked along the first axis: the same bits on every rank."""
+        if self.cfg_degree == 1:
+            return x
+        both = x.new_empty(2 * x.shape[0], *x.shape[1:])
+        dist.all_gather(list(both.chunk(2)), x.contiguous(), group=self.cfg)
+        return both
+
     def adopt(self, x: Tensor) -> Tensor:
-        """Rank 0's x, on every rank; x itself may be overwritten."""
-        if self.size > 1:
+        """x of the group's first rank, on every rank; x itself may be overwritten."""
+        if self.world is not None:
             dist.broadcast(x, group_src=0, group=self.world)
         return x
 
@@ -199,9 +223,9 @@ def join_group(place: RankPlace) -> SequenceMesh:
     """
     if place.device == "cuda":
         torch.cuda.set_device(place.local_rank)
-    u, r, timeout = place.plan.ulysses_degree, place.plan.ring_degree, timedelta(seconds=place.timeout_s)
     if place.plan.world_size == 1:
         return SequenceMesh.single()
+    timeout = timedelta(seconds=place.timeout_s)
     host, port = place.address.rsplit(":", 1)
     store = TCPStore(host, int(port), place.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
@@ -212,22 +236,34 @@ def join_group(place: RankPlace) -> SequenceMesh:
         timeout=timeout,
         device_id=torch.device("cuda", place.local_rank) if place.device == "cuda" else None,
     )
-    mesh = SequenceMesh(
-        rank=place.rank,
-        ulysses_degree=u,
-        ring_degree=r,
-        ulysses=_own_subgroup([[i * u + j for j in range(u)] for i in range(r)], place.rank, timeout),
-        ring=_own_subgroup([[i * u + j for i in range(r)] for j in range(u)], place.rank, timeout),
-        world=dist.group.WORLD,
-    )
+    mesh = _form_mesh(place.plan, place.rank, timeout)
     dist.barrier()
     return mesh
 
 
-def _own_subgroup(partition: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
-    """Make every group of `partition` (all ranks must, in the same order); return the one with `rank` in it."""
+def _form_mesh(plan: ParallelPlan, rank: int, timeout: timedelta) -> SequenceMesh:
+    """This rank's place in the branch x ring x Ulysses grid of all ranks, with a process group for each line in it."""
+    cfg, u, r = plan.cfg_degree, plan.ulysses_degree, plan.ring_degree
+    grid = torch.arange(cfg * r * u).view(cfg, r, u)
+    sequence = _own_subgroup(grid.view(cfg, r * u), rank, timeout) if cfg > 1 else dist.group.WORLD
+    return SequenceMesh(
+        rank=rank % (r * u),
+        ulysses_degree=u,
+        ring_degree=r,
+        cfg_degree=cfg,
+        branch=rank // (r * u),
+        ulysses=_own_subgroup(grid.view(-1, u), rank, timeout),
+        ring=_own_subgroup(grid.transpose(1, 2).reshape(-1, r), rank, timeout),
+        sequence=sequence,
+        cfg=_own_subgroup(grid.view(cfg, -1).T, rank, timeout),
+        world=dist.group.WORLD,
+    )
+
+
+def _own_subgroup(partition: Tensor, rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make a group of every row of `partition`, as all ranks must, in the same order; return the one of `rank`."""
     own = None
-    for ranks in partition:
+    for ranks in partition.tolist():
         if len(ranks) > 1:
             # A sub-group does not inherit the timeout, and would hang for its default of 10 to 30 minutes.
             group = dist.new_group(ranks, timeout=timeout)

@@ -48,8 +48,8 @@ class Interrupted(Exception):  # noqa: N818  # a wish that was fulfilled, no err
 class HunyuanVideoPipeline:
     """All parts of one engine on one device, or with its DiT shared out over several processes.
 
-    With `ulysses_degree` x `ring_degree` above 1, the pipeline starts as many processes (see `LocalGroup`); close it,
-    or use it as a context manager. Raises UserError when the model cannot be loaded.
+    With `ulysses_degree` x `ring_degree` x `cfg_degree` above 1, the pipeline starts as many processes (see
+    `LocalGroup`); close it, or use it as a context manager. Raises UserError when the model cannot be loaded.
     """
 
     def __init__(
@@ -59,12 +59,13 @@ class HunyuanVideoPipeline:
         *,
         ulysses_degree: int = 1,
         ring_degree: int = 1,
+        cfg_degree: int = 1,
         reproduce_seed: int | None = None,
     ) -> None:
         for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
-            if not _is_count(degree):
-                raise UserError(f"{name} is {degree!r}; allowed is a whole number above 0.")
-        plan = ParallelPlan(ulysses_degree=ulysses_degree, ring_degree=ring_degree)
+            _refuse_choice(name, degree, _is_count(degree), "a whole number above 0")
+        _refuse_choice("cfg_degree", cfg_degree, _is_count(cfg_degree) and cfg_degree <= 2, "1 or 2")
+        plan = ParallelPlan(ulysses_degree=ulysses_degree, ring_degree=ring_degree, cfg_degree=cfg_degree)
         if found := engine.check():
             raise UserError("The model cannot be loaded: " + " | ".join(found))
         if found := engine.group_problems(plan):
@@ -83,11 +84,18 @@ class HunyuanVideoPipeline:
         device: Device | Literal["auto"] = "auto",
         ulysses_degree: int = 1,
         ring_degree: int = 1,
+        cfg_degree: int = 1,
         **options: Any,
     ) -> HunyuanVideoPipeline:
         """From a checkpoint tree; `options` are those of `HunyuanVideo`. "auto" is cuda where it is, else cpu."""
         engine = HunyuanVideo(model_base=model_base, **options)
-        return cls(engine, choose_device(device), ulysses_degree=ulysses_degree, ring_degree=ring_degree)
+        return cls(
+            engine,
+            choose_device(device),
+            ulysses_degree=ulysses_degree,
+            ring_degree=ring_degree,
+            cfg_degree=cfg_degree,
+        )
 
     @cached_property
     def _text_encoder(self) -> TextTowers:
@@ -148,6 +156,8 @@ class HunyuanVideoPipeline:
         )
         _refuse_choice("output", output, output in ("frames", "latents"), "'frames' or 'latents'")
         _refuse_choice("batch_size", batch_size, _is_count(batch_size), "a whole number above 0")
+        both = self._plan.cfg_degree == 1 or cfg_scale > 1
+        _refuse_choice("cfg_scale", cfg_scale, both, f"above 1 with cfg_degree {self._plan.cfg_degree}")
         self._interrupted.clear()
         done = [
             latents if output == "latents" else np.concatenate(list(self.decode(latents)))

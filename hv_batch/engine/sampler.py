@@ -2,7 +2,7 @@
 
     latents = initial_noise(params)                        seeded, on the CPU
     sigma   = sigmas(steps, shift)                         1 -> 0
-    texts   = condition([negatives,] positives)            one batch item a video and guidance branch
+    texts   = condition(own_branches(...))                 one batch item a video and guidance branch
     repeat:
         velocity = predict_velocity(model, latents, ...)   the DiT, then classifier-free guidance
         latents  = euler_step(latents, velocity, ...)
@@ -82,6 +82,25 @@ class Condition:
     guidance: Tensor | None  # [B], scale * 1000; None for a model without guidance embedding
 
 
+def own_branches(
+    params: SamplingParams,
+    positives: Sequence[TextEmbedding],
+    negatives: Sequence[TextEmbedding] | None,
+    mesh: SequenceMesh,
+) -> Sequence[TextEmbedding]:
+    """The texts that this rank's grid computes: those of all guidance branches, or of one where grids share them.
+
+    Raises ValueError for parameters without the texts they need, and for two grids with one branch to compute.
+    """
+    if params.uses_cfg and negatives is None:
+        raise ValueError(f"cfg_scale {params.cfg_scale} needs an embedding of the negative prompt")
+    if mesh.cfg_degree > 1 and not params.uses_cfg:
+        raise ValueError(f"cfg_degree {mesh.cfg_degree} needs a cfg_scale above 1, not {params.cfg_scale}")
+    if not params.uses_cfg or negatives is None:
+        return positives
+    return [*negatives, *positives] if mesh.cfg_degree == 1 else (negatives, positives)[mesh.branch]
+
+
 def condition(
     model: HYVideoDiT, branches: Sequence[TextEmbedding], guidance_scale: float, device: torch.device
 ) -> Condition:
@@ -109,12 +128,16 @@ def predict_velocity(
     params: SamplingParams,
     mesh: SequenceMesh,
 ) -> Tensor:
-    """The guided velocity at noise level `sigma` for latents [N, C, T, H, W]; same shape, float32."""
-    branches = len(texts.lengths)
-    inputs = latents.repeat(branches // len(latents), 1, 1, 1, 1)
-    time = (sigma * TIME_UNIT).to(latents.device).expand(branches)
-    velocity = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh).float()
-    if branches == len(latents):
+    """The guided velocity at noise level `sigma` for latents [N, C, T, H, W]; same shape, float32.
+
+    `texts` are those of the branches that this rank computes; see `own_branches`.
+    """
+    items = len(texts.lengths)
+    inputs = latents.repeat(items // len(latents), 1, 1, 1, 1)
+    time = (sigma * TIME_UNIT).to(latents.device).expand(items)
+    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh)
+    velocity = mesh.exchange(own).float()
+    if len(velocity) == len(latents):
         return velocity
     negative, positive = velocity.chunk(2)
     return guide(negative, positive, params.cfg_scale, params.guidance_rescale)
@@ -157,8 +180,8 @@ def trajectory(
     used, and required, exactly when the parameters use CFG. `resume` is what an earlier trajectory of the same
     arguments had reached, its latents [N, C, T, H, W]: the steps after it are made, and are the same bits. Every step
     makes new latents, so those that were given out stay as they are. Whoever stops asking stops the sampling. Raises
-    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs, and as soon as a step's result is not
-    finite.
+    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs, where `own_branches` does, and as
+    soon as a step's result is not finite.
     """
     params = batch[0]
     if any(
@@ -166,10 +189,7 @@ def trajectory(
         for other in batch
     ):
         raise ValueError("videos that are denoised side by side may differ in prompts and seed only")
-    if params.uses_cfg and negatives is None:
-        raise ValueError(f"cfg_scale {params.cfg_scale} needs an embedding of the negative prompt")
-    branches = [*negatives, *positives] if params.uses_cfg and negatives is not None else positives
-    texts = condition(model, branches, params.guidance_scale, device)
+    texts = condition(model, own_branches(params, positives, negatives, mesh), params.guidance_scale, device)
     levels = sigmas(params.num_inference_steps, params.flow_shift, recipe.reverse)
     if resume is None:
         latents = _start(batch, positives[0].states.dtype, device, mesh, recipe)

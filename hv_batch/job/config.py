@@ -91,11 +91,16 @@ class ParallelConfig(_Section):
     ulysses_degree: Count = 8
     """Ranks that share the attention heads; must divide their number."""
     ring_degree: Count = 1
-    """Ranks that share the keys; ulysses_degree x ring_degree is the size of a group."""
+    """Ranks that share the keys."""
+    cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
+    """2: each half of a group computes one branch of classifier-free guidance, which every row must then use. The size
+    of a group is ulysses_degree x ring_degree x cfg_degree."""
 
     @property
     def plan(self) -> ParallelPlan:
-        return ParallelPlan(ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree)
+        return ParallelPlan(
+            ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree, cfg_degree=self.cfg_degree
+        )
 
 
 class GroupsConfig(_Section):
@@ -110,6 +115,9 @@ class GroupsConfig(_Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 10
     """Steps between two step checkpoints of a denoise, from which a lost group or run goes on; the latents are written
     (30 MB at 720p) while the next steps run. 0 writes them only when the run is stopped or a node is taken away."""
+    nodes_per_group: Count = 1
+    """Nodes that a group stands on, each with an equal part of its ranks. Above 1 the ring crosses them and Ulysses
+    stays inside each, so it must divide parallel.ring_degree. Not part of a video's identity."""
 
 
 class EncodersConfig(_Section):
@@ -210,6 +218,8 @@ class RunConfig(_Section):
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
                 "nothing to place a rank by"
             )
+        if self.parallel.ring_degree % groups.nodes_per_group:
+            found.append(self._factorisations_over_nodes())
         if self.parallel.device == "cuda":
             # Ray hides every GPU from an actor that reserves none; NCCL refuses two ranks of a group on one GPU.
             if groups.gpus_per_rank == 0 or (ranks > 1 and groups.gpus_per_rank < 1):
@@ -224,13 +234,24 @@ class RunConfig(_Section):
             raise PydanticCustomError(CROSS_FIELD, "{found}", {"found": "\n  - ".join(found)})
         return self
 
+    def _factorisations_over_nodes(self) -> str:
+        ranks, nodes = self.parallel.plan.world_size, self.groups.nodes_per_group
+        allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and ranks // u % nodes == 0]
+        return (
+            f"groups.nodes_per_group = {nodes} with {self.parallel.plan}; only the ring crosses nodes, so ring_degree "
+            f"must be a multiple of {nodes}. With {ranks} rank(s), ulysses_degree x ring_degree may be "
+            f"{', '.join(allowed) or f'nothing: choose a number of ranks that {nodes} divides'}"
+        )
+
     def identity(self) -> dict[str, Any]:
         """The part that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3)."""
+        # Keys that came later are told where they are used: roots of before remain what they were.
+        later = {"cfg_degree"} if self.parallel.cfg_degree == 1 else set()
         return {
             "seed": self.seed,
             "engine": self.model.engine,
             "defaults": self.defaults.model_dump(mode="json"),
-            "parallel": self.parallel.model_dump(mode="json"),
+            "parallel": self.parallel.model_dump(mode="json", exclude=later),
             "media": self.media.model_dump(mode="json"),
             "shard_size": self.output.shard_size,
         }

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hv_batch.job.architecture import VAEShape
-from hv_batch.job.memory import MAX_TEXT_TOKENS, Shape, count_tokens
+from hv_batch.job.memory import MAX_TEXT_TOKENS, count_tokens
 from hv_batch.job.model import ITEMSIZE, ModelShape
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
 
 if TYPE_CHECKING:
     from hv_batch.job.samples import Sample
@@ -138,12 +138,21 @@ def rank_traffic(model: ModelShape, tokens: int, ulysses: int, ring: int, text: 
     # Keys and values of a chunk of u shards, 1/u of the heads, are passed on ring - 1 times.
     passed = (ring - 1) * 2 * local * row
     replicated = text * row / ulysses if ring > 1 else 0  # ring rank 0's text rows, to all
-    values = dit.out_channels * math.prod(dit.patch_size)
     return Traffic(
         ulysses=dit.depth * (per_block + replicated),
         ring=float(dit.depth * passed),
-        gather=float((ranks - 1) * local * values * item),
+        gather=float((ranks - 1) * local * _velocity_bytes(model)),
     )
+
+
+def exchange_bytes(model: ModelShape, tokens: int) -> float:
+    """What a rank sends its counterpart once a step, where two halves of a group compute a guidance branch each."""
+    return float(tokens * _velocity_bytes(model))
+
+
+def _velocity_bytes(model: ModelShape) -> int:
+    """Of one token."""
+    return model.dit.out_channels * math.prod(model.dit.patch_size) * ITEMSIZE[model.precision]
 
 
 def plan_ranks(heads: int, ranks: int) -> tuple[int, int]:

@@ -128,6 +128,7 @@ class KillWorker:
 
     worker: WorkerId
     failure: Failure
+    rebuild: bool = False  # a StartWorker of the same slot will follow
 
 
 @dataclass(frozen=True, slots=True)

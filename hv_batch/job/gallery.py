@@ -105,9 +105,14 @@ def _run_facts(run: Record) -> dict[str, Any]:
         "Manifest": manifest["url"],
         "Rows": f"{manifest['rows']:,}",
         "Engine": config["model"]["engine"],
-        "Group": f"{parallel['device']}, Ulysses {parallel['ulysses_degree']} × ring {parallel['ring_degree']}",
+        "Group": f"{parallel['device']}, {_degrees(parallel)}",
         "Run seed": config["seed"],
     }
+
+
+def _degrees(parallel: Record) -> str:
+    branches = f"CFG {parallel['cfg_degree']} × " if parallel.get("cfg_degree", 1) > 1 else ""  # a later key
+    return f"{branches}Ulysses {parallel['ulysses_degree']} × ring {parallel['ring_degree']}"
 
 
 def _table(facts: Record) -> str:

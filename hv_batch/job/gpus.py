@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hv_batch.job.cost import Work, attention_flops, decode_flops, forward_flops, rank_traffic
+from hv_batch.job.cost import Work, attention_flops, decode_flops, exchange_bytes, forward_flops, rank_traffic
 from hv_batch.job.model import ModelShape
-from hv_batch.protocol import UserError
+from hv_batch.protocol import ParallelPlan, UserError
 
 # Bytes/s a rank sends to its group over NVLink, kernel launches and packing included. One figure fits the published
 # series of H100, H800 and H20, 1 to 8 ranks (the links themselves are 4 times as fast).
@@ -90,8 +90,12 @@ def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring
     return max(computing + waiting, model.streamed_bytes / HOST_LINK)
 
 
-def denoise_seconds(gpu: Gpu, model: ModelShape, work: Work, ulysses: int, ring: int) -> float:
-    return work.forwards * forward_seconds(gpu, model, work.tokens, ulysses, ring)
+def denoise_seconds(gpu: Gpu, model: ModelShape, work: Work, plan: ParallelPlan) -> float:
+    """One sample, on a group of that plan; with two guidance branches where the plan shares them out."""
+    seconds = work.forwards * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree)
+    if plan.cfg_degree == 1:
+        return seconds
+    return seconds / plan.cfg_degree + work.steps * exchange_bytes(model, work.tokens) / gpu.link
 
 
 def decode_seconds(gpu: Gpu, model: ModelShape, work: Work) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
-from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, UserError
+from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, Shape, UserError
 
 if TYPE_CHECKING:
     from hv_batch.job.config import RunConfig
@@ -26,8 +26,6 @@ RESERVE_BYTES = 2 * GIB
 
 MAX_TEXT_TOKENS = 256
 TEMPLATE_TOKENS = 95  # of the video template, in front of the prompt while the LLaMA tower reads it
-
-Shape = tuple[int, int, int]  # height, width, frames
 
 
 @dataclass(frozen=True, slots=True)

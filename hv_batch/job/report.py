@@ -66,7 +66,8 @@ def _gpu_seconds(run: Mapping[str, Any], denoise_seconds: float) -> float | None
     parallel = run["config"]["parallel"]
     if parallel["device"] != "cuda":
         return None
-    return round(denoise_seconds * parallel["ulysses_degree"] * parallel["ring_degree"], 3)
+    ranks = parallel["ulysses_degree"] * parallel["ring_degree"] * parallel.get("cfg_degree", 1)  # a later key
+    return round(denoise_seconds * ranks, 3)
 
 
 def write_report(store: Store, summary: Mapping[str, Any]) -> None:

@@ -118,10 +118,19 @@ def check_manifest(manifest: Manifest, config: RunConfig) -> ManifestSummary:
 def _complete(row: Row, config: RunConfig) -> tuple[dict[str, Any], tuple[FieldProblem, ...]]:
     """The row's values with seed and defaults filled in, and everything that is wrong with them."""
     values = {**config.defaults.model_dump(), "seed": derive_seed(config.seed, row.key), **row.values}
-    if not row.problems and values["seed"] + values["num_videos"] - 1 > MAX_SEED:
+    if row.problems:
+        return values, row.problems
+    found = []
+    if values["seed"] + values["num_videos"] - 1 > MAX_SEED:
         allowed = f"at most 2^63 - {values['num_videos']}, because video i is rendered with seed + i"
-        return values, (FieldProblem("seed", values["seed"], allowed),)
-    return values, row.problems
+        found.append(FieldProblem("seed", values["seed"], allowed))
+    if config.parallel.cfg_degree > 1 and values["cfg_scale"] <= 1.0:
+        allowed = (
+            f"above 1, because with parallel.cfg_degree = {config.parallel.cfg_degree} half of a group would compute "
+            "nothing; render such rows with cfg_degree 1, in a run of their own"
+        )
+        found.append(FieldProblem("cfg_scale", values["cfg_scale"], allowed))
+    return values, tuple(found)
 
 
 def _sample_keys(row_key: str, num_videos: int) -> Iterator[str]:

@@ -219,8 +219,9 @@ class Scheduler:
         if failure.kind is FailureClass.FATAL and starting and stage in self._proven:
             # Elsewhere the same config and weights have started, so it is this node that is not right.
             failure = replace(failure, kind=FailureClass.INFRA)
-        actions: list[Action] = [KillWorker(worker.id, failure)]
+        lost = worker.id
         keys = worker.lose(failure, now, self._retries.worker)
+        actions: list[Action] = [KillWorker(lost, failure, rebuild=worker.status is Status.ABSENT)]
         if failure.kind is FailureClass.OUTAGE:
             worker.start_at = now + OUTAGE_PAUSE_S
         if keys or failure.kind in (FailureClass.FATAL, FailureClass.OUTAGE):

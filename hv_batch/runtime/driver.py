@@ -48,6 +48,7 @@ from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify
+from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
 
@@ -61,6 +62,7 @@ class Outcome:
 
     drained: bool  # a stop cut it short
     seconds: float
+    excluded_nodes: Mapping[str, str]  # that got no group any more, each with the reason
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
@@ -89,6 +91,7 @@ class Driver:
         self._progress = progress
         self._should_stop = should_stop
         self._scheduler = _scheduler(context.config)
+        self._groups = GroupPool(context.config, progress.say)
         self._items: dict[str, InFlight] = {}
         self._workers: dict[WorkerId, Worker] = {}
         self._tasks: dict[WorkerId, tuple[str, ...]] = {}
@@ -111,10 +114,11 @@ class Driver:
                 self._listen()
                 self._work_off()
                 self._progress.show(self._snapshot())
-            return Outcome(self._end.drained, time.monotonic() - begun)
+            return Outcome(self._end.drained, time.monotonic() - begun, self._groups.excluded())
         finally:
             for worker in list(self._workers.values()):
                 worker.kill()
+            self._groups.close()
 
     # Hearing ----------------------------------------------------------------------------------------------------------
 
@@ -189,9 +193,9 @@ class Driver:
                     self._to_admit += count
                 case StartWorker(worker):
                     self._workers[worker] = self._start(worker)
-                case KillWorker(worker, failure):
+                case KillWorker(worker, failure, rebuild):
                     self._say_failed(worker, failure)
-                    self._workers.pop(worker).kill()
+                    self._workers.pop(worker).kill(rebuild=rebuild)
                 case Run(worker, keys):
                     self._tasks[worker] = keys
                     self._run(worker, keys)
@@ -227,7 +231,7 @@ class Driver:
 
     def _start(self, worker: WorkerId) -> Worker:
         if worker.stage is Stage.DENOISE:
-            return DenoiseGroup(worker, self._context, self._watch, self._progress.say)
+            return DenoiseGroup(worker, self._context, self._watch, self._groups)
         start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
         return start(worker, self._context, self._watch)
 

@@ -70,6 +70,16 @@ def input_was_lost(error: BaseException) -> bool:
     return isinstance(error, RayTaskError) and isinstance(error.cause, ObjectLostError)
 
 
+def is_device_fault(error: BaseException) -> bool:
+    """Whether it speaks of the GPU, so of its node."""
+    return isinstance(error, RayTaskError) and _is_device_fault(error.cause)
+
+
+def is_collateral(error: BaseException) -> bool:
+    """Whether a rank only says that its group fell apart, which says nothing of its own node."""
+    return isinstance(error, RayTaskError) and _is_collective(error.cause)
+
+
 def most_telling(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=lambda failure: MOST_TELLING.index(failure.kind))
 

@@ -22,13 +22,21 @@ def actor_bundle(cpus: float, gpus: float) -> Bundle:
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
 
 
+def ranks_per_node(config: RunConfig) -> int:
+    return config.parallel.plan.world_size // config.groups.nodes_per_group
+
+
 def group_bundles(config: RunConfig) -> list[Bundle]:
-    """One bundle a rank."""
-    return [actor_bundle(config.groups.cpus_per_rank, config.groups.gpus_per_rank)] * config.parallel.plan.world_size
+    """One bundle a node, with room for its ranks: so the ranks of a node are consecutive whatever Ray chooses."""
+    ranks, groups = ranks_per_node(config), config.groups
+    return [actor_bundle(groups.cpus_per_rank * ranks, groups.gpus_per_rank * ranks)] * groups.nodes_per_group
 
 
 def least_bill(config: RunConfig) -> list[list[Bundle]]:
-    """The least that renders anything: one group, one encoder, one decoder. Each inner list must fit on one node."""
+    """The least that renders anything: one group, one encoder, one decoder.
+
+    The bundles of one inner list must stand on different nodes.
+    """
     return [
         group_bundles(config),
         [actor_bundle(config.encoders.cpus, config.encoders.gpus)],
@@ -42,14 +50,20 @@ def total(bundles: Sequence[Bundle]) -> Bundle:
 
 
 def fits(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether every inner list finds a node, largest first (first fit: enough for one group and two single actors)."""
+    """Whether every bundle finds a node, and those of one inner list different ones.
+
+    Largest first into the first node that has room: enough for one group and two single actors.
+    """
     free = [dict(node) for node in nodes]
-    for need in sorted((total(bundles) for bundles in bill), key=lambda need: sorted(need.values()), reverse=True):
-        node = next((node for node in free if all(node.get(k, 0.0) >= v - 1e-9 for k, v in need.items())), None)
-        if node is None:
-            return False
-        for name, amount in need.items():
-            node[name] -= amount
+    for apart in sorted(bill, key=lambda bundles: sorted(total(bundles).values()), reverse=True):
+        untaken = list(free)
+        for need in apart:
+            node = next((n for n in untaken if all(n.get(k, 0.0) >= v - 1e-9 for k, v in need.items())), None)
+            if node is None:
+                return False
+            untaken = [other for other in untaken if other is not node]
+            for name, amount in need.items():
+                node[name] -= amount
     return True
 
 
@@ -64,7 +78,7 @@ def await_resources(
     bill = least_bill(config)
     deadline, said = time.monotonic() + patience_s, 0.0
     try:
-        while not fits(bill, nodes := _alive_nodes()):
+        while not fits(bill, nodes := list(alive_nodes().values())):
             if should_stop():
                 return False
             if time.monotonic() >= deadline:
@@ -83,17 +97,30 @@ def await_resources(
             request_resources(bundles=[])
 
 
-def _alive_nodes() -> list[Bundle]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def alive_nodes() -> dict[str, Bundle]:
+    """What each node of the cluster has in all, by Ray's id of the node."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _asked_and_there(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> str:
-    group, encoder, decoder = (show(total(bundles)) for bundles in least_bill(config))
-    there = "; ".join(show({k: node.get(k, 0.0) for k in ("CPU", "GPU")}) for node in nodes) or "none"
+    encoder, decoder = (show(total(bundles)) for bundles in least_bill(config)[1:])
+    there = "; ".join(show_hardware(node) for node in nodes) or "none"
+    ranks, group = config.parallel.plan.world_size, show_apart(group_bundles(config))
     return (
-        f"Needed at least: a group of {config.parallel.plan.world_size} rank(s) on one node with {group}, an encoder "
-        f"with {encoder}, a decoder with {decoder}. Nodes there are: {there}."
+        f"Needed at least: a group of {ranks} rank(s) on {group}, an encoder with {encoder}, a decoder with "
+        f"{decoder}. Nodes there are: {there}."
     )
+
+
+def show_apart(bundles: Sequence[Bundle]) -> str:
+    """As "2 nodes with 4 GPU each"; the bundles are equal."""
+    if len(bundles) == 1:
+        return f"one node with {show(bundles[0])}"
+    return f"{len(bundles)} nodes with {show(bundles[0])} each"
+
+
+def show_hardware(node: Mapping[str, float]) -> str:
+    return show({name: node.get(name, 0.0) for name in ("CPU", "GPU")})
 
 
 def show(resources: Mapping[str, float]) -> str:

@@ -17,6 +17,7 @@ from hv_batch.job.samples import Sample
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, RankPlace, StepState
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
+from hv_batch.runtime.devices import await_free_memory
 from hv_batch.runtime.steps import StepWriter, read_steps
 
 
@@ -24,7 +25,7 @@ from hv_batch.runtime.steps import StepWriter, read_steps
 class RankSeat:
     """Where Ray put a rank: what the ranks of a group need to know of each other before they can meet."""
 
-    node: str
+    node: str  # Ray's id: several nodes of a cluster may share an address
     gpus: tuple[str, ...]
 
 
@@ -41,7 +42,7 @@ class RankActor:
 
     def seat(self) -> RankSeat:
         gpus = tuple(str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
-        return RankSeat(ray.util.get_node_ip_address(), gpus)
+        return RankSeat(ray.get_runtime_context().get_node_id(), gpus)
 
     def host_rendezvous(self) -> str:
         """Rank 0: open the meeting point on a port that is free at this moment, and keep it (no port race)."""
@@ -49,7 +50,7 @@ class RankActor:
         return self._context.engine.host_rendezvous(host, world_size)
 
     def join(self, address: str, seats: Sequence[RankSeat]) -> None:
-        """Load the weights and meet the other ranks; returns when all have."""
+        """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
         if self._rank == 0:
             see_output_root(self._context.store)
         parallel = self._context.config.parallel
@@ -58,6 +59,7 @@ class RankActor:
             # Every rank of a node sees the same GPUs in the same order: peer-to-peer copies and NCCL's topology search
             # need to see the neighbours. Takes effect because CUDA starts only in the engine.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for rank in neighbours for gpu in seats[rank].gpus)
+            self._await_own_gpu(neighbours.index(self._rank))
         timeouts = self._context.config.timeouts
         place = RankPlace(
             rank=self._rank,
@@ -70,6 +72,15 @@ class RankActor:
             timeout_s=max(timeouts.start_s, timeouts.stall_s),
         )
         self._denoiser: Denoiser = self._context.engine.join(place)
+        self._denoiser.self_check()
+
+    def _await_own_gpu(self, local_rank: int) -> None:
+        if self._context.config.groups.gpus_per_rank < 1:  # others may compute there, too
+            return
+        import torch  # only where there are GPUs: not every engine needs torch
+
+        where = f"GPU {local_rank} of this group on node {ray.util.get_node_ip_address()}"
+        await_free_memory(lambda: torch.cuda.mem_get_info(local_rank), where)
 
     def read_steps(self, sample: Sample) -> StepState | None:
         """Rank 0: the step checkpoint that an earlier try has left in the output root."""

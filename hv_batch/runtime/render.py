@@ -144,7 +144,9 @@ def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progr
             progress.say(f"note: {note}")
     if found:
         raise UserError("\n".join(found))
-    check_memory(config, summary.shapes)  # last: it trusts the options that the engine has accepted
+    # Last: they trust the options that the engine has accepted.
+    check_memory(config, summary.shapes)
+    _refuse(engine.group_problems(config.parallel.plan, summary.shapes), config)
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**config.identity(), "model": engine.identity(), "manifest": summary.digest}
@@ -165,7 +167,10 @@ def _collected(found: list[str]) -> Iterator[None]:
 
 
 def _check_engine(engine: Engine, config: RunConfig) -> None:
-    found = engine.check() + engine.group_problems(config.parallel.plan)
+    _refuse(engine.check() + engine.group_problems(config.parallel.plan), config)
+
+
+def _refuse(found: list[str], config: RunConfig) -> None:
     if found:
         listing = "\n".join(f"  - {problem}" for problem in found)
         raise UserError(f"The engine {config.model.engine} cannot render with this config:\n{listing}")
@@ -200,7 +205,8 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
         progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
         return ExitCode.STOPPED
-    summary = aggregate(store)
+    # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
+    summary = aggregate(store) | {"excluded_nodes": dict(outcome.excluded_nodes)}
     write_report(store, summary)
     finish_run(store, summary)
     progress.say(f"finished after {clock(outcome.seconds)}: {told}")

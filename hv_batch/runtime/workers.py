@@ -54,7 +54,9 @@ class Worker(Protocol):
         """Ask for progress; also the moment to give up a start that takes too long."""
         ...
 
-    def kill(self) -> None: ...
+    def kill(self, *, rebuild: bool = False) -> None:
+        """End this life. With `rebuild` the slot will have another, which may want what this one stood on."""
+        ...
 
 
 class Pulse:
@@ -100,7 +102,7 @@ class PoolWorker:
             return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)))]
         return []
 
-    def kill(self) -> None:
+    def kill(self, *, rebuild: bool = False) -> None:
         ray.kill(self._actor, no_restart=True)
 
     def _loaded(self, ref: ray.ObjectRef) -> list[Event]:

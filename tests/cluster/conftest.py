@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.fleet import fleet, fleet_head  # noqa: F401  # fixtures of every file here
+
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
 

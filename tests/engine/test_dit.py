@@ -197,6 +197,7 @@ def _device_kernels():
     if torch.cuda.is_available():
         yield from (("sdpa", "cuda", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
         for dtype in (torch.bfloat16, torch.float16):
+            yield "cudnn", "cuda", dtype
             if find_spec("flash_attn"):
                 yield "flash", "cuda", dtype
 
@@ -236,7 +237,7 @@ def test_merging_parts_equals_the_whole(q_len, parts, sharpness, seed):
     assert torch.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flash3", "flash"])
+@pytest.mark.parametrize("name", ["flash3", "flash", "cudnn"])
 def test_backend_that_cannot_run_is_refused(name):
     """P6: an unknown backend, and flash-attn on a CPU, are refused by name with the remedy."""
     with pytest.raises(UserError, match="sdpa"):

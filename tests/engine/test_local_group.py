@@ -55,6 +55,18 @@ def test_a_group_renders_stops_and_ends_with_its_first_loss(base):
             pipeline(PROMPT, **CHOICE)
 
 
+def test_two_halves_render_what_one_rank_renders(base):
+    """P3: with a guidance branch for each process, not one bit differs; P6: without guidance it is refused by name."""
+    alone = HunyuanVideoPipeline.from_pretrained(base, device="cpu", noise="official", **FP32)
+    with HunyuanVideoPipeline.from_pretrained(base, device="cpu", cfg_degree=2, noise="official", **FP32) as pipeline:
+        with pytest.raises(UserError, match=r"cfg_scale is 1\.0, allowed is above 1 with cfg_degree 2"):
+            pipeline(PROMPT, **{**CHOICE, "cfg_scale": 1.0})
+        two = {**CHOICE, "num_videos": 2, "batch_size": 2}
+        assert np.array_equal(pipeline(PROMPT, **two), alone(PROMPT, **two))
+    with pytest.raises(UserError, match="cfg_degree is 3, allowed is 1 or 2"):
+        HunyuanVideoPipeline.from_pretrained(base, device="cpu", cfg_degree=3)
+
+
 class FailingEngine:
     """Rank 1 fails while rank 0 would wait for it for ever."""
 

@@ -8,6 +8,7 @@ padding only.
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from hv_batch.engine.attention import attend_math, attend_sdpa
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, join_group, leave_group
+from hv_batch.engine.self_check import check_group
 from hv_batch.protocol import ParallelPlan, RankPlace, UserError
 from tests.engine.dit_reference import random_dit, random_inputs
 
@@ -90,7 +92,23 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
         mesh = join_group(_place(rank, u, r, address, TIMEOUT_S))
         runs = {case: (_forward(case, mesh), _forward(case, mesh)) for case in CASES}
         torch.save((runs, _attend(mesh)), folder / f"u{u}r{r}-{rank}.pt")
+        (folder / f"checks-u{u}r{r}-{rank}.json").write_text(json.dumps(_self_checks(mesh)))
         leave_group()
+
+
+def _self_checks(mesh: SequenceMesh) -> dict[str, str]:
+    """What the self-check complains of, with good weights and with a copy of them that is damaged on the last rank."""
+    damaged = random_dit(CONFIG, seed=1)
+    if mesh.rank == mesh.size - 1:
+        next(damaged.single_blocks.parameters()).data.mul_(1.05)
+    models = {"float32": _model(torch.float32), "bfloat16": _model(torch.bfloat16), "damaged": damaged}
+    complaints = {}
+    for name, model in models.items():
+        try:
+            check_group(model, mesh, torch.device("cpu"))
+        except RuntimeError as error:
+            complaints[name] = str(error)
+    return complaints
 
 
 def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankPlace:
@@ -152,6 +170,25 @@ def test_attention_rows(folder, u, r):
     assert all(torch.equal(outputs[0][:5], attended[:5]) for attended in outputs[1:])
     assembled = torch.cat([outputs[0][:5], *(attended[5:] for attended in outputs)])[:14]
     assert (assembled - expected.flatten(1)).abs().max().item() <= 1e-5
+
+
+@pytest.mark.parametrize(("u", "r"), PLANS)
+def test_a_group_proves_itself(folder, u, r):
+    """Design section 5: healthy ranks agree with themselves in every precision; a damaged copy is seen by some rank."""
+    complaints = [json.loads((folder / f"checks-u{u}r{r}-{rank}.json").read_text()) for rank in range(u * r)]
+    assert {name for found in complaints for name in found} == {"damaged"}
+    told = next(found["damaged"] for found in complaints if found)
+    assert "deviates from what rank" in told
+    assert f"Ulysses {u} x ring {r}" in told
+
+
+def test_weights_that_give_no_numbers_are_refused():
+    """Design section 5: a rank of its own has nobody to compare with, but does not render what is not finite."""
+    model = random_dit(CONFIG, seed=1)
+    check_group(model, SequenceMesh.single(), torch.device("cpu"))
+    next(model.single_blocks.parameters()).data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        check_group(model, SequenceMesh.single(), torch.device("cpu"))
 
 
 @given(st.integers(1, 4000), st.integers(1, 8), st.integers(1, 8))

@@ -262,7 +262,7 @@ def test_importing_the_engine_loads_no_heavy_library():
         ({"precision": "float16"}, "precision: 'float16' is not allowed; allowed are bf16, fp16, fp32"),
         ({"vae_precision": ["fp16"]}, r"vae_precision: \['fp16'\] is not allowed"),
         ({"text_encoder_precision": None}, "text_encoder_precision: None is not allowed"),
-        ({"attention": "sage"}, "attention: 'sage' is not allowed; allowed are math, sdpa, flash"),
+        ({"attention": "sage"}, "attention: 'sage' is not allowed; allowed are math, sdpa, cudnn, flash"),
         ({"load_key": "state"}, "load_key: 'state' is not allowed; allowed are module, ema"),
         ({"dit": {"hidden": 64}}, "dit: unknown 'hidden'; allowed are in_channels.*hidden_size"),
         ({"dit": {"hidden_size": 100}}, "hidden_size"),
@@ -308,6 +308,9 @@ def test_a_group_that_cannot_be_shared_out_is_told_what_can():
     assert "ulysses_degree 16 does not divide the model's 24 attention heads" in sentence
     assert "1 x 16, 2 x 8, 4 x 4, 8 x 2" in sentence
     assert "16 x 1" not in sentence
+    assert sentence.endswith("and with cfg_degree 2 1 x 8, 2 x 4, 4 x 2, 8 x 1")
+    (sentence,) = engine.group_problems(ParallelPlan(ulysses_degree=5))
+    assert sentence.endswith("with 5 ranks, ulysses_degree x ring_degree may be 1 x 5")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")

@@ -272,6 +272,17 @@ def test_a_result_that_is_not_finite_is_refused_at_its_step():
     assert seen == [1, 2]
 
 
+def test_a_half_without_a_branch_is_refused():
+    """P6: two halves of a group need two guidance branches; each half computes the texts of its own."""
+    positives, negatives = [embed(5, 1), embed(4, 3)], [embed(3, 2), embed(2, 4)]
+    halves = [SequenceMesh(rank=0, ulysses_degree=1, ring_degree=1, cfg_degree=2, branch=branch) for branch in range(2)]
+    guided = replace(PARAMS, cfg_scale=2.0)
+    own = [sampler.own_branches(guided, positives, negatives, half) for half in halves]
+    assert own == [negatives, positives]
+    with pytest.raises(ValueError, match=r"cfg_degree 2 needs a cfg_scale above 1, not 1\.0"):
+        sampler.own_branches(PARAMS, positives, None, halves[0])
+
+
 def test_guidance_without_a_negative_embedding_is_refused():
     """Protocol `Denoiser.denoise`: never rendered unguided by accident."""
     with pytest.raises(ValueError, match="negative prompt"):

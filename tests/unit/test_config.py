@@ -42,7 +42,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
     def bill(name):
         config = load_config(str(CONFIGS / name))
-        ranks = config.groups.count * config.parallel.world_size
+        ranks = config.groups.count * config.parallel.plan.world_size
         gpus = ranks * config.groups.gpus_per_rank
         gpus += config.encoders.count * config.encoders.gpus + config.decoders.count * config.decoders.gpus
         cpus = ranks * config.groups.cpus_per_rank
@@ -155,7 +155,7 @@ def test_overrides_are_yaml_values_laid_over_the_file(write):
     assert (config.groups.count, config.encoders.count) == (4, 2)  # an alias is not a shared variable
     assert config.output.keep_latents is True
     assert (config.defaults.flow_shift, config.defaults.guidance_scale) == (10.0, 5.0)
-    assert (config.parallel.device, config.parallel.world_size) == ("cpu", 16)
+    assert (config.parallel.device, config.parallel.plan.world_size) == ("cpu", 16)
     assert config.model.options == {"dit": {"depth": 1, "width": 16}, "tile": {"px": None}, "name": "1"}
     assert config.defaults.negative_prompt == ""
 
@@ -229,7 +229,30 @@ def test_identity_is_what_changes_pixels_and_keys():
     assert json.loads(json.dumps(plain.identity())) == plain.identity()
 
 
+def test_a_later_key_is_in_the_identity_where_it_is_used():
+    """P2: output roots that were begun before there was a cfg_degree can be resumed; P3: another one cannot."""
+    assert "cfg_degree" not in RunConfig.model_validate({"parallel": {"cfg_degree": 1}}).identity()["parallel"]
+    halves = RunConfig.model_validate({"parallel": {"cfg_degree": 2}})
+    assert halves.identity()["parallel"]["cfg_degree"] == 2
+    assert halves.parallel.plan.world_size == 2 * RunConfig().parallel.plan.world_size
+    for wrong in (0, 3, True, 1.0):
+        with pytest.raises(ValueError, match="cfg_degree"):
+            RunConfig.model_validate({"parallel": {"cfg_degree": wrong}})
+
+
 def test_equal_settings_have_equal_identities():
     """P2: 6 and 6.0 are one guidance scale, or a resume with a reformatted config would be refused."""
     whole = RunConfig.model_validate({"defaults": {"guidance_scale": 6}})
     assert json.dumps(whole.identity()) == json.dumps(RunConfig().identity())
+
+
+def test_only_the_ring_crosses_nodes(write):
+    """groups.nodes_per_group: a plan whose Ulysses part would cross nodes is refused with those that would not."""
+    overrides = ["groups.nodes_per_group=2", "parallel.ulysses_degree=4", "parallel.ring_degree=1"]
+    text = refusal(write(""), *overrides)
+    assert "groups.nodes_per_group = 2" in text
+    assert "may be 1 x 4, 2 x 2" in text
+    text = refusal(write(""), "groups.nodes_per_group=3", *overrides[1:])
+    assert "a number of ranks that 3 divides" in text
+    config = load_config(write(""), [*overrides[:2], "parallel.ring_degree=2"])
+    assert config.identity() == load_config(write(""), [overrides[1], "parallel.ring_degree=2"]).identity()

@@ -10,7 +10,15 @@ from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTa
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import UserError
-from hv_batch.runtime.failures import LatentsGoneError, NodeError, classify, most_telling, worker_survives
+from hv_batch.runtime.failures import (
+    LatentsGoneError,
+    NodeError,
+    classify,
+    is_collateral,
+    is_device_fault,
+    most_telling,
+    worker_survives,
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -78,3 +86,19 @@ def test_collateral_errors_do_not_hide_the_cause():
     infra, poison, preempted = (Failure(FailureClass(f.kind), f.message) for f in (infra, poison, preempted))
     assert most_telling([infra, poison, infra]) is poison
     assert most_telling([infra, poison, preempted]) is preempted
+
+
+@pytest.mark.parametrize(
+    ("error", "device", "collateral"),
+    [
+        (raised_by_a_task(RuntimeError("CUDA error: uncorrectable ECC error encountered")), True, False),
+        (raised_by_a_task(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")), False, True),
+        (raised_by_a_task(RuntimeError("no device works")), False, False),
+        (raised_by_a_task(OutOfMemoryError("CUDA out of memory")), False, False),
+        (ActorDiedError(), False, False),
+    ],
+)
+def test_what_an_error_says_of_its_node(error, device, collateral):
+    """P5: a node answers for its devices and ranks that fail by themselves, not for collateral."""
+    assert is_device_fault(error) is device
+    assert is_collateral(error) is collateral

@@ -19,6 +19,17 @@ def test_a_group_of_eight_wants_one_node():
     assert not fits(bill, [{"CPU": 64, "GPU": 8}])
 
 
+def test_a_group_over_two_nodes_wants_two():
+    """groups.nodes_per_group: the halves of a spanning group stand on different nodes, however large one of them is."""
+    config = RunConfig.model_validate(
+        {"parallel": {"ulysses_degree": 4, "ring_degree": 2}, "groups": {"nodes_per_group": 2}}
+    )
+    assert group_bundles(config) == [{"CPU": 4.0, "GPU": 4.0}] * 2
+    assert fits(least_bill(config), [{"CPU": 8, "GPU": 5}] * 2)
+    assert not fits(least_bill(config), [{"CPU": 64, "GPU": 16}])
+    assert not fits(least_bill(config), [{"CPU": 64, "GPU": 16}, {"CPU": 64, "GPU": 3}])
+
+
 def test_shares_of_a_gpu_add_up():
     """An encoder and a decoder with half a GPU each stand on one."""
     config = RunConfig.model_validate(

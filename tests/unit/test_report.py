@@ -79,6 +79,13 @@ def test_aggregate_adds_up(store):
     assert not store.exists(layout.SUCCESS)
 
 
+@pytest.mark.parametrize(("key", "ranks"), [({}, 2), ({"cfg_degree": 1}, 2), ({"cfg_degree": 2}, 4)])
+def test_gpu_time_counts_every_rank(key, ranks):
+    """Also of roots that were begun before there was a cfg_degree."""
+    parallel = {"device": "cuda", "ulysses_degree": 2, "ring_degree": 1, **key}
+    assert report._gpu_seconds({"config": {"parallel": parallel}}, 10.0) == 10.0 * ranks
+
+
 def test_aggregate_without_gpus_claims_no_gpu_time(store):
     """A CPU run reports no GPU seconds rather than a wrong number."""
     open_root(store, 1)

@@ -57,6 +57,7 @@ class World:
     has_room: bool = True  # groups are placed as soon as they are asked for
     now: float = 0.0
     starting: list[WorkerId] = field(default_factory=list)
+    given_up: set[tuple[Stage, int]] = field(default_factory=set)  # slots that were said to have no further life
     idle: set[WorkerId] = field(default_factory=set)
     running: dict[WorkerId, tuple[str, ...]] = field(default_factory=dict)
     at: dict[str, Stage] = field(default_factory=dict)
@@ -93,10 +94,13 @@ class World:
                 if len(batch) < count:
                     self.feed(PlanExhausted())
             case StartWorker(worker):
+                assert (worker.stage, worker.slot) not in self.given_up, "what it stood on is gone"
                 self.starting.append(worker)
                 if worker.stage is Stage.DENOISE and self.has_room:
                     self.feed(WorkerPlaced(worker))
-            case KillWorker(worker):
+            case KillWorker(worker, _, rebuild):
+                if not rebuild:
+                    self.given_up.add((worker.stage, worker.slot))
                 self.starting = [other for other in self.starting if other != worker]
                 self.idle.discard(worker)
                 self.running.pop(worker, None)

@@ -1,0 +1,61 @@
+"""The seats of one denoise group: its placement group, which outlives a life of the group while its nodes are fit.
+
+A gang that is rebuilt in the same placement group cannot lose its GPUs to somebody else in between. The placement group
+belongs to this driver, so Ray reclaims it if we are killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hv_batch.job.config import RunConfig
+from hv_batch.runtime.placement import group_bundles, ranks_per_node
+
+NODE_LABEL = "ray.io/node-id"  # which Ray itself puts on every node
+
+# What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
+# quicker built anew than waited for.
+SOUND = ("PENDING", "PREPARED", "CREATED")
+
+
+class Seats:
+    """Asked for at once; `ready` tells when Ray has reserved them. `avoid` are ids of nodes that get no seat."""
+
+    def __init__(self, config: RunConfig, name: str, avoid: frozenset[str]) -> None:
+        self.avoid = avoid
+        self.used = False  # whether ranks have sat here
+        self._ranks_per_node = ranks_per_node(config)
+        bundles = group_bundles(config)
+        others = {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
+        # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
+        # another group needs whole.
+        strategy = "STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK"
+        self._group: PlacementGroup = placement_group(
+            bundles, strategy=strategy, name=name, bundle_label_selector=[others] * len(bundles)
+        )
+
+    def ready(self) -> ray.ObjectRef:
+        return self._group.ready()
+
+    def sound(self, alive: Collection[str]) -> bool:
+        """Whether nothing of them is lost; `alive` are the ids of the nodes that there are."""
+        return self._table()["state"] in SOUND and all(node in alive for node in self.nodes())
+
+    def nodes(self) -> list[str]:
+        """Ray's id of each node, in the order of the ranks; empty while they are not placed."""
+        placed = self._table()["bundles_to_node_id"]
+        return [placed[bundle] for bundle in sorted(placed) if placed[bundle]]
+
+    def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // self._ranks_per_node)
+
+    def release(self) -> None:
+        remove_placement_group(self._group)
+
+    def _table(self) -> dict[str, Any]:
+        return placement_group_table(self._group)

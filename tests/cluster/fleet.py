@@ -1,0 +1,99 @@
+"""A real Ray cluster of several nodes on this machine, whose nodes come, go and are killed while a test runs.
+
+Each node is a raylet of its own with an address of its own (127.0.0.x) and GPUs that do not exist. Nothing is shared
+with the head of conftest.py but the machine: ports are free ones, and Ray names a session's folder after its process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+# Ray waits 15 s before it believes that a silent node is dead; tests of lost nodes should not.
+QUICK_OBITUARY = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+
+
+class Fleet:
+    """The head, which has CPUs only, and the nodes that a test has added."""
+
+    def __init__(self):
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 8,
+                "num_gpus": 0,
+                "include_dashboard": False,
+                "_system_config": QUICK_OBITUARY,
+            },
+        )
+        self._hosts = count(2)
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    def add_node(self, *, gpus, cpus=2, labels=None):
+        """A node, alive on return. Its Ray id is `node.node_id`."""
+        return self._cluster.add_node(
+            num_gpus=gpus, num_cpus=cpus, labels=labels or {}, node_ip_address=f"127.0.0.{next(self._hosts)}"
+        )
+
+    def kill_node(self, node):
+        """As a power cut: raylet, actors and agents die by SIGKILL. Ray finds out a moment later."""
+        raylets = [process.process.pid for process in node.all_processes["raylet"]]
+        victims = [pid for raylet in raylets for pid in _descendants(raylet)]
+        self._cluster.remove_node(node, allow_graceful=False)
+        for pid in victims:
+            with suppress(ProcessLookupError):  # it had noticed the end of its raylet
+                os.kill(pid, signal.SIGKILL)
+
+    def remove_node(self, node):
+        """As `ray stop`: the node takes its leave, and its actors end with it."""
+        self._cluster.remove_node(node)
+
+    def clear(self):
+        """Remove every node but the head; on return Ray knows that none is left."""
+        for node in list(self._cluster.worker_nodes):
+            self._cluster.remove_node(node)
+        self._cluster.wait_for_nodes()
+
+    def close(self):
+        self._cluster.shutdown()
+
+
+def _descendants(parent: int) -> list[int]:
+    """Processes that `parent` has started, and those that they have; Linux tells each one's parent in /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # gone meanwhile
+            continue
+        if int(after_name[1]) == parent:
+            child = int(stat.parent.name)
+            found += [child, *_descendants(child)]
+    return found
+
+
+@pytest.fixture(scope="session")
+def fleet_head(ray_environment):
+    fleet = Fleet()
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def fleet(fleet_head):
+    """The cluster with its head alone; the nodes that a test adds end with it."""
+    yield fleet_head
+    fleet_head.clear()

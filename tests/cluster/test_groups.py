@@ -1,0 +1,182 @@
+"""The life of denoise groups on clusters of several nodes: where they stand, what they lose, and what they keep off."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import NamedTuple
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group
+
+from hv_batch.toy.checkpoint import write_toy_checkpoint
+from tests.cluster.runs import (
+    ROOT,
+    command,
+    count,
+    dataset,
+    finish,
+    records,
+    render,
+    start,
+    write_config,
+    write_manifest,
+)
+from tests.cluster.test_render import wait_for
+
+PROMPTS = [f"prompt {i}" for i in range(5)]
+
+
+class Rank(NamedTuple):
+    host: str
+    rank: int
+    local_rank: int
+    pid: int
+
+
+def ranks(marks):
+    """Every rank that ever joined, in order."""
+    path = marks / "ranks"
+    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    return [Rank(host, *map(int, numbers)) for host, *numbers in lines]
+
+
+def videos(output):
+    return {key: data for key, data in dataset(output).items() if key.endswith(".mp4")}
+
+
+@pytest.fixture(scope="module")
+def spanning(fleet_head, tmp_path_factory):
+    """A run of groups of eight over nodes of four and five GPUs; its folder, and what it said."""
+    folder = tmp_path_factory.mktemp("spanning")
+    marks = folder / "marks"
+    marks.mkdir()
+    config = write_config(
+        folder,
+        marks,
+        {"step_seconds": 0.3},
+        parallel={"ulysses_degree": 4, "ring_degree": 2},
+        groups={"count": 2, "nodes_per_group": 2},
+    )
+    for gpus in (4, 5):
+        fleet_head.add_node(gpus=gpus)
+    code, text = render(config, write_manifest(folder, PROMPTS), folder / "out", fleet_head.address)
+    fleet_head.clear()
+    assert code == 0, text
+    return folder, text
+
+
+def test_a_group_of_eight_spans_two_nodes(spanning):
+    """groups.nodes_per_group: four ranks on each node, the Ulysses neighbours of a plan 4 x 2 on the same one."""
+    joined = ranks(spanning[0] / "marks")
+    assert [rank.rank for rank in sorted(joined, key=lambda rank: rank.rank)] == list(range(8))
+    assert {rank.local_rank for rank in joined} == set(range(4))
+    assert len({rank.host for rank in joined}) == 2
+    assert len({(rank.host, rank.rank // 4) for rank in joined}) == 2
+    assert all(rank.local_rank == rank.rank % 4 for rank in joined)
+
+
+def test_groups_that_cannot_be_placed_are_told_of_together(spanning):
+    """Start-up: what is asked, what there is and whether it could ever fit, once while nothing changes."""
+    said = [line for line in spanning[1].splitlines() if "wait for nodes" in line]
+    assert len(said) == 1
+    assert "1 denoise group(s) have their place, 1 wait" in said[0]
+    assert "2 nodes with 4 GPU each; the cluster has 12 CPU + 9 GPU on 3 node(s)" in said[0]
+    assert "when others let go" in said[0]
+
+
+@pytest.fixture
+def rival(fleet):
+    """A placement group of somebody else, who waits for two GPUs of one node."""
+    fleet.add_node(gpus=2)
+    ray.init(address=fleet.address, log_to_driver=False, logging_level="ERROR")
+    yield lambda: placement_group([{"GPU": 1}] * 2, strategy="STRICT_PACK")
+    ray.shutdown()
+
+
+def test_a_group_that_is_disturbed_keeps_its_seats(fleet, rival, tmp_path, marks, spanning):
+    """P3, P4: a group that disagrees with itself renders nothing; a rank that dies or hangs costs one rebuild.
+
+    Others wait all the time for the same two GPUs: a second group of the run, which may take them over, and a stranger,
+    who does not get them. The bytes are the undisturbed ones.
+    """
+    (marks / "disagree").touch()
+    config = write_config(tmp_path, marks, {"step_seconds": 0.1}, groups={"count": 2}, timeouts={"stall_s": 3})
+    output = tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, PROMPTS), output, fleet.address))
+    wait_for(lambda: ranks(marks), "the first life")
+    stranger = rival()
+    for lives, sent in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):
+        done = len(count(marks, "denoised"))
+        wait_for(lambda done=done: len(count(marks, "denoised")) > done, "another denoise")
+        assert not stranger.wait(0)
+        joined = ranks(marks)
+        assert len(joined) == 2 * lives
+        os.kill(next(rank.pid for rank in joined[-2:] if rank.rank == 1), sent)
+    code, text = finish(driver)
+    assert code == 0, text
+    assert "this rank computes something else" in text
+    found = records(output)
+    assert [failure["kind"] for record in found.values() for failure in record["history"]] == ["INFRA"] * 2
+    assert len(ranks(marks)) == 8, "four lives of two ranks"
+    assert videos(output) == videos(spanning[0] / "out")
+
+
+def test_a_node_that_is_lost_costs_one_rebuild_elsewhere(fleet, tmp_path, marks):
+    """P4, P5: the node under the group dies as by a power cut; its sample is rendered on the other node."""
+    nodes = {node.node_ip_address: node for node in (fleet.add_node(gpus=2), fleet.add_node(gpus=2))}
+    config, output = write_config(tmp_path, marks, {"step_seconds": 0.3}), tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, PROMPTS[:3]), output, fleet.address))
+    wait_for(lambda: count(marks, "denoised"), "a denoise")
+    fleet.kill_node(nodes[ranks(marks)[0].host])
+    code, text = finish(driver)
+    assert code == 0, text
+    assert len(records(output)) == 3
+    assert {rank.host for rank in ranks(marks)} == set(nodes), "it went on on the other node"
+
+
+def test_sick_nodes_are_excluded_as_soon_as_they_can_be_spared(fleet, tmp_path, marks):
+    """P5: a node where no group starts stays while it is the only one, and gets none once there are others.
+
+    One of those has a GPU that breaks under every sample: two tries later the sample is rendered on the third node.
+    """
+    sick = fleet.add_node(gpus=2)
+    (marks / f"sick-{sick.node_ip_address}").touch()
+    config, output = write_config(tmp_path, marks, {"step_seconds": 0.3}, retries={"worker": 9}), tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, PROMPTS[:1]), output, fleet.address))
+    wait_for(
+        lambda: "no other node could host a group: it stays" in driver.stdout.readline(), "that it cannot be spared"
+    )
+    well = {node.node_ip_address for node in (fleet.add_node(gpus=2), fleet.add_node(gpus=2))}
+    wait_for(lambda: ranks(marks)[-1].host in well, "a start elsewhere")
+    faulty = ranks(marks)[-1].host
+    (marks / f"faulty-{faulty}").touch()
+    code, text = finish(driver)
+    assert code == 0, text
+    assert records(output)["s00"]["attempts"] == 3
+    assert {ranks(marks)[-1].host} == well - {faulty}
+    excluded = json.loads((output / "summary.json").read_text())["excluded_nodes"]
+    assert len(excluded) == 2
+    for host, why in ((sick.node_ip_address, "groups do not start there"), (faulty, "its device fails")):
+        ((node, reason),) = ((node, reason) for node, reason in excluded.items() if host in node)
+        assert why in reason
+        assert f"{node} is excluded for the rest of this run: {why}" in text
+
+
+def test_the_ring_across_two_nodes_gives_the_bytes_of_one(fleet, tmp_path):
+    """P3: the real engine over gloo, a rank a node, renders what the same plan renders inside one node."""
+    base = write_toy_checkpoint(tmp_path / "toy")
+    config, manifest = ROOT / "configs" / "fake_gpus_8rank.yaml", write_manifest(tmp_path, PROMPTS[:1])
+    overrides = [f"model.options.model_base={base}", "parallel.ulysses_degree=1", "parallel.ring_degree=2"]
+    overrides += ["defaults.height=64", "defaults.width=64", "defaults.num_frames=9", "defaults.num_inference_steps=2"]
+    for _ in range(2):
+        fleet.add_node(gpus=1)
+    code, text = render(config, manifest, tmp_path / "two", fleet.address, *overrides, "groups.nodes_per_group=2")
+    assert code == 0, text
+    fleet.add_node(gpus=2)
+    code, text = render(config, manifest, tmp_path / "one", fleet.address, *overrides)
+    assert code == 0, text
+    assert len(videos(tmp_path / "one")) == 1
+    assert videos(tmp_path / "two") == videos(tmp_path / "one")

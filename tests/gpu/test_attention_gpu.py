@@ -1,0 +1,73 @@
+"""Attention on GPUs: cuDNN's kernel at the released head size, and xfuser's long-context attention next to ours."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
+from hv_batch.engine.dit import DiTConfig
+from hv_batch.engine.parallel import host_store, join_group, leave_group
+from hv_batch.engine.xfuser_attention import XfuserAttention
+from hv_batch.protocol import ParallelPlan, RankPlace
+from tests.engine.dit_reference import random_dit, random_inputs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+WIDE = DiTConfig(hidden_size=1024, heads_num=8, mm_double_blocks_depth=1, mm_single_blocks_depth=1, text_states_dim=64)
+PLANS = [(2, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "cudnn"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_merge_to_the_whole(name, dtype):
+    """Design section 5: the log-sum-exp is the true one (zeros would be silently wrong in a ring), of strides."""
+    torch.manual_seed(0)
+    kernel = choose_kernel(name, torch.device("cuda"), dtype)
+    q, k, v = torch.randn(1000, 3, 8, 128, device="cuda").to(dtype).unbind(1)
+    expected, expected_lse = attend_math(q, k, v)
+    whole, lse = kernel(q, k, v)
+    (first, first_lse), second = kernel(q, k[:333], v[:333]), kernel(q, k[333:], v[333:])
+    merged, merged_lse = merge(first.float(), first_lse, *second)
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 3e-3
+    for out, found in ((whole, lse), (merged, merged_lse)):
+        assert (out.float() - expected.float()).abs().max().item() <= tolerance
+        assert (found - expected_lse).abs().max().item() <= 1e-3
+    assert torch.equal(whole, kernel(q, k, v)[0])
+    assert KERNELS[name] is kernel
+
+
+def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:
+    for (u, r), queue in addresses.items():
+        plan = ParallelPlan(ulysses_degree=u, ring_degree=r)
+        if rank == 0:
+            queue.put(host_store("127.0.0.1", 2))
+        address = queue.get()
+        queue.put(address)
+        mesh = join_group(
+            RankPlace(rank=rank, local_rank=rank, plan=plan, device="cuda", address=address, timeout_s=120.0)
+        )
+        model = random_dit(WIDE, seed=1).to("cuda", torch.bfloat16)
+        given = random_inputs(WIDE, (3, 8, 8), [7, 12], seed=2, padded=12)  # 48 tokens, texts of two lengths
+        inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+        native = model(**inputs, mesh=mesh)
+        model.joint_attention = XfuserAttention(mesh)
+        torch.save((native.cpu(), model(**inputs, mesh=mesh).cpu()), folder / f"u{u}r{r}-{rank}.pt")
+        leave_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(find_spec("xfuser") is None, reason="needs the 'gpu' extra")
+def test_xfuser_agrees_with_our_attention(tmp_path):
+    """`sequence_parallel: xfuser` over NCCL: within bfloat16's rounding of the native one, and equal on both ranks."""
+    context = mp.get_context("spawn")
+    addresses = {plan: context.Queue() for plan in PLANS}
+    mp.start_processes(_rank_main, (tmp_path, addresses), nprocs=2, start_method="spawn")
+    for u, r in PLANS:
+        (native, xfuser), (_, other) = (torch.load(tmp_path / f"u{u}r{r}-{rank}.pt") for rank in range(2))
+        assert torch.equal(xfuser, other)
+        assert ((xfuser - native).float().norm() / native.float().norm()).item() <= 0.02
