@@ -11,11 +11,10 @@ from typing import Annotated
 
 import typer
 
+from hv_batch import operate
 from hv_batch.bench.commands import app as bench_app
 from hv_batch.job.config import load_config
 from hv_batch.job.progress import Progress
-from hv_batch.job.status import read_status
-from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from hv_batch.weights.commands import app as weights_app
 
@@ -41,6 +40,9 @@ def run(
     output: Annotated[str, typer.Option(help="output root: folder or URL; an unfinished one is resumed")],
     overrides: Overrides = None,
     address: Address = None,
+    steal: Annotated[
+        bool, typer.Option("--steal", help="take the output root over from a driver that is known to hang")
+    ] = False,
 ) -> None:
     """Render what the output root lacks of the manifest.
 
@@ -55,7 +57,7 @@ def run(
             "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
         )
     settings = load_config(config, overrides or [])
-    code = render(settings, manifest, output, address=address, progress=Progress())
+    code = render(settings, manifest, output, address=address, progress=Progress(), steal=steal)
     raise typer.Exit(code)
 
 
@@ -132,16 +134,6 @@ def sample(context: typer.Context) -> None:
 
 
 @app.command()
-def status(
-    output: Annotated[str, typer.Argument(help="output root: folder or URL")],
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
-) -> None:
-    """Tell how an output root stands, shard by shard. Reads storage only."""
-    found = read_status(Store(output))
-    print(json.dumps(found.to_dict(), indent=1) if as_json else found.render())
-
-
-@app.command()
 def plan(
     config: Annotated[str, typer.Option(help="YAML file or URL")],
     manifest: Annotated[str, typer.Option(help="prompts: JSONL or Parquet, file or URL")],
@@ -155,6 +147,10 @@ def plan(
 
     found = make_plan(load_config(config, overrides or []), manifest, find_gpu(gpu))
     print(json.dumps(found, indent=1) if as_json else render_plan(found))
+
+
+for operation in (operate.status, operate.verify, operate.retry, operate.gc, operate.diff):
+    app.command()(operation)
 
 
 def main() -> None:

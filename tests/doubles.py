@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from hv_batch.job.backends import LocalDisk
+from hv_batch.job.storage import Store
+
 
 @dataclass(frozen=True)
 class FakeEmbedding:
@@ -35,12 +38,34 @@ class FakeEngine:
         hold_after: Sequence[int] = (),
         check: list[str] | None = None,
         revision: str = "a",
+        dies_after: list[str] | None = None,
     ):
         self.marks = Path(marks)
+        self.dies_after = dies_after or []
+        self._arm()
         self.step_seconds = step_seconds
         self.hold_after = hold_after
         self.problems = check or []
         self.revision = revision
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._arm()
+
+    def _arm(self):
+        """Driver or actor, this process dies just after it has written the first object whose key begins so."""
+        for prefix in self.dies_after:
+            for name in ("create", "put", "put_file"):
+                setattr(LocalDisk, name, self._dying(getattr(LocalDisk, name), prefix))
+
+    def _dying(self, act, prefix):
+        def wrapped(disk, key, *args):
+            result = act(disk, key, *args)
+            if key.startswith(prefix) and self.first(f"died-after-{prefix.replace('/', '')}"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
 
     def check(self):
         return list(self.problems)
@@ -165,3 +190,42 @@ class FakeDecoder:
             level = np.uint8(128 + 40 * np.tanh(latents[:, index].mean() * 10))
             count = 1 if index == 0 else 4
             yield np.full((count, height * 8, width * 8, 3), level, np.uint8)
+
+
+# A store that dies ----------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The process is gone; no handler of ours catches it."""
+
+
+class CrashingStore(Store):
+    """A real store whose process dies just before or just after the act number `at` of those that change something."""
+
+    def __init__(self, url, at=None, when="before"):
+        super().__init__(url)
+        self.at = at
+        self.when = when
+        self.acts = []
+
+    def put_new(self, key, data):
+        return self._act("put_new", key, lambda: super(CrashingStore, self).put_new(key, data))
+
+    def put(self, key, data):
+        return self._act("put", key, lambda: super(CrashingStore, self).put(key, data))
+
+    def put_file(self, key, path):
+        return self._act("put_file", key, lambda: super(CrashingStore, self).put_file(key, path))
+
+    def delete(self, key):
+        return self._act("delete", key, lambda: super(CrashingStore, self).delete(key))
+
+    def _act(self, name, key, act):
+        dies = len(self.acts) == self.at
+        self.acts.append(f"{name} {key}")
+        if dies and self.when == "before":
+            raise Crash
+        result = act()
+        if dies:
+            raise Crash
+        return result

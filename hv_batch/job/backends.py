@@ -99,6 +99,9 @@ class LocalDisk:
             keys += [f"{inside}/{name}" for name in names]
         return keys
 
+    def modified(self, key: str) -> float:
+        return os.path.getmtime(self._path(key))
+
     def delete(self, key: str) -> None:
         Path(self._path(key)).unlink(missing_ok=True)
 
@@ -201,6 +204,11 @@ class Remote:
         except FileNotFoundError:
             return []
         return [path.removeprefix(self.root).lstrip("/") for path in paths]
+
+    def modified(self, key: str) -> float:
+        self._forget_listings()
+        written: float = self.fs.modified(self._path(key)).timestamp()
+        return written
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -25,6 +25,7 @@ from hv_batch.job import layout
 from hv_batch.job.columns import Kind, arrow_column, clean_text, column_names, learn
 from hv_batch.job.commits import read_commit
 from hv_batch.job.storage import Store
+from hv_batch.job.sums import sum_up, write_sums
 
 READERS = (
     16  # records are small, so latency rules: enough to hide an object store's ~30 ms a GET, few enough to be polite
@@ -73,7 +74,40 @@ def seal_shard(
     with ThreadPoolExecutor(READERS, thread_name_prefix="seal") as pool:
         records = list(pool.map(lambda sample: _terminal_record(store, shard, sample), keys_in_order))
     committed = [record for record in records if record is not None]
+    write_sums(store, shard, sum_up(committed))  # before the seal: whoever finds a sealed shard finds its sums
     return store.put_new(key, parquet_bytes(metadata_table(committed, extra_kinds or {})))
+
+
+def unseal_shard(store: Store, shard: int) -> None:
+    """Take back the seal of the run and then that of the shard, so that the run command looks at its samples again.
+
+    In this order a crash in between leaves a run that is complete and says it is not, and never one that claims to be
+    finished while a shard is open.
+    """
+    for key in (layout.SUCCESS, layout.metadata_key(shard), layout.sums_key(shard)):
+        if store.exists(key):  # looking first spares versioned buckets a delete marker
+            store.delete(key)
+
+
+def read_rows(store: Store, shard: int) -> list[dict[str, Any]]:
+    """The rows of a sealed shard's table: `file_name` and our columns, by name, in plan order.
+
+    Raises FileNotFoundError when the shard is not sealed, ValueError when its table cannot be read or lacks a column.
+    """
+    data = store.get(layout.metadata_key(shard))
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), columns=["file_name", *COLUMNS]).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{layout.metadata_key(shard)} is not a table of this program: {error}") from error
+    if rows and rows[0].keys() != {"file_name", *COLUMNS}:
+        raise ValueError(f"{layout.metadata_key(shard)} lacks {sorted({'file_name', *COLUMNS} - rows[0].keys())}")
+    return rows
+
+
+def describe_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The row that a commit record becomes, without the user's own columns."""
+    row = {"file_name": record["file"].rpartition("/")[2]}
+    return row | {name: _value_at(record, path) for name, (path, _) in COLUMNS.items()}
 
 
 def _terminal_record(store: Store, shard: int, key: str) -> dict[str, Any] | None:
@@ -92,9 +126,10 @@ def metadata_table(records: Sequence[Mapping[str, Any]], extra_kinds: Mapping[st
     kinds = dict(extra_kinds)
     for record in records:
         learn(kinds, record["extra"])
-    columns = {"file_name": pa.array([record["file"].rpartition("/")[2] for record in records], pa.string())}
-    for name, (path, dtype) in COLUMNS.items():
-        columns[name] = pa.array([_value_at(record, path) for record in records], dtype)
+    rows = [describe_row(record) for record in records]
+    columns = {"file_name": pa.array([row["file_name"] for row in rows], pa.string())}
+    for name, (_, dtype) in COLUMNS.items():
+        columns[name] = pa.array([row[name] for row in rows], dtype)
     for name, column in column_names(kinds, taken=columns).items():
         columns[column] = arrow_column((record["extra"].get(name) for record in records), kinds[name])
     return pa.table(columns)

@@ -7,6 +7,8 @@
     quarantine/shard-00017/<key>.json            the record of a sample that was given up
     latents/shard-00017/<key>.safetensors        a final latent whose video is not committed yet
     steps/shard-00017/<key>.safetensors          the last step checkpoint of a denoise that has not ended well yet
+    report/shards/shard-00017.json               what the sealed shard adds to the summary
+    lease.json                                   who is writing here at the moment
     summary.json, report/index.html, _SUCCESS
 
 Keys are relative to the root and posix. `key` is a sample's key-safe name (`Sample.key`), unique within the manifest.
@@ -18,6 +20,7 @@ RUN = "run.json"
 SUMMARY = "summary.json"
 SUCCESS = "_SUCCESS"
 REPORT = "report/index.html"
+LEASE = "lease.json"
 COMMITS = "commits/"
 STEPS = "steps/"
 
@@ -41,6 +44,10 @@ def media_key(shard: int, key: str, sha256: str, suffix: str) -> str:
 
 def metadata_key(shard: int) -> str:
     return f"{media_dir(shard)}metadata.parquet"
+
+
+def sums_key(shard: int) -> str:
+    return f"report/shards/{shard_name(shard)}.json"
 
 
 def commit_dir(shard: int) -> str:

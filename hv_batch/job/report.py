@@ -1,24 +1,26 @@
 """What a run came to: the numbers of `summary.json`, and `report/index.html` to look at it.
 
-Both are read from the records of the output root, shard by shard, so they can be made of a run that is under way,
-finished or resumed on another machine. A record is read in milliseconds of a thread and stands for minutes of a GPU:
-reading every one once more at the end costs nothing that matters, and so no counter has to survive a crash.
+Both are read from the output root, shard by shard, so they can be made of a run that is under way, finished or resumed
+on another machine, and no counter has to survive a crash. A sealed shard has left its sums; records are read only of
+shards that are open, or that have changed since.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import gallery, layout
-from hv_batch.job.commits import read_commit, read_quarantine, scan_shard
+from hv_batch.job.commits import read_commit, scan_shard
+from hv_batch.job.quarantine import read_quarantined
 from hv_batch.job.runs import read_run
-from hv_batch.job.status import read_status
+from hv_batch.job.status import ShardStatus, read_status
 from hv_batch.job.storage import Store
+from hv_batch.job.sums import Sums, read_sums, sum_up
 
 SCHEMA = "hv_batch/summary/1"
 READERS = 16  # records are small: enough to hide an object store's latency, few enough to be polite to it
@@ -27,25 +29,19 @@ MAX_FAILED = 200  # a traceback is up to 8 kB, and the hundredth says little new
 
 
 def aggregate(store: Store) -> dict[str, Any]:
-    """The document of `summary.json`, from every record of the root. Raises UserError when the root holds no run.
+    """The document of `summary.json`, of everything in the root. Raises UserError when the root holds no run.
 
     `stages` are seconds, as sum and as mean over the committed samples that report the stage. `denoise_gpu_seconds` are
     the denoise seconds times the ranks of a group, null on a CPU. `failures` counts quarantined samples by class,
     `retries` the failed tries of samples that were committed all the same.
     """
     run, status = read_run(store), read_status(store)
-    seconds: Counter[str] = Counter()
-    timed: Counter[str] = Counter()  # samples that report the stage
-    retries: Counter[str] = Counter()
-    media: Counter[str] = Counter(bytes=0, frames=0)
-    footage_s = 0.0
-    for record in _committed(store, len(status.shards)):
-        seconds.update(record["stages"])
-        timed.update(record["stages"].keys())
-        retries.update(failure["kind"] for failure in record["history"])
-        media.update(bytes=record["bytes"], frames=record["produced"]["num_frames"])
-        if record["produced"]["num_frames"] > 1:  # an image lasts no time
-            footage_s += record["produced"]["num_frames"] / record["fps"]
+    sums = Sums()
+    for of_shard in _sums(store, status.shards):
+        sums.merge(of_shard)
+    failures: Counter[str] = Counter()
+    for reason in status.reasons:
+        failures[reason.kind] += reason.samples
     return {
         "schema": SCHEMA,
         "fingerprint": run["fingerprint"],
@@ -56,13 +52,13 @@ def aggregate(store: Store) -> dict[str, Any]:
         "shards": len(status.shards),
         "shards_sealed": status.sealed,
         "stages": {
-            stage: {"seconds": round(total, 3), "mean_seconds": round(total / timed[stage], 3)}
-            for stage, total in seconds.items()
+            stage: {"seconds": total / 1000, "mean_seconds": round(total / sums.timed[stage] / 1000, 3)}
+            for stage, total in sums.stage_ms.items()
         },
-        "denoise_gpu_seconds": _gpu_seconds(run, seconds["denoise"]),
-        "media": {**media, "seconds": round(footage_s, 3)},
-        "failures": dict(Counter(record["class"] for record in _quarantined(store, len(status.shards)))),
-        "retries": dict(retries),
+        "denoise_gpu_seconds": _gpu_seconds(run, sums.stage_ms["denoise"] / 1000),
+        "media": {"bytes": sums.bytes, "frames": sums.frames, "seconds": round(sums.footage_seconds(), 3)},
+        "failures": dict(failures),
+        "retries": dict(sums.retries),
     }
 
 
@@ -77,30 +73,30 @@ def _gpu_seconds(run: Mapping[str, Any], denoise_seconds: float) -> float | None
 def write_report(store: Store, summary: Mapping[str, Any]) -> None:
     """Write `report/index.html`: totals from `summary` (of `aggregate`), the first videos and the first failures."""
     shards = summary["shards"]
-    videos = list(islice(_committed(store, shards), MAX_CARDS))
-    failed = list(islice(_quarantined(store, shards), MAX_FAILED))
+    videos = list(islice(_committed(store, range(shards)), MAX_CARDS))
+    # As many as there are and no more: looking for the next would list every shard of a run that has none.
+    failed = list(islice(read_quarantined(store, range(shards)), min(MAX_FAILED, summary["quarantined"])))
     name = store.url.rpartition("/")[2] or store.url
     store.put(layout.REPORT, gallery.page(name, read_run(store), summary, videos, failed).encode("utf-8"))
 
 
-def _committed(store: Store, shards: int) -> Iterator[dict[str, Any]]:
-    """Every commit record in plan order, one shard of them in memory."""
+def _sums(store: Store, shards: Sequence[ShardStatus]) -> Iterator[Sums]:
+    """Those of every shard: what sealing it wrote down, where it still holds, else from its records."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="sums") as pool:
+        for shard, kept in zip(shards, pool.map(lambda shard: _kept_sums(store, shard), shards), strict=True):
+            yield kept or sum_up(_committed(store, [shard.shard]))
+
+
+def _kept_sums(store: Store, shard: ShardStatus) -> Sums | None:
+    """None for an open shard, and for one whose records have become more or fewer since it was sealed."""
+    sums = read_sums(store, shard.shard) if shard.sealed else None
+    return sums if sums is not None and sums.committed == shard.committed else None
+
+
+def _committed(store: Store, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Every commit record of `shards` in plan order, one shard of them in memory."""
     with ThreadPoolExecutor(READERS, thread_name_prefix="report") as pool:
-        for shard in range(shards):
+        for shard in shards:
             keys = scan_shard(store, shard).committed
             records = pool.map(lambda key, shard=shard: read_commit(store, shard, key), keys)
             yield from sorted(records, key=itemgetter("row", "video_index"))
-
-
-def _quarantined(store: Store, shards: int) -> Iterator[dict[str, Any]]:
-    """Every quarantine record in plan order. There are few, or the run has other problems than the speed of this."""
-    for shard in range(shards):
-        records = [_read_quarantine(store, shard, key) for key in scan_shard(store, shard).quarantined]
-        yield from sorted(filter(None, records), key=itemgetter("row", "video_index"))
-
-
-def _read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any] | None:
-    try:
-        return read_quarantine(store, shard, key)
-    except FileNotFoundError:  # committed since the listing
-        return None

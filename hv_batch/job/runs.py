@@ -128,10 +128,7 @@ def _refuse_orphans(store: Store) -> None:
 
 
 def _refusal(store: Store, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    lines = list(_differences(theirs["identity"], json.loads(encode(ours["identity"]))))
-    if any(line.startswith("manifest:") for line in lines):
-        # Two digests differ, but say nothing: what the manifests are does.
-        lines += [f"(manifest) {line}" for line in _differences(theirs.get("manifest"), ours.get("manifest"))]
+    lines = find_differences(theirs, ours)
     shown = "\n".join(f"  {line}" for line in lines[:MAX_DIFFERENCES])
     rest = f"\n  and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
     return (
@@ -139,6 +136,15 @@ def _refusal(store: Store, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
         f"cannot be resumed with these. What differs (theirs -> yours):\n{shown}{rest}\n"
         "Choose another output root, or go back to the values on the left."
     )
+
+
+def find_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Readable lines for all that differs between the identities of two runs (`run.json` or what it will be)."""
+    lines = list(_differences(theirs["identity"], json.loads(encode(ours["identity"]))))
+    if any(line.startswith("manifest:") for line in lines):
+        # Two digests differ, but say nothing: what the manifests are does.
+        lines += [f"(manifest) {line}" for line in _differences(theirs.get("manifest"), ours.get("manifest"))]
+    return lines
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:

@@ -1,20 +1,24 @@
 """The state of an output root, read from storage alone: no Ray, no driver, while a run goes on or years after it.
 
 What it says is what a resume would find: a sample is committed or quarantined because its record exists, and pending
-otherwise. Only counts are kept, one line a shard, whatever the samples hold.
+otherwise. Only counts are kept, one line a shard, whatever the samples hold; of quarantine records, which are few, the
+reasons in groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.commits import scan_shard
+from hv_batch.job.lease import Holder, is_gone, read_lease
+from hv_batch.job.quarantine import Reason, group_reasons, read_quarantined
 from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
+from hv_batch.protocol import UserError
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
 WINDOW = 1024  # shards queued at once, so that a run of 40,000 shards does not become 40,000 futures
@@ -49,11 +53,17 @@ class ShardStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """An output root at one moment. `finished` is that of `_SUCCESS`: nothing pending and everything sealed."""
+    """An output root at one moment, or some shards of it.
+
+    `finished` is that of `_SUCCESS`: nothing pending and everything sealed. `holder` is whoever wrote there last and
+    has not said goodbye.
+    """
 
     url: str
     finished: bool
     shards: tuple[ShardStatus, ...]
+    reasons: tuple[Reason, ...] = ()
+    holder: Holder | None = None
 
     @property
     def samples(self) -> int:
@@ -85,6 +95,8 @@ class Status:
             "quarantined": self.quarantined,
             "pending": self.pending,
             "shards_sealed": self.sealed,
+            "holder": asdict(self.holder) | {"gone": is_gone(self.holder)} if self.holder else None,
+            "reasons": [reason.to_dict() for reason in self.reasons],
             "shards": [asdict(shard) | {"pending": shard.pending, "state": shard.state} for shard in self.shards],
         }
 
@@ -97,6 +109,7 @@ class Status:
             f"{self.url}: {'finished' if self.finished else 'not finished'}",
             f"{self.committed:,} of {self.samples:,} samples committed, {self.quarantined:,} quarantined, "
             f"{self.pending:,} pending; {self.sealed:,} of {len(self.shards):,} shards sealed",
+            *([_tell_holder(self.holder)] if self.holder else []),
             "",
             f"{'shard':<14}{'samples':>9}{'committed':>11}{'quarantined':>13}{'pending':>9}  state",
         ]
@@ -110,14 +123,30 @@ class Status:
             lines.append(f"and {clean:,} shards that are sealed and without quarantined samples")
         if cut:
             lines.append(f"and {cut:,} more shards that are not; --json lists all")
+        if self.reasons:
+            lines += ["", "quarantined, by class and message (# is any number):"]
+            lines += [reason.render() for reason in self.reasons[:MAX_LINES]]
         return "\n".join(lines)
 
 
-def read_status(store: Store) -> Status:
-    """Status of an output root. Raises UserError when it holds no run."""
+def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
+    """Status of an output root, or of `shards` alone. Raises UserError when it holds no run, or no such shard."""
     run = read_run(store)
     finished = store.exists(layout.SUCCESS)  # before the scan: what a finished run holds no longer changes
-    return Status(url=store.url, finished=finished, shards=tuple(_scan_shards(store, run)))
+    found = tuple(_scan_shards(store, run, chosen_shards(run, shards)))
+    given_up = read_quarantined(store, [shard.shard for shard in found if shard.quarantined])
+    reasons = tuple(group_reasons(given_up))
+    return Status(url=store.url, finished=finished, shards=found, reasons=reasons, holder=read_lease(store))
+
+
+def chosen_shards(run: Mapping[str, Any], shards: Collection[int] | None) -> Sequence[int]:
+    """`shards` in order, or all of the run. Raises UserError for one that the run does not have."""
+    count = plan_size(run)[1]
+    if shards is None:
+        return range(count)
+    if missing := sorted(shard for shard in shards if shard >= count):
+        raise UserError(f"The run has {count:,} shards, numbered from 0; there is no shard {missing[0]}.")
+    return sorted(shards)
 
 
 def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
@@ -126,8 +155,14 @@ def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
     return samples, -(-samples // run["config"]["output"]["shard_size"])
 
 
-def _scan_shards(store: Store, run: Mapping[str, Any]) -> Iterator[ShardStatus]:
-    samples, shards = plan_size(run)
+def _tell_holder(holder: Holder) -> str:
+    if is_gone(holder):
+        return f"not released by {holder.describe()}, which has ended; the next run takes over"
+    return f"held by {holder.describe()}"
+
+
+def _scan_shards(store: Store, run: Mapping[str, Any], shards: Sequence[int]) -> Iterator[ShardStatus]:
+    samples, _ = plan_size(run)
     shard_size = run["config"]["output"]["shard_size"]
 
     def scan(shard: int) -> ShardStatus:
@@ -141,5 +176,5 @@ def _scan_shards(store: Store, run: Mapping[str, Any]) -> Iterator[ShardStatus]:
         )
 
     with ThreadPoolExecutor(SCANNERS, thread_name_prefix="status") as pool:
-        for first in range(0, shards, WINDOW):
-            yield from pool.map(scan, range(first, min(first + WINDOW, shards)))
+        for first in range(0, len(shards), WINDOW):
+            yield from pool.map(scan, shards[first : first + WINDOW])

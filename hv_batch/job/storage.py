@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -27,10 +27,11 @@ from fsspec.utils import get_protocol
 
 from hv_batch.job.backends import LocalDisk, PutIfAbsent, Remote
 from hv_batch.job.inputs import public_url
+from hv_batch.job.leftovers import Leftover, find_leftovers, remove_leftover
 from hv_batch.job.store_errors import StorageUnavailableError, is_transient, raise_translated
 from hv_batch.protocol import UserError
 
-__all__ = ["PutIfAbsent", "StorageUnavailableError", "Store"]
+__all__ = ["Leftover", "PutIfAbsent", "StorageUnavailableError", "Store"]
 
 T = TypeVar("T")
 
@@ -100,6 +101,18 @@ class Store:
             # Hidden names are files that a killed writer left behind, or a probe.
             if not key.rsplit("/", 1)[-1].startswith("."):
                 yield key
+
+    def modified(self, key: str) -> float:
+        """When the object was last written, in seconds since 1970 by the store's clock. Raises FileNotFoundError."""
+        path = _checked(key)
+        return self._retry(lambda: self._backend.modified(path))
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """What killed writers left below the root that no listing shows: drafts, probes, unfinished uploads."""
+        return self._retry(lambda: find_leftovers(self._backend))
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        self._retry(lambda: remove_leftover(self._backend, leftover))
 
     def delete(self, key: str) -> None:
         """Remove the object; a missing one is fine."""

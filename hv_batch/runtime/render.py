@@ -22,6 +22,7 @@ from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config import RunConfig
 from hv_batch.job.inputs import public_url, public_values
+from hv_batch.job.lease import Lease, held, this_process
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import check_memory
 from hv_batch.job.plan import Plan
@@ -34,7 +35,7 @@ from hv_batch.protocol import Engine, UserError
 from hv_batch.runtime.context import RunContext, build_engine
 from hv_batch.runtime.driver import Driver, Outcome
 from hv_batch.runtime.placement import await_resources
-from hv_batch.runtime.session import ray_session
+from hv_batch.runtime.session import ray_session, submission_id
 
 # What a record's reader needs to reproduce its bytes.
 RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "numpy")
@@ -63,15 +64,17 @@ def render(
     *,
     address: str | None,
     progress: Progress,
+    steal: bool = False,
     stopped: Event | None = None,
 ) -> ExitCode:
     """Render what `output_url` lacks of the manifest. Raises UserError, which means exit code 1.
 
-    `stopped` may be set by anybody to end the run after a drain; SIGTERM and SIGINT set it, too.
+    While another driver is writing there this is refused, unless `steal` makes that one stop. `stopped` may be set by
+    anybody to end the run after a drain; SIGTERM and SIGINT set it, too.
     """
     with _stop_signals(stopped) as stopped:
         try:
-            return _render(config, manifest_url, Store(output_url), address, progress, stopped)
+            return _render(config, manifest_url, Store(output_url), address, progress, stopped, steal)
         except KeyboardInterrupt:
             progress.say("stopped at once; run the same command again to go on")
             return ExitCode.STOPPED
@@ -82,24 +85,47 @@ def render(
 
 
 def _render(
-    config: RunConfig, manifest_url: str, store: Store, address: str | None, progress: Progress, stopped: Event
+    config: RunConfig,
+    manifest_url: str,
+    store: Store,
+    address: str | None,
+    progress: Progress,
+    stopped: Event,
+    steal: bool,
 ) -> ExitCode:
     job = _prepare(config, manifest_url, store, progress)
-    total = job.summary.samples
     if job.state is RunState.FINISHED:
-        progress.say(f"nothing to render: all {total} samples of {public_url(store.url)} are done")
+        progress.say(f"nothing to render: all {job.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
+    me = this_process("run", submission_id())
+    # Held before Ray is asked for anything: a second driver would wait for GPUs that the first one has.
+    with held(store, me, steal=steal, say=progress.say, wait=stopped.wait) as lease:
+        if lease is None:
+            progress.say("stopped while waiting for the output root; nothing was begun")
+            return ExitCode.STOPPED
+        return _render_pending(job, address, progress, stopped, lease)
+
+
+def _render_pending(job: _Job, address: str | None, progress: Progress, stopped: Event, lease: Lease) -> ExitCode:
+    config, store = job.context.config, job.context.store
+
+    def should_stop() -> bool:
+        lease.check()  # raises where the root is another driver's now: a drain would only render what that one renders
+        return stopped.is_set()
+
     progress.say("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
+    total = job.summary.samples
     plan = Plan(store, iter_samples(job.manifest, config), keep_latents=config.output.keep_latents)
     with ray_session(config, address) as local, _stop_signals(stopped), progress:
         patience_s = 0.0 if local else config.timeouts.start_s
-        if not await_resources(config, patience_s=patience_s, say=progress.say, should_stop=stopped.is_set):
+        if not await_resources(config, patience_s=patience_s, say=progress.say, should_stop=should_stop):
             progress.say("stopped while waiting for nodes; nothing was begun")
             return ExitCode.STOPPED
         # Only now is the root claimed: whoever asked for more than there is may ask for something else.
         open_run(store, job.document)
-        driver = Driver(job.context, plan, total, job.summary.extra_kinds, progress, should_stop=stopped.is_set)
+        driver = Driver(job.context, plan, total, job.summary.extra_kinds, progress, should_stop=should_stop)
         outcome = driver.run()
+    lease.check()
     return _close(store, plan, outcome, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -40,6 +41,16 @@ def ray_session(config: RunConfig, address: str | None) -> Iterator[bool]:
         yield address == "local"
     finally:
         ray.shutdown()
+
+
+def submission_id() -> str | None:
+    """The name of the job that `ray job submit` started this process for; None for any other process."""
+    try:
+        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+        name: str | None = told["metadata"]["job_submission_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return name
 
 
 def _connect(address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -51,6 +52,7 @@ def test_ray_job_stop_drains(ray_head, tmp_path, marks):
     while not count(marks, "denoised"):
         assert time.monotonic() < deadline, ray_job(ray_head[1], "logs", job)
         time.sleep(0.1)
+    assert json.loads((output / "lease.json").read_text())["job"] == job, "an operator finds the job that writes here"
     ray_job(ray_head[1], "stop", job)
     _, log = ray_job(ray_head[1], "logs", job)
     assert "stopped after" in log, log

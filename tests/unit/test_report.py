@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from rendered_roots import make_commit, make_failure, make_quarantine, make_sample, open_root
 
 from hv_batch.job import commits, gallery, layout, report, runs
+from hv_batch.job.dataset import seal_shard
 from hv_batch.job.errors import FailureClass
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
@@ -88,6 +90,60 @@ def test_aggregate_without_gpus_claims_no_gpu_time(store):
     """A CPU run reports no GPU seconds rather than a wrong number."""
     open_root(store, 1)
     assert report.aggregate(store)["denoise_gpu_seconds"] is None
+
+
+def rich_root(store, seals):
+    """Nine samples in three shards, with everything a summary counts; `seals` says which shards are sealed."""
+    open_root(store, 9, device="cuda")
+    lost = make_failure(FailureClass.INFRA)
+    for number in (1, 2, 3, 5, 6, 8, 9):
+        sample = make_sample(number, num_frames=1 if number % 4 == 2 else 17)
+        stages = {"encode": {"seconds": 0.001 * number}, "denoise": {"seconds": 1 / number}} if number != 3 else {}
+        stages = {name: {"seconds": round(report["seconds"], 3)} for name, report in stages.items()}
+        record = make_commit(sample, stages=stages, failures=[lost] * (number % 3))
+        commits.commit(store, record | {"fps": (24, 25, 30)[number % 3]})
+    commits.quarantine(store, make_quarantine(make_sample(4)))
+    commits.quarantine(store, make_quarantine(make_sample(7), make_failure(FailureClass.GPU_OOM)))
+    keys = [[f"s{number:03d}" for number in range(first, min(first + 4, 10))] for first in (1, 5, 9)]
+    for shard in seals:
+        assert seal_shard(store, shard, keys[shard])
+
+
+@pytest.mark.parametrize("seals", itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in range(4)))
+def test_the_sums_of_sealed_shards_give_the_same_summary(tmp_path, seals):
+    """P7: whichever shards are sealed, the summary equals the one made of every record, digit for digit."""
+    store, unsealed = Store(str(tmp_path / "a")), Store(str(tmp_path / "b"))
+    rich_root(store, seals)
+    rich_root(unsealed, ())
+    assert report.aggregate(store) == report.aggregate(unsealed) | {"shards_sealed": len(seals)}
+
+
+def test_records_of_a_sealed_shard_are_not_read_again(store, monkeypatch):
+    """P7: the end of a long run reads one object a shard."""
+    rich_root(store, (0, 1, 2))
+    expected = report.aggregate(store)
+    monkeypatch.setattr(report, "read_commit", None)
+    assert report.aggregate(store) == expected
+
+
+@pytest.mark.parametrize("sums", [b"", b"{}", b'{"schema": "hv_batch/sums/0"}', None])
+def test_sums_that_cannot_be_used_are_made_again(store, sums):
+    """P2: lost, damaged or of another version: the records say it."""
+    rich_root(store, (0, 1, 2))
+    expected = report.aggregate(store)
+    store.delete(layout.sums_key(1))
+    if sums is not None:
+        store.put(layout.sums_key(1), sums)
+    assert report.aggregate(store) == expected
+
+
+def test_a_commit_after_the_seal_is_counted(store):
+    """P1: a sample that was given up and committed late counts once, as committed."""
+    rich_root(store, (0, 1, 2))
+    commits.commit(store, make_commit(make_sample(4)))
+    summary = report.aggregate(store)
+    assert (summary["committed"], summary["quarantined"]) == (8, 1)
+    assert summary["media"]["bytes"] == 8000
 
 
 def test_aggregate_needs_a_run(store):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from rendered_roots import make_commit, make_quarantine, make_sample, open_root
 
-from hv_batch.job import commits, layout, status
+from hv_batch.job import commits, layout, lease, status
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
@@ -67,15 +68,16 @@ def test_dict_is_json_and_adds_up(store):
 
 
 def test_table_names_every_shard(store):
-    """The text table has a line a shard and the totals."""
+    """The text table has a line a shard, the totals, and why samples were given up."""
     half_rendered(store)
     table = status.read_status(store).render()
-    assert [line.split() for line in table.splitlines()[4:]] == [
+    assert [line.split() for line in table.splitlines()[4:7]] == [
         ["shard-00000", "4", "3", "1", "0", "sealed"],
         ["shard-00001", "4", "1", "1", "2", "partial"],
         ["shard-00002", "2", "0", "0", "2", "untouched"],
     ]
     assert "4 of 10 samples committed, 2 quarantined, 4 pending; 1 of 3 shards sealed" in table
+    assert table.splitlines()[-1].split() == ["2", "POISON", "not", "finite", "(as", "s004,", "s006)"]
 
 
 def test_long_table_lists_what_needs_attention():
@@ -91,6 +93,30 @@ def test_long_table_lists_what_needs_attention():
     table = status.Status(url="u", finished=False, shards=tuple(untouched)).render()
     assert len(table.splitlines()) < status.MAX_LINES + 10
     assert f"{1000 - status.MAX_LINES:,} more shards" in table
+
+
+def test_some_shards_alone(store):
+    """The view of a few shards counts those only; one that is not there is said."""
+    half_rendered(store)
+    found = status.read_status(store, [2, 1])
+    assert [shard.shard for shard in found.shards] == [1, 2]
+    assert (found.samples, found.committed) == (6, 1)
+    assert [reason.examples for reason in found.reasons] == [("s006",)]
+    with pytest.raises(UserError, match="no shard 3"):
+        status.read_status(store, [0, 3])
+
+
+def test_it_tells_who_is_writing(store):
+    """P1: while a driver is at work, and after one was killed."""
+    half_rendered(store)
+    assert status.read_status(store).to_dict()["holder"] is None
+    me = lease.this_process("run", "raysubmit_1")
+    with lease.held(store, me):
+        assert f"held by `hv-batch run` on {me.host}, process {me.pid}" in status.read_status(store).render()
+    store.put(layout.LEASE, commits.encode(dataclasses.asdict(me) | {"process": "1"}))
+    found = status.read_status(store)
+    assert "which has ended; the next run takes over" in found.render()
+    assert json.loads(json.dumps(found.to_dict()))["holder"]["gone"] is True
 
 
 def test_root_without_a_run(store):

@@ -1,0 +1,101 @@
+"""The samples that were given up: why, in groups that a person can read, and taking them back.
+
+Ten thousand samples are given up for three reasons, not for ten thousand: messages are grouped by class and by their
+first line with every number replaced, and each group keeps a few keys to look at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+from hv_batch.job import layout
+from hv_batch.job.commits import read_quarantine, scan_shard
+from hv_batch.job.dataset import unseal_shard
+from hv_batch.job.storage import Store
+
+READERS = 16  # as in report: enough to hide an object store's latency
+MAX_GROUPS = 100  # of one class; what does not fit is counted together
+MAX_EXAMPLES = 3
+MAX_REASON_CHARS = 160
+OTHER_REASONS = "(other messages)"
+
+# Addresses, counts, row numbers and the like differ from sample to sample and say nothing about the cause.
+_VARYING = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Quarantined samples that failed alike."""
+
+    kind: str  # a failure class
+    message: str
+    samples: int
+    examples: tuple[str, ...]  # keys
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"class": self.kind} | {name: value for name, value in asdict(self).items() if name != "kind"}
+
+    def render(self) -> str:
+        return f"{self.samples:>9,}  {self.kind:<9} {self.message}  (as {', '.join(self.examples)})"
+
+
+def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """Quarantine records of `shards` in plan order, of all classes or those of `kinds`; one shard in memory."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="quarantine") as pool:
+        for shard in shards:
+            keys = scan_shard(store, shard).quarantined
+            found = pool.map(lambda key, shard=shard: _read(store, shard, key), keys)
+            wanted = (record for record in found if record and (not kinds or record["class"] in kinds))
+            yield from sorted(wanted, key=itemgetter("row", "video_index"))
+
+
+def _read(store: Store, shard: int, key: str) -> dict[str, Any] | None:
+    try:
+        return read_quarantine(store, shard, key)
+    except FileNotFoundError:  # committed since the listing
+        return None
+
+
+def group_reasons(records: Iterable[Mapping[str, Any]]) -> list[Reason]:
+    """The records by class and message, most samples first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    groups: Counter[str] = Counter()
+    examples: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        reason = (record["class"], _shape(record["message"]))
+        if reason not in counts:
+            groups[record["class"]] += 1
+            if groups[record["class"]] > MAX_GROUPS:
+                reason = (record["class"], OTHER_REASONS)
+        counts[reason] += 1
+        if len(keys := examples.setdefault(reason, [])) < MAX_EXAMPLES:
+            keys.append(record["key"])
+    return [Reason(*reason, count, tuple(examples[reason])) for reason, count in counts.most_common()]
+
+
+def _shape(message: str) -> str:
+    first_line = message.strip().partition("\n")[0]
+    return _VARYING.sub("#", first_line)[:MAX_REASON_CHARS]
+
+
+def release(store: Store, records: Iterable[Mapping[str, Any]]) -> int:
+    """Make the samples of these quarantine records pending again; how many.
+
+    Shard by shard, first the seals (the run's, then the shard's), then the records. A crash in between leaves a root
+    that claims less than it holds: the same run command seals again what is complete and renders what is pending. The
+    other way round, a sealed run would hide a pending sample for ever.
+    """
+    released = 0
+    for shard, members in groupby(records, key=itemgetter("shard")):
+        unseal_shard(store, shard)
+        for record in members:
+            store.delete(layout.quarantine_key(shard, record["key"]))
+            released += 1
+    return released

@@ -1,0 +1,82 @@
+"""What one shard's committed samples add to the run's summary.
+
+A sealed shard keeps its sums beside it, so that the summary of a run of a million samples reads one small object a
+shard instead of every record once more. They hold whole numbers only (milliseconds, frames): adding them up gives the
+same summary whether they come from the records, from the shards' sums or from both, and in whatever order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hv_batch.job import layout
+from hv_batch.job.commits import decode, encode
+from hv_batch.job.storage import Store
+
+SCHEMA = "hv_batch/sums/1"
+
+_COUNTERS = ("stage_ms", "timed", "retries", "frames_by_fps")
+
+
+@dataclass(slots=True)
+class Sums:
+    """Totals over committed samples."""
+
+    committed: int = 0
+    bytes: int = 0
+    frames: int = 0
+    stage_ms: Counter[str] = field(default_factory=Counter)
+    timed: Counter[str] = field(default_factory=Counter)  # samples that report the stage
+    retries: Counter[str] = field(default_factory=Counter)  # failed tries, by class
+    frames_by_fps: Counter[str] = field(default_factory=Counter)  # of videos: an image lasts no time
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """One commit record. Its seconds have three digits after the point, so milliseconds lose nothing."""
+        frames = record["produced"]["num_frames"]
+        self.committed += 1
+        self.bytes += record["bytes"]
+        self.frames += frames
+        self.stage_ms.update({stage: round(seconds * 1000) for stage, seconds in record["stages"].items()})
+        self.timed.update(record["stages"].keys())
+        self.retries.update(failure["kind"] for failure in record["history"])
+        if frames > 1:
+            self.frames_by_fps[str(record["fps"])] += frames
+
+    def merge(self, other: Sums) -> None:
+        self.committed += other.committed
+        self.bytes += other.bytes
+        self.frames += other.frames
+        for name in _COUNTERS:
+            getattr(self, name).update(getattr(other, name))
+
+    def footage_seconds(self) -> float:
+        return sum(frames / int(fps) for fps, frames in sorted(self.frames_by_fps.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {"committed": self.committed, "bytes": self.bytes, "frames": self.frames}
+        return {"schema": SCHEMA, **numbers, **{name: dict(getattr(self, name)) for name in _COUNTERS}}
+
+
+def sum_up(records: Iterable[Mapping[str, Any]]) -> Sums:
+    sums = Sums()
+    for record in records:
+        sums.add(record)
+    return sums
+
+
+def write_sums(store: Store, shard: int, sums: Sums) -> None:
+    store.put(layout.sums_key(shard), encode(sums.to_dict()))
+
+
+def read_sums(store: Store, shard: int) -> Sums | None:
+    """What `write_sums` kept; None when there is nothing, or nothing that this version understands."""
+    try:
+        values = decode(store.get(layout.sums_key(shard)))
+        if values.pop("schema") != SCHEMA:
+            return None
+        return Sums(**values | {name: Counter(values[name]) for name in _COUNTERS})
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,115 @@
+"""Real processes that die between two writes, drivers that meet on one root, and what an operator does afterwards."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+
+import pytest
+
+from tests.cluster.runs import (
+    command,
+    count,
+    dataset,
+    finish,
+    records,
+    render,
+    start,
+    write_config,
+    write_manifest,
+)
+
+PROMPTS = [f"prompt {i}" for i in range(6)]
+DEADLINE_S = 60
+
+
+def hv_batch(*arguments):
+    return finish(start([sys.executable, "-m", "hv_batch", *map(str, arguments)]))
+
+
+def with_quick_heart(arguments):
+    """The command, with heartbeats that a test need not wait for."""
+    program = "from hv_batch.job import lease; lease.HEARTBEAT_S = 0.2; from hv_batch.cli import main; main()"
+    return [sys.executable, "-c", program, *arguments[3:]]
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never saw {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_head, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "marks").mkdir()
+    config, manifest = write_config(folder, folder / "marks"), write_manifest(folder, PROMPTS)
+    code, text = render(config, manifest, folder / "out", ray_head[0])
+    assert code == 0, text
+    return folder / "out"
+
+
+def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, marks):
+    """P1, P2, P4: SIGKILL after a media, a record and the summary; nothing is rendered twice, bytes are equal."""
+    config = write_config(tmp_path, marks, {"dies_after": ["data/", "commits/", "summary.json"]})
+    manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == -signal.SIGKILL, text
+    assert {path.name for path in marks.glob("once-died-*")} == {
+        "once-died-after-data",
+        "once-died-after-commits",
+        "once-died-after-summary.json",
+    }
+    assert (output / "summary.json").exists()
+    assert not (output / "_SUCCESS").exists()
+    assert (output / "lease.json").exists(), "nobody was left to release it"
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 0, text
+    assert "watching" not in text, "the holder was of this machine and is dead"
+    assert count(marks, "denoised") == dict.fromkeys(PROMPTS, 1)
+    assert dataset(output) == dataset(undisturbed)
+    assert not (output / "lease.json").exists()
+    assert hv_batch("diff", output, undisturbed)[0] == 0
+
+
+def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
+    """P1: the second is told about the first and refused; with --steal it is the first that stops, and says why."""
+    manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
+    slow = write_config(tmp_path, marks, {"step_seconds": 30.0})
+    first = start(with_quick_heart(command(slow, manifest, output, ray_head[0])))
+    wait_for(lambda: count(marks, "encoded"), "an encoding")
+    quick = write_config(tmp_path, marks)
+    code, text = render(quick, manifest, output, "127.0.0.1:1")
+    assert code == 1, text
+    assert f"process {first.pid}" in text
+    assert "--steal" in text
+    assert "Traceback" not in text
+    assert first.poll() is None, "the first did not notice"
+    code, text = finish(start(command(quick, manifest, output, ray_head[0], "--steal")))
+    assert code == 0, text
+    code, text = finish(first)
+    assert code == 1, text
+    assert "was taken over by" in text
+    assert dataset(output) == dataset(undisturbed)
+    assert not (output / "lease.json").exists()
+
+
+def test_a_sample_that_was_given_up_is_taken_back(undisturbed, ray_head, tmp_path, marks):
+    """P5: retry makes it pending, the same command renders it and nothing else, and the root is sound."""
+    config = write_config(tmp_path, marks, retries={"poison": 1})
+    prompts = ["good 0", "bad !raise-denoise-once", "good 1"]
+    manifest, output = write_manifest(tmp_path, prompts), tmp_path / "out"
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 3, text
+    code, text = hv_batch("retry", output, "--class", "POISON", "--yes")
+    assert code == 0, text
+    assert "told to fail at denoise" in text
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 0, text
+    assert count(marks, "denoised") == dict.fromkeys(prompts, 1)
+    assert not records(output, "quarantine")
+    code, text = hv_batch("verify", output, "--deep")
+    assert code == 0, text
+    assert "3 committed samples" in text

@@ -1,0 +1,141 @@
+"""A whole run in one thread: the real job layer, without Ray and without a model.
+
+It does what the driver and its workers do to the output root, in their order: scan, latents, media, record, seal,
+summary, `_SUCCESS`. What a sample's pixels are follows from its seed alone (P3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
+
+from hv_batch.job import commits, layout, report, runs
+from hv_batch.job.dataset import seal_shard
+from hv_batch.job.events import Stage
+from hv_batch.job.latents import drop_latents, get_latents, put_latents, sample_identity
+from hv_batch.job.plan import Passed, Plan
+from hv_batch.job.samples import Sample
+from hv_batch.job.storage import Store
+from hv_batch.runtime.media import write_media
+
+WriteMedia = Callable[[Sample, np.ndarray, Path], tuple[Path, str, RenderedMedia]]
+
+
+def some_samples(count: int = 6, **changes) -> list[Sample]:
+    return [make_sample(number, **changes) for number in range(1, count + 1)]
+
+
+def run_small(
+    store: Store,
+    samples: Sequence[Sample],
+    *,
+    poison: Collection[str] = (),
+    denoised: Counter | None = None,
+    media: WriteMedia | None = None,
+) -> None:
+    """What one call of the run command does. `denoised` counts by key; the samples of `poison` are given up."""
+    open_root(store, len(samples))
+    if store.exists(layout.SUCCESS):
+        return
+    plan = Plan(store, samples)
+    for found in plan:
+        if not isinstance(found, Passed):
+            sample, stage = found.sample, found.stage
+            if sample.key in poison:
+                _give_up(store, sample)
+                plan.quarantined(sample)
+            else:
+                _render(store, sample, stage, denoised if denoised is not None else Counter(), media or digest_media)
+                plan.committed(sample)
+        for sealable in plan.take_sealable():
+            seal_shard(store, sealable.shard, sealable.keys)
+    summary = report.aggregate(store)
+    report.write_report(store, summary)
+    runs.finish_run(store, summary)
+
+
+def _give_up(store: Store, sample: Sample) -> None:
+    failures = [make_failure(message=f"latents of step {sample.row} are not finite")]
+    commits.quarantine(
+        store, commits.quarantine_record(sample, failures=failures, fingerprint=FINGERPRINT, versions={})
+    )
+    drop_latents(store, sample)
+
+
+def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media: WriteMedia) -> None:
+    identity = sample_identity(sample, FINGERPRINT)
+    stored = get_latents(store, sample, identity) if stage is Stage.DECODE else None
+    if stored is None:
+        denoised[sample.key] += 1
+        latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
+        put_latents(store, sample, latents.astype(np.float32), identity, {"denoise": {"seconds": 1.25}})
+        stored = get_latents(store, sample, identity)
+    with tempfile.TemporaryDirectory() as folder:
+        path, suffix, info = media(sample, stored.latents, Path(folder))
+        file = layout.media_key(sample.shard, sample.key, info.sha256, suffix)
+        store.put_file(file, path)
+    record = commits.commit_record(
+        sample,
+        file=file,
+        media=info,
+        stages={**stored.stages, "decode": {"seconds": 0.5}},
+        failures=[],
+        fingerprint=fingerprint(store),
+        versions={},
+    )
+    commits.commit(store, record)
+    drop_latents(store, sample)
+
+
+def fingerprint(store: Store) -> str:
+    return runs.read_run(store)["fingerprint"]
+
+
+def digest_media(sample: Sample, latents: np.ndarray, folder: Path) -> tuple[Path, str, RenderedMedia]:
+    """A file that is no video but depends on the latents, at no cost."""
+    data = hashlib.sha256(latents.tobytes()).digest() * 8
+    path = folder / "media.mp4"
+    path.write_bytes(data)
+    params, digest = sample.params, hashlib.sha256(data).hexdigest()
+    return path, ".mp4", RenderedMedia(len(data), digest, digest[::-1], params.num_frames, params.height, params.width)
+
+
+def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30) -> tuple[Path, str, RenderedMedia]:
+    """A real video or image, made by ffmpeg."""
+    params = sample.params
+    levels = (127 + 40 * np.tanh(latents.mean(axis=(0, 2, 3)) * 10)).astype(np.uint8)
+    shape = (params.height, params.width, 3)
+    frames = (np.full((1 if i == 0 else 4, *shape), level, np.uint8) for i, level in enumerate(levels))
+    info = write_media(
+        frames,
+        folder / "media",
+        height=params.height,
+        width=params.width,
+        num_frames=params.num_frames,
+        fps=sample.fps,
+        crf=crf,
+        preset="ultrafast",
+        threads=1,
+    )
+    return info.path, info.suffix, info
+
+
+def everything(store: Store) -> dict[str, bytes | dict]:
+    """A whole root as P2 and P3 promise it: media, tables and summary byte for byte, records without their dates."""
+    found: dict[str, bytes | dict] = {}
+    for folder in ("data", "commits", "quarantine", "latents", "report/shards"):
+        for key in store.list(folder):
+            data = store.get(key)
+            if not key.endswith(".json"):
+                found[key] = data
+                continue
+            found[key] = {name: value for name, value in commits.decode(data).items() if name != "created_at"}
+    for key in (layout.SUMMARY, layout.SUCCESS):
+        found[key] = store.get(key) if store.exists(key) else b"(absent)"
+    return found

@@ -1,0 +1,146 @@
+"""`gc` finds what nobody needs and nothing else (P1, P4)."""
+
+from __future__ import annotations
+
+import time
+
+import boto3
+import numpy as np
+import pytest
+from rendered_roots import FINGERPRINT
+from small_runs import everything, run_small, some_samples
+
+from hv_batch.job import layout
+from hv_batch.job.dataset import unseal_shard
+from hv_batch.job.garbage import Kind, find_garbage, remove
+from hv_batch.job.latents import put_latents, sample_identity
+from hv_batch.job.storage import Store
+from hv_batch.protocol import UserError
+
+SAMPLES = some_samples(6)
+FUTURE = time.time() + 3600
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "root"))
+
+
+def keep_latents(store: Store, sample) -> None:
+    latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
+    put_latents(store, sample, latents.astype(np.float32), sample_identity(sample, FINGERPRINT), {})
+
+
+def test_a_clean_root_has_no_garbage(store):
+    """P1: everything a finished run leaves is needed."""
+    run_small(store, SAMPLES, poison={"s003"})
+    assert list(find_garbage(store, older_than=FUTURE)) == []
+
+
+def litter(store: Store) -> set[tuple[Kind, str]]:
+    """What killed workers leave in a root of which s006 is pending; returns what of it is garbage."""
+    run_small(store, SAMPLES, poison={"s003"})
+    (media,) = [key for key in store.list("data/shard-00001") if "/s006-" in key]
+    unseal_shard(store, 1)
+    store.delete(layout.commit_key(1, "s006"))
+    store.put("data/shard-00000/s001-0a1b2c3d.mp4", b"of the slower of two")
+    store.put("data/shard-00000/s003-0a1b2c3d.mp4", b"of one that was given up")
+    store.put("data/shard-00000/notes.txt", b"somebody else's")
+    for sample in (SAMPLES[0], SAMPLES[2], SAMPLES[5]):
+        keep_latents(store, sample)
+        store.put(f"steps/{layout.shard_name(sample.shard)}/{sample.key}.safetensors", b"x")
+    return {
+        (Kind.MEDIA, media),
+        (Kind.MEDIA, "data/shard-00000/s001-0a1b2c3d.mp4"),
+        (Kind.MEDIA, "data/shard-00000/s003-0a1b2c3d.mp4"),
+        (Kind.LATENTS, "latents/shard-00000/s001.safetensors"),
+        (Kind.LATENTS, "latents/shard-00000/s003.safetensors"),
+        (Kind.STEPS, "steps/shard-00000/s001.safetensors"),
+        (Kind.STEPS, "steps/shard-00000/s003.safetensors"),
+    }
+
+
+def test_what_killed_workers_leave_is_found_and_removed(any_store):
+    """P1, P4: media without a record, latents and checkpoints of finished samples; those of a pending one are kept.
+
+    What is young is left alone: a decoder uploads its media before it commits them.
+    """
+    expected = litter(any_store)
+    assert list(find_garbage(any_store, older_than=time.time() - 3600)) == []
+    found = list(find_garbage(any_store, older_than=FUTURE))
+    assert {(garbage.kind, garbage.name) for garbage in found} == expected
+    for garbage in found:
+        remove(any_store, garbage)
+    assert list(find_garbage(any_store, older_than=FUTURE)) == []
+    assert any_store.exists("data/shard-00000/notes.txt")
+    assert any_store.exists(layout.latent_key(1, "s006"))
+    any_store.delete("data/shard-00000/notes.txt")
+    any_store.delete("steps/shard-00001/s006.safetensors")
+    run_small(any_store, SAMPLES, poison={"s003"})
+    undisturbed = Store("memory://undisturbed-garbage")
+    run_small(undisturbed, SAMPLES, poison={"s003"})
+    assert {k: v for k, v in everything(any_store).items() if k.startswith("data/")} == {
+        k: v for k, v in everything(undisturbed).items() if k.startswith("data/")
+    }
+
+
+def test_media_that_belong_to_a_committed_file_are_kept(store):
+    """Files beside a video that carry its name (a poster) are as needed as it is."""
+    run_small(store, SAMPLES)
+    (media,) = [key for key in store.list("data/shard-00000") if "/s001-" in key]
+    store.put(media.replace(".mp4", ".jpg"), b"its poster")
+    store.put("data/shard-00000/s001-0a1b2c3d.jpg", b"of a version that lost")
+    found = [garbage.name for garbage in find_garbage(store, older_than=FUTURE)]
+    assert found == ["data/shard-00000/s001-0a1b2c3d.jpg"]
+
+
+def test_a_record_that_cannot_be_read_makes_no_garbage(store):
+    """P1: with no record to go by, nothing of that sample is removed."""
+    run_small(store, SAMPLES)
+    store.put("data/shard-00000/s001-0a1b2c3d.mp4", b"another version")
+    store.put(layout.commit_key(0, "s001"), b"{")
+    assert list(find_garbage(store, older_than=FUTURE)) == []
+
+
+def test_drafts_of_killed_writers(tmp_path):
+    """P2: hidden files on a local disk, seen by no listing."""
+    store = Store(str(tmp_path))
+    run_small(store, SAMPLES)
+    for name in ("data/shard-00000/.draft-01", ".probe-02"):
+        (tmp_path / name).write_bytes(b"half")
+    found = list(find_garbage(store, older_than=FUTURE))
+    assert [(garbage.kind, garbage.name) for garbage in found] == [
+        (Kind.DRAFT, ".probe-02"),
+        (Kind.DRAFT, "data/shard-00000/.draft-01"),
+    ]
+    for garbage in found:
+        remove(store, garbage)
+        remove(store, garbage)
+    assert not list(tmp_path.rglob(".draft-*"))
+
+
+def test_unfinished_uploads_on_s3(s3_store):
+    """What S3 bills and no listing shows; those of other roots in the bucket are not ours."""
+    run_small(s3_store, SAMPLES[:1])
+    bucket, client = s3_store.url.split("/")[2], boto3.client("s3")
+    for key in ("some/root/data/shard-00000/x.mp4", "some/root-2/x.mp4"):
+        client.create_multipart_upload(Bucket=bucket, Key=key)
+    s3_store.put(".probe-01", b"x")
+    found = list(find_garbage(s3_store, older_than=FUTURE))
+    assert {(garbage.kind, garbage.name) for garbage in found} == {
+        (Kind.UPLOAD, "data/shard-00000/x.mp4"),
+        (Kind.DRAFT, ".probe-01"),
+    }
+    for garbage in found:
+        remove(s3_store, garbage)
+    assert list(find_garbage(s3_store, older_than=FUTURE)) == []
+    assert [upload["Key"] for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [
+        "some/root-2/x.mp4"
+    ]
+
+
+def test_something_else_is_not_tidied(store):
+    """P6: a wrong path is said so before anything is looked at."""
+    store.put("data/shard-00000/a-0a1b2c3d.mp4", b"x")
+    with pytest.raises(UserError, match=r"run\.json"):
+        list(find_garbage(store, older_than=FUTURE))

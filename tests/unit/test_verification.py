@@ -1,0 +1,188 @@
+"""`verify` finds what is wrong with a root, and nothing else; `--repair` lets the run command mend it (P1, P2)."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rendered_roots import make_quarantine
+from small_runs import everything, real_media, run_small, some_samples
+
+from hv_batch.job import commits, layout
+from hv_batch.job.storage import Store
+from hv_batch.job.verification import Fault, repair, verify
+from hv_batch.runtime.playback import decode_media
+
+SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> Path:
+    """A finished root with five real videos and an image, in two shards."""
+    root = tmp_path_factory.mktemp("rendered") / "root"
+    run_small(Store(str(root)), SAMPLES, media=real_media)
+    return root
+
+
+@pytest.fixture
+def root(rendered, tmp_path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(rendered, tmp_path / "root"))
+
+
+def media_of(root: Path, key: str) -> Path:
+    (path,) = root.glob(f"data/*/{key}-*")
+    return path
+
+
+def record_of(root: Path, key: str) -> Path:
+    (path,) = root.glob(f"commits/*/{key}.json")
+    return path
+
+
+def change_record(root: Path, sample: str, values: dict) -> None:
+    path = record_of(root, sample)
+    path.write_bytes(commits.encode(commits.decode(path.read_bytes()) | values))
+
+
+def rewrite_media(root: Path, key: str, data: bytes) -> None:
+    """Other bytes and a record that agrees with them, so that only decoding can tell."""
+    media_of(root, key).write_bytes(data)
+    change_record(root, key, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+
+
+def change_table(root: Path, change) -> None:
+    path = root / layout.metadata_key(0)
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def test_a_sound_root(rendered):
+    """P1: everything is read, everything decodes, nothing is wrong; a sample of decodes is spread over the run."""
+    found = verify(Store(str(rendered)), decode_media, decodes=None)
+    assert found.findings == []
+    assert (found.checked, found.decoded, found.tables, found.pending, found.quarantined) == (6, 6, 2, 0, 0)
+    assert found.bytes == sum(path.stat().st_size for path in rendered.glob("data/*/s*"))
+    assert verify(Store(str(rendered)), decode_media, decodes=2).decoded == 2
+    assert verify(Store(str(rendered)), decode_media, decodes=0).decoded == 0
+    assert verify(Store(str(rendered)), decode_media, decodes=None, shards=[1]).checked == 2
+
+
+def cut(root):
+    path = media_of(root, "s002")
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(root):
+    path = media_of(root, "s002")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+FAULTS = {
+    Fault.MISSING: lambda root: media_of(root, "s002").unlink(),
+    Fault.SIZE: cut,
+    Fault.HASH: flip,
+    Fault.UNDECODABLE: lambda root: rewrite_media(root, "s002", half(media_of(root, "s002").read_bytes())),
+    Fault.GEOMETRY: lambda root: rewrite_media(root, "s002", media_of(root, "s006").read_bytes()),
+    Fault.RECORD: lambda root: record_of(root, "s002").write_bytes(b'{"schema": "hv_batch/commit/1"'),
+    Fault.TWO_RECORDS: lambda root: Store(str(root)).put(
+        layout.quarantine_key(0, "s002"), commits.encode(make_quarantine(SAMPLES[1]))
+    ),
+    Fault.TABLE: lambda root: change_table(root, lambda table: table.slice(1)),
+}
+
+
+ONLY_DECODING_TELLS = {Fault.UNDECODABLE, Fault.GEOMETRY}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found_and_mended(rendered, root, fault):
+    """P1, P2: it is named with its sample, repair removes only that, and the same run leaves the root as it was."""
+    FAULTS[fault](root)
+    store = Store(str(root))
+    found = verify(store, decode_media, decodes=None if fault in ONLY_DECODING_TELLS else 0)
+    told = {finding.fault for finding in found.findings}
+    # A record whose hash was changed no longer agrees with its table, and one that is gone leaves a row behind.
+    assert fault in told
+    assert told <= {fault, Fault.TABLE}
+    assert all(finding.key in ("s002", None) for finding in found.findings)
+    assert fault.value in found.render()
+    repair(store, found.findings)
+    denoised = Counter()
+    run_small(store, SAMPLES, media=real_media, denoised=denoised)
+    assert set(denoised) <= {"s002"}
+    assert verify(store, decode_media, decodes=0).findings == []
+    assert everything(store) == everything(Store(str(rendered)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schema": "hv_batch/commit/0"},
+        {"key": "s003"},
+        {"shard": 1},
+        {"fingerprint": "e" * 64},
+        {"file": "data/shard-00000/../../../outside"},
+        {"file": "data/shard-00001/s002-00000000.mp4"},
+        {"file": 3},
+        {"params": {}},
+    ],
+)
+def test_a_record_of_something_else(root, values):
+    """P1: a record of another sample or run, or that points elsewhere, is told; no other file is touched."""
+    change_record(root, "s002", values)
+    found = verify(Store(str(root)), decode_media, decodes=0)
+    (wrong,) = [finding for finding in found.findings if finding.fault is Fault.RECORD]
+    assert (wrong.key, wrong.removes) == ("s002", ("commits/shard-00000/s002.json",))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda table: table.set_column(table.column_names.index("seed"), "seed", pa.array([1, 2, 3, 4])), "seed = 1"),
+        (lambda table: pa.concat_tables([table.slice(0, 3), table.slice(0, 1)]), "have no row, as s004"),
+        (lambda table: table.drop_columns(["sha256"]), "sha256"),
+        (lambda table: table.slice(0, 0), "4 committed samples have no row"),
+    ],
+)
+def test_a_table_that_says_otherwise(root, change, said):
+    """P1: the dataset that users load is that of the records."""
+    change_table(root, change)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.TABLE
+    assert said in wrong.details
+
+
+def test_a_table_that_is_none(root):
+    """P1: the same for a file that never was one."""
+    (root / layout.metadata_key(0)).write_bytes(b"PAR1 no")
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.TABLE
+
+
+def test_hostile_prompts_are_no_fault(tmp_path):
+    """P1: text that UTF-8 cannot hold is cleaned in the table, and that is as it should be."""
+    store = Store(str(tmp_path / "root"))
+    run_small(store, some_samples(2, prompt="a \ud800 bird", extra={"\udfff": "\ud800"}))
+    assert verify(store, decode_media, decodes=0).findings == []
+
+
+def test_pending_and_quarantined_samples_are_no_faults(tmp_path):
+    """P2: verify judges what is there; what is missing the run command renders."""
+    store = Store(str(tmp_path / "root"))
+    run_small(store, SAMPLES, poison={"s001"}, media=real_media)
+    store.delete(layout.commit_key(1, "s005"))
+    found = verify(store, decode_media, decodes=0, shards=[0])
+    assert (found.findings, found.quarantined) == ([], 1)
+    found = verify(store, decode_media, decodes=0)
+    assert (found.pending, [finding.fault for finding in found.findings]) == (1, [Fault.TABLE])
