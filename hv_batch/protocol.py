@@ -56,6 +56,10 @@ def latent_shape(height: int, width: int, num_frames: int) -> tuple[int, int, in
     )
 
 
+class NotFiniteError(ValueError):
+    """Latents or frames that are not finite: an overflow of the precision, or broken weights."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Everything a user chooses that changes the pixels of one video (spec section 1).
@@ -243,7 +247,7 @@ class Denoiser(Protocol):
         """Final latents, float32, shaped `params.latent_shape`, equal on every rank.
 
         `on_step` is called after each of the `num_inference_steps` steps. With `resume`, only the steps after it are
-        made, and the result is the same bits. Raises ValueError when the result is not finite.
+        made, and the result is the same bits. Raises NotFiniteError when it is not finite.
         """
         ...
 

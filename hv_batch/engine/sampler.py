@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hv_batch.protocol import SamplingParams, StepState
+from hv_batch.protocol import NotFiniteError, SamplingParams, StepState
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit import HYVideoDiT
@@ -180,8 +180,8 @@ def trajectory(
     used, and required, exactly when the parameters use CFG. `resume` is what an earlier trajectory of the same
     arguments had reached, its latents [N, C, T, H, W]: the steps after it are made, and are the same bits. Every step
     makes new latents, so those that were given out stay as they are. Whoever stops asking stops the sampling. Raises
-    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs, where `own_branches` does, and as
-    soon as a step's result is not finite.
+    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs and where `own_branches` does, and
+    NotFiniteError as soon as a step's result is not finite.
     """
     params = batch[0]
     if any(
@@ -202,7 +202,7 @@ def trajectory(
         # a step that is reported is done rather than queued. All ranks hold equal latents, so all of them raise.
         if not torch.isfinite(latents).all():
             lost = next(one for one, item in zip(batch, latents, strict=True) if not torch.isfinite(item).all())
-            raise ValueError(_not_finite(step + 1, lost, model.dtype))
+            raise NotFiniteError(_not_finite(step + 1, lost, model.dtype))
         yield latents
 
 

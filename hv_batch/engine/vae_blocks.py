@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hv_batch.engine.vae_kernels import Stride, convolve, layout, mix_channels, norm_silu_pad, pad
+from hv_batch.engine.vae_kernels import Stride, convolve, layout, mix_channels, norm_silu_pad, normalise, pad
 
 NORM_EPS = 1e-6  # of every GroupNorm of the released model
 CORNERS = tuple(product((0, 1), repeat=2))  # which of the doubled rows and columns: even or odd
@@ -145,7 +145,7 @@ class FrameCausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, frames, height, width = x.shape
-        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2)  # on other layouts, see vae_kernels
+        tokens = normalise(self.group_norm, x).flatten(2).transpose(1, 2)
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # [B, 1 head, L, C]
         in_frame = height * width
         by_frame = [

@@ -1,17 +1,19 @@
 """The VAE's hot operations, and how its tensors lie in memory: convolutions, and all that runs between them.
 
+GroupNorm, SiLU and the padding of the next convolution are computed together, a few frames at a time, in float32
+scratch memory that stays in the cache, straight into the padded tensor: so nothing is rounded, and no tensor of full
+size made, in between. PyTorch's own GroupNorm would round the statistics of half-precision tensors on a GPU, and on a
+CPU adds up a whole group of a channels-last tensor one value after the other, 2e-3 off at the size of one tile.
+
 On a CPU, channels are last in memory. That spares convolutions the reordering of their inputs and outputs: a quarter of
 a whole decode, which is otherwise bound by memory, and most of all by fresh memory: to be handed a new page costs more
-than to fill it. So GroupNorm, SiLU and the padding of the next convolution are computed together, a few frames at a
-time, in scratch memory that stays in the cache, straight into the padded tensor. It is also the accurate way: PyTorch's
-own GroupNorm adds up a whole group of a channels-last tensor one value after the other, and is 2e-3 off at the size of
-one tile.
+than to fill it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 
@@ -56,11 +58,33 @@ def pad(x: Tensor, front: int) -> Tensor:
     return F.pad(x, (1, 1, 1, 1, front, 0), mode="replicate")
 
 
+def normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x), channels first in memory; in float32, rounded once to the dtype of `x`."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.group_norm(x.float().contiguous(), norm.num_groups, weight, bias, norm.eps).to(x.dtype)
+
+
 def norm_silu_pad(norm: nn.GroupNorm, x: Tensor, front: int) -> Tensor:
-    """pad(SiLU(norm(x)), front), in the layout of the device."""
-    if layout(x) is torch.channels_last_3d:
-        return _by_chunk(norm, in_layout(x), front)
-    return pad(F.silu(norm(x), inplace=True), front)
+    """pad(SiLU(norm(x)), front) in the layout of the device: computed in float32, rounded once to the dtype of `x`.
+
+    So does the release, whose autocast keeps GroupNorm and all that follows it in float32 until the next convolution.
+    """
+    x = in_layout(x)
+    batch, channels, frames, height, width = x.shape
+    out = _memory_for((batch, channels, frames + front, height + 2, width + 2), x)
+    chunks = _chunks(x)
+    scratch = torch.empty(chunks[0].shape, dtype=torch.float32, device=x.device, memory_format=layout(x))
+    scale, shift = _affine(norm, chunks, scratch)
+    inner = out[:, :, front:, 1:-1, 1:-1].split(chunks[0].shape[2], dim=2)
+    for chunk, place in zip(chunks, inner, strict=True):
+        result = torch.mul(chunk, scale, out=scratch[:, :, : chunk.shape[2]]).add_(shift)
+        place.copy_(F.silu(result, inplace=True))
+    out[:, :, front:, 0] = out[:, :, front:, 1]
+    out[:, :, front:, -1] = out[:, :, front:, -2]
+    out[:, :, front:, :, 0] = out[:, :, front:, :, 1]  # after the rows: so the columns bring the corners with them
+    out[:, :, front:, :, -1] = out[:, :, front:, :, -2]
+    out[:, :, :front] = out[:, :, front : front + 1]
+    return out
 
 
 @contextmanager
@@ -73,59 +97,43 @@ def reused_memory() -> Iterator[None]:
         del _reused.memory
 
 
-def _memory_for(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if not hasattr(_reused, "memory"):
-        return torch.empty(shape, dtype=dtype)
-    num_bytes = prod(shape) * dtype.itemsize
+def _memory_for(shape: tuple[int, int, int, int, int], x: Tensor) -> Tensor:
+    """An uninitialised tensor in the dtype, on the device and in the layout of `x`."""
+    if x.device.type != "cpu" or not hasattr(_reused, "memory"):  # CUDA's allocator hands out what was used before
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+    num_bytes = prod(shape) * x.dtype.itemsize
     if _reused.memory.numel() < num_bytes:
         _reused.memory = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is asked for
         _reused.memory = torch.empty(num_bytes, dtype=torch.uint8)
+    batch, channels, frames, height, width = shape
     memory: Tensor = _reused.memory[:num_bytes]
-    return memory.view(dtype).view(shape)
-
-
-def _by_chunk(norm: nn.GroupNorm, x: Tensor, front: int) -> Tensor:
-    batch, channels, frames, height, width = x.shape
-    out = _memory_for((batch, frames + front, height + 2, width + 2, channels), x.dtype)
-    chunks = _chunks(x)
-    scratch = torch.empty(chunks[0].shape, dtype=torch.float32)
-    scale, shift = _affine(norm, chunks, scratch)
-    inner = out[:, front:, 1:-1, 1:-1].split(chunks[0].shape[1], dim=1)
-    for chunk, place in zip(chunks, inner, strict=True):
-        result = torch.mul(chunk, scale, out=scratch[:, : chunk.shape[1]]).add_(shift)
-        place.copy_(F.silu(result, inplace=True))
-    out[:, front:, 0] = out[:, front:, 1]
-    out[:, front:, -1] = out[:, front:, -2]
-    out[:, front:, :, 0] = out[:, front:, :, 1]  # after the rows: so the columns bring the corners with them
-    out[:, front:, :, -1] = out[:, front:, :, -2]
-    out[:, :front] = out[:, front : front + 1]
-    return out.permute(0, 4, 1, 2, 3)
+    return memory.view(x.dtype).view(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
-    """Views [B, frames, H, W, C] of a channels-last tensor, of as many frames as the cache takes."""
+    """Views of as many frames as the cache takes in float32."""
     frame_bytes = x[:, :, 0].numel() * 4
-    return x.permute(0, 2, 3, 4, 1).split(max(1, CACHE_BYTES // frame_bytes), dim=1)
+    return x.split(max(1, CACHE_BYTES // frame_bytes), dim=2)
 
 
 def _affine(norm: nn.GroupNorm, chunks: tuple[Tensor, ...], scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """What multiplies and what is added to each channel: float32 [B, 1, 1, 1, C].
+    """What multiplies and what is added to each channel: float32 [B, C, 1, 1, 1].
 
     The variance from the deviations, not from the squares: a mean far from zero would leave nothing of the latter.
     """
-    places = sum(chunk.shape[1] for chunk in chunks) * chunks[0].shape[2] * chunks[0].shape[3]
-    mean = _group_mean(norm, [chunk.float().sum((1, 2, 3)) for chunk in chunks], places)
+    frames, height, width = sum(chunk.shape[2] for chunk in chunks), *chunks[0].shape[3:]
+    mean = _group_mean(norm, [chunk.sum((2, 3, 4), dtype=torch.float32) for chunk in chunks], frames * height * width)
     mean_32 = mean.float()
     squares = []
     for chunk in chunks:
-        deviation = torch.sub(chunk, mean_32, out=scratch[:, : chunk.shape[1]])
-        squares.append(deviation.square_().sum((1, 2, 3)))
-    scale = (_group_mean(norm, squares, places) + norm.eps).rsqrt() * norm.weight
-    return scale.float(), (norm.bias - mean * scale).float()
+        deviation = torch.sub(chunk, mean_32, out=scratch[:, :, : chunk.shape[2]])
+        squares.append(deviation.square_().sum((2, 3, 4)))
+    scale = (_group_mean(norm, squares, frames * height * width) + norm.eps).rsqrt() * norm.weight[:, None, None, None]
+    return scale.float(), (norm.bias[:, None, None, None] - mean * scale).float()
 
 
 def _group_mean(norm: nn.GroupNorm, sums_BC: list[Tensor], places: int) -> Tensor:  # noqa: N803
-    """The mean over each group from sums over `places` pixels in all, for each of its channels: float64 [B,1,1,1,C]."""
+    """The mean over each group from sums over `places` pixels in all, for each of its channels: float64 [B,C,1,1,1]."""
     total = torch.stack(sums_BC).sum(0, dtype=torch.float64).unflatten(1, (norm.num_groups, -1))
     mean = total.sum(-1, keepdim=True) / (places * total.shape[-1])
-    return mean.expand_as(total).flatten(1)[:, None, None, None]
+    return mean.expand_as(total).flatten(1)[:, :, None, None, None]

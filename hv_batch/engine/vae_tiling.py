@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hv_batch.engine.vae import PIXEL_CHANNELS, CausalVAE
-from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
+from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NotFiniteError, UserError
 
 DecodeTiles = Callable[[Sequence[Tensor]], Iterable[Tensor]]  # tiles of latents, in order -> their pixels, in order
 
@@ -184,11 +184,13 @@ def _cross_fade(before: Tensor, after: Tensor, dim: int, length: int) -> None:
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:
-    """Frames [1, 3, n, H, W] in [-1, 1] as uint8 [n, H, W, 3], truncated, not rounded, as released.
+    """Frames [1, 3, n, H, W] in [-1, 1] as uint8 [n, H, W, 3].
 
-    Raises ValueError for frames that are not finite, which a cast would turn into plausible black.
+    As released: brought to 0 ... 1 in the dtype they come in, then truncated, not rounded.
+
+    Raises NotFiniteError for frames that are not finite, which a cast would turn into plausible black.
     """
     if not bool(torch.isfinite(frames).all()):
-        raise ValueError("the decoded frames are not finite")
-    scaled = frames[0].to(torch.float32, copy=True).mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255)
-    return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+        raise NotFiniteError("the decoded frames are not finite")
+    unit = (frames[0] * 0.5).add_(0.5).clamp_(0, 1)
+    return unit.float().mul_(255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()

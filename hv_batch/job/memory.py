@@ -124,12 +124,12 @@ def decode_activations(model: ModelShape, shape: Shape) -> int:
     tile_frames = (in_tile - 1) * TEMPORAL_COMPRESSION + 1
     tiled = max(height, width) > tile.spatial_px
     tall, broad = (min(side, tile.spatial_px) if tiled else side for side in (height, width))
-    # The last level, at full resolution, is the widest. Its first resnet: input, normed, padded by 2 frames and by one
-    # pixel around. A later one: the level's input, its own, hidden, that normed, padded.
+    # The last level, at full resolution, is the widest. Its first resnet: input, that normed and padded by 2 frames and
+    # by one pixel around, hidden. A later one: the level's input, its own, hidden, that normed and padded, result.
     narrow, before = model.vae.block_out_channels[:2]
     front = 2 if tile_frames > 1 else 0
     padding = (tile_frames + front) * (tall + 2) * (broad + 2) / (tile_frames * tall * broad)
-    channels = max((2 + padding) * before, before + (3 + padding) * narrow)
+    channels = max((1 + padding) * before + narrow, before + (3 + padding) * narrow)
     decoding = channels * tile_frames * tall * broad * item
     # Frames of a temporal tile: being put together, and the tile before in the hands of the caller.
     frames_held = 3 * tile_frames * height * width * item

@@ -32,6 +32,14 @@ def error(result, expected):
     return float(np.sqrt(np.square(result - expected).mean() / np.square(expected).mean()))
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """float32 without TF32, which PyTorch allows convolutions by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.03), ("fp16", 0.004)])
 def test_eight_steps_are_those_of_the_cpu(base, precision, bound):
     """P3: noise of the CPU, one trajectory; the bounds of the 16-bit paths are those that hold on the CPU."""

@@ -1,0 +1,85 @@
+"""A GPU predicts and decodes what the CPU does, whose layout and kernels are others, in every precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hv_batch.engine.dit import DiTConfig
+from hv_batch.engine.vae_kernels import norm_silu_pad
+from hv_batch.toy.checkpoint import TOY_DIT
+from tests.engine.dit_reference import random_dit, random_inputs
+from tests.engine.vae_reference import NARROW, relative_error, vae_pair
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# Relative root mean square against float32, as on the CPU: tests/engine/test_precision.py and test_vae.py.
+FORWARD = {torch.bfloat16: 0.02, torch.float16: 0.0025}
+DECODE = {torch.bfloat16: 0.032, torch.float16: 0.004}
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch):
+    """float32 without TF32, which PyTorch allows convolutions by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def on_gpu(inputs: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_decoder_is_the_cpus(frames):
+    """Channels last on the CPU and not on the GPU, one result."""
+    vae, _ = vae_pair(NARROW)
+    z = torch.randn(1, 16, frames, 6, 5)
+    expected = vae.decode(z)
+    assert (vae.cuda().decode(z.cuda()).cpu() - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", DECODE, ids=str)
+def test_half_precision_decodes_as_the_release_does(dtype):
+    """Spec section 5: as accurate as the reference under the release's own autocast, here the real one."""
+    ours, theirs = vae_pair(NARROW)
+    z = torch.randn(1, 16, 3, 8, 6)
+    expected = ours.decode(z)
+    with torch.autocast("cuda", dtype=dtype), torch.no_grad():
+        released = theirs.to("cuda", dtype).decode(z.to("cuda", dtype), return_dict=False)[0]
+    result = ours.to("cuda", dtype).decode(z.to("cuda", dtype))
+    assert result.dtype is dtype
+    error = relative_error(released.cpu(), expected)
+    assert relative_error(result.cpu(), expected) <= 1.1 * error < DECODE[dtype]
+
+
+def test_a_norm_at_the_size_of_a_tile():
+    """The widest norm of a released tile: statistics of 17 million numbers a group, far from zero, in float32."""
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(32, 128, eps=1e-6).cuda().requires_grad_(False)
+    x = torch.randn(1, 128, 65, 256, 256, device="cuda", dtype=torch.float16) * 2 + 5
+    result = norm_silu_pad(norm, x, 2)[:, :, 2:, 1:-1, 1:-1]
+    for group in range(0, 128, 32):  # a few at a time: in float64 each takes 136 MB
+        expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x[:, group : group + 4].double(), 1))
+        assert (result[:, group : group + 4].double() - expected).abs().max() <= 2e-3  # half a unit of float16 near 4
+
+
+def test_the_transformer_is_the_cpus():
+    """Normalised, rotated and gated in place on both."""
+    config = DiTConfig(**TOY_DIT)
+    model = random_dit(config, seed=1)
+    inputs = random_inputs(config, (3, 8, 8), [7], seed=2, padded=9)
+    expected = model(**inputs)
+    assert (model.cuda()(**on_gpu(inputs)).cpu() - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", FORWARD, ids=str)
+def test_half_precision_predicts_as_on_the_cpu(dtype):
+    """Spec section 1, `--precision`: two items with texts of unlike length."""
+    config = DiTConfig(**TOY_DIT)
+    model = random_dit(config, seed=0)
+    inputs = random_inputs(config, (3, 8, 12), [7, 12], seed=0, padded=12)
+    inputs |= {"guidance": torch.full((2,), 4000.0), "timestep": torch.tensor([1000.0, 500.0])}
+    expected = model(**inputs)
+    result = model.to("cuda", dtype)(**on_gpu(inputs))
+    assert result.dtype is dtype
+    assert relative_error(result.cpu(), expected) < FORWARD[dtype]
