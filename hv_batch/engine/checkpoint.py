@@ -1,4 +1,4 @@
-"""Checkpoint trees: where their files lie, which are missing, which revision they are.
+"""Checkpoint trees: where their files lie, and which are missing.
 
 The released layout (spec section 7), and the safetensors that `hv-batch weights convert` makes of it:
 
@@ -16,36 +16,26 @@ diffusers' layout is `hv_batch.engine.diffusers_layout`'s; it is recognised by i
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hv_batch.engine import diffusers_layout
 from hv_batch.engine.tensor_files import COPY_AGAIN, INDEX_SUFFIX, shard_files
-from hv_batch.engine.text import text_problems
+from hv_batch.engine.text import missing_text_files
 from hv_batch.protocol import UserError
 
 LAYOUT = (
-    "the layout is <model_base>/{hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt, "
+    "The layout is <model_base>/{hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt, "
     "hunyuan-video-t2v-720p/vae/{config.json,pytorch_model.pt}, text_encoder/, text_encoder_2/}, "
-    "or that of diffusers: transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/"
+    "or that of diffusers: transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/; "
+    "`hv-batch weights fetch` makes either."
 )
 
 MODEL = "hunyuan-video-t2v-720p"
 DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as ours: fields of `DiTConfig`
 CONVERTED = "model.safetensors"  # what `hv-batch weights convert` writes, or its index
-
-# What the text towers may read from their folders. A README or a downloader's notes do not change a picture.
-_TEXT_TOWER_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".safetensors", ".bin"})
-
-# Below this a file is digested whole. Above, 64 blocks of 256 KiB spread evenly over it are: 16 MiB a file keeps the
-# digest of the released 40 GB tree at seconds even on a network disk.
-_DIGEST_WHOLE_BELOW = 16 * 2**20
-_DIGEST_BLOCKS = 64
-_DIGEST_BLOCK = 256 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +132,10 @@ class CheckpointTree:
         )
 
     def missing(self) -> list[str]:
-        """One sentence for each file that is not there, with the path where it is expected; empty when complete."""
+        """One sentence for each file that is not there, with the path where it is expected; empty when complete. What
+        a tree looks like is `LAYOUT`, to be told once beside them."""
         if not self.model_base.is_dir():
-            return [f"model_base {self.model_base} is not a folder; {LAYOUT}"]
+            return [f"model_base {self.model_base} is not a folder"]
         found: list[str] = []
         required = [("VAE config", self.vae_config)]
         for name, locate in (("DiT weights", self.dit_file), ("VAE weights", lambda: self.vae_weight)):
@@ -154,8 +145,7 @@ class CheckpointTree:
             except UserError as error:
                 found.append(str(error))
         found += [f"{name} missing: {path} is not there" for name, path in required if not path.is_file()]
-        found += text_problems(self.text_encoder, self.text_encoder_2, self.tokenizer, self.tokenizer_2)
-        return [f"{sentence}; {LAYOUT}" for sentence in found]
+        return found + missing_text_files(self.text_encoder, self.text_encoder_2, self.tokenizer, self.tokenizer_2)
 
 
 def scales_file(dit_file: Path) -> Path:
@@ -165,61 +155,17 @@ def scales_file(dit_file: Path) -> Path:
     return path.with_name(f"{path.stem}_map{path.suffix}")
 
 
-def revision(tree: CheckpointTree) -> str:
-    """A digest, 64 hex digits, of the weights, configs and tokenizers that this tree would load (promise P3).
-
-    Covers each file's role, name and size, all bytes of a file below 16 MiB, and of a larger one 64 evenly spread
-    blocks of 256 KiB, its first and last among them. So it notices another, retrained, re-cast or truncated checkpoint,
-    but not a few changed bytes between two blocks of a large file: it is no proof against bit rot or a forger. It
-    depends neither on where the tree lies nor on file times. Raises UserError when a file is missing.
-    """
-    digest = hashlib.sha256()
-    for name, path in _identity_files(tree):
-        digest_file(digest, name, path)
-    return digest.hexdigest()
-
-
-def digest_file(digest: Any, name: str, path: Path) -> None:
-    """Add a file to a hashlib digest: `name`, its size, and its bytes or blocks of them, as `revision` says."""
-    size = path.stat().st_size
-    digest.update(f"{name}\0{size}\0".encode())
-    with path.open("rb") as file:
-        for offset, length in _digest_blocks(size):
-            file.seek(offset)
-            digest.update(file.read(length))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object out of a file, or UserError."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is not there; {LAYOUT}") from None
+        raise UserError(f"{path} is not there. {LAYOUT}") from None
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON ({error}). {COPY_AGAIN}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object and holds a {type(value).__name__}. {COPY_AGAIN}")
     return value
-
-
-def _identity_files(tree: CheckpointTree) -> Iterator[tuple[str, Path]]:
-    if missing := tree.missing():
-        raise UserError(missing[0])
-    # The DiT is named by its role: under another file name the same bytes make the same pictures.
-    dit = tree.dit_file()
-    yield "dit", dit
-    shards = shard_files(dit)
-    if shards != [dit]:
-        yield from ((f"dit/{number}", shard) for number, shard in enumerate(shards))
-    if scales_file(dit).is_file():
-        yield "dit map", scales_file(dit)
-    yield "vae/config.json", tree.vae_config
-    yield "vae/pytorch_model.pt", tree.vae_weight
-    # In diffusers' layout four folders, in the released one two.
-    for folder in dict.fromkeys((tree.text_encoder, tree.text_encoder_2, tree.tokenizer, tree.tokenizer_2)):
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and not path.name.startswith(".") and path.suffix in _TEXT_TOWER_SUFFIXES:
-                yield f"{folder.name}/{path.name}", path
 
 
 def _safetensors(folder: Path) -> Path | None:
@@ -230,11 +176,3 @@ def _safetensors(folder: Path) -> Path | None:
 
 def _first_file(folder: Path, *names: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _digest_blocks(size: int) -> list[tuple[int, int]]:
-    """(offset, length) of the parts of a file of `size` bytes that enter the digest."""
-    if size < _DIGEST_WHOLE_BELOW:
-        return [(0, size)]
-    last = size - _DIGEST_BLOCK
-    return [(last * i // (_DIGEST_BLOCKS - 1), _DIGEST_BLOCK) for i in range(_DIGEST_BLOCKS)]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hv_batch.engine import sampler
 from hv_batch.engine.attention import KERNELS, choose_kernel
-from hv_batch.engine.checkpoint import CheckpointTree, revision
+from hv_batch.engine.checkpoint import CheckpointTree
+from hv_batch.engine.digests import revision, vae_revision
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.offload import offload_blocks
@@ -143,8 +144,16 @@ class HunyuanVideo:
             "flow_reverse": self._recipe.reverse,
         }
 
+    def decoder_identity(self) -> dict[str, Any]:
+        """What of `identity` the decoder alone decides; the rest of the checkpoint need not be there."""
+        return {
+            "weights": vae_revision(self._tree),
+            "vae_precision": self._precisions["vae_precision"],
+            "vae_tile": _jsonable(asdict(self._geometry)),
+        }
+
     @cached_property
-    def _revision(self) -> str:
+    def _revision(self) -> dict[str, str]:
         return revision(self._tree)
 
     def group_problems(self, plan: ParallelPlan, shapes: Iterable[Shape] = ()) -> list[str]:
@@ -278,7 +287,7 @@ class HunyuanDecoder:
     def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """Frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3].
 
-        Raises ValueError for latents of another shape, and when the VAE yields values that are not finite.
+        Raises ValueError for latents of another shape, NotFiniteError when the VAE yields such values.
         """
         if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
             raise ValueError(f"latents must be shaped [{LATENT_CHANNELS}, T, h, w], not {list(latents.shape)}")

@@ -25,6 +25,7 @@ from hv_batch.protocol import UserError
 INDEX_SUFFIX = ".index.json"
 COPY_AGAIN = "Compare its size and checksum with the release and copy it again."
 CPU = torch.device("cpu")
+_LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for one that was not downloaded
 ALIGNMENT = 64  # bytes: where torch's own allocations and the tensors of its files begin
 
 DTYPE_NAMES: Mapping[str, torch.dtype] = {  # safetensors' name of a dtype
@@ -162,6 +163,12 @@ def _unreadable(path: Path, error: Exception) -> str:
             f"{path} holds more than tensors: to read it, {found[1]} would have to run, and nothing that a checkpoint "
             "brings along ever does. Get these weights as safetensors, or as a .pt file of tensors alone."
         )
-    # torch tells in front how its checks could be turned off.
-    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-    return f"{path} ({path.stat().st_size} bytes) is damaged or not a checkpoint: {reason} {COPY_AGAIN}"
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    if is_pointer:
+        return f"{path} is a pointer of Git LFS, not the file itself. Get that with `git lfs pull`, or copy it again."
+    # torch tells in front how its checks could be turned off, and behind how likely it is that the file is damaged.
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
+    size = path.stat().st_size
+    told = reason.rstrip(".") if size else "it is empty"
+    return f"{path} ({size} bytes) is damaged or not a checkpoint: {told}. {COPY_AGAIN}"

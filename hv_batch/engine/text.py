@@ -82,7 +82,7 @@ class TextEmbedding:
     tokens_lost: int
 
 
-def text_problems(
+def missing_text_files(
     llama_dir: Path, clip_dir: Path, llama_tokenizer: Path | None = None, clip_tokenizer: Path | None = None
 ) -> list[str]:
     """What is missing from the directories, one sentence each; reads no weights.
@@ -116,17 +116,7 @@ def _missing(directory: Path, tokenizer: Path, what: str, tokenizers: list[tuple
         shards = shard_files(weights)
     except UserError as error:
         return [*found, str(error)]
-    found += [f"{what} lacks {shard}, named in its index" for shard in shards if not shard.is_file()]
-    return found + [said for shard in shards if shard.is_file() and (said := _damage(shard))]
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a file of weights, as far as its header and its size tell."""
-    try:
-        open_file(path)
-    except UserError as error:
-        return str(error)
-    return None
+    return found + [f"{what} lacks {shard}, named in its index" for shard in shards if not shard.is_file()]
 
 
 class TextTowers:
@@ -148,7 +138,7 @@ class TextTowers:
         clip_tokenizer: Path | None = None,
     ) -> None:
         llama_tokenizer, clip_tokenizer = llama_tokenizer or llama_dir, clip_tokenizer or clip_dir
-        if found := text_problems(llama_dir, clip_dir, llama_tokenizer, clip_tokenizer):
+        if found := missing_text_files(llama_dir, clip_dir, llama_tokenizer, clip_tokenizer):
             raise UserError(
                 f"The text encoders cannot be loaded: {'; '.join(found)}. The expected layout is:\n{TEXT_LAYOUT}"
             )
@@ -248,7 +238,7 @@ class TextTowers:
         ).input_ids
 
 
-# transformers takes seconds to import, and `text_problems` does without: so it is imported where it is used.
+# transformers takes seconds to import, and `missing_text_files` does without: so it is imported where it is used.
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -280,6 +270,9 @@ def _load_clip(directory: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _load_weights(model_class: Any, directory: Path, dtype: torch.dtype, **kwargs: Any) -> Any:
+    file = weight_file(directory)
+    assert file is not None
+    open_file(file)  # says better than transformers what is wrong with a damaged one
     model, loading = model_class.from_pretrained(
         directory,
         dtype=dtype,

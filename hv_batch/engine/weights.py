@@ -67,7 +67,7 @@ def load_vae(tree: CheckpointTree, dtype: torch.dtype, device: torch.device) -> 
 def verify(tree: CheckpointTree, config: DiTConfig, fp8: str = "none") -> list[str]:
     """What would stop the model from loading, found without reading tensor data: seconds for any size of model."""
     if missing := tree.missing():
-        return missing
+        return [*missing, LAYOUT]
     return [
         *verify_dit(tree, config, fp8),
         *_told_by(
@@ -100,7 +100,7 @@ def open_dit(tree: CheckpointTree) -> Tensors:
     if tree.load_key not in content and not all_tensors(content):
         raise UserError(
             f"{path} has no {tree.load_key!r} (the load_key); its keys are {', '.join(map(repr, content))}. "
-            "Set load_key to the one that holds the tensors."
+            "Set load_key to 'module' or 'ema' where it is one of them, or name the released file."
         )
     tensors = named_tensors(content.get(tree.load_key, content), path)
     return diffusers_layout.released_dit(tensors, path) if diffusers_layout.is_diffusers_dit(tensors) else tensors
@@ -153,8 +153,12 @@ def open_tower(folder: Path, model_types: Collection[str]) -> Tensors:
     config = folder / "config.json"
     if (found := read_json(config).get("model_type")) not in model_types:
         raise UserError(
-            f"{config} describes a model of type {found!r}; allowed is {' or '.join(map(repr, model_types))}. From a "
-            "LLaVA checkpoint, take the language model first: `hv-batch weights extract-text-encoder`."
+            f"{config} describes a model of type {found!r}; allowed is {' or '.join(map(repr, model_types))}. "
+            + (
+                "From a LLaVA checkpoint, take the language model first: `hv-batch weights extract-text-encoder`."
+                if model_types == LLAMA_TYPES
+                else "Copy openai/clip-vit-large-patch14 there."
+            )
         )
     path = weight_file(folder)
     if path is None:
@@ -168,7 +172,7 @@ def _plan_dit(tree: CheckpointTree, config: DiTConfig, attention: str, fp8: str)
         model = HYVideoDiT(config, attention)
     path = tree.dit_file()
     tensors = open_dit(tree)
-    _refuse_mismatch(model, tensors, path)
+    _refuse_mismatch(model, tensors, path, "Set the option `dit` to the width and depth of this checkpoint")
     scales = open_scales(path, tensors)
     linears = block_linears(model)
     if strange := [name for name in scales if name not in linears or tensors[f"{name}.weight"].dtype != FP8]:
@@ -194,7 +198,7 @@ def _plan_vae(tree: CheckpointTree) -> tuple[CausalVAE, Tensors]:
     with torch.device("meta"):
         model = CausalVAE(config)
     tensors = open_vae(tree)
-    _refuse_mismatch(model, tensors, tree.vae_weight)
+    _refuse_mismatch(model, tensors, tree.vae_weight, f"Copy the {tree.vae_config.name} beside it that it came with")
     return model, tensors
 
 
@@ -229,11 +233,11 @@ def _dequantised(weight: StoredTensor, scale: StoredTensor) -> StoredTensor:
 
 def _open(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} is not there; {LAYOUT}")
+        raise UserError(f"{path} is not there. {LAYOUT}")
     return open_file(path)
 
 
-def _refuse_mismatch(model: nn.Module, tensors: Mapping[str, StoredTensor], path: Path) -> None:
+def _refuse_mismatch(model: nn.Module, tensors: Mapping[str, StoredTensor], path: Path, remedy: str) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     differences = {
@@ -248,8 +252,8 @@ def _refuse_mismatch(model: nn.Module, tensors: Mapping[str, StoredTensor], path
     told = [f"{len(names)} {what} ({_told(names)})" for what, names in differences.items() if names]
     if told:
         raise UserError(
-            f"{path} does not fit the configured model: of its tensors {'; '.join(told)}. "
-            "Set the model's options to the width and depth of this checkpoint, or name the right file."
+            f"{path} does not fit the configured model: of its tensors {'; '.join(told)}. {remedy}, or name the right "
+            "file."
         )
 
 

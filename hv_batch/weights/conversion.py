@@ -18,8 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hv_batch.engine.checkpoint import CONVERTED, DIT_CLASS, MODEL, CheckpointTree, digest_file, read_json, scales_file
+from hv_batch.engine.checkpoint import (
+    CONVERTED,
+    DIT_CLASS,
+    LAYOUT,
+    MODEL,
+    CheckpointTree,
+    read_json,
+    scales_file,
+)
 from hv_batch.engine.diffusers_layout import released_vae_config
+from hv_batch.engine.digests import digest_file
 from hv_batch.engine.fp8 import FP8, dequantise, quantise
 from hv_batch.engine.tensor_files import CPU, StoredTensor, shard_files
 from hv_batch.engine.text import weight_file
@@ -73,7 +82,7 @@ def plan_conversion(source: Path, target: Path, recipe: Recipe, load_key: str = 
     tree = CheckpointTree(source, load_key=load_key)
     if tree.is_diffusers or (source / MODEL).is_dir():
         if missing := tree.missing():
-            raise UserError("The source is not complete: " + " | ".join(missing))
+            raise UserError("The source is not complete: " + " | ".join([*missing, LAYOUT]))
         parts = [
             _dit(tree, target / MODEL / "transformers", recipe),
             _vae(tree, target / MODEL / "vae"),
@@ -220,7 +229,7 @@ def _quantised(weight: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
 
 
 def files_origin(path: Path, how: str) -> str:
-    """What tells one source from another: a digest of its files (as `checkpoint.revision` reads them), and how."""
+    """What tells one source from another: a digest of its files (as `digests.revision` reads them), and how."""
     digest = hashlib.sha256()
     for number, file in enumerate([*shard_files(path), scales_file(path)]):
         if file.is_file():

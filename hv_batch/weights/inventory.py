@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hv_batch.engine.checkpoint import MODEL, CheckpointTree, read_json, revision, scales_file
+from hv_batch.engine.checkpoint import LAYOUT, MODEL, CheckpointTree, read_json, scales_file
+from hv_batch.engine.digests import revision
 from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.tensor_files import shard_files
 from hv_batch.engine.text import weight_file
@@ -51,7 +52,7 @@ class Inventory:
     layout: str
     parts: list[Part]
     problems: list[str]
-    revision: str | None  # of a complete tree, as it enters a run's identity
+    revision: dict[str, str] | None  # of a complete tree's parts, as it enters a run's identity
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +67,10 @@ class Inventory:
                 f"  {'':<15} {part.path}: {part.note}",
             ]
         lines += [f"  problem: {problem}" for problem in self.problems]
-        lines.append(f"  revision {self.revision}" if self.revision else "  not complete, so without a revision")
+        if self.revision:
+            lines += ["  revision", *(f"    {part:<15} {digest}" for part, digest in self.revision.items())]
+        else:
+            lines.append("  not complete, so without a revision")
         return "\n".join(lines)
 
 
@@ -77,6 +81,8 @@ def take_inventory(path: Path, load_key: str = "module") -> Inventory:
     tree = CheckpointTree(path, load_key=load_key)
     if not (tree.is_diffusers or (path / MODEL).is_dir()):
         alone = CheckpointTree(path.parent, dit_weight=path, load_key=load_key)
+        if path.is_dir() and not any(path.glob("*.pt")) and not any(path.glob("*.safetensors*")):
+            raise UserError(f"{path} is no model_base and holds no DiT. {LAYOUT}")
         parts, problems = _collect(path, {"DiT": lambda: _dit(alone)})
         problems = problems or verify_dit(alone, _config(alone))
         return Inventory(str(path), "a DiT alone", parts, problems, None)

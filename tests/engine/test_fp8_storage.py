@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.engine.checkpoint import CheckpointTree, revision
+from hv_batch.engine.checkpoint import CheckpointTree
+from hv_batch.engine.digests import revision
 from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.fp8 import FP8, Fp8Linear, block_linears, quantise
 from hv_batch.engine.hunyuan import HunyuanVideo

@@ -239,7 +239,7 @@ def test_the_decoder_takes_read_only_latents(pipeline, recwarn):
 def test_an_engine_is_built_without_weights_or_devices(tmp_path):
     """Protocol `Engine`: cheap in the driver and every actor; a missing model is `check`'s to tell (P6)."""
     engine = HunyuanVideo(model_base=tmp_path / "nowhere")
-    (sentence,) = engine.check()
+    sentence, _layout = engine.check()
     assert "nowhere is not a folder" in sentence
     with pytest.raises(UserError, match="nowhere is not a folder"):
         engine.identity()

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from hv_batch.engine import checkpoint
-from hv_batch.engine.checkpoint import CheckpointTree, revision
+from hv_batch.engine import checkpoint, digests
+from hv_batch.engine.checkpoint import CheckpointTree
+from hv_batch.engine.digests import revision
 from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.weights import load_dit, load_vae, verify
 from hv_batch.protocol import UserError
@@ -67,21 +68,23 @@ def test_a_complete_tree_has_nothing_to_say(toy):
     ],
 )
 def test_a_missing_file_is_named_with_its_path_and_the_layout(base, name):
-    """P6: one sentence a file, with where it is expected and what the whole tree looks like."""
+    """P6: one sentence a file, with where it is expected; and what the whole tree looks like."""
     (base / name).unlink()
-    (sentence,) = verify(CheckpointTree(base), CONFIG)
+    sentence, layout = verify(CheckpointTree(base), CONFIG)
     assert str(base / name) in sentence
-    assert "<model_base>/{hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt" in sentence
+    assert "<model_base>/{hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt" in layout
 
 
 def test_all_missing_files_are_told_at_once(base):
-    """P6: nothing is asked for twice."""
+    """P6: nothing is asked for twice, and nothing said twice: one sentence a file, and once the layout."""
     (base / DIT).unlink()
     (base / VAE).unlink()
     shutil.rmtree(base / "text_encoder_2")
     told = CheckpointTree(base).missing()
     assert len(told) == 3
     assert [name in sentence for name, sentence in zip((DIT, VAE, "text_encoder_2"), told, strict=True)] == [True] * 3
+    assert verify(CheckpointTree(base), CONFIG) == [*told, checkpoint.LAYOUT]
+    assert not any("layout" in sentence for sentence in told)
     (sentence,) = CheckpointTree(base / "nowhere").missing()
     assert f"{base / 'nowhere'} is not a folder" in sentence
 
@@ -276,6 +279,27 @@ def test_cpu_weights_lie_where_torch_would_have_put_them(toy, tmp_path):
     assert all(p.data_ptr() % 64 == 0 for p in load(toy, dit_weight=file).parameters())
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "(0 bytes) is damaged or not a checkpoint: it is empty. Compare"),
+        (b"<html>Not found</html>", "(22 bytes) is damaged or not a checkpoint: Unsupported operand 60. Compare"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
+            "is a pointer of Git LFS, not the file itself",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["dit.pt", "dit.safetensors"])
+def test_what_a_failed_download_leaves_is_recognised(toy, tmp_path, name, content, told):
+    """P6: nothing, a page of a web server, the pointer of a clone without LFS; in whole sentences."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        load(toy, dit_weight=tmp_path / name)
+    assert str(tmp_path / name) in str(refusal.value)
+    assert told in str(refusal.value) or (name == "dit.safetensors" and b"html" in content)
+
+
 @pytest.mark.parametrize("tower", ["text_encoder", "text_encoder_2"])
 def test_a_truncated_text_tower_is_told_before_it_is_loaded(base, tower):
     """P6: its header is read with the others'."""
@@ -292,6 +316,16 @@ def test_a_whole_llava_is_no_text_encoder(base):
     (told,) = verify(CheckpointTree(base), CONFIG)
     assert "'llava'; allowed is 'llama'" in told
     assert "extract-text-encoder" in told
+
+
+def test_each_part_of_another_model_has_its_own_remedy(base):
+    """P6: what helps with a DiT is an option, with a VAE its config, with CLIP its folder."""
+    torch.save({"a": torch.zeros(1)}, base / DIT)
+    torch.save({"a": torch.zeros(1)}, base / VAE)
+    (base / "text_encoder_2" / "config.json").write_text('{"model_type": "t5"}')
+    told = verify(CheckpointTree(base), CONFIG)
+    remedies = ("Set the option `dit`", "Copy the config.json beside it", "Copy openai/clip-vit-large-patch14 there")
+    assert [remedy in sentence for remedy, sentence in zip(remedies, told, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("form", ["bare", "state_dict", "vae.", "state_dict and vae."])
@@ -328,39 +362,58 @@ def test_the_revision_depends_on_the_content_alone(toy, base):
     assert revision(CheckpointTree(base, dit_weight=moved)) == revision(CheckpointTree(toy))
 
 
-@pytest.mark.parametrize("name", [DIT, VAE, "text_encoder/tokenizer.json", "text_encoder_2/model.safetensors"])
-def test_the_revision_notices_one_changed_byte_of_a_small_file(toy, base, name):
-    """P2: changed weights are not resumed into."""
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        (DIT, "dit"),
+        (VAE, "vae"),
+        ("hunyuan-video-t2v-720p/vae/config.json", "vae"),
+        ("text_encoder/tokenizer.json", "text_encoder"),
+        ("text_encoder_2/model.safetensors", "text_encoder_2"),
+    ],
+)
+def test_the_revision_names_the_part_in_which_one_byte_has_changed(toy, base, name, part):
+    """P2: changed weights are not resumed into, and the refusal says which ones have changed."""
     content = bytearray((base / name).read_bytes())
     content[len(content) // 2] ^= 1
     (base / name).write_bytes(content)
-    assert revision(CheckpointTree(base)) != revision(CheckpointTree(toy))
+    before, after = revision(CheckpointTree(toy)), revision(CheckpointTree(base))
+    assert list(before) == list(after) == ["dit", "vae", "text_encoder", "text_encoder_2"]
+    assert [one for one in before if before[one] != after[one]] == [part]
 
 
 def test_the_revision_of_a_large_file_covers_its_ends_and_its_size(base):
     """P2: the sampled digest notices another header, another tail and a truncation."""
     file = base / DIT
     os.truncate(file, 40 * 2**20)
-    seen = {revision(CheckpointTree(base))}
+    seen = {revision(CheckpointTree(base))["dit"]}
     with file.open("r+b") as large:
         for offset in (0, 40 * 2**20 - 1):
             large.seek(offset)
             large.write(b"\xff")
             large.flush()
-            seen.add(revision(CheckpointTree(base)))
+            seen.add(revision(CheckpointTree(base))["dit"])
     os.truncate(file, 40 * 2**20 - 1)
-    seen.add(revision(CheckpointTree(base)))
+    seen.add(revision(CheckpointTree(base))["dit"])
     assert len(seen) == 4
 
 
 @given(st.integers(0, 2**40))
 def test_the_digest_reads_a_bounded_part_of_any_file(size):
     """The digest of a 26 GB file takes seconds: 16 MiB at most, from the first byte to the last."""
-    blocks = checkpoint._digest_blocks(size)
+    blocks = digests._digest_blocks(size)
     assert blocks[0][0] == 0
     assert sum(blocks[-1]) == size
     assert sum(length for _, length in blocks) <= 16 * 2**20
     assert all(a[0] + a[1] <= b[0] for a, b in pairwise(blocks))
+
+
+@pytest.mark.parametrize("itemsize", [1, 2])
+def test_no_matrix_of_a_block_lies_between_two_blocks_of_the_digest(itemsize):
+    """P3: weights merged into one layer are another revision; the smallest matrix of the released DiT, bf16 or FP8."""
+    width, parameters = 3072, 12_821_012_544  # spec section 2
+    offsets = [offset for offset, _ in digests._digest_blocks(parameters * itemsize)]
+    assert max(b - a for a, b in pairwise(offsets)) < width * width * itemsize
 
 
 def test_the_revision_of_an_incomplete_tree_is_refused(base):

@@ -13,7 +13,8 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hv_batch.cli import app
-from hv_batch.engine.checkpoint import CheckpointTree, revision
+from hv_batch.engine.checkpoint import CheckpointTree
+from hv_batch.engine.digests import revision
 from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise
 from hv_batch.engine.hunyuan import HunyuanVideo
@@ -303,6 +304,12 @@ def test_a_dit_of_another_model_is_told_by_its_tensors(base):
     assert "1 not of this model (a)" in problem
 
 
+def test_a_folder_of_something_else_is_told_with_the_layout(tmp_path):
+    """P6: it is neither a tree nor a DiT, rather than a DiT that is broken."""
+    with pytest.raises(UserError, match=r"is no model_base and holds no DiT\. The layout is"):
+        take_inventory(tmp_path)
+
+
 def test_a_dit_alone_may_be_looked_at(toy, tmp_path):
     """A file or a folder of shards; FP8 counts its map among its files."""
     convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
@@ -325,7 +332,7 @@ def test_the_commands_say_what_they_did(toy, base, tmp_path):
     """Text for people, --json for machines, exit code 1 for a checkpoint that has problems."""
     code, text, _ = run("check", toy)
     assert code == 0
-    assert f"revision {revision(CheckpointTree(toy))}" in text
+    assert all(f"{part:<15} {digest}" in text for part, digest in revision(CheckpointTree(toy)).items())
     code, text, _ = run("check", toy, "--json")
     assert json.loads(text)["parts"][0]["parameters"] > 10**6
     (base / DIT).unlink()
