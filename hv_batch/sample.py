@@ -28,7 +28,7 @@ from hv_batch.engine.local_group import RankFailed
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device, plan_videos
 from hv_batch.engine.reproduce import make_deterministic
 from hv_batch.job.commits import LICENCE_ID
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, SamplingParams, UserError, problems
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NotFiniteError, SamplingParams, UserError, problems
 from hv_batch.sample_files import free_stem, read_latents, shorten, write_latents, write_video
 from hv_batch.sample_options import MODELS, idle_flags, parse, round_up
 
@@ -68,6 +68,11 @@ def main(arguments: Sequence[str]) -> int:
     except RankFailed as failed:
         print(f"error: {failed}", file=sys.stderr)
         return 1
+    except NotFiniteError as error:
+        raise UserError(
+            f"This video could not be rendered: {error}. Choose a wider --precision or --vae-precision (fp16 overflows "
+            "first, fp32 last), and check the weights with `hv-batch weights check`."
+        ) from error
     return 0
 
 
@@ -128,7 +133,16 @@ def _decode(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
             case _:  # latents of somebody else
                 name = Path(file).stem
         stem = free_stem(folder, name, options.name_suffix)
-        write_video(stem, decoder.decode(latents), latents.shape, {"schema": SCHEMA, **record})
+        record = {"schema": SCHEMA, **record, "engine": _decoded_by(engine, record.get("engine"))}
+        write_video(stem, decoder.decode(latents), latents.shape, record)
+
+
+def _decoded_by(engine: HunyuanVideo, before: Any) -> dict[str, Any]:
+    """The engine of a video whose latents `before` made, and this one decodes."""
+    decoder = engine.decoder_identity()
+    known = before if isinstance(before, dict) else {}  # unknown for latents of somebody else
+    weights = known.get("weights")
+    return {**known, **decoder, "weights": {**(weights if isinstance(weights, dict) else {}), **decoder["weights"]}}
 
 
 def _videos(options: argparse.Namespace) -> list[SamplingParams]:
@@ -136,10 +150,7 @@ def _videos(options: argparse.Namespace) -> list[SamplingParams]:
     asked = (options.video_size[0], options.video_size[-1])
     if asked != (height, width):
         _say(f"size {asked[0]}x{asked[1]} is rounded up to multiples of 16: {height}x{width} (height x width)")
-    seed = options.seed
-    if seed is None:
-        seed = random.randint(0, MAX_RANDOM_SEED)
-        _say(f"seed {seed}")
+    seed = random.randint(0, MAX_RANDOM_SEED) if options.seed is None else options.seed
     values = {
         "negative_prompt": (options.neg_prompt or DEFAULT_NEGATIVE_PROMPT).strip(),
         "height": height,
@@ -147,7 +158,8 @@ def _videos(options: argparse.Namespace) -> list[SamplingParams]:
         "num_frames": options.video_length,
         "num_inference_steps": options.infer_steps,
         "guidance_scale": options.embedded_cfg_scale,
-        "cfg_scale": max(1.0, options.cfg_scale),  # the release takes anything up to 1 for off
+        # The release takes anything up to 1 for off; what is no number is refused below.
+        "cfg_scale": 1.0 if options.cfg_scale < 1.0 else options.cfg_scale,
         "guidance_rescale": options.guidance_rescale,
         "flow_shift": options.flow_shift,
     }
@@ -156,6 +168,8 @@ def _videos(options: argparse.Namespace) -> list[SamplingParams]:
     if found:
         told = "; ".join(f"{FLAGS[one.field]} is {one.value!r}, allowed is {one.allowed}" for one in found)
         raise UserError(f"This video cannot be rendered: {told}.")
+    if options.seed is None:
+        _say(f"seed {seed}")
     return plan_videos(prompts, seed, options.num_videos, **values)
 
 

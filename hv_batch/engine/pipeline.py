@@ -252,6 +252,7 @@ class HunyuanVideoPipeline:
 
 
 def choose_device(device: Device | Literal["auto"]) -> Device:
+    _refuse_choice("device", device, device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
@@ -265,13 +266,15 @@ def plan_videos(
     Video i of every prompt has `seed + i`. Several seeds are one for each prompt, to count up from, or one for each
     video. Raises UserError for values that cannot be rendered, all of a video's at once.
     """
+    is_some = isinstance(prompt, str) or (isinstance(prompt, Sequence) and len(prompt) > 0)
+    _refuse_choice("prompt", prompt, is_some, "a text, or at least one in a list")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    _refuse_choice("prompt", prompt, bool(prompts), "a text, or at least one in a list")
     _refuse_choice("num_videos", num_videos, _is_count(num_videos), "a whole number above 0")
     total = len(prompts) * num_videos
     given = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * len(prompts)
     allowed = " or ".join(str(count) for count in sorted({len(prompts), total}))
-    _refuse_choice("seed", seed, len(given) in (len(prompts), total), f"one seed, or a list of {allowed}")
+    each_of = f"one for each prompt or for each video (num_videos is {num_videos})"
+    _refuse_choice("seed", seed, len(given) in (len(prompts), total), f"one seed, or a list of {allowed}: {each_of}")
     for text in prompts:
         for one in given:
             _refuse_problems({**values, "prompt": text, "seed": one})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hv_batch.engine import sampler
-from hv_batch.engine.pipeline import HunyuanVideoPipeline, Interrupted, plan_videos
+from hv_batch.engine.pipeline import HunyuanVideoPipeline, Interrupted, choose_device, plan_videos
 from hv_batch.engine.sampler import Recipe
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
@@ -59,7 +59,8 @@ def test_seeds_are_given_out_as_released(prompts, seed, num_videos, planned):
 @pytest.mark.parametrize(
     ("prompts", "seed", "num_videos", "told"),
     [
-        ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2"),
+        ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2: one for each"),
+        (None, 0, 1, "prompt is None, allowed is a text, or at least one in a list"),
         (["a", "b"], [], 1, r"seed is \[\]"),
         ("a", "7", 1, "seed is '7'"),
         ("a", [1.5], 1, "seed is 1.5"),
@@ -75,6 +76,12 @@ def test_wrong_seeds_and_counts_are_told(prompts, seed, num_videos, told):
     """P6: what was given and what is allowed."""
     with pytest.raises(UserError, match=told):
         plan_videos(prompts, seed, num_videos, **REST)
+
+
+def test_a_device_that_is_none_is_told():
+    """P6: rather than taken for a GPU."""
+    with pytest.raises(UserError, match="device is 'tpu', allowed is 'auto', 'cpu' or 'cuda'"):
+        choose_device("tpu")
 
 
 def test_no_bit_depends_on_the_batch(pipeline):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,13 +211,14 @@ def test_a_part_that_was_not_released_is_refused(flag):
         (["--cfg-degree", "3"], "argument --cfg-degree: invalid choice: 3"),
         (["--attention", "cudnn"], "attention 'cudnn' needs cuDNN, a CUDA device and half precision"),
         (["--ulysses-degree", "3"], "ulysses_degree 3 does not divide the model's 8 attention heads"),
+        (["--cfg-scale", "nan"], "--cfg-scale is nan, allowed is a number from 1 (off) to 100"),
         (["--embedded-cfg-scale", "-1"], "--embedded-cfg-scale is -1.0"),
         (["--flow-shift", "nan"], "--flow-shift is nan"),
         (["--guidance-rescale", "2"], "--guidance-rescale is 2.0"),
         (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
         (["--apply-final-norm"], "the model was trained without it"),
         (["--colour"], "unrecognized arguments: --colour"),
-        (["--model-base", "nowhere"], "nowhere is not a folder; the layout is"),
+        (["--model-base", "nowhere"], "nowhere is not a folder | The layout is"),
         (["--use-fp8"], "holds no FP8 weights"),
         (["--attention", "flash"], "attention 'flash' needs the flash-attn package"),
         (["--from-latents", "nowhere.safetensors"], "nowhere.safetensors is not there"),
@@ -230,6 +232,19 @@ def test_bad_input_is_one_clear_line(base, tmp_path, flags, told):
         sample.main([*SMALL, *where, *known, *flags])
     assert told in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_overflow_end_in_one_line(base, tmp_path):
+    """P6: no traceback, and what to try."""
+    transformers = base / "hunyuan-video-t2v-720p" / "transformers"
+    shutil.copytree(transformers, tmp_path / "nan")
+    (file,) = (tmp_path / "nan").glob("*.pt")
+    content = torch.load(file, weights_only=True)
+    content["module"]["final_layer.linear.bias"].fill_(torch.nan)
+    torch.save(content, file)
+    flags = ["--model-base", str(base), "--dit-weight", str(file), "--save-path", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"latents are not finite after step 1 of 2.*wider --precision"):
+        sample.main([*SMALL, *flags, "--prompt", PROMPT])
 
 
 def test_a_missing_prompt_and_a_launcher_are_told(monkeypatch):
@@ -289,6 +304,10 @@ def test_latents_can_be_decoded_later(render, pipeline):
     expected = frames_of(pipeline, seed=9, cfg_scale=3.0, guidance_rescale=0.5)
     assert record["frames_sha256"] == digest(expected)
     assert record["params"]["negative_prompt"] == DEFAULT_NEGATIVE_PROMPT  # none was given
+    assert record["engine"] == pipeline.engine.identity()
+    (other,), _ = render("--from-latents", latents, "--vae-precision", "bf16")
+    assert record_of(other)["engine"] == {**record["engine"], "vae_precision": "bf16"}
+    assert record_of(other)["frames_sha256"] != digest(expected)
 
 
 def test_strange_latents_are_refused(base, tmp_path):
