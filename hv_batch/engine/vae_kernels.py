@@ -40,6 +40,10 @@ def in_layout(x: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride = (1, 1, 1)) -> Tensor:
     """A 3D convolution without padding, in the layout of the device."""
+    if x.device.type == "cpu" and x.dtype is torch.float16:
+        # Of float16, PyTorch has a kernel a hundred times slower, which sums in float32 and rounds once as well.
+        wide = None if bias is None else bias.float()
+        return convolve(x.float(), weight.float(), wide, stride).to(x.dtype)
     if x.device.type == "cpu" and x.dtype is torch.float32 and torch.backends.mkldnn.is_available():
         # Called by name: PyTorch gives inputs of less than a million numbers to a kernel three times slower.
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, (0, 0, 0), stride, (1, 1, 1), 1)

@@ -138,7 +138,7 @@ def test_all_bad_values_are_told_at_once(pipeline):
 
 def test_an_incomplete_model_is_refused(tmp_path):
     """P6: a missing weight file names the path expected and the layout."""
-    with pytest.raises(UserError, match=r"nowhere is not a folder; the layout is"):
+    with pytest.raises(UserError, match=r"nowhere is not a folder \| The layout is"):
         HunyuanVideoPipeline.from_pretrained(tmp_path / "nowhere", device="cpu")
 
 

@@ -94,6 +94,19 @@ def test_convolutions_are_pytorchs(channels, stride):
     assert (convolve(in_layout(x), weight, None, stride) - expected + bias.view(-1, 1, 1, 1)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
+def test_a_float16_convolution_sums_in_float32(stride):
+    """`--vae-precision fp16` on a CPU: the exact sum of the float16 numbers, rounded once, whatever kernel there is."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 32, 4, 7, 6).half(), (torch.randn(16, 32, 3, 3, 3) / 30).half(), torch.ones(16)
+    result = convolve(in_layout(x), weight, bias.half(), stride)
+    expected = F.conv3d(x.double(), weight.double(), bias.double(), stride)
+    assert result.dtype is torch.float16
+    assert is_channels_last(result)
+    half_a_unit = 2.0**-11 * expected.abs()
+    assert ((result.double() - expected).abs() <= half_a_unit + 1e-5).all()
+
+
 def test_pointwise_convolutions_are_pytorchs():
     """As a matrix product: the same numbers, layout kept."""
     conv, x = nn.Conv3d(8, 5, 1).requires_grad_(False), torch.randn(2, 8, 3, 4, 5)

@@ -49,7 +49,7 @@ def test_half_precision_decodes_as_the_release_does(dtype):
     result = ours.to("cuda", dtype).decode(z.to("cuda", dtype))
     assert result.dtype is dtype
     error = relative_error(released.cpu(), expected)
-    assert relative_error(result.cpu(), expected) <= 1.1 * error < DECODE[dtype]
+    assert relative_error(result.cpu(), expected) <= 1.2 * error < DECODE[dtype]
 
 
 def test_a_norm_at_the_size_of_a_tile():
