@@ -118,7 +118,7 @@ class World:
                 if self.has_room:
                     self.events.append(WorkerPlaced(worker))
             case KillWorker(worker, failure, rebuild):
-                if not rebuild and failure.kind is not FailureClass.PREEMPTED:
+                if not rebuild and failure.kind is not FailureClass.PREEMPTED and worker not in self.leaving:
                     self.given_up.add((worker.stage, worker.slot))
                 self.back_in_line(self.running.pop(worker, ()))
                 self.end(worker)
