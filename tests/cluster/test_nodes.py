@@ -116,9 +116,11 @@ def test_what_the_rest_cannot_use_is_released(grown):
 
 
 def test_a_drained_node_is_left_before_its_deadline(fleet, grown, tmp_path):
-    """P4, P5: encoder, decoder and group move to another node in time; the sample is charged with PREEMPTED only."""
+    """P4, P5: encoder, decoder and group move to another node in time; the sample goes on where it was, and is
+    charged with PREEMPTED only.
+    """
     leaving = fleet.add_node(gpus=3)
-    run = Run(tmp_path, fleet)
+    run = Run(tmp_path, fleet, groups={"checkpoint_every": 1})
     run.wait_until_held(1)
     fleet.add_node(gpus=3)
     drain(fleet, leaving, seconds=8)
@@ -127,6 +129,7 @@ def test_a_drained_node_is_left_before_its_deadline(fleet, grown, tmp_path):
     run.go()
     assert "is to be taken away in" in run.text
     assert run.groups() == {"denoise-0.1"}
+    assert count(run.marks, "steps")[f"{PROMPTS[0]} 1"] == 1, "it went on from its step checkpoint"
     assert run.history() == {"s00": ["PREEMPTED"], **{f"s{i:02d}": [] for i in range(1, 6)}}
     assert run.groups_lost() == {"PREEMPTED": {"groups": 1, "gpu_seconds": None}}
     assert dataset(run.output) == dataset(grown.output)
