@@ -123,6 +123,10 @@ class FakeEngine:
                 raise ValueError(f"told to fail at {stage}: {text}")
             elif fault == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            elif fault == "hold":
+                self.mark("held", text)
+                while not (self.marks / "go").exists():
+                    time.sleep(0.02)
 
 
 class FakeEncoder:

@@ -107,7 +107,8 @@ class GroupsConfig(_Section):
     """Denoise groups: gangs of ranks that render one sample together."""
 
     count: Count = 1
-    """Groups that render at the same time."""
+    """The most groups that render at the same time. The run begins with the first one that finds room and goes on
+    asking for the others, so an autoscaler may bring their nodes; towards the end, idle ones are let go."""
     gpus_per_rank: GpuShare = 1.0
     """GPUs that Ray reserves for a rank."""
     cpus_per_rank: Cpus = 1.0

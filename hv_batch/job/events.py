@@ -65,6 +65,17 @@ class WorkerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLeaving:
+    """A node that the worker stands on is to be taken away at `until_s`, on the clock of `step`; inf: some day.
+
+    May be repeated; what is told later is believed.
+    """
+
+    worker: WorkerId
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskDone:
     worker: WorkerId
 
@@ -100,6 +111,7 @@ Event = (
     | WorkerPlaced
     | WorkerReady
     | WorkerLost
+    | WorkerLeaving
     | TaskDone
     | TaskFailed
     | Beat
@@ -128,7 +140,15 @@ class KillWorker:
 
     worker: WorkerId
     failure: Failure
-    rebuild: bool = False  # a StartWorker of the same slot will follow
+    rebuild: bool = False  # the station wants another in its place, and where it stood is fit for that
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseWorker:
+    """End a worker that does nothing, or withdraw one that still waits for room: nothing is wrong with it."""
+
+    worker: WorkerId
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,4 +186,4 @@ class Finish:
     drained: bool
 
 
-Action = Admit | StartWorker | KillWorker | Run | Checkpoint | Quarantine | Abort | Finish
+Action = Admit | StartWorker | KillWorker | ReleaseWorker | Run | Checkpoint | Quarantine | Abort | Finish

@@ -7,7 +7,7 @@ actor or task, and its reference is watched until it is there.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +16,6 @@ from ray.exceptions import RayError
 
 from hv_batch.job.columns import Kind
 from hv_batch.job.commits import quarantine, quarantine_record
-from hv_batch.job.config import RunConfig
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.errors import Failure
 from hv_batch.job.events import (
@@ -30,6 +29,7 @@ from hv_batch.job.events import (
     KillWorker,
     PlanExhausted,
     Quarantine,
+    ReleaseWorker,
     Run,
     Stage,
     StartWorker,
@@ -40,13 +40,16 @@ from hv_batch.job.events import (
     WorkerId,
 )
 from hv_batch.job.latents import drop_latents, drop_steps
+from hv_batch.job.limits import retry_limits, stage_limits
+from hv_batch.job.losses import Losses
 from hv_batch.job.plan import Passed, Plan, Sealable
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.samples import Sample
-from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
+from hv_batch.job.scheduler import Scheduler
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.context import RunContext
+from hv_batch.runtime.draining import NodeWatch
 from hv_batch.runtime.failures import classify
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
@@ -63,6 +66,13 @@ class Outcome:
     drained: bool  # a stop cut it short
     seconds: float
     excluded_nodes: Mapping[str, str]  # that got no group any more, each with the reason
+    losses: Losses
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    keys: tuple[str, ...]
+    begun: float
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
@@ -90,11 +100,14 @@ class Driver:
         self._extra_kinds = extra_kinds
         self._progress = progress
         self._should_stop = should_stop
-        self._scheduler = _scheduler(context.config)
-        self._groups = GroupPool(context.config, progress.say)
+        config = context.config
+        self._scheduler = Scheduler(stage_limits(config), retry_limits(config), config.timeouts.drain_s)
+        self._groups = GroupPool(config, progress.say)
+        self._nodes = NodeWatch(config.groups.count, progress.say)
+        self._losses = Losses(config.parallel.plan.world_size if config.parallel.device == "cuda" else None)
         self._items: dict[str, InFlight] = {}
         self._workers: dict[WorkerId, Worker] = {}
-        self._tasks: dict[WorkerId, tuple[str, ...]] = {}
+        self._tasks: dict[WorkerId, Task] = {}
         self._watched: dict[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]] = {}
         self._events: deque[Event] = deque()
         self._to_admit = 0
@@ -114,7 +127,7 @@ class Driver:
                 self._listen()
                 self._work_off()
                 self._progress.show(self._snapshot())
-            return Outcome(self._end.drained, time.monotonic() - begun, self._groups.excluded())
+            return Outcome(self._end.drained, time.monotonic() - begun, self._groups.excluded(), self._losses)
         finally:
             for worker in list(self._workers.values()):
                 worker.kill()
@@ -144,6 +157,7 @@ class Driver:
             self._polled = now
             for worker in list(self._workers.values()):
                 self._events.extend(worker.poll(now))
+        self._events.extend(self._nodes.look(self._workers, now))
         self._admit()
         self._events.append(Tick())
 
@@ -163,16 +177,21 @@ class Driver:
         """Keep the driver's own books and tell people what they would want to know."""
         match event:
             case TaskDone(worker) if worker in self._workers:
-                keys = self._tasks.pop(worker, ())
+                task = self._tasks.pop(worker)
                 if worker.stage is Stage.DECODE:
-                    for key in keys:
+                    for key in task.keys:
                         self._plan.committed(self._items.pop(key).sample)
             case TaskFailed(worker, failure) if worker in self._workers:
-                self._say_failed(worker, failure)
+                self._say_failed(worker, self._tasks.pop(worker, None), failure)
 
-    def _say_failed(self, worker: WorkerId, failure: Failure) -> None:
-        keys = self._tasks.pop(worker, ())
-        about = f" with {', '.join(keys)}" if keys else ""
+    def _lose(self, worker: WorkerId, failure: Failure) -> None:
+        task = self._tasks.pop(worker, None)
+        if worker.stage is Stage.DENOISE:
+            self._losses.add(failure.kind, time.monotonic() - task.begun if task else 0.0)
+        self._say_failed(worker, task, failure)
+
+    def _say_failed(self, worker: WorkerId, task: Task | None, failure: Failure) -> None:
+        about = f" with {', '.join(task.keys)}" if task else ""
         self._progress.say(f"{worker}{about}: {failure.kind.value}: {_first_line(failure)}")
 
     def _sealed(self, ref: ray.ObjectRef) -> list[Event]:
@@ -194,10 +213,13 @@ class Driver:
                 case StartWorker(worker):
                     self._workers[worker] = self._start(worker)
                 case KillWorker(worker, failure, rebuild):
-                    self._say_failed(worker, failure)
+                    self._lose(worker, failure)
                     self._workers.pop(worker).kill(rebuild=rebuild)
+                case ReleaseWorker(worker, reason):
+                    self._progress.say(f"{worker} is released: {reason}")
+                    self._workers.pop(worker).kill()
                 case Run(worker, keys):
-                    self._tasks[worker] = keys
+                    self._tasks[worker] = Task(keys, time.monotonic())
                     self._run(worker, keys)
                 case Checkpoint(worker):
                     group = self._workers[worker]
@@ -257,37 +279,18 @@ class Driver:
             self._plan.committed(sample)
 
     def _snapshot(self) -> Snapshot:
-        at, tally = Counter(self._scheduler.in_flight().values()), self._plan.tally
+        at, tally = self._scheduler.at, self._plan.tally
         return Snapshot(
             total=self._total,
             committed=tally.committed_before + tally.committed,
             quarantined=tally.quarantined_before + tally.quarantined,
             done_before=tally.committed_before + tally.quarantined_before,
             starting=self._scheduler.starting(),
-            encoding=at[Stage.ENCODE],
-            denoising=at[Stage.DENOISE],
-            decoding=at[Stage.DECODE],
+            encoding=at(Stage.ENCODE),
+            denoising=at(Stage.DENOISE),
+            decoding=at(Stage.DECODE),
         )
 
 
 def _first_line(failure: Failure) -> str:
     return failure.message.strip().partition("\n")[0]
-
-
-def _scheduler(config: RunConfig) -> Scheduler:
-    """Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work."""
-    stall_s = config.timeouts.stall_s
-    batch = config.encoders.batch_size
-    stages = {
-        Stage.ENCODE: StageLimits(workers=config.encoders.count, batch=batch, ahead=batch, task_timeout_s=stall_s),
-        Stage.DENOISE: StageLimits(
-            workers=config.groups.count, ahead=max(config.groups.count, batch), task_timeout_s=stall_s
-        ),
-        Stage.DECODE: StageLimits(
-            workers=config.decoders.count,
-            ahead=max(config.groups.count, config.decoders.count),
-            task_timeout_s=stall_s,
-        ),
-    }
-    retries = RetryLimits(**config.retries.model_dump())
-    return Scheduler(stages, retries, config.timeouts.drain_s)

@@ -20,6 +20,10 @@ class EncoderActor:
         self._name = name
         self._encoded = 0
 
+    def node_id(self) -> str:
+        """Ray's id of the node it stands on; the first answer says that it does."""
+        return ray.get_runtime_context().get_node_id()
+
     def load(self) -> None:
         """Not in __init__: an exception here keeps its type on the way to the driver."""
         self._encoder: TextEncoder = self._context.engine.text_encoder(self._context.config.parallel.device)

@@ -42,6 +42,7 @@ class DenoiseGroup:
 
     def __init__(self, worker: WorkerId, context: RunContext, watch: Watch, pool: GroupPool) -> None:
         self.id = worker
+        self.nodes: frozenset[str] = frozenset()
         self._context = context
         self._watch = watch
         self._pool = pool
@@ -94,6 +95,7 @@ class DenoiseGroup:
             return [WorkerLost(self.id, start_failure(classify(error, str(self.id))))]
         config = self._context.config
         self._nodes = seats.nodes()
+        self.nodes = frozenset(self._nodes)
         actor_class: Any = RankActor  # ray.remote has replaced the class by its actor factory
         for rank in range(config.parallel.plan.world_size):
             actor = actor_class.options(

@@ -208,10 +208,13 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
         return ExitCode.STOPPED
     # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
-    summary = aggregate(store) | {"excluded_nodes": dict(outcome.excluded_nodes)}
+    here = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
+    summary = aggregate(store) | here
     write_report(store, summary)
     finish_run(store, summary)
     progress.say(f"finished after {clock(outcome.seconds)}: {told}")
+    if groups := outcome.losses.describe():
+        progress.say(f"denoise groups lost on the way: {groups}")
     if pending := summary["pending"]:
         raise UserError(
             f"{pending} samples that were rendered have no record in {public_url(store.url)}. Either somebody removes "

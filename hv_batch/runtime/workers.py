@@ -6,6 +6,7 @@ reference is there, and the callback returns the events.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Beat, Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerReady
+from hv_batch.job.events import Beat, Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
 from hv_batch.job.samples import Sample
 from hv_batch.runtime.context import RunContext, StageReport
 from hv_batch.runtime.decoders import DecoderActor
@@ -48,6 +49,8 @@ class InFlight:
 
 
 class Worker(Protocol):
+    nodes: frozenset[str]  # Ray's ids of those it stands on; none until it is placed
+
     def run(self, items: Sequence[InFlight]) -> None: ...
 
     def poll(self, now: float) -> list[Event]:
@@ -87,23 +90,34 @@ class PoolWorker:
 
     def __init__(self, worker: WorkerId, actor: Any, watch: Watch, start_timeout_s: float) -> None:
         self.id = worker
+        self.nodes: frozenset[str] = frozenset()
         self._actor = actor
         self._watch = watch
         self._ready = False
-        self._deadline = time.monotonic() + start_timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._deadline = math.inf  # of the start, once placed: waiting for room is not a fault of the worker
         self._pulse = Pulse(worker, actor, watch)
+        watch(actor.node_id.remote(), self._placed)
         watch(actor.load.remote(), self._loaded)
 
     def poll(self, now: float) -> list[Event]:
         if self._ready:
             self._pulse.ask()
         elif now > self._deadline:
-            message = "it was not placed and loaded within timeouts.start_s; the cluster may have no room for it"
+            message = "it did not load within timeouts.start_s"
             return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)))]
         return []
 
     def kill(self, *, rebuild: bool = False) -> None:
         ray.kill(self._actor, no_restart=True)
+
+    def _placed(self, ref: ray.ObjectRef) -> list[Event]:
+        try:
+            self.nodes = frozenset([ray.get(ref)])
+        except RayError:  # `load` has failed of the same, and is heard
+            return []
+        self._deadline = time.monotonic() + self._start_timeout_s
+        return [WorkerPlaced(self.id)]
 
     def _loaded(self, ref: ray.ObjectRef) -> list[Event]:
         try:

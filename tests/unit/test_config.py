@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -256,3 +257,13 @@ def test_only_the_ring_crosses_nodes(write):
     assert "a number of ranks that 3 divides" in text
     config = load_config(write(""), [*overrides[:2], "parallel.ring_degree=2"])
     assert config.identity() == load_config(write(""), [overrides[1], "parallel.ring_degree=2"]).identity()
+
+
+def test_a_stopped_job_has_time_to_drain():
+    """Exit codes: `ray job stop` waits for longer than a drain takes, so that the run ends by itself."""
+    wait_s = float(
+        yaml.safe_load((CONFIGS.parent / "jobs" / "runtime_env.yaml").read_text())["env_vars"][
+            "RAY_JOB_STOP_WAIT_TIME_S"
+        ]
+    )
+    assert wait_s > RunConfig().timeouts.drain_s

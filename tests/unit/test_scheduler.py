@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,6 +21,7 @@ from hv_batch.job.events import (
     KillWorker,
     PlanExhausted,
     Quarantine,
+    ReleaseWorker,
     Run,
     Stage,
     StartWorker,
@@ -28,11 +30,14 @@ from hv_batch.job.events import (
     TaskFailed,
     Tick,
     WorkerId,
+    WorkerLeaving,
     WorkerLost,
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
+from hv_batch.job.limits import RetryLimits, StageLimits
+from hv_batch.job.scheduler import Scheduler
+from hv_batch.job.slots import GIVE_UP_S
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
 STALL_S = 50.0
@@ -54,17 +59,22 @@ class World:
     stages: dict[Stage, StageLimits]
     plan: list[Admitted]
     drain_timeout_s: float = 100.0
-    has_room: bool = True  # groups are placed as soon as they are asked for
+    has_room: bool = True  # whoever is asked for is placed at once
     now: float = 0.0
     starting: list[WorkerId] = field(default_factory=list)
     given_up: set[tuple[Stage, int]] = field(default_factory=set)  # slots that were said to have no further life
     idle: set[WorkerId] = field(default_factory=set)
     running: dict[WorkerId, tuple[str, ...]] = field(default_factory=dict)
+    leaving: dict[WorkerId, float] = field(default_factory=dict)
+    checkpoints: list[WorkerId] = field(default_factory=list)
+    released: list[WorkerId] = field(default_factory=list)
+    killed: dict[WorkerId, Failure] = field(default_factory=dict)
+    events: deque = field(default_factory=deque)
+    stopped_at: float | None = None
     at: dict[str, Stage] = field(default_factory=dict)
     committed: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
     quarantines: list[Quarantine] = field(default_factory=list)
-    checkpoints: list[WorkerId] = field(default_factory=list)
     runs: Counter = field(default_factory=Counter)
     finish: Finish | None = None
     abort: Abort | None = None
@@ -73,48 +83,62 @@ class World:
         self.scheduler = Scheduler(self.stages, RETRIES, self.drain_timeout_s)
         self.queue = list(self.plan)
         self.carry_out(self.scheduler.begin())
+        self.work_off()
 
     def feed(self, event):
-        self.carry_out(self.scheduler.step(event, self.now))
+        self.events.append(event)
+        self.work_off()
+
+    def work_off(self):
+        while self.events:
+            event = self.events.popleft()
+            if isinstance(event, Admitted):
+                self.at[event.key] = event.stage
+            if isinstance(event, StopRequested):
+                self.stopped_at = self.now
+            self.carry_out(self.scheduler.step(event, self.now))
 
     def carry_out(self, actions):
         for action in actions:
             assert self.finish is None, f"{action} after the end"
             assert self.abort is None, f"{action} after the abort"
             self.carry_out_one(action)
-        self.check()
+        self.check({action.worker.stage for action in actions if isinstance(action, ReleaseWorker)})
 
     def carry_out_one(self, action):
         match action:
             case Admit(count):
                 batch, self.queue = self.queue[:count], self.queue[count:]
-                for admitted in batch:
-                    self.at[admitted.key] = admitted.stage
-                    self.feed(admitted)
+                self.events.extend(batch)
                 if len(batch) < count:
-                    self.feed(PlanExhausted())
+                    self.events.append(PlanExhausted())
             case StartWorker(worker):
                 assert (worker.stage, worker.slot) not in self.given_up, "what it stood on is gone"
                 self.starting.append(worker)
-                if worker.stage is Stage.DENOISE and self.has_room:
-                    self.feed(WorkerPlaced(worker))
-            case KillWorker(worker, _, rebuild):
-                if not rebuild:
+                if self.has_room:
+                    self.events.append(WorkerPlaced(worker))
+            case KillWorker(worker, failure, rebuild):
+                if not rebuild and failure.kind is not FailureClass.PREEMPTED and worker not in self.leaving:
                     self.given_up.add((worker.stage, worker.slot))
-                self.starting = [other for other in self.starting if other != worker]
-                self.idle.discard(worker)
-                self.running.pop(worker, None)
+                self.back_in_line(self.running.pop(worker, ()))
+                self.end(worker)
+                self.killed[worker] = failure
+            case ReleaseWorker(worker):
+                assert worker not in self.running, "released in the middle of a task"
+                self.end(worker)
+                self.released.append(worker)
+            case Checkpoint(worker):
+                assert worker.stage is Stage.DENOISE
+                assert worker in self.running
+                self.checkpoints.append(worker)
             case Run(worker, keys):
                 self.idle.remove(worker)
+                assert worker not in self.leaving, "a task for a worker that leaves"
                 assert all(self.at[key] == worker.stage for key in keys), "ran at the wrong station"
                 assert not {k for task in self.running.values() for k in task} & set(keys), "ran twice at once"
                 assert len(keys) <= self.stages[worker.stage].batch
                 self.running[worker] = keys
                 self.runs.update((worker.stage, key) for key in keys)
-            case Checkpoint(worker):
-                assert worker.stage is Stage.DENOISE
-                assert worker in self.running, "nothing runs that could be kept"
-                self.checkpoints.append(worker)
             case Quarantine(key, _):
                 self.quarantined.append(key)
                 self.quarantines.append(action)
@@ -124,13 +148,32 @@ class World:
             case Finish():
                 self.finish = action
 
-    def check(self):
-        """The invariants that hold after every step."""
+    def will_come(self, key, stage):
+        """Whether a sample in flight still needs the station; a drain begins nothing but decodes."""
+        if self.stopped_at is None:
+            return self.at[key] <= stage
+        if stage is not Stage.DECODE or self.at[key] is Stage.ENCODE:
+            return False
+        return self.at[key] is Stage.DECODE or any(key in task for task in self.running.values())
+
+    def end(self, worker):
+        self.starting = [other for other in self.starting if other != worker]
+        self.idle.discard(worker)
+        self.leaving.pop(worker, None)
+
+    def check(self, shrunk):
+        """The invariants that hold after every step; `shrunk` are the stations that have just released somebody."""
         gone = Counter(self.committed) + Counter(self.quarantined)
         assert all(count == 1 for count in gone.values()), "a sample went twice"
         assert len(self.at) <= self.scheduler.window
         if not (self.finish or self.abort):
             assert self.scheduler.in_flight() == self.at
+            alive = {worker.stage for worker in (*self.starting, *self.idle, *self.running)}
+            for stage in shrunk - alive:
+                assert not any(self.will_come(key, stage) for key in self.at), "released what is needed"
+            for worker, until in self.leaving.items():
+                assert worker in self.running, "kept though it leaves and has nothing to finish"
+                assert self.now < until - GIVE_UP_S, "kept until its node was gone"
         for stage in (Stage.DENOISE, Stage.DECODE):
             begun_elsewhere = sum(1 for admitted in self.plan if admitted.stage is stage)
             running = {key for task in self.running.values() for key in task}
@@ -167,17 +210,14 @@ class World:
         self.feed(TaskFailed(worker, Failure(kind, "failed")))
 
     def lost(self, worker, kind):
-        keys = self.running.pop(worker, ())
-        self.idle.discard(worker)
-        self.starting = [other for other in self.starting if other != worker]
-        self.back_in_line(keys)
         self.feed(WorkerLost(worker, Failure(kind, "lost")))
+
+    def leave(self, worker, seconds):
+        self.leaving[worker] = self.now + seconds
+        self.feed(WorkerLeaving(worker, self.now + seconds))
 
     def tick(self, seconds):
         self.now += seconds
-        hung = [w for w in self.running if seconds > STALL_S]
-        for worker in hung:
-            self.back_in_line(self.running[worker])
         self.feed(Tick())
 
     def calm_down(self, limit=10_000):
@@ -201,19 +241,28 @@ def plan_of(count, stage=Stage.ENCODE):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_every_history_ends_with_each_sample_gone_once(data):
-    """P1, P5, P7: through any failures, each sample is committed or quarantined once, within bounded queues."""
+    """P1, P4, P5, P7: through any failures, preemptions and releases, each sample is committed or quarantined once,
+    within bounded queues.
+    """
     stages = limits(*(data.draw(st.integers(1, 3)) for _ in range(3)), batch=data.draw(st.integers(1, 4)))
     begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
     world = World(stages, [Admitted(f"s{i}", stage) for i, stage in enumerate(begins)])
+    may_stop = data.draw(st.booleans())
     for _ in range(data.draw(st.integers(0, 60))):
         if world.finish or world.abort:
             break
         choices = [("tick", None), *(("ready", w) for w in world.starting), *(("lost", w) for w in world.starting)]
         choices += [(what, w) for w in sorted(world.running) for what in ("done", "failed", "lost")]
-        choices += [("lost", w) for w in sorted(world.idle)]
+        choices += [(what, w) for w in sorted(world.idle) for what in ("lost", "leave")]
+        choices += [("leave", w) for w in (*world.starting, *sorted(world.running))]
+        choices += [("stop", None)] if may_stop and world.stopped_at is None else []
         what, worker = data.draw(st.sampled_from(choices))
-        if what in ("failed", "lost"):
+        if what == "leave":
+            world.leave(worker, data.draw(st.sampled_from([1.0, 20.0, 120.0, math.inf])))
+        elif what in ("failed", "lost"):
             getattr(world, what)(worker, data.draw(st.sampled_from(BLAMED)))
+        elif what == "stop":
+            world.feed(StopRequested())
         elif what == "tick":
             world.tick(data.draw(st.sampled_from([0.1, 5.0, 2 * STALL_S])))
         else:
@@ -221,6 +270,10 @@ def test_every_history_ends_with_each_sample_gone_once(data):
     world.calm_down()
     if world.abort:
         assert "in a row" in world.abort.failure.message
+    elif world.stopped_at is not None:
+        assert world.finish.drained == bool(world.at or world.queue)
+        if world.now < world.stopped_at + world.drain_timeout_s:
+            assert Stage.DECODE not in world.at.values(), "latents were left though a decoder could run"
     else:
         assert world.finish == Finish(drained=False)
         assert sorted(world.committed + world.quarantined) == sorted(a.key for a in world.plan)
@@ -408,7 +461,6 @@ def test_a_hung_task_is_given_up_and_retried():
     world.feed(Beat(group))
     world.tick(STALL_S - 1)
     assert group in world.running, "a beat restarts the clock"
-    world.back_in_line(["s0"])
     world.tick(2)
     assert group not in world.running
     world.calm_down()

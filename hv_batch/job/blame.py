@@ -1,0 +1,34 @@
+"""What a failed task costs its samples: another try, or their place in the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.events import Quarantine, Stage
+from hv_batch.job.limits import RetryLimits
+from hv_batch.job.queues import Queues
+
+# A retried denoise is encoded anew: an encoding costs a thousandth of a denoise, and the embedding may have been lost
+# with the node that held it. A retried decode reads the final latents from storage: they were written first (P4).
+RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DECODE: Stage.DECODE}
+
+
+def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: RetryLimits) -> Iterator[Quarantine]:
+    """Put the samples of a failed task back in line, or out of it when their budget is spent.
+
+    The members of a batch are not charged: each is tried again alone. Nor is anybody while the output root is away.
+    """
+    for key in keys:
+        if len(keys) > 1:
+            queues.set_apart(key)
+        elif failure.kind is not FailureClass.OUTAGE:
+            failures = queues.failures(key)
+            failures.append(failure)
+            if Counter(f.kind for f in failures)[failure.kind] >= retries.tries(failure.kind):
+                queues.remove(key)
+                yield Quarantine(key, tuple(failures))
+                continue
+        stage = Stage.ENCODE if failure.begin_anew else RETRY_STAGE[queues.place(key)]
+        queues.put_back(key, stage, first=failure.kind is not FailureClass.POISON)

@@ -1,0 +1,61 @@
+"""The numbers a scheduler is given: how wide each station is, and how often what may be tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hv_batch.job.config import RunConfig
+from hv_batch.job.errors import FailureClass
+from hv_batch.job.events import Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLimits:
+    workers: int  # at most
+    batch: int = 1  # samples a task may take
+    ahead: int  # samples that may wait here; the station before pauses when its results would exceed them
+    task_timeout_s: float  # without a Beat for so long a running task counts as hung
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryLimits:
+    """How many tries a sample has for each class of failure, and how often in a row one worker slot may be lost."""
+
+    poison: int
+    oom: int
+    infra: int
+    preempted: int
+    worker: int
+
+    def tries(self, kind: FailureClass) -> int:
+        return {
+            FailureClass.POISON: self.poison,
+            FailureClass.GPU_OOM: self.oom,
+            FailureClass.INFRA: self.infra,
+            FailureClass.PREEMPTED: self.preempted,
+        }[kind]
+
+
+def stage_limits(config: RunConfig) -> dict[Stage, StageLimits]:
+    """Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work.
+
+    What the groups are still making counts as queued for the decoders, so these have one more a group: groups that
+    began together end together, and would stand idle for a decode each time.
+    """
+    stall_s = config.timeouts.stall_s
+    batch = config.encoders.batch_size
+    return {
+        Stage.ENCODE: StageLimits(workers=config.encoders.count, batch=batch, ahead=batch, task_timeout_s=stall_s),
+        Stage.DENOISE: StageLimits(
+            workers=config.groups.count, ahead=max(config.groups.count, batch), task_timeout_s=stall_s
+        ),
+        Stage.DECODE: StageLimits(
+            workers=config.decoders.count,
+            ahead=config.groups.count + max(config.groups.count, config.decoders.count),
+            task_timeout_s=stall_s,
+        ),
+    }
+
+
+def retry_limits(config: RunConfig) -> RetryLimits:
+    return RetryLimits(**config.retries.model_dump())

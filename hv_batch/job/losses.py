@@ -1,0 +1,35 @@
+"""What lost denoise groups have cost one command, by cause: what an operator asks about a night on spot nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hv_batch.job.errors import FailureClass
+
+
+class Losses:
+    """`gpus`: those of a group; None where groups compute on CPUs, whose seconds nobody pays by the piece."""
+
+    def __init__(self, gpus: int | None) -> None:
+        self._gpus = gpus
+        self._groups: Counter[FailureClass] = Counter()
+        self._seconds: Counter[FailureClass] = Counter()
+
+    def add(self, kind: FailureClass, seconds: float) -> None:
+        """A group was lost `seconds` into a denoise; 0 when it was starting or idle."""
+        self._groups[kind] += 1
+        self._seconds[kind] += round(seconds)
+
+    def to_dict(self) -> dict[str, dict[str, int | None]]:
+        """By failure class: groups, and GPU-seconds of the denoises that were cut off (null on a CPU).
+
+        GPU-seconds are an upper bound: what a step checkpoint has saved of them is not deducted.
+        """
+        return {
+            kind.value: {"groups": count, "gpu_seconds": self._seconds[kind] * self._gpus if self._gpus else None}
+            for kind, count in sorted(self._groups.items())
+        }
+
+    def describe(self) -> str:
+        """As "2 x PREEMPTED, 1 x INFRA"; empty when no group was lost."""
+        return ", ".join(f"{count} x {kind.value}" for kind, count in self._groups.most_common())

@@ -1,0 +1,130 @@
+"""Which workers there should be: whom to ask for, in what order, and whom to let go.
+
+A station's number of workers is the most it may have. They are asked for as soon as there is work for them, and stay
+asked for while the cluster has no room: that is what an autoscaler sees, and a node that joins is used at once. What
+the rest of the run can never keep busy is let go; who runs a task never is.
+
+On a cluster that is too small for everybody, the first worker of each station comes before the second of any. Groups
+may take what the other stations need, and nodes that are lost may leave these with too few workers, or none: a group
+that waits for decoders renders nothing. So where they are the bottleneck and have waited too long for room, groups that
+stand idle are given up one after the other, and none is asked for, until there is room enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from hv_batch.job.events import ReleaseWorker, Stage, StartWorker, WorkerId
+from hv_batch.job.limits import StageLimits
+from hv_batch.job.slots import Status, WorkerSlot
+
+# Groups are asked for first: only they need many GPUs of one node at once, and a single actor that lands there first
+# would keep them out.
+START_ORDER = (Stage.DENOISE, Stage.ENCODE, Stage.DECODE)
+
+# What a station without workers waits for a new node before others make room for it: an autoscaler takes minutes to
+# bring one, and a group that is let go takes minutes to load again.
+STARVED_AFTER_S = 300.0
+MAKE_ROOM_EVERY_S = 30.0  # what is freed is taken within seconds; if that was too little, more is made
+FAVOUR_S = 120.0  # room that nobody has taken by then was not what they lacked: groups may have it back
+
+NOT_NEEDED = "the rest of the run cannot keep it busy"
+MAKES_ROOM = "another station has waited too long for room"
+
+
+class Staff:
+    """Every worker slot of every station."""
+
+    def __init__(self, limits: Mapping[Stage, StageLimits]) -> None:
+        self._slots = {
+            stage: [WorkerSlot(WorkerId(stage, slot, 0)) for slot in range(limits[stage].workers)] for stage in Stage
+        }
+        self._no_group_before = 0.0  # others shall find the room that was made for them
+
+    def __iter__(self) -> Iterator[WorkerSlot]:
+        for slots in self._slots.values():
+            yield from slots
+
+    def of(self, stage: Stage) -> list[WorkerSlot]:
+        return self._slots[stage]
+
+    def idle(self, stage: Stage) -> list[WorkerSlot]:
+        return [slot for slot in self._slots[stage] if slot.status is Status.IDLE]
+
+    def find(self, worker: WorkerId) -> WorkerSlot | None:
+        """The slot that lives this life; None when it is over."""
+        slot = self._slots[worker.stage][worker.slot]
+        return slot if slot.id == worker and slot.alive else None
+
+    def given_up(self, stage: Stage) -> bool:
+        """Whether no slot of the station will ever start again."""
+        return all(slot.status is Status.ABANDONED for slot in self._slots[stage])
+
+    def starts(self, needed: Mapping[Stage, int], now: float) -> Iterator[StartWorker]:
+        """Ask for workers, where `needed` says how many of each station could ever be busy."""
+        served = all(any(slot.placed for slot in self._slots[stage]) for stage in Stage if needed[stage])
+        group_placed = any(slot.placed for slot in self._slots[Stage.DENOISE])
+        for stage in START_ORDER:
+            if stage is not Stage.DENOISE and needed[Stage.DENOISE] and not group_placed:
+                continue
+            slots = self._slots[stage]
+            absent = [slot for slot in slots if slot.status is Status.ABSENT and now >= slot.start_at]
+            if not absent or (stage is Stage.DENOISE and group_placed and now < self._no_group_before):
+                continue
+            missing = min(needed[stage], len(slots) if served else 1) - sum(slot.alive for slot in slots)
+            for slot in absent[: max(0, missing)]:
+                slot.start(now)
+                yield StartWorker(slot.id)
+
+    def surplus(self, needed: Mapping[Stage, int]) -> Iterator[ReleaseWorker]:
+        """Let go whom the rest of the run, which needs no more than `needed`, cannot keep busy."""
+        for stage, slots in self._slots.items():
+            too_many = sum(slot.alive for slot in slots) - needed[stage]
+            if too_many > 0:
+                yield from _release(_spare(slots)[:too_many], NOT_NEEDED)
+
+    def make_room(self, needed: Mapping[Stage, int], bottleneck: Stage | None, now: float) -> Iterator[ReleaseWorker]:
+        """Let go of idle workers where another station has none, or is the bottleneck, and waits too long for room."""
+        if not self._waiting(Stage.ENCODE) and not self._waiting(Stage.DECODE):
+            self._no_group_before = 0.0
+        for stage in Stage:
+            if not any(now - slot.asked_at >= STARVED_AFTER_S for slot in self._waiting(stage)):
+                continue
+            deserted = not any(slot.placed for slot in self._slots[stage])
+            if not needed[stage] or not (deserted or stage is bottleneck):
+                continue
+            if stage is not Stage.DENOISE and self.idle(Stage.DENOISE):
+                yield from self._give_up_a_group(stage, now)
+            if deserted:
+                for other in {Stage.ENCODE, Stage.DECODE} - {stage}:
+                    yield from _release(self._beyond_one(other), MAKES_ROOM)
+
+    def _give_up_a_group(self, stage: Stage, now: float) -> Iterator[ReleaseWorker]:
+        """One that stands idle makes room for many single actors; groups that wait would take that room again."""
+        self._no_group_before = now + FAVOUR_S
+        for slot in self._waiting(stage):
+            slot.asked_at = now + MAKE_ROOM_EVERY_S - STARVED_AFTER_S
+        spare = self._beyond_one(Stage.DENOISE)
+        idle = [slot for slot in spare if slot.status is Status.IDLE]
+        yield from _release([slot for slot in spare if not slot.placed] + idle[:1], MAKES_ROOM)
+
+    def _waiting(self, stage: Stage) -> list[WorkerSlot]:
+        """Who has been asked for and has found no room yet."""
+        return [slot for slot in self._slots[stage] if slot.status is Status.STARTING and not slot.placed]
+
+    def _beyond_one(self, stage: Stage) -> list[WorkerSlot]:
+        slots = self._slots[stage]
+        return _spare(slots)[: max(0, sum(slot.alive for slot in slots) - 1)]
+
+
+def _spare(slots: list[WorkerSlot]) -> list[WorkerSlot]:
+    """Who runs nothing, first whom it costs least to let go: still waiting for room, then loading, then idle."""
+    spare = [slot for slot in slots if slot.status in (Status.STARTING, Status.IDLE)]
+    return sorted(spare, key=lambda slot: (slot.status is Status.IDLE, slot.placed))
+
+
+def _release(slots: list[WorkerSlot], reason: str) -> Iterator[ReleaseWorker]:
+    for slot in slots:
+        worker = slot.id
+        slot.end()
+        yield ReleaseWorker(worker, reason)

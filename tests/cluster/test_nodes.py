@@ -1,0 +1,166 @@
+"""Nodes that join, are drained and die under a run, on a real cluster of several nodes with the fake engine.
+
+Samples are held in the middle of their denoise until the test has seen what it waits for, so nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from ray._raylet import GcsClient
+from ray.core.generated import autoscaler_pb2
+
+from tests.cluster.runs import (
+    command,
+    count,
+    dataset,
+    finish,
+    records,
+    start,
+    write_config,
+    write_manifest,
+)
+
+PROMPTS = [f"prompt {i} !hold-denoise" for i in range(6)]
+DEADLINE_S = 120  # of a wait; a machine that is busy with other things takes its time to start a worker
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never saw {what}"
+        time.sleep(0.05)
+
+
+def drain(fleet, node, seconds=None):
+    """As a cloud's notice that the node will be taken away, or an operator's `ray drain-node`."""
+    accepted, why_not = GcsClient(address=fleet.address).drain_node(
+        node.node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "a test takes it",
+        0 if seconds is None else int((time.time() + seconds) * 1000),
+    )
+    assert accepted, why_not
+
+
+class Run:
+    """A run whose samples are held in their denoise until `go`."""
+
+    def __init__(self, folder: Path, fleet, **sections):
+        self.output, self.marks = folder / "out", folder / "marks"
+        self.marks.mkdir(exist_ok=True)
+        # Every actor wants GPUs, so that all stand on the nodes that come and go and none on the head.
+        pools = {"encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
+        config = write_config(folder, self.marks, **{**pools, **sections})
+        self.driver = start(command(config, write_manifest(folder, PROMPTS), self.output, fleet.address))
+        self.text = ""
+
+    def wait_until_held(self, samples):
+        wait_for(lambda: sum(count(self.marks, "held").values()) >= samples, f"{samples} denoises")
+
+    def wait_until_said(self, what):
+        while what not in self.text:
+            line = self.driver.stdout.readline()
+            assert line, f"never said {what!r}:\n{self.text}"
+            self.text += line
+
+    def go(self):
+        """Let everything render to its end."""
+        (self.marks / "go").touch()
+        code, rest = finish(self.driver)
+        self.text += rest
+        assert code == 0, self.text
+
+    def history(self):
+        """Of every sample, the classes of its failed tries."""
+        return {key: [failure["kind"] for failure in record["history"]] for key, record in records(self.output).items()}
+
+    def groups(self):
+        return {record["places"]["denoise"]["worker"] for record in records(self.output).values()}
+
+    def groups_lost(self):
+        return json.loads((self.output / "summary.json").read_text())["groups_lost"]
+
+
+@pytest.fixture(scope="module")
+def grown(fleet_head, tmp_path_factory):
+    """A run that began on one node with one group, and was joined by a second node; nothing went wrong."""
+    fleet_head.add_node(gpus=3)
+    run = Run(tmp_path_factory.mktemp("grown"), fleet_head, groups={"count": 3})
+    run.wait_until_held(1)
+    fleet_head.add_node(gpus=2)
+    run.wait_until_held(2)
+    run.wait_until_said("has joined with 2 CPU + 2 GPU")
+    run.go()
+    fleet_head.clear()
+    return run
+
+
+def test_a_node_that_joins_speeds_up_the_run(grown):
+    """Elastic: the second group renders while the first still does, the third waits for room and hinders nobody."""
+    assert len(grown.groups()) == 2
+    assert "of at most 3 group(s) are placed" in grown.text
+    assert not any(grown.history().values())
+    assert grown.groups_lost() == {}
+
+
+def test_what_the_rest_cannot_use_is_released(grown):
+    """Elastic: the group that never found room is withdrawn once the others suffice, and no failure is said of it."""
+    (withdrawn,) = {"denoise-1.0", "denoise-2.0"} - grown.groups()  # Ray chooses which of two that wait to place
+    assert f"{withdrawn} is released" in grown.text
+    assert "encode-0.0 is released" in grown.text
+    assert "INFRA" not in grown.text
+
+
+def test_a_drained_node_is_left_before_its_deadline(fleet, grown, tmp_path):
+    """P4, P5: encoder, decoder and group move to another node in time; the sample goes on where it was, and is
+    charged with PREEMPTED only.
+    """
+    leaving = fleet.add_node(gpus=3)
+    run = Run(tmp_path, fleet, groups={"checkpoint_every": 1})
+    run.wait_until_held(1)
+    fleet.add_node(gpus=3)
+    drain(fleet, leaving, seconds=8)
+    run.wait_until_said("denoise-0.0 with s00: PREEMPTED")
+    run.wait_until_held(2)
+    run.go()
+    assert "is to be taken away in" in run.text
+    assert run.groups() == {"denoise-0.1"}
+    assert count(run.marks, "steps")[f"{PROMPTS[0]} 1"] == 1, "it went on from its step checkpoint"
+    assert run.history() == {"s00": ["PREEMPTED"], **{f"s{i:02d}": [] for i in range(1, 6)}}
+    assert run.groups_lost() == {"PREEMPTED": {"groups": 1, "gpu_seconds": None}}
+    assert dataset(run.output) == dataset(grown.output)
+
+
+def test_a_drain_without_haste_costs_nothing(fleet, grown, tmp_path):
+    """P4: a denoise that can finish before its node goes does; the group starts again elsewhere for the next one."""
+    leaving = fleet.add_node(gpus=3)
+    run = Run(tmp_path, fleet)
+    run.wait_until_held(1)
+    fleet.add_node(gpus=3)
+    drain(fleet, leaving)
+    run.wait_until_said("no new sample for denoise-0.0")
+    run.go()
+    assert not any(run.history().values())
+    assert records(run.output)["s00"]["places"]["denoise"]["worker"] == "denoise-0.0"
+    assert run.groups() == {"denoise-0.0", "denoise-0.1"}
+    assert dataset(run.output) == dataset(grown.output)
+
+
+def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
+    """P4, P5: a run on two nodes survives the loss of one, and what was rendered there is rendered again."""
+    fleet.add_node(gpus=3)
+    run = Run(tmp_path, fleet, groups={"count": 2})
+    run.wait_until_held(1)
+    dying = fleet.add_node(gpus=2)
+    run.wait_until_held(2)
+    fleet.kill_node(dying)
+    run.wait_until_said("denoise-1.0 with s01: INFRA")
+    run.wait_until_said("is gone")
+    run.go()
+    assert run.history() == {"s01": ["INFRA"], **{f"s{i:02d}": [] for i in (0, 2, 3, 4, 5)}}
+    assert run.groups_lost() == {"INFRA": {"groups": 1, "gpu_seconds": None}}
+    assert dataset(run.output) == dataset(grown.output)
