@@ -69,9 +69,7 @@ def check_manifest(manifest: Manifest, config: RunConfig, spool: Store) -> Index
     return writer.finish(summary, manifest, config)
 
 
-def _judge(
-    chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int
-) -> Iterator[tuple[Chunk, Verdict]]:
+def _judge(chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int) -> Iterator[tuple[Chunk, Verdict]]:
     """Verdicts in the order of the chunks, of which few are held at a time."""
     first = list(islice(chunks, INLINE_CHUNKS + 1))
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)

@@ -63,8 +63,10 @@ class Manifest:
         return ", ".join(self._urls)
 
     @property
-    def public_name(self) -> str:
-        return ", ".join(map(public_url, self._urls))
+    def public_urls(self) -> str | list[str]:
+        """What may be written down to find it again: one URL, or several."""
+        urls = list(map(public_url, self._urls))
+        return urls[0] if len(urls) == 1 else urls
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
