@@ -15,6 +15,7 @@ from hv_batch import operate
 from hv_batch.bench.commands import app as bench_app
 from hv_batch.job.config import load_config
 from hv_batch.job.progress import Progress
+from hv_batch.job.selection import parse_selection
 from hv_batch.protocol import UserError
 from hv_batch.weights.commands import app as weights_app
 
@@ -31,20 +32,26 @@ app.add_typer(bench_app, name="bench")
 Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
 
 Address = Annotated[str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")]
+Manifests = Annotated[
+    list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
+]
 
 
 @app.command()
 def run(
     config: Annotated[str, typer.Option(help="YAML file or URL")],
-    manifest: Annotated[str, typer.Option(help="prompts: JSONL or Parquet, file or URL")],
+    manifest: Manifests,
     output: Annotated[str, typer.Option(help="output root: folder or URL; an unfinished one is resumed")],
     overrides: Overrides = None,
+    limit: Annotated[int | None, typer.Option(help="only the first N samples of the selection")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="only samples with column=value; repeatable")] = None,
+    shards: Annotated[str | None, typer.Option(help="only these shards, as 3,17-20")] = None,
     address: Address = None,
     steal: Annotated[
         bool, typer.Option("--steal", help="take the output root over from a driver that is known to hang")
     ] = False,
 ) -> None:
-    """Render what the output root lacks of the manifest.
+    """Render what the output root lacks of the manifest, or of a selection of it; the root is that of the whole.
 
     Exit codes: 0 all committed, 3 finished with quarantined samples, 1 fatal, 143 stopped by a signal after a drain.
     """
@@ -57,7 +64,8 @@ def run(
             "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
         )
     settings = load_config(config, overrides or [])
-    code = render(settings, manifest, output, address=address, progress=Progress(), steal=steal)
+    selection = parse_selection(limit, where or [], shards)
+    code = render(settings, manifest, output, selection=selection, address=address, progress=Progress(), steal=steal)
     raise typer.Exit(code)
 
 
@@ -136,7 +144,7 @@ def sample(context: typer.Context) -> None:
 @app.command()
 def plan(
     config: Annotated[str, typer.Option(help="YAML file or URL")],
-    manifest: Annotated[str, typer.Option(help="prompts: JSONL or Parquet, file or URL")],
+    manifest: Manifests,
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="H100, H200, A100, H20 or L40S")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,

@@ -23,7 +23,7 @@ def run_demo(output: str, progress: Progress) -> ExitCode:
     model_base = write_toy_checkpoint(cache_dir(), TOY_SEED)
     progress.say(f"toy checkpoint, laid out as the released one: {model_base}")
     config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
-    code = render(config, str(shipped(MANIFEST)), output, address="local", progress=progress)
+    code = render(config, [str(shipped(MANIFEST))], output, address="local", progress=progress)
     root = Store(output).url
     print(f"output root: {root}")
     gallery = f"{root}/{layout.REPORT}"

@@ -6,14 +6,15 @@ them. Hours are estimates: see `hv_batch.job.gpus` for what they are fitted to.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hv_batch.job.check import check_manifest
 from hv_batch.job.config import RunConfig
 from hv_batch.job.cost import Work, count_work, decode_flops, exchange_bytes, forward_flops, plan_ranks, rank_traffic
 from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
-from hv_batch.job.inputs import public_url
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import (
     GIB,
@@ -25,7 +26,7 @@ from hv_batch.job.memory import (
     encoder_footprint,
 )
 from hv_batch.job.model import ENGINE, ModelShape
-from hv_batch.job.samples import check_manifest, iter_samples
+from hv_batch.job.storage import Store
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.context import build_engine
 
@@ -37,23 +38,25 @@ HOUR_S = 3600
 Report = dict[str, Any]
 
 
-def make_plan(config: RunConfig, manifest_url: str, gpu: Gpu) -> Report:
+def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Report:
     """Everything there is to tell, JSON-able. Raises UserError for a config or manifest that would not run."""
     if config.model.engine != ENGINE:
         raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
     engine = build_engine(config.model.engine, config.model.options)  # refuses the options that a run would refuse
     if found := engine.group_problems(config.parallel.plan):
         raise UserError("; ".join(found))
-    manifest = Manifest(manifest_url)
-    summary = check_manifest(manifest, config)
-    check_memory(config, summary.shapes)
-    if found := engine.group_problems(config.parallel.plan, summary.shapes):
-        raise UserError("; ".join(found))
+    manifest = Manifest(manifest_urls)
     model = ModelShape.from_options(config.model.options)
-    work = count_work(iter_samples(manifest, config))
+    with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
+        index = check_manifest(manifest, config, Store(spool))
+        summary = index.summary
+        check_memory(config, summary.shapes)
+        if found := engine.group_problems(config.parallel.plan, summary.shapes):
+            raise UserError("; ".join(found))
+        work = count_work(index)
     return {
         "manifest": {
-            "url": public_url(manifest_url),
+            "url": manifest.public_urls,
             "rows": summary.rows,
             "samples": summary.samples,
             "shards": summary.shards,
@@ -206,7 +209,8 @@ def render_plan(plan: Mapping[str, Any]) -> str:
 def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     manifest, gpu = plan["manifest"], plan["gpu"]
     rows, samples, shards = (f"{manifest[count]:,} {count}" for count in ("rows", "samples", "shards"))
-    yield f"{manifest['url']}: {rows}, {samples} in {shards}"
+    urls = manifest["url"]
+    yield f"{urls if isinstance(urls, str) else ', '.join(urls)}: {rows}, {samples} in {shards}"
     yield ""
     yield f"{'shape':<16}{'steps':>6}{'cfg':>5}{'samples':>10}{'tokens':>10}{'denoise PFLOP':>15}{'decode PFLOP':>14}"
     for work in plan["work"]:

@@ -32,8 +32,8 @@ def resume(
     return render(config, manifest or recorded, output, address=address, progress=progress, stopped=stopped)
 
 
-def read_orders(output: str) -> tuple[RunConfig, str]:
-    """The config and the manifest's URL that the run at `output` was begun with. Raises UserError as `resume`."""
+def read_orders(output: str) -> tuple[RunConfig, str | list[str]]:
+    """The config and the manifest's URLs that the run at `output` was begun with. Raises UserError as `resume`."""
     run = read_run(Store(output))
     if _is_masked(run["config"]):
         raise UserError(

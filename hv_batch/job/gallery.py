@@ -102,7 +102,7 @@ def _run_facts(run: Record) -> dict[str, Any]:
     config, manifest = run["config"], run["manifest"]
     parallel = config["parallel"]
     return {
-        "Manifest": manifest["url"],
+        "Manifest": manifest["url"] if isinstance(manifest["url"], str) else ", ".join(manifest["url"]),
         "Rows": f"{manifest['rows']:,}",
         "Engine": config["model"]["engine"],
         "Group": f"{parallel['device']}, {_degrees(parallel)}",

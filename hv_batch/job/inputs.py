@@ -25,12 +25,13 @@ def open_input(role: str, url: str, storage_options: Mapping[str, Any] | None = 
         filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
         file = filesystem.open(path, "rb")
     except Exception as error:  # every storage backend raises its own kinds (credentials, endpoints, missing packages)
-        raise UserError(f"The {role} {url} {_reason(error)}") from error
+        raise UserError(f"The {role} {url} {explain_failure(error)}") from error
     with file:
         yield file
 
 
-def _reason(error: Exception) -> str:
+def explain_failure(error: Exception) -> str:
+    """Why a file cannot be opened, as the rest of a sentence that begins with its name, and the remedy."""
     if isinstance(error, FileNotFoundError):
         return "does not exist. Give the path or URL of an existing file."
     if isinstance(error, IsADirectoryError):

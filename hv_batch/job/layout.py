@@ -9,6 +9,7 @@
     steps/shard-00017/<key>.safetensors          the last step checkpoint of a denoise that has not ended well yet
     report/shards/shard-00017.json               what the sealed shard adds to the summary
     lease.json                                   who is writing here at the moment
+    plan/index.json, plan/part-00017-<hash8>.parquet   the manifest as it was checked, to go on without it
     summary.json, report/index.html, _SUCCESS
 
 Keys are relative to the root and posix. `key` is a sample's key-safe name (`Sample.key`), unique within the manifest.
@@ -23,6 +24,12 @@ REPORT = "report/index.html"
 LEASE = "lease.json"
 COMMITS = "commits/"
 STEPS = "steps/"
+INDEX = "plan/index.json"
+
+
+def index_part(number: int, sha256: str) -> str:
+    """Where a part of the index goes; `sha256` is the hex digest of its bytes, so that no writer changes another's."""
+    return f"plan/part-{number:05d}-{sha256[:8]}.parquet"
 
 
 def shard_name(shard: int) -> str:

@@ -1,201 +1,195 @@
-"""Lazy reading of a manifest: JSON Lines or Parquet, from any fsspec URL.
+"""Lazy reading of a manifest: JSON Lines, CSV or Parquet files, from any fsspec URL, in one fixed order.
 
-Rows come as plain dicts, a bounded number at a time, and nothing is judged here but whether a row can be read at all:
-what its values may be is `hv_batch.job.samples`. A line that cannot be read does not end the pass, so that all bad rows
-are reported together (P6).
+A manifest is read once, to check it and to write the index that the run reads from (`hv_batch.job.index`). What its
+values may be is `hv_batch.job.rows`.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from datetime import timedelta
-from decimal import Decimal
-from pathlib import PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hv_batch.job.inputs import open_input, shorten
+from hv_batch.job.formats import Content, NumberedRows, cut_csv, cut_json_lines, cut_parquet
+from hv_batch.job.inputs import public_url, shorten
+from hv_batch.job.rows import parse_text
+from hv_batch.job.sources import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed, find_sources
 from hv_batch.protocol import FieldProblem, UserError
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIXES = (".parquet", ".pq")
+HASH_BYTES = 1 << 20  # of one read when only hashing: few round trips to an object store, little to hold
 
-CHUNK_BYTES = 1 << 20  # of one read: few enough round trips to an object store, little enough to hold
-MAX_LINE_BYTES = 16 << 20  # a prompt is a few kB; a longer line means that the file is not JSON Lines
-BATCH_ROWS = 256  # Parquet rows decoded at a time: a few MB even of long prompts
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some consecutive rows of one file; picklable, so that another process may parse them."""
+
+    source: int  # index of the file in `Manifest.sources`
+    offset: int  # last row number of all files before
+    partitions: Mapping[str, str | None]
+    content: Content
+
+    def rows(self) -> NumberedRows:
+        """Rows numbered within their file, with the columns that its folders stand for."""
+        if not self.partitions:
+            yield from self.content.rows()
+            return
+        columns = {name: None if text is None else parse_text(name, text) for name, text in self.partitions.items()}
+        for number, row in self.content.rows():
+            if not isinstance(row, FieldProblem):
+                row = _join_partitions(row, columns, self.partitions)
+            yield number, row
 
 
 class Manifest:
-    """The rows of one manifest file, as often as asked for.
+    """The rows of one manifest: of a file, or of all files that some paths, URLs, globs and folders mean.
 
-    `storage_options` go to the fsspec filesystem of `url`.
-    Raises UserError when the suffix is unknown; reading raises it when the file is missing, empty or damaged.
+    `storage_options` go to the fsspec filesystem of every URL.
     """
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
-        self.url = url
+    def __init__(self, urls: str | Sequence[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        self._urls = (urls,) if isinstance(urls, str) else tuple(urls)
         self._storage_options = storage_options
-        self._digest: str | None = None
-        suffix = _suffix(url)
-        if suffix not in JSONL_SUFFIXES + PARQUET_SUFFIXES:
-            raise UserError(
-                f"The manifest {url} has the suffix {suffix or '(none)'!r}; allowed: {', '.join(JSONL_SUFFIXES)} (one "
-                f"JSON object a line) and {', '.join(PARQUET_SUFFIXES)}. Convert or rename it."
-            )
-        self._is_parquet = suffix in PARQUET_SUFFIXES
+        self._digests: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        """What the user wrote."""
+        return ", ".join(self._urls)
+
+    @property
+    def public_urls(self) -> str | list[str]:
+        """What may be written down to find it again: one URL, or several."""
+        urls = list(map(public_url, self._urls))
+        return urls[0] if len(urls) == 1 else urls
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """The files, sorted by name, as they were when first asked for. Raises UserError as `find_sources`."""
+        return find_sources(self._urls, self._storage_options)
 
     @property
     def digest(self) -> str:
-        """sha256 of the file's bytes, in hex. Known after the first complete pass over `rows`."""
-        if self._digest is None:
-            raise RuntimeError("the digest of a manifest is known only after a complete pass over its rows")
-        return self._digest
+        """Hex sha256 of the file's bytes; of several files, of their digests in order with their partitions.
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Any] | FieldProblem]]:
-        """Numbered rows in file order, from 1; a FieldProblem stands for a row that cannot be read.
+        Known after a complete pass over `chunks` or `rows`, or after `read_digest`.
+        """
+        if len(self._digests) < len(self.sources):
+            raise RuntimeError("the digest of a manifest is known only after a complete pass over its rows")
+        files = [[self._digests[source.name], source.partitions] for source in self.sources]
+        if len(files) == 1 and not files[0][1]:
+            return self._digests[self.sources[0].name]
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+    def read_digest(self) -> str:
+        """The digest from the bytes alone, which is much faster than to parse them."""
+        for source in self.sources:
+            with source.open() as file:
+                self._settle_digest(source, _hash_rest(file, hashlib.sha256()))
+        return self.digest
+
+    def rows(self) -> NumberedRows:
+        """All rows in order, numbered from 1 over all files; a FieldProblem stands for a row that cannot be read.
 
         JSON Lines: the number is the line's, blank lines are counted and skipped; BOM and CRLF are tolerated; NaN,
-        Infinity, duplicate keys and lone surrogates are refused. Parquet: dates, times and timestamps (cut to
-        microseconds) become ISO 8601 strings, durations seconds, binary values base64 text, decimals ints without a
-        scale and floats with one, enumerations their values.
+        Infinity, duplicate keys and lone surrogates are refused. CSV: the number is that of the line a row begins on;
+        an empty cell is a null, cells of the number columns become numbers, all others stay text. Parquet: dates, times
+        and timestamps (cut to microseconds) become ISO 8601 strings, durations seconds, binary values base64 text,
+        decimals ints without a scale and floats with one, enumerations their values.
 
-        Raises UserError when the file is missing, damaged, without rows, without a `prompt` column (Parquet), or not
-        the bytes that an earlier pass read.
+        Raises UserError when a file is missing, damaged, without a `prompt` column (CSV, Parquet), or not the bytes
+        that were there before; also when there is no row at all.
         """
-        number = 0
-        for number, row in self._read_parquet() if self._is_parquet else self._read_jsonl():
-            yield number, row
-        if number == 0:
-            raise UserError(f"The manifest {self.url} has no rows. Give it at least one row with a prompt.")
+        is_empty = True
+        for chunk in self.chunks():
+            for number, row in chunk.rows():
+                is_empty = False
+                yield chunk.offset + number, row
+        if is_empty:
+            raise UserError(self.without_rows())
 
-    def _settle_digest(self, digest: str) -> None:
-        if self._digest not in (None, digest):
-            raise UserError(
-                f"The manifest {self.url} changed while it was read. Leave a manifest as it is until its run has "
-                "finished, and write new rows to a new file."
-            )
-        self._digest = digest
+    def chunks(self) -> Iterator[Chunk]:
+        """The same rows in pieces of a few MB, not parsed yet. Raises UserError as `rows`, but none for no row."""
+        offset = 0
+        for index, source in enumerate(self.sources):
+            last = 0
+            with _damage_explained(source), source.open() as file:
+                for content in self._cut(source, file):
+                    yield Chunk(index, offset, source.partitions, content)
+                    last = content.last
+            offset += last
 
-    def _read_jsonl(self) -> Iterator[tuple[int, dict[str, Any] | FieldProblem]]:
+    def without_rows(self) -> str:
+        return f"The manifest {self.name} has no rows. Give it at least one row with a prompt."
+
+    def _cut(self, source: Source, file: IO[bytes]) -> Iterator[Content]:
         sha256 = hashlib.sha256()
-        with open_input("manifest", self.url, self._storage_options) as file:
-            for number, line in enumerate(_lines(self.url, file, sha256), start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
-                line = line.strip()
-                if line:
-                    yield number, _parse_line(line)
-        self._settle_digest(sha256.hexdigest())
+        if source.suffix in PARQUET_SUFFIXES:
+            digest = self._digests.get(source.name) or _hash_rest(file, sha256)
+            file.seek(0)
+            yield from cut_parquet(file)
+            self._settle_digest(source, digest)
+            return
+        hashing: Any = _Hashing(file, sha256)
+        cut = cut_csv if source.suffix in CSV_SUFFIXES else cut_json_lines
+        if source.compression:
+            yield from cut(pa.CompressedInputStream(pa.PythonFile(hashing, mode="r"), source.compression))
+        else:
+            yield from cut(hashing)
+        self._settle_digest(source, _hash_rest(file, sha256))
 
-    def _read_parquet(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        with open_input("manifest", self.url, self._storage_options) as file:
-            try:
-                # buffer_size streams the pages of a column chunk; without it a whole row group would be held
-                parquet = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False)
-                self._check_columns(parquet.schema_arrow.names)
-                number = 0
-                for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
-                    for row in _cut_to_microseconds(batch).to_pylist():
-                        number += 1
-                        yield number, {name: _to_json(value) for name, value in row.items()}
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise UserError(
-                    f"The manifest {self.url} cannot be read as Parquet: {error}. Write it again, or copy it again if "
-                    "it was cut short."
-                ) from error
-            if self._digest is None:
-                file.seek(0)
-                sha256 = hashlib.sha256()
-                while chunk := file.read(CHUNK_BYTES):
-                    sha256.update(chunk)
-                self._settle_digest(sha256.hexdigest())
-
-    def _check_columns(self, names: list[str]) -> None:
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UserError(f"The manifest {self.url} has two columns named {', '.join(twice)}. Rename or drop one.")
-        if "prompt" not in names:
-            raise UserError(
-                f"The manifest {self.url} has no column `prompt`; it has {', '.join(names)}. Name the column with the "
-                "prompts `prompt`."
-            )
+    def _settle_digest(self, source: Source, digest: str) -> None:
+        if self._digests.setdefault(source.name, digest) != digest:
+            raise UserError(changed(source.name))
 
 
-def _suffix(url: str) -> str:
-    """Of the first link that has one in "simplecache::zip://rows.jsonl::s3://...", without "?version=2" of a URL."""
-    links = [link.split("?")[0] if "://" in link else link for link in url.split("::")]
-    return next(filter(None, (PurePosixPath(link).suffix.lower() for link in links)), "")
+class _Hashing:
+    """A file that hashes what is read of it; all that Arrow asks of one."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes], sha256: Any) -> None:
+        self._file = file
+        self._sha256 = sha256
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._sha256.update(data)
+        return data
+
+    def close(self) -> None:
+        """The file belongs to whoever opened it."""
 
 
-def _lines(url: str, file: IO[bytes], sha256: Any) -> Iterator[bytes]:
-    """Lines without their ends, hashing the bytes on the way."""
-    rest = b""
-    while chunk := file.read(CHUNK_BYTES):
-        sha256.update(chunk)
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-        if len(rest) > MAX_LINE_BYTES:
-            raise UserError(
-                f"The manifest {url} has a line of more than {MAX_LINE_BYTES >> 20} MiB; allowed: one JSON object a "
-                "line. Write it as JSON Lines."
-            )
-    if rest:
-        yield rest
+def _hash_rest(file: IO[bytes], sha256: Any) -> str:
+    while data := file.read(HASH_BYTES):
+        sha256.update(data)
+    digest: str = sha256.hexdigest()
+    return digest
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | FieldProblem:
-    text = line.decode("utf-8", errors="replace")
+@contextmanager
+def _damage_explained(source: Source) -> Iterator[None]:
     try:
-        row = _DECODER.decode(line.decode("utf-8"))
-        if b"\\u" in line:  # the only way to a lone surrogate, which no UTF-8 file can store
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeError:
-        return FieldProblem("line", text, "text in UTF-8")
-    except RecursionError:
-        return FieldProblem("line", text, "a JSON object that is not nested so deeply")
-    except ValueError as error:
-        return FieldProblem("line", text, f"one JSON object a line ({error})")
-    return row if isinstance(row, dict) else FieldProblem("line", text, "one JSON object a line")
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        kind = source.compression or source.suffix.lstrip(".")
+        raise UserError(
+            f"The manifest {source.name} cannot be read as {kind}: {str(error).rstrip('.')}. Write it again, or copy "
+            "it again if it was cut short."
+        ) from error
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; write null, or leave the key out")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shorten(next(name for name in names if names.count(name) > 1))} is given twice")
-    return row
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
-
-
-def _cut_to_microseconds(batch: pa.RecordBatch) -> pa.Table:
-    """Python's datetime ends at microseconds, and a nanosecond column would need pandas to become Python values."""
-    fields = [
-        field.with_type(pa.timestamp("us", field.type.tz)) if pa.types.is_timestamp(field.type) else field
-        for field in batch.schema
-    ]
-    return pa.Table.from_batches([batch]).cast(pa.schema(fields), safe=False)
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _to_json(below) for name, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(below) for below in value]
-    if isinstance(value, Decimal):
-        return int(value) if value.as_tuple().exponent == 0 else float(value)
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    return value.isoformat() if hasattr(value, "isoformat") else value
+def _join_partitions(
+    row: dict[str, Any], columns: Mapping[str, Any], texts: Mapping[str, str | None]
+) -> dict[str, Any] | FieldProblem:
+    for name, value in columns.items():
+        own = row.get(name)
+        if own is not None and own != value and str(own) != texts[name]:
+            return FieldProblem(name, own, f"{shorten(value)}, as the folder of its file says, or no value")
+    return {**row, **columns}

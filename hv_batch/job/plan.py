@@ -1,21 +1,30 @@
 """What is left to render, shard by shard, and when a shard is complete.
 
-A shard is looked up in the output root only when the run comes to it, and forgotten once it is sealed: however long the
-manifest, only the shards between the oldest running sample and the newest are held (P7).
+A shard is looked up in the output root a little before the run comes to it, many at a time because a store takes its
+time to answer, and forgotten once it is sealed: however long the manifest, only the shards between the oldest running
+sample and the newest are held (P7). Of a shard that is done, neither the samples nor the index are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
+from itertools import islice
 
-from hv_batch.job.commits import scan_shard
+from hv_batch.job import layout
+from hv_batch.job.commits import ShardState, scan_shard
 from hv_batch.job.events import Stage
+from hv_batch.job.index import Index
 from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.samples import Sample
+from hv_batch.job.selection import Selection, count_selected
 from hv_batch.job.storage import Store
+
+LOOKERS = 32  # listings wait for the store, not for the CPU
+LOOK_AHEAD = 64  # shards looked up before their turn; 1,000 shards a second of a store that answers in 60 ms
+PASSED_AT_ONCE = 16  # finished shards between two turns of the driver, which has other things to do
 
 
 @dataclass(slots=True)
@@ -43,15 +52,15 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A shard with nothing left to render has been looked up."""
+    """Some shards with nothing left to render have been looked up, up to and with this one."""
 
     shard: int
 
 
 @dataclass(slots=True)
 class _OpenShard:
-    keys: tuple[str, ...]  # in plan order
-    pending: int
+    keys: tuple[str, ...]  # in plan order; none when other samples than those of this run are pending too
+    pending: int  # of this run
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,47 +74,97 @@ class Sealable:
 class Plan:
     """Iterate it for the pending samples; tell it what became of each.
 
-    `keep_latents` leaves alone what a crash between a commit and the removal of its latents has left behind.
+    `keep_latents` leaves alone what a crash between a commit and the removal of its latents has left behind. Raises
+    UserError for a selection that the manifest cannot fulfil.
     """
 
-    def __init__(self, store: Store, samples: Iterable[Sample], *, keep_latents: bool = False) -> None:
+    def __init__(
+        self, store: Store, index: Index, selection: Selection | None = None, *, keep_latents: bool = False
+    ) -> None:
         self.tally = Tally()
         self._store = store
+        self._index = index
+        self._selection = selection or Selection()
+        self._selected = count_selected(index, self._selection)
         self._keep_latents = keep_latents
         self._open: dict[int, _OpenShard] = {}
         self._sealable: list[Sealable] = []
-        self._pending = self._walk(samples)
+        self._pending = self._walk()
+
+    @property
+    def total(self) -> int:
+        """Samples of this run, done or not."""
+        return sum(self._selected)
+
+    @property
+    def is_whole(self) -> bool:
+        return self._selection.is_whole
 
     def __iter__(self) -> Iterator[Pending | Passed]:
         return self._pending
 
-    def _walk(self, samples: Iterable[Sample]) -> Iterator[Pending | Passed]:
+    def _walk(self) -> Iterator[Pending | Passed]:
         # One listing for all shards: only what was running when a run ended has a step checkpoint.
         with_steps = checkpointed(self._store)
-        for shard, members in groupby(samples, key=attrgetter("shard")):
-            inside = list(members)
-            state = scan_shard(self._store, shard)
-            terminal = state.committed | state.quarantined
-            self.tally.committed_before += sum(sample.key in state.committed for sample in inside)
-            self.tally.quarantined_before += sum(sample.key in state.quarantined for sample in inside)
-            keys = tuple(sample.key for sample in inside)
-            pending = [sample for sample in inside if sample.key not in terminal]
-            if pending:
-                self._open[shard] = _OpenShard(keys, len(pending))
-            elif not state.sealed:
-                self._sealable.append(Sealable(shard, keys))
-            if not self._keep_latents:
-                for sample in inside:
-                    if sample.key in state.latents & terminal:
-                        drop_latents(self._store, sample)
-            for sample in inside:
-                if sample.key in with_steps & terminal:
-                    drop_steps(self._store, sample)
+        passed = 0
+        for shard, state in self._look_up(shard for shard, count in enumerate(self._selected) if count):
+            pending = self._enter(shard, state, with_steps) if state else []
+            if not state:
+                self.tally.committed_before += self._selected[shard]
             if not pending:
-                yield Passed(shard)
-            for sample in pending:
-                stage = Stage.DECODE if sample.key in state.latents else Stage.ENCODE
-                yield Pending(sample, stage, sample.key in with_steps)
+                passed += 1
+                if passed % PASSED_AT_ONCE == 0:
+                    yield Passed(shard)
+            yield from pending
+
+    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, ShardState | None]]:
+        """Every shard in order with what the store knows of it; None when it is done and no more need be known."""
+        pool = ThreadPoolExecutor(LOOKERS, thread_name_prefix="plan")
+        ahead: deque[tuple[int, Future[ShardState | None]]] = deque()
+        try:
+            ahead.extend((shard, pool.submit(self._scan, shard)) for shard in islice(shards, LOOK_AHEAD))
+            while ahead:
+                shard, found = ahead.popleft()
+                yield shard, found.result()
+                ahead.extend((shard, pool.submit(self._scan, shard)) for shard in islice(shards, 1))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _scan(self, shard: int) -> ShardState | None:
+        """Two requests tell that a shard is sealed and all its records are there, which of a resume is most of them.
+
+        Latents and steps that a crash may have left in one are not looked for: `hv-batch gc` removes them.
+        """
+        is_sealed = self._store.exists(layout.metadata_key(shard))
+        if is_sealed and sum(1 for _ in self._store.list(layout.commit_dir(shard))) == self._index.size(shard):
+            return None
+        return scan_shard(self._store, shard)
+
+    def _enter(self, shard: int, state: ShardState, with_steps: frozenset[str]) -> list[Pending]:
+        """Take note of a shard that is not done, and return its samples to render."""
+        everything = self._index.samples(shard)
+        inside = list(islice(filter(self._selection.matches, everything), self._selected[shard]))
+        terminal = state.committed | state.quarantined
+        self.tally.committed_before += sum(sample.key in state.committed for sample in inside)
+        self.tally.quarantined_before += sum(sample.key in state.quarantined for sample in inside)
+        pending = [sample for sample in inside if sample.key not in terminal]
+        left = sum(sample.key not in terminal for sample in everything)
+        keys = tuple(sample.key for sample in everything) if left == len(pending) else ()
+        if pending:
+            self._open[shard] = _OpenShard(keys, len(pending))
+        elif keys and not state.sealed:
+            self._sealable.append(Sealable(shard, keys))
+        if not self._keep_latents:
+            for sample in inside:
+                if sample.key in state.latents & terminal:
+                    drop_latents(self._store, sample)
+        for sample in inside:
+            if sample.key in with_steps & terminal:
+                drop_steps(self._store, sample)
+        return [
+            Pending(sample, Stage.DECODE if sample.key in state.latents else Stage.ENCODE, sample.key in with_steps)
+            for sample in pending
+        ]
 
     def committed(self, sample: Sample) -> None:
         self.tally.committed += 1
@@ -120,7 +179,8 @@ class Plan:
         shard.pending -= 1
         if shard.pending == 0:
             del self._open[sample.shard]
-            self._sealable.append(Sealable(sample.shard, shard.keys))
+            if shard.keys:
+                self._sealable.append(Sealable(sample.shard, shard.keys))
 
     def take_sealable(self) -> list[Sealable]:
         """The shards that have become complete since the last call, including those a crash left unsealed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,13 @@ MAX_FPS = 240  # beyond any display; catches a frame count written into the wron
 MAX_VIDEOS = 10_000  # videos of one row; more is a slip of the hand
 MAX_EXACT = 2**53  # a float below it is the whole number that was written
 SLUG_CHARS = 48  # of an id that cannot be a key as it stands: enough to recognise it in a listing
+MAX_DEPTH = 100  # of lists and objects in a further column; Python's own limit depends on who calls
+MAX_DIGITS = 1000  # of a whole number; Python refuses to write whole numbers of more than 4,300
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")  # 2^63 has 19 digits
+REAL_NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+MAX_TEXT_CHARS = 100_000  # of a prompt or an id; the model reads 256 tokens, and a page has 3,000 characters
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -33,14 +40,24 @@ def _whole_between(low: int, high: int) -> Rule:
     return is_allowed, f"a whole number from {low} to {high}"
 
 
+def _not_too_long(rule: Rule) -> Rule:
+    is_text, allowed = rule
+    return lambda value: is_text(value) and len(value) <= MAX_TEXT_CHARS, (
+        f"{allowed}, of at most {MAX_TEXT_CHARS} characters"
+    )
+
+
 # What a row, and the config's defaults for it, may say: the model's parameters and the job's own two.
 ROW_RULES: Mapping[str, Rule] = {
     **RULES,
+    "prompt": _not_too_long(RULES["prompt"]),
+    "negative_prompt": _not_too_long(RULES["negative_prompt"]),
     "num_videos": _whole_between(1, MAX_VIDEOS),
     "fps": _whole_between(1, MAX_FPS),
 }
 KNOWN_COLUMNS = ("id", *ROW_RULES)
 WHOLE_COLUMNS = ("height", "width", "num_frames", "num_inference_steps", "seed", "num_videos", "fps")
+WHOLE_OR_ID = frozenset({*WHOLE_COLUMNS, "id"})
 REAL_COLUMNS = ("guidance_scale", "cfg_scale", "guidance_rescale", "flow_shift")
 
 # Fields on a grid, as (first allowed value, distance to the next): a refusal names the neighbours, and the choice stays
@@ -79,29 +96,39 @@ class Row:
 
 def read_row(number: int, written: Mapping[str, Any]) -> Row:
     """Judge one row. Whole floats in whole-number columns (720.0) are accepted: pandas writes them beside nulls."""
-    values = {name: _normalise(name, written[name]) for name in KNOWN_COLUMNS if written.get(name) is not None}
-    # NaN is how data frames write a missing number; in a column of ours it is refused, in the user's it is left out.
-    extra = {
-        name: value
-        for name, value in written.items()
-        if name not in KNOWN_COLUMNS and value is not None and value == value
-    }
-    row_id = values.pop("id", None)
-    found = [
-        FieldProblem(name, value, allowed) for name, value in values.items() if (allowed := find_fault(name, value))
-    ]
+    values: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    found: list[FieldProblem] = []
+    row_id: Any = None
+    for name, value in written.items():
+        if value is None:
+            continue
+        if name == "id":
+            row_id = _normalise(name, value)
+        elif name in ROW_RULES:
+            values[name] = value = _normalise(name, value)
+            if allowed := find_fault(name, value):
+                found.append(FieldProblem(name, value, allowed))
+        elif _fits_json(value):
+            extra[name] = value
+        # NaN is how data frames write a missing number; in a column of ours it is refused, in the user's it is left out
+        elif value == value:
+            found.append(FieldProblem(name, value, EXTRA_ALLOWED))
     if "prompt" not in values:
         found.append(FieldProblem("prompt", None, ROW_RULES["prompt"][1]))
-    if row_id is not None and not (isinstance(row_id, str) and row_id.strip()):
-        found.append(FieldProblem("id", row_id, "a text that is not blank, or a whole number"))
+    if row_id is not None and not _is_id(row_id):
+        found.append(FieldProblem("id", row_id, ID_ALLOWED))
         row_id = None
-    found += [
-        FieldProblem(name, value, "a value that JSON can hold: no NaN, no binary")
-        for name, value in extra.items()
-        if not _fits_json(value)
-    ]
     key = _hash_content({**values, **extra}) if row_id is None else make_key(row_id)
     return Row(number=number, key=key, id=row_id, values=values, extra=extra, problems=tuple(found))
+
+
+EXTRA_ALLOWED = f"a value that JSON can hold, nested at most {MAX_DEPTH} deep: no NaN, no binary"
+ID_ALLOWED = f"a text that is not blank, of at most {MAX_TEXT_CHARS} characters, or a whole number"
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT_CHARS and bool(value.strip())
 
 
 def make_key(row_id: str) -> str:
@@ -117,28 +144,49 @@ def _normalise(name: str, value: Any) -> Any:
 
     Makes equal rows hash equally, whether JSON wrote 6 or Parquet 6.0.
     """
-    if isinstance(value, bool):
-        return value
-    if name == "prompt" and isinstance(value, str):
-        return value.strip()  # spec section 1
-    if name in REAL_COLUMNS and isinstance(value, int) and abs(value) < MAX_EXACT:
+    kind = type(value)  # exactly: True is an int to isinstance
+    if kind is str:
+        return value.strip() if name == "prompt" else value  # spec section 1
+    if kind is float and name in WHOLE_OR_ID and value.is_integer() and abs(value) < MAX_EXACT:
+        value, kind = int(value), int
+    if kind is int and name == "id":
+        return str(value) if abs(value) < 10**MAX_DIGITS else value
+    if kind is int and name in REAL_COLUMNS and abs(value) < MAX_EXACT:
         return float(value)
-    if name in (*WHOLE_COLUMNS, "id") and isinstance(value, float) and value.is_integer() and abs(value) < MAX_EXACT:
-        value = int(value)
-    return str(value) if name == "id" and isinstance(value, int) else value
+    return value
 
 
-def _fits_json(value: Any) -> bool:
-    if isinstance(value, str | int):  # most of all values, and dumps would be the costliest part of a row
+def parse_text(name: str, text: str) -> Any:
+    """The value of a column in a format that has only text (CSV, folder names): numbers where the column has them.
+
+    An empty text is a null. What is not written as a number stays text, for the rules to refuse.
+    """
+    if not text:
+        return None
+    if name not in WHOLE_COLUMNS and name not in REAL_COLUMNS:
+        return text
+    if name in WHOLE_COLUMNS and WHOLE_NUMBER.fullmatch(text.strip()):
+        return int(text)
+    return float(text) if REAL_NUMBER.fullmatch(text.strip()) else text
+
+
+def _fits_json(value: Any, depth: int = MAX_DEPTH) -> bool:
+    if isinstance(value, str | bool):
         return True
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
+    if isinstance(value, int):
+        return abs(value) < 10**MAX_DIGITS
+    if isinstance(value, float):
+        return abs(value) < math.inf
+    if isinstance(value, list):
+        return depth > 0 and all(_fits_json(below, depth - 1) for below in value)
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(name, str) and _fits_json(value[name], depth - 1) for name in value)
+    return value is None
 
 
 def _hash_content(values: Mapping[str, Any]) -> str:
-    # repr serves rows that are refused anyway
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_CANONICAL.encode(values).encode()).hexdigest()[:16]
+
+
+# One encoder for all rows: json.dumps makes one a call. repr serves rows that are refused anyway.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=repr)

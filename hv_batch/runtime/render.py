@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import platform
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,7 +21,9 @@ from typing import Any
 
 from hv_batch import __version__
 from hv_batch.job import layout
+from hv_batch.job.check import check_manifest
 from hv_batch.job.config import RunConfig
+from hv_batch.job.index import Index, load_index
 from hv_batch.job.inputs import public_url, public_values
 from hv_batch.job.lease import Lease, held, this_process
 from hv_batch.job.manifest import Manifest
@@ -29,7 +32,8 @@ from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run
-from hv_batch.job.samples import ManifestSummary, check_manifest, iter_samples
+from hv_batch.job.selection import Selection
+from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
 from hv_batch.protocol import Engine, UserError
 from hv_batch.runtime.context import RunContext, build_engine
@@ -51,30 +55,32 @@ class ExitCode(IntEnum):
 @dataclass(frozen=True, slots=True)
 class _Job:
     context: RunContext
-    manifest: Manifest
-    summary: ManifestSummary
+    index: Index
+    plan: Plan
     document: dict[str, Any]  # of run.json
     state: RunState
 
 
 def render(
     config: RunConfig,
-    manifest_url: str,
+    manifest_urls: str | Sequence[str],
     output_url: str,
     *,
+    selection: Selection | None = None,
     address: str | None,
     progress: Progress,
     steal: bool = False,
     stopped: Event | None = None,
 ) -> ExitCode:
-    """Render what `output_url` lacks of the manifest. Raises UserError, which means exit code 1.
+    """Render what `output_url` lacks of the manifest, or of a selection of it.
 
     While another driver is writing there this is refused, unless `steal` makes that one stop. `stopped` may be set by
-    anybody to end the run after a drain; SIGTERM and SIGINT set it, too.
+    anybody to end the run after a drain; SIGTERM and SIGINT set it, too. Raises UserError, which means exit code 1.
     """
-    with _stop_signals(stopped) as stopped:
+    with _stop_signals(stopped) as stopped, tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
         try:
-            return _render(config, manifest_url, Store(output_url), address, progress, stopped, steal)
+            job = _prepare(config, Manifest(manifest_urls), Store(output_url), Store(spool), selection, progress)
+            return _render(job, address, progress, stopped, steal)
         except KeyboardInterrupt:
             progress.say("stopped at once; run the same command again to go on")
             return ExitCode.STOPPED
@@ -84,18 +90,10 @@ def render(
             ) from error
 
 
-def _render(
-    config: RunConfig,
-    manifest_url: str,
-    store: Store,
-    address: str | None,
-    progress: Progress,
-    stopped: Event,
-    steal: bool,
-) -> ExitCode:
-    job = _prepare(config, manifest_url, store, progress)
+def _render(job: _Job, address: str | None, progress: Progress, stopped: Event, steal: bool) -> ExitCode:
+    store = job.context.store
     if job.state is RunState.FINISHED:
-        progress.say(f"nothing to render: all {job.summary.samples} samples of {public_url(store.url)} are done")
+        progress.say(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
     me = this_process("run", submission_id())
     # Held before Ray is asked for anything: a second driver would wait for GPUs that the first one has.
@@ -107,15 +105,14 @@ def _render(
 
 
 def _render_pending(job: _Job, address: str | None, progress: Progress, stopped: Event, lease: Lease) -> ExitCode:
-    config, store = job.context.config, job.context.store
+    config, store, plan = job.context.config, job.context.store, job.plan
 
     def should_stop() -> bool:
         lease.check()  # raises where the root is another driver's now: a drain would only render what that one renders
         return stopped.is_set()
 
     progress.say("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
-    total = job.summary.samples
-    plan = Plan(store, iter_samples(job.manifest, config), keep_latents=config.output.keep_latents)
+    kinds = job.index.summary.extra_kinds
     with ray_session(config, address) as local, _stop_signals(stopped), progress:
         patience_s = 0.0 if local else config.timeouts.start_s
         if not await_resources(config, patience_s=patience_s, say=progress.say, should_stop=should_stop):
@@ -123,13 +120,16 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
             return ExitCode.STOPPED
         # Only now is the root claimed: whoever asked for more than there is may ask for something else.
         open_run(store, job.document)
-        driver = Driver(job.context, plan, total, job.summary.extra_kinds, progress, should_stop=should_stop)
+        job.index.publish(store)
+        driver = Driver(job.context, plan, plan.total, kinds, progress, should_stop=should_stop)
         outcome = driver.run()
     lease.check()
     return _close(store, plan, outcome, progress)
 
 
-def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progress) -> _Job:
+def _prepare(
+    config: RunConfig, manifest: Manifest, store: Store, spool: Store, selection: Selection | None, progress: Progress
+) -> _Job:
     """Every check that needs no cluster; writes nothing but the probe of the output root.
 
     Raises UserError that tells what is wrong with the engine, its weights and the manifest, all at once.
@@ -139,25 +139,36 @@ def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progr
         engine = build_engine(config.model.engine, config.model.options)
         _check_engine(engine, config)
     with _collected(found):
-        manifest = Manifest(manifest_url)
-        summary = check_manifest(manifest, config)
-        progress.say(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
-        for note in summary.warnings:
-            progress.say(f"note: {note}")
+        index = _read_manifest(config, manifest, store, spool, progress)
+        plan = Plan(store, index, selection, keep_latents=config.output.keep_latents)
     if found:
         raise UserError("\n".join(found))
     # Last: they trust the options that the engine has accepted.
-    check_memory(config, summary.shapes)
-    _refuse(engine.group_problems(config.parallel.plan, summary.shapes), config)
+    check_memory(config, index.summary.shapes)
+    _refuse(engine.group_problems(config.parallel.plan, index.summary.shapes), config)
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
-    identity = {**config.identity(), "model": engine.identity(), "manifest": summary.digest}
-    document = _document(identity, config, manifest, summary, versions)
+    identity = {**config.identity(), "model": engine.identity(), "manifest": index.summary.digest}
+    document = _document(identity, config, manifest, index, versions)
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         progress.say(f"warning: {warning}")
     state = inspect_run(store, document)
     context = RunContext(config, engine, store, fingerprint(identity), versions)
-    return _Job(context, manifest, summary, document, state)
+    return _Job(context, index, plan, document, state)
+
+
+def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store, progress: Progress) -> Index:
+    """From the index in the output root where it is of this manifest, else checked anew into the spool."""
+    index = load_index(store, manifest, config)
+    if index:
+        progress.say(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")
+        return index
+    index = check_manifest(manifest, config, spool)
+    summary = index.summary
+    progress.say(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
+    for note in summary.warnings:
+        progress.say(f"note: {note}")
+    return index
 
 
 @contextmanager
@@ -179,17 +190,14 @@ def _refuse(found: list[str], config: RunConfig) -> None:
 
 
 def _document(
-    identity: dict[str, Any],
-    config: RunConfig,
-    manifest: Manifest,
-    summary: ManifestSummary,
-    versions: dict[str, str],
+    identity: dict[str, Any], config: RunConfig, manifest: Manifest, index: Index, versions: dict[str, str]
 ) -> dict[str, Any]:
+    summary = index.summary
     return {
         "identity": identity,
         "config": public_values(config.model_dump(mode="json")),
         "manifest": {
-            "url": public_url(manifest.url),
+            "url": manifest.public_urls,
             "digest": summary.digest,
             "rows": summary.rows,
             "samples": summary.samples,
@@ -207,6 +215,12 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
         progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
         return ExitCode.STOPPED
+    if not plan.is_whole and (left := read_status(store).pending):
+        # Nothing is summed up: that is for the command which renders the last sample.
+        progress.say(
+            f"finished the selection after {clock(outcome.seconds)}: {told}; {left} samples outside it are left"
+        )
+        return ExitCode.QUARANTINED if tally.quarantined_before + tally.quarantined else ExitCode.COMMITTED
     # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
     here = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
     summary = aggregate(store) | here

@@ -101,6 +101,36 @@ def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, mar
     assert (output / "_SUCCESS").exists()
 
 
+def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tmp_path, marks):
+    """P2, P3: selections are no part of the identity; the last sample's command sums up, and the bytes are the same."""
+    config, manifest = write_config(tmp_path, marks), write_manifest(tmp_path, PROMPTS)
+    output = tmp_path / "out"
+    for selection, done in ((["--where", "id=s09", "--where", "id=s02"], 2), (["--shards", "0,2", "--limit", "3"], 4)):
+        code, text = render(config, manifest, output, ray_head[0], *selection)
+        assert code == 0, text
+        assert f"{10 - done} samples outside it are left" in text
+        assert len(records(output)) == done
+        assert not (output / "_SUCCESS").exists()
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 0, text
+    assert "checked before" in text
+    assert count(marks, "denoised") == dict.fromkeys(PROMPTS, 1)
+    assert dataset(output).keys() == dataset(undisturbed / "out").keys()
+    assert (output / "_SUCCESS").exists()
+
+
+def test_a_manifest_that_is_gone_in_the_night_is_not_missed(ray_head, tmp_path, marks):
+    """P2: once its index is in the output root, a run does not depend on its manifest."""
+    config, output = write_config(tmp_path, marks, {"step_seconds": 0.05}), tmp_path / "out"
+    manifest = write_manifest(tmp_path, PROMPTS[:6])
+    driver = start(command(config, manifest, output, ray_head[0]))
+    wait_for((output / "plan" / "index.json").exists, "the index")
+    manifest.unlink()
+    code, text = finish(driver)
+    assert code == 0, text
+    assert len(records(output)) == 6
+
+
 def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
     """Exit codes: a stop lets what is running finish, exits 143, and the same command goes on from there."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.2}), tmp_path / "out"

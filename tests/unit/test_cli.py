@@ -125,6 +125,17 @@ def test_a_missing_manifest_is_told(good, tmp_path):
     assert "nowhere.jsonl" in refused(good[0], tmp_path / "nowhere.jsonl", good[2])
 
 
+def test_several_manifests_and_a_selection_are_options(good, tmp_path):
+    """P6: bad rows of all files are told together, a selection of what is not there by what would be allowed."""
+    for name in ("b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text('{"prompt": ""}\n')
+    text = refused(good[0], good[1], good[2], "--manifest", tmp_path / "b.jsonl", "--manifest", f"{tmp_path}/c.*")
+    assert f"{tmp_path}/b.jsonl: row 1: prompt" in text
+    assert f"{tmp_path}/c.jsonl: row 1: prompt" in text
+    assert "the column colour, which the manifest does not have" in refused(*good, "--where", "colour=red")
+    assert "allowed are 0 to 0" in refused(*good, "--shards", "1-3")
+
+
 def test_status_of_something_else_is_told(tmp_path):
     """`hv-batch status` of a folder that is no output root is an error, not an empty table."""
     code, _, stderr = hv_batch("status", tmp_path)

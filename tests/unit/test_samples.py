@@ -1,8 +1,9 @@
 """hv_batch.job.samples and rows: safe, unique, stable keys; seeds; and every bad row told before anything starts."""
 
-import itertools
 import json
 import re
+import unicodedata
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hv_batch.job.check import check_manifest
 from hv_batch.job.config import RunConfig, load_config
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.rows import MAX_VIDEOS, make_key, read_row
-from hv_batch.job.samples import check_manifest, derive_seed, iter_samples
+from hv_batch.job.samples import derive_seed
+from hv_batch.job.storage import Store
 from hv_batch.protocol import MAX_SEED, FieldProblem, SamplingParams, UserError, problems
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,13 +38,17 @@ def manifest_of(*rows, name="memory://samples/m.jsonl"):
     return Manifest(name)
 
 
+def check(manifest, config=PLAIN):
+    return check_manifest(manifest, config, Store(f"memory://{uuid.uuid4().hex}"))
+
+
 def samples_of(*rows, config=PLAIN):
-    return list(iter_samples(manifest_of(*rows), config))
+    return list(check(manifest_of(*rows), config))
 
 
 def refusal(*rows, config=PLAIN):
     with pytest.raises(UserError) as caught:
-        check_manifest(manifest_of(*rows), config)
+        check(manifest_of(*rows), config)
     return str(caught.value)
 
 
@@ -72,6 +79,26 @@ def test_a_key_never_leaves_its_directory(row_id):
 def test_different_ids_have_different_keys(ids):
     """P1: one record a sample, so no two ids share a key."""
     assert make_key(ids[0]) != make_key(ids[1])
+
+
+@settings(deadline=None)  # a busy machine is not a failure
+@given(row_id=st.text(min_size=1, max_size=20))
+@example(row_id="\u00e9")
+@example(row_id="e\u0301")
+@example(row_id="\u212b")
+@example(row_id="\ufb01lm")
+def test_ids_that_a_store_may_take_for_the_same_have_different_keys(row_id):
+    """P1: some stores normalise Unicode and fold case; keys are ASCII, and a clash in case alone is refused."""
+    key = make_key(row_id)
+    assert key.isascii()
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        other = unicodedata.normalize(form, row_id)
+        assert (make_key(other).lower() == key.lower()) == (other == row_id or _differ_in_case_alone(other, row_id))
+
+
+def _differ_in_case_alone(one, other):
+    """Both are keys as they stand."""
+    return make_key(one) == one and make_key(other) == other and one.lower() == other.lower()
 
 
 @pytest.mark.parametrize("row_id", ["a", "shot-0017", "2024.05.01_take-2", "A" * 96])
@@ -268,7 +295,43 @@ def test_a_video_of_a_row_may_not_take_the_key_of_another_row():
     """P1: keys are unique over samples, not only over ids."""
     text = refusal({"prompt": "a", "id": "x", "num_videos": 3}, {"prompt": "b", "id": "x-V1"})
     assert "row 2: id = \"x-V1\"; allowed: an id whose key 'x-v1' is its own; row 1 has it" in text
-    check_manifest(manifest_of({"prompt": "a", "id": "x", "num_videos": 3}, {"prompt": "b", "id": "x-v3"}), PLAIN)
+    check(manifest_of({"prompt": "a", "id": "x", "num_videos": 3}, {"prompt": "b", "id": "x-v3"}))
+
+
+def test_what_is_too_much_is_told_by_its_row(tmp_path):
+    """P6, P7: texts of any length, nesting, digits and columns end as one problem each, never as a crash."""
+    deep = "[" * 500 + "]" * 500
+    text = refusal(
+        {"prompt": "x" * 100_001},
+        {"prompt": "a", "negative_prompt": "x" * 100_001},
+        {"prompt": "a", "id": "x" * 100_001},
+        '{"prompt": "a", "id": "deep", "note": ' + deep + "}",
+        '{"prompt": "a", "id": "long", "note": ' + "9" * 2000 + "}",
+        '{"prompt": "a", "id": "infinite", "note": 1e999}',
+        {"prompt": "a", "id": "fine" * 2500, "note": [[1]], "other": "\x00\x1b[31m"},
+    )
+    assert "has 6 problem(s) in 7 row(s)" in text
+    for expected in (
+        'row 1: prompt = "xxx',
+        'row 2: negative_prompt = "xxx',
+        'row 3: id = "xxx',
+        "row 4: note = [[[[",
+        "row 5: note = 999",
+        "row 6: note = Infinity; allowed: a value that JSON can hold, nested at most 100 deep",
+    ):
+        assert expected in text
+    pq.write_table(pa.table({"prompt": ["a", "x" * (50 << 20)]}), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"row 2: prompt = .*; allowed: .* at most 100000 characters"):
+        check(Manifest(str(tmp_path / "m.parquet")))
+    pq.write_table(pa.table({"prompt": ["a"], "note": ["x" * (17 << 20)]}), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"row 1: row = .17\.0 MiB.; allowed: columns of together at most 16 MiB"):
+        check(Manifest(str(tmp_path / "m.parquet")))
+
+
+def test_a_manifest_without_end_of_columns_is_refused():
+    """P7: every further column is one of the metadata; a thousand are enough, and the first beyond is told."""
+    assert len(check(manifest_of(*({"prompt": "a", f"c{n}": n} for n in range(1000)))).summary.extra_kinds) == 1000
+    assert "more than 1000 columns" in refusal(*({"prompt": "a", f"c{n}": n} for n in range(1001)))
 
 
 def test_a_flood_of_problems_is_cut():
@@ -289,7 +352,7 @@ def test_a_good_manifest_is_summed_up():
         {"prompt": "a", "num_videos": 3, "Seed": 4},
         {"prompt": "b", "height": 544, "width": 960, "heights": 1, "steps": 3},
     )
-    summary = check_manifest(manifest, config)
+    summary = check(manifest, config).summary
     assert (summary.rows, summary.samples, summary.shards) == (2, 4, 2)
     assert summary.shapes == {(720, 1280, 129): 3, (544, 960, 129): 1}
     assert summary.digest == manifest.digest
@@ -297,14 +360,6 @@ def test_a_good_manifest_is_summed_up():
         ("Seed", "1"),
         ("heights", "2"),
     ]
-
-
-def test_samples_come_lazily():
-    """P7: the first samples come before the rest is read; a bad row is refused only when it is reached."""
-    manifest = manifest_of(*({"prompt": "a", "seed": n} for n in range(100)), {"prompt": "a", "height": 1})
-    assert len(list(itertools.islice(iter_samples(manifest, PLAIN), 100))) == 100
-    with pytest.raises(UserError, match="Row 101"):
-        list(iter_samples(manifest, PLAIN))
 
 
 def test_parquet_gives_the_same_samples_as_jsonl(tmp_path):
@@ -321,7 +376,7 @@ def test_parquet_gives_the_same_samples_as_jsonl(tmp_path):
     sparse[0]["cfg_scale"] = 6
     expected = samples_of(*sparse)
     for path in (tmp_path / "m.parquet", tmp_path / "gaps.parquet"):
-        assert list(iter_samples(Manifest(str(path)), PLAIN)) == expected
+        assert list(check(Manifest(str(path)))) == expected
 
 
 def test_parquet_columns_that_json_lacks_are_carried_as_text_and_numbers(tmp_path):
@@ -329,8 +384,7 @@ def test_parquet_columns_that_json_lacks_are_carried_as_text_and_numbers(tmp_pat
     columns = {"prompt": ["a"], "thumb": [b"\x89PNG"], "length": [timedelta(seconds=2.5)], "score": [float("nan")]}
     pq.write_table(pa.table(columns), tmp_path / "m.parquet")
     manifest = Manifest(str(tmp_path / "m.parquet"))
-    check_manifest(manifest, PLAIN)
-    (sample,) = iter_samples(manifest, PLAIN)
+    (sample,) = check(manifest)
     assert sample.extra == {"thumb": "iVBORw==", "length": 2.5}
 
 
@@ -338,15 +392,15 @@ def test_nan_in_a_known_column_is_refused(tmp_path):
     """P6: a seed or scale that is no number is the user's to mend, not ours to guess."""
     pq.write_table(pa.table({"prompt": ["a"], "cfg_scale": [float("nan")]}), tmp_path / "m.parquet")
     with pytest.raises(UserError, match=r"row 1: cfg_scale = NaN; allowed: a number"):
-        check_manifest(Manifest(str(tmp_path / "m.parquet")), PLAIN)
+        check(Manifest(str(tmp_path / "m.parquet")))
 
 
 def test_the_demo_manifest_shows_what_the_renderer_can_do():
     """The shipped demo: at least 12 prompts, varied sizes, frame counts and seeds, one image, CFG on some; cheap."""
     config = load_config(str(CONFIGS / "demo_cpu.yaml"))
     manifest = Manifest(str(CONFIGS / "demo_prompts.jsonl"))
-    summary = check_manifest(manifest, config)
-    samples = list(iter_samples(manifest, config))
+    index = check(manifest, config)
+    summary, samples = index.summary, list(index)
     assert summary.rows >= 12
     assert summary.warnings == ()
     assert len(summary.shapes) >= 8

@@ -1,0 +1,284 @@
+"""The three formats of a manifest file, in two steps: cutting a file into chunks, and parsing a chunk into rows.
+
+Cutting goes through the file from its first byte to its last and does little; parsing is the costly step, needs nothing
+but its chunk, and so may happen in another process. A chunk is a few MB (P7). Rows come as plain dicts, and nothing is
+judged here but whether a row can be read at all: one that cannot is a FieldProblem and does not end the pass, so that
+all bad rows are reported together (P6).
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hv_batch.job.inputs import shorten
+from hv_batch.job.rows import parse_text
+from hv_batch.protocol import FieldProblem
+
+CHUNK_BYTES = 4 << 20  # about 20,000 rows of short prompts: a second's work of one process, and little to hold
+CHUNK_ROWS = 32_768  # of Parquet and CSV, whose rows can be far smaller in memory than once parsed
+MAX_LINE_BYTES = 16 << 20  # a prompt is a few kB; a longer line is not a row of a manifest
+BATCH_ROWS = 256  # Parquet rows that become Python values at a time: a few MB even of long prompts
+UNREADABLE = "(unreadable)"  # stands for a value that cannot be shown
+PAGE_BYTES = 1 << 20  # read at a time of a Parquet column chunk
+
+Written = dict[str, Any] | FieldProblem
+NumberedRows = Iterator[tuple[int, Written]]
+
+
+@dataclass(frozen=True, slots=True)
+class JsonLines:
+    """Whole lines. A row's number is its line's, from 1; blank lines count."""
+
+    first: int
+    data: bytes
+
+    def rows(self) -> NumberedRows:
+        for number, line in enumerate(self.data.split(b"\n"), start=self.first):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+            line = line.strip()
+            if line:
+                yield number, _parse_line(line)
+
+    @property
+    def last(self) -> int:
+        return self.first + self.data.count(b"\n")
+
+
+@dataclass(frozen=True, slots=True)
+class CsvRecords:
+    """Records under one header. A row's number is that of the line it begins on; the header is mostly line 1."""
+
+    header: tuple[str, ...]
+    records: tuple[tuple[int, list[str] | FieldProblem], ...]
+
+    def rows(self) -> NumberedRows:
+        for number, cells in self.records:
+            if isinstance(cells, FieldProblem):
+                yield number, cells
+            elif len(cells) != len(self.header):
+                yield number, FieldProblem("line", cells, f"{len(self.header)} cells, as the header has")
+            else:
+                yield number, {name: parse_text(name, cell) for name, cell in zip(self.header, cells, strict=True)}
+
+    @property
+    def last(self) -> int:
+        return self.records[-1][0]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowRows:
+    """Rows of a Parquet file, numbered from 1."""
+
+    first: int
+    table: pa.Table
+
+    def rows(self) -> NumberedRows:
+        number = self.first
+        for batch in self.table.to_batches(max_chunksize=BATCH_ROWS):
+            for row in _batch_rows(batch):
+                yield number, row
+                number += 1
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.table) - 1
+
+
+Content = JsonLines | CsvRecords | ArrowRows
+
+
+def cut_json_lines(file: IO[bytes]) -> Iterator[JsonLines]:
+    for first, data in _line_blocks(file):
+        yield JsonLines(first, data)
+
+
+def _line_blocks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Blocks of whole lines with the number of their first; of a line that is too long, only the beginning."""
+    number, rest, skipping = 1, b"", False
+    while data := file.read(CHUNK_BYTES):
+        if skipping:
+            _, newline, data = data.partition(b"\n")
+            skipping = not newline
+        end = data.rfind(b"\n")
+        if end >= 0:
+            block, rest = rest + data[:end], data[end + 1 :]
+            yield number, block
+            number += block.count(b"\n") + 1
+        elif not skipping:
+            rest += data
+        if len(rest) > MAX_LINE_BYTES:
+            yield number, rest[: MAX_LINE_BYTES + 1]
+            number, rest, skipping = number + 1, b"", True
+    if rest:
+        yield number, rest
+
+
+def _parse_line(line: bytes) -> Written:
+    if len(line) > MAX_LINE_BYTES:
+        start = line[:100].decode("utf-8", errors="replace")
+        return FieldProblem("line", start, f"one JSON object a line, of at most {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        row = _DECODER.decode(line.decode("utf-8"))
+        if b"\\u" in line:  # the only way to a lone surrogate, which no UTF-8 file can store
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeError:
+        allowed = "text in UTF-8"
+    except RecursionError:
+        allowed = "a JSON object that is not nested so deeply"
+    except ValueError as error:
+        allowed = f"one JSON object a line ({error})"
+    else:
+        if isinstance(row, dict):
+            return row
+        allowed = "one JSON object a line"
+    return FieldProblem("line", line.decode("utf-8", errors="replace"), allowed)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; write null, or leave the key out")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shorten(next(name for name in names if names.count(name) > 1))} is given twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
+
+
+def cut_csv(file: IO[bytes]) -> Iterator[CsvRecords]:
+    """Comma-separated, quoted as RFC 4180 says, in UTF-8. Raises ValueError for a header that cannot name columns."""
+    csv.field_size_limit(MAX_LINE_BYTES)  # the module's own limit is 128 kB, and global
+    numbered = _csv_records(csv.reader(_csv_lines(file), strict=True))
+    _, cells = next(numbered, (1, []))
+    if isinstance(cells, FieldProblem):
+        raise ValueError(f"its header is not {cells.allowed}")
+    header = tuple(cell.strip() for cell in cells)
+    if header:
+        check_names(header)
+    records, size = [], 0
+    for number, cells in numbered:
+        records.append((number, cells))
+        size += len(cells.allowed) if isinstance(cells, FieldProblem) else sum(map(len, cells))
+        if len(records) == CHUNK_ROWS or size > CHUNK_BYTES:
+            yield CsvRecords(header, tuple(records))
+            records, size = [], 0
+    if records:
+        yield CsvRecords(header, tuple(records))
+
+
+def _csv_records(reader: Any) -> Iterator[tuple[int, list[str] | FieldProblem]]:
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # the reader goes on with the next line
+            yield number, FieldProblem("line", UNREADABLE, f"comma-separated cells ({error})")
+            continue
+        if cells is None:
+            return
+        if not any(map(_holds_foreign_bytes, cells)):
+            if cells:  # else a blank line
+                yield number, cells
+        else:
+            text = ",".join(cells).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            yield number, FieldProblem("line", text[:1000], "text in UTF-8")
+
+
+def _csv_lines(file: IO[bytes]) -> Iterator[str]:
+    for number, block in _line_blocks(file):
+        for at, line in enumerate(block.split(b"\n"), start=number):
+            if at == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            yield line.decode("utf-8", "surrogateescape") + "\n"
+
+
+def _holds_foreign_bytes(text: str) -> bool:
+    if text.isascii():
+        return False
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError unless the columns of a table have names of their own, one of them `prompt`."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"it has two columns named {', '.join(map(shorten, twice[:5]))}; rename or drop one")
+    if "prompt" not in names:
+        shown = ", ".join(map(shorten, names[:20]))
+        raise ValueError(f"it has no column `prompt`, but {shown}; name the column with the prompts `prompt`")
+
+
+def cut_parquet(file: IO[bytes]) -> Iterator[ArrowRows]:
+    """Raises ValueError for columns that cannot be a manifest's, and pyarrow's errors for a damaged file."""
+    # buffer_size streams the pages of a column chunk; without it a whole row group would be held
+    parquet = pq.ParquetFile(file, buffer_size=PAGE_BYTES, pre_buffer=False)
+    check_names(parquet.schema_arrow.names)
+    first, batches = 1, []
+    for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
+        batches.append(batch)
+        rows = sum(map(len, batches))
+        if rows >= CHUNK_ROWS or sum(batch.nbytes for batch in batches) >= CHUNK_BYTES:
+            yield ArrowRows(first, pa.Table.from_batches(batches))
+            first, batches = first + rows, []
+    if batches:
+        yield ArrowRows(first, pa.Table.from_batches(batches))
+
+
+# Arrow values that already are what JSON has.
+_PLAIN = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list[Written]:
+    """Where a value cannot become one of Python's (no UTF-8, the year 10000), the batch is tried row by row."""
+    try:
+        return list(_convert(batch))
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [FieldProblem("row", UNREADABLE, f"values that can be read ({error})")]
+        return [row for at in range(len(batch)) for row in _batch_rows(batch.slice(at, 1))]
+
+
+def _convert(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    columns = []
+    for column, field in zip(batch.columns, batch.schema, strict=True):
+        if pa.types.is_timestamp(field.type):
+            # Python's datetime ends at microseconds, and a nanosecond column would need pandas to become Python values
+            column = column.cast(pa.timestamp("us", field.type.tz), safe=False)
+        values = column.to_pylist()
+        columns.append(values if any(is_plain(field.type) for is_plain in _PLAIN) else map(_to_json, values))
+    names = batch.schema.names
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _to_json(below) for name, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(below) for below in value]
+    if isinstance(value, Decimal):
+        return int(value) if value.as_tuple().exponent == 0 else float(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return value.isoformat() if hasattr(value, "isoformat") else value

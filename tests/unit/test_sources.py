@@ -1,0 +1,195 @@
+"""hv_batch.job.sources: which files a manifest is, in which order, and that they stay what they are."""
+
+import hashlib
+import json
+import os
+import uuid
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hv_batch.job.check import check_manifest
+from hv_batch.job.config import RunConfig
+from hv_batch.job.manifest import Manifest
+from hv_batch.job.storage import Store
+from hv_batch.protocol import FieldProblem, UserError
+
+
+def check(manifest):
+    return check_manifest(manifest, RunConfig(), Store(f"memory://{uuid.uuid4().hex}"))
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(*urls):
+    return [row["prompt"] for _, row in Manifest(urls).rows()]
+
+
+def refusal(*urls):
+    with pytest.raises(UserError) as caught:
+        list(Manifest(urls).rows())
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three formats, one of them compressed, hidden files, and a folder below."""
+    write(tmp_path / "in" / "b.jsonl", {"prompt": "b1"}, {"prompt": "b2"})
+    write(tmp_path / "in" / "c" / "a.csv", "prompt,seed\n", "c1,5\n")
+    pq.write_table(pa.table({"prompt": ["a1"]}), tmp_path / "in" / "a.parquet")
+    for hidden in ("_SUCCESS", ".a.parquet.crc", "_temporary/x.jsonl"):
+        write(tmp_path / "in" / hidden, "no row")
+    return tmp_path / "in"
+
+
+def test_a_folder_is_all_its_files_sorted_by_path(folder):
+    """P3: one fixed order, whatever the order of a listing; rows are numbered over all files."""
+    assert prompts(str(folder)) == ["a1", "b1", "b2", "c1"]
+    assert [number for number, _ in Manifest(str(folder)).rows()] == [1, 2, 3, 3 + 2]  # a CSV's first row is line 2
+    assert prompts(f"{folder}/") == prompts(f"{folder}/*.parquet", f"{folder}/**/*.csv", f"{folder}/b.jsonl")
+
+
+def test_what_two_patterns_mean_is_read_once(folder):
+    """A file is in a manifest or not, however often it is named, and the order of the options does not matter."""
+    assert prompts(f"{folder}/b.jsonl", f"{folder}/*.jsonl", str(folder)) == ["a1", "b1", "b2", "c1"]
+    assert Manifest([f"{folder}/c", f"{folder}/b.jsonl"]).sources == Manifest([f"{folder}/b*", f"{folder}/c"]).sources
+
+
+def test_a_name_with_the_signs_of_a_glob_may_be_that_of_a_file(tmp_path):
+    """What exists as written is meant."""
+    assert prompts(write(tmp_path / "take[1].jsonl", {"prompt": "a"})) == ["a"]
+
+
+def test_folders_named_like_columns_are_columns(tmp_path):
+    """Hive-style partitions: parsed by the column's rule, percent-decoded, null under Hive's name for it."""
+    for day, height in (("2026-11-19", "720"), ("2026-11-20", "__HIVE_DEFAULT_PARTITION__")):
+        write(tmp_path / f"date={day}" / f"height={height}" / "kind=a%2Fb" / "m.jsonl", {"prompt": day})
+    rows = [row for _, row in Manifest(str(tmp_path)).rows()]
+    assert rows == [
+        {"prompt": "2026-11-19", "date": "2026-11-19", "height": 720, "kind": "a/b"},
+        {"prompt": "2026-11-20", "date": "2026-11-20", "height": None, "kind": "a/b"},
+    ]
+    index = check(Manifest(f"{tmp_path}/date=*/**/*.jsonl"))
+    assert [(sample.params.height, sample.extra["date"]) for sample in index] == [
+        (720, "2026-11-19"),
+        (720, "2026-11-20"),
+    ]
+
+
+def test_a_row_that_contradicts_its_folder_is_refused(tmp_path):
+    """P6: nobody can tell which of the two is meant; the same value twice is fine."""
+    write(tmp_path / "take=7" / "m.jsonl", {"prompt": "a", "take": 7}, {"prompt": "b", "take": 8})
+    (_, same), (number, problem) = Manifest(str(tmp_path)).rows()
+    assert same == {"prompt": "a", "take": "7"}
+    assert number == 2
+    assert isinstance(problem, FieldProblem)
+    assert (problem.field, problem.value) == ("take", 8)
+
+
+def test_problems_name_file_and_row(tmp_path):
+    """P6: with several files a number alone would not do; mixed schemas are judged row by row."""
+    write(tmp_path / "a.jsonl", {"prompt": "a", "id": "Shot"}, {"prompt": "b", "height": 1}, "{bad\n")
+    write(tmp_path / "b.csv", "prompt,id,heights\n", "c,,1\n", "d,shot,1\n", "e,x,\n")
+    pq.write_table(pa.table({"prompt": ["f", None], "seed": ["x", None]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError) as caught:
+        check(Manifest(str(tmp_path)))
+    text = str(caught.value)
+    assert "5 problem(s) in 8 row(s)" in text
+    for expected in (
+        f"{tmp_path}/a.jsonl: row 2: height = 1",
+        f"{tmp_path}/a.jsonl: row 3: line = ",
+        f"{tmp_path}/b.csv: row 3: id = \"shot\"; allowed: an id whose key 'shot' is its own; "
+        f"{tmp_path}/a.jsonl: row 1 has it",
+        f'{tmp_path}/c.parquet: row 1: seed = "x"',
+        f"{tmp_path}/c.parquet: row 2: prompt is missing",
+        f'column "heights" (first in {tmp_path}/b.csv: row 2)',
+    ):
+        assert expected in text
+
+
+def test_mixed_schemas_join_their_columns(tmp_path):
+    """Files may have different columns; one that changes its type is carried as JSON text in all of them."""
+    write(tmp_path / "a.jsonl", {"prompt": "a", "take": 1, "only_a": True})
+    pq.write_table(pa.table({"prompt": ["b"], "take": ["x"]}), tmp_path / "b.parquet")
+    assert check(Manifest(str(tmp_path))).summary.extra_kinds == {"take": "json", "only_a": "bool"}
+
+
+def test_what_is_not_there_or_not_a_manifest_is_told_by_name(folder, tmp_path):
+    """P6: no file is passed over in silence."""
+    assert f"{tmp_path}/none-*.jsonl does not exist" in refusal(f"{tmp_path}/none-*.jsonl")
+    write(folder / "notes.txt", "hello")
+    assert f"{folder}/notes.txt has the suffix '.txt'; allowed: .jsonl, .ndjson" in refusal(str(folder))
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without files" in refusal(str(tmp_path / "empty"))
+    write(tmp_path / "bad" / "a.csv", "text\n", "x\n")
+    assert f"{tmp_path}/bad/a.csv cannot be read as csv: it has no column `prompt`" in refusal(str(tmp_path / "bad"))
+
+
+def test_the_digest_of_several_files_is_of_their_bytes_and_partitions(tmp_path):
+    """P2: a copy elsewhere is the same manifest; another byte, order or folder column is another."""
+
+    def digest(root, *files):
+        for name, prompt in files:
+            write(tmp_path / root / name, {"prompt": prompt})
+        manifest = Manifest(str(tmp_path / root))
+        list(manifest.rows())
+        assert Manifest(str(tmp_path / root)).read_digest() == manifest.digest
+        return manifest.digest
+
+    two = digest("one", ("a.jsonl", "x"), ("b.jsonl", "y"))
+    assert digest("copy", ("a.jsonl", "x"), ("b.jsonl", "y")) == two
+    assert digest("renamed", ("1.jsonl", "x"), ("2.jsonl", "y")) == two
+    assert digest("swapped", ("a.jsonl", "y"), ("b.jsonl", "x")) != two
+    assert digest("alone", ("a.jsonl", "x")) == hashlib.sha256(b'{"prompt": "x"}\n').hexdigest()
+    assert digest("dated", ("date=1/a.jsonl", "x")) != digest("other", ("date=2/a.jsonl", "x"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_told_by_name(tmp_path):
+    """P2: every later look compares size and time (or etag), and a complete pass the bytes."""
+    first, second = (write(tmp_path / name, {"prompt": name}, {"prompt": "x"}) for name in ("a.jsonl", "b.jsonl"))
+
+    def read(then):
+        manifest = Manifest(str(tmp_path))
+        rows = manifest.rows()
+        next(rows)
+        then()
+        with pytest.raises(UserError, match="changed while it was read") as caught:
+            list(rows)
+        return str(caught.value)
+
+    assert first in read(lambda: write(tmp_path / "a.jsonl", {"prompt": "longer than it was"}))
+    assert second in read(lambda: write(tmp_path / "b.jsonl", {"prompt": "longer than it was"}))
+    assert second in read(lambda: os.utime(second, (1, 1)))
+    write(tmp_path / "c.jsonl", {"prompt": "c"})
+    assert "c.jsonl does not exist" in _read_until_gone(tmp_path)
+
+
+def _read_until_gone(folder):
+    manifest = Manifest(str(folder))
+    rows = manifest.rows()
+    next(rows)
+    (folder / "c.jsonl").unlink()
+    with pytest.raises(UserError) as caught:
+        list(rows)
+    return str(caught.value)
+
+
+def test_folders_and_globs_of_a_bucket(s3):
+    """design 4: any fsspec URL; names are whole URLs, and an etag that changes is noticed."""
+    bucket = fsspec.filesystem("s3", skip_instance_cache=True)
+    name = f"in-{uuid.uuid4().hex}"
+    bucket.mkdir(name)
+    for day in ("19", "20"):
+        bucket.pipe(f"{name}/date={day}/m.jsonl", b'{"prompt": "%s"}\n' % day.encode())
+    assert [row["date"] for _, row in Manifest(f"s3://{name}").rows()] == ["19", "20"]
+    manifest = Manifest(f"s3://{name}/date=*/*.jsonl")
+    assert [source.name for source in manifest.sources] == [f"s3://{name}/date={day}/m.jsonl" for day in ("19", "20")]
+    bucket.pipe(f"{name}/date=20/m.jsonl", b'{"prompt": "21"}\n')  # of the same size
+    with pytest.raises(UserError, match=r"date=20/m\.jsonl changed while it was read"):
+        list(manifest.rows())
