@@ -3,6 +3,7 @@
     run.json                                     what this root is: the run's identity, config, versions
     data/shard-00017/<key>-<hash8>.mp4           media; the hash of its bytes is in its name
     data/shard-00017/metadata.parquet            the sealed shard
+    posters/shard-00017/<key>-<hash8>.jpg        the first frame of a video, where media.poster is set
     commits/shard-00017/<key>.json               the record that makes a sample done
     quarantine/shard-00017/<key>.json            the record of a sample that was given up
     latents/shard-00017/<key>.safetensors        a final latent whose video is not committed yet
@@ -40,6 +41,11 @@ def media_key(shard: int, key: str, sha256: str, suffix: str) -> str:
     The digest in the name is what makes a late writer harmless (P1): other bytes get another name.
     """
     return f"{media_dir(shard)}{key}-{sha256[:8]}{suffix}"
+
+
+def poster_key(shard: int, key: str, sha256: str) -> str:
+    """Not beside the media: a folder of images and videos is no dataset to the loaders."""
+    return f"posters/{shard_name(shard)}/{key}-{sha256[:8]}.jpg"
 
 
 def metadata_key(shard: int) -> str:

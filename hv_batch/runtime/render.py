@@ -32,6 +32,7 @@ from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, op
 from hv_batch.job.samples import ManifestSummary, check_manifest, iter_samples
 from hv_batch.job.storage import Store
 from hv_batch.protocol import Engine, UserError
+from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, build_engine
 from hv_batch.runtime.driver import Driver, Outcome
 from hv_batch.runtime.placement import await_resources
@@ -138,6 +139,8 @@ def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progr
     with _collected(found):
         engine = build_engine(config.model.engine, config.model.options)
         _check_engine(engine, config)
+    with _collected(found):
+        check_encoder(config.media)
     with _collected(found):
         manifest = Manifest(manifest_url)
         summary = check_manifest(manifest, config)

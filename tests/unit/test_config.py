@@ -113,6 +113,7 @@ def test_every_problem_is_told_at_once(write):
         ("groups.gpus_per_rank=0.5", "allowed: 1"),
         ("groups.gpus_per_rank=2", "less than or equal to 1"),
         ("media.threads=0", "greater than or equal to 1"),
+        ("media.crf=60", "media.crf = 60 with media.codec = h264; allowed: at most 51"),
         ("timeouts.drain_s=0", "greater than 0"),
         ("timeouts.drain_s=.inf", "finite"),
         ("defaults.num_videos=0", "a whole number from 1 to 10000"),

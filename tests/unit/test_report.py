@@ -171,6 +171,16 @@ def test_page_shows_videos_in_plan_order_from_beside_it(store):
     assert "http" not in store.get(layout.REPORT).decode()
 
 
+def test_page_shows_posters_where_there_are_some(store):
+    """Design 4: the picture that `media.poster` wrote stands in until a video plays."""
+    open_root(store, 2)
+    poster = layout.poster_key(0, "s001", "ab" * 32)
+    for record in (make_commit(make_sample(1), poster=poster), make_commit(make_sample(2))):
+        commits.commit(store, record)
+    report.write_report(store, report.aggregate(store))
+    assert [video.get("poster") for video in read_page(store).all("video")] == [f"../{poster}", None]
+
+
 def test_hostile_texts_stay_text(store):
     """Prompts, ids, columns and errors come from outside: they are shown, never interpreted."""
     open_root(store, 2)
