@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,21 @@ def revision(tree: CheckpointTree) -> str:
     but not a few changed bytes between two blocks of a large file: it is no proof against bit rot or a forger. It
     depends neither on where the tree lies nor on file times. Raises UserError when a file is missing.
     """
+    if missing := tree.missing():
+        raise UserError(missing[0])
+    return _digest_files(chain(_pixel_files(tree), _text_files(tree)))
+
+
+def text_revision(tree: CheckpointTree) -> str:
+    """The same for the text encoders and their tokenizers alone, which other checkpoints may share."""
+    if missing := tree.missing():
+        raise UserError(missing[0])
+    return _digest_files(_text_files(tree))
+
+
+def _digest_files(files: Iterable[tuple[str, Path]]) -> str:
     digest = hashlib.sha256()
-    for name, path in _identity_files(tree):
+    for name, path in files:
         digest_file(digest, name, path)
     return digest.hexdigest()
 
@@ -202,9 +216,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _identity_files(tree: CheckpointTree) -> Iterator[tuple[str, Path]]:
-    if missing := tree.missing():
-        raise UserError(missing[0])
+def _pixel_files(tree: CheckpointTree) -> Iterator[tuple[str, Path]]:
     # The DiT is named by its role: under another file name the same bytes make the same pictures.
     dit = tree.dit_file()
     yield "dit", dit
@@ -215,6 +227,9 @@ def _identity_files(tree: CheckpointTree) -> Iterator[tuple[str, Path]]:
         yield "dit map", scales_file(dit)
     yield "vae/config.json", tree.vae_config
     yield "vae/pytorch_model.pt", tree.vae_weight
+
+
+def _text_files(tree: CheckpointTree) -> Iterator[tuple[str, Path]]:
     # In diffusers' layout four folders, in the released one two.
     for folder in dict.fromkeys((tree.text_encoder, tree.text_encoder_2, tree.tokenizer, tree.tokenizer_2)):
         for path in sorted(folder.iterdir()):

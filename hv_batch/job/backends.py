@@ -20,6 +20,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
+from hv_batch.job.inputs import public_url
 from hv_batch.job.store_errors import http_status
 from hv_batch.protocol import UserError
 
@@ -139,7 +140,7 @@ class LocalDisk:
 class Remote:
     """Any other fsspec file system."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, role: str) -> None:
         protocol = get_protocol(url)
         self.is_conditional = protocol in CONDITIONAL_PROTOCOLS
         self.claim = PutIfAbsent.CONDITIONAL_PUT if self.is_conditional else PutIfAbsent.UNSAFE
@@ -150,9 +151,9 @@ class Remote:
             self.fs, self.root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"The output root {url} cannot be opened: {error}. Local paths and every URL that fsspec knows are "
-                "allowed; s3://, gs:// and az:// need the extra of that store: pip install 'hv_batch[s3]', [gcs] or "
-                "[azure]."
+                f"The {role} {public_url(url)} cannot be opened: {error}. Local paths and every URL that fsspec knows "
+                "are allowed; s3://, gs:// and az:// need the extra of that store: pip install 'hv_batch[s3]', [gcs] "
+                "or [azure]."
             ) from error
         self.turn: Any = contextlib.nullcontext() if self.is_conditional else _TURN
 

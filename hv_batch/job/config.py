@@ -131,6 +131,9 @@ class EncodersConfig(_Section):
     """CPUs that Ray reserves for an actor."""
     batch_size: Count = 8
     """Prompts of one call. Does not change the embeddings."""
+    cache: str | None = None
+    """Folder or URL that keeps embeddings (2 MB each at most) for other runs with the same text encoders; null: none.
+    Nothing removes old ones. Does not change the embeddings."""
 
 
 class DecodersConfig(_Section):

@@ -16,6 +16,7 @@ from typing import Any
 
 from hv_batch.job import gallery, layout
 from hv_batch.job.commits import read_commit, scan_shard
+from hv_batch.job.inputs import public_url
 from hv_batch.job.quarantine import read_quarantined
 from hv_batch.job.runs import read_run
 from hv_batch.job.status import ShardStatus, read_status
@@ -76,7 +77,7 @@ def write_report(store: Store, summary: Mapping[str, Any]) -> None:
     videos = list(islice(_committed(store, range(shards)), MAX_CARDS))
     # As many as there are and no more: looking for the next would list every shard of a run that has none.
     failed = list(islice(read_quarantined(store, range(shards)), min(MAX_FAILED, summary["quarantined"])))
-    name = store.url.rpartition("/")[2] or store.url
+    name = public_url(store.url).rpartition("/")[2] or public_url(store.url)
     store.put(layout.REPORT, gallery.page(name, read_run(store), summary, videos, failed).encode("utf-8"))
 
 

@@ -141,6 +141,10 @@ def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progr
         _check_engine(engine, config)
     with _collected(found):
         check_encoder(config.media)
+    cache = Store(config.encoders.cache, "embedding cache") if config.encoders.cache else None
+    with _collected(found):
+        if cache:
+            cache.probe()
     with _collected(found):
         manifest = Manifest(manifest_url)
         summary = check_manifest(manifest, config)
@@ -159,7 +163,7 @@ def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progr
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         progress.say(f"warning: {warning}")
     state = inspect_run(store, document)
-    context = RunContext(config, engine, store, fingerprint(identity), versions)
+    context = RunContext(config, engine, store, fingerprint(identity), versions, cache)
     return _Job(context, manifest, summary, document, state)
 
 
