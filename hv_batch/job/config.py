@@ -152,6 +152,8 @@ class OutputConfig(_Section):
     """Samples of one shard, the unit of layout and metadata. Part of the run's identity: it decides every key."""
     keep_latents: bool = False
     """Keep the final latents beside the videos instead of removing them at commit."""
+    webdataset: bool = False
+    """Also write every shard as one tar of videos and JSON (webdataset/), when it seals. Part of the run's identity."""
 
 
 class MediaConfig(_Section):
@@ -271,6 +273,7 @@ class RunConfig(_Section):
             "parallel": self.parallel.model_dump(mode="json", exclude=later),
             "media": self.media.model_dump(mode="json"),
             "shard_size": self.output.shard_size,
+            "webdataset": self.output.webdataset,
         }
 
 

@@ -3,6 +3,8 @@
     run.json                                     what this root is: the run's identity, config, versions
     data/shard-00017/<key>-<hash8>.mp4           media; the hash of its bytes is in its name
     data/shard-00017/metadata.parquet            the sealed shard
+    webdataset/shard-00017.tar                   the sealed shard as one file, where output.webdataset is set
+    lineage/shard-00017.parquet                  how its videos came to be: times, tries, places, versions
     posters/shard-00017/<key>-<hash8>.jpg        the first frame of a video, where media.poster is set
     commits/shard-00017/<key>.json               the record that makes a sample done
     quarantine/shard-00017/<key>.json            the record of a sample that was given up
@@ -54,6 +56,14 @@ def metadata_key(shard: int) -> str:
 
 def sums_key(shard: int) -> str:
     return f"report/shards/{shard_name(shard)}.json"
+
+
+def tar_key(shard: int) -> str:
+    return f"webdataset/{shard_name(shard)}.tar"
+
+
+def lineage_key(shard: int) -> str:
+    return f"lineage/{shard_name(shard)}.parquet"
 
 
 def commit_dir(shard: int) -> str:

@@ -42,6 +42,7 @@ from hv_batch.job.events import (
 from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.plan import Passed, Plan, Sealable
 from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.runs import read_run
 from hv_batch.job.samples import Sample
 from hv_batch.job.scheduler import RetryLimits, Scheduler, StageLimits
 from hv_batch.job.storage import Store
@@ -66,9 +67,10 @@ class Outcome:
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
-def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind]) -> None:
+def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind], webdataset: bool) -> None:
     """In a task, because a shard's records are a few hundred reads and the driver must keep feeding."""
-    seal_shard(store, sealable.shard, sealable.keys, extra_kinds)
+    identity = read_run(store)["identity"]
+    seal_shard(store, sealable.shard, sealable.keys, extra_kinds, identity=identity, webdataset=webdataset)
 
 
 class Driver:
@@ -157,7 +159,8 @@ class Driver:
             self._carry_out(self._scheduler.step(event, time.monotonic()))
         for sealable in self._plan.take_sealable():
             self._sealing += 1
-            self._watch(seal.remote(self._context.store, sealable, self._extra_kinds), self._sealed)
+            webdataset = self._context.config.output.webdataset
+            self._watch(seal.remote(self._context.store, sealable, self._extra_kinds, webdataset), self._sealed)
 
     def _note(self, event: Event) -> None:
         """Keep the driver's own books and tell people what they would want to know."""
