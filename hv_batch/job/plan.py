@@ -6,16 +6,21 @@ manifest, only the shards between the oldest running sample and the newest are h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
+from typing import TypeVar
 
 from hv_batch.job.commits import scan_shard
 from hv_batch.job.events import Stage
 from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
+from hv_batch.job.store_errors import StorageUnavailableError
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -48,6 +53,13 @@ class Passed:
     shard: int
 
 
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """The output root does not answer; going on with the iteration asks it again."""
+
+    error: StorageUnavailableError
+
+
 @dataclass(slots=True)
 class _OpenShard:
     keys: tuple[str, ...]  # in plan order
@@ -76,15 +88,15 @@ class Plan:
         self._sealable: list[Sealable] = []
         self._pending = self._walk(samples)
 
-    def __iter__(self) -> Iterator[Pending | Passed]:
+    def __iter__(self) -> Iterator[Pending | Passed | Unanswered]:
         return self._pending
 
-    def _walk(self, samples: Iterable[Sample]) -> Iterator[Pending | Passed]:
+    def _walk(self, samples: Iterable[Sample]) -> Iterator[Pending | Passed | Unanswered]:
         # One listing for all shards: only what was running when a run ended has a step checkpoint.
-        with_steps = checkpointed(self._store)
+        with_steps = yield from _persist(partial(checkpointed, self._store))
         for shard, members in groupby(samples, key=attrgetter("shard")):
             inside = list(members)
-            state = scan_shard(self._store, shard)
+            state = yield from _persist(partial(scan_shard, self._store, shard))
             terminal = state.committed | state.quarantined
             self.tally.committed_before += sum(sample.key in state.committed for sample in inside)
             self.tally.quarantined_before += sum(sample.key in state.quarantined for sample in inside)
@@ -97,10 +109,10 @@ class Plan:
             if not self._keep_latents:
                 for sample in inside:
                     if sample.key in state.latents & terminal:
-                        drop_latents(self._store, sample)
+                        yield from _persist(partial(drop_latents, self._store, sample))
             for sample in inside:
                 if sample.key in with_steps & terminal:
-                    drop_steps(self._store, sample)
+                    yield from _persist(partial(drop_steps, self._store, sample))
             if not pending:
                 yield Passed(shard)
             for sample in pending:
@@ -126,3 +138,12 @@ class Plan:
         """The shards that have become complete since the last call, including those a crash left unsealed."""
         ready, self._sealable = self._sealable, []
         return ready
+
+
+def _persist(act: Callable[[], T]) -> Generator[Unanswered, None, T]:
+    """What `act` on the output root returns, however often it takes. An exception would end the iteration for good."""
+    while True:
+        try:
+            return act()
+        except StorageUnavailableError as error:
+            yield Unanswered(error)

@@ -60,11 +60,12 @@ class DecoderActor:
     ) -> bool:
         """Render `latents` (None: those in the output root) and commit; False when another had committed first (P1)."""
         context = self._context
+        # An earlier try may have committed and died before it could say so; and while the output root does not answer,
+        # a question finds out in place of a decode, which takes half a minute of a GPU.
+        if context.store.exists(layout.commit_key(sample.shard, sample.key)):
+            self._clear(sample)
+            return False
         if latents is None:
-            # An earlier try may have committed and died before it could say so: then its latents are gone with reason.
-            if context.store.exists(layout.commit_key(sample.shard, sample.key)):
-                self._clear(sample)
-                return False
             stored = get_latents(context.store, sample, sample_identity(sample, context.fingerprint))
             if stored is None:
                 raise LatentsGoneError(f"no stored latents of sample {sample.key} that belong to this run")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import platform
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -25,12 +26,15 @@ from hv_batch.job.inputs import public_url, public_values
 from hv_batch.job.lease import Lease, held, this_process
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import check_memory
+from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run
 from hv_batch.job.samples import ManifestSummary, check_manifest, iter_samples
+from hv_batch.job.scheduler import OUTAGE_PAUSE_S
 from hv_batch.job.storage import Store
+from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Engine, UserError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, build_engine
@@ -127,7 +131,7 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
         driver = Driver(job.context, plan, total, job.summary.extra_kinds, progress, should_stop=should_stop)
         outcome = driver.run()
     lease.check()
-    return _close(store, plan, outcome, progress)
+    return _close(store, plan, outcome, progress, stopped)
 
 
 def _prepare(config: RunConfig, manifest_url: str, store: Store, progress: Progress) -> _Job:
@@ -206,7 +210,7 @@ def _document(
     }
 
 
-def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> ExitCode:
+def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress, stopped: Event) -> ExitCode:
     tally = plan.tally
     found = tally.committed_before + tally.quarantined_before
     told = f"{tally.committed} rendered, {tally.quarantined} quarantined now, {found} were done before"
@@ -215,9 +219,8 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
         return ExitCode.STOPPED
     # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
-    summary = aggregate(store) | {"excluded_nodes": dict(outcome.excluded_nodes)}
-    write_report(store, summary)
-    finish_run(store, summary)
+    own = {"excluded_nodes": dict(outcome.excluded_nodes)}
+    summary = _finish(store, own, Outage(progress.say), stopped)
     progress.say(f"finished after {clock(outcome.seconds)}: {told}")
     if pending := summary["pending"]:
         raise UserError(
@@ -230,6 +233,23 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
             "above. Run the same command again: it seals them and renders nothing."
         )
     return _exit_code(summary)
+
+
+def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stopped: Event) -> dict[str, Any]:
+    """Write summary, report and seal, however often it takes; `own` are facts that no record holds.
+
+    Raises KeyboardInterrupt when stopped while it waits.
+    """
+    while True:
+        try:
+            summary = {**aggregate(store), **own}
+            write_report(store, summary)
+            finish_run(store, summary)
+            return summary
+        except StorageUnavailableError as error:
+            outage.met(error, time.monotonic())
+            if stopped.wait(OUTAGE_PAUSE_S):
+                raise KeyboardInterrupt from error
 
 
 def _exit_code(summary: dict[str, Any]) -> ExitCode:
