@@ -226,7 +226,7 @@ def test_identity_is_what_changes_pixels_and_keys():
         "model": {"options": {"model_base": "elsewhere"}},
     }
     assert RunConfig.model_validate(free).identity() == plain.identity()
-    assert set(plain.identity()) == {"seed", "engine", "defaults", "parallel", "media", "shard_size"}
+    assert set(plain.identity()) == {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
     assert json.loads(json.dumps(plain.identity())) == plain.identity()
 
 
