@@ -138,16 +138,16 @@ def test_equal_prompts_are_encoded_once():
 
 def test_memory_is_bounded():
     """P7: the texts longest unused are forgotten, also when one batch is larger than what is remembered."""
-    encoder = CountingEncoder()
-    embedder = Embedder(encoder, None)
-    first, *others = [Text(f"{number:03d}", False) for number in range(REMEMBERED + 1)]
-    embedder.embed([first])
-    found, _ = embedder.embed([first, *others])
-    assert len(found) == REMEMBERED + 1
-    _, encoded = embedder.embed([first])
-    assert encoded == {first}
-    _, encoded = embedder.embed(others[2:])
-    assert encoded == frozenset()
+    texts = [Text(f"{number:03d}", False) for number in range(REMEMBERED + 2)]
+    embedder = Embedder(CountingEncoder(), None)
+    found, _ = embedder.embed(texts)
+    assert len(found) == REMEMBERED + 2
+    embedder = Embedder(CountingEncoder(), None)
+    embedder.embed(texts[:REMEMBERED])
+    embedder.embed(texts[:1])
+    embedder.embed(texts[REMEMBERED:])
+    _, encoded = embedder.embed(texts[:3])
+    assert encoded == set(texts[1:3])
 
 
 def test_another_run_finds_what_was_encoded(any_store):

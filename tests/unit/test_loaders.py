@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -114,6 +116,8 @@ def test_tars_are_equal_bytes_whatever_the_night(tmp_path):
         fill(store)
         tars.append(store.get(layout.tar_key(0)))
     assert tars[0] == tars[1]
+    with tarfile.open(fileobj=io.BytesIO(tars[0])) as tar:
+        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
 
 
 def test_a_key_with_dots_stays_one_sample_of_a_tar(store):
