@@ -33,8 +33,9 @@ def aggregate(store: Store) -> dict[str, Any]:
     """The document of `summary.json`, of everything in the root. Raises UserError when the root holds no run.
 
     `stages` are seconds, as sum and as mean over the committed samples that report the stage. `denoise_gpu_seconds` are
-    the denoise seconds times the ranks of a group, null on a CPU. `failures` counts quarantined samples by class,
-    `retries` the failed tries of samples that were committed all the same.
+    the denoise seconds times the ranks of a group, null on a CPU. `embeddings` counts the prompts that were encoded for
+    the committed samples, and those that memory or the cache still held. `failures` counts quarantined samples by
+    class, `retries` the failed tries of samples that were committed all the same.
     """
     run, status = read_run(store), read_status(store)
     sums = Sums()
@@ -57,6 +58,7 @@ def aggregate(store: Store) -> dict[str, Any]:
             for stage, total in sums.stage_ms.items()
         },
         "denoise_gpu_seconds": _gpu_seconds(run, sums.stage_ms["denoise"] / 1000),
+        "embeddings": {"encoded": sums.embeddings["encoded"], "recalled": sums.embeddings["recalled"]},
         "media": {"bytes": sums.bytes, "frames": sums.frames, "seconds": round(sums.footage_seconds(), 3)},
         "failures": dict(failures),
         "retries": dict(sums.retries),

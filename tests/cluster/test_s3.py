@@ -103,6 +103,7 @@ def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3,
     denoised = (marks / "denoised").read_text().split("\n")[:-1]
     assert sorted(denoised) == ["good 0", "good 0", "good 1", "good 2"]
     assert [prompt for prompt in (marks / "encoded").read_text().split("\n") if prompt].count("good 0") == 1
+    assert json.loads(found["run/summary.json"])["embeddings"] == {"encoded": 3, "recalled": 1}
     assert SECRET not in text
     assert [key for key, data in found.items() if SECRET.encode() in data] == []
     assert json.loads(found["run/run.json"])["config"]["encoders"]["cache"] == f"s3://{BUCKET}/embeddings"

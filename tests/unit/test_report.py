@@ -86,6 +86,17 @@ def test_gpu_time_counts_every_rank(key, ranks):
     assert report._gpu_seconds({"config": {"parallel": parallel}}, 10.0) == 10.0 * ranks
 
 
+def test_aggregate_counts_what_was_encoded_once(store):
+    """Embedding cache: prompts encoded and prompts recalled, over the committed samples."""
+    open_root(store, 3)
+    for number, (encoded, recalled) in enumerate([(1, 1), (0, 2)], start=1):
+        stages = {"encode": {"seconds": 0.1, "encoded": encoded, "recalled": recalled}}
+        commits.commit(store, make_commit(make_sample(number), stages=stages))
+    assert report.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}
+    commits.commit(store, make_commit(make_sample(3)))
+    assert report.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, "one that tells nothing"
+
+
 def test_aggregate_without_gpus_claims_no_gpu_time(store):
     """A CPU run reports no GPU seconds rather than a wrong number."""
     open_root(store, 1)
