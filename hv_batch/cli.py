@@ -14,6 +14,7 @@ import typer
 from hv_batch import operate
 from hv_batch.bench.commands import app as bench_app
 from hv_batch.job.config import load_config
+from hv_batch.job.inputs import public_text
 from hv_batch.job.progress import Progress
 from hv_batch.job.selection import parse_selection
 from hv_batch.protocol import UserError
@@ -166,6 +167,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(public_text(f"error: {error}"))
     except OSError as error:
-        sys.exit(f"error: {error}.")
+        sys.exit(public_text(f"error: {error}."))

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from hv_batch.job.config import MediaConfig
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
 from hv_batch.runtime.media import write_media
 
@@ -24,7 +25,7 @@ FPS = 24  # of the release, like the names
 PROMPT_CHARS = 100  # of a prompt in a file name
 NAME_BYTES = 255 - len("_999.safetensors")  # what file systems allow, less the longest ending
 SUFFIXES = (".mp4", ".png", ".safetensors", ".json")
-MEDIA = {"crf": 18, "preset": "medium", "threads": 2}  # as a run's defaults
+MEDIA = MediaConfig()  # as a run
 
 
 def shorten(prompt: str) -> str:
@@ -62,7 +63,7 @@ def write_video(
         width=width * SPATIAL_COMPRESSION,
         num_frames=(latent_frames - 1) * TEMPORAL_COMPRESSION + 1,
         fps=FPS,
-        **MEDIA,  # type: ignore[arg-type]
+        media=MEDIA,
     )
     _write_record(
         stem,
@@ -72,7 +73,7 @@ def write_video(
             "sha256": info.sha256,
             "frames_sha256": info.frames_sha256,
             "fps": FPS,
-            "media": MEDIA,
+            "media": MEDIA.model_dump(mode="json"),
         },
     )
     print(info.path)

@@ -20,6 +20,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
+from hv_batch.job.inputs import public_url
 from hv_batch.job.store_errors import http_status
 from hv_batch.protocol import UserError
 
@@ -32,6 +33,14 @@ NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 # What fsync(2) says of a folder on file systems that look after folders themselves (CIFS, some FUSE mounts).
 NO_FOLDER_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
+
+# What s3fs sends of a large object at a time: at most 64 MiB of a worker's memory, and a dropped connection repeats one
+# part. Ordinary videos stay below two parts and go in one request.
+PART_BYTES = 16 * 2**20
+PARTS_AT_ONCE = 4
+MAX_PARTS = 10_000  # of one S3 object
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 # Where nobody judges the condition, at least the threads of one process take turns.
 _TURN = threading.Lock()
@@ -69,19 +78,19 @@ class LocalDisk:
 
     def create(self, key: str, data: bytes) -> bool:
         final = self._path(key)
-        with self._draft(final) as draft:
+        with self._draft(final, len(data)) as draft:
             _write(draft, data)
             return self._link(draft, final)
 
     def put(self, key: str, data: bytes) -> None:
         final = self._path(key)
-        with self._draft(final) as draft:
+        with self._draft(final, len(data)) as draft:
             _write(draft, data)
             os.replace(draft, final)
 
     def put_file(self, key: str, path: Path) -> None:
         final = self._path(key)
-        with self._draft(final) as draft:
+        with self._draft(final, path.stat().st_size) as draft:
             shutil.copyfile(path, draft)
             _flush(draft)
             os.replace(draft, final)
@@ -109,14 +118,23 @@ class LocalDisk:
         return os.path.join(self.root, key)
 
     @contextlib.contextmanager
-    def _draft(self, final: str) -> Iterator[str]:
-        """A hidden name beside `final`, gone afterwards; what was given its final name meanwhile is made durable."""
+    def _draft(self, final: str, num_bytes: int) -> Iterator[str]:
+        """A hidden name beside `final`, gone afterwards; what was given its final name meanwhile is made durable.
+
+        A full disk is told with the `num_bytes` that were to be written.
+        """
         folder = os.path.dirname(final)
-        os.makedirs(folder, exist_ok=True)
         draft = os.path.join(folder, f".draft-{uuid.uuid4().hex}")
         try:
+            os.makedirs(folder, exist_ok=True)
             yield draft
             _flush_folder(folder)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            free = shutil.disk_usage(self.root).free if os.path.isdir(self.root) else 0
+            said = f"{error.strerror}: {num_bytes:,} bytes are needed below {self.root}, where {free:,} are free"
+            raise OSError(error.errno, said) from error
         finally:
             Path(draft).unlink(missing_ok=True)
 
@@ -139,9 +157,10 @@ class LocalDisk:
 class Remote:
     """Any other fsspec file system."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, role: str) -> None:
         protocol = get_protocol(url)
         self.is_conditional = protocol in CONDITIONAL_PROTOCOLS
+        self.is_s3 = protocol in ("s3", "s3a")
         self.claim = PutIfAbsent.CONDITIONAL_PUT if self.is_conditional else PutIfAbsent.UNSAFE
         # Listings change under us from other machines. Drivers outside the list may not know the option, so there the
         # cache is emptied before every look.
@@ -150,9 +169,9 @@ class Remote:
             self.fs, self.root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"The output root {url} cannot be opened: {error}. Local paths and every URL that fsspec knows are "
-                "allowed; s3://, gs:// and az:// need the extra of that store: pip install 'hv_batch[s3]', [gcs] or "
-                "[azure]."
+                f"The {role} {public_url(url)} cannot be opened: {error}. Local paths and every URL that fsspec knows "
+                "are allowed; s3://, gs:// and az:// need the extra of that store: pip install 'hv_batch[s3]', [gcs] "
+                "or [azure]."
             ) from error
         self.turn: Any = contextlib.nullcontext() if self.is_conditional else _TURN
 
@@ -182,7 +201,11 @@ class Remote:
     def put_file(self, key: str, path: Path) -> None:
         target = self._path(key)
         self._make_folder(target)
-        self.fs.put_file(str(path), target)
+        options: dict[str, Any] = {}
+        if self.is_s3:
+            part_bytes = max(PART_BYTES, -(-path.stat().st_size // MAX_PARTS))
+            options = {"chunksize": part_bytes, "max_concurrency": PARTS_AT_ONCE}
+        self.fs.put_file(str(path), target, **options)
 
     def get(self, key: str) -> bytes:
         return bytes(self.fs.cat_file(self._path(key)))

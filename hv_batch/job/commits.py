@@ -65,8 +65,10 @@ def commit_record(
     failures: Sequence[Mapping[str, Any]],
     fingerprint: str,
     versions: Mapping[str, Any],
+    poster: str | None = None,
 ) -> dict[str, Any]:
-    """The record that makes `sample` done. `file` is the media's key in the output root.
+    """The record that makes `sample` done. `file` is the media's key in the output root, `poster` that of its first
+    frame.
 
     `stages` are reports by stage name: their "seconds" become the record's `stages`, all else (node, worker, ...) its
     `places`. `failures` are the tries that failed before this one, `fingerprint` is the run's.
@@ -77,6 +79,7 @@ def commit_record(
         "file": file,
         "sha256": media.sha256,
         "bytes": media.bytes,
+        "poster": poster,
         "frames_sha256": media.frames_sha256,
         "produced": {"num_frames": media.num_frames, "height": media.height, "width": media.width},
         "stages": {name: report["seconds"] for name, report in stages.items()},

@@ -132,6 +132,9 @@ class EncodersConfig(_Section):
     """CPUs that Ray reserves for an actor."""
     batch_size: Count = 8
     """Prompts of one call. Does not change the embeddings."""
+    cache: str | None = None
+    """Folder or URL that keeps embeddings (2 MB each at most) for other runs with the same text encoders; null: none.
+    Nothing removes old ones. Does not change the embeddings."""
 
 
 class DecodersConfig(_Section):
@@ -150,17 +153,32 @@ class OutputConfig(_Section):
     """Samples of one shard, the unit of layout and metadata. Part of the run's identity: it decides every key."""
     keep_latents: bool = False
     """Keep the final latents beside the videos instead of removing them at commit."""
+    webdataset: bool = False
+    """Also write every shard as one tar of videos and JSON (webdataset/), when it seals. Part of the run's identity."""
 
 
 class MediaConfig(_Section):
-    """H.264 settings (x264). Part of a video's identity."""
+    """How frames become files. Part of a video's identity."""
 
-    crf: Annotated[int, Field(ge=0, le=51)] = 18
-    """Constant rate factor: 0 is lossless, 18 visually clean, 51 worst."""
+    codec: Literal["h264", "h265", "av1"] = "h264"
+    """What every player shows (h264), or smaller files that take several times longer to write (h265, av1)."""
+    crf: Annotated[int, Field(ge=0, le=63)] = 18
+    """Constant rate factor, on the codec's own scale: 18 is visually clean, 51 the worst (63 with av1)."""
     preset: Preset = "medium"
-    """Encoder effort against file size."""
+    """Encoder effort against file size, by x264's names; those of av1 are at about the same places."""
     threads: Count = 2
-    """Encoder threads, pinned: x264 writes other bytes with another number of threads."""
+    """Encoder threads, pinned: an encoder may write other bytes with another number of threads."""
+    lossless: bool = False
+    """Code the RGB frames as they are: decoding gives them back bit for bit. No crf then; few players show it."""
+    poster: bool = False
+    """Also write the first frame of every video as a JPEG, under posters/."""
+
+    @model_validator(mode="after")
+    def _stay_on_the_scale_of_the_codec(self) -> Self:
+        if self.crf > 51 and self.codec != "av1":
+            said = f"media.crf = {self.crf} with media.codec = {self.codec}; allowed: at most 51"
+            raise PydanticCustomError(CROSS_FIELD, "{said}", {"said": said})
+        return self
 
 
 class RetriesConfig(_Section):
@@ -256,6 +274,7 @@ class RunConfig(_Section):
             "parallel": self.parallel.model_dump(mode="json", exclude=later),
             "media": self.media.model_dump(mode="json"),
             "shard_size": self.output.shard_size,
+            "webdataset": self.output.webdataset,
         }
 
 

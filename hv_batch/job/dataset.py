@@ -8,7 +8,8 @@ Face VideoFolder. What this module keeps:
   Timings, attempts, versions and dates stay in the commit records, and a run that was killed ten times seals the same
   bytes.
 - **One schema in all shards.** Our columns have fixed types; those of the user come from `columns`.
-- **Sealed once (P1).** The table is put only where none is, and only when every sample of the shard is terminal.
+- **Sealed once (P1).** The table is put only where none is, and only when every sample of the shard is terminal. It
+  comes last: whoever finds it finds the rest of the shard.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ import pyarrow.parquet as pq
 
 from hv_batch.job import layout
 from hv_batch.job.columns import Kind, arrow_column, clean_text, column_names, learn
-from hv_batch.job.commits import read_commit
+from hv_batch.job.commits import LICENCE_ID, encode, read_commit
+from hv_batch.job.lineage import lineage_table
 from hv_batch.job.storage import Store
 from hv_batch.job.sums import sum_up, write_sums
+from hv_batch.job.tarballs import write_tar
 
 READERS = (
     16  # records are small, so latency rules: enough to hide an object store's ~30 ms a GET, few enough to be polite
 )
+
+SCHEMA = "hv_batch/dataset/1"  # of the columns below; in the table's own metadata, beside the identity of the run
 
 # Where each of our columns stands in a commit record, and its type. One more column is a new dataset: add with care.
 COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
@@ -58,13 +63,20 @@ COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
 
 
 def seal_shard(
-    store: Store, shard: int, keys_in_order: Sequence[str], extra_kinds: Mapping[str, Kind] | None = None
+    store: Store,
+    shard: int,
+    keys_in_order: Sequence[str],
+    extra_kinds: Mapping[str, Kind] | None = None,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    webdataset: bool = False,
 ) -> bool:
-    """Write the shard's `metadata.parquet` from its commit records; True when this call wrote it.
+    """Write the shard's `metadata.parquet` from its commit records, and what goes with it; True when this call did.
 
     `keys_in_order` are all keys of the shard in plan order; quarantined ones are left out of the table. `extra_kinds`
     are the kinds of the user's columns over the whole manifest, from `columns.learn`; without them a column's type is
-    that of this shard's values, which is right only for a run of one shard.
+    that of this shard's values, which is right only for a run of one shard. `identity` is that of the run (`run.json`):
+    weights, precisions, plan and all else behind the pixels, for whoever is given the table without its root.
 
     Raises ValueError when a sample is neither committed nor quarantined.
     """
@@ -74,8 +86,14 @@ def seal_shard(
     with ThreadPoolExecutor(READERS, thread_name_prefix="seal") as pool:
         records = list(pool.map(lambda sample: _terminal_record(store, shard, sample), keys_in_order))
     committed = [record for record in records if record is not None]
-    write_sums(store, shard, sum_up(committed))  # before the seal: whoever finds a sealed shard finds its sums
-    return store.put_new(key, parquet_bytes(metadata_table(committed, extra_kinds or {})))
+    table = metadata_table(committed, extra_kinds or {})
+    # All before the seal: whoever finds a sealed shard finds these.
+    write_sums(store, shard, sum_up(committed))
+    store.put(layout.lineage_key(shard), parquet_bytes(lineage_table(committed)))
+    if webdataset:
+        write_tar(store, shard, table.to_pylist())
+    facts = {"hv_batch.schema": SCHEMA, "hv_batch.identity": encode(identity or {}), "hv_batch.licence": LICENCE_ID}
+    return store.put_new(key, parquet_bytes(table.replace_schema_metadata(facts)))
 
 
 def unseal_shard(store: Store, shard: int) -> None:
@@ -84,7 +102,8 @@ def unseal_shard(store: Store, shard: int) -> None:
     In this order a crash in between leaves a run that is complete and says it is not, and never one that claims to be
     finished while a shard is open.
     """
-    for key in (layout.SUCCESS, layout.metadata_key(shard), layout.sums_key(shard)):
+    of_shard = (layout.metadata_key, layout.sums_key, layout.lineage_key, layout.tar_key)
+    for key in (layout.SUCCESS, *(key_of(shard) for key_of in of_shard)):
         if store.exists(key):  # looking first spares versioned buckets a delete marker
             store.delete(key)
 

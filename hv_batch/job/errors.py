@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from hv_batch.job.inputs import public_text
+
 MAX_MESSAGE = 2_000  # characters kept of a message or a traceback's tail: enough to debug, bounded in 10 M records
 MAX_TRACEBACK = 8_000
 
@@ -36,4 +38,6 @@ class Failure:
         return replace(self, message=self.message[:MAX_MESSAGE], traceback=self.traceback[-MAX_TRACEBACK:])
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"kind": self.kind.value}
+        """As it is recorded. What went wrong may have been told with the URL of a store, and that with its password."""
+        said = {"message": public_text(self.message), "traceback": public_text(self.traceback)}
+        return asdict(self) | {"kind": self.kind.value} | said

@@ -173,7 +173,8 @@ def _card(record: Record) -> str:
 def _media(record: Record) -> str:
     if record["params"]["num_frames"] == 1:
         return f'<img src="{_link(record)}" alt="{text(record["params"]["prompt"])}" loading="lazy">'
-    return f'<video src="{_link(record)}" muted loop autoplay playsinline controls preload="metadata"></video>'
+    poster = f' poster="{text(MEDIA_ROOT + quote(record["poster"]))}"' if record.get("poster") else ""
+    return f'<video src="{_link(record)}"{poster} muted loop autoplay playsinline controls preload="metadata"></video>'
 
 
 def _link(record: Record) -> str:

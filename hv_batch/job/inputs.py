@@ -64,8 +64,21 @@ def public_url(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
 
 
+# What stands between "://" and the host, and the query after a path: there is no telling which parameter of which
+# store's query is a signature.
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+_QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\")\]}>]*")
+
+
+def public_text(text: str) -> str:
+    """A message, traceback or other text as it may be logged: without the passwords and queries of the URLs in it."""
+    return _QUERY.sub(r"\1", _USER_INFO.sub("", text)) if "://" in text else text
+
+
 def public_values(value: Any) -> Any:
-    """A JSON value with everything masked that is named like a secret."""
+    """A JSON value with everything masked that is named like a secret, or is a URL that holds one."""
     if isinstance(value, Mapping):
         return {k: MASK if SECRET_NAMES.search(str(k)) else public_values(v) for k, v in value.items()}
+    if isinstance(value, str):
+        return value if public_text(value) == value else MASK
     return [public_values(item) for item in value] if isinstance(value, list) else value

@@ -3,6 +3,9 @@
     run.json                                     what this root is: the run's identity, config, versions
     data/shard-00017/<key>-<hash8>.mp4           media; the hash of its bytes is in its name
     data/shard-00017/metadata.parquet            the sealed shard
+    webdataset/shard-00017.tar                   the sealed shard as one file, where output.webdataset is set
+    lineage/shard-00017.parquet                  how its videos came to be: times, tries, places, versions
+    posters/shard-00017/<key>-<hash8>.jpg        the first frame of a video, where media.poster is set
     commits/shard-00017/<key>.json               the record that makes a sample done
     quarantine/shard-00017/<key>.json            the record of a sample that was given up
     latents/shard-00017/<key>.safetensors        a final latent whose video is not committed yet
@@ -49,12 +52,25 @@ def media_key(shard: int, key: str, sha256: str, suffix: str) -> str:
     return f"{media_dir(shard)}{key}-{sha256[:8]}{suffix}"
 
 
+def poster_key(shard: int, key: str, sha256: str) -> str:
+    """Not beside the media: a folder of images and videos is no dataset to the loaders."""
+    return f"posters/{shard_name(shard)}/{key}-{sha256[:8]}.jpg"
+
+
 def metadata_key(shard: int) -> str:
     return f"{media_dir(shard)}metadata.parquet"
 
 
 def sums_key(shard: int) -> str:
     return f"report/shards/{shard_name(shard)}.json"
+
+
+def tar_key(shard: int) -> str:
+    return f"webdataset/{shard_name(shard)}.tar"
+
+
+def lineage_key(shard: int) -> str:
+    return f"lineage/{shard_name(shard)}.parquet"
 
 
 def commit_dir(shard: int) -> str:

@@ -8,10 +8,12 @@ sample and the newest are held (P7). Of a shard that is done, neither the sample
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 from hv_batch.job import layout
 from hv_batch.job.commits import ShardState, scan_shard
@@ -21,6 +23,9 @@ from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.samples import Sample
 from hv_batch.job.selection import Selection, count_selected
 from hv_batch.job.storage import Store
+from hv_batch.job.store_errors import StorageUnavailableError
+
+T = TypeVar("T")
 
 LOOKERS = 32  # listings wait for the store, not for the CPU
 LOOK_AHEAD = 64  # shards looked up before their turn; 1,000 shards a second of a store that answers in 60 ms
@@ -55,6 +60,13 @@ class Passed:
     """Some shards with nothing left to render have been looked up, up to and with this one."""
 
     shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """The output root does not answer; going on with the iteration asks it again."""
+
+    error: StorageUnavailableError
 
 
 @dataclass(slots=True)
@@ -100,35 +112,49 @@ class Plan:
     def is_whole(self) -> bool:
         return self._selection.is_whole
 
-    def __iter__(self) -> Iterator[Pending | Passed]:
+    def __iter__(self) -> Iterator[Pending | Passed | Unanswered]:
         return self._pending
 
-    def _walk(self) -> Iterator[Pending | Passed]:
+    def _walk(self) -> Iterator[Pending | Passed | Unanswered]:
         # One listing for all shards: only what was running when a run ended has a step checkpoint.
-        with_steps = checkpointed(self._store)
+        with_steps = yield from _persist(partial(checkpointed, self._store))
         passed = 0
-        for shard, state in self._look_up(shard for shard, count in enumerate(self._selected) if count):
-            pending = self._enter(shard, state, with_steps) if state else []
-            if not state:
+        for shard, look in self._look_up(shard for shard, count in enumerate(self._selected) if count):
+            state = yield from _persist(look)
+            if state:
+                everything = yield from _persist(partial(self._index.samples, shard))
+                inside = list(islice(filter(self._selection.matches, everything), self._selected[shard]))
+                yield from _persist(partial(self._clear, inside, state, with_steps))
+                pending = self._enter(shard, state, everything, inside)
+            else:
                 self.tally.committed_before += self._selected[shard]
+                pending = []
             if not pending:
                 passed += 1
                 if passed % PASSED_AT_ONCE == 0:
                     yield Passed(shard)
-            yield from pending
+            for sample in pending:
+                stage = Stage.DECODE if state and sample.key in state.latents else Stage.ENCODE
+                yield Pending(sample, stage, sample.key in with_steps)
 
-    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, ShardState | None]]:
-        """Every shard in order with what the store knows of it; None when it is done and no more need be known."""
+    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], ShardState | None]]]:
+        """Every shard in order, with a function for what the store knows of it: None when it is done and no more need
+        be known.
+        """
         pool = ThreadPoolExecutor(LOOKERS, thread_name_prefix="plan")
         ahead: deque[tuple[int, Future[ShardState | None]]] = deque()
         try:
             ahead.extend((shard, pool.submit(self._scan, shard)) for shard in islice(shards, LOOK_AHEAD))
             while ahead:
                 shard, found = ahead.popleft()
-                yield shard, found.result()
+                yield shard, partial(self._found, shard, found)
                 ahead.extend((shard, pool.submit(self._scan, shard)) for shard in islice(shards, 1))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _found(self, shard: int, found: Future[ShardState | None]) -> ShardState | None:
+        """What was found ahead of its turn; where the store did not answer then, it is asked again."""
+        return self._scan(shard) if isinstance(found.exception(), StorageUnavailableError) else found.result()
 
     def _scan(self, shard: int) -> ShardState | None:
         """Two requests tell that a shard is sealed and all its records are there, which of a resume is most of them.
@@ -140,10 +166,8 @@ class Plan:
             return None
         return scan_shard(self._store, shard)
 
-    def _enter(self, shard: int, state: ShardState, with_steps: frozenset[str]) -> list[Pending]:
+    def _enter(self, shard: int, state: ShardState, everything: list[Sample], inside: list[Sample]) -> list[Sample]:
         """Take note of a shard that is not done, and return its samples to render."""
-        everything = self._index.samples(shard)
-        inside = list(islice(filter(self._selection.matches, everything), self._selected[shard]))
         terminal = state.committed | state.quarantined
         self.tally.committed_before += sum(sample.key in state.committed for sample in inside)
         self.tally.quarantined_before += sum(sample.key in state.quarantined for sample in inside)
@@ -154,17 +178,16 @@ class Plan:
             self._open[shard] = _OpenShard(keys, len(pending))
         elif keys and not state.sealed:
             self._sealable.append(Sealable(shard, keys))
-        if not self._keep_latents:
-            for sample in inside:
-                if sample.key in state.latents & terminal:
-                    drop_latents(self._store, sample)
+        return pending
+
+    def _clear(self, inside: list[Sample], state: ShardState, with_steps: frozenset[str]) -> None:
+        """Remove what a crash between a record and its clearing away has left behind."""
+        terminal = state.committed | state.quarantined
         for sample in inside:
+            if sample.key in state.latents & terminal and not self._keep_latents:
+                drop_latents(self._store, sample)
             if sample.key in with_steps & terminal:
                 drop_steps(self._store, sample)
-        return [
-            Pending(sample, Stage.DECODE if sample.key in state.latents else Stage.ENCODE, sample.key in with_steps)
-            for sample in pending
-        ]
 
     def committed(self, sample: Sample) -> None:
         self.tally.committed += 1
@@ -186,3 +209,12 @@ class Plan:
         """The shards that have become complete since the last call, including those a crash left unsealed."""
         ready, self._sealable = self._sealable, []
         return ready
+
+
+def _persist(act: Callable[[], T]) -> Generator[Unanswered, None, T]:
+    """What `act` on the output root returns, however often it takes. An exception would end the iteration for good."""
+    while True:
+        try:
+            return act()
+        except StorageUnavailableError as error:
+            yield Unanswered(error)

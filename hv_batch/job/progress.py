@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hv_batch.job.inputs import public_text
+
 LINE_EVERY_S = 30.0  # a job log of a night stays under a thousand lines
 DRAW_EVERY_S = 0.2
 
@@ -84,6 +86,8 @@ class Progress:
             self._live.stop()
 
     def say(self, text: str) -> None:
+        """Print a line, without the secrets that URLs in it may hold: a job's log is read by more than its owner."""
+        text = public_text(text)
         if self._live:
             self._console.print(text)
         else:

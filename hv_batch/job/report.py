@@ -16,6 +16,7 @@ from typing import Any
 
 from hv_batch.job import gallery, layout
 from hv_batch.job.commits import read_commit, scan_shard
+from hv_batch.job.inputs import public_url
 from hv_batch.job.quarantine import read_quarantined
 from hv_batch.job.runs import read_run
 from hv_batch.job.status import ShardStatus, read_status
@@ -32,8 +33,9 @@ def aggregate(store: Store) -> dict[str, Any]:
     """The document of `summary.json`, of everything in the root. Raises UserError when the root holds no run.
 
     `stages` are seconds, as sum and as mean over the committed samples that report the stage. `denoise_gpu_seconds` are
-    the denoise seconds times the ranks of a group, null on a CPU. `failures` counts quarantined samples by class,
-    `retries` the failed tries of samples that were committed all the same.
+    the denoise seconds times the ranks of a group, null on a CPU. `embeddings` counts the prompts that were encoded for
+    the committed samples, and those that memory or the cache still held. `failures` counts quarantined samples by
+    class, `retries` the failed tries of samples that were committed all the same.
     """
     run, status = read_run(store), read_status(store)
     sums = Sums()
@@ -56,6 +58,7 @@ def aggregate(store: Store) -> dict[str, Any]:
             for stage, total in sums.stage_ms.items()
         },
         "denoise_gpu_seconds": _gpu_seconds(run, sums.stage_ms["denoise"] / 1000),
+        "embeddings": {"encoded": sums.embeddings["encoded"], "recalled": sums.embeddings["recalled"]},
         "media": {"bytes": sums.bytes, "frames": sums.frames, "seconds": round(sums.footage_seconds(), 3)},
         "failures": dict(failures),
         "retries": dict(sums.retries),
@@ -76,7 +79,7 @@ def write_report(store: Store, summary: Mapping[str, Any]) -> None:
     videos = list(islice(_committed(store, range(shards)), MAX_CARDS))
     # As many as there are and no more: looking for the next would list every shard of a run that has none.
     failed = list(islice(read_quarantined(store, range(shards)), min(MAX_FAILED, summary["quarantined"])))
-    name = store.url.rpartition("/")[2] or store.url
+    name = public_url(store.url).rpartition("/")[2] or public_url(store.url)
     store.put(layout.REPORT, gallery.page(name, read_run(store), summary, videos, failed).encode("utf-8"))
 
 

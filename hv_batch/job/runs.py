@@ -83,15 +83,15 @@ def read_run(store: Store) -> dict[str, Any]:
         is_ours = run["schema"] == RUN_SCHEMA and {"identity", "fingerprint"} <= run.keys()
     except FileNotFoundError:
         raise UserError(
-            f"{store.url} is not an output root: it has no {layout.RUN}. Check the path; a run writes this file before "
-            "anything else."
+            f"{public_url(store.url)} is not an output root: it has no {layout.RUN}. Check the path; a run writes this "
+            "file before anything else."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         is_ours = False
     if not is_ours:
         raise UserError(
-            f"{layout.RUN} in {store.url} was not written by this program, or not by this version (it must say "
-            f'"schema": "{RUN_SCHEMA}"). Choose another output root.'
+            f"{layout.RUN} in {public_url(store.url)} was not written by this program, or not by this version (it "
+            f'must say "schema": "{RUN_SCHEMA}"). Choose another output root.'
         )
     return run
 
@@ -122,8 +122,8 @@ def _refuse_orphans(store: Store) -> None:
     # A run that began since the first look has its run.json by now.
     if has_commits and not store.exists(layout.RUN):
         raise UserError(
-            f"{store.url} holds commit records but no {layout.RUN}, so nobody can tell which config and manifest they "
-            f"were rendered from. Put its {layout.RUN} back, or choose another output root."
+            f"{public_url(store.url)} holds commit records but no {layout.RUN}, so nobody can tell which config and "
+            f"manifest they were rendered from. Put its {layout.RUN} back, or choose another output root."
         )
 
 

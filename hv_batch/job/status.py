@@ -14,6 +14,7 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.commits import scan_shard
+from hv_batch.job.inputs import public_url
 from hv_batch.job.lease import Holder, is_gone, read_lease
 from hv_batch.job.quarantine import Reason, group_reasons, read_quarantined
 from hv_batch.job.runs import read_run
@@ -136,7 +137,7 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
     found = tuple(_scan_shards(store, run, chosen_shards(run, shards)))
     given_up = read_quarantined(store, [shard.shard for shard in found if shard.quarantined])
     reasons = tuple(group_reasons(given_up))
-    return Status(url=store.url, finished=finished, shards=found, reasons=reasons, holder=read_lease(store))
+    return Status(url=public_url(store.url), finished=finished, shards=found, reasons=reasons, holder=read_lease(store))
 
 
 def chosen_shards(run: Mapping[str, Any], shards: Collection[int] | None) -> Sequence[int]:

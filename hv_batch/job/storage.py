@@ -47,21 +47,23 @@ class Store:
     when the URL cannot be opened at all, and otherwise the store's own error.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, role: str = "output root") -> None:
+        """`role` is what the user calls it, for messages."""
         is_local = get_protocol(url) in ("file", "local")
         # Workers have another working directory than the driver: a local root is made absolute before it travels.
         self.url: str = url_to_fs(url)[1] if is_local else url
         self._is_local = is_local
+        self._role = role
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.url,)
+    def __reduce__(self) -> tuple[type[Store], tuple[str, str]]:
+        return Store, (self.url, self._role)
 
     def __repr__(self) -> str:
-        return f"Store({self.url!r})"
+        return f"Store({public_url(self.url)!r})"
 
     @cached_property
     def _backend(self) -> LocalDisk | Remote:
-        return LocalDisk(self.url) if self._is_local else Remote(self.url)
+        return LocalDisk(self.url) if self._is_local else Remote(self.url, self._role)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Create `key` with `data` unless it exists; whether this call created it.
@@ -134,12 +136,12 @@ class Store:
             raise
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(
-                f"The output root {public_url(self.url)} is a file, or lies below one ({error.filename or error}). "
+                f"The {self._role} {public_url(self.url)} is a file, or lies below one ({error.filename or error}). "
                 "Choose a folder."
             ) from error
         except Exception as error:  # every driver has errors of its own; all mean the same to the user
             raise UserError(
-                f"The output root {public_url(self.url)} cannot be written: {type(error).__name__}: {error}. Check "
+                f"The {self._role} {public_url(self.url)} cannot be written: {type(error).__name__}: {error}. Check "
                 "that the bucket or folder exists, that its credentials are set up on this machine, and that they "
                 "allow to read, write, list and delete."
             ) from error

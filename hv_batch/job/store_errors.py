@@ -1,8 +1,8 @@
 """What an error of a store means: try again, give up on the store, or nothing of the kind.
 
-Every fsspec driver raises errors of its own packages, which are optional and may not survive being pickled. Two kinds
-must be told apart by others, so they become built-in exceptions: a store that stays away is a fault of the
-infrastructure, and refused credentials stop the run. Neither is the sample's fault (P5).
+Every fsspec driver raises errors of its own packages, which are optional and may not survive being pickled. Those that
+others must tell apart become built-in exceptions: a store that stays away is a fault of the infrastructure; refused
+credentials, or a store that is full, stop the run. None is the sample's fault (P5).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import Any, NoReturn
 
-from hv_batch.job.inputs import public_url
+from hv_batch.job.inputs import public_text, public_url
 
 # 409 is S3's answer to two conditional PUTs of one key at the same instant: ask again and learn who won.
 TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -28,6 +28,8 @@ TRANSIENT_NAMES = frozenset(
         "ServiceResponseError",
     }
 )
+
+FULL_STATUS = 507  # S3-compatible servers on disks of their own
 
 REFUSED_STATUS = frozenset({401, 403})
 # Credentials that are missing or out of date: botocore, azure, google.
@@ -47,12 +49,14 @@ class StorageUnavailableError(ConnectionError):
 
 
 def raise_translated(error: Exception, url: str) -> NoReturn:
-    """Raise `error` as what it means, which is unchanged unless it is one of the two kinds above."""
-    said = f"{public_url(url)}: {type(error).__name__}: {error}"
+    """Raise `error` as what it means, which is unchanged unless it is of the kinds above."""
+    said = public_text(f"{public_url(url)}: {type(error).__name__}: {error}")
     if is_refused(error):
         raise PermissionError(errno.EACCES, said) from error
     if is_transient(error):
         raise StorageUnavailableError(said) from error
+    if http_status(error) == FULL_STATUS:
+        raise OSError(errno.ENOSPC, said) from error
     raise error
 
 

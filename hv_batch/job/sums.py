@@ -18,7 +18,7 @@ from hv_batch.job.storage import Store
 
 SCHEMA = "hv_batch/sums/1"
 
-_COUNTERS = ("stage_ms", "timed", "retries", "frames_by_fps")
+_COUNTERS = ("stage_ms", "timed", "embeddings", "retries", "frames_by_fps")
 
 
 @dataclass(slots=True)
@@ -30,6 +30,7 @@ class Sums:
     frames: int = 0
     stage_ms: Counter[str] = field(default_factory=Counter)
     timed: Counter[str] = field(default_factory=Counter)  # samples that report the stage
+    embeddings: Counter[str] = field(default_factory=Counter)  # prompts "encoded" and "recalled"
     retries: Counter[str] = field(default_factory=Counter)  # failed tries, by class
     frames_by_fps: Counter[str] = field(default_factory=Counter)  # of videos: an image lasts no time
 
@@ -41,6 +42,8 @@ class Sums:
         self.frames += frames
         self.stage_ms.update({stage: round(seconds * 1000) for stage, seconds in record["stages"].items()})
         self.timed.update(record["stages"].keys())
+        at_encode = record["places"].get("encode", {})
+        self.embeddings.update({name: at_encode.get(name, 0) for name in ("encoded", "recalled")})
         self.retries.update(failure["kind"] for failure in record["history"])
         if frames > 1:
             self.frames_by_fps[str(record["fps"])] += frames

@@ -28,6 +28,7 @@ class RunContext:
     store: Store
     fingerprint: str
     versions: Mapping[str, str]
+    cache: Store | None = None  # of prompt embeddings
 
 
 def build_engine(path: str, options: Mapping[str, Any]) -> Engine:

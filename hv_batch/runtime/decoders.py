@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import ray
 
@@ -19,6 +18,7 @@ from hv_batch.job.errors import Failure
 from hv_batch.job.latents import drop_latents, drop_steps, get_latents, sample_identity
 from hv_batch.job.samples import Sample
 from hv_batch.protocol import Decoder
+from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.failures import DISK_FULL, LatentsGoneError, NodeError
 from hv_batch.runtime.media import MediaInfo, write_media
@@ -52,7 +52,7 @@ class DecoderActor:
         """Not in __init__: an exception here keeps its type on the way to the driver."""
         see_output_root(self._context.store)
         sweep_scratch(Path(tempfile.gettempdir()))
-        imageio_ffmpeg.get_ffmpeg_exe()  # a node without one is found here, not at its first sample
+        check_encoder(self._context.config.media)  # a node without ffmpeg is found here, not at its first sample
         self._decoder: Decoder = self._context.engine.decoder(self._context.config.parallel.device)
 
     def decode(
@@ -64,11 +64,12 @@ class DecoderActor:
     ) -> bool:
         """Render `latents` (None: those in the output root) and commit; False when another had committed first (P1)."""
         context = self._context
+        # An earlier try may have committed and died before it could say so; and while the output root does not answer,
+        # a question finds out in place of a decode, which takes half a minute of a GPU.
+        if context.store.exists(layout.commit_key(sample.shard, sample.key)):
+            self._clear(sample)
+            return False
         if latents is None:
-            # An earlier try may have committed and died before it could say so: then its latents are gone with reason.
-            if context.store.exists(layout.commit_key(sample.shard, sample.key)):
-                self._clear(sample)
-                return False
             stored = get_latents(context.store, sample, sample_identity(sample, context.fingerprint))
             if stored is None:
                 raise LatentsGoneError(f"no stored latents of sample {sample.key} that belong to this run")
@@ -79,12 +80,14 @@ class DecoderActor:
                 media = self._write(sample, latents, Path(folder))
             with stopwatch() as uploading:
                 file = layout.media_key(sample.shard, sample.key, media.sha256, media.suffix)
+                poster = self._put_poster(sample, media)
                 context.store.put_file(file, media.path)
         details = {"upload_seconds": round(uploading.seconds, 3)}
         report = StageReport(decoding.seconds, ray.util.get_node_ip_address(), self._name, details)
         record = commits.commit_record(
             sample,
             file=file,
+            poster=poster,
             media=media,
             stages={name: report.to_dict() for name, report in {**stages, "decode": report}.items()},
             failures=[failure.to_dict() for failure in failures],
@@ -94,6 +97,14 @@ class DecoderActor:
         ours = commits.commit(context.store, record)
         self._clear(sample)
         return ours
+
+    def _put_poster(self, sample: Sample, media: MediaInfo) -> str | None:
+        """Its key in the output root; None where there is no poster."""
+        if media.poster is None:
+            return None
+        key = layout.poster_key(sample.shard, sample.key, media.poster.sha256)
+        self._context.store.put_file(key, media.poster.path)
+        return key
 
     def _clear(self, sample: Sample) -> None:
         """Remove what nobody needs of a committed sample."""
@@ -111,9 +122,7 @@ class DecoderActor:
                 width=params.width,
                 num_frames=params.num_frames,
                 fps=sample.fps,
-                crf=media.crf,
-                preset=media.preset,
-                threads=media.threads,
+                media=media,
             )
         except OSError as error:
             if error.errno in DISK_FULL:

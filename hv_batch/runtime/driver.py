@@ -10,9 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.columns import Kind
 from hv_batch.job.commits import quarantine, quarantine_record
@@ -42,11 +43,14 @@ from hv_batch.job.events import (
 from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.limits import retry_limits, stage_limits
 from hv_batch.job.losses import Losses
-from hv_batch.job.plan import Passed, Plan, Sealable
+from hv_batch.job.outage import Outage
+from hv_batch.job.plan import Passed, Plan, Sealable, Unanswered
 from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.runs import read_run
 from hv_batch.job.samples import Sample
 from hv_batch.job.scheduler import Scheduler
 from hv_batch.job.storage import Store
+from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import UserError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.draining import NodeWatch
@@ -76,9 +80,10 @@ class Task:
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
-def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind]) -> None:
+def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind], webdataset: bool) -> None:
     """In a task, because a shard's records are a few hundred reads and the driver must keep feeding."""
-    seal_shard(store, sealable.shard, sealable.keys, extra_kinds)
+    identity = read_run(store)["identity"]
+    seal_shard(store, sealable.shard, sealable.keys, extra_kinds, identity=identity, webdataset=webdataset)
 
 
 class Driver:
@@ -112,6 +117,8 @@ class Driver:
         self._events: deque[Event] = deque()
         self._to_admit = 0
         self._sealing = 0
+        self._outage = Outage(progress.say)
+        self._errands: deque[Callable[[], None]] = deque()  # the driver's own acts on the output root
         self._polled = 0.0
         self._stop_said = False
         self._end: Finish | None = None
@@ -122,29 +129,35 @@ class Driver:
         try:
             self._carry_out(self._scheduler.begin())
             self._work_off()
-            # A drain does not wait for seals: the next run finds the shard complete and seals it.
-            while self._end is None or (self._sealing and not self._end.drained):
+            # A stop does not wait for what is owed: the next run finds the shard complete and seals it, and tries a
+            # sample again that should have been quarantined.
+            while self._end is None or (self._owes() and not self._end.drained and not self._stop_said):
                 self._listen()
                 self._work_off()
                 self._progress.show(self._snapshot())
-            return Outcome(self._end.drained, time.monotonic() - begun, self._groups.excluded(), self._losses)
+            drained = self._end.drained or self._owes()
+            return Outcome(drained, time.monotonic() - begun, self._groups.excluded(), self._losses)
         finally:
             for worker in list(self._workers.values()):
                 worker.kill()
             self._groups.close()
 
+    def _owes(self) -> bool:
+        return bool(self._sealing or self._errands)
+
     # Hearing ----------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         """Wait for news at most one tick, and queue it."""
+        may_admit = self._to_admit and not self._outage.pauses(time.monotonic())
         if self._watched:
-            patience = 0 if self._to_admit else TICK_S
+            patience = 0 if may_admit else TICK_S
             first, _ = ray.wait(list(self._watched), num_returns=1, timeout=patience, fetch_local=False)
             if first:  # whatever else has come in meanwhile is taken in the same turn
                 ready, _ = ray.wait(list(self._watched), num_returns=len(self._watched), timeout=0, fetch_local=False)
                 for ref in ready:
                     self._events.extend(self._watched.pop(ref)(ref))
-        elif not self._to_admit:
+        elif not may_admit:
             time.sleep(TICK_S)
         if self._should_stop() and not self._stop_said:
             self._stop_said = True
@@ -169,9 +182,22 @@ class Driver:
             event = self._events.popleft()
             self._note(event)
             self._carry_out(self._scheduler.step(event, time.monotonic()))
-        for sealable in self._plan.take_sealable():
-            self._sealing += 1
-            self._watch(seal.remote(self._context.store, sealable, self._extra_kinds), self._sealed)
+        self._run_errands()
+
+    def _run_errands(self) -> None:
+        """In order; where the output root does not answer, that errand and all behind it wait."""
+        self._take_seals()
+        while self._errands and not self._outage.pauses(time.monotonic()):
+            try:
+                self._errands[0]()
+            except StorageUnavailableError as error:
+                self._outage.met(error, time.monotonic())
+            else:
+                self._errands.popleft()
+                self._take_seals()  # a quarantine may have been the last of its shard
+
+    def _take_seals(self) -> None:
+        self._errands.extend(partial(self._seal, sealable) for sealable in self._plan.take_sealable())
 
     def _note(self, event: Event) -> None:
         """Keep the driver's own books and tell people what they would want to know."""
@@ -179,6 +205,7 @@ class Driver:
             case TaskDone(worker) if worker in self._workers:
                 task = self._tasks.pop(worker)
                 if worker.stage is Stage.DECODE:
+                    self._outage.over(time.monotonic())
                     for key in task.keys:
                         self._plan.committed(self._items.pop(key).sample)
             case TaskFailed(worker, failure) if worker in self._workers:
@@ -194,13 +221,25 @@ class Driver:
         about = f" with {', '.join(task.keys)}" if task else ""
         self._progress.say(f"{worker}{about}: {failure.kind.value}: {_first_line(failure)}")
 
-    def _sealed(self, ref: ray.ObjectRef) -> list[Event]:
+    def _seal(self, sealable: Sealable) -> None:
+        self._sealing += 1
+        webdataset = self._context.config.output.webdataset
+        ref = seal.remote(self._context.store, sealable, self._extra_kinds, webdataset)
+        self._watch(ref, lambda ref: self._sealed(ref, sealable))
+
+    def _sealed(self, ref: ray.ObjectRef, sealable: Sealable) -> list[Event]:
         self._sealing -= 1
         try:
             ray.get(ref)
+            self._outage.over(time.monotonic())
         except RayError as error:
-            # Nothing is lost: the records are there, and the next run of the same command seals the shard.
-            self._progress.say(f"a shard could not be sealed: {classify(error).message}")
+            cause = error.cause if isinstance(error, RayTaskError) else None
+            if isinstance(cause, StorageUnavailableError):
+                self._errands.append(partial(self._seal, sealable))
+                self._outage.met(cause, time.monotonic())
+            else:
+                # Nothing is lost: the records are there, and the next run of the same command seals the shard.
+                self._progress.say(f"a shard could not be sealed: {classify(error).message}")
         return []
 
     # Acting -----------------------------------------------------------------------------------------------------------
@@ -226,7 +265,7 @@ class Driver:
                     assert isinstance(group, DenoiseGroup), f"{worker} has no steps"
                     group.checkpoint()
                 case Quarantine(key, failures):
-                    self._quarantine(self._items.pop(key).sample, failures)
+                    self._errands.append(partial(self._quarantine, self._items.pop(key).sample, failures))
                 case Abort(failure):
                     if failure.traceback:
                         self._progress.say(failure.traceback)
@@ -239,11 +278,13 @@ class Driver:
 
     def _admit(self) -> None:
         """Feed samples from the plan, but look up at most one finished shard a turn: a resume has thousands."""
-        while self._to_admit:
+        while self._to_admit and not self._outage.pauses(time.monotonic()):
             found = next(self._pending, None)
             if found is None:
                 self._to_admit = 0
                 self._events.append(PlanExhausted())
+            elif isinstance(found, Unanswered):
+                self._outage.met(found.error, time.monotonic())
             elif isinstance(found, Passed):
                 return
             else:
@@ -270,10 +311,13 @@ class Driver:
             fingerprint=self._context.fingerprint,
             versions=self._context.versions,
         )
-        if quarantine(self._context.store, record):
-            self._progress.say(f"quarantined {sample.key} (row {sample.row}): {_first_line(failures[-1])}")
+        given_up = quarantine(self._context.store, record)
+        if given_up:
             drop_latents(self._context.store, sample)
             drop_steps(self._context.store, sample)
+        self._outage.over(time.monotonic())
+        if given_up:
+            self._progress.say(f"quarantined {sample.key} (row {sample.row}): {_first_line(failures[-1])}")
             self._plan.quarantined(sample)
         else:
             self._plan.committed(sample)

@@ -7,8 +7,10 @@ from typing import Any
 
 import ray
 
-from hv_batch.protocol import Embedding, SamplingParams, TextEncoder
+from hv_batch.job.embedding_cache import EmbeddingCache
+from hv_batch.protocol import SamplingParams
 from hv_batch.runtime.context import RunContext, StageReport, stopwatch
+from hv_batch.runtime.embedder import Embedder, Text
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
@@ -18,7 +20,7 @@ class EncoderActor:
     def __init__(self, context: RunContext, name: str) -> None:
         self._context = context
         self._name = name
-        self._encoded = 0
+        self._embedder: Embedder | None = None
 
     def node_id(self) -> str:
         """Ray's id of the node it stands on; the first answer says that it does."""
@@ -26,42 +28,39 @@ class EncoderActor:
 
     def load(self) -> None:
         """Not in __init__: an exception here keeps its type on the way to the driver."""
-        self._encoder: TextEncoder = self._context.engine.text_encoder(self._context.config.parallel.device)
+        engine, device = self._context.engine, self._context.config.parallel.device
+        encoder, store = engine.text_encoder(device), self._context.cache
+        cache = EmbeddingCache(store, engine.text_identity(device)) if store else None
+        self._embedder = Embedder(encoder, cache)
 
     def encode(self, samples: Sequence[SamplingParams]) -> tuple[Any, ...]:
         """One (positive, negative or None) pair for each of `samples`, then the reports; each its own Ray object."""
+        assert self._embedder is not None
+        wanted = [_texts(params) for params in samples]
         with stopwatch() as watch:
-            embeddings = self._embed(samples)
+            embeddings, encoded = self._embedder.embed(text for texts in wanted for text in texts)
         node = ray.util.get_node_ip_address()
-        pairs = [(embeddings[s.prompt, s.is_image], _negative(embeddings, s)) for s in samples]
-        reports = [
-            StageReport(
-                watch.seconds / len(samples),
-                node,
-                self._name,
-                {"num_tokens": positive.num_tokens, "tokens_lost": positive.tokens_lost},
-            )
-            for positive, _ in pairs
-        ]
+        pairs, reports, told = [], [], set[Text]()
+        for texts in wanted:
+            positive, negative = embeddings[texts[0]], embeddings[texts[1]] if len(texts) > 1 else None
+            new = (encoded & set(texts)) - told  # each counts for the first sample of the batch that needs it
+            told |= new
+            details = {
+                "num_tokens": positive.num_tokens,
+                "tokens_lost": positive.tokens_lost,
+                "encoded": len(new),
+                "recalled": len(texts) - len(new),
+            }
+            pairs.append((positive, negative))
+            reports.append(StageReport(watch.seconds / len(samples), node, self._name, details))
         return *pairs, reports
-
-    def _embed(self, samples: Sequence[SamplingParams]) -> dict[tuple[str, bool], Embedding]:
-        texts = {(s.prompt, s.is_image) for s in samples} | {
-            (s.negative_prompt, s.is_image) for s in samples if s.uses_cfg
-        }
-        embeddings: dict[tuple[str, bool], Embedding] = {}
-        for image in (False, True):
-            prompts = sorted(prompt for prompt, is_image in texts if is_image is image)
-            if prompts:
-                found = self._encoder.encode(prompts, image=image)
-                embeddings.update({(prompt, image): e for prompt, e in zip(prompts, found, strict=True)})
-                self._encoded += len(prompts)
-        return embeddings
 
     @ray.method(concurrency_group="health")
     def progress(self) -> int:
-        return self._encoded
+        return self._embedder.count if self._embedder else 0
 
 
-def _negative(embeddings: dict[tuple[str, bool], Embedding], params: SamplingParams) -> Embedding | None:
-    return embeddings[params.negative_prompt, params.is_image] if params.uses_cfg else None
+def _texts(params: SamplingParams) -> list[Text]:
+    """The prompt and, where it is rendered, the negative one."""
+    prompts = [params.prompt, params.negative_prompt] if params.uses_cfg else [params.prompt]
+    return [Text(prompt, params.is_image) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Frames to a file: H.264 in mp4 for a video, PNG for a single frame, streamed through ffmpeg.
+"""Frames to a file: mp4 for a video, PNG for a single frame, streamed through ffmpeg.
 
 Equal frames and equal settings give equal bytes with one build of ffmpeg (P3): the thread count is pinned, and no date,
 tool name or other metadata is written. Whatever goes wrong, neither a file nor a process is left behind.
@@ -12,7 +12,7 @@ import os
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,19 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
+from hv_batch.job.config import MediaConfig
+from hv_batch.runtime.codecs import jpeg_options, png_options, video_options
+
 STDERR_LINES = 40  # the end of what ffmpeg says, kept for the error message; the rest is read and dropped
 EXIT_TIMEOUT_S = 600.0  # from the last frame: draining the encoder and moving the index to the front of the file
 
-# RGB of the full range to BT.709 of the limited range, with the precise kernels: by default ffmpeg would use the BT.601
-# matrix for rgb24 input and leave the file untagged, and players would guess. Chroma is averaged over 2x2 pixels.
-_TO_YUV420 = (
-    "scale=in_range=full:out_range=limited:out_color_matrix=bt709:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
-    "format=yuv420p,"
-    "setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-)
-_BITEXACT = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact")
+
+@dataclass(frozen=True, slots=True)
+class Poster:
+    """The first frame of a video, as a JPEG."""
+
+    path: Path
+    sha256: str  # of the file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class MediaInfo:
     num_frames: int
     height: int
     width: int
+    poster: Poster | None = None
 
 
 def write_media(
@@ -55,9 +58,7 @@ def write_media(
     width: int,
     num_frames: int,
     fps: int,
-    crf: int,
-    preset: str,
-    threads: int,
+    media: MediaConfig,
 ) -> MediaInfo:
     """Encodes uint8 chunks [n, height, width, 3] into `stem` + ".mp4", or ".png" if `num_frames` is 1.
 
@@ -65,19 +66,22 @@ def write_media(
     chunks are not what was announced, OSError(ENOSPC) if the disk is full, RuntimeError with ffmpeg's words if it
     fails, and whatever `frames` raises.
     """
-    suffix = ".png" if num_frames == 1 else ".mp4"
+    is_image = num_frames == 1
+    suffix = ".png" if is_image else ".mp4"
     path = stem.with_name(stem.name + suffix)
-    output = _png_options() if num_frames == 1 else _h264_options(crf, preset, threads)
-    encoder = _Encoder([*_raw_input(height, width, fps), *output, f"file:{path}"])  # a path, whatever is in it
+    poster_path = stem.with_name(stem.name + ".jpg") if media.poster and not is_image else None
+    raw = _raw_input(height, width, fps)
+    encoder = _Encoder([*raw, *(png_options() if is_image else video_options(media)), *_output(path)])
     try:
-        frames_sha256 = _feed(encoder, frames, (height, width, 3), num_frames)
+        frames_sha256, first = _feed(encoder, frames, (height, width, 3), num_frames)
         encoder.finish()
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        size = path.stat().st_size
+        sha256, size = _digest(path), path.stat().st_size
+        poster = Poster(poster_path, _write_poster(first, poster_path, raw)) if poster_path else None
     except BaseException:
         encoder.kill()
-        path.unlink(missing_ok=True)
+        for left in (path, poster_path):
+            if left:
+                left.unlink(missing_ok=True)
         raise
     return MediaInfo(
         path=path,
@@ -88,7 +92,20 @@ def write_media(
         num_frames=num_frames,
         height=height,
         width=width,
+        poster=poster,
     )
+
+
+def _write_poster(frame: np.ndarray, path: Path, raw: Sequence[str]) -> str:
+    """The sha256 of the JPEG it writes."""
+    encoder = _Encoder([*raw, *jpeg_options(), *_output(path)])
+    try:
+        encoder.write(frame.data.cast("B"))
+        encoder.finish()
+    except BaseException:
+        encoder.kill()
+        raise
+    return _digest(path)
 
 
 def _raw_input(height: int, width: int, fps: int) -> list[str]:
@@ -96,33 +113,22 @@ def _raw_input(height: int, width: int, fps: int) -> list[str]:
     return ["-hide_banner", "-nostdin", "-loglevel", "error", "-y", *raw]
 
 
-def _png_options() -> list[str]:
-    return [
-        "-frames:v",
-        "1",
-        "-c:v",
-        "png",
-        "-pix_fmt",
-        "rgb24",
-        "-threads",
-        "1",
-        *_BITEXACT,
-        "-f",
-        "image2",
-        "-update",
-        "1",
-    ]
+def _output(path: Path) -> list[str]:
+    return [f"file:{path}"]  # a path, whatever is in it
 
 
-def _h264_options(crf: int, preset: str, threads: int) -> list[str]:
-    codec = ["-c:v", "libx264", "-crf", str(crf), "-preset", preset, "-threads", str(threads)]
-    return ["-an", "-vf", _TO_YUV420, *codec, *_BITEXACT, "-movflags", "+faststart", "-f", "mp4"]
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _feed(encoder: _Encoder, frames: Iterable[np.ndarray], frame_shape: tuple[int, int, int], num_frames: int) -> str:
-    """Writes every chunk and returns the sha256 of all of them; raises ValueError unless they are as announced."""
+def _feed(
+    encoder: _Encoder, frames: Iterable[np.ndarray], frame_shape: tuple[int, int, int], num_frames: int
+) -> tuple[str, np.ndarray]:
+    """Writes every chunk; the sha256 of all of them, and the first frame. Raises ValueError unless as announced."""
     digest = hashlib.sha256()
     written = 0
+    first: np.ndarray | None = None
     for chunk in frames:
         if chunk.dtype != np.uint8 or chunk.shape[1:] != frame_shape:
             raise ValueError(f"frames are {chunk.dtype} {chunk.shape[1:]}, announced were uint8 {frame_shape}")
@@ -130,12 +136,14 @@ def _feed(encoder: _Encoder, frames: Iterable[np.ndarray], frame_shape: tuple[in
         if written > num_frames:
             raise ValueError(f"at least {written} frames came, announced were {num_frames}")
         if len(chunk):
+            if first is None:
+                first = chunk[0].copy()
             raw = np.ascontiguousarray(chunk).data.cast("B")
             digest.update(raw)
             encoder.write(raw)
-    if written != num_frames:
+    if written != num_frames or first is None:
         raise ValueError(f"only {written} frames came, announced were {num_frames}")
-    return digest.hexdigest()
+    return digest.hexdigest(), first
 
 
 class _Encoder:

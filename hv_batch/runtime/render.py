@@ -10,7 +10,8 @@ import json
 import platform
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -28,14 +29,18 @@ from hv_batch.job.inputs import public_url, public_values
 from hv_batch.job.lease import Lease, held, this_process
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import check_memory
+from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run
+from hv_batch.job.scheduler import OUTAGE_PAUSE_S
 from hv_batch.job.selection import Selection
 from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
+from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Engine, UserError
+from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, build_engine
 from hv_batch.runtime.driver import Driver, Outcome
 from hv_batch.runtime.placement import await_resources
@@ -124,7 +129,7 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
         driver = Driver(job.context, plan, plan.total, kinds, progress, should_stop=should_stop)
         outcome = driver.run()
     lease.check()
-    return _close(store, plan, outcome, progress)
+    return _close(store, plan, outcome, progress, stopped)
 
 
 def _prepare(
@@ -138,6 +143,12 @@ def _prepare(
     with _collected(found):
         engine = build_engine(config.model.engine, config.model.options)
         _check_engine(engine, config)
+    with _collected(found):
+        check_encoder(config.media)
+    cache = Store(config.encoders.cache, "embedding cache") if config.encoders.cache else None
+    with _collected(found):
+        if cache:
+            cache.probe()
     with _collected(found):
         index = _read_manifest(config, manifest, store, spool, progress)
         plan = Plan(store, index, selection, keep_latents=config.output.keep_latents)
@@ -153,7 +164,7 @@ def _prepare(
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         progress.say(f"warning: {warning}")
     state = inspect_run(store, document)
-    context = RunContext(config, engine, store, fingerprint(identity), versions)
+    context = RunContext(config, engine, store, fingerprint(identity), versions, cache)
     return _Job(context, index, plan, document, state)
 
 
@@ -207,7 +218,7 @@ def _document(
     }
 
 
-def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> ExitCode:
+def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress, stopped: Event) -> ExitCode:
     tally = plan.tally
     found = tally.committed_before + tally.quarantined_before
     told = f"{tally.committed} rendered, {tally.quarantined} quarantined now, {found} were done before"
@@ -222,10 +233,8 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
         )
         return ExitCode.QUARANTINED if tally.quarantined_before + tally.quarantined else ExitCode.COMMITTED
     # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
-    here = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
-    summary = aggregate(store) | here
-    write_report(store, summary)
-    finish_run(store, summary)
+    own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
+    summary = _finish(store, own, Outage(progress.say), stopped)
     progress.say(f"finished after {clock(outcome.seconds)}: {told}")
     if groups := outcome.losses.describe():
         progress.say(f"denoise groups lost on the way: {groups}")
@@ -240,6 +249,23 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress) -> Ex
             "above. Run the same command again: it seals them and renders nothing."
         )
     return _exit_code(summary)
+
+
+def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stopped: Event) -> dict[str, Any]:
+    """Write summary, report and seal, however often it takes; `own` are facts that no record holds.
+
+    Raises KeyboardInterrupt when stopped while it waits.
+    """
+    while True:
+        try:
+            summary = {**aggregate(store), **own}
+            write_report(store, summary)
+            finish_run(store, summary)
+            return summary
+        except StorageUnavailableError as error:
+            outage.met(error, time.monotonic())
+            if stopped.wait(OUTAGE_PAUSE_S):
+                raise KeyboardInterrupt from error
 
 
 def _exit_code(summary: dict[str, Any]) -> ExitCode:

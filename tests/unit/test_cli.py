@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hv_batch.job.inputs import public_url, public_values
+from hv_batch.cli import main
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.inputs import public_text, public_url, public_values
 from tests.cluster.runs import write_config, write_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -116,8 +118,37 @@ def test_secrets_do_not_reach_run_json_or_messages(good):
     """Safe: passwords in URLs and options named like secrets are masked."""
     url = "sftp://user:p@ss@host/dir/x.parquet?X-Signature=abc"
     assert public_url(url) == "sftp://host/dir/x.parquet"
-    masked = public_values({"model": {"options": {"hub_token": "t", "load_key": "module"}}})
-    assert masked == {"model": {"options": {"hub_token": "***", "load_key": "module"}}}
+    masked = public_values({"options": {"hub_token": "t", "load_key": "module"}, "cache": url, "row": [url, 1]})
+    assert masked == {"options": {"hub_token": "***", "load_key": "module"}, "cache": "***", "row": ["***", 1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("GET https://u:p@s:s@host:9/a/b.mp4?sig=x&t=1 failed", "GET https://host:9/a/b.mp4 failed"),
+        ("('s3://b/k?versionId=1', 'ftp://u:p@h')", "('s3://b/k', 'ftp://h')"),
+        ("mail a@b.org, is it there? s3://bucket/a@b/c", "mail a@b.org, is it there? s3://bucket/a@b/c"),
+        ("no URL: a?b=c user:password@host", "no URL: a?b=c user:password@host"),
+    ],
+)
+def test_messages_lose_the_secrets_of_their_urls_and_nothing_else(text, public):
+    """Safe: what drivers of stores say in their errors is logged and recorded without passwords and signatures."""
+    assert public_text(text) == public
+    assert Failure(FailureClass.INFRA, text, text).to_dict()["message"] == public
+    assert Failure(FailureClass.INFRA, text, text).to_dict()["traceback"] == public
+
+
+@pytest.mark.parametrize("role", ["config", "manifest"])
+def test_a_refused_command_shows_no_secret(good, monkeypatch, role):
+    """Safe: whatever is wrong with a URL, its password is not in the answer."""
+    url = "http://user:planted-1@127.0.0.1:9/x.jsonl?X-Amz-Signature=planted-2"
+    files = {"config": good[0], "manifest": good[1], "output": good[2], role: url}
+    options = [f"--{name}={value}" for name, value in files.items()]
+    monkeypatch.setattr(sys, "argv", ["hv-batch", "run", *options])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert "http://127.0.0.1:9/x.jsonl" in str(caught.value)
+    assert "planted" not in str(caught.value)
 
 
 def test_a_missing_manifest_is_told(good, tmp_path):

@@ -114,6 +114,7 @@ def test_every_problem_is_told_at_once(write):
         ("groups.gpus_per_rank=0.5", "allowed: 1"),
         ("groups.gpus_per_rank=2", "less than or equal to 1"),
         ("media.threads=0", "greater than or equal to 1"),
+        ("media.crf=60", "media.crf = 60 with media.codec = h264; allowed: at most 51"),
         ("timeouts.drain_s=0", "greater than 0"),
         ("timeouts.drain_s=.inf", "finite"),
         ("defaults.num_videos=0", "a whole number from 1 to 10000"),
@@ -226,7 +227,7 @@ def test_identity_is_what_changes_pixels_and_keys():
         "model": {"options": {"model_base": "elsewhere"}},
     }
     assert RunConfig.model_validate(free).identity() == plain.identity()
-    assert set(plain.identity()) == {"seed", "engine", "defaults", "parallel", "media", "shard_size"}
+    assert set(plain.identity()) == {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
     assert json.loads(json.dumps(plain.identity())) == plain.identity()
 
 

@@ -18,11 +18,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hv_batch.job.config import MediaConfig
+from hv_batch.protocol import UserError
+from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.media import MediaInfo, write_media
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 HEIGHT, WIDTH = 48, 64
-SETTINGS = {"height": HEIGHT, "width": WIDTH, "fps": 24, "crf": 10, "preset": "veryfast", "threads": 2}
+H264 = MediaConfig(crf=10, preset="veryfast")
+SETTINGS = {"height": HEIGHT, "width": WIDTH, "fps": 24, "media": H264}
 
 
 def _video(num_frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -107,12 +111,75 @@ def test_equal_frames_give_equal_bytes(tmp_path):
     assert one.frames_sha256 == other.frames_sha256
 
 
-def test_no_metadata_is_written(tmp_path):
-    """P3: no creation date, no library version in the container."""
-    info = write_media(iter([_video(5)]), tmp_path / "clip", num_frames=5, **SETTINGS)
-    probe = _probe(info.path)
-    assert "creation_time" not in probe
-    assert not re.search(r"Lav[fc]\s?\d", probe)
+@pytest.mark.parametrize("lossless", [False, True], ids=["lossy", "lossless"])
+@pytest.mark.parametrize("codec", ["h264", "h265", "av1"])
+class TestCodec:
+    """Every codec, each with the encoder that the package's own ffmpeg brings."""
+
+    def test_equal_frames_give_equal_bytes(self, tmp_path, codec, lossless):
+        """P3: with more than one encoder thread as well; and a poster changes no byte of the video."""
+        frames = _video(9)
+        media = MediaConfig(codec=codec, crf=20, preset="veryfast", threads=2, lossless=lossless)
+        first, second = (
+            write_media(iter([frames]), tmp_path / name, num_frames=9, **{**SETTINGS, "media": settings})
+            for name, settings in (("first", media), ("second", media.model_copy(update={"poster": True})))
+        )
+        assert first.path.read_bytes() == second.path.read_bytes()
+
+    def test_the_file_is_what_was_asked_for(self, tmp_path, codec, lossless):
+        """Design 4: the codec, its colours as tagged, no date or version of ffmpeg; lossless is so to the last bit."""
+        frames = _video(9)
+        media = MediaConfig(codec=codec, crf=10, preset="veryfast", threads=2, lossless=lossless)
+        info = write_media(iter([frames]), tmp_path / "clip", num_frames=9, **{**SETTINGS, "media": media})
+        probe, decoded = _probe(info.path), _decode(info.path, 9)
+        name = {"h264": "h264", "h265": "hevc", "av1": "av1"}[codec]
+        colours = r"gbrp\(pc, gbr/bt709/iec61966-2-1" if lossless else r"yuv420p\(tv, bt709"
+        assert re.search(rf"Video: {name}.*{colours}.*64x48.*24 fps", probe), probe
+        assert "creation_time" not in probe
+        assert not re.search(rb"Lav[fc]\s?\d", info.path.read_bytes())
+        if lossless:
+            assert hashlib.sha256(decoded.tobytes()).hexdigest() == info.frames_sha256
+        else:
+            error = decoded.astype(float) - frames
+            assert 10 * np.log10(255**2 / np.mean(error**2)) > 33
+            assert np.abs(error.mean(axis=(0, 1, 2))).max() < 1.5, "a colour cast: wrong matrix or range"
+
+
+def test_a_poster_shows_the_first_frame(tmp_path):
+    """Design 4: beside the video, equal bytes for equal frames; an image needs none, being its own."""
+    settings = {**SETTINGS, "media": H264.model_copy(update={"poster": True})}
+    frames = _video(9)
+    one, other = (write_media(iter([frames]), tmp_path / name, num_frames=9, **settings) for name in ("one", "other"))
+    assert one.poster.path == tmp_path / "one.jpg"
+    assert one.poster.sha256 == hashlib.sha256(one.poster.path.read_bytes()).hexdigest() == other.poster.sha256
+    with Image.open(one.poster.path) as image:
+        assert image.format == "JPEG"
+        error = np.asarray(image).astype(float) - frames[0]
+    assert np.sqrt(np.mean(error**2)) < 6
+    assert np.abs(error.mean(axis=(0, 1))).max() < 1.5, "a colour cast: wrong matrix or range"
+    assert write_media(iter([frames[:1]]), tmp_path / "image", num_frames=1, **settings).poster is None
+
+
+def test_a_poster_that_fails_leaves_nothing(tmp_path):
+    """P1: what cannot be committed whole is not left around."""
+    (tmp_path / "clip.jpg").mkdir()
+    settings = {**SETTINGS, "media": H264.model_copy(update={"poster": True})}
+    with pytest.raises((RuntimeError, OSError)):
+        write_media(iter([_video(5)]), tmp_path / "clip", num_frames=5, **settings)
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_an_encoder_that_is_missing_is_told_at_the_start(tmp_path, monkeypatch):
+    """P6: before a GPU is taken: what is missing, which codecs are there, and the remedy."""
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text("#!/bin/sh\necho ' V....D libx264  H.264'\necho ' V....D libaom-av1  AV1'\n")
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    check_encoder(MediaConfig())
+    with pytest.raises(UserError, match=r"media.codec = h265 needs the encoder libx265.*allowed with it: h264\."):
+        check_encoder(MediaConfig(codec="h265"))
+    with pytest.raises(UserError, match=r"with media.lossless needs the encoder libx264rgb.*allowed with it: av1\."):
+        check_encoder(MediaConfig(lossless=True))
 
 
 def test_one_frame_is_an_exact_png(tmp_path):
@@ -192,7 +259,7 @@ def test_ffmpegs_words_are_in_the_error(tmp_path):
             (_video(50) for _ in range(20)),
             tmp_path / "clip",
             num_frames=1000,
-            **{**SETTINGS, "preset": "no-such-preset"},
+            **{**SETTINGS, "media": H264.model_copy(update={"preset": "no-such-preset"})},
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -220,6 +287,7 @@ _WRITES_UNTIL_KILLED = """
 import sys, time
 from pathlib import Path
 import numpy as np
+from hv_batch.job.config import MediaConfig
 from hv_batch.runtime.media import write_media
 
 def frames():
@@ -228,7 +296,7 @@ def frames():
     print(pid, flush=True)
     time.sleep(600)
 
-write_media(frames(), Path(sys.argv[1]), height=48, width=64, num_frames=99, fps=24, crf=18, preset="medium", threads=2)
+write_media(frames(), Path(sys.argv[1]), height=48, width=64, num_frames=99, fps=24, media=MediaConfig())
 """
 
 

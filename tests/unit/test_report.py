@@ -86,6 +86,17 @@ def test_gpu_time_counts_every_rank(key, ranks):
     assert report._gpu_seconds({"config": {"parallel": parallel}}, 10.0) == 10.0 * ranks
 
 
+def test_aggregate_counts_what_was_encoded_once(store):
+    """Embedding cache: prompts encoded and prompts recalled, over the committed samples."""
+    open_root(store, 3)
+    for number, (encoded, recalled) in enumerate([(1, 1), (0, 2)], start=1):
+        stages = {"encode": {"seconds": 0.1, "encoded": encoded, "recalled": recalled}}
+        commits.commit(store, make_commit(make_sample(number), stages=stages))
+    assert report.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}
+    commits.commit(store, make_commit(make_sample(3)))
+    assert report.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, "one that tells nothing"
+
+
 def test_aggregate_without_gpus_claims_no_gpu_time(store):
     """A CPU run reports no GPU seconds rather than a wrong number."""
     open_root(store, 1)
@@ -169,6 +180,16 @@ def test_page_shows_videos_in_plan_order_from_beside_it(store):
     assert all(link.startswith("../data/") for link in links)
     assert not page.all("link")
     assert "http" not in store.get(layout.REPORT).decode()
+
+
+def test_page_shows_posters_where_there_are_some(store):
+    """Design 4: the picture that `media.poster` wrote stands in until a video plays."""
+    open_root(store, 2)
+    poster = layout.poster_key(0, "s001", "ab" * 32)
+    for record in (make_commit(make_sample(1), poster=poster), make_commit(make_sample(2))):
+        commits.commit(store, record)
+    report.write_report(store, report.aggregate(store))
+    assert [video.get("poster") for video in read_page(store).all("video")] == [f"../{poster}", None]
 
 
 def test_hostile_texts_stay_text(store):

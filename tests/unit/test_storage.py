@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import signal
@@ -19,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import storage
+from hv_batch.job import backends, storage
 from hv_batch.job.storage import PutIfAbsent, StorageUnavailableError, Store
 from hv_batch.protocol import UserError
 
@@ -294,10 +295,12 @@ def test_a_full_disk_surfaces_and_leaves_nothing(tmp_path, monkeypatch, act):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     media = tmp_path / "media"
-    media.write_bytes(b"x")
+    media.write_bytes(b"x" * 1000)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        getattr(Store(str(tmp_path / "root")), act)("a/b", media if act == "put_file" else b"x")
+    with pytest.raises(
+        OSError, match=r"No space left on device: 1,000 bytes are needed below /.*, where [\d,]+"
+    ) as caught:
+        getattr(Store(str(tmp_path / "root")), act)("a/b", media if act == "put_file" else b"x" * 1000)
     assert caught.value.errno == errno.ENOSPC
     assert files_below(tmp_path / "root") == []
 
@@ -389,6 +392,63 @@ def test_probe_refuses_what_cannot_be_opened(url):
         Store(url).probe()
 
 
+# Large objects --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch) -> Path:
+    """A file of three parts, of the smallest size that S3 takes."""
+    monkeypatch.setattr(backends, "PART_BYTES", 5 * 2**20)
+    path = tmp_path / "large.mp4"
+    path.write_bytes(os.urandom(2**20) * 11)
+    return path
+
+
+def test_large_objects_go_in_parts(s3, s3_store, large):
+    """Design 4: what is too large for one request; a part that fails is repeated by itself."""
+    s3.faults, s3.methods = [503], {"PUT"}
+    s3_store.put_file("data/a.mp4", large)
+    bucket = s3_store.url.split("/")[2]
+    found = boto3.client("s3").head_object(Bucket=bucket, Key="some/root/data/a.mp4")
+    assert found["ETag"].endswith('-3"'), "S3 tells the number of parts in the tag"
+    assert s3_store.get("data/a.mp4") == large.read_bytes()
+    assert s3.spoilt == 1
+
+
+def test_an_upload_in_parts_that_fails_leaves_nothing(s3, s3_store, large):
+    """P1: no object, and no parts that are paid for and never seen."""
+    s3.faults, s3.methods = [400] * 3, {"PUT"}
+    with pytest.raises(OSError, match="spoilt"):
+        s3_store.put_file("data/a.mp4", large)
+    assert not s3_store.exists("data/a.mp4")
+    assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket=s3_store.url.split("/")[2])
+
+
+# Credentials ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [".aws/config", ".config/fsspec/conf.json"])
+def test_credentials_come_from_the_usual_places(s3, s3_store, tmp_path, place):
+    """Design 4: what the user's other tools find, ours find, the environment first of all (as in all other tests here);
+    nothing of it passes through config or URL.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FSSPEC_"))}
+    aws = f"[default]\naws_access_key_id = test\naws_secret_access_key = test\nendpoint_url = {s3.endpoint}\n"
+    fsspec = json.dumps({"s3": {"key": "test", "secret": "test", "endpoint_url": s3.endpoint}})
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_text(aws if "aws" in place else fsspec)
+    script = "import sys; from hv_batch.job.storage import Store; print(Store(sys.argv[1]).put_new('a', b'1'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, s3_store.url],
+        env=environment | {"HOME": str(tmp_path), "AWS_DEFAULT_REGION": "us-east-1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 # Retries --------------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +478,14 @@ def test_refused_credentials_are_not_retried(s3, s3_store):
         s3_store.put("a", b"1")
     assert caught.value.errno == errno.EACCES
     assert s3.spoilt == 1
+
+
+def test_a_server_that_is_full_is_a_full_disk(s3, s3_store):
+    """Design 6: FATAL, as on a local disk."""
+    s3.faults = [507] * 100
+    with pytest.raises(OSError, match="507") as caught:
+        s3_store.put("a", b"1")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_an_error_never_looks_like_a_missing_object(s3, s3_store):

@@ -1,0 +1,112 @@
+"""Which encoder of ffmpeg a `media` config means, and with which arguments.
+
+What every choice keeps: equal frames give equal bytes with one build of ffmpeg (P3), so the number of threads is pinned
+and neither date nor library version is written; and the file says how its colours are coded.
+
+Lossless means lossless for the RGB frames that the VAE gave: they are coded as RGB, since the way to 4:2:0 and back
+changes nearly every pixel. Few players show such files; they are for training and for further work.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+
+import imageio_ffmpeg
+
+from hv_batch.job.config import MediaConfig
+from hv_batch.protocol import UserError
+
+ENCODERS = {"h264": "libx264", "h265": "libx265", "av1": "libsvtav1"}
+LOSSLESS_ENCODERS = {"h264": "libx264rgb", "h265": "libx265", "av1": "libaom-av1"}  # SVT-AV1 knows 4:2:0 only
+
+# The AV1 encoders count their presets: the names of x264 at about the same place between their slowest and fastest.
+SVT_PRESETS = {
+    "ultrafast": 12,
+    "superfast": 11,
+    "veryfast": 10,
+    "faster": 9,
+    "fast": 8,
+    "medium": 7,
+    "slow": 6,
+    "slower": 4,
+    "veryslow": 2,
+}
+AOM_FASTEST = 6  # of libaom's presets for files; beyond it come those for live video
+
+# RGB of the full range to BT.709 of the limited range, with the precise kernels: by default ffmpeg would use the BT.601
+# matrix for rgb24 input and leave the file untagged, and players would guess. Chroma is averaged over 2x2 pixels.
+_TO_YUV420 = (
+    "scale=in_range=full:out_range=limited:out_color_matrix=bt709:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
+    "format=yuv420p,"
+    "setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+)
+# The same pixels in planes. The frames are sRGB, as every screen takes untagged RGB to be.
+_TO_PLANES = "format=gbrp,setparams=range=full:colorspace=gbr:color_primaries=bt709:color_trc=iec61966-2-1"
+# JPEG has one way to code colours: BT.601 of the full range.
+_TO_JPEG = (
+    "scale=in_range=full:out_range=full:out_color_matrix=bt601:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
+    "format=yuvj420p"
+)
+_BITEXACT = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact")
+_ONE_IMAGE = ("-threads", "1", *_BITEXACT, "-f", "image2", "-update", "1")
+
+
+def video_options(media: MediaConfig) -> list[str]:
+    """ffmpeg's output arguments for an mp4 without sound."""
+    filters = _TO_PLANES if media.lossless else _TO_YUV420
+    return ["-an", "-vf", filters, *_codec_options(media), *_BITEXACT, "-movflags", "+faststart", "-f", "mp4"]
+
+
+def png_options() -> list[str]:
+    """For one frame, bit for bit."""
+    return ["-frames:v", "1", "-c:v", "png", "-pix_fmt", "rgb24", *_ONE_IMAGE]
+
+
+def jpeg_options() -> list[str]:
+    """For one frame, to look at."""
+    return ["-frames:v", "1", "-vf", _TO_JPEG, "-c:v", "mjpeg", "-q:v", "2", *_ONE_IMAGE]
+
+
+def check_encoder(media: MediaConfig) -> None:
+    """Raises UserError when this machine's ffmpeg cannot write what the config asks for."""
+    ffmpeg, wanted = imageio_ffmpeg.get_ffmpeg_exe(), encoder_name(media)
+    listing = subprocess.run([ffmpeg, "-hide_banner", "-encoders"], capture_output=True, text=True, check=False).stdout
+    there = {line.split()[1] for line in listing.splitlines() if len(line.split()) > 1}
+    if wanted in there:
+        return
+    able = [codec for codec, encoder in _encoders(media).items() if encoder in there]
+    raise UserError(
+        f"media.codec = {media.codec}{' with media.lossless' if media.lossless else ''} needs the encoder {wanted}, "
+        f"which {ffmpeg} does not have; allowed with it: {', '.join(able) or 'none'}. Choose another codec, or set "
+        "IMAGEIO_FFMPEG_EXE to an ffmpeg that has it, on every node."
+    )
+
+
+def encoder_name(media: MediaConfig) -> str:
+    return _encoders(media)[media.codec]
+
+
+def _encoders(media: MediaConfig) -> dict[str, str]:
+    return LOSSLESS_ENCODERS if media.lossless else ENCODERS
+
+
+def _codec_options(media: MediaConfig) -> Sequence[str]:
+    encoder, threads = encoder_name(media), str(media.threads)
+    rate = ("-crf", str(media.crf))
+    match encoder:
+        case "libx264" | "libx264rgb":
+            rate = ("-qp", "0") if media.lossless else rate
+            return ["-c:v", encoder, *rate, "-preset", media.preset, "-threads", threads]
+        case "libx265":
+            # Its threads are not ffmpeg's; frames side by side would be one more number to pin. info would write the
+            # settings into the video. Players of Apple's know the codec by no other tag than hvc1.
+            own = f"pools={threads}:frame-threads=1:info=0:log-level=error{':lossless=1' if media.lossless else ''}"
+            return ["-c:v", encoder, *rate, "-preset", media.preset, "-tag:v", "hvc1", "-x265-params", own]
+        case "libsvtav1":
+            preset = str(SVT_PRESETS[media.preset])
+            return ["-c:v", encoder, *rate, "-preset", preset, "-svtav1-params", f"lp={threads}"]
+        case _:
+            speed = str(min(SVT_PRESETS[media.preset], AOM_FASTEST))
+            exact = ("-crf", "0", "-aom-params", "lossless=1")
+            return ["-c:v", encoder, *exact, "-cpu-used", speed, "-threads", threads]

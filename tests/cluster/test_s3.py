@@ -1,0 +1,109 @@
+"""A whole run whose output root is an S3 endpoint that goes away for a while, with credentials that must not show."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+
+from tests.cluster.runs import finish, start, write_config
+from tests.s3_server import S3Server
+
+SECRET = "planted-0123456789"
+BUCKET = "nights"
+# The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
+IMPATIENT = "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli import main; main()"
+DEADLINE_S = 90
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    server = S3Server()
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_ACCESS_KEY_ID": "user",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    yield server
+    server.stop()
+
+
+def objects() -> dict[str, bytes]:
+    client = boto3.client("s3")
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+    keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
+    return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+
+
+def run(config, manifest: str):
+    arguments = ["run", "--config", str(config), "--manifest", manifest, "--output", f"s3://{BUCKET}/run"]
+    return start([sys.executable, "-c", IMPATIENT, *arguments])
+
+
+def read_until(process, words: str, log: list[str]) -> None:
+    """Collect the lines of a process until one holds `words`."""
+    alarm = threading.Timer(DEADLINE_S, process.kill)
+    alarm.start()
+    for line in process.stdout:
+        log.append(line)
+        if words in line:
+            alarm.cancel()
+            return
+    pytest.fail(f"never said {words!r}:\n{''.join(log)}")
+
+
+def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3, tmp_path, marks):
+    """P5, P2: while the root is away the driver waits, for its own records as well; nothing is rendered twice, every
+    sample ends in one record. Neither objects nor log hold a credential, a password or a signature of a URL.
+    """
+    config = write_config(
+        tmp_path,
+        marks,
+        {"step_seconds": 0.1},
+        groups={"gpus_per_rank": 0, "cpus_per_rank": 0.1},
+        encoders={"cache": f"s3://{BUCKET}/embeddings", "batch_size": 1},
+        output={"shard_size": 2, "webdataset": True},
+        media={"codec": "h265", "poster": True},
+        retries={"poison": 1},
+    )
+    prompts = ["good 0", "bad !raise-denoise", "good 1", "bad !raise-encode", "good 2", "good 0"]
+    rows = "".join(json.dumps({"id": f"s{i}", "prompt": prompt}) + "\n" for i, prompt in enumerate(prompts))
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="in/manifest.jsonl", Body=rows.encode(), ACL="public-read")
+    manifest = f"{s3.endpoint}/{BUCKET}/in/manifest.jsonl?X-Amz-Signature={SECRET}"
+    log: list[str] = []
+    driver = run(config, manifest)
+    read_until(driver, "with s1: POISON", log)
+    s3.methods, s3.faults = {"GET", "HEAD", "PUT", "DELETE"}, [503] * 10_000
+    read_until(driver, "the output root does not answer", log)
+    s3.faults = []
+    code, text = finish(driver)
+    text = "".join(log) + text
+    assert code == 3, text
+    assert "the output root answers again" in text
+    found = objects()
+    for kind, keys in {"commits": "s0 s2 s4 s5", "quarantine": "s1 s3"}.items():
+        assert sorted(key.rpartition("/")[2] for key in found if key.startswith(f"run/{kind}/")) == [
+            f"{key}.json" for key in keys.split()
+        ]
+    sealed = [found[f"run/data/shard-0000{shard}/metadata.parquet"] for shard in range(3)]
+    assert [pq.read_table(io.BytesIO(table)).num_rows for table in sealed] == [1, 1, 2]
+    assert "run/_SUCCESS" in found
+    assert not [key for key in found if key.startswith("run/latents/")]
+    assert sum(key.startswith("run/posters/") for key in found) == 4
+    assert sum(key.startswith("run/webdataset/") for key in found) == 3
+    denoised = (marks / "denoised").read_text().split("\n")[:-1]
+    assert sorted(denoised) == ["good 0", "good 0", "good 1", "good 2"]
+    assert [prompt for prompt in (marks / "encoded").read_text().split("\n") if prompt].count("good 0") == 1
+    assert json.loads(found["run/summary.json"])["embeddings"] == {"encoded": 3, "recalled": 1}
+    assert SECRET not in text
+    assert [key for key, data in found.items() if SECRET.encode() in data] == []
+    assert json.loads(found["run/run.json"])["config"]["encoders"]["cache"] == f"s3://{BUCKET}/embeddings"
