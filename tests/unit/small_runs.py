@@ -16,6 +16,7 @@ import numpy as np
 from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
 
 from hv_batch.job import commits, layout, report, runs
+from hv_batch.job.config import MediaConfig
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.events import Stage
 from hv_batch.job.latents import drop_latents, get_latents, put_latents, sample_identity
@@ -119,9 +120,7 @@ def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30)
         width=params.width,
         num_frames=params.num_frames,
         fps=sample.fps,
-        crf=crf,
-        preset="ultrafast",
-        threads=1,
+        media=MediaConfig(crf=crf, preset="ultrafast", threads=1),
     )
     return info.path, info.suffix, info
 
