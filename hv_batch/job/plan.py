@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 LOOKERS = 32  # listings wait for the store, not for the CPU
 LOOK_AHEAD = 64  # shards looked up before their turn; 1,000 shards a second of a store that answers in 60 ms
-PASSED_AT_ONCE = 16  # finished shards between two turns of the driver, which has other things to do
+PASSED_AT_ONCE = 16  # sealed shards between two turns of the driver, which has other things to do
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """Some shards with nothing left to render have been looked up, up to and with this one."""
+    """A shard with nothing left to render has been looked up, or the last of several."""
 
     shard: int
 
@@ -126,16 +126,16 @@ class Plan:
                 inside = list(islice(filter(self._selection.matches, everything), self._selected[shard]))
                 yield from _persist(partial(self._clear, inside, state, with_steps))
                 pending = self._enter(shard, state, everything, inside)
+                if not pending:  # it may have to be sealed
+                    yield Passed(shard)
+                for sample in pending:
+                    stage = Stage.DECODE if sample.key in state.latents else Stage.ENCODE
+                    yield Pending(sample, stage, sample.key in with_steps)
             else:
                 self.tally.committed_before += self._selected[shard]
-                pending = []
-            if not pending:
                 passed += 1
                 if passed % PASSED_AT_ONCE == 0:
                     yield Passed(shard)
-            for sample in pending:
-                stage = Stage.DECODE if state and sample.key in state.latents else Stage.ENCODE
-                yield Pending(sample, stage, sample.key in with_steps)
 
     def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], ShardState | None]]]:
         """Every shard in order, with a function for what the store knows of it: None when it is done and no more need

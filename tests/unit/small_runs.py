@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
@@ -32,6 +33,23 @@ def some_samples(count: int = 6, **changes) -> list[Sample]:
     return [make_sample(number, **changes) for number in range(1, count + 1)]
 
 
+class ListedShards:
+    """What a plan asks of an index, over samples at hand."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._shards: dict[int, list[Sample]] = {}
+        for sample in samples:
+            self._shards.setdefault(sample.shard, []).append(sample)
+        self.shards = max(self._shards) + 1
+        self.summary = SimpleNamespace(samples=len(samples), extra_kinds={})
+
+    def size(self, shard: int) -> int:
+        return len(self._shards.get(shard, ()))
+
+    def samples(self, shard: int) -> list[Sample]:
+        return self._shards.get(shard, [])
+
+
 def run_small(
     store: Store,
     samples: Sequence[Sample],
@@ -44,7 +62,7 @@ def run_small(
     open_root(store, len(samples))
     if store.exists(layout.SUCCESS):
         return
-    plan = Plan(store, samples)
+    plan = Plan(store, ListedShards(samples))
     for found in plan:
         if not isinstance(found, Passed):
             sample, stage = found.sample, found.stage

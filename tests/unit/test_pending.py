@@ -16,7 +16,7 @@ from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage
 from hv_batch.job.latents import put_latents, put_steps
 from hv_batch.job.manifest import Manifest
-from hv_batch.job.plan import Pending, Plan
+from hv_batch.job.plan import Passed, Pending, Plan
 from hv_batch.job.storage import Store
 from hv_batch.protocol import StepState
 from tests.unit.test_commits import PARAMS, STAGES, a_commit, a_quarantine
@@ -55,7 +55,7 @@ def test_step_checkpoints_of_ended_samples_are_cleared_away(any_store):
     quarantine(any_store, a_quarantine(given_up))
     for sample in (done, given_up, waiting):
         put_steps(any_store, sample, StepState(1, LATENTS), "identity")
-    assert list(Plan(any_store, index)) == [Pending(waiting, Stage.ENCODE, has_steps=True)]
+    assert list(Plan(any_store, index)) == [Passed(0), Pending(waiting, Stage.ENCODE, has_steps=True)]
     assert list(any_store.list(layout.STEPS)) == [layout.step_key(1, waiting.key)]
 
 
