@@ -168,6 +168,8 @@ class FakeDenoiser:
         assert (negative is not None) == params.uses_cfg
         if "!nan" in params.prompt:
             raise ValueError("latents are not finite")
+        if self.rank == 0:
+            self.engine.mark("denoising", params.prompt)
         latents = resume.latents if resume else self.noise(params, 0)
         for step in range(resume.step if resume else 0, params.num_inference_steps):
             time.sleep(self.engine.step_seconds)

@@ -154,7 +154,7 @@ def test_a_second_signal_stops_at_once(ray_head, tmp_path, marks):
     """Exit codes: who asks twice does not wait for the drain, and the same command still goes on from there."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 5.0}), tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:2]), output, ray_head[0]))
-    wait_for(lambda: count(marks, "encoded"), "an encoding")
+    wait_for(lambda: count(marks, "denoising"), "a denoise")  # of 20 s, which a drain would wait for
     driver.send_signal(signal.SIGTERM)
     time.sleep(1.5)
     driver.send_signal(signal.SIGTERM)
