@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.cluster.runs import ROOT
 
 
+@pytest.mark.slow
 def test_the_bench_reports_what_it_rendered(ray_environment):
     """Speed claims come from a command that anybody can repeat; it commits for real, and cleans up."""
     command = [sys.executable, "-m", "hv_batch", "bench", "job", "--samples", "12", "--groups", "1", "--step-seconds"]

@@ -56,7 +56,7 @@ def spanning(fleet_head, tmp_path_factory):
     config = write_config(
         folder,
         marks,
-        {"step_seconds": 0.3},
+        {"step_seconds": 0.6},  # long enough for the second group to be missed
         parallel={"ulysses_degree": 4, "ring_degree": 2},
         groups={"count": 2, "nodes_per_group": 2},
     )
@@ -124,6 +124,7 @@ def test_a_group_that_is_disturbed_keeps_its_seats(fleet, rival, tmp_path, marks
     assert videos(output) == videos(spanning[0] / "out")
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_costs_one_rebuild_elsewhere(fleet, tmp_path, marks):
     """P4, P5: the node under the group dies as by a power cut; its sample is rendered on the other node."""
     nodes = {node.node_ip_address: node for node in (fleet.add_node(gpus=2), fleet.add_node(gpus=2))}
@@ -137,6 +138,7 @@ def test_a_node_that_is_lost_costs_one_rebuild_elsewhere(fleet, tmp_path, marks)
     assert {rank.host for rank in ranks(marks)} == set(nodes), "it went on on the other node"
 
 
+@pytest.mark.slow
 def test_sick_nodes_are_excluded_as_soon_as_they_can_be_spared(fleet, tmp_path, marks):
     """P5: a node where no group starts stays while it is the only one, and gets none once there are others.
 
@@ -165,6 +167,7 @@ def test_sick_nodes_are_excluded_as_soon_as_they_can_be_spared(fleet, tmp_path, 
         assert f"{node} is excluded for the rest of this run: {why}" in text
 
 
+@pytest.mark.slow
 def test_the_ring_across_two_nodes_gives_the_bytes_of_one(fleet, tmp_path):
     """P3: the real engine over gloo, a rank a node, renders what the same plan renders inside one node."""
     base = write_toy_checkpoint(tmp_path / "toy")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 from tests.cluster.runs import ROOT, count, records, render, write_config, write_manifest
 
@@ -29,6 +31,7 @@ def submit(dashboard, config, manifest, output, *overrides, flags=()):
     return ray_job(dashboard, "submit", "--runtime-env", "jobs/runtime_env.yaml", *flags, "--", *entry, *overrides)
 
 
+@pytest.mark.slow
 def test_the_real_engine_on_eight_ranks(ray_head, tmp_path):
     """A submitted job renders with a gang of eight ranks, Ulysses 4 x ring 2, on GPUs that Ray only believes in."""
     model_base = write_toy_checkpoint(tmp_path / "ckpts")

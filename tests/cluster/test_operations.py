@@ -74,6 +74,7 @@ def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, 
     assert hv_batch("diff", output, undisturbed)[0] == 0
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
     """P1: the second is told about the first and refused; with --steal it is the first that stops, and says why."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
@@ -96,6 +97,7 @@ def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
     assert not (output / "lease.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sample_that_was_given_up_is_taken_back(undisturbed, ray_head, tmp_path, marks):
     """P5: retry makes it pending, the same command renders it and nothing else, and the root is sound."""
     config = write_config(tmp_path, marks, retries={"poison": 1})

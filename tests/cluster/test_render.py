@@ -81,7 +81,7 @@ def test_a_finished_root_renders_nothing(undisturbed, ray_head):
     assert sum(count(undisturbed / "marks", "denoised").values()) == 10
 
 
-@pytest.mark.parametrize("after", [0, 1, 4, 9])
+@pytest.mark.parametrize("after", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 9)), 4])
 def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, marks, after):
     """P2, P3: a driver killed at any moment is resumed; nothing committed is rendered again, bytes are equal."""
     config = write_config(tmp_path, marks, {"step_seconds": 0.02})
@@ -101,6 +101,7 @@ def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, mar
     assert (output / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tmp_path, marks):
     """P2, P3: selections are no part of the identity; the last sample's command sums up, and the bytes are the same."""
     config, manifest = write_config(tmp_path, marks), write_manifest(tmp_path, PROMPTS)
@@ -119,6 +120,7 @@ def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tm
     assert (output / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_a_manifest_that_is_gone_in_the_night_is_not_missed(ray_head, tmp_path, marks):
     """P2: once its index is in the output root, a run does not depend on its manifest."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.05}), tmp_path / "out"
@@ -203,7 +205,10 @@ def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks
     assert len((marks / "join-0-of-2").read_text().splitlines()) == 1, "the group was built once"
 
 
-@pytest.mark.parametrize("fault", ["!kill-denoise-once", "!kill-encode-once", "!freeze-denoise-once"])
+@pytest.mark.parametrize(
+    "fault",
+    ["!kill-denoise-once", pytest.param("!kill-encode-once", marks=pytest.mark.slow), "!freeze-denoise-once"],
+)
 def test_a_lost_worker_costs_one_try(ray_head, tmp_path, marks, fault):
     """P4: a rank or encoder that dies or hangs is replaced, the sample tried again, and the bytes are the same."""
     config = write_config(tmp_path, marks, timeouts={"stall_s": 4})
@@ -229,6 +234,7 @@ def test_a_dead_decoder_never_repeats_a_denoise(ray_head, tmp_path, marks):
     assert len(records(output)) == 3
 
 
+@pytest.mark.slow
 def test_eight_ranks_are_placed_on_fake_gpus(ray_head, tmp_path, marks):
     """Placement: a gang of eight one-GPU bundles stands where Ray counts eight GPUs, real or not."""
     config = write_config(tmp_path, marks, parallel={"ulysses_degree": 4, "ring_degree": 2})
@@ -260,6 +266,7 @@ def test_changed_config_is_refused_with_the_difference(undisturbed, ray_head):
     assert code == 0, "how many groups render is not part of a run's identity"
 
 
+@pytest.mark.slow
 def test_parquet_manifest_renders_the_same(undisturbed, ray_head, tmp_path, marks):
     """A Parquet manifest with the same rows gives the same videos."""
     import pyarrow as pa

@@ -88,6 +88,7 @@ def test_a_drain_that_is_too_short_leaves_a_checkpoint(undisturbed, ray_head, tm
     assert dataset(output) == undisturbed
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_written_disturb_nothing(undisturbed, ray_head, tmp_path, marks):
     """P4: insurance that is not to be had costs nothing but itself, and the record says so."""
     output = tmp_path / "out"
