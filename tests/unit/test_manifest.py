@@ -132,7 +132,7 @@ def test_a_csv_record_that_cannot_be_read_does_not_end_the_pass(tmp_path, record
 
 def test_a_quote_that_is_never_closed_is_told_by_its_row(tmp_path):
     """P6, P7: the rest of the file is one cell then, and must not be held."""
-    content = b'prompt,note\na,b\nc,"d\n' + b"e,f\n" * (MAX_LINE_BYTES // 2)
+    content = b'prompt,note\na,b\nc,"d\n' + (b"e" * 9_999 + b"\n") * (MAX_LINE_BYTES // 5_000)
     problems = [(number, row) for number, row in jsonl(tmp_path / "m.csv", content).rows() if number == 3]
     assert "field larger than field limit" in problems[0][1].allowed
     ended = list(jsonl(tmp_path / "m.csv", b'prompt\na\n"b\n').rows())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from rendered_roots import make_commit, make_sample
+from small_runs import ListedShards
 
 from hv_batch.job import commits, layout
 from hv_batch.job.events import Stage
@@ -68,7 +69,7 @@ def test_a_plan_goes_on_where_an_outage_has_stopped_it(tmp_path, monkeypatch, ac
         return real(self, *arguments)
 
     monkeypatch.setattr(Store, act, flaky)
-    plan = Plan(store, samples)
+    plan = Plan(store, ListedShards(samples))
     found = list(plan)
     assert found[:3] == [Unanswered(AWAY), Unanswered(AWAY), Passed(0)]
     assert [(pending.sample, pending.stage) for pending in found[3:]] == [(s, Stage.ENCODE) for s in samples[4:]]
