@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
@@ -21,7 +22,7 @@ from hv_batch.job.config import MediaConfig
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.events import Stage
 from hv_batch.job.latents import drop_latents, get_latents, put_latents, sample_identity
-from hv_batch.job.plan import Passed, Plan
+from hv_batch.job.plan import Passed, Pending, Plan
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.runtime.media import write_media
@@ -63,7 +64,7 @@ def run_small(
     if store.exists(layout.SUCCESS):
         return
     plan = Plan(store, ListedShards(samples))
-    for found in plan:
+    for found in _one_by_one(plan):
         if not isinstance(found, Passed):
             sample, stage = found.sample, found.stage
             if sample.key in poison:
@@ -77,6 +78,12 @@ def run_small(
     summary = report.aggregate(store)
     report.write_report(store, summary)
     runs.finish_run(store, summary)
+
+
+def _one_by_one(plan: Plan) -> Iterator[Pending | Passed]:
+    """Without looking ahead, which threads do: fsspec's memory is not made for them."""
+    with patch("hv_batch.job.plan.LOOK_AHEAD", 1):
+        yield from plan
 
 
 def _give_up(store: Store, sample: Sample) -> None:
