@@ -61,6 +61,7 @@ def test_the_videos_depend_on_their_prompts(finished):
     assert len({record["frames_sha256"] for record in found}) == len(found)
 
 
+@pytest.mark.slow
 def test_a_killed_demo_goes_on_to_the_same_bytes(finished, home):
     """P2, P3: SIGKILL while it renders, the same command again, and the dataset is that of an undisturbed run."""
     output = home / "second"

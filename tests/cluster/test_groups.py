@@ -96,6 +96,7 @@ def rival(fleet):
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_group_that_is_disturbed_keeps_its_seats(fleet, rival, tmp_path, marks, spanning):
     """P3, P4: a group that disagrees with itself renders nothing; a rank that dies or hangs costs one rebuild.
 

@@ -45,6 +45,7 @@ def test_the_real_engine_on_eight_ranks(ray_head, tmp_path):
     assert "2/2" in text or "2 rendered" in text, "plain progress lines are in the job's log"
 
 
+@pytest.mark.slow
 def test_ray_job_stop_drains(ray_head, tmp_path, marks):
     """`ray job stop` lets the running samples finish, and the run goes on from there."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.3}), tmp_path / "out"

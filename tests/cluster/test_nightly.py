@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from tests.cluster.runs import ROOT, dataset, render, write_config, write_manifest
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
@@ -32,6 +34,7 @@ def nightly(folder, config, address, *flags) -> tuple[int, dict, str]:
     return code, json.loads(line), err
 
 
+@pytest.mark.slow
 def test_a_night_catches_up_and_survives_a_bad_one(ray_head, tmp_path, marks):
     """P2, P5: earlier nights are resumed by their run.json alone, and one that fails does not stop the others."""
     config = write_config(tmp_path, marks)

@@ -51,6 +51,7 @@ def undisturbed(ray_head, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, marks):
     """P1, P2, P4: SIGKILL after a media, a record and the summary; nothing is rendered twice, bytes are equal."""
     config = write_config(tmp_path, marks, {"dies_after": ["data/", "commits/", "summary.json"]})

@@ -207,7 +207,10 @@ def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks
 
 @pytest.mark.parametrize(
     "fault",
-    ["!kill-denoise-once", pytest.param("!kill-encode-once", marks=pytest.mark.slow), "!freeze-denoise-once"],
+    [
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("!kill-denoise-once", "!kill-encode-once")),
+        "!freeze-denoise-once",
+    ],
 )
 def test_a_lost_worker_costs_one_try(ray_head, tmp_path, marks, fault):
     """P4: a rank or encoder that dies or hangs is replaced, the sample tried again, and the bytes are the same."""
