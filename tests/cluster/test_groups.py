@@ -68,6 +68,7 @@ def spanning(fleet_head, tmp_path_factory):
     return folder, text
 
 
+@pytest.mark.slow
 def test_a_group_of_eight_spans_two_nodes(spanning):
     """groups.nodes_per_group: four ranks on each node, the Ulysses neighbours of a plan 4 x 2 on the same one."""
     joined = ranks(spanning[0] / "marks")
@@ -78,6 +79,7 @@ def test_a_group_of_eight_spans_two_nodes(spanning):
     assert all(rank.local_rank == rank.rank % 4 for rank in joined)
 
 
+@pytest.mark.slow
 def test_groups_that_cannot_be_placed_are_told_of_together(spanning):
     """Start-up: what is asked, what there is and whether it could ever fit, once while nothing changes."""
     said = [line for line in spanning[1].splitlines() if "wait for nodes" in line]

@@ -65,6 +65,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(undisturbed, ra
     assert dataset(output) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_drain_that_is_too_short_leaves_a_checkpoint(undisturbed, ray_head, tmp_path, marks):
     """P4, P2: SIGTERM asks the running denoise for a checkpoint, and the same command goes on from there."""
     options = {"hold_after": [3, STEPS], "step_seconds": 0.3}
