@@ -26,11 +26,11 @@ from hv_batch.job.garbage import find_garbage, remove
 from hv_batch.job.lease import held, this_process
 from hv_batch.job.quarantine import group_reasons, read_quarantined, release
 from hv_batch.job.runs import read_run
+from hv_batch.job.selection import parse_ranges
 from hv_batch.job.status import Status, chosen_shards, read_status
 from hv_batch.job.storage import Store
 from hv_batch.job.verification import repair as remove_faults
 from hv_batch.job.verification import verify as verify_root
-from hv_batch.protocol import UserError
 
 FOUND = 3
 
@@ -170,13 +170,7 @@ def parse_shards(text: str | None) -> list[int] | None:
     """The shards of a list such as `3,17-20`. Raises UserError for anything else."""
     if text is None:
         return None
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UserError(f"--shards {text}: {part!r} is not a shard; allowed: numbers and ranges, as 3,17-20.")
-        found.update(range(int(first), int(last or first) + 1))
-    return sorted(found)
+    return sorted({shard for shards in parse_ranges(text) for shard in shards})
 
 
 @contextmanager

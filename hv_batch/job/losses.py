@@ -16,7 +16,7 @@ class Losses:
         self._seconds: Counter[FailureClass] = Counter()
 
     def add(self, kind: FailureClass, seconds: float) -> None:
-        """A group was lost `seconds` into a denoise; 0 when it was starting or idle."""
+        """A group that had started was lost `seconds` into a denoise; 0 when it was idle."""
         self._groups[kind] += 1
         self._seconds[kind] += round(seconds)
 

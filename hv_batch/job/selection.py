@@ -53,7 +53,12 @@ def parse_selection(limit: int | None = None, where: Sequence[str] = (), shards:
         if not name or not equals:
             raise UserError(f"--where {condition}: allowed is column=value, as category=landscape.")
         columns[name] = (*columns.get(name, ()), text)
-    return Selection(limit, columns, tuple(map(_parse_range, shards.split(","))) if shards is not None else ())
+    return Selection(limit, columns, parse_ranges(shards) if shards is not None else ())
+
+
+def parse_ranges(shards: str) -> tuple[range, ...]:
+    """Of a list of shards such as "3,17-20". Raises UserError for anything else."""
+    return tuple(map(_parse_range, shards.split(",")))
 
 
 def _parse_range(text: str) -> range:

@@ -39,6 +39,7 @@ from hv_batch.job.events import (
     TaskFailed,
     Tick,
     WorkerId,
+    WorkerReady,
 )
 from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.limits import retry_limits, stage_limits
@@ -113,6 +114,7 @@ class Driver:
         self._items: dict[str, InFlight] = {}
         self._workers: dict[WorkerId, Worker] = {}
         self._tasks: dict[WorkerId, Task] = {}
+        self._stood: set[WorkerId] = set()  # groups that have started and not ended
         self._watched: dict[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]] = {}
         self._events: deque[Event] = deque()
         self._to_admit = 0
@@ -202,6 +204,8 @@ class Driver:
     def _note(self, event: Event) -> None:
         """Keep the driver's own books and tell people what they would want to know."""
         match event:
+            case WorkerReady(worker) if worker.stage is Stage.DENOISE and worker in self._workers:
+                self._stood.add(worker)
             case TaskDone(worker) if worker in self._workers:
                 task = self._tasks.pop(worker)
                 if worker.stage is Stage.DECODE:
@@ -213,7 +217,8 @@ class Driver:
 
     def _lose(self, worker: WorkerId, failure: Failure) -> None:
         task = self._tasks.pop(worker, None)
-        if worker.stage is Stage.DENOISE:
+        if worker in self._stood:  # a start that failed has lost nothing
+            self._stood.discard(worker)
             self._losses.add(failure.kind, time.monotonic() - task.begun if task else 0.0)
         self._say_failed(worker, task, failure)
 
@@ -255,6 +260,7 @@ class Driver:
                     self._lose(worker, failure)
                     self._workers.pop(worker).kill(rebuild=rebuild)
                 case ReleaseWorker(worker, reason):
+                    self._stood.discard(worker)
                     self._progress.say(f"{worker} is released: {reason}")
                     self._workers.pop(worker).kill()
                 case Run(worker, keys):
