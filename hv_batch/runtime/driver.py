@@ -41,6 +41,7 @@ from hv_batch.job.events import (
     WorkerId,
     WorkerReady,
 )
+from hv_batch.job.inputs import public_url
 from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.limits import retry_limits, stage_limits
 from hv_batch.job.losses import Losses
@@ -58,6 +59,7 @@ from hv_batch.runtime.draining import NodeWatch
 from hv_batch.runtime.failures import classify
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
+from hv_batch.runtime.metrics import RunMetrics
 from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
 
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
@@ -110,6 +112,7 @@ class Driver:
         self._scheduler = Scheduler(stage_limits(config), retry_limits(config), config.timeouts.drain_s)
         self._groups = GroupPool(config, progress.say)
         self._nodes = NodeWatch(config.groups.count, progress.say)
+        self._metrics = RunMetrics(public_url(context.store.url))
         self._losses = Losses(config.parallel.plan.world_size if config.parallel.device == "cuda" else None)
         self._items: dict[str, InFlight] = {}
         self._workers: dict[WorkerId, Worker] = {}
@@ -136,7 +139,7 @@ class Driver:
             while self._end is None or (self._owes() and not self._end.drained and not self._stop_said):
                 self._listen()
                 self._work_off()
-                self._progress.show(self._snapshot())
+                self._show()
             drained = self._end.drained or self._owes()
             return Outcome(drained, time.monotonic() - begun, self._groups.excluded(), self._losses)
         finally:
@@ -208,6 +211,7 @@ class Driver:
                 self._stood.add(worker)
             case TaskDone(worker) if worker in self._workers:
                 task = self._tasks.pop(worker)
+                self._metrics.task_done(worker.stage, time.monotonic() - task.begun)
                 if worker.stage is Stage.DECODE:
                     self._outage.over(time.monotonic())
                     for key in task.keys:
@@ -219,7 +223,9 @@ class Driver:
         task = self._tasks.pop(worker, None)
         if worker in self._stood:  # a start that failed has lost nothing
             self._stood.discard(worker)
-            self._losses.add(failure.kind, time.monotonic() - task.begun if task else 0.0)
+            seconds = time.monotonic() - task.begun if task else 0.0
+            self._losses.add(failure.kind, seconds)
+            self._metrics.group_lost(failure.kind, seconds)
         self._say_failed(worker, task, failure)
 
     def _say_failed(self, worker: WorkerId, task: Task | None, failure: Failure) -> None:
@@ -328,9 +334,9 @@ class Driver:
         else:
             self._plan.committed(sample)
 
-    def _snapshot(self) -> Snapshot:
+    def _show(self) -> None:
         at, tally = self._scheduler.at, self._plan.tally
-        return Snapshot(
+        snapshot = Snapshot(
             total=self._total,
             committed=tally.committed_before + tally.committed,
             quarantined=tally.quarantined_before + tally.quarantined,
@@ -340,6 +346,8 @@ class Driver:
             denoising=at(Stage.DENOISE),
             decoding=at(Stage.DECODE),
         )
+        self._progress.show(snapshot)
+        self._metrics.show(snapshot)
 
 
 def _first_line(failure: Failure) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -36,7 +37,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def ray_head(ray_environment, tmp_path_factory):
+def metrics_url():
+    """Where Prometheus would scrape the head."""
+    return f"http://127.0.0.1:{free_port()}/metrics"
+
+
+@pytest.fixture(scope="session")
+def ray_head(ray_environment, metrics_url, tmp_path_factory):
     """(GCS address, dashboard URL) of `ray start --head --num-gpus 8`."""
     # Ray's fixed default ports may be taken by the local Ray of another test that is just ending.
     port, dashboard, agent, client = (free_port() for _ in range(4))
@@ -45,6 +52,8 @@ def ray_head(ray_environment, tmp_path_factory):
     command += ["--num-cpus=8", "--num-gpus=8", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     command += ["--object-store-memory=300000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    command += [f"--metrics-export-port={urlsplit(metrics_url).port}"]
+    command += ["--system-config", '{"metrics_report_interval_ms": 500}']  # Ray's own 10 s is long for a test
     with log.open("w") as output:
         # A session of its own, so that everything it starts can be ended as one group.
         head = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT)
