@@ -91,6 +91,11 @@ class SamplingParams:
     def latent_shape(self) -> tuple[int, int, int, int]:
         return latent_shape(self.height, self.width, self.num_frames)
 
+    @property
+    def latent_bytes(self) -> int:
+        """Of the final latents, which are float32 whatever the model computes in."""
+        return 4 * math.prod(self.latent_shape)
+
 
 @dataclass(frozen=True, slots=True)
 class FieldProblem:

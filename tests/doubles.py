@@ -170,6 +170,7 @@ class FakeDenoiser:
             raise ValueError("latents are not finite")
         if self.rank == 0:
             self.engine.mark("denoising", params.prompt)
+            self.engine.mark("trace", "denoising")
         latents = resume.latents if resume else self.noise(params, 0)
         for step in range(resume.step if resume else 0, params.num_inference_steps):
             time.sleep(self.engine.step_seconds)
@@ -203,11 +204,14 @@ class FakeDecoder:
         if (self.engine.marks / "decoder-dies").exists() and self.engine.first("decoder-died"):
             os.kill(os.getpid(), signal.SIGKILL)
         self.engine.mark("decoded")
+        while (self.engine.marks / "hold-decodes").exists():
+            time.sleep(0.02)
         _, frames, height, width = latents.shape
         for index in range(frames):
             level = np.uint8(128 + 40 * np.tanh(latents[:, index].mean() * 10))
             count = 1 if index == 0 else 4
             yield np.full((count, height * 8, width * 8, 3), level, np.uint8)
+        self.engine.mark("trace", "decoded")
 
 
 # A store that dies ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a failed task costs its samples: another try, or their place in the run."""
+"""What failures cost: a failed task its samples another try or their place in the run, a lost station all of it."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: Retry
                 continue
         stage = Stage.ENCODE if failure.begin_anew else RETRY_STAGE[queues.place(key)]
         queues.put_back(key, stage, first=failure.kind is not FailureClass.POISON)
+
+
+def station_gone(stage: Stage, failure: Failure, losses: int) -> Failure:
+    """Why the run ends when every worker of a station was lost so often in a row; `failure` is the last loss."""
+    name = {Stage.ENCODE: "text encoder", Stage.DENOISE: "denoise group", Stage.DECODE: "VAE decoder"}[stage]
+    message = (
+        f"every {name} was lost {losses} times in a row, so no sample can pass it; the last loss: {failure.message}"
+    )
+    return Failure(FailureClass.FATAL, message, failure.traceback, failure.where)

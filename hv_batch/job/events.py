@@ -37,6 +37,7 @@ class Admitted:
 
     key: str
     stage: Stage = Stage.ENCODE
+    latent_bytes: int = 0  # that its latents will take in the object store
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class WorkerLeaving:
 @dataclass(frozen=True, slots=True)
 class TaskDone:
     worker: WorkerId
+    result_bytes: tuple[int, ...] = ()  # of each sample's result in the object store, where that is not known before
 
 
 @dataclass(frozen=True, slots=True)

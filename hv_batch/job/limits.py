@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hv_batch.job.config import RunConfig
@@ -15,6 +17,7 @@ class StageLimits:
     batch: int = 1  # samples a task may take
     ahead: int  # samples that may wait here; the station before pauses when its results would exceed them
     task_timeout_s: float  # without a Beat for so long a running task counts as hung
+    result_bytes: float = math.inf  # of what one worker has made and is making, as long as the object store holds it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +39,10 @@ class RetryLimits:
         }[kind]
 
 
-def stage_limits(config: RunConfig) -> dict[Stage, StageLimits]:
-    """Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work.
+def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict[Stage, StageLimits]:
+    """`result_bytes`: what the results of one worker may hold of the object store, for stations where that is bounded.
+
+    Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work.
 
     What the groups are still making counts as queued for the decoders, so these have one more a group: groups that
     began together end together, and would stand idle for a decode each time.
@@ -45,9 +50,18 @@ def stage_limits(config: RunConfig) -> dict[Stage, StageLimits]:
     stall_s = config.timeouts.stall_s
     batch = config.encoders.batch_size
     return {
-        Stage.ENCODE: StageLimits(workers=config.encoders.count, batch=batch, ahead=batch, task_timeout_s=stall_s),
+        Stage.ENCODE: StageLimits(
+            workers=config.encoders.count,
+            batch=batch,
+            ahead=batch,
+            task_timeout_s=stall_s,
+            result_bytes=result_bytes.get(Stage.ENCODE, math.inf),
+        ),
         Stage.DENOISE: StageLimits(
-            workers=config.groups.count, ahead=max(config.groups.count, batch), task_timeout_s=stall_s
+            workers=config.groups.count,
+            ahead=max(config.groups.count, batch),
+            task_timeout_s=stall_s,
+            result_bytes=result_bytes.get(Stage.DENOISE, math.inf),
         ),
         Stage.DECODE: StageLimits(
             workers=config.decoders.count,

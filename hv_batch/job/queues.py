@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from hv_batch.job.errors import Failure
 from hv_batch.job.events import Stage
@@ -30,6 +31,9 @@ class Queues:
     def places(self) -> dict[str, Stage]:
         """The station of every sample in flight."""
         return {key: sample.stage for key, sample in self._samples.items()}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._samples
 
     def place(self, key: str) -> Stage:
         return self._samples[key].stage
@@ -80,6 +84,10 @@ class Queues:
     def remove(self, key: str) -> None:
         """The sample of a task that ran is in flight no more."""
         self._at[self._samples.pop(key).stage] -= 1
+
+    def upcoming(self, stage: Stage, most: int) -> list[str]:
+        """Who is next in line, if that many wait."""
+        return list(islice(self._waiting[stage], most))
 
     def take_batch(self, stage: Stage, most: int) -> tuple[str, ...]:
         """The next samples for a task, at least one; they no longer wait."""

@@ -8,8 +8,9 @@ Invariants, which tests/unit/test_scheduler.py checks after every step of genera
 
 - Every admitted sample is in exactly one place: waiting at one station, in exactly one running task, or gone.
 - A sample goes exactly once: committed (its DECODE task done) or quarantined (P1). A drain leaves the rest to a resume.
-- At most `window` samples are in flight, and a station starts no task whose results the next one has no room for: a
-  slow decoder slows the groups instead of filling the object store (P7).
+- At most `window` samples are in flight, and a station starts no task whose results the next one has no room for, nor
+  one whose results the object store has none for beside what else the worker has made (freight.py): a slow decoder
+  slows the groups, it never fills the object store (P7).
 - A failure costs its own sample at most its budget and its worker at most a restart; everything else goes on (P5).
   In particular a batch that fails is tried again sample by sample, and none of its members is charged for it; and
   while the output root does not answer, nobody is.
@@ -24,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hv_batch.job.blame import charge
+from hv_batch.job.blame import charge, station_gone
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Abort,
@@ -48,6 +49,7 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.freight import Freight
 from hv_batch.job.limits import RetryLimits, StageLimits
 from hv_batch.job.queues import Queues
 from hv_batch.job.slots import Status, WorkerSlot
@@ -65,6 +67,7 @@ class Scheduler:
         self._retries = retries
         self._drain_timeout_s = drain_timeout_s
         self._queues = Queues()
+        self._freight = Freight({stage: limits.result_bytes for stage, limits in stages.items()})
         self._staff = Staff(stages)
         self._proven: set[Stage] = set()  # stations that have had a ready worker: config and weights are right
         self._last_loss: dict[Stage, Failure] = {}
@@ -114,9 +117,10 @@ class Scheduler:
 
     def _take(self, event: Event, now: float) -> list[Action]:
         match event:
-            case Admitted(key, stage):
+            case Admitted(key, stage, latent_bytes):
                 self._asked = max(0, self._asked - 1)
                 self._queues.admit(key, stage)
+                self._freight.admit(key, latent_bytes)
             case PlanExhausted():
                 self._exhausted, self._asked = True, 0
             case StopRequested():
@@ -144,8 +148,8 @@ class Scheduler:
                 self._proven.add(worker.id.stage)
             case Beat():
                 worker.beat = now
-            case TaskDone() if worker.task:
-                self._task_done(worker)
+            case TaskDone(_, result_bytes) if worker.task:
+                self._task_done(worker, result_bytes)
             case TaskFailed(_, failure) if worker.task:
                 return self._task_failed(worker, failure, now)
             case WorkerLost(_, failure):
@@ -154,11 +158,19 @@ class Scheduler:
                 worker.leave(until_s, now)
         return []
 
-    def _task_done(self, worker: WorkerSlot) -> None:
+    def _task_done(self, worker: WorkerSlot, result_bytes: tuple[int, ...]) -> None:
         if worker.id.stage is Stage.DECODE:
             self._outage_since = None
-        for key in worker.succeed():
+        keys = worker.succeed()
+        self._freight.arrive(worker.id, keys, result_bytes)
+        for key in keys:
             self._queues.advance(key)
+        self._unload(keys)
+
+    def _unload(self, keys: tuple[str, ...]) -> None:
+        """What is not for the station where a sample waits now is held no more."""
+        for key in keys:
+            self._freight.keep(key, self._queues.place(key) if key in self._queues else None)
 
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
         keys = worker.release()
@@ -205,7 +217,9 @@ class Scheduler:
             self._decode_at = now + OUTAGE_PAUSE_S
             if now - self._outage_since > OUTAGE_LIMIT_S:
                 return [Abort(replace(failure, kind=FailureClass.FATAL))]
-        return list(charge(self._queues, keys, failure, self._retries))
+        actions: list[Action] = list(charge(self._queues, keys, failure, self._retries))
+        self._unload(keys)
+        return actions
 
     def _find_hung(self, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -227,7 +241,7 @@ class Scheduler:
         for stage in Stage:
             if needed[stage] and self._staff.given_up(stage):
                 self._over = True
-                return [Abort(_station_gone(stage, self._last_loss[stage], self._retries.worker))]
+                return [Abort(station_gone(stage, self._last_loss[stage], self._retries.worker))]
         return [
             *self._admissions(),
             *self._runs(now),
@@ -268,9 +282,11 @@ class Scheduler:
 
     def _bottleneck(self) -> Stage | None:
         """The station that keeps groups from working: no decoder takes what they have made, or nobody feeds them."""
-        if self._room_after(Stage.DENOISE) <= 0:
+        idle = self._staff.idle(Stage.DENOISE)
+        has_work = self._queues.waiting(Stage.DENOISE) > 0
+        if self._room_after(Stage.DENOISE) <= 0 or (has_work and idle and not any(map(self._may_take, idle))):
             return Stage.DECODE
-        return None if self._queues.waiting(Stage.DENOISE) else Stage.ENCODE
+        return None if has_work else Stage.ENCODE
 
     def _runs(self, now: float) -> Iterator[Action]:
         for stage in sorted(Stage, reverse=True):  # what is nearest to a commit goes first
@@ -280,9 +296,17 @@ class Scheduler:
             for worker in self._staff.idle(stage):
                 if not self._queues.waiting(stage) or room <= 0:
                     break
-                worker.run(self._queues.take_batch(stage, min(self._limits[stage].batch, room)), now)
+                if not (most := min(self._may_take(worker), room)):
+                    continue
+                worker.run(self._queues.take_batch(stage, most), now)
+                self._freight.begin(worker.id, worker.task)
                 room -= len(worker.task)
                 yield Run(worker.id, worker.task)
+
+    def _may_take(self, worker: WorkerSlot) -> int:
+        """How many of the next samples an idle worker may work on, for what their results weigh."""
+        stage = worker.id.stage
+        return self._freight.room(worker.id, self._queues.upcoming(stage, self._limits[stage].batch))
 
     def _room_after(self, stage: Stage) -> int:
         """How many more samples the next station could hold if everything running here arrived."""
@@ -291,11 +315,3 @@ class Scheduler:
         after = Stage(stage + 1)
         coming = self._queues.at(stage) - self._queues.waiting(stage)
         return self._limits[after].ahead - self._queues.waiting(after) - coming
-
-
-def _station_gone(stage: Stage, failure: Failure, losses: int) -> Failure:
-    name = {Stage.ENCODE: "text encoder", Stage.DENOISE: "denoise group", Stage.DECODE: "VAE decoder"}[stage]
-    message = (
-        f"every {name} was lost {losses} times in a row, so no sample can pass it; the last loss: {failure.message}"
-    )
-    return Failure(FailureClass.FATAL, message, failure.traceback, failure.where)

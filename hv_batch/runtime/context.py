@@ -75,6 +75,7 @@ class StageReport:
     node: str
     worker: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    result_bytes: int = 0  # of what it handed over, where nobody knows that before; for the scheduler, not the record
 
     def to_dict(self) -> dict[str, Any]:
         return {"seconds": round(self.seconds, 3), "node": self.node, "worker": self.worker, **self.details}

@@ -60,6 +60,7 @@ from hv_batch.runtime.failures import classify
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.metrics import RunMetrics
+from hv_batch.runtime.placement import result_shares
 from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
 
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
@@ -109,7 +110,8 @@ class Driver:
         self._progress = progress
         self._should_stop = should_stop
         config = context.config
-        self._scheduler = Scheduler(stage_limits(config), retry_limits(config), config.timeouts.drain_s)
+        limits = stage_limits(config, result_shares(config))
+        self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
         self._groups = GroupPool(config, progress.say)
         self._nodes = NodeWatch(config.groups.count, progress.say)
         self._metrics = RunMetrics(public_url(context.store.url))
@@ -302,7 +304,7 @@ class Driver:
             else:
                 self._to_admit -= 1
                 self._items[found.sample.key] = InFlight(found.sample, has_steps=found.has_steps)
-                self._events.append(Admitted(found.sample.key, found.stage))
+                self._events.append(Admitted(found.sample.key, found.stage, found.sample.params.latent_bytes))
 
     def _start(self, worker: WorkerId) -> Worker:
         if worker.stage is Stage.DENOISE:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from hv_batch.job.embedding_cache import EmbeddingCache
 from hv_batch.protocol import SamplingParams
@@ -51,8 +52,10 @@ class EncoderActor:
                 "encoded": len(new),
                 "recalled": len(texts) - len(new),
             }
-            pairs.append((positive, negative))
-            reports.append(StageReport(watch.seconds / len(samples), node, self._name, details))
+            pair = (positive, negative)
+            pairs.append(pair)
+            weight = len(cloudpickle.dumps(pair))  # as Ray will: a view of a larger tensor takes that tensor along
+            reports.append(StageReport(watch.seconds / len(samples), node, self._name, details, weight))
         return *pairs, reports
 
     @ray.method(concurrency_group="health")

@@ -160,11 +160,12 @@ class DenoiseGroup:
         resume = self._ranks[0].read_steps.remote(item.sample) if item.may_resume() else None
         item.has_steps = True
         arguments = (item.sample, item.embeddings, item.stages, resume)
+        item.embeddings = None  # the ranks' tasks hold them; another try would encode anew
         latents, report = self._ranks[0].denoise.options(num_returns=2).remote(*arguments)
         others = {actor.denoise.remote(*arguments): rank for rank, actor in enumerate(self._ranks[1:], start=1)}
 
         def rendered() -> list[Event]:
-            item.latents, item.embeddings = latents, None
+            item.latents = latents
             item.stages["denoise"] = ray.get(report)
             self._pool.rendered(self._nodes)
             return [TaskDone(self.id)]

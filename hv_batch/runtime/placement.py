@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,12 +10,18 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from hv_batch.job.config import RunConfig
+from hv_batch.job.events import Stage
 from hv_batch.protocol import UserError
 
 Bundle = dict[str, float]
 
 LOOK_EVERY_S = 2.0
 SAY_EVERY_S = 30.0
+
+# Of a node's object store, for embeddings and again for latents. The other half is for the copies that readers on other
+# nodes pull, for what else runs on the cluster, and for Ray, which begins to spill to disk at 80 %.
+STORE_SHARE = 0.25
+STORE = "object_store_memory"  # Ray's name for it among a node's resources
 
 
 def actor_bundle(cpus: float, gpus: float) -> Bundle:
@@ -100,6 +107,32 @@ def await_resources(
 def alive_nodes() -> dict[str, Bundle]:
     """What each node of the cluster has in all, by Ray's id of the node."""
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def result_shares(config: RunConfig) -> dict[Stage, float]:
+    """Bytes of an object store that the results of one worker may hold, by its station; asked of the cluster as it is.
+
+    A worker's results lie where it stands. So each gets its part of the smallest store on which one can stand, divided
+    by how many of its kind may come together on one node.
+    """
+    group, encoder, _ = (bundles[0] for bundles in least_bill(config))
+    nodes = list(alive_nodes().values())
+    return {
+        Stage.ENCODE: result_share(encoder, config.encoders.count, nodes),
+        Stage.DENOISE: result_share(group, config.groups.count, nodes),
+    }
+
+
+def result_share(bundle: Bundle, count: int, nodes: Sequence[Mapping[str, float]]) -> float:
+    """Of each of `count` workers that want `bundle` of a node; inf where none of `nodes` has room for one."""
+    rooms = [(node[STORE], min(count, _how_many(bundle, node))) for node in nodes]
+    stores, crowds = [store for store, room in rooms if room >= 1], [int(room) for _, room in rooms if room >= 1]
+    return STORE_SHARE * min(stores) / max(crowds) if stores else math.inf
+
+
+def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
+    """Workers that `node` has room for while it is idle."""
+    return min((node.get(name, 0.0) / amount + 1e-9 for name, amount in bundle.items()), default=math.inf)
 
 
 def _asked_and_there(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> str:

@@ -154,7 +154,7 @@ class EncoderWorker(PoolWorker):
             return self._failed(error)
         for item, embedding, report in zip(items, embeddings, reports, strict=True):
             item.embeddings, item.stages = embedding, {"encode": report}
-        return [TaskDone(self.id)]
+        return [TaskDone(self.id, tuple(report.result_bytes for report in reports))]
 
 
 class DecoderWorker(PoolWorker):

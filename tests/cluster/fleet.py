@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from ray._private.internal_api import node_stats
 from ray.cluster_utils import Cluster
 
 # Ray waits 15 s before it believes that a silent node is dead; tests of lost nodes should not.
@@ -42,11 +43,20 @@ class Fleet:
     def address(self) -> str:
         return self._cluster.address
 
-    def add_node(self, *, gpus, cpus=2, labels=None):
+    def add_node(self, *, gpus, cpus=2, labels=None, store_bytes=150 * 2**20):
         """A node, alive on return. Its Ray id is `node.node_id`."""
         return self._cluster.add_node(
-            num_gpus=gpus, num_cpus=cpus, labels=labels or {}, node_ip_address=f"127.0.0.{next(self._hosts)}"
+            num_gpus=gpus,
+            num_cpus=cpus,
+            labels=labels or {},
+            object_store_memory=store_bytes,
+            node_ip_address=f"127.0.0.{next(self._hosts)}",
         )
+
+    def object_store(self, node):
+        """What Ray counts of a node's object store: bytes used, bytes spilled to disk, ..."""
+        (entry,) = [entry for entry in self._cluster.global_state.node_table() if entry["NodeID"] == node.node_id]
+        return node_stats(entry["NodeManagerAddress"], entry["NodeManagerPort"]).store_stats
 
     def kill_node(self, node):
         """As a power cut: raylet, actors and agents die by SIGKILL. Ray finds out a moment later."""

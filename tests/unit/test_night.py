@@ -114,7 +114,7 @@ class Night:
                 "timeouts": {"stall_s": 3 * BEAT_S},
             }
         )
-        self.scheduler = Scheduler(stage_limits(config), retry_limits(config), config.timeouts.drain_s)
+        self.scheduler = Scheduler(stage_limits(config, {}), retry_limits(config), config.timeouts.drain_s)
         for _ in range(scene.nodes + -(-(scene.encoders + scene.decoders) // GROUP_GPUS)):
             self.join()
         for at in scene.joins:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.job.config import RunConfig
-from hv_batch.runtime.placement import fits, group_bundles, least_bill, total
+from hv_batch.runtime.placement import STORE_SHARE, fits, group_bundles, least_bill, result_share, total
 
 
 def test_a_group_of_eight_wants_one_node():
@@ -37,6 +39,19 @@ def test_shares_of_a_gpu_add_up():
     )
     assert fits(least_bill(config), [{"CPU": 4, "GPU": 2}])
     assert not fits(least_bill(config), [{"CPU": 4, "GPU": 1}])
+
+
+def test_who_may_meet_on_a_node_share_its_store():
+    """P7: however Ray places the workers of a station, together they hold a part of the smallest store there."""
+    small = {"CPU": 64.0, "GPU": 8.0, "object_store_memory": 800.0}
+    large = {"CPU": 64.0, "GPU": 16.0, "object_store_memory": 1e4}
+    head = {"CPU": 8.0, "object_store_memory": 10.0}
+    group = {"GPU": 8.0, "CPU": 8.0}
+    assert result_share(group, 1, [head, small, large]) == STORE_SHARE * 800.0, "no group can stand on the head"
+    assert result_share(group, 5, [head, small, large]) == STORE_SHARE * 800.0 / 2, "two may meet on the large one"
+    assert result_share(group, 1, [head]) == math.inf
+    assert result_share({"GPU": 0.1}, 30, [small]) == STORE_SHARE * 800.0 / 30
+    assert result_share({}, 3, [head]) == STORE_SHARE * 10.0 / 3, "who asks for nothing may be anywhere"
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=4), st.lists(st.integers(0, 8), max_size=4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -35,19 +35,22 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.freight import ASSUMED_EMBEDDINGS
 from hv_batch.job.limits import RetryLimits, StageLimits
 from hv_batch.job.scheduler import Scheduler
 from hv_batch.job.slots import GIVE_UP_S
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
 STALL_S = 50.0
+MIB = 2**20
 BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
 
 
-def limits(encoders=1, groups=2, decoders=1, batch=3):
+def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf):
+    share = {"task_timeout_s": STALL_S, "result_bytes": result_bytes}
     return {
-        Stage.ENCODE: StageLimits(workers=encoders, batch=batch, ahead=batch, task_timeout_s=STALL_S),
-        Stage.DENOISE: StageLimits(workers=groups, ahead=groups + batch, task_timeout_s=STALL_S),
+        Stage.ENCODE: StageLimits(workers=encoders, batch=batch, ahead=batch, **share),
+        Stage.DENOISE: StageLimits(workers=groups, ahead=groups + batch, **share),
         Stage.DECODE: StageLimits(workers=decoders, ahead=decoders + 1, task_timeout_s=STALL_S),
     }
 
@@ -60,6 +63,7 @@ class World:
     plan: list[Admitted]
     drain_timeout_s: float = 100.0
     has_room: bool = True  # whoever is asked for is placed at once
+    embedding_bytes: dict[str, int] = field(default_factory=dict)
     now: float = 0.0
     starting: list[WorkerId] = field(default_factory=list)
     given_up: set[tuple[Stage, int]] = field(default_factory=set)  # slots that were said to have no further life
@@ -76,6 +80,8 @@ class World:
     quarantined: list[str] = field(default_factory=list)
     quarantines: list[Quarantine] = field(default_factory=list)
     runs: Counter = field(default_factory=Counter)
+    holds: dict[tuple[Stage, int], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))  # by maker, bytes
+    heaviest: int = 0  # of the embeddings that came
     finish: Finish | None = None
     abort: Abort | None = None
 
@@ -139,7 +145,9 @@ class World:
                 assert len(keys) <= self.stages[worker.stage].batch
                 self.running[worker] = keys
                 self.runs.update((worker.stage, key) for key in keys)
+                self.load(worker, keys)
             case Quarantine(key, _):
+                self.unload(key, *Stage)
                 self.quarantined.append(key)
                 self.quarantines.append(action)
                 del self.at[key]
@@ -147,6 +155,18 @@ class World:
                 self.abort = action
             case Finish():
                 self.finish = action
+
+    def load(self, worker, keys):
+        """What the worker is going to make takes its place beside what it has made; one result always may."""
+        mine, latents = self.holds[worker.stage, worker.slot], {begun.key: begun.latent_bytes for begun in self.plan}
+        coming = {Stage.ENCODE: lambda key: self.heaviest or ASSUMED_EMBEDDINGS, Stage.DENOISE: latents.get}
+        mine.update((key, coming[worker.stage](key)) for key in keys if worker.stage in coming)
+        assert sum(mine.values()) <= self.stages[worker.stage].result_bytes or len(mine) == 1, f"{mine} of {worker}"
+
+    def unload(self, key, *stages):
+        for (stage, _), mine in self.holds.items():
+            if stage in stages:
+                mine.pop(key, None)
 
     def will_come(self, key, stage):
         """Whether a sample in flight still needs the station; a drain begins nothing but decodes."""
@@ -174,6 +194,9 @@ class World:
             for worker, until in self.leaving.items():
                 assert worker in self.running, "kept though it leaves and has nothing to finish"
                 assert self.now < until - GIVE_UP_S, "kept until its node was gone"
+        for (stage, _), mine in self.holds.items():
+            if stage is Stage.DENOISE:
+                assert sum(mine.values()) <= self.stages[stage].result_bytes or len(mine) == 1
         for stage in (Stage.DENOISE, Stage.DECODE):
             begun_elsewhere = sum(1 for admitted in self.plan if admitted.stage is stage)
             running = {key for task in self.running.values() for key in task}
@@ -191,15 +214,22 @@ class World:
         keys = self.running.pop(worker)
         self.idle.add(worker)
         for key in keys:
+            self.unload(key, Stage(worker.stage - 1) if worker.stage else None)
             if worker.stage is Stage.DECODE:
                 self.committed.append(key)
                 del self.at[key]
             else:
                 self.at[key] = Stage(worker.stage + 1)
-        self.feed(TaskDone(worker))
+        weights = tuple(self.embedding_bytes.get(key, 1) for key in keys if worker.stage is Stage.ENCODE)
+        if weights:
+            self.heaviest = max(self.heaviest, *weights)
+            self.holds[worker.stage, worker.slot].update(zip(keys, weights, strict=True))
+        self.feed(TaskDone(worker, weights))
 
     def back_in_line(self, keys):
         for key in keys:
+            if key in self.at and self.at[key] is not Stage.DECODE:
+                self.unload(key, Stage.ENCODE, Stage.DENOISE)
             if key in self.at and self.at[key] is Stage.DENOISE:
                 self.at[key] = Stage.ENCODE
 
@@ -242,11 +272,19 @@ def plan_of(count, stage=Stage.ENCODE):
 @given(data=st.data())
 def test_every_history_ends_with_each_sample_gone_once(data):
     """P1, P4, P5, P7: through any failures, preemptions and releases, each sample is committed or quarantined once,
-    within bounded queues.
+    within queues that are bounded in samples and in bytes.
     """
-    stages = limits(*(data.draw(st.integers(1, 3)) for _ in range(3)), batch=data.draw(st.integers(1, 4)))
+    stages = limits(
+        *(data.draw(st.integers(1, 3)) for _ in range(3)),
+        batch=data.draw(st.integers(1, 4)),
+        result_bytes=data.draw(st.sampled_from([1, 8 * MIB, 20 * MIB, math.inf])),
+    )
     begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
-    world = World(stages, [Admitted(f"s{i}", stage) for i, stage in enumerate(begins)])
+    world = World(
+        stages,
+        [Admitted(f"s{i}", stage, MIB * data.draw(st.integers(1, 16))) for i, stage in enumerate(begins)],
+        embedding_bytes={f"s{i}": MIB * data.draw(st.integers(1, 8)) for i in range(len(begins))},
+    )
     may_stop = data.draw(st.booleans())
     for _ in range(data.draw(st.integers(0, 60))):
         if world.finish or world.abort:
@@ -465,6 +503,59 @@ def test_a_hung_task_is_given_up_and_retried():
     assert group not in world.running
     world.calm_down()
     assert world.committed == ["s0"]
+
+
+def work_without_decoding(world):
+    """Until nothing moves but the decodes, which do not end."""
+    for _ in range(1000):
+        able = [worker for worker in world.running if worker.stage is not Stage.DECODE]
+        if not (world.starting or able):
+            return
+        world.ready(world.starting[0]) if world.starting else world.done(able[0])
+    pytest.fail("it never stopped")
+
+
+@pytest.mark.parametrize(("share", "most"), [(math.inf, 5), (2 * MIB, 4), (1, 2)])
+def test_a_slow_decoder_stops_the_groups_before_the_store_is_full(share, most):
+    """P7: each of two groups makes what its share of the store holds, or one sample, what is being decoded included."""
+    stages = limits(groups=2, decoders=1, result_bytes=share) | {
+        Stage.DECODE: StageLimits(workers=1, ahead=4, task_timeout_s=STALL_S)
+    }
+    world = World(stages, [Admitted(f"s{i}", Stage.ENCODE, MIB) for i in range(12)])
+    work_without_decoding(world)
+    denoised = sum(stage is Stage.DENOISE for stage, _ in world.runs)
+    assert denoised == most
+    world.calm_down()
+    assert len(world.committed) == 12
+
+
+def test_stored_latents_take_no_room():
+    """P4, P7: latents that a decoder will read from the output root keep no group from working."""
+    plan = [Admitted(f"stored{i}", Stage.DECODE, MIB) for i in range(2)] + [Admitted("new", Stage.ENCODE, MIB)]
+    world = World(limits(groups=1, result_bytes=MIB), plan)
+    work_without_decoding(world)
+    assert world.runs[Stage.DENOISE, "new"] == 1
+
+
+def test_an_embedding_that_came_heavier_is_remembered():
+    """P7: what the next embeddings will weigh is learnt from those that came."""
+    share = 3 * ASSUMED_EMBEDDINGS
+    keys = [f"s{i}" for i in range(8)]
+    world = World(
+        limits(groups=1, batch=4, result_bytes=share),
+        [Admitted(key) for key in keys],
+        embedding_bytes=dict.fromkeys(keys, share),
+    )
+    batches = []
+    while not world.finish:
+        if world.starting:
+            world.ready(world.starting[0])
+            continue
+        worker, task = next(iter(world.running.items()))
+        if worker.stage is Stage.ENCODE:
+            batches.append(len(task))
+        world.done(worker)
+    assert batches == [3, 1, 1, 1, 1, 1]
 
 
 def test_stale_news_changes_nothing():

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from hv_batch.job.errors import FailureClass
-from hv_batch.job.events import Beat, Finish, Stage, TaskDone, WorkerLeaving, WorkerPlaced
+from hv_batch.job.events import Admitted, Beat, Finish, Stage, TaskDone, WorkerLeaving, WorkerPlaced
+from hv_batch.job.limits import StageLimits
 from hv_batch.job.slots import GIVE_UP_S, LAST_CHECKPOINT_S
 from hv_batch.job.staffing import MAKE_ROOM_EVERY_S, STARVED_AFTER_S
 from tests.unit.test_scheduler import STALL_S, World, limits, plan_of
@@ -188,6 +189,22 @@ def test_a_station_without_workers_is_given_room():
     assert any(w.stage is Stage.DENOISE for w in world.starting), "there is room again"
     world.calm_down()
     assert len(world.committed) == 40
+
+
+def test_a_decoder_that_bytes_wait_for_is_given_room():
+    """P5, P7, P33: groups that stand idle because the store holds no more latents make room for decoders."""
+    many = {Stage.DECODE: StageLimits(workers=1, ahead=100, task_timeout_s=STALL_S)}
+    plan = [Admitted(f"s{i}", Stage.ENCODE, 5) for i in range(40)]
+    world = World(limits(groups=3, result_bytes=20) | many, plan)
+    advance(world, lambda world: world.committed)
+    world.has_room = False
+    world.lost(next(w for w in (*world.running, *world.idle) if w.stage is Stage.DECODE), FailureClass.INFRA)
+    for _ in range(100):
+        if busy := [w for w in world.running if w.stage is not Stage.DECODE]:
+            world.done(busy[0])
+    assert len([w for w in world.idle if w.stage is Stage.DENOISE]) == 3
+    world.tick(STARVED_AFTER_S)
+    assert len([w for w in world.released if w.stage is Stage.DENOISE]) == 1
 
 
 def test_the_news_of_a_released_worker_is_stale():

@@ -1,0 +1,48 @@
+"""A slow station slows those before it: on a real object store that is too small for what they could make."""
+
+from __future__ import annotations
+
+import time
+
+from tests.cluster.runs import command, count, finish, records, start, write_config, write_manifest
+
+DEADLINE_S = 120  # of a wait; a machine that is busy with other things takes its time to start a worker
+STORE_BYTES = 80 * 2**20
+SIDE = 4096  # an image whose latents take as many bytes as it has pixels, 16 MiB: five of them would be spilled to disk
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never saw {what}"
+        time.sleep(0.05)
+
+
+def test_a_held_decoder_stops_the_groups_before_the_store_is_full(fleet, tmp_path, marks):
+    """P7: two groups make one sample each, which is all that their shares of the store hold, and wait; no byte is
+    spilled; then everything is committed.
+    """
+    node = fleet.add_node(gpus=3, store_bytes=STORE_BYTES)
+    config = write_config(
+        tmp_path,
+        marks,
+        defaults={"height": SIDE, "width": SIDE, "num_frames": 1, "num_inference_steps": 1},
+        parallel={"ulysses_degree": 1},
+        groups={"count": 2},
+        encoders={"gpus": 0.5},
+        decoders={"gpus": 0.5},
+    )
+    (marks / "hold-decodes").touch()
+    output = tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, [f"prompt {i}" for i in range(4)]), output, fleet.address))
+    wait_for(lambda: count(marks, "denoised").total() >= 2 and count(marks, "decoded"), "two denoises and a decode")
+    held = fleet.object_store(node).object_store_bytes_used
+    (marks / "hold-decodes").unlink()
+    code, text = finish(driver)
+    assert code == 0, text
+    assert len(records(output)) == 4
+    assert SIDE**2 <= held < 3 * SIDE**2
+    assert fleet.object_store(node).spilled_bytes_total == 0
+    began = (marks / "trace").read_text().split()
+    lead = [began[: i + 1].count("denoising") - began[: i + 1].count("decoded") for i in range(len(began))]
+    assert max(lead) == 2, f"a denoise that nobody had room for: {began}"
