@@ -14,7 +14,9 @@ from typing import Any
 from hv_batch.job.check import check_manifest
 from hv_batch.job.config import RunConfig
 from hv_batch.job.cost import Work, count_work, decode_flops, exchange_bytes, forward_flops, plan_ranks, rank_traffic
+from hv_batch.job.events import Stage
 from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
+from hv_batch.job.limits import most_workers
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import (
     GIB,
@@ -26,6 +28,7 @@ from hv_batch.job.memory import (
     encoder_footprint,
 )
 from hv_batch.job.model import ENGINE, ModelShape
+from hv_batch.job.pools import whole, workers_needed
 from hv_batch.job.storage import Store
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.context import build_engine
@@ -54,6 +57,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         if found := engine.group_problems(config.parallel.plan, summary.shapes):
             raise UserError("; ".join(found))
         work = count_work(index)
+    workers = _workers(config, _seconds(config, model, work, gpu))
     return {
         "manifest": {
             "url": manifest.public_urls,
@@ -65,8 +69,11 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         "components": _components(model),
         "memory": _memory(config, model, work, gpu),
         "traffic": _traffic(config, model, work, gpu),
-        "gpus": _bill(config),
-        "estimate": {name: _estimate(config, model, work, known) for name, known in GPUS.items()},
+        "gpus": _bill(config, workers),
+        "workers": {stage.name.lower(): count for stage, count in sorted(workers.items())},
+        "estimate": {
+            name: _estimate(config, _seconds(config, model, work, known), known) for name, known in GPUS.items()
+        },
         "gpu": {
             "name": gpu.name,
             "tflops": gpu.tflops,
@@ -152,24 +159,40 @@ def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu
     }
 
 
-def _bill(config: RunConfig) -> Report:
-    groups = config.groups.count * config.parallel.plan.world_size * config.groups.gpus_per_rank
-    encoders, decoders = config.encoders.count * config.encoders.gpus, config.decoders.count * config.decoders.gpus
+def _workers(config: RunConfig, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
+    """Of each station, for a manifest that takes so long there; `auto` pools as a run would come to size them."""
+    workers = most_workers(config)
+    for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders)):
+        if pool.count == "auto":
+            needed = workers_needed(config.groups.count, seconds[Stage.DENOISE], seconds[stage])
+            workers[stage] = whole(needed, workers[stage])
+    return workers
+
+
+def _bill(config: RunConfig, workers: Mapping[Stage, int]) -> Report:
+    groups = workers[Stage.DENOISE] * config.parallel.plan.world_size * config.groups.gpus_per_rank
+    encoders, decoders = workers[Stage.ENCODE] * config.encoders.gpus, workers[Stage.DECODE] * config.decoders.gpus
     return {"groups": groups, "encoders": encoders, "decoders": decoders, "total": groups + encoders + decoders}
 
 
-def _estimate(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
-    """Seconds of every stage over the whole manifest; they overlap, so the slowest is the run's."""
+def _seconds(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> dict[Stage, float]:
+    """What one worker of each station would take for the whole manifest."""
     plan = config.parallel.plan
-    stages = {
-        "encode": _total(work, lambda kind: kind.branches * ENCODE_SECONDS) / config.encoders.count,
-        "denoise": _total(work, lambda kind: denoise_seconds(gpu, model, kind, plan)) / config.groups.count,
-        "decode": _total(work, lambda kind: decode_seconds(gpu, model, kind)) / config.decoders.count,
+    return {
+        Stage.ENCODE: _total(work, lambda kind: kind.branches * ENCODE_SECONDS),
+        Stage.DENOISE: _total(work, lambda kind: denoise_seconds(gpu, model, kind, plan)),
+        Stage.DECODE: _total(work, lambda kind: decode_seconds(gpu, model, kind)),
     }
+
+
+def _estimate(config: RunConfig, seconds: Mapping[Stage, float], gpu: Gpu) -> Report:
+    """Hours of every stage over the whole manifest; they overlap, so the slowest is the run's."""
+    workers = _workers(config, seconds)
+    stages = {stage.name.lower(): seconds[stage] / workers[stage] for stage in Stage}
     hours = max(stages.values()) / HOUR_S
     return {
         "hours": hours,
-        "gpu_hours": hours * _bill(config)["total"],
+        "gpu_hours": hours * _bill(config, workers)["total"],
         "slowest": max(stages, key=lambda stage: stages[stage]),
         "stage_hours": {stage: seconds / HOUR_S for stage, seconds in stages.items()},
         "assumed": gpu.anchor.startswith("none"),
@@ -239,10 +262,10 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
-    gpu, bill, traffic = plan["gpu"], plan["gpus"], plan["traffic"]
+    gpu, bill, traffic, workers = plan["gpu"], plan["gpus"], plan["traffic"], plan["workers"]
     yield (
-        f"GPUs: {bill['groups']:g} for groups + {bill['encoders']:g} for encoders + {bill['decoders']:g} for decoders "
-        f"= {bill['total']:g}"
+        f"GPUs: {bill['groups']:g} for {workers['denoise']} group(s) + {bill['encoders']:g} for {workers['encode']} "
+        f"encoder(s) + {bill['decoders']:g} for {workers['decode']} decoder(s) = {bill['total']:g}"
     )
     yield (
         f"sent by a rank in a step of {_shape(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB by "

@@ -39,11 +39,13 @@ class FakeEngine:
         check: list[str] | None = None,
         revision: str = "a",
         dies_after: list[str] | None = None,
+        decode_seconds: float = 0.0,
     ):
         self.marks = Path(marks)
         self.dies_after = dies_after or []
         self._arm()
         self.step_seconds = step_seconds
+        self.decode_seconds = decode_seconds
         self.hold_after = hold_after
         self.problems = check or []
         self.revision = revision
@@ -203,7 +205,8 @@ class FakeDecoder:
     def decode(self, latents):
         if (self.engine.marks / "decoder-dies").exists() and self.engine.first("decoder-died"):
             os.kill(os.getpid(), signal.SIGKILL)
-        self.engine.mark("decoded")
+        self.engine.mark("decoded", str(os.getpid()))
+        time.sleep(self.engine.decode_seconds)
         while (self.engine.marks / "hold-decodes").exists():
             time.sleep(0.02)
         _, frames, height, width = latents.shape

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from hv_batch.job.config_text import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
@@ -21,6 +21,7 @@ from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, ParallelPlan, Use
 Count = Annotated[int, Field(ge=1)]
 GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on more than one GPU
 Cpus = Annotated[float, Field(ge=0)]
+PoolSize = Annotated[int | Literal["auto"], BeforeValidator(lambda value: _follow_pool_rule(value))]
 Seconds = Annotated[float, Field(gt=0)]
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
@@ -29,6 +30,13 @@ def _follow_row_rule(field: str, value: Any) -> Any:
     allowed = find_fault(field, value)
     if allowed:
         raise ValueError(allowed)
+    return value
+
+
+def _follow_pool_rule(value: Any) -> Any:
+    """In one sentence: pydantic would tell a problem for each side of the union."""
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("a whole number of at least 1, or auto")
     return value
 
 
@@ -124,8 +132,9 @@ class GroupsConfig(_Section):
 class EncodersConfig(_Section):
     """Text-encoder actors."""
 
-    count: Count = 1
-    """Actors, each with both text towers."""
+    count: PoolSize = 1
+    """Actors, each with both text towers; auto: as many as keep the groups from waiting, by how long encodings and
+    denoises turn out to take, at most one a group."""
     gpus: GpuShare = 1.0
     """GPUs that Ray reserves for an actor."""
     cpus: Cpus = 1.0
@@ -140,8 +149,9 @@ class EncodersConfig(_Section):
 class DecodersConfig(_Section):
     """VAE-decoder actors, which also write and commit the videos."""
 
-    count: Count = 1
-    """Actors, each with one VAE decoder."""
+    count: PoolSize = 1
+    """Actors, each with one VAE decoder; auto: as many as keep the groups from waiting, by how long decodes and
+    denoises turn out to take, at most two a group."""
     gpus: GpuShare = 1.0
     """GPUs that Ray reserves for an actor."""
     cpus: Cpus = 2.0

@@ -154,6 +154,16 @@ class ReleaseWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class Resized:
+    """An `auto` pool is to have another number of workers. For people: starts and releases follow by themselves."""
+
+    stage: Stage
+    workers: int
+    before: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """Give the task of the worker's stage for `keys` to `worker`."""
 
@@ -188,4 +198,4 @@ class Finish:
     drained: bool
 
 
-Action = Admit | StartWorker | KillWorker | ReleaseWorker | Run | Checkpoint | Quarantine | Abort | Finish
+Action = Admit | StartWorker | KillWorker | ReleaseWorker | Resized | Run | Checkpoint | Quarantine | Abort | Finish

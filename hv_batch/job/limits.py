@@ -14,6 +14,7 @@ from hv_batch.job.events import Stage
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLimits:
     workers: int  # at most
+    auto: bool = False  # how many of them there should be is learnt from how long tasks take
     batch: int = 1  # samples a task may take
     ahead: int  # samples that may wait here; the station before pauses when its results would exceed them
     task_timeout_s: float  # without a Beat for so long a running task counts as hung
@@ -39,6 +40,20 @@ class RetryLimits:
         }[kind]
 
 
+# Of an `auto` pool, for each group. Encoding is a small part of a denoise, even of an image; where it takes longer, the
+# embedding cache is slow. A decode may take longer than a denoise of few steps on eight GPUs; where it takes more than
+# twice as long, uploads or disks are slow. More GPUs would only wait with the others.
+MOST_A_GROUP = {Stage.ENCODE: 1, Stage.DECODE: 2}
+
+
+def most_workers(config: RunConfig) -> dict[Stage, int]:
+    """Workers that a station may ever have."""
+    groups = config.groups.count
+    pools = {Stage.ENCODE: config.encoders.count, Stage.DECODE: config.decoders.count}
+    most = {stage: MOST_A_GROUP[stage] * groups if count == "auto" else count for stage, count in pools.items()}
+    return {**most, Stage.DENOISE: groups}
+
+
 def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict[Stage, StageLimits]:
     """`result_bytes`: what the results of one worker may hold of the object store, for stations where that is bounded.
 
@@ -49,9 +64,11 @@ def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict
     """
     stall_s = config.timeouts.stall_s
     batch = config.encoders.batch_size
+    workers = most_workers(config)
     return {
         Stage.ENCODE: StageLimits(
-            workers=config.encoders.count,
+            workers=workers[Stage.ENCODE],
+            auto=config.encoders.count == "auto",
             batch=batch,
             ahead=batch,
             task_timeout_s=stall_s,
@@ -64,8 +81,9 @@ def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict
             result_bytes=result_bytes.get(Stage.DENOISE, math.inf),
         ),
         Stage.DECODE: StageLimits(
-            workers=config.decoders.count,
-            ahead=config.groups.count + max(config.groups.count, config.decoders.count),
+            workers=workers[Stage.DECODE],
+            auto=config.decoders.count == "auto",
+            ahead=config.groups.count + max(config.groups.count, workers[Stage.DECODE]),
             task_timeout_s=stall_s,
         ),
     }

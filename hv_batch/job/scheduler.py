@@ -51,6 +51,7 @@ from hv_batch.job.events import (
 )
 from hv_batch.job.freight import Freight
 from hv_batch.job.limits import RetryLimits, StageLimits
+from hv_batch.job.pools import Pools
 from hv_batch.job.queues import Queues
 from hv_batch.job.slots import Status, WorkerSlot
 from hv_batch.job.staffing import Staff
@@ -68,7 +69,8 @@ class Scheduler:
         self._drain_timeout_s = drain_timeout_s
         self._queues = Queues()
         self._freight = Freight({stage: limits.result_bytes for stage, limits in stages.items()})
-        self._staff = Staff(stages)
+        self._pools = Pools(stages)
+        self._staff = Staff(stages, self._pools)
         self._proven: set[Stage] = set()  # stations that have had a ready worker: config and weights are right
         self._last_loss: dict[Stage, Failure] = {}
         self._outage_since: float | None = None
@@ -149,7 +151,7 @@ class Scheduler:
             case Beat():
                 worker.beat = now
             case TaskDone(_, result_bytes) if worker.task:
-                self._task_done(worker, result_bytes)
+                self._task_done(worker, result_bytes, now)
             case TaskFailed(_, failure) if worker.task:
                 return self._task_failed(worker, failure, now)
             case WorkerLost(_, failure):
@@ -158,7 +160,9 @@ class Scheduler:
                 worker.leave(until_s, now)
         return []
 
-    def _task_done(self, worker: WorkerSlot, result_bytes: tuple[int, ...]) -> None:
+    def _task_done(self, worker: WorkerSlot, result_bytes: tuple[int, ...], now: float) -> None:
+        seconds = (now - worker.begun) / len(worker.task)
+        self._pools.measure(worker.id.stage, seconds, first=worker.is_fresh)
         if worker.id.stage is Stage.DECODE:
             self._outage_since = None
         keys = worker.succeed()
@@ -242,10 +246,12 @@ class Scheduler:
             if needed[stage] and self._staff.given_up(stage):
                 self._over = True
                 return [Abort(station_gone(stage, self._last_loss[stage], self._retries.worker))]
+        is_tail = self._exhausted or self._drain_until is not None
         return [
             *self._admissions(),
             *self._runs(now),
-            *(self._staff.surplus(needed) if self._exhausted or self._drain_until is not None else ()),
+            *self._pools.resize(self._staff.placed(Stage.DENOISE), now, may_shrink=not is_tail),
+            *self._staff.surplus(needed if is_tail else {}),
             *self._staff.make_room(needed, self._bottleneck(), now),
             *self._staff.starts(needed, now),
         ]

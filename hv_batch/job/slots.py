@@ -50,7 +50,9 @@ class WorkerSlot:
     leaving_at: float | None = None  # its node is taken away then
     checkpoint_at: float = math.inf  # when what a leaving worker has done so far is to be written down
     task: tuple[str, ...] = ()
+    begun: float = 0.0  # the task
     beat: float = 0.0
+    is_fresh: bool = True  # this life has done no task yet
     losses: int = 0  # in a row, each sample counted once
     start_at: float = 0.0
     blamed: set[str] = field(default_factory=set)  # samples that a loss in a row was counted for
@@ -75,10 +77,10 @@ class WorkerSlot:
         self.status, self.placed, self.ready_at = Status.IDLE, True, now
 
     def run(self, keys: tuple[str, ...], now: float) -> None:
-        self.task, self.status, self.beat = keys, Status.BUSY, now
+        self.task, self.status, self.begun, self.beat = keys, Status.BUSY, now, now
 
     def succeed(self) -> tuple[str, ...]:
-        self.losses = 0
+        self.losses, self.is_fresh = 0, False
         self.blamed.clear()
         self.suspicious.clear()
         return self.release()
@@ -91,7 +93,7 @@ class WorkerSlot:
     def end(self) -> None:
         """End this life; whether and when the next one begins is not decided by this."""
         self.status, self.placed, self.ready_at = Status.ABSENT, False, math.inf
-        self.leaving_at, self.checkpoint_at = None, math.inf
+        self.leaving_at, self.checkpoint_at, self.is_fresh = None, math.inf, True
         self.suspicious.clear()
         self.id = WorkerId(self.id.stage, self.id.slot, self.id.life + 1)
 

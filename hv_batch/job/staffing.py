@@ -1,8 +1,9 @@
 """Which workers there should be: whom to ask for, in what order, and whom to let go.
 
-A station's number of workers is the most it may have. They are asked for as soon as there is work for them, and stay
-asked for while the cluster has no room: that is what an autoscaler sees, and a node that joins is used at once. What
-the rest of the run can never keep busy is let go; who runs a task never is.
+A station's number of workers is the most it may have, or what was learnt of an `auto` pool (pools.py). They are asked
+for as soon as there is work for them, and stay asked for while the cluster has no room: that is what an autoscaler
+sees, and a node that joins is used at once. What the rest of the run can never keep busy, or the pool has too many of,
+is let go; who runs a task never is.
 
 On a cluster that is too small for everybody, the first worker of each station comes before the second of any. Groups
 may take what the other stations need, and nodes that are lost may leave these with too few workers, or none: a group
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 
 from hv_batch.job.events import ReleaseWorker, Stage, StartWorker, WorkerId
 from hv_batch.job.limits import StageLimits
+from hv_batch.job.pools import Pools
 from hv_batch.job.slots import Status, WorkerSlot
 
 # Groups are asked for first: only they need many GPUs of one node at once, and a single actor that lands there first
@@ -28,6 +30,7 @@ STARVED_AFTER_S = 300.0
 MAKE_ROOM_EVERY_S = 30.0  # what is freed is taken within seconds; if that was too little, more is made
 FAVOUR_S = 120.0  # room that nobody has taken by then was not what they lacked: groups may have it back
 
+FEWER_DO = "fewer keep the groups from waiting"
 NOT_NEEDED = "the rest of the run cannot keep it busy"
 MAKES_ROOM = "another station has waited too long for room"
 
@@ -35,7 +38,8 @@ MAKES_ROOM = "another station has waited too long for room"
 class Staff:
     """Every worker slot of every station."""
 
-    def __init__(self, limits: Mapping[Stage, StageLimits]) -> None:
+    def __init__(self, limits: Mapping[Stage, StageLimits], pools: Pools) -> None:
+        self._pools = pools
         self._slots = {
             stage: [WorkerSlot(WorkerId(stage, slot, 0)) for slot in range(limits[stage].workers)] for stage in Stage
         }
@@ -57,8 +61,10 @@ class Staff:
         return slot if slot.id == worker and slot.alive else None
 
     def given_up(self, stage: Stage) -> bool:
-        """Whether no slot of the station will ever start again."""
-        return all(slot.status is Status.ABANDONED for slot in self._slots[stage])
+        """Whether as many slots as the station may have will never start again, and none else is left."""
+        slots = self._slots[stage]
+        abandoned = sum(slot.status is Status.ABANDONED for slot in slots)
+        return abandoned >= self._pools.most(stage) and not any(slot.alive for slot in slots)
 
     def starts(self, needed: Mapping[Stage, int], now: float) -> Iterator[StartWorker]:
         """Ask for workers, where `needed` says how many of each station could ever be busy."""
@@ -67,21 +73,30 @@ class Staff:
         for stage in START_ORDER:
             if stage is not Stage.DENOISE and needed[Stage.DENOISE] and not group_placed:
                 continue
-            slots = self._slots[stage]
+            most = self._pools.most(stage)
+            # Not those beyond, which an `auto` pool keeps to grow: they would jump the pause after a loss.
+            slots = [slot for slot in self._slots[stage] if slot.status is not Status.ABANDONED][:most]
             absent = [slot for slot in slots if slot.status is Status.ABSENT and now >= slot.start_at]
             if not absent or (stage is Stage.DENOISE and group_placed and now < self._no_group_before):
                 continue
-            missing = min(needed[stage], len(slots) if served else 1) - sum(slot.alive for slot in slots)
+            missing = min(needed[stage], most if served else 1) - sum(slot.alive for slot in self._slots[stage])
             for slot in absent[: max(0, missing)]:
                 slot.start(now)
                 yield StartWorker(slot.id)
 
     def surplus(self, needed: Mapping[Stage, int]) -> Iterator[ReleaseWorker]:
-        """Let go whom the rest of the run, which needs no more than `needed`, cannot keep busy."""
+        """Let go whom the rest of the run cannot keep busy, where it is known to need no more than `needed`, and who is
+        too many in an `auto` pool.
+        """
         for stage, slots in self._slots.items():
-            too_many = sum(slot.alive for slot in slots) - needed[stage]
+            most = self._pools.most(stage)
+            too_many = sum(slot.alive for slot in slots) - min(most, needed.get(stage, most))
             if too_many > 0:
-                yield from _release(_spare(slots)[:too_many], NOT_NEEDED)
+                yield from _release(_spare(slots)[:too_many], NOT_NEEDED if needed else FEWER_DO)
+
+    def placed(self, stage: Stage) -> int:
+        """How many workers hold their resources, loaded or not."""
+        return sum(slot.placed for slot in self._slots[stage])
 
     def make_room(self, needed: Mapping[Stage, int], bottleneck: Stage | None, now: float) -> Iterator[ReleaseWorker]:
         """Let go of idle workers where another station has none, or is the bottleneck, and waits too long for room."""

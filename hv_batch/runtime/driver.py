@@ -31,6 +31,7 @@ from hv_batch.job.events import (
     PlanExhausted,
     Quarantine,
     ReleaseWorker,
+    Resized,
     Run,
     Stage,
     StartWorker,
@@ -271,6 +272,9 @@ class Driver:
                     self._stood.discard(worker)
                     self._progress.say(f"{worker} is released: {reason}")
                     self._workers.pop(worker).kill()
+                case Resized(stage, workers, before, reason):
+                    name = "encoder" if stage is Stage.ENCODE else "decoder"
+                    self._progress.say(f"{workers} {name}(s) instead of {before}: {reason}")
                 case Run(worker, keys):
                     self._tasks[worker] = Task(keys, time.monotonic())
                     self._run(worker, keys)

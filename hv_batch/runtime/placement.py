@@ -11,6 +11,7 @@ from ray.autoscaler.sdk import request_resources
 
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage
+from hv_batch.job.limits import most_workers
 from hv_batch.protocol import UserError
 
 Bundle = dict[str, float]
@@ -116,11 +117,9 @@ def result_shares(config: RunConfig) -> dict[Stage, float]:
     by how many of its kind may come together on one node.
     """
     group, encoder, _ = (bundles[0] for bundles in least_bill(config))
-    nodes = list(alive_nodes().values())
-    return {
-        Stage.ENCODE: result_share(encoder, config.encoders.count, nodes),
-        Stage.DENOISE: result_share(group, config.groups.count, nodes),
-    }
+    nodes, most = list(alive_nodes().values()), most_workers(config)
+    bundles = {Stage.ENCODE: encoder, Stage.DENOISE: group}
+    return {stage: result_share(bundle, most[stage], nodes) for stage, bundle in bundles.items()}
 
 
 def result_share(bundle: Bundle, count: int, nodes: Sequence[Mapping[str, float]]) -> float:

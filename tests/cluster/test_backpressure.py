@@ -1,4 +1,4 @@
-"""A slow station slows those before it: on a real object store that is too small for what they could make."""
+"""Stations of unequal speed: a slow one slows those before it, or is given more workers where its pool is `auto`."""
 
 from __future__ import annotations
 
@@ -46,3 +46,31 @@ def test_a_held_decoder_stops_the_groups_before_the_store_is_full(fleet, tmp_pat
     began = (marks / "trace").read_text().split()
     lead = [began[: i + 1].count("denoising") - began[: i + 1].count("decoded") for i in range(len(began))]
     assert max(lead) == 2, f"a denoise that nobody had room for: {began}"
+
+
+def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, marks):
+    """Stations: one decoder that takes several times as long as a denoise is joined by others, which is said with the
+    reason, and every sample is committed.
+    """
+    config = write_config(
+        tmp_path,
+        marks,
+        {"decode_seconds": 1.5},
+        parallel={"ulysses_degree": 1},
+        groups={"count": 2},
+        decoders={"count": "auto"},
+    )
+    output = tmp_path / "out"
+    manifest = write_manifest(tmp_path, [f"prompt {i}" for i in range(7)])
+    driver = start(command(config, manifest, output, ray_head[0]))
+    text = ""
+    while "decoder(s) instead of 1: a decode takes " not in text:
+        line = driver.stdout.readline()
+        assert line, f"the pool never grew:\n{text}"
+        text += line
+    (marks / "hold-decodes").touch()  # so that the new ones, however late they come, find something to do
+    wait_for(lambda: len(count(marks, "decoded")) > 1, "a second decoder at work")
+    (marks / "hold-decodes").unlink()
+    code, rest = finish(driver)
+    assert code == 0, text + rest
+    assert len(records(output)) == 7

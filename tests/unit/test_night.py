@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Literal
 
 import pytest
 
@@ -29,6 +30,7 @@ from hv_batch.job.events import (
     PlanExhausted,
     Quarantine,
     ReleaseWorker,
+    Resized,
     Run,
     Stage,
     StartWorker,
@@ -41,7 +43,7 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.limits import retry_limits, stage_limits
+from hv_batch.job.limits import most_workers, retry_limits, stage_limits
 from hv_batch.job.scheduler import Scheduler
 
 GROUP_GPUS = 8
@@ -55,7 +57,7 @@ class Scene:
     samples: int
     groups: int
     encoders: int
-    decoders: int
+    decoders: int | Literal["auto"]
     nodes: int  # of eight GPUs, at the beginning; encoders and decoders stand on nodes of their own
     batch: int = 8
     load_s: float = 300.0
@@ -93,6 +95,7 @@ class Night:
     quarantined: list[str] = field(default_factory=list)
     lost: Counter = field(default_factory=Counter)  # group-seconds by cause
     denoised: Counter = field(default_factory=Counter)
+    sizes: list[int] = field(default_factory=list)  # of the pool of decoders, whenever it changed
     ended: float | None = None
     room: bool = False  # something may have become free, or been asked for, since the last look
 
@@ -115,7 +118,8 @@ class Night:
             }
         )
         self.scheduler = Scheduler(stage_limits(config, {}), retry_limits(config), config.timeouts.drain_s)
-        for _ in range(scene.nodes + -(-(scene.encoders + scene.decoders) // GROUP_GPUS)):
+        decoders = most_workers(config)[Stage.DECODE]
+        for _ in range(scene.nodes + -(-(scene.encoders + decoders) // GROUP_GPUS)):
             self.join()
         for at in scene.joins:
             self.at(at, self.join)
@@ -176,6 +180,8 @@ class Night:
                     assert not self.end(worker).keys
                 case Run(worker, keys):
                     self.begin_task(self.lives[worker], keys)
+                case Resized(Stage.DECODE, workers):
+                    self.sizes.append(workers)
                 case Quarantine(key, _):
                     self.quarantined.append(key)
                 case Checkpoint():
@@ -311,6 +317,19 @@ def test_groups_do_not_wait_for_work():
     """Design section 2: eight groups of 50 one-second steps are idle for less than 2 % while there is work."""
     scene = Scene(samples=400, groups=8, encoders=1, decoders=2, nodes=8, denoise_s=50.0, decode_s=10.0)
     assert Night(scene).run().idle_share < 0.02
+
+
+@pytest.mark.parametrize(("decode_s", "ideal"), [(60.0, 2), (169.0, 4), (473.0, 12)])
+def test_an_auto_pool_finds_its_size(decode_s, ideal):
+    """Stations: eight groups wait for less than 2 % of a night whose decoders nobody has counted: the pool finds how
+    many it takes, or one more for the headroom, and stays there.
+    """
+    scene = Scene(samples=800, groups=8, encoders=1, decoders="auto", nodes=8, decode_s=decode_s)
+    night = Night(scene).run()
+    assert night.idle_share < 0.02
+    assert ideal <= night.sizes[-1] <= ideal + 1
+    assert night.sizes == sorted(night.sizes)
+    assert len(night.sizes) <= 2
 
 
 def test_groups_that_took_all_room_give_some_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hv_batch.job.cost import Work, exchange_bytes, plan_ranks, rank_traffic
 from hv_batch.job.gpus import GPUS, HOST_LINK, decode_seconds, denoise_seconds, find_gpu, forward_seconds
 from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint, memory_problems
 from hv_batch.job.model import ModelShape
+from hv_batch.job.pools import HEADROOM
 from hv_batch.job.progress import Progress
 from hv_batch.plan import make_plan, render_plan
 from hv_batch.protocol import ParallelPlan, UserError
@@ -165,6 +167,21 @@ def test_a_plan_adds_up(config, manifest):
     (rank,) = [stage for stage in plan["memory"] if stage["stage"] == "denoise rank"]
     assert rank["shape"] == [720, 1280, 129]
     assert rank["total"] == denoiser_footprint(RELEASED, count_tokens((720, 1280, 129)), 8, 1).total
+
+
+def test_a_plan_sizes_auto_pools_as_a_run_would(config, manifest):
+    """Stations: with `count: auto` the bill and the hours are those of the pools that the predicted times call for."""
+    groups = config.groups.model_copy(update={"count": 12})
+    pools = {name: getattr(config, name).model_copy(update={"count": "auto"}) for name in ("encoders", "decoders")}
+    plan = make_plan(config.model_copy(update={"groups": groups, **pools}), manifest, GPUS["h100"])
+    fixed = make_plan(config.model_copy(update={"groups": groups}), manifest, GPUS["h100"])
+    hours = fixed["estimate"]["h100"]["stage_hours"]
+    decoders = math.ceil(HEADROOM * hours["decode"] / hours["denoise"])
+    assert decoders > 1
+    assert plan["workers"] == {"encode": 1, "denoise": 12, "decode": decoders}
+    assert plan["gpus"] == {"groups": 96, "encoders": 1, "decoders": decoders, "total": 97 + decoders}
+    assert plan["estimate"]["h100"]["stage_hours"]["decode"] == pytest.approx(hours["decode"] / decoders)
+    assert f"{decoders} for {decoders} decoder(s)" in render_plan(plan)
 
 
 def test_a_plan_knows_halves_of_groups(config, tmp_path):
