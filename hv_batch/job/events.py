@@ -159,8 +159,7 @@ class Resized:
 
     stage: Stage
     workers: int
-    before: int
-    reason: str
+    reason: str  # the whole sentence
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class Freight:
             self._heaviest = max(self._heaviest, *weights, 0)
 
     def keep(self, key: str, station: Stage | None) -> None:
-        """The sample waits at `station`, or has gone (None): only what was made for this station is still held."""
+        """The sample goes to `station`, or is gone (None): only what was made for this station is still held."""
         made = self._loads[key].made
         for stage in [stage for stage in made if station is None or stage + 1 != station]:
             maker, weight = made.pop(stage)

@@ -28,6 +28,8 @@ SPARE = 1.2
 RECENT = 64  # samples of a mean: a few rounds of eight groups, and soon forgotten when the manifest's shapes change
 SHRINK_AFTER_S = 300.0
 
+NAMES = {Stage.ENCODE: ("encoder", "an encoding"), Stage.DECODE: ("decoder", "a decode")}
+
 
 def workers_needed(groups: float, denoise_s: float, task_s: float) -> float:
     """Workers of a pool that are busy while none of `groups` waits, and the headroom."""
@@ -107,9 +109,6 @@ class Pools:
         for stage, pool in self._sized.items():
             task_s, before = self._times[stage].mean, pool.workers
             if denoise_s and task_s and pool.resize(workers_needed(groups, denoise_s, task_s), now, may_shrink):
-                yield Resized(stage, pool.workers, before, _why(stage, task_s, groups, denoise_s))
-
-
-def _why(stage: Stage, task_s: float, groups: int, denoise_s: float) -> str:
-    task = "an encoding" if stage is Stage.ENCODE else "a decode"
-    return f"{task} takes {task_s:.3g} s, and a denoise {denoise_s:.3g} s in each of {groups} group(s)"
+                because = f"takes {task_s:.3g} s, and a denoise {denoise_s:.3g} s in each of {groups} group(s)"
+                name, task = NAMES[stage]
+                yield Resized(stage, pool.workers, f"{pool.workers} {name}(s) instead of {before}: {task} {because}")

@@ -8,6 +8,7 @@ from itertools import islice
 
 from hv_batch.job.errors import Failure
 from hv_batch.job.events import Stage
+from hv_batch.job.freight import Freight
 
 
 @dataclass(slots=True)
@@ -20,7 +21,8 @@ class _Sample:
 class Queues:
     """Counts are kept, not counted: a cluster of a thousand GPUs asks for them hundreds of times a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, freight: Freight) -> None:
+        self._freight = freight  # moves with them
         self._samples: dict[str, _Sample] = {}
         self._waiting: dict[Stage, deque[str]] = {stage: deque() for stage in Stage}
         self._at: Counter[Stage] = Counter()
@@ -31,9 +33,6 @@ class Queues:
     def places(self) -> dict[str, Stage]:
         """The station of every sample in flight."""
         return {key: sample.stage for key, sample in self._samples.items()}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._samples
 
     def place(self, key: str) -> Stage:
         return self._samples[key].stage
@@ -53,8 +52,9 @@ class Queues:
         """What the sample has been charged with; the caller may add to it."""
         return self._samples[key].failures
 
-    def admit(self, key: str, stage: Stage) -> None:
+    def admit(self, key: str, stage: Stage, latent_bytes: int) -> None:
         assert key not in self._samples, f"sample {key} admitted twice"
+        self._freight.admit(key, latent_bytes)
         self._samples[key] = _Sample(stage)
         self._at[stage] += 1
         self._waiting[stage].append(key)
@@ -83,6 +83,7 @@ class Queues:
 
     def remove(self, key: str) -> None:
         """The sample of a task that ran is in flight no more."""
+        self._freight.keep(key, None)
         self._at[self._samples.pop(key).stage] -= 1
 
     def upcoming(self, stage: Stage, most: int) -> list[str]:
@@ -100,6 +101,7 @@ class Queues:
         return tuple(batch)
 
     def _move(self, key: str, stage: Stage) -> None:
+        self._freight.keep(key, stage)
         sample = self._samples[key]
         self._at[sample.stage] -= 1
         self._at[stage] += 1

@@ -67,8 +67,8 @@ class Scheduler:
         self._limits = stages
         self._retries = retries
         self._drain_timeout_s = drain_timeout_s
-        self._queues = Queues()
         self._freight = Freight({stage: limits.result_bytes for stage, limits in stages.items()})
+        self._queues = Queues(self._freight)
         self._pools = Pools(stages)
         self._staff = Staff(stages, self._pools)
         self._proven: set[Stage] = set()  # stations that have had a ready worker: config and weights are right
@@ -121,8 +121,7 @@ class Scheduler:
         match event:
             case Admitted(key, stage, latent_bytes):
                 self._asked = max(0, self._asked - 1)
-                self._queues.admit(key, stage)
-                self._freight.admit(key, latent_bytes)
+                self._queues.admit(key, stage, latent_bytes)
             case PlanExhausted():
                 self._exhausted, self._asked = True, 0
             case StopRequested():
@@ -169,12 +168,6 @@ class Scheduler:
         self._freight.arrive(worker.id, keys, result_bytes)
         for key in keys:
             self._queues.advance(key)
-        self._unload(keys)
-
-    def _unload(self, keys: tuple[str, ...]) -> None:
-        """What is not for the station where a sample waits now is held no more."""
-        for key in keys:
-            self._freight.keep(key, self._queues.place(key) if key in self._queues else None)
 
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
         keys = worker.release()
@@ -221,9 +214,7 @@ class Scheduler:
             self._decode_at = now + OUTAGE_PAUSE_S
             if now - self._outage_since > OUTAGE_LIMIT_S:
                 return [Abort(replace(failure, kind=FailureClass.FATAL))]
-        actions: list[Action] = list(charge(self._queues, keys, failure, self._retries))
-        self._unload(keys)
-        return actions
+        return list(charge(self._queues, keys, failure, self._retries))
 
     def _find_hung(self, now: float) -> list[Action]:
         actions: list[Action] = []

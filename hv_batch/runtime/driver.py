@@ -272,9 +272,8 @@ class Driver:
                     self._stood.discard(worker)
                     self._progress.say(f"{worker} is released: {reason}")
                     self._workers.pop(worker).kill()
-                case Resized(stage, workers, before, reason):
-                    name = "encoder" if stage is Stage.ENCODE else "decoder"
-                    self._progress.say(f"{workers} {name}(s) instead of {before}: {reason}")
+                case Resized():
+                    self._progress.say(action.reason)
                 case Run(worker, keys):
                     self._tasks[worker] = Task(keys, time.monotonic())
                     self._run(worker, keys)

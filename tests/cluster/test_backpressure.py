@@ -55,13 +55,14 @@ def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, m
     config = write_config(
         tmp_path,
         marks,
-        {"decode_seconds": 1.5},
+        {"decode_seconds": 1.2},
         parallel={"ulysses_degree": 1},
         groups={"count": 2},
         decoders={"count": "auto"},
     )
     output = tmp_path / "out"
-    manifest = write_manifest(tmp_path, [f"prompt {i}" for i in range(7)])
+    # More than the queue holds: groups that were through would be released, and need no decoders any more.
+    manifest = write_manifest(tmp_path, [f"prompt {i}" for i in range(12)])
     driver = start(command(config, manifest, output, ray_head[0]))
     text = ""
     while "decoder(s) instead of 1: a decode takes " not in text:
@@ -73,4 +74,4 @@ def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, m
     (marks / "hold-decodes").unlink()
     code, rest = finish(driver)
     assert code == 0, text + rest
-    assert len(records(output)) == 7
+    assert len(records(output)) == 12

@@ -35,7 +35,8 @@ def resize(pools, groups, now):
     """Feed the groups that there are, and how many decoders that makes."""
     for change in pools.resize(groups, now, may_shrink=True):
         assert change.stage is Stage.DECODE
-        assert change.workers == pools.most(Stage.DECODE) != change.before
+        assert change.workers == pools.most(Stage.DECODE)
+        assert f"{change.workers} decoder(s) instead of" in change.reason
     return pools.most(Stage.DECODE)
 
 
