@@ -193,13 +193,14 @@ def test_a_station_without_workers_is_given_room():
 
 def test_a_decoder_that_bytes_wait_for_is_given_room():
     """P5, P7, P33: groups that stand idle because the store holds no more latents make room for decoders."""
-    many = {Stage.DECODE: StageLimits(workers=1, ahead=100, task_timeout_s=STALL_S)}
+    many = {Stage.DECODE: StageLimits(workers=2, ahead=100, task_timeout_s=math.inf)}
     plan = [Admitted(f"s{i}", Stage.ENCODE, 5) for i in range(40)]
     world = World(limits(groups=3, result_bytes=20) | many, plan)
     advance(world, lambda world: world.committed)
     world.has_room = False
-    world.lost(next(w for w in (*world.running, *world.idle) if w.stage is Stage.DECODE), FailureClass.INFRA)
-    for _ in range(100):
+    decoders = [w for w in (*world.starting, *world.running, *world.idle) if w.stage is Stage.DECODE]
+    world.lost(decoders[1], FailureClass.INFRA)
+    for _ in range(100):  # the other decoder is at work, too slowly
         if busy := [w for w in world.running if w.stage is not Stage.DECODE]:
             world.done(busy[0])
     assert len([w for w in world.idle if w.stage is Stage.DENOISE]) == 3
