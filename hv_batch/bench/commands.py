@@ -69,3 +69,30 @@ def job(
     )
     report = bench_job(load, Progress())
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.render())
+
+
+@app.command("group")
+def denoise_group(
+    ranks: Annotated[int, typer.Option(min=1, help="of the gang that loses one")] = 4,
+    kills: Annotated[int, typer.Option(min=0, help="how often it does; 0: leave this out")] = 5,
+    groups: Annotated[int, typer.Option(min=0, help="of one rank, which render side by side; 0: leave this out")] = 8,
+    samples: Annotated[int, typer.Option(min=2, help="that each of them renders")] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="of a sample")] = 10,
+    step_seconds: Annotated[float, typer.Option(min=0.0, help="that a step sleeps")] = 1.0,
+    frames: Annotated[int, typer.Option(min=1, help="1: a PNG; 4n + 1: an mp4")] = 9,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Time the life of denoise groups: the rebuild after a killed rank, and how long groups wait between two samples.
+
+    The model only sleeps. The ranks meet over gloo and make every step together; samples are decoded and committed.
+    """
+    from hv_batch.bench.group import bench_idle, bench_rebuild
+    from hv_batch.job.progress import Progress
+
+    rebuild = bench_rebuild(ranks, kills, Progress()) if kills else None
+    idle = bench_idle(groups, groups * samples, steps, step_seconds, frames, Progress()) if groups else None
+    if as_json:
+        found = {"rebuild": rebuild and rebuild.to_dict(), "idle": idle and idle.to_dict()}
+        print(json.dumps(found, indent=1))
+    else:
+        print(*(report.render() for report in (rebuild, idle) if report), sep="\n")

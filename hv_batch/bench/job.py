@@ -10,9 +10,11 @@ import json
 import resource
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from hv_batch.job.config import (
@@ -63,14 +65,7 @@ class JobReport:
 
 def bench_job(load: Load, progress: Progress) -> JobReport:
     """Render the load into a temporary folder on a local Ray. Raises UserError as a run does."""
-    with tempfile.TemporaryDirectory(prefix="hv_batch-bench-") as name:
-        folder = Path(name)
-        manifest = folder / "manifest.jsonl"
-        with manifest.open("w") as file:
-            file.writelines(json.dumps({"prompt": f"sample {n}"}) + "\n" for n in range(load.samples))
-        output = folder / "out"
-        code = render(_config(load), str(manifest), str(output), address="local", progress=progress)
-        assert code is ExitCode.COMMITTED, f"the bench's run ended with {code}"
+    with rendered(_config(load), load.samples, progress) as output:
         ends = sorted(_ends(output))
     span = ends[-1] - ends[0]
     busy = (load.samples - 1) * load.steps * load.step_seconds / (load.groups * span)
@@ -80,6 +75,22 @@ def bench_job(load: Load, progress: Progress) -> JobReport:
         groups_busy=busy,
         driver_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     )
+
+
+@contextmanager
+def rendered(config: RunConfig, samples: int, progress: Progress, stopped: Event | None = None) -> Iterator[Path]:
+    """The output root of a run on a local Ray, which is removed again. Raises UserError as a run does.
+
+    `stopped` ends the run before its last sample.
+    """
+    with tempfile.TemporaryDirectory(prefix="hv_batch-bench-") as name:
+        manifest, output = Path(name) / "manifest.jsonl", Path(name) / "out"
+        with manifest.open("w") as file:
+            file.writelines(json.dumps({"prompt": f"sample {n}"}) + "\n" for n in range(samples))
+        code = render(config, str(manifest), str(output), address="local", progress=progress, stopped=stopped)
+        ended_well = ExitCode.STOPPED if stopped and stopped.is_set() else ExitCode.COMMITTED
+        assert code is ended_well, f"the bench's run ended with {code}"
+        yield output
 
 
 def _config(load: Load) -> RunConfig:

@@ -96,6 +96,10 @@ class Scheduler:
         """How many workers are being placed or load."""
         return sum(slot.status is Status.STARTING for slot in self._staff)
 
+    def groups_to_come(self, now: float) -> int:
+        """How many groups will be started as things stand, some perhaps after a pause."""
+        return 0 if self._over else self._staff.missing(Stage.DENOISE, self._needed(), now)
+
     def failures(self, key: str) -> tuple[Failure, ...]:
         """What an in-flight sample has been charged with so far."""
         return tuple(self._queues.failures(key))
@@ -232,7 +236,7 @@ class Scheduler:
         if self._finished(now):
             self._over = True
             return [Finish(drained=self._drain_until is not None and not self._all_done())]
-        needed = {stage: self._needed(stage) for stage in Stage}
+        needed = self._needed()
         for stage in Stage:
             if needed[stage] and self._staff.given_up(stage):
                 self._over = True
@@ -269,13 +273,13 @@ class Scheduler:
             self._asked = room
             yield Admit(room)
 
-    def _needed(self, stage: Stage) -> int:
-        """How many workers of the station could ever be busy with what is in flight."""
+    def _needed(self) -> dict[Stage, int]:
+        """How many workers of each station could ever be busy with what is in flight."""
         if self._drain_until is None:
-            return self._queues.yet_to_pass(stage)
+            return {stage: self._queues.yet_to_pass(stage) for stage in Stage}
         # A drain begins no encoding and no denoise, but what is denoised will be decoded.
         running = {stage: sum(bool(worker.task) for worker in self._staff.of(stage)) for stage in Stage}
-        return running[Stage.DENOISE] + self._queues.at(stage) if stage is Stage.DECODE else running[stage]
+        return running | {Stage.DECODE: running[Stage.DENOISE] + self._queues.at(Stage.DECODE)}
 
     def _bottleneck(self) -> Stage | None:
         """The station that keeps groups from working: no decoder takes what they have made, or nobody feeds them."""

@@ -68,21 +68,31 @@ class Staff:
 
     def starts(self, needed: Mapping[Stage, int], now: float) -> Iterator[StartWorker]:
         """Ask for workers, where `needed` says how many of each station could ever be busy."""
-        served = all(any(slot.placed for slot in self._slots[stage]) for stage in Stage if needed[stage])
-        group_placed = any(slot.placed for slot in self._slots[Stage.DENOISE])
         for stage in START_ORDER:
-            if stage is not Stage.DENOISE and needed[Stage.DENOISE] and not group_placed:
-                continue
-            most = self._pools.most(stage)
-            # Not those beyond, which an `auto` pool keeps to grow: they would jump the pause after a loss.
-            slots = [slot for slot in self._slots[stage] if slot.status is not Status.ABANDONED][:most]
-            absent = [slot for slot in slots if slot.status is Status.ABSENT and now >= slot.start_at]
-            if not absent or (stage is Stage.DENOISE and group_placed and now < self._no_group_before):
-                continue
-            missing = min(needed[stage], most if served else 1) - sum(slot.alive for slot in self._slots[stage])
-            for slot in absent[: max(0, missing)]:
+            absent = [slot for slot in self._absent(stage) if now >= slot.start_at]
+            for slot in absent[: self.missing(stage, needed, now) if absent else 0]:
                 slot.start(now)
                 yield StartWorker(slot.id)
+
+    def missing(self, stage: Stage, needed: Mapping[Stage, int], now: float) -> int:
+        """How many more workers of the station there should be: now, or when the pause after a loss is over."""
+        group_placed = any(slot.placed for slot in self._slots[Stage.DENOISE])
+        if stage is Stage.DENOISE:
+            if group_placed and now < self._no_group_before:
+                return 0
+        elif needed[Stage.DENOISE] and not group_placed:
+            return 0
+        served = all(any(slot.placed for slot in self._slots[other]) for other in Stage if needed[other])
+        wanted = min(needed[stage], self._pools.most(stage) if served else 1)
+        return max(0, min(wanted - sum(slot.alive for slot in self._slots[stage]), len(self._absent(stage))))
+
+    def _absent(self, stage: Stage) -> list[WorkerSlot]:
+        """Who could be started, of as many slots as there may be workers.
+
+        Not those beyond, which an `auto` pool keeps to grow: they would jump the pause after a loss.
+        """
+        slots = [slot for slot in self._slots[stage] if slot.status is not Status.ABANDONED]
+        return [slot for slot in slots[: self._pools.most(stage)] if slot.status is Status.ABSENT]
 
     def surplus(self, needed: Mapping[Stage, int]) -> Iterator[ReleaseWorker]:
         """Let go whom the rest of the run cannot keep busy, where it is known to need no more than `needed`, and who is

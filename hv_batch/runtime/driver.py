@@ -62,6 +62,7 @@ from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.metrics import RunMetrics
 from hv_batch.runtime.placement import result_shares
+from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
 
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
@@ -113,7 +114,8 @@ class Driver:
         config = context.config
         limits = stage_limits(config, result_shares(config))
         self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
-        self._groups = GroupPool(config, progress.say)
+        self._sick_nodes = SickNodes(config, progress.say)
+        self._groups = GroupPool(config, self._sick_nodes, progress.say)
         self._nodes = NodeWatch(config.groups.count, progress.say)
         self._metrics = RunMetrics(public_url(context.store.url))
         self._losses = Losses(config.parallel.plan.world_size if config.parallel.device == "cuda" else None)
@@ -142,9 +144,11 @@ class Driver:
             while self._end is None or (self._owes() and not self._end.drained and not self._stop_said):
                 self._listen()
                 self._work_off()
+                now = time.monotonic()
+                self._groups.give_back(self._scheduler.groups_to_come(now), now)
                 self._show()
             drained = self._end.drained or self._owes()
-            return Outcome(drained, time.monotonic() - begun, self._groups.excluded(), self._losses)
+            return Outcome(drained, time.monotonic() - begun, self._sick_nodes.reasons(), self._losses)
         finally:
             for worker in list(self._workers.values()):
                 worker.kill()
@@ -311,9 +315,9 @@ class Driver:
 
     def _start(self, worker: WorkerId) -> Worker:
         if worker.stage is Stage.DENOISE:
-            return DenoiseGroup(worker, self._context, self._watch, self._groups)
+            return DenoiseGroup(worker, self._context, self._watch, self._groups, self._sick_nodes)
         start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
-        return start(worker, self._context, self._watch)
+        return start(worker, self._context, self._watch, self._sick_nodes)
 
     def _run(self, worker: WorkerId, keys: tuple[str, ...]) -> None:
         items = [self._items[key] for key in keys]

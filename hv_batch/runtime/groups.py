@@ -16,13 +16,14 @@ import ray
 from ray.exceptions import RayError
 
 from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
+from hv_batch.job.events import Event, Stage, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify, input_was_lost, is_collateral, is_device_fault, most_telling
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.placement import alive_nodes, ranks_per_node
 from hv_batch.runtime.ranks import RankActor
 from hv_batch.runtime.seats import Seats
+from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, start_failure
 
 # When a rank fails, its peers' own errors arrive within moments; this is how long they may take to be heard before the
@@ -40,12 +41,15 @@ VACATE_S = 120.0
 class DenoiseGroup:
     """One life of one group."""
 
-    def __init__(self, worker: WorkerId, context: RunContext, watch: Watch, pool: GroupPool) -> None:
+    def __init__(
+        self, worker: WorkerId, context: RunContext, watch: Watch, pool: GroupPool, sick_nodes: SickNodes
+    ) -> None:
         self.id = worker
         self.nodes: frozenset[str] = frozenset()
         self._context = context
         self._watch = watch
         self._pool = pool
+        self._sick_nodes = sick_nodes
         self._deadline = math.inf  # of the start, once placed: waiting for nodes is not a fault of the group
         self._ready = False
         self._killed = False
@@ -68,7 +72,7 @@ class DenoiseGroup:
             # Actors that were to start on a node that is gone would be waited for until the deadline.
             return [self._lost_at_start("a node of it went while it started")]
         elif now > self._deadline:
-            self._pool.start_failed(self._nodes, "a group did not load and meet in time")
+            self._sick_nodes.start_failed(Stage.DENOISE, self._nodes, "a group did not load and meet in time")
             return [self._lost_at_start(self._why_late())]
         return []
 
@@ -122,7 +126,7 @@ class DenoiseGroup:
 
     def _joined(self) -> list[Event]:
         self._ready = True
-        self._pool.started(self._nodes)
+        self._sick_nodes.started(Stage.DENOISE, self._nodes)
         return [WorkerReady(self.id)]
 
     def _ask_all(self, method: str, *arguments: Any) -> dict[ray.ObjectRef, int]:
@@ -167,7 +171,7 @@ class DenoiseGroup:
         def rendered() -> list[Event]:
             item.latents = latents
             item.stages["denoise"] = ray.get(report)
-            self._pool.rendered(self._nodes)
+            self._sick_nodes.worked(Stage.DENOISE, self._nodes)
             return [TaskDone(self.id)]
 
         self._when_all({report: 0, **others}, rendered)
@@ -185,10 +189,12 @@ class DenoiseGroup:
         if not self._ready:
             if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
                 own = [asked[ref] for ref, error in errors.items() if not is_collateral(error)]
-                self._pool.start_failed(self._nodes_of(own or range(len(self._ranks))), failure.message)
+                self._sick_nodes.start_failed(
+                    Stage.DENOISE, self._nodes_of(own or range(len(self._ranks))), failure.message
+                )
             return WorkerLost(self.id, start_failure(failure))
         if faulty := [asked[ref] for ref, error in errors.items() if is_device_fault(error)]:
-            self._pool.device_faulted(self._nodes_of(faulty), failure.message)
+            self._sick_nodes.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
         # Where every rank refused the sample alike (latents that are not finite, an input that was lost), none is left
         # waiting in a collective: the gang keeps its 26 GB of weights and takes the next sample.
         refused = all(f.kind is FailureClass.POISON for f in failures) or all(map(input_was_lost, errors.values()))

@@ -16,6 +16,8 @@ from hv_batch.protocol import UserError
 
 Bundle = dict[str, float]
 
+NODE_LABEL = "ray.io/node-id"  # which Ray itself puts on every node
+
 LOOK_EVERY_S = 2.0
 SAY_EVERY_S = 30.0
 
@@ -28,6 +30,11 @@ STORE = "object_store_memory"  # Ray's name for it among a node's resources
 def actor_bundle(cpus: float, gpus: float) -> Bundle:
     """Ray refuses zero amounts in a bundle."""
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
+
+
+def elsewhere(avoid: frozenset[str]) -> dict[str, str]:
+    """The label selector that keeps a bundle or an actor off these nodes."""
+    return {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
 
 
 def ranks_per_node(config: RunConfig) -> int:

@@ -6,7 +6,8 @@ belongs to this driver, so Ray reclaims it if we are killed.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import socket
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -14,13 +15,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.config import RunConfig
-from hv_batch.runtime.placement import group_bundles, ranks_per_node
-
-NODE_LABEL = "ray.io/node-id"  # which Ray itself puts on every node
+from hv_batch.runtime.placement import elsewhere, group_bundles, ranks_per_node
 
 # What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
 # quicker built anew than waited for.
 SOUND = ("PENDING", "PREPARED", "CREATED")
+
+
+# A node that is switched off refuses nothing; the driver stands still for so long, once a group that it takes along.
+ANSWER_S = 1.0
 
 
 class Seats:
@@ -31,12 +34,11 @@ class Seats:
         self.used = False  # whether ranks have sat here
         self._ranks_per_node = ranks_per_node(config)
         bundles = group_bundles(config)
-        others = {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
         # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
         # another group needs whole.
         strategy = "STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK"
         self._group: PlacementGroup = placement_group(
-            bundles, strategy=strategy, name=name, bundle_label_selector=[others] * len(bundles)
+            bundles, strategy=strategy, name=name, bundle_label_selector=[elsewhere(avoid)] * len(bundles)
         )
 
     def ready(self) -> ray.ObjectRef:
@@ -45,6 +47,11 @@ class Seats:
     def sound(self, alive: Collection[str]) -> bool:
         """Whether nothing of them is lost; `alive` are the ids of the nodes that there are."""
         return self._table()["state"] in SOUND and all(node in alive for node in self.nodes())
+
+    def answer(self) -> bool:
+        """Whether their nodes do, asked one by one: Ray takes seconds to believe that a silent node is dead."""
+        mine = set(self.nodes())
+        return all(answers(entry) for entry in ray.nodes() if entry["NodeID"] in mine)
 
     def nodes(self) -> list[str]:
         """Ray's id of each node, in the order of the ranks; empty while they are not placed."""
@@ -59,3 +66,12 @@ class Seats:
 
     def _table(self) -> dict[str, Any]:
         return placement_group_table(self._group)
+
+
+def answers(node: Mapping[str, Any]) -> bool:
+    """Whether somebody listens where the node's raylet did; the driver itself talks to it there."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S).close()
+    except OSError:
+        return False
+    return True

@@ -10,20 +10,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from hv_batch.job.config import DecodersConfig, EncodersConfig
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import Beat, Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
 from hv_batch.job.samples import Sample
 from hv_batch.runtime.context import RunContext, StageReport
 from hv_batch.runtime.decoders import DecoderActor
 from hv_batch.runtime.encoders import EncoderActor
-from hv_batch.runtime.failures import classify, worker_survives
+from hv_batch.runtime.failures import classify, is_device_fault, worker_survives
+from hv_batch.runtime.placement import elsewhere
+from hv_batch.runtime.sick_nodes import SickNodes
 
 Watch = Callable[[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]], None]
+Place = Callable[[frozenset[str]], Any]
 
 # A CPU-only actor must not open a context on a GPU that belongs to somebody else; Ray leaves it all of them in sight.
 HIDE_GPUS = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
@@ -86,30 +91,42 @@ class Pulse:
 
 
 class PoolWorker:
-    """One encoder or decoder actor; the two differ in what a task is."""
+    """One encoder or decoder actor; the two differ in what a task is. `place(avoid)` asks Ray for it."""
 
-    def __init__(self, worker: WorkerId, actor: Any, watch: Watch, start_timeout_s: float) -> None:
+    def __init__(
+        self, worker: WorkerId, place: Place, watch: Watch, start_timeout_s: float, sick_nodes: SickNodes
+    ) -> None:
         self.id = worker
         self.nodes: frozenset[str] = frozenset()
-        self._actor = actor
+        self._place = place
         self._watch = watch
+        self._sick_nodes = sick_nodes
         self._ready = False
         self._start_timeout_s = start_timeout_s
         self._deadline = math.inf  # of the start, once placed: waiting for room is not a fault of the worker
-        self._pulse = Pulse(worker, actor, watch)
-        watch(actor.node_id.remote(), self._placed)
-        watch(actor.load.remote(), self._loaded)
+        self._ask_for_room()
 
     def poll(self, now: float) -> list[Event]:
         if self._ready:
             self._pulse.ask()
+        elif not self.nodes and self._avoid != self._sick_nodes.avoided(self.id.stage):
+            ray.kill(self._actor, no_restart=True)
+            self._ask_for_room()
         elif now > self._deadline:
             message = "it did not load within timeouts.start_s"
+            self._sick_nodes.start_failed(self.id.stage, self.nodes, message)
             return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)))]
         return []
 
     def kill(self, *, rebuild: bool = False) -> None:
         ray.kill(self._actor, no_restart=True)
+
+    def _ask_for_room(self) -> None:
+        self._avoid = self._sick_nodes.avoided(self.id.stage)
+        self._actor = actor = self._place(self._avoid)
+        self._pulse = Pulse(self.id, actor, self._watch)
+        self._watch(actor.node_id.remote(), lambda ref: self._placed(ref) if actor is self._actor else [])
+        self._watch(actor.load.remote(), lambda ref: self._loaded(ref) if actor is self._actor else [])
 
     def _placed(self, ref: ray.ObjectRef) -> list[Event]:
         try:
@@ -123,12 +140,22 @@ class PoolWorker:
         try:
             ray.get(ref)
         except RayError as error:
-            return [WorkerLost(self.id, start_failure(classify(error, str(self.id))))]
+            failure = classify(error, str(self.id))
+            if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
+                self._sick_nodes.start_failed(self.id.stage, self.nodes, failure.message)
+            return [WorkerLost(self.id, start_failure(failure))]
         self._ready = True
+        self._sick_nodes.started(self.id.stage, self.nodes)
         return [WorkerReady(self.id)]
+
+    def _done(self, result_bytes: tuple[int, ...] = ()) -> list[Event]:
+        self._sick_nodes.worked(self.id.stage, self.nodes)
+        return [TaskDone(self.id, result_bytes)]
 
     def _failed(self, error: RayError) -> list[Event]:
         failure = classify(error, str(self.id))
+        if is_device_fault(error):
+            self._sick_nodes.device_faulted(self.id.stage, self.nodes, failure.message)
         return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure)]
 
 
@@ -154,7 +181,7 @@ class EncoderWorker(PoolWorker):
             return self._failed(error)
         for item, embedding, report in zip(items, embeddings, reports, strict=True):
             item.embeddings, item.stages = embedding, {"encode": report}
-        return [TaskDone(self.id, tuple(report.result_bytes for report in reports))]
+        return self._done(tuple(report.result_bytes for report in reports))
 
 
 class DecoderWorker(PoolWorker):
@@ -170,21 +197,29 @@ class DecoderWorker(PoolWorker):
             if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
                 item.latents = None  # may be what was lost; the next try reads the output root
             return self._failed(error)
-        return [TaskDone(self.id)]
+        return self._done()
 
 
-def start_encoder(worker: WorkerId, context: RunContext, watch: Watch) -> EncoderWorker:
-    pool = context.config.encoders
-    actor = _start(EncoderActor, worker, context, pool.cpus, pool.gpus)
-    return EncoderWorker(worker, actor, watch, context.config.timeouts.start_s)
+def start_encoder(worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes) -> EncoderWorker:
+    place = partial(_place, EncoderActor, worker, context, context.config.encoders)
+    return EncoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
 
 
-def start_decoder(worker: WorkerId, context: RunContext, watch: Watch) -> DecoderWorker:
-    pool = context.config.decoders
-    actor = _start(DecoderActor, worker, context, pool.cpus, pool.gpus)
-    return DecoderWorker(worker, actor, watch, context.config.timeouts.start_s)
+def start_decoder(worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes) -> DecoderWorker:
+    place = partial(_place, DecoderActor, worker, context, context.config.decoders)
+    return DecoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
 
 
-def _start(actor_class: Any, worker: WorkerId, context: RunContext, cpus: float, gpus: float) -> Any:
-    runtime_env = HIDE_GPUS if gpus == 0 else {}
-    return actor_class.options(num_cpus=cpus, num_gpus=gpus, runtime_env=runtime_env).remote(context, str(worker))
+def _place(
+    actor_class: Any,
+    worker: WorkerId,
+    context: RunContext,
+    pool: EncodersConfig | DecodersConfig,
+    avoid: frozenset[str],
+) -> Any:
+    return actor_class.options(
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        label_selector=elsewhere(avoid),
+        runtime_env=HIDE_GPUS if pool.gpus == 0 else {},
+    ).remote(context, str(worker))

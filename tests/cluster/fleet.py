@@ -43,6 +43,11 @@ class Fleet:
     def address(self) -> str:
         return self._cluster.address
 
+    @property
+    def nodes(self):
+        """Those that a test has added and not removed."""
+        return list(self._cluster.worker_nodes)
+
     def add_node(self, *, gpus, cpus=2, labels=None, store_bytes=150 * 2**20):
         """A node, alive on return. Its Ray id is `node.node_id`."""
         return self._cluster.add_node(
@@ -73,7 +78,7 @@ class Fleet:
 
     def clear(self):
         """Remove every node but the head; on return Ray knows that none is left."""
-        for node in list(self._cluster.worker_nodes):
+        for node in self.nodes:
             self._cluster.remove_node(node)
         self._cluster.wait_for_nodes()
 

@@ -37,8 +37,8 @@ from hv_batch.job.events import (
 )
 from hv_batch.job.freight import ASSUMED_EMBEDDINGS
 from hv_batch.job.limits import RetryLimits, StageLimits
-from hv_batch.job.scheduler import Scheduler
-from hv_batch.job.slots import GIVE_UP_S
+from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
+from hv_batch.job.slots import GIVE_UP_S, MAX_BACKOFF_S
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
 STALL_S = 50.0
@@ -250,6 +250,14 @@ class World:
         self.now += seconds
         self.feed(Tick())
 
+    def idle_away(self, seconds, until):
+        """Let time pass without anything hanging, until `until()` holds."""
+        end = self.now + seconds
+        while self.now < end and not until():
+            for worker in self.running:
+                self.feed(Beat(worker))
+            self.tick(1.0)
+
     def calm_down(self, limit=10_000):
         """Everything works from now on."""
         for _ in range(limit):
@@ -305,6 +313,7 @@ def test_every_history_ends_with_each_sample_gone_once(data):
             world.tick(data.draw(st.sampled_from([0.1, 5.0, 2 * STALL_S])))
         else:
             getattr(world, what)(worker)
+    assert_announced_groups_come(world)
     world.calm_down()
     if world.abort:
         assert "in a row" in world.abort.failure.message
@@ -315,6 +324,44 @@ def test_every_history_ends_with_each_sample_gone_once(data):
     else:
         assert world.finish == Finish(drained=False)
         assert sorted(world.committed + world.quarantined) == sorted(a.key for a in world.plan)
+
+
+def assert_announced_groups_come(world):
+    """P4: seats are kept for groups that will come, so a group that is announced comes, without other news."""
+
+    def over():
+        return not world.scheduler.groups_to_come(world.now)
+
+    if not over():
+        waiting = [worker for worker in world.starting if worker.stage is Stage.DENOISE]
+        world.idle_away(MAX_BACKOFF_S + OUTAGE_PAUSE_S, over)
+        started = [worker for worker in world.starting if worker.stage is Stage.DENOISE and worker not in waiting]
+        assert started or world.finish or world.abort
+
+
+def denoising(world):
+    return sorted(worker for worker in world.running if worker.stage is Stage.DENOISE)
+
+
+def until_denoising(world, groups):
+    while len(denoising(world)) < groups and not world.quarantined:
+        early = [worker for worker in world.running if worker.stage is Stage.ENCODE]
+        world.ready(world.starting[0]) if world.starting else world.done(early[0])
+
+
+def test_no_group_is_announced_that_nothing_is_left_for():
+    """P4: at the end of a run, or in a drain, the seats of a lost group are free for others."""
+    world = World(limits(groups=2, batch=1), plan_of(2))
+    until_denoising(world, groups=2)
+    assert world.scheduler.groups_to_come(world.now) == 0, "both are there"
+    while not world.quarantined:
+        world.lost(denoising(world)[0], FailureClass.INFRA)
+        until_denoising(world, groups=2)
+    assert denoising(world), "the other sample is rendered by the other group"
+    assert world.scheduler.groups_to_come(world.now) == 0
+    world.feed(StopRequested())
+    world.lost(denoising(world)[0], FailureClass.INFRA)
+    assert world.scheduler.groups_to_come(world.now) == 0
 
 
 def test_undisturbed_run_does_each_station_once():

@@ -1,0 +1,90 @@
+"""Which nodes the actors of each station keep off, and what is said of it (P5); the cluster is made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from hv_batch.job.config import RunConfig
+from hv_batch.job.events import Stage
+from hv_batch.job.nodes import EXCLUDE_AFTER
+from hv_batch.runtime import sick_nodes
+from hv_batch.runtime.placement import NODE_LABEL, elsewhere
+from hv_batch.runtime.sick_nodes import SickNodes
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """What each node of the cluster has; a test changes it."""
+    there = {"a": {"CPU": 8.0, "GPU": 3.0}, "b": {"CPU": 8.0, "GPU": 3.0}}
+    monkeypatch.setattr(sick_nodes, "alive_nodes", lambda: there)
+    monkeypatch.setattr(
+        sick_nodes.ray, "nodes", lambda: [{"NodeID": node, "NodeManagerAddress": f"host-{node}"} for node in there]
+    )
+    return there
+
+
+def config(gpus):
+    """Groups of two GPUs, pools of `gpus` each."""
+    return RunConfig.model_validate(
+        {"parallel": {"device": "cpu", "ulysses_degree": 2}, "encoders": {"gpus": gpus}, "decoders": {"gpus": gpus}}
+    )
+
+
+def break_down(sick, stage, node):
+    for _ in range(EXCLUDE_AFTER):
+        sick.device_faulted(stage, [node], "CUDA error: ECC\nand more")
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage):
+    """P5: whoever found it, groups, encoders and decoders keep off, and people are told once."""
+    said = []
+    sick = SickNodes(config(gpus=0.5), said.append)
+    break_down(sick, stage, "a")
+    assert all(sick.avoided(other) == {"a"} for other in Stage)
+    assert said == ["node host-a (a) is excluded for the rest of this run: its device fails: CUDA error: ECC"]
+    assert sick.reasons() == {"node host-a (a)": "its device fails: CUDA error: ECC"}
+    assert elsewhere(sick.excluded) == {NODE_LABEL: "!in(a)"}
+
+
+def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
+    """P5: a decoder on a CPU has nothing to fear from a node's GPU, and knows nothing of it."""
+    sick = SickNodes(config(gpus=0.0), print)
+    sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
+    sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
+    assert not sick.excluded
+    break_down(sick, Stage.DENOISE, "a")
+    assert sick.avoided(Stage.DENOISE) == {"a"}
+    assert sick.avoided(Stage.DECODE) == frozenset()
+
+
+def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
+    """P5: groups leave a node that the decoders cannot do without; once there is room elsewhere, these leave, too."""
+    nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
+    sick = SickNodes(config(gpus=0.5), print)
+    break_down(sick, Stage.DENOISE, "a")
+    assert sick.avoided(Stage.DENOISE) == {"a"}
+    assert sick.avoided(Stage.DECODE) == frozenset()
+    nodes["c"] = {"CPU": 8.0, "GPU": 1.0}
+    assert sick.avoided(Stage.DECODE) == {"a"}
+
+
+def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes):
+    """P5: a node that cannot be spared is named and stays."""
+    nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
+    said = []
+    sick = SickNodes(config(gpus=0.5), said.append)
+    break_down(sick, Stage.DECODE, "a")
+    assert not sick.excluded
+    (line,) = said
+    assert line.endswith("fails again and again, but no other node could host a group and a decoder: it stays")
+
+
+def test_nodes_are_taken_back_when_no_group_could_stand_elsewhere(nodes):
+    """P5: the node that was left is lost, so the excluded one is better than none."""
+    said = []
+    sick = SickNodes(config(gpus=0.5), said.append)
+    break_down(sick, Stage.DENOISE, "a")
+    del nodes["b"]
+    assert sick.avoided(Stage.DENOISE) == frozenset()
+    assert "node host-a (a) may be used again" in said[-1]
