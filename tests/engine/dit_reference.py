@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.fp8 import block_linears, hold_in_fp8, quantise
 
 # Released name -> diffusers name, first match wins. `{qkv}` names the parts a fused tensor is split into.
 RENAMES = [
@@ -129,3 +130,13 @@ def random_inputs(config: DiTConfig, size: tuple[int, int, int], text_lengths: l
         "pooled": torch.randn(batch, config.text_states_dim_2, generator=draw),
         "guidance": torch.full((batch,), 6000.0) if config.guidance_embed else None,
     }
+
+
+def keep_in_fp8(model: HYVideoDiT) -> None:
+    """Quantise the blocks' Linears in place, as a checkpoint of FP8 weights loads with `fp8: storage`."""
+    linears = block_linears(model)
+    hold_in_fp8(model, linears)
+    for name, linear in linears.items():
+        weight, scale = quantise(linear.weight)
+        state = {"weight": weight, "bias": linear.bias, "scale": scale.to(linear.weight.dtype)}
+        model.get_submodule(name).load_state_dict(state, assign=True)

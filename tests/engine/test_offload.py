@@ -11,14 +11,13 @@ import torch
 import torch.multiprocessing as mp
 
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
-from hv_batch.engine.fp8 import block_linears, hold_in_fp8, quantise
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
 from hv_batch.engine.text import TextEmbedding
 from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
-from tests.engine.dit_reference import random_dit, random_inputs
+from tests.engine.dit_reference import keep_in_fp8, random_dit, random_inputs
 from tests.engine.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
@@ -118,14 +117,8 @@ def test_the_next_block_is_fetched_ahead_and_once(monkeypatch):
 def test_fp8_weights_stream_with_their_scales():
     """Both savings together: a block's 8-bit weights and the buffers that hold their scales pass through."""
     model = frozen(config(), torch.bfloat16)
-    linears = block_linears(model)
-    quantised = {name: quantise(linear.weight) for name, linear in linears.items()}
-    biases = {name: linear.bias for name, linear in linears.items()}
     before = max(block_bytes(model))
-    hold_in_fp8(model, linears)
-    for name, (weight, scale) in quantised.items():
-        state = {"weight": weight, "bias": biases[name], "scale": scale.to(torch.bfloat16)}
-        model.get_submodule(name).load_state_dict(state, assign=True)
+    keep_in_fp8(model)
     expected = model(**inputs())
     streamer = offload_blocks(model.requires_grad_(False), CPU, pinned=True)
     assert torch.equal(model(**inputs()), expected)

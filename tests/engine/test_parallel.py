@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from hv_batch.engine.attention import attend_math, attend_sdpa
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, join_group, leave_group
 from hv_batch.engine.self_check import check_group
 from hv_batch.protocol import ParallelPlan, RankPlace, UserError
-from tests.engine.dit_reference import random_dit, random_inputs
+from tests.engine.dit_reference import keep_in_fp8, random_dit, random_inputs
 
 CONFIG = DiTConfig(
     hidden_size=96,
@@ -36,6 +37,7 @@ CONFIG = DiTConfig(
     text_states_dim_2=8,
 )
 PADDED = 12
+DAMAGED_LINEAR = "single_blocks.0.linear2"
 TIMEOUT_S = 60.0  # far above what a joining group needs here, so that only a hang meets it
 
 
@@ -97,11 +99,22 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
 
 
 def _self_checks(mesh: SequenceMesh) -> dict[str, str]:
-    """What the self-check complains of, with good weights and with a copy of them that is damaged on the last rank."""
-    damaged = random_dit(CONFIG, seed=1)
+    """What the self-check complains of: with good weights, wherever and however they are held, and with a copy of them
+    that is damaged on the last rank.
+    """
+    models = {"float32": _model(torch.float32), "bfloat16": _model(torch.bfloat16)}
+    models |= {"offloaded": _own_model(), "mapped": _own_model(), "FP8": _own_model(), "FP8 offloaded": _own_model()}
+    models |= {"damaged": random_dit(CONFIG, seed=1), "FP8 weights": _own_model(), "FP8 scale": _own_model()}
+    for name, model in models.items():
+        if name.startswith("FP8"):
+            keep_in_fp8(model)
     if mesh.rank == mesh.size - 1:
-        next(damaged.single_blocks.parameters()).data.mul_(1.05)
-    models = {"float32": _model(torch.float32), "bfloat16": _model(torch.bfloat16), "damaged": damaged}
+        next(models["damaged"].single_blocks.parameters()).data.mul_(1.05)
+        held = models["FP8 weights"].get_submodule(DAMAGED_LINEAR)
+        held.weight.data = held.weight.data.flip(0)
+        models["FP8 scale"].get_submodule(DAMAGED_LINEAR).scale.mul_(1.5)
+    for name in ("offloaded", "mapped", "FP8 offloaded"):
+        offload_blocks(models[name], torch.device("cpu"), pinned=name != "mapped")
     complaints = {}
     for name, model in models.items():
         try:
@@ -109,6 +122,10 @@ def _self_checks(mesh: SequenceMesh) -> dict[str, str]:
         except RuntimeError as error:
             complaints[name] = str(error)
     return complaints
+
+
+def _own_model() -> HYVideoDiT:
+    return random_dit(CONFIG, seed=1).bfloat16().requires_grad_(False)
 
 
 def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankPlace:
@@ -174,12 +191,15 @@ def test_attention_rows(folder, u, r):
 
 @pytest.mark.parametrize(("u", "r"), PLANS)
 def test_a_group_proves_itself(folder, u, r):
-    """Design section 5: healthy ranks agree with themselves in every precision; a damaged copy is seen by some rank."""
+    """Design section 5: healthy ranks agree with themselves in every precision, with weights on the device or streamed,
+    in 16 bits or 8; a damaged copy is seen by some rank.
+    """
     complaints = [json.loads((folder / f"checks-u{u}r{r}-{rank}.json").read_text()) for rank in range(u * r)]
-    assert {name for found in complaints for name in found} == {"damaged"}
-    told = next(found["damaged"] for found in complaints if found)
-    assert "deviates from what rank" in told
-    assert f"Ulysses {u} x ring {r}" in told
+    assert {name for found in complaints for name in found} == {"damaged", "FP8 weights", "FP8 scale"}
+    for damage in ("damaged", "FP8 weights", "FP8 scale"):
+        told = next(found[damage] for found in complaints if damage in found)
+        assert "deviates from what rank" in told
+        assert f"Ulysses {u} x ring {r}" in told
 
 
 def test_weights_that_give_no_numbers_are_refused():
