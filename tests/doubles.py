@@ -97,6 +97,7 @@ class FakeEngine:
         return FakeDenoiser(self, place.rank)
 
     def decoder(self, device):
+        self.mark("decoders", ray.util.get_node_ip_address())
         return FakeDecoder(self)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -205,6 +206,8 @@ class FakeDecoder:
     def decode(self, latents):
         if (self.engine.marks / "decoder-dies").exists() and self.engine.first("decoder-died"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if (self.engine.marks / f"faulty-decoder-{ray.util.get_node_ip_address()}").exists():
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         self.engine.mark("decoded", str(os.getpid()))
         time.sleep(self.engine.decode_seconds)
         while (self.engine.marks / "hold-decodes").exists():

@@ -92,7 +92,6 @@ def test_groups_that_cannot_be_placed_are_told_of_together(spanning):
 @pytest.fixture
 def rival(fleet):
     """A placement group of somebody else, who waits for two GPUs of one node."""
-    fleet.add_node(gpus=2)
     ray.init(address=fleet.address, log_to_driver=False, logging_level="ERROR")
     yield lambda: placement_group([{"GPU": 1}] * 2, strategy="STRICT_PACK")
     ray.shutdown()
@@ -105,6 +104,7 @@ def test_a_group_that_is_disturbed_keeps_its_seats(fleet, rival, tmp_path, marks
     Others wait all the time for the same two GPUs: a second group of the run, which may take them over, and a stranger,
     who does not get them. The bytes are the undisturbed ones.
     """
+    fleet.add_node(gpus=2)
     (marks / "disagree").touch()
     config = write_config(tmp_path, marks, {"step_seconds": 0.1}, groups={"count": 2}, timeouts={"stall_s": 3})
     output = tmp_path / "out"
@@ -125,6 +125,27 @@ def test_a_group_that_is_disturbed_keeps_its_seats(fleet, rival, tmp_path, marks
     assert [failure["kind"] for record in found.values() for failure in record["history"]] == ["INFRA"] * 2
     assert len(ranks(marks)) == 8, "four lives of two ranks"
     assert videos(output) == videos(spanning[0] / "out")
+
+
+@pytest.mark.slow
+def test_the_seats_of_a_group_that_nobody_needs_are_given_back(fleet, rival, tmp_path, marks):
+    """P5: a group dies with its last sample, and nothing is left for another: a stranger gets its GPUs while the other
+    group still renders.
+    """
+    fleet.add_node(gpus=4)
+    config = write_config(tmp_path, marks, groups={"count": 2}, retries={"infra": 1})
+    prompts = [f"{prompt} !hold-denoise" for prompt in PROMPTS[:2]]
+    driver = start(command(config, write_manifest(tmp_path, prompts), tmp_path / "out", fleet.address))
+    wait_for(lambda: sum(count(marks, "held").values()) == 2, "both denoises")
+    stranger = rival()
+    assert not stranger.wait(0)
+    os.kill(ranks(marks)[-1].pid, signal.SIGKILL)
+    assert stranger.wait(60)
+    (marks / "go").touch()
+    code, text = finish(driver)
+    assert code == 3, text
+    assert len(records(tmp_path / "out")) == len(records(tmp_path / "out", "quarantine")) == 1
+    assert len(ranks(marks)) == 4, "two groups of two ranks, and none was built again"
 
 
 @pytest.mark.slow
@@ -168,6 +189,31 @@ def test_sick_nodes_are_excluded_as_soon_as_they_can_be_spared(fleet, tmp_path, 
         ((node, reason),) = ((node, reason) for node, reason in excluded.items() if host in node)
         assert why in reason
         assert f"{node} is excluded for the rest of this run: {why}" in text
+
+
+@pytest.mark.slow
+def test_an_excluded_node_is_left_by_the_pools_too(fleet, tmp_path, marks):
+    """P5: encoder and decoder stand on a node where no group starts; when the decoder's GPU breaks there, the next one
+    gets a place elsewhere, though there is more room where it was.
+    """
+    sick = fleet.add_node(gpus=3)
+    (marks / f"sick-{sick.node_ip_address}").touch()
+    pools = {"encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
+    config, output = write_config(tmp_path, marks, retries={"worker": 9}, **pools), tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, PROMPTS[:1]), output, fleet.address))
+    wait_for(
+        lambda: "no other node could host a group: it stays" in driver.stdout.readline(), "that it cannot be spared"
+    )
+    wait_for(lambda: count(marks, "decoders"), "a decoder")
+    (marks / f"faulty-decoder-{sick.node_ip_address}").touch()
+    well = fleet.add_node(gpus=3)
+    code, text = finish(driver)
+    assert code == 0, text
+    assert "is excluded for the rest of this run: groups do not start there" in text
+    hosts = (marks / "decoders").read_text().split()
+    assert hosts == [sick.node_ip_address, well.node_ip_address]
+    (record,) = records(output).values()
+    assert [failure["kind"] for failure in record["history"]] == ["INFRA"]
 
 
 @pytest.mark.slow

@@ -151,7 +151,6 @@ def test_a_drain_without_haste_costs_nothing(fleet, grown, tmp_path):
     assert dataset(run.output) == dataset(grown.output)
 
 
-@pytest.mark.slow
 def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
     """P4, P5: a run on two nodes survives the loss of one, and what was rendered there is rendered again."""
     fleet.add_node(gpus=3)
