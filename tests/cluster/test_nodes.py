@@ -115,23 +115,27 @@ def test_what_the_rest_cannot_use_is_released(grown):
     assert "INFRA" not in grown.text
 
 
-def test_a_drained_node_is_left_before_its_deadline(fleet, grown, tmp_path):
-    """P4, P5: encoder, decoder and group move to another node in time; the sample goes on where it was, and is
-    charged with PREEMPTED only.
+def test_nodes_that_are_drained_or_die_cost_steps_only(fleet, grown, tmp_path):
+    """P4, P5: encoder, decoder and group leave a drained node in time and lose the next one by a power cut. Each time a
+    sample is cut off; it goes on where it was, and is charged with PREEMPTED only, or with one INFRA.
     """
     leaving = fleet.add_node(gpus=3)
     run = Run(tmp_path, fleet, groups={"checkpoint_every": 1})
     run.wait_until_held(1)
-    fleet.add_node(gpus=3)
+    dying = fleet.add_node(gpus=3)
     drain(fleet, leaving, seconds=8)
     run.wait_until_said("denoise-0.0 with s00: PREEMPTED")
     run.wait_until_held(2)
+    fleet.add_node(gpus=3)
+    fleet.kill_node(dying)
+    run.wait_until_said("denoise-0.1 with s01: INFRA")  # the first one is encoded anew meanwhile
     run.go()
     assert "is to be taken away in" in run.text
-    assert run.groups() == {"denoise-0.1"}
-    assert count(run.marks, "steps")[f"{PROMPTS[0]} 1"] == 1, "it went on from its step checkpoint"
-    assert run.history() == {"s00": ["PREEMPTED"], **{f"s{i:02d}": [] for i in range(1, 6)}}
-    assert run.groups_lost() == {"PREEMPTED": {"groups": 1, "gpu_seconds": None}}
+    assert not {"denoise-0.0", "denoise-0.1"} & run.groups()
+    steps = count(run.marks, "steps")
+    assert [steps[f"{prompt} 1"] for prompt in PROMPTS[:2]] == [1, 1], "they went on from their step checkpoints"
+    assert run.history() == {"s00": ["PREEMPTED"], "s01": ["INFRA"], **{f"s{i:02d}": [] for i in range(2, 6)}}
+    assert run.groups_lost() == {kind: {"groups": 1, "gpu_seconds": None} for kind in ("INFRA", "PREEMPTED")}
     assert dataset(run.output) == dataset(grown.output)
 
 
@@ -151,6 +155,7 @@ def test_a_drain_without_haste_costs_nothing(fleet, grown, tmp_path):
     assert dataset(run.output) == dataset(grown.output)
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
     """P4, P5: a run on two nodes survives the loss of one, and what was rendered there is rendered again."""
     fleet.add_node(gpus=3)
