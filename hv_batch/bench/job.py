@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -87,7 +88,8 @@ def rendered(config: RunConfig, samples: int, progress: Progress, stopped: Event
         manifest, output = Path(name) / "manifest.jsonl", Path(name) / "out"
         with manifest.open("w") as file:
             file.writelines(json.dumps({"prompt": f"sample {n}"}) + "\n" for n in range(samples))
-        code = render(config, str(manifest), str(output), address="local", progress=progress, stopped=stopped)
+        with redirect_stdout(sys.stderr):  # where Ray tells of processes that were killed; the report goes to stdout
+            code = render(config, str(manifest), str(output), address="local", progress=progress, stopped=stopped)
         ended_well = ExitCode.STOPPED if stopped and stopped.is_set() else ExitCode.COMMITTED
         assert code is ended_well, f"the bench's run ended with {code}"
         yield output
