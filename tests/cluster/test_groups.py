@@ -217,6 +217,18 @@ def test_an_excluded_node_is_left_by_the_pools_too(fleet, tmp_path, marks):
 
 
 @pytest.mark.slow
+def test_a_group_that_does_not_meet_in_time_is_built_again(fleet, tmp_path, marks):
+    """Start-up: a rank that hangs while it joins is given up after timeouts.start_s, said, and blamed on no sample."""
+    fleet.add_node(gpus=2)
+    (marks / "never-meets").touch()
+    config = write_config(tmp_path, marks, timeouts={"start_s": 40})
+    code, text = render(config, write_manifest(tmp_path, PROMPTS[:1]), tmp_path / "out", fleet.address)
+    assert code == 0, text
+    assert "denoise-0.0: INFRA: its ranks did not load and meet within timeouts.start_s" in text
+    assert records(tmp_path / "out")["s00"]["attempts"] == 1
+
+
+@pytest.mark.slow
 def test_the_ring_across_two_nodes_gives_the_bytes_of_one(fleet, tmp_path):
     """P3: the real engine over gloo, a rank a node, renders what the same plan renders inside one node."""
     base = write_toy_checkpoint(tmp_path / "toy")
