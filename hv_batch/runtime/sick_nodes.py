@@ -16,7 +16,7 @@ from hv_batch.job.events import Stage
 from hv_batch.job.nodes import NodeHealth
 from hv_batch.runtime.placement import actor_bundle, alive_nodes, fits, group_bundles
 
-_NAMES = {Stage.ENCODE: "an encoder", Stage.DENOISE: "a group", Stage.DECODE: "a decoder"}
+_NAMES = {Stage.ENCODE: "encoders", Stage.DENOISE: "groups", Stage.DECODE: "decoders"}
 
 
 class SickNodes:
@@ -50,8 +50,7 @@ class SickNodes:
         return self.excluded if is_sparable else frozenset()
 
     def start_failed(self, stage: Stage, nodes: Iterable[str], reason: str) -> None:
-        plural = f"{_NAMES[stage].split()[1]}s"
-        self._tell(self._health.start_failed, stage, nodes, f"{plural} do not start there: {reason}")
+        self._tell(self._health.start_failed, stage, nodes, f"{_NAMES[stage]} do not start there: {reason}")
 
     def device_faulted(self, stage: Stage, nodes: Iterable[str], reason: str) -> None:
         self._tell(self._health.device_faulted, stage, nodes, f"its device fails: {reason}")
@@ -72,9 +71,9 @@ class SickNodes:
         if stage is not Stage.DENOISE and stage not in self._singles:
             return
         before, why = self.excluded, why.strip().partition("\n")[0]
-        one = _NAMES[stage] if stage is Stage.DENOISE else f"a group and {_NAMES[stage]}"
+        whom = "a group" if stage is Stage.DENOISE else f"a group and the {_NAMES[stage]}"
         for node in blame(stage, nodes, why):
-            self._say(f"{self._name(node)} fails again and again, but no other node could host {one}: it stays")
+            self._say(f"{self._name(node)} fails again and again, but no other node could host {whom}: it stays")
         for node in sorted(self.excluded - before):
             self._say(f"{self._name(node)} is excluded for the rest of this run: {why}")
 
