@@ -75,7 +75,7 @@ def verify(
     as_json: Json = False,
     steal: Steal = False,
 ) -> None:
-    """Check every record, the bytes of its media and the tables of the shards. Exit code 3 when something is wrong."""
+    """Check every record, its media and poster, and all that a seal wrote. Exit code 3 when something is wrong."""
     from hv_batch.runtime.playback import decode_media
 
     store = Store(output)
@@ -135,7 +135,7 @@ def gc(
     as_json: Json = False,
     steal: Steal = False,
 ) -> None:
-    """Remove what nobody needs: media without a record, latents of finished samples, drafts, unfinished uploads."""
+    """Remove what nobody needs: media without a record, latents of finished samples, drafts and the like."""
     store = Store(output)
     with _changing(store, "gc", yes, steal) as still_ours:
         counts: Counter[str] = Counter()

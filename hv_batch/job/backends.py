@@ -1,7 +1,7 @@
 """The two kinds of place an output root can be: a folder of this machine, and everything else that fsspec reaches.
 
-Both do the same few acts (`create`, `put`, `put_file`, `get`, `exists`, `list`, `delete`) once, on keys that have
-been checked. `Store` puts the checks, the retries and the probe around them.
+Both do the same few acts (`create`, `put`, `put_file`, `get`, `get_file`, `exists`, `list`, `delete`) once, on keys
+that have been checked. `Store` puts the checks, the retries and the probe around them.
 """
 
 from __future__ import annotations
@@ -97,6 +97,9 @@ class LocalDisk:
 
     def get(self, key: str) -> bytes:
         return Path(self._path(key)).read_bytes()
+
+    def get_file(self, key: str, path: Path) -> None:
+        shutil.copyfile(self._path(key), path)
 
     def exists(self, key: str) -> bool:
         return os.path.isfile(self._path(key))
@@ -209,6 +212,9 @@ class Remote:
 
     def get(self, key: str) -> bytes:
         return bytes(self.fs.cat_file(self._path(key)))
+
+    def get_file(self, key: str, path: Path) -> None:
+        self.fs.get_file(self._path(key), str(path))
 
     def exists(self, key: str) -> bool:
         self._forget_listings()

@@ -108,16 +108,24 @@ def unseal_shard(store: Store, shard: int) -> None:
             store.delete(key)
 
 
-def read_rows(store: Store, shard: int) -> list[dict[str, Any]]:
-    """The rows of a sealed shard's table: `file_name` and our columns, by name, in plan order.
+def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a sealed shard, all of it or some columns.
 
-    Raises FileNotFoundError when the shard is not sealed, ValueError when its table cannot be read or lacks a column.
+    Raises FileNotFoundError when the shard is not sealed, ValueError when its table cannot be read.
     """
     data = store.get(layout.metadata_key(shard))
     try:
-        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), columns=["file_name", *COLUMNS]).to_pylist()
+        return pq.read_table(io.BytesIO(data), columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{layout.metadata_key(shard)} is not a table of this program: {error}") from error
+
+
+def read_rows(store: Store, shard: int) -> list[dict[str, Any]]:
+    """The rows of a sealed shard's table: `file_name` and our columns, by name, in plan order.
+
+    Raises as `read_table`, and ValueError when a column is missing.
+    """
+    rows: list[dict[str, Any]] = read_table(store, shard, ["file_name", *COLUMNS]).to_pylist()
     if rows and rows[0].keys() != {"file_name", *COLUMNS}:
         raise ValueError(f"{layout.metadata_key(shard)} lacks {sorted({'file_name', *COLUMNS} - rows[0].keys())}")
     return rows

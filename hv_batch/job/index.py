@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,14 @@ class Part:
     sha256: str  # of its bytes, hex
     rows: int
     samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What an output root's own index tells without its config."""
+
+    parts: tuple[Part, ...]
+    extra_kinds: Mapping[str, Kind]  # of the manifest's further columns
 
 
 class Index:
@@ -98,13 +107,7 @@ class Index:
     def is_whole(self) -> bool:
         """Whether every part is there with the bytes that were written."""
         with ThreadPoolExecutor(CARRIERS, thread_name_prefix="index") as pool:
-            return all(pool.map(self._is_whole, self._parts))
-
-    def _is_whole(self, part: Part) -> bool:
-        try:
-            return hashlib.sha256(self._store.get(part.name)).hexdigest() == part.sha256
-        except FileNotFoundError:
-            return False
+            return all(pool.map(partial(is_whole, self._store), self._parts))
 
     def _rows(self, part: Part) -> _Rows:
         if self._held is None or self._held[0] is not part:
@@ -184,6 +187,24 @@ def load_index(store: Store, manifest: Manifest, config: RunConfig) -> Index | N
     return index if index.is_whole() else None
 
 
+def read_index(store: Store) -> Written:
+    """Of which parts the index in an output root says to be. Raises FileNotFoundError, and ValueError for no index."""
+    try:
+        document = json.loads(store.get(layout.INDEX))
+        parts = tuple(Part(**part) for part in document["parts"])
+        return Written(parts, _read_kinds(document["summary"]["extra_kinds"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{layout.INDEX} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def is_whole(store: Store, part: Part) -> bool:
+    """Whether a part is there with the bytes that were written."""
+    try:
+        return hashlib.sha256(store.get(part.name)).hexdigest() == part.sha256
+    except FileNotFoundError:
+        return False
+
+
 def index_key(config: RunConfig) -> str:
     """Hex digest of all but the manifest that an index depends on."""
     facts = [__version__, config.defaults.model_dump(mode="json"), config.parallel.cfg_degree]
@@ -199,10 +220,14 @@ def _read_summary(written: Mapping[str, Any], config: RunConfig) -> ManifestSumm
         **written,
         "shards": -(-written["samples"] // config.output.shard_size),
         "shapes": {(height, width, frames): count for height, width, frames, count in written["shapes"]},
-        "extra_kinds": {name: Kind(kind) for name, kind in written["extra_kinds"].items()},
+        "extra_kinds": _read_kinds(written["extra_kinds"]),
         "warnings": tuple(written["warnings"]),
     }
     return ManifestSummary(**fields)
+
+
+def _read_kinds(written: Mapping[str, str]) -> dict[str, Kind]:
+    return {name: Kind(kind) for name, kind in written.items()}
 
 
 def _read_part(store: Store, part: Part, columns: Sequence[str] | None = None) -> pa.Table:

@@ -8,6 +8,7 @@
     posters/shard-00017/<key>-<hash8>.jpg        the first frame of a video, where media.poster is set
     commits/shard-00017/<key>.json               the record that makes a sample done
     quarantine/shard-00017/<key>.json            the record of a sample that was given up
+    retried/shard-00017/<key>.json               that record, once the sample was taken back
     latents/shard-00017/<key>.safetensors        a final latent whose video is not committed yet
     steps/shard-00017/<key>.safetensors          the last step checkpoint of a denoise that has not ended well yet
     report/shards/shard-00017.json               what the sealed shard adds to the summary
@@ -27,12 +28,13 @@ REPORT = "report/index.html"
 LEASE = "lease.json"
 COMMITS = "commits/"
 STEPS = "steps/"
-INDEX = "plan/index.json"
+PLAN = "plan/"
+INDEX = f"{PLAN}index.json"
 
 
 def index_part(number: int, sha256: str) -> str:
     """Where a part of the index goes; `sha256` is the hex digest of its bytes, so that no writer changes another's."""
-    return f"plan/part-{number:05d}-{sha256[:8]}.parquet"
+    return f"{PLAN}part-{number:05d}-{sha256[:8]}.parquet"
 
 
 def shard_name(shard: int) -> str:
@@ -52,9 +54,13 @@ def media_key(shard: int, key: str, sha256: str, suffix: str) -> str:
     return f"{media_dir(shard)}{key}-{sha256[:8]}{suffix}"
 
 
-def poster_key(shard: int, key: str, sha256: str) -> str:
+def poster_dir(shard: int) -> str:
     """Not beside the media: a folder of images and videos is no dataset to the loaders."""
-    return f"posters/{shard_name(shard)}/{key}-{sha256[:8]}.jpg"
+    return f"posters/{shard_name(shard)}/"
+
+
+def poster_key(shard: int, key: str, sha256: str) -> str:
+    return f"{poster_dir(shard)}{key}-{sha256[:8]}.jpg"
 
 
 def metadata_key(shard: int) -> str:
@@ -87,6 +93,14 @@ def quarantine_dir(shard: int) -> str:
 
 def quarantine_key(shard: int, key: str) -> str:
     return f"{quarantine_dir(shard)}{key}.json"
+
+
+def retried_dir(shard: int) -> str:
+    return f"retried/{shard_name(shard)}/"
+
+
+def retried_key(shard: int, key: str) -> str:
+    return f"{retried_dir(shard)}{key}.json"
 
 
 def latent_dir(shard: int) -> str:

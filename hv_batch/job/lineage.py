@@ -13,6 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from hv_batch.job.commits import LICENCE_ID
+
 SCHEMA = "hv_batch/lineage/1"
 
 COLUMNS: Mapping[str, pa.DataType] = {
@@ -41,4 +43,4 @@ def lineage_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
         for record in records
     ]
     columns = {name: pa.array([row[name] for row in rows], dtype) for name, dtype in COLUMNS.items()}
-    return pa.table(columns).replace_schema_metadata({"hv_batch.schema": SCHEMA})
+    return pa.table(columns).replace_schema_metadata({"hv_batch.schema": SCHEMA, "hv_batch.licence": LICENCE_ID})

@@ -89,6 +89,11 @@ class Store:
         path = _checked(key)
         return self._retry(lambda: self._backend.get(path))
 
+    def get_file(self, key: str, path: Path) -> None:
+        """Download an object of any size. Raises FileNotFoundError."""
+        source = _checked(key)
+        self._retry(lambda: self._backend.get_file(source, path))
+
     def exists(self, key: str) -> bool:
         path = _checked(key)
         return self._retry(lambda: self._backend.exists(path))

@@ -37,14 +37,49 @@ def write_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> No
                     raise ValueError(f"{row['file_name']} does not hold the bytes that its record tells")
                 stem = _stem(row["key"])
                 _add(tar, stem + Path(row["file_name"]).suffix, media)
-                _add(tar, f"{stem}.json", json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
+                _add(tar, f"{stem}.json", _said(row))
         file.flush()
         store.put_file(layout.tar_key(shard), Path(file.name))
+
+
+def find_tar_fault(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What of the tar is not what `write_tar` would write for `rows`; None when nothing. It is read through a file."""
+    with tempfile.NamedTemporaryFile(prefix="hv_batch-", suffix=".tar") as file:
+        try:
+            store.get_file(layout.tar_key(shard), Path(file.name))
+            with tarfile.open(file.name, mode="r:") as tar:
+                return _differing(tar, rows)
+        except FileNotFoundError:
+            return "it is missing" if rows else None
+        except (tarfile.TarError, EOFError) as error:
+            return f"it is no whole tar: {error}"
+
+
+def _differing(tar: tarfile.TarFile, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    members = iter(tar)
+    for row in rows:
+        stem = _stem(row["key"])
+        for name, sha256 in (
+            (stem + Path(row["file_name"]).suffix, row["sha256"]),
+            (f"{stem}.json", hashlib.sha256(_said(row)).hexdigest()),
+        ):
+            member = next(members, None)
+            if member is None or member.name != name:
+                return f"{name} is expected where it has {member.name if member else 'its end'}"
+            content = tar.extractfile(member)  # one video in memory
+            if content is None or hashlib.sha256(content.read()).hexdigest() != sha256:
+                return f"its {name} has other bytes than recorded"
+    extra = next(members, None)
+    return f"its {extra.name} is of no sample of the table" if extra else None
 
 
 def _stem(key: str) -> str:
     """A reader takes everything after a name's first dot for its extension; no key holds a tilde."""
     return key.replace(".", "~")
+
+
+def _said(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -79,13 +79,14 @@ def make_quarantine(sample: Sample, *failures: dict[str, Any]) -> dict[str, Any]
     return commits.quarantine_record(sample, failures=tries, fingerprint=FINGERPRINT, versions={})
 
 
-def open_root(store: Store, samples: int, *, device: str = "cpu") -> None:
-    """A run of so many samples in shards of SHARD_SIZE, in groups of 2 x 1 ranks."""
+def open_root(store: Store, samples: int, *, device: str = "cpu", adorned: bool = False) -> None:
+    """A run of so many samples in shards of SHARD_SIZE, in groups of 2 x 1 ranks; `adorned` with posters and tars."""
     config = {
         "seed": 0,
         "model": {"engine": "hv_batch.engine.hunyuan:HunyuanVideo"},
         "parallel": {"device": device, "ulysses_degree": 2, "ring_degree": 1},
-        "output": {"shard_size": SHARD_SIZE},
+        "output": {"shard_size": SHARD_SIZE, "webdataset": adorned},
+        "media": {"poster": adorned},
     }
     manifest = {
         "url": "/nights/<b>prompts</b>.jsonl",

@@ -58,9 +58,13 @@ def run_small(
     poison: Collection[str] = (),
     denoised: Counter | None = None,
     media: WriteMedia | None = None,
+    adorned: bool = False,
 ) -> None:
-    """What one call of the run command does. `denoised` counts by key; the samples of `poison` are given up."""
-    open_root(store, len(samples))
+    """What one call of the run command does. `denoised` counts by key; the samples of `poison` are given up.
+
+    `adorned` makes posters and tars as well.
+    """
+    open_root(store, len(samples), adorned=adorned)
     if store.exists(layout.SUCCESS):
         return
     plan = Plan(store, ListedShards(samples))
@@ -71,10 +75,11 @@ def run_small(
                 _give_up(store, sample)
                 plan.quarantined(sample)
             else:
-                _render(store, sample, stage, denoised if denoised is not None else Counter(), media or digest_media)
+                counts = denoised if denoised is not None else Counter()
+                _render(store, sample, stage, counts, media or digest_media, adorned)
                 plan.committed(sample)
         for sealable in plan.take_sealable():
-            seal_shard(store, sealable.shard, sealable.keys)
+            seal_shard(store, sealable.shard, sealable.keys, webdataset=adorned)
     summary = report.aggregate(store)
     report.write_report(store, summary)
     runs.finish_run(store, summary)
@@ -94,7 +99,7 @@ def _give_up(store: Store, sample: Sample) -> None:
     drop_latents(store, sample)
 
 
-def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media: WriteMedia) -> None:
+def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media: WriteMedia, adorned: bool) -> None:
     identity = sample_identity(sample, FINGERPRINT)
     stored = get_latents(store, sample, identity) if stage is Stage.DECODE else None
     if stored is None:
@@ -105,10 +110,12 @@ def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media
     with tempfile.TemporaryDirectory() as folder:
         path, suffix, info = media(sample, stored.latents, Path(folder))
         file = layout.media_key(sample.shard, sample.key, info.sha256, suffix)
+        poster = _put_poster(store, sample, info, Path(folder)) if adorned and suffix == ".mp4" else None
         store.put_file(file, path)
     record = commits.commit_record(
         sample,
         file=file,
+        poster=poster,
         media=info,
         stages={**stored.stages, "decode": {"seconds": 0.5}},
         failures=[],
@@ -117,6 +124,15 @@ def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media
     )
     commits.commit(store, record)
     drop_latents(store, sample)
+
+
+def _put_poster(store: Store, sample: Sample, info: RenderedMedia, folder: Path) -> str:
+    """No picture, but it follows from the frames."""
+    path = folder / "poster.jpg"
+    path.write_bytes(info.frames_sha256.encode())
+    key = layout.poster_key(sample.shard, sample.key, hashlib.sha256(path.read_bytes()).hexdigest())
+    store.put_file(key, path)
+    return key
 
 
 def fingerprint(store: Store) -> str:
@@ -153,7 +169,7 @@ def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30)
 def everything(store: Store) -> dict[str, bytes | dict]:
     """A whole root as P2 and P3 promise it: media, tables and summary byte for byte, records without their dates."""
     found: dict[str, bytes | dict] = {}
-    for folder in ("data", "commits", "quarantine", "latents", "report/shards"):
+    for folder in ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards"):
         for key in store.list(folder):
             data = store.get(key)
             if not key.endswith(".json"):

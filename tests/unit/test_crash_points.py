@@ -14,9 +14,10 @@ from small_runs import everything, run_small, some_samples
 from hv_batch.job import layout
 from hv_batch.job.commits import scan_shard
 from hv_batch.job.dataset import read_rows
+from hv_batch.job.findings import Fault, Finding
 from hv_batch.job.quarantine import read_quarantined, release
 from hv_batch.job.storage import Store
-from hv_batch.job.verification import Fault, Finding, Picture, repair, verify
+from hv_batch.job.verification import Picture, repair, verify
 from tests.doubles import Crash, CrashingStore
 
 SAMPLES = some_samples(6)

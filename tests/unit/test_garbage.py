@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import boto3
@@ -82,6 +83,46 @@ def test_what_killed_workers_leave_is_found_and_removed(any_store):
     assert {k: v for k, v in everything(any_store).items() if k.startswith("data/")} == {
         k: v for k, v in everything(undisturbed).items() if k.startswith("data/")
     }
+
+
+def test_posters_and_half_written_seals(store):
+    """P1: a poster that no record names, what was written for a seal that never came, parts of no index; and what a
+    sealed shard holds is kept."""
+    run_small(store, SAMPLES, poison={"s003"}, adorned=True)
+    assert list(find_garbage(store, older_than=FUTURE)) == []
+    expected = everything(store)
+    store.delete(layout.SUCCESS)
+    store.delete(layout.metadata_key(1))
+    store.put("plan/part-00000-0a1b2c3d.parquet", b"of a start that was cut short")
+    for key in ("s001", "s003", "s009"):
+        store.put(f"posters/shard-00000/{key}-0a1b2c3d.jpg", b"of the slower of two")
+    found = list(find_garbage(store, older_than=FUTURE))
+    assert {(garbage.kind, garbage.name) for garbage in found} == {
+        (Kind.POSTER, "posters/shard-00000/s001-0a1b2c3d.jpg"),
+        (Kind.POSTER, "posters/shard-00000/s003-0a1b2c3d.jpg"),
+        (Kind.POSTER, "posters/shard-00000/s009-0a1b2c3d.jpg"),
+        (Kind.SEAL, "webdataset/shard-00001.tar"),
+        (Kind.SEAL, "lineage/shard-00001.parquet"),
+        (Kind.SEAL, "report/shards/shard-00001.json"),
+        (Kind.PLAN, "plan/part-00000-0a1b2c3d.parquet"),
+    }
+    for garbage in found:
+        remove(store, garbage)
+    run_small(store, SAMPLES, adorned=True)
+    assert everything(store) == expected
+
+
+def test_the_parts_of_an_index_are_kept(store):
+    """P2: a resume reads its samples from them; with a document that cannot be read, nothing is judged."""
+    run_small(store, SAMPLES)
+    parts = [f"plan/part-0000{number}-0a1b2c3d.parquet" for number in range(2)]
+    for part in parts:
+        store.put(part, b"rows")
+    named = {"name": parts[0], "sha256": "", "rows": 6, "samples": 6}
+    store.put(layout.INDEX, json.dumps({"parts": [named], "summary": {"extra_kinds": {}}}).encode())
+    assert [garbage.name for garbage in find_garbage(store, older_than=FUTURE)] == parts[1:]
+    store.put(layout.INDEX, b"{")
+    assert list(find_garbage(store, older_than=FUTURE)) == []
 
 
 def test_media_that_belong_to_a_committed_file_are_kept(store):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from rendered_roots import make_quarantine
 from small_runs import everything, real_media, run_small, some_samples
 
 from hv_batch.job import commits, layout
+from hv_batch.job.findings import Fault
 from hv_batch.job.storage import Store
-from hv_batch.job.verification import Fault, repair, verify
+from hv_batch.job.verification import repair, verify
 from hv_batch.runtime.playback import decode_media
 
 SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]
@@ -23,9 +27,9 @@ SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> Path:
-    """A finished root with five real videos and an image, in two shards."""
+    """A finished root with five real videos, their posters and an image, in two shards with a tar each."""
     root = tmp_path_factory.mktemp("rendered") / "root"
-    run_small(Store(str(root)), SAMPLES, media=real_media)
+    run_small(Store(str(root)), SAMPLES, media=real_media, adorned=True)
     return root
 
 
@@ -37,6 +41,11 @@ def root(rendered, tmp_path) -> Path:
 
 def media_of(root: Path, key: str) -> Path:
     (path,) = root.glob(f"data/*/{key}-*")
+    return path
+
+
+def poster_of(root: Path, key: str) -> Path:
+    (path,) = root.glob(f"posters/*/{key}-*")
     return path
 
 
@@ -99,6 +108,10 @@ FAULTS = {
         layout.quarantine_key(0, "s002"), commits.encode(make_quarantine(SAMPLES[1]))
     ),
     Fault.TABLE: lambda root: change_table(root, lambda table: table.slice(1)),
+    Fault.POSTER: lambda root: poster_of(root, "s002").unlink(),
+    Fault.LINEAGE: lambda root: (root / layout.lineage_key(0)).unlink(),
+    Fault.SUMS: lambda root: (root / layout.sums_key(0)).write_bytes((root / layout.sums_key(1)).read_bytes()),
+    Fault.TAR: lambda root: (root / layout.tar_key(0)).unlink(),
 }
 
 
@@ -119,7 +132,7 @@ def test_each_fault_is_found_and_mended(rendered, root, fault):
     assert fault.value in found.render()
     repair(store, found.findings)
     denoised = Counter()
-    run_small(store, SAMPLES, media=real_media, denoised=denoised)
+    run_small(store, SAMPLES, media=real_media, denoised=denoised, adorned=True)
     assert set(denoised) <= {"s002"}
     assert verify(store, decode_media, decodes=0).findings == []
     assert everything(store) == everything(Store(str(rendered)))
@@ -136,6 +149,9 @@ def test_each_fault_is_found_and_mended(rendered, root, fault):
         {"file": "data/shard-00001/s002-00000000.mp4"},
         {"file": 3},
         {"params": {}},
+        {"bytes": "many"},
+        {"stages": None},
+        {"poster": "data/shard-00000/s002-00000000.jpg"},
     ],
 )
 def test_a_record_of_something_else(root, values):
@@ -170,6 +186,122 @@ def test_a_table_that_is_none(root):
     assert wrong.fault is Fault.TABLE
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda root: poster_of(root, "s002").write_bytes(b"another picture"),
+        lambda root: change_record(root, "s002", {"poster": None}),
+    ],
+)
+def test_a_poster_of_something_else(root, spoil):
+    """P1: a poster is the bytes that its name tells, and every video of such a run has one."""
+    spoil(root)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert (wrong.key, wrong.fault) == ("s002", Fault.POSTER)
+
+
+def another_lineage(root: Path) -> None:
+    path = root / layout.lineage_key(0)
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index("attempts"), "attempts", pa.array([9, 1, 1, 1])), path)
+
+
+@pytest.mark.parametrize("spoil", [another_lineage, lambda root: (root / layout.lineage_key(0)).write_bytes(b"PAR1")])
+def test_a_lineage_that_says_otherwise(root, spoil):
+    """Lineage: the table of tries, times and places is that of the records."""
+    spoil(root)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.LINEAGE
+
+
+def rewrite_tar(root: Path, change) -> None:
+    """The tar with its members (name, bytes) changed by `change`."""
+    path = root / layout.tar_key(0)
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w") as tar:
+        for name, data in change(members):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda members: members[:-1], "s004.json is expected where it has its end"),
+        (lambda members: members[2:], "s001.mp4 is expected where it has s002.mp4"),
+        (lambda members: [*members, ("s009.json", b"{}")], "s009.json is of no sample"),
+        (lambda members: [(name, data + b"x") for name, data in members], "s001.mp4 has other bytes"),
+        (lambda members: [(name, data.replace(b"heron", b"goose")) for name, data in members], "s001.json has other"),
+    ],
+)
+def test_a_tar_of_something_else(root, change, said):
+    """P1: those who train from the tars get the samples of the table, in its order and byte for byte."""
+    rewrite_tar(root, change)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.TAR
+    assert said in wrong.details
+
+
+@pytest.mark.parametrize("size", [0, 5, 700, 10_300])
+def test_half_a_tar(root, size):
+    """P1: a tar that was cut short is told, wherever it was cut."""
+    path = root / layout.tar_key(0)
+    path.write_bytes(path.read_bytes()[:size])
+    assert [finding.fault for finding in verify(Store(str(root)), decode_media, decodes=0).findings] == [Fault.TAR]
+
+
+def write_index(root: Path, extra_kinds: dict[str, str]) -> Path:
+    """An index of one part, which is returned."""
+    digest = hashlib.sha256(b"rows").hexdigest()
+    part = root / layout.index_part(0, digest)
+    part.parent.mkdir(exist_ok=True)
+    part.write_bytes(b"rows")
+    named = {"name": f"plan/{part.name}", "sha256": digest, "rows": 6, "samples": 6}
+    (root / layout.INDEX).write_text(json.dumps({"parts": [named], "summary": {"extra_kinds": extra_kinds}}))
+    return part
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [Path.unlink, lambda part: part.write_bytes(b"other"), lambda part: (part.parent / "index.json").write_text("{}")],
+)
+def test_a_checked_manifest_that_is_damaged(root, spoil):
+    """P2: what a resume could not use is told while the manifest may still be there; without it the next one checks
+    the manifest anew, and the dataset stays as it is."""
+    store = Store(str(root))
+    spoil(write_index(root, {}))
+    found = verify(store, decode_media, decodes=0).findings
+    assert [(finding.fault, finding.shard) for finding in found] == [(Fault.PLAN, None)]
+    repair(store, found)
+    assert verify(store, decode_media, decodes=0).findings == []
+    assert store.exists(layout.SUCCESS)
+
+
+def test_the_manifests_own_columns_are_held_against_the_records(root):
+    """P1: a further column that was changed, or lost, is told where the plan tells its type."""
+    write_index(root, {"topic": "text"})
+    (first, _) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert first.fault is Fault.TABLE
+    assert "the columns ['topic']" in first.details
+    change_table(root, lambda table: table.append_column("topic", pa.array(["geese"] * table.num_rows)))
+    (first, _) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert 'the row of s001 says topic = "geese", its record null' in first.details
+
+
+def test_a_run_that_counts_as_finished_and_is_not(root):
+    """P2: a pending sample that no run command would look for is told, and repair lets them look."""
+    store = Store(str(root))
+    for key in (layout.commit_key(1, "s005"), layout.metadata_key(1)):
+        store.delete(key)
+    (wrong,) = verify(store, decode_media, decodes=0).findings
+    assert wrong.fault is Fault.SUCCESS
+    repair(store, [wrong])
+    run_small(store, SAMPLES, media=real_media, adorned=True)
+    assert verify(store, decode_media, decodes=0).findings == []
+
+
 def test_hostile_prompts_are_no_fault(tmp_path):
     """P1: text that UTF-8 cannot hold is cleaned in the table, and that is as it should be."""
     store = Store(str(tmp_path / "root"))
@@ -185,4 +317,4 @@ def test_pending_and_quarantined_samples_are_no_faults(tmp_path):
     found = verify(store, decode_media, decodes=0, shards=[0])
     assert (found.findings, found.quarantined) == ([], 1)
     found = verify(store, decode_media, decodes=0)
-    assert (found.pending, [finding.fault for finding in found.findings]) == (1, [Fault.TABLE])
+    assert (found.pending, [finding.fault for finding in found.findings]) == (1, [Fault.SUCCESS, Fault.TABLE])
