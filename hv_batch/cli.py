@@ -33,6 +33,7 @@ app.add_typer(bench_app, name="bench")
 Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
 
 Address = Annotated[str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")]
+Steal = Annotated[bool, typer.Option("--steal", help="take the output root over from a driver that is known to hang")]
 Manifests = Annotated[
     list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
 ]
@@ -47,10 +48,11 @@ def run(
     limit: Annotated[int | None, typer.Option(help="only the first N samples of the selection")] = None,
     where: Annotated[list[str] | None, typer.Option(help="only samples with column=value; repeatable")] = None,
     shards: Annotated[str | None, typer.Option(help="only these shards, as 3,17-20")] = None,
-    address: Address = None,
-    steal: Annotated[
-        bool, typer.Option("--steal", help="take the output root over from a driver that is known to hang")
+    failed_only: Annotated[
+        bool, typer.Option("--failed-only", help="only what was quarantined: it is taken back and rendered again")
     ] = False,
+    address: Address = None,
+    steal: Steal = False,
 ) -> None:
     """Render what the output root lacks of the manifest, or of a selection of it; the root is that of the whole.
 
@@ -66,8 +68,18 @@ def run(
         )
     settings = load_config(config, overrides or [])
     selection = parse_selection(limit, where or [], shards)
-    code = render(settings, manifest, output, selection=selection, address=address, progress=Progress(), steal=steal)
-    raise typer.Exit(code)
+    raise typer.Exit(
+        render(
+            settings,
+            manifest,
+            output,
+            selection=selection,
+            address=address,
+            progress=Progress(),
+            steal=steal,
+            failed_only=failed_only,
+        )
+    )
 
 
 @app.command()
@@ -75,11 +87,12 @@ def resume(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
     manifest: Annotated[str | None, typer.Option(help="where its manifest is now, should it have moved")] = None,
     address: Address = None,
+    steal: Steal = False,
 ) -> None:
     """Render what is left of a run; its config and manifest are those of its run.json. Exit codes are those of run."""
     from hv_batch.resume import resume as resume_run
 
-    raise typer.Exit(resume_run(output, address=address, progress=Progress(), manifest=manifest))
+    raise typer.Exit(resume_run(output, address=address, progress=Progress(), manifest=manifest, steal=steal))
 
 
 @app.command()

@@ -21,15 +21,17 @@ def resume(
     address: str | None,
     progress: Progress,
     manifest: str | None = None,
+    steal: bool = False,
     stopped: Event | None = None,
 ) -> ExitCode:
     """Render what is left of the run at `output`, with the config and the manifest it was begun with.
 
-    `manifest` is where the same manifest is now, should it have moved. Raises UserError when there is no run, or its
-    run.json does not hold everything.
+    `manifest` is where the same manifest is now, should it have moved; `steal` as in `render`. Raises UserError when
+    there is no run, or its run.json does not hold everything.
     """
     config, recorded = read_orders(output)
-    return render(config, manifest or recorded, output, address=address, progress=progress, stopped=stopped)
+    urls = manifest or recorded
+    return render(config, urls, output, address=address, progress=progress, steal=steal, stopped=stopped)
 
 
 def read_orders(output: str) -> tuple[RunConfig, str | list[str]]:

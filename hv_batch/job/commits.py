@@ -151,13 +151,15 @@ def read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any]:
     return decode(store.get(layout.quarantine_key(shard, key)))
 
 
-def scan_shard(store: Store, shard: int) -> ShardState:
-    """Everything a resume must know about one shard: three listings, whatever its size."""
+def scan_shard(store: Store, shard: int, *, sealed: bool | None = None) -> ShardState:
+    """Everything a resume must know about one shard: three listings, whatever its size. `sealed` where it is known."""
     committed, quarantined, latents = (
         frozenset(map(layout.sample_key, store.list(folder)))
         for folder in (layout.commit_dir(shard), layout.quarantine_dir(shard), layout.latent_dir(shard))
     )
-    return ShardState(committed, quarantined - committed, latents, store.exists(layout.metadata_key(shard)))
+    if sealed is None:
+        sealed = store.exists(layout.metadata_key(shard))
+    return ShardState(committed, quarantined - committed, latents, sealed)
 
 
 def encode(record: Mapping[str, Any]) -> bytes:

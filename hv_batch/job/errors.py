@@ -5,6 +5,7 @@ Only the runtime knows exceptions (Ray's, torch's); it turns each into a `Failur
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -41,3 +42,8 @@ class Failure:
         """As it is recorded. What went wrong may have been told with the URL of a store, and that with its password."""
         said = {"message": public_text(self.message), "traceback": public_text(self.traceback)}
         return asdict(self) | {"kind": self.kind.value} | said
+
+    @classmethod
+    def from_dict(cls, recorded: Mapping[str, Any]) -> Failure:
+        """Raises KeyError, TypeError or ValueError for what `to_dict` has not written."""
+        return cls(**{**recorded, "kind": FailureClass(recorded["kind"])})

@@ -17,9 +17,11 @@ from typing import TypeVar
 
 from hv_batch.job import layout
 from hv_batch.job.commits import ShardState, scan_shard
+from hv_batch.job.errors import Failure
 from hv_batch.job.events import Stage
 from hv_batch.job.index import Index
 from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
+from hv_batch.job.quarantine import earlier_failures, read_quarantined, release
 from hv_batch.job.samples import Sample
 from hv_batch.job.selection import Selection, count_selected
 from hv_batch.job.storage import Store
@@ -53,6 +55,7 @@ class Pending:
     sample: Sample
     stage: Stage  # the station at which it begins
     has_steps: bool  # an earlier run has left a step checkpoint of it
+    earlier: tuple[Failure, ...] = ()  # what it had failed of when it was taken back
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,24 @@ class Plan:
     def is_whole(self) -> bool:
         return self._selection.is_whole
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether it is of samples that were given up, and `take_back` comes first."""
+        return self._selection.failed is not None
+
+    def take_back(self) -> int:
+        """Make the selected samples pending that are quarantined; how many. Before the iteration begins."""
+        taken = 0
+        for shard, count in enumerate(self._selected):
+            if count:
+                keys = {sample.key for sample in self._inside(shard, self._index.samples(shard))}
+                given_up = read_quarantined(self._store, [shard])
+                taken += release(self._store, (record for record in given_up if record["key"] in keys))
+        return taken
+
+    def _inside(self, shard: int, everything: list[Sample]) -> list[Sample]:
+        return list(islice(filter(self._selection.matches, everything), self._selected[shard]))
+
     def __iter__(self) -> Iterator[Pending | Passed | Unanswered]:
         return self._pending
 
@@ -123,19 +144,27 @@ class Plan:
             state = yield from _persist(look)
             if state:
                 everything = yield from _persist(partial(self._index.samples, shard))
-                inside = list(islice(filter(self._selection.matches, everything), self._selected[shard]))
+                inside = self._inside(shard, everything)
                 yield from _persist(partial(self._clear, inside, state, with_steps))
                 pending = self._enter(shard, state, everything, inside)
-                if not pending:  # it may have to be sealed
+                if pending:
+                    yield from self._begin(shard, pending, state, with_steps)
+                else:  # it may have to be sealed
                     yield Passed(shard)
-                for sample in pending:
-                    stage = Stage.DECODE if sample.key in state.latents else Stage.ENCODE
-                    yield Pending(sample, stage, sample.key in with_steps)
             else:
                 self.tally.committed_before += self._selected[shard]
                 passed += 1
                 if passed % PASSED_AT_ONCE == 0:
                     yield Passed(shard)
+
+    def _begin(
+        self, shard: int, pending: list[Sample], state: ShardState, with_steps: frozenset[str]
+    ) -> Iterator[Pending | Unanswered]:
+        keys = {sample.key for sample in pending}
+        earlier = yield from _persist(partial(earlier_failures, self._store, shard, keys))
+        for sample in pending:
+            stage = Stage.DECODE if sample.key in state.latents else Stage.ENCODE
+            yield Pending(sample, stage, sample.key in with_steps, earlier.get(sample.key, ()))
 
     def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], ShardState | None]]]:
         """Every shard in order, with a function for what the store knows of it: None when it is done and no more need
@@ -164,7 +193,7 @@ class Plan:
         is_sealed = self._store.exists(layout.metadata_key(shard))
         if is_sealed and sum(1 for _ in self._store.list(layout.commit_dir(shard))) == self._index.size(shard):
             return None
-        return scan_shard(self._store, shard)
+        return scan_shard(self._store, shard, sealed=is_sealed)
 
     def _enter(self, shard: int, state: ShardState, everything: list[Sample], inside: list[Sample]) -> list[Sample]:
         """Take note of a shard that is not done, and return its samples to render."""

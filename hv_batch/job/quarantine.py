@@ -1,5 +1,8 @@
 """The samples that were given up: why, in groups that a person can read, and taking them back.
 
+A sample that is taken back begins with its full budget, but what it had failed of is not forgotten: its quarantine
+record is kept under retried/, and the tries in it stand before the new ones in the record that the sample ends with.
+
 Ten thousand samples are given up for three reasons, not for ten thousand: messages are grouped by class and by their
 first line with every number replaced, and each group keeps a few keys to look at.
 """
@@ -16,8 +19,9 @@ from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import read_quarantine, scan_shard
+from hv_batch.job.commits import decode, encode, read_quarantine, scan_shard
 from hv_batch.job.dataset import unseal_shard
+from hv_batch.job.errors import Failure
 from hv_batch.job.storage import Store
 
 READERS = 16  # as in report: enough to hide an object store's latency
@@ -88,14 +92,44 @@ def _shape(message: str) -> str:
 def release(store: Store, records: Iterable[Mapping[str, Any]]) -> int:
     """Make the samples of these quarantine records pending again; how many.
 
-    Shard by shard, first the seals (the run's, then the shard's), then the records. A crash in between leaves a root
-    that claims less than it holds: the same run command seals again what is complete and renders what is pending. The
-    other way round, a sealed run would hide a pending sample for ever.
+    Shard by shard, first the seals (the run's, then the shard's), then the records, each kept under retried/ before it
+    goes. A crash in between leaves a root that claims less than it holds: the same run command seals again what is
+    complete and renders what is pending. The other way round, a sealed run would hide a pending sample for ever.
     """
     released = 0
     for shard, members in groupby(records, key=itemgetter("shard")):
         unseal_shard(store, shard)
         for record in members:
+            store.put(layout.retried_key(shard, record["key"]), encode(record))
             store.delete(layout.quarantine_key(shard, record["key"]))
             released += 1
     return released
+
+
+def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]]:
+    """The samples that are quarantined, or were and have not been committed since; of every shard that has any.
+
+    So a command that was killed after it had taken samples back finds them again.
+    """
+
+    def of_shard(shard: int) -> frozenset[str]:
+        state = scan_shard(store, shard)
+        retried = frozenset(map(layout.sample_key, store.list(layout.retried_dir(shard))))
+        return (state.quarantined | retried) - state.committed
+
+    numbers = list(shards)
+    with ThreadPoolExecutor(READERS, thread_name_prefix="quarantine") as pool:
+        return {shard: keys for shard, keys in zip(numbers, pool.map(of_shard, numbers), strict=True) if keys}
+
+
+def earlier_failures(store: Store, shard: int, keys: Collection[str]) -> dict[str, tuple[Failure, ...]]:
+    """What those samples of `keys` had failed of that were taken back, by key."""
+    found = [key for key in map(layout.sample_key, store.list(layout.retried_dir(shard))) if key in keys]
+    return {key: _read_history(store, layout.retried_key(shard, key)) for key in found}
+
+
+def _read_history(store: Store, name: str) -> tuple[Failure, ...]:
+    try:
+        return tuple(map(Failure.from_dict, decode(store.get(name))["history"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # no reason not to render it
+        return ()

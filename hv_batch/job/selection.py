@@ -1,8 +1,8 @@
-"""Which part of a run one command is to render: `--limit`, `--where`, `--shards`.
+"""Which part of a run one command is to render: `--limit`, `--where`, `--shards`, `--failed-only`.
 
 A selection is no part of the run's identity: the output root stays that of the whole manifest, and later commands
 render the rest. It depends on the manifest alone and not on what is done already, so the same command twice means the
-same samples (P2).
+same samples (P2); but for `--failed-only`, which twice means what has not been committed of them since.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import json
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hv_batch.job.index import Index
+from hv_batch.job.quarantine import failed_keys
 from hv_batch.job.rows import KNOWN_COLUMNS, parse_text
+from hv_batch.job.runs import read_run
 from hv_batch.job.samples import Sample
+from hv_batch.job.status import chosen_shards
+from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
 # A sample no longer tells of how many videos it is one.
@@ -26,19 +30,23 @@ NUMBER_OR_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Samples that are in one of `shards` and match `where`, and of these the first `limit`; None or empty: all."""
+    """Samples that are in one of `shards`, match `where` and are in `failed`, and of these the first `limit`.
+
+    None or empty shards and conditions: all.
+    """
 
     limit: int | None = None
     where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> any of these values, as text
     shards: tuple[range, ...] = ()
+    failed: frozenset[str] | None = None  # keys of samples that were given up
 
     @property
     def is_whole(self) -> bool:
-        return self.limit is None and not self.where and not self.shards
+        return self.limit is None and not self.where and not self.shards and self.failed is None
 
     def matches(self, sample: Sample) -> bool:
         """Whether `where` is fulfilled: by value in a column of ours, by text or JSON in another; no text is a null."""
-        return all(
+        return (self.failed is None or sample.key in self.failed) and all(
             any(_equals(name, _value(sample, name), text) for text in texts) for name, texts in self.where.items()
         )
 
@@ -56,6 +64,17 @@ def parse_selection(limit: int | None = None, where: Sequence[str] = (), shards:
     return Selection(limit, columns, parse_ranges(shards) if shards is not None else ())
 
 
+def only_failed(store: Store, selection: Selection) -> Selection:
+    """Of a selection, the samples that are quarantined, or were and have not been committed since they were taken back.
+
+    Raises UserError when the root holds no run, or no such shard.
+    """
+    chosen = {shard for shards in selection.shards for shard in shards}
+    found = failed_keys(store, chosen_shards(read_run(store), chosen or None))
+    shards = tuple(range(shard, shard + 1) for shard in found)
+    return replace(selection, shards=shards, failed=frozenset().union(*found.values()))
+
+
 def parse_ranges(shards: str) -> tuple[range, ...]:
     """Of a list of shards such as "3,17-20". Raises UserError for anything else."""
     return tuple(map(_parse_range, shards.split(",")))
@@ -70,7 +89,7 @@ def _parse_range(text: str) -> range:
 
 
 def count_selected(index: Index, selection: Selection) -> array[int]:
-    """Of every shard, how many of its samples are selected; with `where`, from a look at all samples of the shards.
+    """Of every shard, how many of its samples are selected; by what they are, from a look at all of the shards.
 
     Raises UserError for a column or a shard that the manifest does not have, and when nothing is selected.
     """
@@ -87,7 +106,8 @@ def count_selected(index: Index, selection: Selection) -> array[int]:
     for shard in chosen:
         if room == 0:
             break
-        found = sum(map(selection.matches, index.samples(shard))) if selection.where else index.size(shard)
+        by_sample = selection.where or selection.failed is not None
+        found = sum(map(selection.matches, index.samples(shard))) if by_sample else index.size(shard)
         counts[shard] = min(found, room)
         room -= counts[shard]
     if not any(counts):

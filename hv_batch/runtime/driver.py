@@ -286,7 +286,8 @@ class Driver:
                     assert isinstance(group, DenoiseGroup), f"{worker} has no steps"
                     group.checkpoint()
                 case Quarantine(key, failures):
-                    self._errands.append(partial(self._quarantine, self._items.pop(key).sample, failures))
+                    item = self._items.pop(key)
+                    self._errands.append(partial(self._quarantine, item.sample, (*item.earlier, *failures)))
                 case Abort(failure):
                     if failure.traceback:
                         self._progress.say(failure.traceback)
@@ -310,7 +311,8 @@ class Driver:
                 return
             else:
                 self._to_admit -= 1
-                self._items[found.sample.key] = InFlight(found.sample, has_steps=found.has_steps)
+                item = InFlight(found.sample, earlier=found.earlier, has_steps=found.has_steps)
+                self._items[found.sample.key] = item
                 self._events.append(Admitted(found.sample.key, found.stage, found.sample.params.latent_bytes))
 
     def _start(self, worker: WorkerId) -> Worker:

@@ -35,7 +35,7 @@ from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S
-from hv_batch.job.selection import Selection
+from hv_batch.job.selection import Selection, only_failed
 from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
@@ -76,15 +76,22 @@ def render(
     progress: Progress,
     steal: bool = False,
     stopped: Event | None = None,
+    failed_only: bool = False,
 ) -> ExitCode:
-    """Render what `output_url` lacks of the manifest, or of a selection of it.
+    """Render what `output_url` lacks of the manifest, or of a selection of it; `failed_only` what was given up there.
 
     While another driver is writing there this is refused, unless `steal` makes that one stop. `stopped` may be set by
     anybody to end the run after a drain; SIGTERM and SIGINT set it, too. Raises UserError, which means exit code 1.
     """
     with _stop_signals(stopped) as stopped, tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
         try:
-            job = _prepare(config, Manifest(manifest_urls), Store(output_url), Store(spool), selection, progress)
+            store = Store(output_url)
+            if failed_only:
+                selection = only_failed(store, selection or Selection())
+                if not selection.failed:
+                    progress.say(f"nothing to render: no such sample of {public_url(store.url)} was given up")
+                    return ExitCode.COMMITTED
+            job = _prepare(config, Manifest(manifest_urls), store, Store(spool), selection, progress)
             return _render(job, address, progress, stopped, steal)
         except KeyboardInterrupt:
             progress.say("stopped at once; run the same command again to go on")
@@ -97,7 +104,7 @@ def render(
 
 def _render(job: _Job, address: str | None, progress: Progress, stopped: Event, steal: bool) -> ExitCode:
     store = job.context.store
-    if job.state is RunState.FINISHED:
+    if job.state is RunState.FINISHED and not job.plan.takes_back:
         progress.say(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
     me = this_process("run", submission_id())
@@ -126,6 +133,8 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
         # Only now is the root claimed: whoever asked for more than there is may ask for something else.
         open_run(store, job.document)
         job.index.publish(store)
+        if plan.takes_back:
+            progress.say(f"taken back of the quarantine: {plan.take_back()} samples")
         driver = Driver(job.context, plan, plan.total, kinds, progress, should_stop=should_stop)
         outcome = driver.run()
     lease.check()

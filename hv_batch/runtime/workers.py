@@ -43,6 +43,7 @@ class InFlight:
     latents: ray.ObjectRef | None = None  # None also where the decoder shall read them from the output root
     stages: dict[str, StageReport] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
+    earlier: tuple[Failure, ...] = ()  # of before it was taken back: they cost it no try now
     has_steps: bool = False  # there may be a step checkpoint of it in the output root
 
     def may_resume(self) -> bool:
@@ -187,7 +188,8 @@ class EncoderWorker(PoolWorker):
 class DecoderWorker(PoolWorker):
     def run(self, items: Sequence[InFlight]) -> None:
         (item,) = items
-        ref = self._actor.decode.remote(item.sample, item.latents, item.stages, item.failures)
+        failures = (*item.earlier, *item.failures)
+        ref = self._actor.decode.remote(item.sample, item.latents, item.stages, failures)
         self._watch(ref, lambda ref: self._decoded(ref, item))
 
     def _decoded(self, ref: ray.ObjectRef, item: InFlight) -> list[Event]:

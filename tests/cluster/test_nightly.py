@@ -6,17 +6,24 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 
+from hv_batch.job import commits, layout
+from hv_batch.job.lease import LEASE_SCHEMA, held, this_process
+from hv_batch.job.storage import Store
 from tests.cluster.runs import ROOT, dataset, render, write_config, write_manifest
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
+# The patience with a driver of another machine is made for nights.
+QUICK = "from hv_batch.job import lease; lease.STALE_S, lease.LOOK_S = 1.0, 0.2"
+IMPATIENT = ("-c", f"{QUICK}; from hv_batch.cli import main; main()")
 
 
-def hv_batch(*arguments) -> tuple[int, str, str]:
+def hv_batch(*arguments, program=("-m", "hv_batch")) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "hv_batch", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT, text=True, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
@@ -27,9 +34,9 @@ def partition(folder, day, prompts):
     return write_manifest(folder / day, prompts)
 
 
-def nightly(folder, config, address, *flags) -> tuple[int, dict, str]:
+def nightly(folder, config, address, *flags, **options) -> tuple[int, dict, str]:
     arguments = ["--config", config, "--output", folder / "nights", "--address", address, *flags]
-    code, out, err = hv_batch("nightly", "--manifest", f"{folder}/{{date}}/manifest.jsonl", *arguments)
+    code, out, err = hv_batch("nightly", "--manifest", f"{folder}/{{date}}/manifest.jsonl", *arguments, **options)
     (line,) = out.splitlines()
     return code, json.loads(line), err
 
@@ -57,3 +64,26 @@ def test_a_night_catches_up_and_survives_a_bad_one(ray_head, tmp_path, marks):
     assert [line["nights"][2][name] for name in ("committed", "quarantined", "pending")] == [3, 1, 0]
     assert (code, line["exit_code"], line["outcome"]) == (1, 1, "failed")
     assert dataset(tmp_path / "nights" / "2026-11-18") == whole
+
+
+@pytest.mark.slow
+def test_a_night_and_the_leases_of_others(ray_head, tmp_path, marks):
+    """P5: a root whose driver is gone is watched for a while and then taken over; one that is being written to is told
+    with its holder, and the night fails at once instead of rendering everything twice."""
+    config = write_config(tmp_path, marks)
+    manifest = partition(tmp_path, "2026-11-18", PROMPTS)
+    code, text = render(config, manifest, tmp_path / "nights" / "2026-11-18", ray_head[0])
+    assert code == 0, text
+    left = Store(str(tmp_path / "nights" / "2026-11-18"))
+    gone = replace(this_process("run"), machine="another", host="node-7")
+    left.put(layout.LEASE, commits.encode({"schema": LEASE_SCHEMA, **asdict(gone)}))
+    left.delete(layout.SUCCESS)
+    partition(tmp_path, "2026-11-19", PROMPTS)
+    with held(Store(str(tmp_path / "nights" / "2026-11-19")), this_process("run", "raysubmit_9")):
+        code, line, err = nightly(tmp_path, config, ray_head[0], "--date", "2026-11-19", program=IMPATIENT)
+    assert [night["outcome"] for night in line["nights"]] == ["committed", "failed"], err
+    assert "node-7" in err
+    assert "raysubmit_9" in line["nights"][1]["error"]
+    assert (code, line["outcome"]) == (1, "failed")
+    code, line, err = nightly(tmp_path, config, ray_head[0], "--date", "2026-11-19")
+    assert (code, line["outcome"]) == (0, "committed"), err

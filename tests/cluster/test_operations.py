@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import time
@@ -116,3 +117,55 @@ def test_a_sample_that_was_given_up_is_taken_back(undisturbed, ray_head, tmp_pat
     code, text = hv_batch("verify", output, "--deep")
     assert code == 0, text
     assert "3 committed samples" in text
+
+
+@pytest.mark.slow
+def test_what_failed_is_rendered_again_by_one_command(ray_head, tmp_path, marks):
+    """P2, P5: `run --failed-only` takes back what was given up and renders that alone, though the run had finished; the
+    records tell the tries of before. A sample that fails again is given up again, and there is nothing else to do."""
+    prompts = ["good 0", "bad !raise-denoise-once", "good 1", "worse !raise-denoise"]
+    config = write_config(tmp_path, marks, retries={"poison": 1})
+    manifest, output = write_manifest(tmp_path, prompts), tmp_path / "out"
+    arguments = (config, manifest, output, ray_head[0], "--failed-only")
+    code, text = render(*arguments)
+    assert code == 1, text
+    assert "is not an output root" in text
+    code, text = render(*arguments[:-1])
+    assert code == 3, text
+    code, text = render(*arguments)
+    assert code == 3, text
+    assert "taken back of the quarantine: 2 samples" in text
+    assert count(marks, "denoised") == dict.fromkeys(prompts[:3], 1)
+    assert [failure["kind"] for failure in records(output)["s01"]["history"]] == ["POISON"]
+    assert records(output, "quarantine")["s03"]["attempts"] == 2
+    assert (output / "_SUCCESS").exists()
+    assert hv_batch("verify", output, "--deep")[0] == 0
+    code, text = render(*arguments, "--where", "id=s01")
+    assert code == 1, text
+    assert "No sample of the manifest matches id=s01" in text
+    shutil.rmtree(output / "quarantine")
+    (output / "retried" / "shard-00000" / "s03.json").unlink()
+    code, text = render(*arguments)
+    assert code == 0, text
+    assert "nothing to render" in text
+
+
+@pytest.mark.slow
+def test_a_resume_takes_over_from_a_driver_that_hangs(undisturbed, ray_head, tmp_path, marks):
+    """P1, P2: `resume --steal` needs the root alone; the driver that lost it stops and says so."""
+    manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
+    config = write_config(tmp_path, marks, {"hold_after": [2]})
+    first = start(with_quick_heart(command(config, manifest, output, ray_head[0])))
+    wait_for(lambda: count(marks, "steps"), "a step")
+    code, text = hv_batch("resume", output, "--address", ray_head[0])
+    assert code == 1, text
+    assert f"process {first.pid}" in text
+    second = start([sys.executable, "-m", "hv_batch", "resume", str(output), "--address", ray_head[0], "--steal"])
+    code, text = finish(first)
+    assert code == 1, text
+    assert "was taken over by `hv-batch run`" in text
+    (marks / "go-2").touch()
+    code, text = finish(second)
+    assert code == 0, text
+    assert dataset(output) == dataset(undisturbed)
+    assert not (output / "lease.json").exists()

@@ -27,6 +27,10 @@ from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.runtime.media import write_media
 
+COMPARED = ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards")
+# What a record tells of tries from before its sample was taken back, and the totals of that.
+TRIES = frozenset({"history", "attempts", "retries"})
+
 WriteMedia = Callable[[Sample, np.ndarray, Path], tuple[Path, str, RenderedMedia]]
 
 
@@ -70,14 +74,13 @@ def run_small(
     plan = Plan(store, ListedShards(samples))
     for found in _one_by_one(plan):
         if not isinstance(found, Passed):
-            sample, stage = found.sample, found.stage
-            if sample.key in poison:
-                _give_up(store, sample)
-                plan.quarantined(sample)
+            counts = denoised if denoised is not None else Counter()
+            if found.sample.key in poison:
+                _give_up(store, found)
+                plan.quarantined(found.sample)
             else:
-                counts = denoised if denoised is not None else Counter()
-                _render(store, sample, stage, counts, media or digest_media, adorned)
-                plan.committed(sample)
+                _render(store, found, counts, media or digest_media, adorned)
+                plan.committed(found.sample)
         for sealable in plan.take_sealable():
             seal_shard(store, sealable.shard, sealable.keys, webdataset=adorned)
     summary = report.aggregate(store)
@@ -91,17 +94,23 @@ def _one_by_one(plan: Plan) -> Iterator[Pending | Passed]:
         yield from plan
 
 
-def _give_up(store: Store, sample: Sample) -> None:
-    failures = [make_failure(message=f"latents of step {sample.row} are not finite")]
+def _earlier(found: Pending) -> list[dict]:
+    return [failure.to_dict() for failure in found.earlier]
+
+
+def _give_up(store: Store, found: Pending) -> None:
+    sample = found.sample
+    failures = [*_earlier(found), make_failure(message=f"latents of step {sample.row} are not finite")]
     commits.quarantine(
         store, commits.quarantine_record(sample, failures=failures, fingerprint=FINGERPRINT, versions={})
     )
     drop_latents(store, sample)
 
 
-def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media: WriteMedia, adorned: bool) -> None:
+def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, adorned: bool) -> None:
+    sample = found.sample
     identity = sample_identity(sample, FINGERPRINT)
-    stored = get_latents(store, sample, identity) if stage is Stage.DECODE else None
+    stored = get_latents(store, sample, identity) if found.stage is Stage.DECODE else None
     if stored is None:
         denoised[sample.key] += 1
         latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
@@ -118,7 +127,7 @@ def _render(store: Store, sample: Sample, stage: Stage, denoised: Counter, media
         poster=poster,
         media=info,
         stages={**stored.stages, "decode": {"seconds": 0.5}},
-        failures=[],
+        failures=_earlier(found),
         fingerprint=fingerprint(store),
         versions={},
     )
@@ -166,16 +175,17 @@ def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30)
     return info.path, info.suffix, info
 
 
-def everything(store: Store) -> dict[str, bytes | dict]:
-    """A whole root as P2 and P3 promise it: media, tables and summary byte for byte, records without their dates."""
+def everything(store: Store, *, ignoring: Collection[str] = ()) -> dict[str, bytes | dict]:
+    """A whole root as P2 and P3 promise it: media, tables and summary byte for byte, records without their dates.
+
+    `ignoring` are further fields of records, sums and summary.
+    """
     found: dict[str, bytes | dict] = {}
-    for folder in ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards"):
-        for key in store.list(folder):
-            data = store.get(key)
-            if not key.endswith(".json"):
-                found[key] = data
-                continue
-            found[key] = {name: value for name, value in commits.decode(data).items() if name != "created_at"}
-    for key in (layout.SUMMARY, layout.SUCCESS):
-        found[key] = store.get(key) if store.exists(key) else b"(absent)"
+    unlike = {"created_at", *ignoring}
+    keys = [key for folder in COMPARED for key in store.list(folder)] + [layout.SUMMARY, layout.SUCCESS]
+    for key in keys:
+        data = store.get(key) if store.exists(key) else b"(absent)"
+        found[key] = data
+        if key.endswith(".json") and data != b"(absent)" and (ignoring or key != layout.SUMMARY):
+            found[key] = {name: value for name, value in commits.decode(data).items() if name not in unlike}
     return found

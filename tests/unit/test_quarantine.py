@@ -8,12 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rendered_roots import make_failure, make_quarantine, make_sample, open_root
-from small_runs import everything, run_small, some_samples
+from small_runs import TRIES, everything, run_small, some_samples
 
 from hv_batch.job import commits, layout
 from hv_batch.job.commits import scan_shard
-from hv_batch.job.errors import FailureClass
-from hv_batch.job.quarantine import MAX_GROUPS, OTHER_REASONS, group_reasons, read_quarantined, release
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.quarantine import (
+    MAX_GROUPS,
+    OTHER_REASONS,
+    failed_keys,
+    group_reasons,
+    read_quarantined,
+    release,
+)
+from hv_batch.job.selection import only_failed, parse_selection
 from hv_batch.job.storage import Store
 from hv_batch.operate import parse_shards
 from hv_batch.protocol import UserError
@@ -66,7 +74,7 @@ def test_a_thousand_messages_do_not_fill_the_memory():
 
 
 def test_what_was_released_is_rendered_by_the_same_command(store):
-    """P2, P5: only those, and the root ends as if they had never failed."""
+    """P2, P5: only those, and the root ends as if they had never failed, but for what their records tell of it."""
     samples = some_samples(6)
     run_small(store, samples, poison={"s003", "s005"})
     assert release(store, read_quarantined(store, range(2))) == 2
@@ -76,7 +84,47 @@ def test_what_was_released_is_rendered_by_the_same_command(store):
     assert denoised == {"s003": 1, "s005": 1}
     undisturbed = Store("memory://undisturbed-retry")
     run_small(undisturbed, samples)
-    assert everything(store) == everything(undisturbed)
+    assert everything(store, ignoring=TRIES) == everything(undisturbed, ignoring=TRIES)
+    record = commits.read_commit(store, 0, "s003")
+    assert record["attempts"] == 2
+    assert [failure["message"] for failure in record["history"]] == ["latents of step 3 are not finite"]
+    assert commits.read_commit(store, 0, "s002")["history"] == []
+
+
+def test_tries_of_before_are_told_however_often_a_sample_is_taken_back(store):
+    """P5: a record that ends a sample tells all its tries; a history that cannot be read stops nobody."""
+    samples = some_samples(2)
+    for times in range(1, 4):
+        run_small(store, samples, poison={"s002"})
+        record = commits.read_quarantine(store, 0, "s002")
+        assert (record["attempts"], len(record["history"])) == (times, times)
+        release(store, read_quarantined(store, range(1)))
+    store.put(layout.retried_key(0, "s002"), b"{")
+    run_small(store, samples)
+    assert commits.read_commit(store, 0, "s002")["attempts"] == 1
+
+
+@given(st.builds(Failure, st.sampled_from(FailureClass), st.text(), st.text(), st.text(), st.booleans()))
+def test_a_failure_is_read_back_from_a_record(failure):
+    """P5: as it was written, which is without secrets."""
+    written = failure.to_dict()
+    assert Failure.from_dict(commits.decode(commits.encode(written))).to_dict() == written
+
+
+def test_what_failed_is_found_until_it_is_committed(store):
+    """P2: `--failed-only` twice means what is left of it, also when the first was killed after it took samples back."""
+    samples = some_samples(6)
+    run_small(store, samples, poison={"s002", "s003", "s005"})
+    assert failed_keys(store, range(2)) == {0: {"s002", "s003"}, 1: {"s005"}}
+    release(store, read_quarantined(store, [0]))
+    assert failed_keys(store, range(2)) == {0: {"s002", "s003"}, 1: {"s005"}}
+    run_small(store, samples, poison={"s003"})
+    assert failed_keys(store, range(2)) == {0: {"s003"}, 1: {"s005"}}
+    assert only_failed(store, parse_selection(shards="1")).failed == {"s005"}
+    assert only_failed(store, parse_selection(shards="1")).shards == (range(1, 2),)
+    release(store, read_quarantined(store, range(2)))
+    run_small(store, samples)
+    assert failed_keys(store, range(2)) == {}
 
 
 def test_a_release_leaves_other_shards_sealed(store):

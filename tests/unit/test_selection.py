@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import layout
+from hv_batch.job import layout, runs
 from hv_batch.job.check import check_manifest
+from hv_batch.job.commits import quarantine, quarantine_record
 from hv_batch.job.config import RunConfig
+from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import Stage
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.plan import LOOK_AHEAD, Passed, Plan
-from hv_batch.job.selection import Selection, parse_selection
+from hv_batch.job.selection import Selection, only_failed, parse_selection
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
@@ -175,6 +177,42 @@ def test_a_plan_is_what_is_selected_and_not_terminal(done, given_up, waiting, ch
     assert {sealable.shard for sealable in plan.take_sealable()} == whole
     left = {key for shard in range(6) for key in map(layout.sample_key, store.list(layout.latent_dir(shard)))}
     assert left == {f"s{number:02d}" for number in waiting - ((done | given_up) & {*inside})}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["s00", "s01", "s05", "s10"]),
+        ({"where": ["kind=dog"]}, ["s01", "s05"]),
+        ({"limit": 2}, ["s00", "s01"]),
+        ({"shards": "1-2"}, ["s05", "s10"]),
+    ],
+)
+def test_only_what_failed(index, options, expected):
+    """`--failed-only`: of the selection only samples that were given up; others stay as they are, pending ones too."""
+    store, samples = memory(), list(index)
+    failed = [samples[n] for n in (0, 1, 5, 10)]
+    store.put(layout.RUN, runs.encode(root_of(index)))
+    commit(store, *(sample for sample in samples[:15] if sample not in failed))
+    for sample in failed:
+        failure = Failure(FailureClass.POISON, "not finite").to_dict()
+        record = quarantine_record(sample, failures=[failure], fingerprint="", versions={})
+        quarantine(store, record)
+    plan = Plan(store, index, only_failed(store, parse_selection(**options)))
+    assert plan.takes_back
+    assert plan.take_back() == len(expected)
+    found = [found for found in plan if not isinstance(found, Passed)]
+    assert [item.sample.key for item in found] == expected
+    assert all([failure.message for failure in item.earlier] == ["not finite"] for item in found)
+    again = Plan(store, index, only_failed(store, parse_selection(**options)))
+    assert (again.take_back(), pending(again)) == (0, expected)  # as after a crash
+    assert not Plan(store, index).takes_back
+
+
+def root_of(index) -> dict:
+    facts = {"samples": index.summary.samples}
+    config = {"output": {"shard_size": 4}}
+    return {"schema": runs.RUN_SCHEMA, "identity": {}, "fingerprint": "", "manifest": facts, "config": config}
 
 
 def test_done_shards_cost_two_requests_and_no_look_at_the_manifest(tmp_path, monkeypatch):
