@@ -137,7 +137,8 @@ def _parse_line(line: bytes) -> Written:
     except RecursionError:
         allowed = "a JSON object that is not nested so deeply"
     except ValueError as error:
-        allowed = f"one JSON object a line ({error})"
+        reason = str(error).partition("; use sys.")[0]  # how to change Python is no advice about a manifest
+        allowed = f"one JSON object a line ({reason})"
     else:
         if isinstance(row, dict):
             return row

@@ -32,6 +32,9 @@ def open_input(role: str, url: str, storage_options: Mapping[str, Any] | None = 
 
 def explain_failure(error: Exception) -> str:
     """Why a file cannot be opened, as the rest of a sentence that begins with its name, and the remedy."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
+        # fsspec's HTTP calls missing what it could not ask for
+        return f"cannot be reached: {error.__cause__}. Check the URL, the network and the credentials."
     if isinstance(error, FileNotFoundError):
         return "does not exist. Give the path or URL of an existing file."
     if isinstance(error, IsADirectoryError):

@@ -180,7 +180,7 @@ def _damage_explained(source: Source) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError) as error:
         kind = source.compression or source.suffix.lstrip(".")
         raise UserError(
-            f"The manifest {source.name} cannot be read as {kind}: {str(error).rstrip('.')}. Write it again, or copy "
+            f"The manifest {source.name} cannot be read as {kind}: {str(error).rstrip('.')}. Mend it there, or copy "
             "it again if it was cut short."
         ) from error
 

@@ -55,6 +55,7 @@ def test_jsonl_rows_carry_their_line_number(tmp_path):
         (b"[1, 2]", "one JSON object a line"),
         (b'"prompt"', "one JSON object a line"),
         (b'{"prompt": "a", "cfg_scale": NaN}', "NaN is not JSON"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "value has 5000 digits)"),
         (b'{"prompt": "a", "meta": {"x": -Infinity}}', "-Infinity is not JSON"),
         (b'{"prompt": "a", "prompt": "b"}', 'the key "prompt" is given twice'),
         (b'{"prompt": "\xff"}', "text in UTF-8"),
@@ -295,6 +296,7 @@ def test_what_is_no_manifest_is_refused_by_name(tmp_path):
         assert "allowed: .jsonl, .ndjson (one JSON" in refusal(jsonl(tmp_path / name, '{"prompt": "a"}'))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.jsonl")))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.parquet")))
+    assert "cannot be reached" in refusal(Manifest("http://127.0.0.1:9/m.jsonl"))  # nobody listens at that port
     assert "has no rows" in refusal(jsonl(tmp_path / "empty.jsonl", b""))
     assert "has no rows" in refusal(jsonl(tmp_path / "blank.jsonl", b"\n \r\n"))
     assert "has no rows" in refusal(jsonl(tmp_path / "empty.csv", b""))
