@@ -29,6 +29,9 @@ MAX_GROUPS = 100  # of one class; what does not fit is counted together
 MAX_EXAMPLES = 3
 MAX_REASON_CHARS = 160
 OTHER_REASONS = "(other messages)"
+UNREADABLE = "(unreadable)"  # the class of a record that somebody else has damaged
+
+_NEEDED = ("shard", "key", "id", "row", "video_index", "class", "message", "traceback", "attempts", "history", "params")
 
 # Addresses, counts, row numbers and the like differ from sample to sample and say nothing about the cause.
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.I)
@@ -62,9 +65,15 @@ def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str]
 
 def _read(store: Store, shard: int, key: str) -> dict[str, Any] | None:
     try:
-        return read_quarantine(store, shard, key)
+        record = read_quarantine(store, shard, key)
+        return record | {name: record[name] for name in _NEEDED}
     except FileNotFoundError:  # committed since the listing
         return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The sample is given up all the same: it is counted, and can be taken back.
+        message = f"its quarantine record cannot be read: {type(error).__name__}: {error}"
+        unknown = {"row": 0, "video_index": 0, "attempts": 0, "traceback": "", "history": [], "params": {"prompt": ""}}
+        return {"shard": shard, "key": key, "id": key, "class": UNREADABLE, "message": message, **unknown}
 
 
 def group_reasons(records: Iterable[Mapping[str, Any]]) -> list[Reason]:

@@ -28,6 +28,7 @@ from hv_batch.job.dataset import metadata_table, unseal_shard
 from hv_batch.job.findings import Fault, Finding, Verification
 from hv_batch.job.index import is_whole, read_index
 from hv_batch.job.lineage import lineage_table
+from hv_batch.job.quarantine import UNREADABLE, read_quarantined
 from hv_batch.job.runs import read_run
 from hv_batch.job.sealed import check_sealed
 from hv_batch.job.status import Status, read_status
@@ -66,6 +67,7 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
             decoders = [decode if every and number % every == 0 else None for number in numbers]
             given_up = frozenset(map(layout.sample_key, store.list(layout.quarantine_dir(shard.shard))))
             samples = list(pool.map(partial(_check_sample, store, run, shard.shard, given_up), keys, decoders))
+            result.findings += _check_given_up(store, shard.shard)
             result.checked += len(samples)
             result.decoded += sum(sample.decoded for sample in samples)
             result.bytes += sum(sample.bytes for sample in samples)
@@ -104,6 +106,13 @@ def _check_success(status: Status) -> list[Finding]:
         f"the run counts as finished, but {status.pending:,} samples are pending and {open_shards:,} shards not sealed"
     )
     return [Finding(None, None, Fault.SUCCESS, told, (layout.SUCCESS,))]
+
+
+def _check_given_up(store: Store, shard: int) -> list[Finding]:
+    return [
+        Finding(shard, record["key"], Fault.RECORD, record["message"], (layout.quarantine_key(shard, record["key"]),))
+        for record in read_quarantined(store, [shard], [UNREADABLE])
+    ]
 
 
 def _check_plan(store: Store) -> list[Finding]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import TRIES, everything, run_small, some_samples
+from small_runs import TRIES, everything, some_samples
+from small_runs import run_small as run_plain
 
 from hv_batch.job import layout
 from hv_batch.job.commits import read_commit, scan_shard
@@ -23,6 +25,9 @@ from tests.doubles import Crash, CrashingStore
 SAMPLES = some_samples(6)
 POISON = frozenset({"s003", "s005"})
 SHARDS = range(2)
+
+# Every run here makes posters and tars as well: more acts, and more that may be left half done.
+run_small = partial(run_plain, adorned=True)
 
 
 def fresh_url() -> str:
@@ -54,11 +59,14 @@ def number_of(act: str) -> int:
 NAMED = {
     "run.json": "put_new run.json",
     "latents": "put latents/shard-00000/s002",
+    "poster": "put_file posters/shard-00000/s002",
     "media": "put_file data/shard-00000/s002",
     "record": "put_new commits/shard-00000/s002",
     "latents dropped": "delete latents/shard-00000/s002",
     "quarantine": "put_new quarantine/shard-00000/s003",
     "sums": "put report/shards/shard-00000",
+    "lineage": "put lineage/shard-00000",
+    "tar": "put_file webdataset/shard-00000",
     "seal": "put_new data/shard-00000/metadata.parquet",
     "last seal": "put_new data/shard-00001/metadata.parquet",
     "report": "put report/index.html",
@@ -97,6 +105,13 @@ def test_a_crash_at_a_named_point(tmp_path, point, when):
 def test_a_crash_on_s3(s3_store, point):
     """P1, P2: the same where names come by conditional PUT instead of by link."""
     crash_and_resume(s3_store.url, [(number_of(NAMED[point]), "after")])
+
+
+@pytest.mark.slow
+def test_a_crash_at_every_point_on_s3(s3_store):
+    """P1, P2: no act is left out there either."""
+    for point in points(len(ACTS)):
+        crash_and_resume(f"{s3_store.url}/{point[0]}-{point[1]}", [point])
 
 
 def points(acts: int) -> list[tuple[int, str]]:

@@ -18,6 +18,8 @@ from small_runs import everything, real_media, run_small, some_samples
 
 from hv_batch.job import commits, layout
 from hv_batch.job.findings import Fault
+from hv_batch.job.report import aggregate, write_report
+from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
 from hv_batch.job.verification import repair, verify
 from hv_batch.runtime.playback import decode_media
@@ -288,6 +290,23 @@ def test_the_manifests_own_columns_are_held_against_the_records(root):
     change_table(root, lambda table: table.append_column("topic", pa.array(["geese"] * table.num_rows)))
     (first, _) = verify(Store(str(root)), decode_media, decodes=0).findings
     assert 'the row of s001 says topic = "geese", its record null' in first.details
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b"\xff", b'{"class": "POISON"}'])
+def test_a_quarantine_record_that_cannot_be_read(tmp_path, data):
+    """P1, P5: its sample counts as given up wherever that is counted, is told, and mended by being rendered again."""
+    store = Store(str(tmp_path / "root"))
+    run_small(store, SAMPLES, poison={"s001"}, media=real_media)
+    store.put(layout.quarantine_key(0, "s001"), data)
+    assert "its quarantine record cannot be read" in read_status(store).render()
+    assert aggregate(store)["failures"] == {"(unreadable)": 1}
+    write_report(store, aggregate(store))
+    (wrong,) = verify(store, decode_media, decodes=0).findings
+    assert (wrong.key, wrong.fault) == ("s001", Fault.RECORD)
+    repair(store, [wrong])
+    run_small(store, SAMPLES, media=real_media)
+    found = verify(store, decode_media, decodes=0)
+    assert (found.findings, found.checked) == ([], 6)
 
 
 def test_a_run_that_counts_as_finished_and_is_not(root):
