@@ -135,6 +135,7 @@ class LocalDisk:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
+            Path(draft).unlink(missing_ok=True)  # the half that was written is not what others have taken
             free = shutil.disk_usage(self.root).free if os.path.isdir(self.root) else 0
             said = f"{error.strerror}: {num_bytes:,} bytes are needed below {self.root}, where {free:,} are free"
             raise OSError(error.errno, said) from error

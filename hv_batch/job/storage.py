@@ -73,16 +73,16 @@ class Store:
         path = _checked(key)
         # The look beforehand saves the upload in the common case, and narrows the race where a server ignores the
         # condition of the write that follows.
-        return self._retry(lambda: not self._backend.exists(path) and self._backend.create(path, data))
+        return self._retry(lambda: not self._backend.exists(path) and self._backend.create(path, data), len(data))
 
     def put(self, key: str, data: bytes) -> None:
         path = _checked(key)
-        self._retry(lambda: self._backend.put(path, data))
+        self._retry(lambda: self._backend.put(path, data), len(data))
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file of any size. The name should hold a hash of its bytes: then writing it twice is harmless."""
         target = _checked(key)
-        self._retry(lambda: self._backend.put_file(target, path))
+        self._retry(lambda: self._backend.put_file(target, path), path.stat().st_size)
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
@@ -153,13 +153,14 @@ class Store:
         is_exclusive = created and not created_again and kept
         return self._backend.claim if is_exclusive else PutIfAbsent.UNSAFE
 
-    def _retry(self, act: Callable[[], T]) -> T:
+    def _retry(self, act: Callable[[], T], num_bytes: int = 0) -> T:
+        """`num_bytes` are those it writes, for the message about a store that is full."""
         for pause_s in (*PAUSES_S, None):
             try:
                 return act()
             except Exception as error:  # noqa: BLE001  (judged in the next line, and raised unless it is transient)
                 if pause_s is None or not is_transient(error):
-                    raise_translated(error, self.url)
+                    raise_translated(error, self.url, num_bytes)
             # Jitter: a whole cluster is throttled at the same moment and must not come back at the same moment.
             time.sleep(pause_s * random.uniform(0.5, 1.5))
         raise AssertionError("the last try returns or raises")

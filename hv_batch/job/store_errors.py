@@ -48,15 +48,18 @@ class StorageUnavailableError(ConnectionError):
     """The store kept failing in a way that usually passes."""
 
 
-def raise_translated(error: Exception, url: str) -> NoReturn:
-    """Raise `error` as what it means, which is unchanged unless it is of the kinds above."""
+def raise_translated(error: Exception, url: str, num_bytes: int) -> NoReturn:
+    """Raise `error` as what it means, which is unchanged unless it is of the kinds above.
+
+    `num_bytes` were to be written.
+    """
     said = public_text(f"{public_url(url)}: {type(error).__name__}: {error}")
     if is_refused(error):
         raise PermissionError(errno.EACCES, said) from error
     if is_transient(error):
         raise StorageUnavailableError(said) from error
     if http_status(error) == FULL_STATUS:
-        raise OSError(errno.ENOSPC, said) from error
+        raise OSError(errno.ENOSPC, f"{num_bytes:,} bytes are needed: {said}") from error
     raise error
 
 

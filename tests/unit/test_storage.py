@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -294,11 +296,16 @@ def test_a_full_disk_surfaces_and_leaves_nothing(tmp_path, monkeypatch, act):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def free_space(_):
+        assert files_below(tmp_path / "root") == [], "what was half written would count as taken"
+        return SimpleNamespace(free=900)
+
     media = tmp_path / "media"
     media.write_bytes(b"x" * 1000)
     monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(shutil, "disk_usage", free_space)
     with pytest.raises(
-        OSError, match=r"No space left on device: 1,000 bytes are needed below /.*, where [\d,]+"
+        OSError, match=r"No space left on device: 1,000 bytes are needed below /.*, where 900 are free"
     ) as caught:
         getattr(Store(str(tmp_path / "root")), act)("a/b", media if act == "put_file" else b"x" * 1000)
     assert caught.value.errno == errno.ENOSPC
@@ -483,8 +490,8 @@ def test_refused_credentials_are_not_retried(s3, s3_store):
 def test_a_server_that_is_full_is_a_full_disk(s3, s3_store):
     """Design 6: FATAL, as on a local disk."""
     s3.faults = [507] * 100
-    with pytest.raises(OSError, match="507") as caught:
-        s3_store.put("a", b"1")
+    with pytest.raises(OSError, match=r"12,345 bytes are needed: .*507") as caught:
+        s3_store.put("a", bytes(12_345))
     assert caught.value.errno == errno.ENOSPC
 
 
