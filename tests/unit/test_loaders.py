@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
 import datasets
+import fsspec
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -39,11 +41,9 @@ def fill(store: Store) -> list[str]:
         record = make_commit(sample)
         media = f"the video of {sample.key}".encode()
         if sample.params.is_image:
-            image = Path(store.url) / "image.png"
-            image.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (96, 128), "teal").save(image)
-            media = image.read_bytes()
-            image.unlink()
+            image = io.BytesIO()
+            Image.new("RGB", (96, 128), "teal").save(image, "PNG")
+            media = image.getvalue()
         sha256 = hashlib.sha256(media).hexdigest()
         record |= {
             "sha256": sha256,
@@ -106,6 +106,27 @@ def test_webdataset_reads_the_tars(store):
         media = sample["png" if row["num_frames"] == 1 else "mp4"]
         assert hashlib.sha256(media).hexdigest() == row["sha256"]
         assert (row["topic"], row["seed"]) == (f"t{row['row']}", 1000 + row["row"])
+
+
+@pytest.mark.slow
+def test_all_of_them_read_it_from_s3(s3_store, tmp_path):
+    """Design 4: where a dataset lies makes no difference to who reads it, with the same credentials. The Hugging Face
+    loader must stream: what it downloads it names anew, and then misses it under the name in the table."""
+    keys = fill(s3_store)
+    files = f"{s3_store.url}/data/**"
+    rows = datasets.load_dataset("videofolder", data_files=files, split="train", streaming=True)
+    rows = list(rows.cast_column("video", datasets.Video(decode=False)))
+    assert sorted(row["id"] for row in rows) == keys
+    for row in rows:
+        assert hashlib.sha256(fsspec.open(row["video"]["path"]).open().read()).hexdigest() == row["sha256"]
+    filesystem, path = fsspec.url_to_fs(s3_store.url)
+    found = pyarrow.dataset.dataset(f"{path}/data", format="parquet", exclude_invalid_files=True, filesystem=filesystem)
+    assert found.to_table(columns=["key"]).column("key").to_pylist() == keys
+    (tmp_path / "read.py").write_text(
+        "import fsspec, sys; sys.stdout.buffer.write(fsspec.open(sys.argv[1]).open().read())"
+    )
+    urls = [f"pipe:{sys.executable} {tmp_path}/read.py {s3_store.url}/{layout.tar_key(shard)}" for shard in (0, 1)]
+    assert [sample["__key__"] for sample in webdataset.WebDataset(urls, shardshuffle=False)] == keys
 
 
 def test_tars_are_equal_bytes_whatever_the_night(tmp_path):
