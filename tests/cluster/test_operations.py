@@ -22,11 +22,18 @@ from tests.cluster.runs import (
 )
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
+# With all that a run may write, so that there is more to be left half done.
+ADORNED = {"output": {"webdataset": True}, "media": {"poster": True}}
+DEATHS = ["posters/", "data/", "commits/", "summary.json"]
 DEADLINE_S = 60
 
 
 def hv_batch(*arguments):
     return finish(start([sys.executable, "-m", "hv_batch", *map(str, arguments)]))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def with_quick_heart(arguments):
@@ -46,7 +53,7 @@ def wait_for(condition, what):
 def undisturbed(ray_head, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "marks").mkdir()
-    config, manifest = write_config(folder, folder / "marks"), write_manifest(folder, PROMPTS)
+    config, manifest = write_config(folder, folder / "marks", **ADORNED), write_manifest(folder, PROMPTS)
     code, text = render(config, manifest, folder / "out", ray_head[0])
     assert code == 0, text
     return folder / "out"
@@ -54,16 +61,14 @@ def undisturbed(ray_head, tmp_path_factory):
 
 @pytest.mark.slow
 def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, marks):
-    """P1, P2, P4: SIGKILL after a media, a record and the summary; nothing is rendered twice, bytes are equal."""
-    config = write_config(tmp_path, marks, {"dies_after": ["data/", "commits/", "summary.json"]})
+    """P1, P2, P4: SIGKILL after a poster, a media, a record and the summary; nothing is rendered twice, bytes are
+    equal."""
+    config = write_config(tmp_path, marks, {"dies_after": DEATHS}, retries={"infra": 5}, **ADORNED)
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
     code, text = render(config, manifest, output, ray_head[0])
     assert code == -signal.SIGKILL, text
-    assert {path.name for path in marks.glob("once-died-*")} == {
-        "once-died-after-data",
-        "once-died-after-commits",
-        "once-died-after-summary.json",
-    }
+    died = {path.name.removeprefix("once-died-after-") for path in marks.glob("once-died-*")}
+    assert died == {prefix.replace("/", "") for prefix in DEATHS}
     assert (output / "summary.json").exists()
     assert not (output / "_SUCCESS").exists()
     assert (output / "lease.json").exists(), "nobody was left to release it"
@@ -72,18 +77,21 @@ def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, 
     assert "watching" not in text, "the holder was of this machine and is dead"
     assert count(marks, "denoised") == dict.fromkeys(PROMPTS, 1)
     assert dataset(output) == dataset(undisturbed)
+    for folder in ("webdataset", "posters"):
+        assert files(output / folder) == files(undisturbed / folder)
     assert not (output / "lease.json").exists()
     assert hv_batch("diff", output, undisturbed)[0] == 0
+    assert hv_batch("verify", output, "--deep")[0] == 0
 
 
 @pytest.mark.slow
 def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
     """P1: the second is told about the first and refused; with --steal it is the first that stops, and says why."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
-    slow = write_config(tmp_path, marks, {"step_seconds": 30.0})
+    slow = write_config(tmp_path, marks, {"step_seconds": 30.0}, **ADORNED)
     first = start(with_quick_heart(command(slow, manifest, output, ray_head[0])))
     wait_for(lambda: count(marks, "encoded"), "an encoding")
-    quick = write_config(tmp_path, marks)
+    quick = write_config(tmp_path, marks, **ADORNED)
     code, text = render(quick, manifest, output, "127.0.0.1:1")
     assert code == 1, text
     assert f"process {first.pid}" in text
@@ -154,7 +162,7 @@ def test_what_failed_is_rendered_again_by_one_command(ray_head, tmp_path, marks)
 def test_a_resume_takes_over_from_a_driver_that_hangs(undisturbed, ray_head, tmp_path, marks):
     """P1, P2: `resume --steal` needs the root alone; the driver that lost it stops and says so."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
-    config = write_config(tmp_path, marks, {"hold_after": [2]})
+    config = write_config(tmp_path, marks, {"hold_after": [2]}, **ADORNED)
     first = start(with_quick_heart(command(config, manifest, output, ray_head[0])))
     wait_for(lambda: count(marks, "steps"), "a step")
     code, text = hv_batch("resume", output, "--address", ray_head[0])

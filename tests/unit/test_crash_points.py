@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
+from multiprocessing import get_context
 
 import pytest
 from hypothesis import given, settings
@@ -113,6 +115,23 @@ def test_a_crash_at_every_point_on_s3(s3_store, first):
     """P1, P2: no act is left out there either; in four parts, for a server of one request at a time."""
     for point in points(len(ACTS))[first::4]:
         crash_and_resume(f"{s3_store.url}/{point[0]}-{point[1]}", [point])
+
+
+def drive(url: str) -> None:
+    run_small(Store(url), SAMPLES, poison=POISON)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tmp_path", "s3_store"])
+def test_two_drivers_at_once(request, kind):
+    """P1: where a lease was no help, two runs end as one would have, with one record a sample."""
+    place = request.getfixturevalue(kind)
+    for again in range(2):
+        url = f"{place.url if isinstance(place, Store) else place}/{again}"
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            list(pool.map(drive, [url] * 2))
+        is_sound(Store(url))
+        assert everything(Store(url)) == EXPECTED
 
 
 def points(acts: int) -> list[tuple[int, str]]:
