@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 
 import boto3
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rendered_roots import FINGERPRINT
-from small_runs import everything, run_small, some_samples
+from small_runs import COMPARED, everything, run_small, some_samples
 
 from hv_batch.job import layout
 from hv_batch.job.dataset import unseal_shard
 from hv_batch.job.garbage import Kind, find_garbage, remove
 from hv_batch.job.latents import put_latents, sample_identity
 from hv_batch.job.storage import Store
+from hv_batch.job.verification import Picture, verify
 from hv_batch.protocol import UserError
 
 SAMPLES = some_samples(6)
@@ -110,6 +114,33 @@ def test_posters_and_half_written_seals(store):
         remove(store, garbage)
     run_small(store, SAMPLES, adorned=True)
     assert everything(store) == expected
+
+
+PLACES = st.sampled_from([f"{layout.shard_name(sample.shard)}/{sample.key}" for sample in SAMPLES])
+HASHES = st.text("0123456789abcdef", min_size=8, max_size=8)
+LITTER = st.one_of(
+    st.builds("data/{}-{}.mp4".format, PLACES, HASHES),
+    st.builds("posters/{}-{}.jpg".format, PLACES, HASHES),
+    st.builds("latents/{}.safetensors".format, PLACES),
+    st.builds("steps/{}.safetensors".format, PLACES),
+    st.builds("plan/part-00000-{}.parquet".format, HASHES),
+)
+
+
+@settings(max_examples=10)
+@given(st.sets(LITTER, max_size=12), st.sets(st.sampled_from([s.key for s in SAMPLES])))
+def test_whatever_lies_about_nothing_needed_is_removed(litter, poison):
+    """P1: a finished run holds what it held before, byte for byte and nothing else, and is sound."""
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    run_small(store, SAMPLES, poison=poison, adorned=True)
+    expected = everything(store)
+    for name in litter - {name for folder in COMPARED for name in store.list(folder)}:
+        store.put(name, b"of a worker that was killed")
+    for garbage in find_garbage(store, older_than=FUTURE):
+        remove(store, garbage)
+    assert everything(store) == expected
+    assert [*store.list("steps"), *store.list("plan")] == []
+    assert verify(store, lambda data, suffix: Picture(17, 128, 96), decodes=None).findings == []
 
 
 def test_the_parts_of_an_index_are_kept(store):

@@ -289,6 +289,17 @@ def test_list_hides_what_a_killed_writer_left(tmp_path):
     assert list(store.list("commits/")) == ["commits/a.json"]
 
 
+def test_a_file_comes_back_as_it_went(any_store, tmp_path):
+    """P1: whole, and not at all where there is none."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(range(256)) * 2048)
+    any_store.put_file("a/b.mp4", source)
+    any_store.get_file("a/b.mp4", target)
+    assert target.read_bytes() == source.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        any_store.get_file("a/c.mp4", target)
+
+
 @pytest.mark.parametrize("act", ["put_new", "put", "put_file"])
 def test_a_full_disk_surfaces_and_leaves_nothing(tmp_path, monkeypatch, act):
     """Design 6: a full disk is FATAL, so its errno must arrive; what was half written is gone."""
