@@ -58,11 +58,6 @@ def video_options(media: MediaConfig) -> list[str]:
     return ["-an", "-vf", filters, *_codec_options(media), *_BITEXACT, "-movflags", "+faststart", "-f", "mp4"]
 
 
-def png_options() -> list[str]:
-    """For one frame, bit for bit."""
-    return ["-frames:v", "1", "-c:v", "png", "-pix_fmt", "rgb24", *_ONE_IMAGE]
-
-
 def jpeg_options() -> list[str]:
     """For one frame, to look at."""
     return ["-frames:v", "1", "-vf", _TO_JPEG, "-c:v", "mjpeg", "-q:v", "2", *_ONE_IMAGE]

@@ -1,4 +1,4 @@
-"""Frames to a file: mp4 for a video, PNG for a single frame, streamed through ffmpeg.
+"""Frames to a file: mp4 for a video, streamed through ffmpeg; PNG for a single frame.
 
 Equal frames and equal settings give equal bytes with one build of ffmpeg (P3): the thread count is pinned, and no date,
 tool name or other metadata is written. Whatever goes wrong, neither a file nor a process is left behind.
@@ -12,16 +12,19 @@ import os
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import imageio_ffmpeg
 import numpy as np
 
 from hv_batch.job.config import MediaConfig
-from hv_batch.runtime.codecs import jpeg_options, png_options, video_options
+from hv_batch.runtime.codecs import jpeg_options, video_options
+from hv_batch.runtime.png import encode_png
 
 STDERR_LINES = 40  # the end of what ffmpeg says, kept for the error message; the rest is read and dropped
 EXIT_TIMEOUT_S = 600.0  # from the last frame: draining the encoder and moving the index to the front of the file
@@ -66,19 +69,20 @@ def write_media(
     chunks are not what was announced, OSError(ENOSPC) if the disk is full, RuntimeError with ffmpeg's words if it
     fails, and whatever `frames` raises.
     """
-    is_image = num_frames == 1
-    suffix = ".png" if is_image else ".mp4"
+    suffix = ".png" if num_frames == 1 else ".mp4"
     path = stem.with_name(stem.name + suffix)
-    poster_path = stem.with_name(stem.name + ".jpg") if media.poster and not is_image else None
-    raw = _raw_input(height, width, fps)
-    encoder = _Encoder([*raw, *(png_options() if is_image else video_options(media)), *_output(path)])
+    poster_path = stem.with_name(stem.name + ".jpg") if media.poster and num_frames > 1 else None
+    raw, shape = _raw_input(height, width, fps), (height, width, 3)
     try:
-        frames_sha256, first = _feed(encoder, frames, (height, width, 3), num_frames)
-        encoder.finish()
+        if num_frames == 1:
+            frames_sha256, frame = _feed(lambda _: None, frames, shape, num_frames)
+            path.write_bytes(encode_png(frame))
+        else:
+            with _Encoder([*raw, *video_options(media), *_output(path)]) as encoder:
+                frames_sha256, frame = _feed(encoder.write, frames, shape, num_frames)
         sha256, size = _digest(path), path.stat().st_size
-        poster = Poster(poster_path, _write_poster(first, poster_path, raw)) if poster_path else None
+        poster = Poster(poster_path, _write_poster(frame, poster_path, raw)) if poster_path else None
     except BaseException:
-        encoder.kill()
         for left in (path, poster_path):
             if left:
                 left.unlink(missing_ok=True)
@@ -98,13 +102,8 @@ def write_media(
 
 def _write_poster(frame: np.ndarray, path: Path, raw: Sequence[str]) -> str:
     """The sha256 of the JPEG it writes."""
-    encoder = _Encoder([*raw, *jpeg_options(), *_output(path)])
-    try:
+    with _Encoder([*raw, *jpeg_options(), *_output(path)]) as encoder:
         encoder.write(frame.data.cast("B"))
-        encoder.finish()
-    except BaseException:
-        encoder.kill()
-        raise
     return _digest(path)
 
 
@@ -123,7 +122,10 @@ def _digest(path: Path) -> str:
 
 
 def _feed(
-    encoder: _Encoder, frames: Iterable[np.ndarray], frame_shape: tuple[int, int, int], num_frames: int
+    write: Callable[[memoryview], None],
+    frames: Iterable[np.ndarray],
+    frame_shape: tuple[int, int, int],
+    num_frames: int,
 ) -> tuple[str, np.ndarray]:
     """Writes every chunk; the sha256 of all of them, and the first frame. Raises ValueError unless as announced."""
     digest = hashlib.sha256()
@@ -140,7 +142,7 @@ def _feed(
                 first = chunk[0].copy()
             raw = np.ascontiguousarray(chunk).data.cast("B")
             digest.update(raw)
-            encoder.write(raw)
+            write(raw)
     if written != num_frames or first is None:
         raise ValueError(f"only {written} frames came, announced were {num_frames}")
     return digest.hexdigest(), first
@@ -166,6 +168,19 @@ class _Encoder:
         self._said: deque[bytes] = deque(maxlen=STDERR_LINES)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Whatever happens, the process is gone after this; an error of its own is raised."""
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self.kill()
 
     def _listen(self) -> None:
         assert self._process.stderr is not None

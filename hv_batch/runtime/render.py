@@ -11,6 +11,7 @@ import platform
 import signal
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def _prepare(
     # Last: they trust the options that the engine has accepted.
     check_memory(config, index.summary.shapes)
     _refuse(engine.group_problems(config.parallel.plan, index.summary.shapes), config)
-    versions = {"hv_batch": __version__, "python": platform.python_version()}
+    versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**config.identity(), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import signal
@@ -16,12 +17,15 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from hv_batch.job.config import MediaConfig
 from hv_batch.protocol import UserError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.media import MediaInfo, write_media
+from hv_batch.runtime.png import encode_png
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 HEIGHT, WIDTH = 48, 64
@@ -192,6 +196,23 @@ def test_one_frame_is_an_exact_png(tmp_path):
     with Image.open(info.path) as image:
         assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), frame[0])
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0, 1, 7, 255]), st.integers(0, 2**32 - 1))
+def test_every_frame_survives_as_a_png(height, width, contrast, seed):
+    """P3, spec section 1: bit for bit, at every size down to one pixel, flat or noisy; equal frames are equal bytes."""
+    frame = np.random.default_rng(seed).integers(0, contrast + 1, (height, width, 3), np.uint8)
+    data = encode_png(frame)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()  # checks the sums of all chunks
+        np.testing.assert_array_equal(np.asarray(image), frame)
+    assert encode_png(np.asfortranarray(frame)) == data
+
+
+def test_an_image_starts_no_process(tmp_path, monkeypatch):
+    """Design 2: thousands of small images cost their pixels, not an ffmpeg each."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    assert write_media(iter([_video(1)]), tmp_path / "image", num_frames=1, **SETTINGS).path.exists()
 
 
 def _too_few() -> Iterator[np.ndarray]:
