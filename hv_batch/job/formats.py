@@ -233,13 +233,13 @@ def cut_parquet(file: IO[bytes]) -> Iterator[ArrowRows]:
     # buffer_size streams the pages of a column chunk; without it a whole row group would be held
     parquet = pq.ParquetFile(file, buffer_size=PAGE_BYTES, pre_buffer=False)
     check_names(parquet.schema_arrow.names)
-    first, batches = 1, []
+    first, batches, rows, size = 1, [], 0, 0
     for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
         batches.append(batch)
-        rows = sum(map(len, batches))
-        if rows >= CHUNK_ROWS or sum(batch.nbytes for batch in batches) >= CHUNK_BYTES:
+        rows, size = rows + len(batch), size + batch.nbytes
+        if rows >= CHUNK_ROWS or size >= CHUNK_BYTES:
             yield ArrowRows(first, pa.Table.from_batches(batches))
-            first, batches = first + rows, []
+            first, batches, rows, size = first + rows, [], 0, 0
     if batches:
         yield ArrowRows(first, pa.Table.from_batches(batches))
 

@@ -9,15 +9,17 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hv_batch.job.columns import Kind, learn
-from hv_batch.job.formats import MAX_LINE_BYTES
+from hv_batch.job.blocks import Judged, judge_block
+from hv_batch.job.columns import Kind, join, learn
+from hv_batch.job.formats import MAX_LINE_BYTES, Written
 from hv_batch.job.inputs import shorten
 from hv_batch.job.manifest import Chunk
 from hv_batch.job.rows import Row, find_fault, read_row
@@ -26,6 +28,9 @@ from hv_batch.protocol import MAX_SEED, FieldProblem
 
 MAX_REPORTED = 1000  # problems told in full; a manifest with more is broken as a whole
 MAX_COLUMNS = 1000  # further columns of a manifest: each is one of the metadata, and held while the run goes on
+
+BLOCK_ROWS = 1024  # judged together: enough to forget what a block costs, and few to look at again for one bad row
+WORTH_A_BLOCK = 8  # fewer rows of the same columns are judged sooner one by one
 
 PART_SCHEMA = pa.schema(
     {
@@ -65,23 +70,46 @@ def describe(problem: FieldProblem) -> str:
 
 def judge_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int) -> Verdict:
     """Judge every row of a chunk (P6). `defaults` and `cfg_degree` (of `parallel`) are the config's."""
-    verdict = Verdict()
-    columns: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
-    hashes: list[bytes] = []
-    for number, written in chunk.rows():
-        verdict.rows += 1
+    found = _Findings()
+    for names, group in groupby(chunk.rows(), key=_names):
+        while block := list(islice(group, BLOCK_ROWS)):
+            found.verdict.rows += len(block)
+            numbers, rows = zip(*block, strict=True)
+            is_worth_it = len(block) >= WORTH_A_BLOCK and len(found.verdict.extra_kinds) + len(names) <= MAX_COLUMNS
+            judged = judge_block(names, rows, defaults, cfg_degree) if names and is_worth_it else None
+            if judged:
+                found.add_block(numbers, judged)
+                continue
+            for number, written in block:
+                found.add_row(number, written, defaults, cfg_degree)
+    return found.close(chunk.offset)
+
+
+def _names(numbered: tuple[int, Written]) -> tuple[str, ...]:
+    """The columns of a row; none of one that cannot be read."""
+    _, written = numbered
+    return () if isinstance(written, FieldProblem) else tuple(written)
+
+
+class _Findings:
+    """What is gathered of a chunk."""
+
+    def __init__(self) -> None:
+        self.verdict = Verdict()
+        self._columns: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
+
+    def add_row(self, number: int, written: Written, defaults: Mapping[str, Any], cfg_degree: int) -> None:
+        verdict = self.verdict
         if isinstance(written, FieldProblem):
             verdict.report(number, written)
-            continue
+            return
         row = read_row(number, written)
         content = _ENCODER.encode((row.values, row.extra))
         problems = row.problems or tuple(_find_more(row, len(content), defaults, cfg_degree))
         for problem in problems:
             verdict.report(number, problem)
         num_videos = _num_videos(row, defaults)
-        hashes += map(hash_key, sample_keys(row.key, num_videos))
-        entry = (chunk.offset + number, row.key, row.id, num_videos, content)
-        for column, value in zip(columns.values(), entry, strict=True):
+        for column, value in zip(self._columns.values(), (number, row.key, row.id, num_videos, content), strict=True):
             column.append(value)
         if not problems:
             given = row.values
@@ -91,10 +119,27 @@ def judge_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int) -> V
             learn(verdict.extra_kinds, row.extra)
             for name in row.extra:
                 verdict.extra_rows.setdefault(name, number)
-    verdict.samples = len(hashes)
-    verdict.key_hashes = b"".join(hashes)
-    verdict.part = _part(columns)
-    return verdict
+
+    def add_block(self, numbers: Sequence[int], judged: Judged) -> None:
+        verdict = self.verdict
+        lists: tuple[Sequence[Any], ...] = (numbers, judged.keys, judged.ids, judged.videos, judged.contents)
+        for column, values in zip(self._columns.values(), lists, strict=True):
+            column += values
+        verdict.shapes.update(judged.shapes)
+        for name, kind in judged.kinds.items():
+            verdict.extra_kinds[name] = join(verdict.extra_kinds.get(name, Kind.NULL), kind)
+            verdict.extra_rows.setdefault(name, numbers[judged.firsts[name]])
+
+    def close(self, offset: int) -> Verdict:
+        """The verdict, with rows numbered over all files, of which those before have `offset`."""
+        columns = self._columns
+        keys = chain.from_iterable(map(sample_keys, columns["key"], columns["videos"]))
+        hashes = list(map(hash_key, keys))
+        self.verdict.samples = len(hashes)
+        self.verdict.key_hashes = b"".join(hashes)
+        columns["row"] = [offset + number for number in columns["row"]]
+        self.verdict.part = _part(columns)
+        return self.verdict
 
 
 def hash_key(key: str) -> bytes:

@@ -104,22 +104,22 @@ def read_row(number: int, written: Mapping[str, Any]) -> Row:
         if value is None:
             continue
         if name == "id":
-            row_id = _normalise(name, value)
+            row_id = normalise(name, value)
         elif name in ROW_RULES:
-            values[name] = value = _normalise(name, value)
+            values[name] = value = normalise(name, value)
             if allowed := find_fault(name, value):
                 found.append(FieldProblem(name, value, allowed))
-        elif _fits_json(value):
+        elif fits_json(value):
             extra[name] = value
         # NaN is how data frames write a missing number; in a column of ours it is refused, in the user's it is left out
         elif value == value:
             found.append(FieldProblem(name, value, EXTRA_ALLOWED))
     if "prompt" not in values:
         found.append(FieldProblem("prompt", None, ROW_RULES["prompt"][1]))
-    if row_id is not None and not _is_id(row_id):
+    if row_id is not None and not is_id(row_id):
         found.append(FieldProblem("id", row_id, ID_ALLOWED))
         row_id = None
-    key = _hash_content({**values, **extra}) if row_id is None else make_key(row_id)
+    key = hash_text(_CANONICAL.encode({**values, **extra})) if row_id is None else make_key(row_id)
     return Row(number=number, key=key, id=row_id, values=values, extra=extra, problems=tuple(found))
 
 
@@ -127,7 +127,7 @@ EXTRA_ALLOWED = f"a value that JSON can hold, nested at most {MAX_DEPTH} deep: n
 ID_ALLOWED = f"a text that is not blank, of at most {MAX_TEXT_CHARS} characters, or a whole number"
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT_CHARS and bool(value.strip())
 
 
@@ -139,7 +139,7 @@ def make_key(row_id: str) -> str:
     return f"{slug}-{hashlib.sha256(row_id.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
 
 
-def _normalise(name: str, value: Any) -> Any:
+def normalise(name: str, value: Any) -> Any:
     """The value in its column's type where that changes nothing, else as it stands, for the rules to refuse.
 
     Makes equal rows hash equally, whether JSON wrote 6 or Parquet 6.0.
@@ -170,7 +170,7 @@ def parse_text(name: str, text: str) -> Any:
     return float(text) if REAL_NUMBER.fullmatch(text.strip()) else text
 
 
-def _fits_json(value: Any, depth: int = MAX_DEPTH) -> bool:
+def fits_json(value: Any, depth: int = MAX_DEPTH) -> bool:
     if isinstance(value, str | bool):
         return True
     if isinstance(value, int):
@@ -178,14 +178,15 @@ def _fits_json(value: Any, depth: int = MAX_DEPTH) -> bool:
     if isinstance(value, float):
         return abs(value) < math.inf
     if isinstance(value, list):
-        return depth > 0 and all(_fits_json(below, depth - 1) for below in value)
+        return depth > 0 and all(fits_json(below, depth - 1) for below in value)
     if isinstance(value, dict):
-        return depth > 0 and all(isinstance(name, str) and _fits_json(value[name], depth - 1) for name in value)
+        return depth > 0 and all(isinstance(name, str) and fits_json(value[name], depth - 1) for name in value)
     return value is None
 
 
-def _hash_content(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_CANONICAL.encode(values).encode()).hexdigest()[:16]
+def hash_text(canonical: str) -> str:
+    """The key of a row without an id, from its content as canonical JSON."""
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 # One encoder for all rows: json.dumps makes one a call. repr serves rows that are refused anyway.
