@@ -58,6 +58,10 @@ def job(
     steps: Annotated[int, typer.Option(min=1, help="of a denoise")] = 1,
     step_seconds: Annotated[float, typer.Option(min=0.0, help="that a step sleeps")] = 0.0,
     frames: Annotated[int, typer.Option(min=1, help="1: a PNG; 4n + 1: an mp4")] = 1,
+    with_ray_data: Annotated[
+        bool,
+        typer.Option("--with-ray-data", help="then the same samples through Ray Data's map_batches, as a yardstick"),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Time the job around the model, which only sleeps: committed samples a second, and the driver's memory."""
@@ -67,7 +71,7 @@ def job(
     load = Load(
         samples=samples, groups=groups, decoders=decoders, steps=steps, step_seconds=step_seconds, frames=frames
     )
-    report = bench_job(load, Progress())
+    report = bench_job(load, Progress(), with_ray_data=with_ray_data)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.render())
 
 

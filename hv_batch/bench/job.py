@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from hv_batch.bench.yardstick import check_ray_data, pace_of_map_batches
 from hv_batch.job.config import (
     DecodersConfig,
     Defaults,
@@ -29,6 +30,7 @@ from hv_batch.job.config import (
 )
 from hv_batch.job.progress import Progress
 from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.session import ray_session
 
 SIDE = 64  # pixels: as small as the job's own cost, which does not depend on it
 
@@ -51,31 +53,52 @@ class JobReport:
     per_second: float  # committed, between the first commit and the last
     groups_busy: float  # share of the groups' time, in the same span
     driver_mb: float  # peak resident memory of the driver's process
+    ray_data_per_second: float | None = None  # what `yardstick` finds; None where it was not asked for
 
     def render(self) -> str:
-        load = self.load
+        load, yardstick = self.load, ""
+        if self.ray_data_per_second is not None:
+            yardstick = (
+                f"\nRay Data's map_batches, keeping no promise: {self.ray_data_per_second:.1f} a second; hv_batch has "
+                f"{self.per_second / self.ray_data_per_second:.2f} of its pace"
+            )
         return (
             f"{load.samples:,} samples of {load.frames} frame(s), {load.groups} groups, {load.decoders} decoders: "
             f"{self.per_second:.1f} committed a second, groups busy {self.groups_busy:.1%} of the time, "
-            f"driver {self.driver_mb:,.0f} MB"
+            f"driver {self.driver_mb:,.0f} MB{yardstick}"
         )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def bench_job(load: Load, progress: Progress) -> JobReport:
-    """Render the load into a temporary folder on a local Ray. Raises UserError as a run does."""
+def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) -> JobReport:
+    """Render the load into a temporary folder on a local Ray; then, if asked, let Ray Data do the like on another.
+
+    Raises UserError as a run does, and where Ray Data cannot run.
+    """
+    if with_ray_data:
+        check_ray_data()
     with rendered(_config(load), load.samples, progress) as output:
         ends = sorted(_ends(output))
+        driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        ray_data = _time_ray_data(load, output.parent) if with_ray_data else None
     span = ends[-1] - ends[0]
     busy = (load.samples - 1) * load.steps * load.step_seconds / (load.groups * span)
     return JobReport(
         load=load,
         per_second=(len(ends) - 1) / span,
         groups_busy=busy,
-        driver_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        driver_mb=driver_mb,
+        ray_data_per_second=ray_data,
     )
+
+
+def _time_ray_data(load: Load, folder: Path) -> float:
+    config, output = _config(load), folder / "ray_data"
+    output.mkdir()
+    with ray_session(config, "local"):
+        return pace_of_map_batches(config, load.samples, output)
 
 
 @contextmanager

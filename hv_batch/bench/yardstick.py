@@ -1,0 +1,109 @@
+"""The same samples through Ray Data's `map_batches`: what a pipeline costs that keeps no promise.
+
+The same engine in the same three kinds of actors. The last one writes each picture or video and a few facts into a
+folder: nothing is flushed, put if absent, looked up, retried or resumed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hv_batch.job.config import RunConfig
+from hv_batch.protocol import Engine, RankPlace, SamplingParams, UserError
+from hv_batch.runtime.context import build_engine
+from hv_batch.runtime.media import write_media
+
+Rows = dict[str, np.ndarray]  # a batch as Ray Data hands it over: equally long columns
+
+
+def check_ray_data() -> None:
+    """Raises UserError where it cannot run."""
+    if missing := [name for name in ("pandas", "pyarrow") if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"--with-ray-data: Ray Data needs {' and '.join(missing)}, which is not installed here. Install it with "
+            "pip install 'ray[data]', or leave the option out."
+        )
+
+
+def pace_of_map_batches(config: RunConfig, samples: int, folder: Path) -> float:
+    """Samples a second that it writes into `folder`, between the first and the last. Ray must have been started."""
+    import ray.data  # with pandas: seconds, and optional
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = ray.data.from_items([{"number": number, "prompt": f"sample {number}"} for number in range(samples)])
+    groups, encoders, decoders = config.groups, config.encoders, config.decoders
+    ends = (
+        rows.map_batches(_Encode, batch_size=encoders.batch_size, **_pool(encoders.count, encoders.cpus, config))
+        .map_batches(_Denoise, batch_size=1, **_pool(groups.count, groups.cpus_per_rank, config))
+        .map_batches(_Decode, batch_size=1, **_pool(decoders.count, decoders.cpus, config, folder))
+    )
+    seconds = sorted(row["end"] for row in ends.iter_rows())
+    return (len(seconds) - 1) / (seconds[-1] - seconds[0])
+
+
+def _pool(actors: int, cpus: float, *arguments: Any) -> dict[str, Any]:
+    return {"concurrency": actors, "num_cpus": cpus, "fn_constructor_args": arguments}
+
+
+def _engine(config: RunConfig) -> Engine:
+    return build_engine(config.model.engine, config.model.options)
+
+
+class _Encode:
+    def __init__(self, config: RunConfig) -> None:
+        self._encoder = _engine(config).text_encoder("cpu")
+        self._is_image = config.defaults.num_frames == 1
+
+    def __call__(self, rows: Rows) -> Rows:
+        self._encoder.encode(list(rows["prompt"]), image=self._is_image)
+        return rows
+
+
+class _Denoise:
+    def __init__(self, config: RunConfig) -> None:
+        place = RankPlace(
+            rank=0, local_rank=0, plan=config.parallel.plan, device="cpu", address="", timeout_s=config.timeouts.start_s
+        )
+        self._denoiser = _engine(config).join(place)
+        values: Mapping[str, Any] = config.defaults.model_dump(exclude={"fps", "num_videos"})
+        self._params = SamplingParams(prompt="", seed=0, **values)
+
+    def __call__(self, rows: Rows) -> Rows:
+        numbers = rows["number"].tolist()
+        params = [
+            replace(self._params, prompt=prompt, seed=n) for prompt, n in zip(rows["prompt"], numbers, strict=True)
+        ]
+        latents = [self._denoiser.denoise(each, None, None, lambda _done, _read: None) for each in params]
+        return {"number": rows["number"], "latents": np.stack(latents)}
+
+
+class _Decode:
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self._decoder = _engine(config).decoder("cpu")
+        self._defaults, self._media = config.defaults, config.media
+        self._folder = folder
+
+    def __call__(self, rows: Rows) -> Rows:
+        defaults = self._defaults
+        for number, latents in zip(rows["number"].tolist(), rows["latents"], strict=True):
+            media = write_media(
+                self._decoder.decode(latents),
+                self._folder / str(number),
+                height=defaults.height,
+                width=defaults.width,
+                num_frames=defaults.num_frames,
+                fps=defaults.fps,
+                media=self._media,
+            )
+            facts = {"number": number, "bytes": media.bytes, "sha256": media.sha256}
+            (self._folder / f"{number}.json").write_text(json.dumps(facts))
+        return {"end": np.full(len(rows["number"]), time.time())}
