@@ -15,12 +15,12 @@ from tests.cluster.runs import ROOT
 def test_the_bench_reports_what_it_rendered(ray_environment):
     """Speed claims come from a command that anybody can repeat; it commits for real, and cleans up."""
     command = [sys.executable, "-m", "hv_batch", "bench", "job", "--samples", "12", "--groups", "1", "--step-seconds"]
-    done = subprocess.run(
-        [*command, "0.02", "--json"], cwd=ROOT, text=True, capture_output=True, timeout=120, check=False
-    )
+    command += ["0.02", "--json", "--with-ray-data"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["load"]["samples"] == 12
     assert 0 < report["per_second"] < 1 / 0.02
     assert 0 < report["groups_busy"] <= 1
     assert report["driver_mb"] > 50
+    assert 0 < report["ray_data_per_second"] < 1 / 0.02

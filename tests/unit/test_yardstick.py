@@ -1,0 +1,37 @@
+"""hv_batch.bench.yardstick: Ray Data is timed with the work that a run does; only the promises are left out."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hv_batch.bench import yardstick
+from hv_batch.bench.job import SIDE, Load, _config
+from hv_batch.protocol import UserError, latent_shape
+
+
+@pytest.mark.parametrize(("frames", "suffix"), [(1, ".png"), (5, ".mp4")])
+def test_the_three_stages_render_every_sample(tmp_path, frames, suffix):
+    """The yardstick of the bench: the same engine, the same pixels and files as in a run, one of each for a sample."""
+    config = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=frames))
+    rows = {"number": np.arange(3), "prompt": np.array(["a", "b", "c"], object)}
+    rows = yardstick._Denoise(config)(yardstick._Encode(config)(rows))
+    assert rows["latents"].shape == (3, *latent_shape(SIDE, SIDE, frames))
+    assert len(yardstick._Decode(config, tmp_path)(rows)["end"]) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{number}{kind}" for number in range(3) for kind in (suffix, ".json")
+    )
+    for path in tmp_path.glob("*.json"):
+        assert json.loads(path.read_text())["bytes"] == path.with_suffix(suffix).stat().st_size
+    if frames == 1:
+        with Image.open(tmp_path / "0.png") as image:
+            assert image.size == (SIDE, SIDE)
+
+
+def test_what_ray_data_lacks_is_told_before_anything_starts(monkeypatch):
+    """P6: the option needs pandas, which a run does not; the message names it and the remedy."""
+    yardstick.check_ray_data()
+    monkeypatch.setattr(yardstick.importlib.util, "find_spec", lambda name: None if name == "pandas" else name)
+    with pytest.raises(UserError, match=r"--with-ray-data: Ray Data needs pandas, .* Install it"):
+        yardstick.check_ray_data()
