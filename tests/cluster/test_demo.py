@@ -44,6 +44,7 @@ def test_the_demo_renders_its_manifest(finished):
     found = records(output)
     assert len(found) == 15
     assert sorted(record["file"].rpartition(".")[2] for record in found.values()) == ["mp4"] * 14 + ["png"]
+    assert all({"imageio-ffmpeg", "zlib"} <= record["versions"].keys() for record in found.values()), "what coded them"
     assert sum(record["params"]["cfg_scale"] > 1 for record in found.values()) >= 2
     assert {"dancer-silk-v0", "dancer-silk-v1"} <= set(found)
     assert all(
