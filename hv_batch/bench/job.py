@@ -98,7 +98,7 @@ def _time_ray_data(load: Load, folder: Path) -> float:
     config, output = _config(load), folder / "ray_data"
     output.mkdir()
     with ray_session(config, "local"):
-        return pace_of_map_batches(config, load.samples, output)
+        return pace_of_map_batches(config, load.samples, load.decoders, output)
 
 
 @contextmanager

@@ -33,18 +33,21 @@ def check_ray_data() -> None:
         )
 
 
-def pace_of_map_batches(config: RunConfig, samples: int, folder: Path) -> float:
-    """Samples a second that it writes into `folder`, between the first and the last. Ray must have been started."""
+def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: Path) -> float:
+    """Samples a second that it writes into `folder`, between the first and the last. Ray must have been started.
+
+    One actor encodes, `config.groups.count` denoise, `decoders` decode.
+    """
     import ray.data  # with pandas: seconds, and optional
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     rows = ray.data.from_items([{"number": number, "prompt": f"sample {number}"} for number in range(samples)])
-    groups, encoders, decoders = config.groups, config.encoders, config.decoders
+    encoders, groups = config.encoders, config.groups
     ends = (
-        rows.map_batches(_Encode, batch_size=encoders.batch_size, **_pool(encoders.count, encoders.cpus, config))
+        rows.map_batches(_Encode, batch_size=encoders.batch_size, **_pool(1, encoders.cpus, config))
         .map_batches(_Denoise, batch_size=1, **_pool(groups.count, groups.cpus_per_rank, config))
-        .map_batches(_Decode, batch_size=1, **_pool(decoders.count, decoders.cpus, config, folder))
+        .map_batches(_Decode, batch_size=1, **_pool(decoders, config.decoders.cpus, config, folder))
     )
     seconds = sorted(row["end"] for row in ends.iter_rows())
     return (len(seconds) - 1) / (seconds[-1] - seconds[0])

@@ -23,4 +23,4 @@ def test_the_bench_reports_what_it_rendered(ray_environment):
     assert 0 < report["per_second"] < 1 / 0.02
     assert 0 < report["groups_busy"] <= 1
     assert report["driver_mb"] > 50
-    assert 0 < report["ray_data_per_second"] < 1 / 0.02
+    assert report["ray_data_per_second"] > 0
