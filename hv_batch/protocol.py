@@ -8,12 +8,13 @@ An engine is named in the config by import path (``model.engine``) and built fro
     text_encoder().encode(prompts)            -> one embedding a prompt      (opaque to the job)
     join(place).denoise(params, embeddings)   -> latents, float32 numpy      (every rank of a group takes part)
     decoder().decode(latents)                 -> chunks of frames, uint8     (in order, streamed)
+    join(place).decode(latents)               -> the same chunks on rank 0   (every rank of a group takes part)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -197,6 +198,7 @@ class RankPlace:
     device: Device
     address: str
     timeout_s: float
+    decodes: bool = False  # `Denoiser.decode` will be called, too
 
 
 class Embedding(Protocol):
@@ -261,6 +263,15 @@ class Denoiser(Protocol):
 
         `on_step` is called after each of the `num_inference_steps` steps. With `resume`, only the steps after it are
         made, and the result is the same bits. Raises NotFiniteError when it is not finite.
+        """
+        ...
+
+    def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
+        """What `Decoder.decode` yields for equal latents, bit for bit, on rank 0; nothing on the others, which must be
+        iterated all the same.
+
+        Rank 0 may raise NotFiniteError, or be closed before its end: then it first takes whatever the other ranks are
+        still to send, so that these end as ever and the group can go on. After any other error it cannot.
         """
         ...
 

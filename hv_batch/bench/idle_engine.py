@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,8 @@ class IdleEngine:
     def host_rendezvous(self, host: str, _world_size: int) -> str:
         return host
 
-    def join(self, _place: RankPlace) -> IdleDenoiser:
-        return IdleDenoiser(self.step_seconds)
+    def join(self, place: RankPlace) -> IdleDenoiser:
+        return IdleDenoiser(self.step_seconds, place.rank)
 
     def decoder(self, _device: Device) -> IdleDecoder:
         return IdleDecoder()
@@ -76,6 +76,7 @@ class IdleEncoder:
 @dataclass(frozen=True, slots=True)
 class IdleDenoiser:
     step_seconds: float
+    rank: int
 
     def self_check(self) -> None:
         """There is nothing that could be wrong."""
@@ -94,6 +95,10 @@ class IdleDenoiser:
             time.sleep(self.step_seconds)
             on_step(step + 1, lambda: latents)
         return latents
+
+    def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
+        if self.rank == 0:
+            yield from IdleDecoder().decode(latents)
 
 
 class IdleDecoder:

@@ -9,6 +9,7 @@ also what a small machine needs: spinning OpenMP threads of several processes sl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
@@ -29,10 +30,11 @@ from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
-from hv_batch.engine.self_check import check_group
+from hv_batch.engine.self_check import check_decoding, check_group
 from hv_batch.engine.text import TextEmbedding, TextTowers, template_identity
 from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming, to_uint8
+from hv_batch.engine.vae_group import decode_in_group
+from hv_batch.engine.vae_tiling import TileGeometry, to_uint8
 from hv_batch.engine.weights import FP8_MODES, load_dit, load_vae, verify
 from hv_batch.engine.xfuser_attention import XfuserAttention, check_xfuser, find_uneven
 from hv_batch.protocol import (
@@ -218,6 +220,7 @@ class HunyuanVideo:
         choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
         if self._sequence_parallel == "xfuser":
             check_xfuser(device)
+        vae = load_vae(self._tree, self._dtype("vae_precision"), device) if place.decodes else None
         home = device if self._offload == "none" else torch.device("cpu")
         model = load_dit(self._tree, self._dit_config, self._attention, dtype, home, self._fp8)
         if self._fp8 == "matmul":
@@ -227,11 +230,12 @@ class HunyuanVideo:
         mesh = SequenceMesh.single() if place.plan.world_size == 1 else join_group(place)
         if self._sequence_parallel == "xfuser":
             model.joint_attention = XfuserAttention(mesh)
-        return HunyuanDenoiser(model, mesh, device, self._recipe)
+        decoder = HunyuanDecoder(vae, self._geometry, mesh) if vae else None
+        return HunyuanDenoiser(model, mesh, device, self._recipe, decoder)
 
     def decoder(self, device: Device) -> HunyuanDecoder:
         vae = load_vae(self._tree, self._dtype("vae_precision"), _claim(device))
-        return HunyuanDecoder(vae, self._geometry)
+        return HunyuanDecoder(vae, self._geometry, SequenceMesh.single())
 
     def _dtype(self, option: str) -> torch.dtype:
         return PRECISIONS[self._precisions[option]]
@@ -246,15 +250,24 @@ class HunyuanDenoiser:
         mesh: SequenceMesh,
         device: torch.device,
         recipe: Recipe = Recipe(),  # noqa: B008
+        decoder: HunyuanDecoder | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
         self._device = device
         self._recipe = recipe
+        self._decoder = decoder
 
     def self_check(self) -> None:
         """Raises RuntimeError where the group's ranks compute another picture than one alone; see `self_check`."""
         check_group(self._model, self._mesh, self._device)
+        if self._decoder:
+            self._decoder.self_check()
+
+    def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
+        """What `HunyuanDecoder.decode` yields, on rank 0; nothing elsewhere."""
+        assert self._decoder, "joined without RankPlace.decodes"
+        return self._decoder.decode(latents)
 
     def trajectory(
         self,
@@ -291,22 +304,34 @@ class HunyuanDenoiser:
 
 
 class HunyuanDecoder:
-    """The VAE with its tiling (satisfies `hv_batch.protocol.Decoder`)."""
+    """The VAE with its tiling, which the ranks of a mesh share out (satisfies `hv_batch.protocol.Decoder`)."""
 
-    def __init__(self, vae: CausalVAE, geometry: TileGeometry) -> None:
+    def __init__(self, vae: CausalVAE, geometry: TileGeometry, mesh: SequenceMesh) -> None:
         self._vae = vae
         self._geometry = geometry
+        self._mesh = mesh
 
-    def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3].
+    def self_check(self) -> None:
+        """Raises RuntimeError where the ranks together decode other pixels than one alone."""
+        check_decoding(self._vae, self._mesh)
+
+    def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
+        """Frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3]; nothing but on rank 0.
 
         Raises ValueError for latents of another shape, NotFiniteError when the VAE yields such values.
         """
         if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
             raise ValueError(f"latents must be shaped [{LATENT_CHANNELS}, T, h, w], not {list(latents.shape)}")
         # A copy: what the object store hands out is read-only, which torch.from_numpy warns of.
-        chunks = decode_streaming(self._vae, torch.from_numpy(np.array(latents, np.float32))[None], self._geometry)
-        return map(to_uint8, chunks)
+        z = torch.from_numpy(np.array(latents, np.float32))[None]
+        return self._frames(decode_in_group(self._vae, z, self._geometry, self._mesh))
+
+    def _frames(self, chunks: Iterator[Tensor]) -> Generator[np.ndarray, None, None]:
+        try:
+            yield from map(to_uint8, chunks)
+        finally:
+            if self._mesh.world_size > 1:  # what the other ranks still decode is sent here: see Denoiser.decode
+                deque(chunks, maxlen=0)
 
 
 def _claim(device: Device, local_rank: int = 0) -> torch.device:

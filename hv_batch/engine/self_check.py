@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from hv_batch.engine.parallel import SequenceMesh, attend_jointly
+from hv_batch.engine.vae_group import decode_in_group
+from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
+from hv_batch.protocol import LATENT_CHANNELS
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit import HYVideoDiT
+    from hv_batch.engine.vae import CausalVAE
 
 # A prime number of tokens times 7: no degree but 7 divides it, so shards are padded; at degree 8 and above the last
 # shards are nothing but padding.
@@ -58,6 +62,27 @@ def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> 
             f"self-check: the group's result deviates from what rank {mesh.world_rank} computes alone by "
             f"{max(found):.2g} (relative RMS), and rounding explains {limit:.2g}. With Ulysses "
             f"{mesh.ulysses_degree} x ring {mesh.ring_degree}, a device, a link or the weights of one rank are damaged"
+        )
+
+
+@torch.no_grad()
+def check_decoding(vae: CausalVAE, mesh: SequenceMesh) -> None:
+    """Raises RuntimeError on rank 0 where a small picture, of which every rank decodes a tile, is not what it decodes
+    alone. Also the first time that ranks send each other something without the rest of the group.
+    """
+    if mesh.world_size == 1:
+        return
+    tiles = TileGeometry(spatial_px=64, temporal_frames=16)
+    picture = _noise(5, (1, LATENT_CHANNELS, 1, tiles.space.stride, tiles.space.stride * mesh.world_size))
+    together = list(decode_in_group(vae, picture, tiles, mesh))
+    if mesh.world_rank > 0:
+        return
+    alone = torch.cat(list(decode_streaming(vae, picture, tiles)), dim=2).float()
+    found, limit = _deviation(torch.cat(together, dim=2).float(), alone), max(torch.finfo(vae.dtype).eps, FLOOR)
+    if not found <= limit:  # also where it is not a number
+        raise RuntimeError(
+            f"self-check: what the group decodes deviates from what its rank 0 decodes alone by {found:.2g} (relative "
+            f"RMS), and rounding explains {limit:.2g}; a device, a link or the VAE of one rank is damaged"
         )
 
 

@@ -14,7 +14,7 @@ A cross-fade overwrites the later tile, and what was cross-faded is used for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from hv_batch.engine.vae import PIXEL_CHANNELS, CausalVAE
 from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NotFiniteError, UserError
+
+DecodeTiles = Callable[[Sequence[Tensor]], Iterable[Tensor]]  # tiles of latents, in order -> their pixels, in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +53,16 @@ class TileGeometry:
                 )
 
     @property
-    def space(self) -> _Axis:
-        return _Axis.of(self.spatial_px, SPATIAL_COMPRESSION, self.overlap)
+    def space(self) -> Axis:
+        return Axis.of(self.spatial_px, SPATIAL_COMPRESSION, self.overlap)
 
     @property
-    def time(self) -> _Axis:
-        return _Axis.of(self.temporal_frames, TEMPORAL_COMPRESSION, self.overlap)
+    def time(self) -> Axis:
+        return Axis.of(self.temporal_frames, TEMPORAL_COMPRESSION, self.overlap)
 
 
 @dataclass(frozen=True, slots=True)
-class _Axis:
+class Axis:
     """The tiling of one axis: `tile` and `stride` in latents, `stride_px` and `fade_px` in pixels or frames."""
 
     tile: int
@@ -69,62 +71,94 @@ class _Axis:
     fade_px: int
 
     @classmethod
-    def of(cls, size_px: int, compression: int, overlap: float) -> _Axis:
+    def of(cls, size_px: int, compression: int, overlap: float) -> Axis:
         tile = size_px // compression
         overlapping = int(tile * overlap)
         stride = tile - overlapping
         return cls(tile, stride, stride * compression, overlapping * compression)
 
 
-def decode_streaming(vae: CausalVAE, latents: Tensor, geometry: TileGeometry) -> Iterator[Tensor]:
+def decode_streaming(
+    vae: CausalVAE, latents: Tensor, geometry: TileGeometry, decode_tiles: DecodeTiles | None = None
+) -> Iterator[Tensor]:
     """Frames of `latents` [1, 16, T, h, w] as the sampler leaves them (still scaled), in order.
 
     Yields chunks [1, 3, n, 8h, 8w], about in [-1, 1], in the VAE's dtype and on its device, each as soon as its
     temporal tile is done; together 4*(T - 1) + 1 frames. Holds the pixels of about one temporal tile, besides the chunk
-    that the caller may still have.
+    that the caller may still have. `decode_tiles` is who decodes; without it, `vae` one tile after the other.
     """
-    z = (latents.to(vae.device, torch.float32) / vae.config.scaling_factor).to(vae.dtype)
-    axis, num_frames = geometry.time, z.shape[2]
-    if num_frames <= axis.tile:
-        yield _decode_space(vae, z, geometry.space)
-        return
+    decode_tiles = decode_tiles or (lambda tiles: map(vae.decode, tiles))
+    axis = geometry.time
     tail: Tensor | None = None
-    # A tile that starts at the last latent frame would hold nothing but the frame that is dropped.
-    for start in range(0, num_frames - 1, axis.stride):
-        pixels = _decode_space(vae, z[:, :, start : start + axis.tile + 1], geometry.space)
+    for z in cut_time(unscale(vae, latents), axis):
+        pixels = _assemble(decode_tiles, z, geometry.space)
+        if latents.shape[2] <= axis.tile:
+            yield pixels
+            return
+        keep = axis.stride_px + 1
         if tail is not None:
-            pixels = pixels[:, :, 1:]
+            pixels, keep = pixels[:, :, 1:], axis.stride_px
             _cross_fade(tail, pixels, 2, axis.fade_px)
-        keep = axis.stride_px if start else axis.stride_px + 1
         tail = _last(pixels, 2, axis.fade_px).clone()  # a copy, so that the tile itself can be freed
         yield pixels[:, :, :keep]
         del pixels  # before the next tile is decoded, not after
 
 
-def _decode_space(vae: CausalVAE, z: Tensor, axis: _Axis) -> Tensor:
-    """Pixels [1, 3, 4*(T - 1) + 1, 8h, 8w] of latents that are decoded whole in time and tiled in space."""
-    num_frames, height, width = z.shape[2:]
+def unscale(vae: CausalVAE, latents: Tensor) -> Tensor:
+    """The latents as the VAE takes them, on its device and in its dtype."""
+    return (latents.to(vae.device, torch.float32) / vae.config.scaling_factor).to(vae.dtype)
+
+
+def cut_time(z: Tensor, axis: Axis) -> Iterator[Tensor]:
+    """The temporal tiles of latents, in order; views."""
+    if z.shape[2] <= axis.tile:
+        yield z
+        return
+    # A tile that starts at the last latent frame would hold nothing but the frame that is dropped.
+    for start in range(0, z.shape[2] - 1, axis.stride):
+        yield z[:, :, start : start + axis.tile + 1]
+
+
+def cut_space(z: Tensor, axis: Axis) -> list[list[Tensor]]:
+    """The rows of spatial tiles of one temporal tile; views."""
+    height, width = z.shape[3:]
     if max(height, width) <= axis.tile:
-        return vae.decode(z)
-    num_pixel_frames = (num_frames - 1) * TEMPORAL_COMPRESSION + 1
-    out = z.new_empty(
-        len(z), PIXEL_CHANNELS, num_pixel_frames, height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION
-    )
+        return [[z]]
+    return [
+        [z[..., top : top + axis.tile, left : left + axis.tile] for left in range(0, width, axis.stride)]
+        for top in range(0, height, axis.stride)
+    ]
+
+
+def tile_pixels(z: Tensor) -> tuple[int, ...]:
+    """The shape [B, 3, 4*(T - 1) + 1, 8h, 8w] of what a tile of latents becomes."""
+    batch, _, frames, height, width = z.shape
+    side = SPATIAL_COMPRESSION
+    return batch, PIXEL_CHANNELS, (frames - 1) * TEMPORAL_COMPRESSION + 1, height * side, width * side
+
+
+def _assemble(decode_tiles: DecodeTiles, z: Tensor, axis: Axis) -> Tensor:
+    """Pixels of latents that are decoded whole in time and tiled in space."""
+    rows = cut_space(z, axis)
+    decoded = iter(decode_tiles([tile for row in rows for tile in row]))
+    if len(rows) == len(rows[0]) == 1:
+        return next(decoded)
+    out = z.new_empty(tile_pixels(z))
     above: list[Tensor] = []  # the lower edge of every tile of the row above
-    for top in range(0, height, axis.stride):
+    for y, row in enumerate(rows):
         lower_edges = []
         left: Tensor | None = None  # the right edge of the tile before
-        for column, start in enumerate(range(0, width, axis.stride)):
-            pixels = vae.decode(z[..., top : top + axis.tile, start : start + axis.tile])
+        for x, _ in enumerate(row):
+            pixels = next(decoded)
             if above:
-                _cross_fade(above[column], pixels, -2, axis.fade_px)
+                _cross_fade(above[x], pixels, -2, axis.fade_px)
             if left is not None:
                 _cross_fade(left, pixels, -1, axis.fade_px)
             left = _last(pixels, -1, axis.fade_px).clone()
             lower_edges.append(_last(pixels, -2, axis.fade_px).clone())
             kept = pixels[..., : axis.stride_px, : axis.stride_px]
-            y, x = top * SPATIAL_COMPRESSION, start * SPATIAL_COMPRESSION
-            out[..., y : y + kept.shape[-2], x : x + kept.shape[-1]] = kept
+            top, start = y * axis.stride_px, x * axis.stride_px
+            out[..., top : top + kept.shape[-2], start : start + kept.shape[-1]] = kept
         above = lower_edges
     return out
 
