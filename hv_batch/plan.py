@@ -17,6 +17,7 @@ from hv_batch.job.cost import Work, count_work, decode_flops, exchange_bytes, fo
 from hv_batch.job.events import Stage
 from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
 from hv_batch.job.limits import most_workers
+from hv_batch.job.lodging import lodging_pools
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import (
     GIB,
@@ -26,6 +27,7 @@ from hv_batch.job.memory import (
     decoder_footprint,
     denoiser_footprint,
     encoder_footprint,
+    rank_footprint,
 )
 from hv_batch.job.model import ENGINE, ModelShape
 from hv_batch.job.pools import whole, workers_needed
@@ -71,6 +73,8 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         "traffic": _traffic(config, model, work, gpu),
         "gpus": _bill(config, workers),
         "workers": {stage.name.lower(): count for stage, count in sorted(workers.items())},
+        "groups_decode": _groups_decode(config),
+        "lodgers": [stage.name.lower() for stage in lodging_pools(config)],
         "estimate": {
             name: _estimate(config, _seconds(config, model, work, known), known) for name, known in GPUS.items()
         },
@@ -113,16 +117,15 @@ def _components(model: ModelShape) -> list[Report]:
 
 def _memory(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> list[Report]:
     """Each kind of worker at the shape that needs most of it."""
-    parallel = config.parallel
-    most_tokens = max(work, key=lambda kind: kind.tokens)
-    ranks = denoiser_footprint(model, most_tokens.tokens, parallel.ulysses_degree, parallel.ring_degree)
-    decoders = {kind: decoder_footprint(model, kind.shape) for kind in work}
-    largest = max(decoders, key=lambda kind: decoders[kind].total)
-    return [
-        _stage("text encoder", encoder_footprint(model), gpu),
-        _stage("denoise rank", ranks, gpu, most_tokens),
-        _stage("VAE decoder", decoders[largest], gpu, largest),
-    ]
+    u, r, decodes = config.parallel.ulysses_degree, config.parallel.ring_degree, _groups_decode(config)
+    ranks = {kind: rank_footprint(model, kind.shape, u, r, decodes=decodes) for kind in work}
+    decoders = {} if decodes else {kind: decoder_footprint(model, kind.shape) for kind in work}
+    stages = [_stage("text encoder", encoder_footprint(model), gpu)]
+    for name, needs in (("group rank" if decodes else "denoise rank", ranks), ("VAE decoder", decoders)):
+        if needs:
+            largest = max(needs, key=lambda kind: needs[kind].total)
+            stages.append(_stage(name, needs[largest], gpu, largest))
+    return stages
 
 
 def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) -> Report:
@@ -171,25 +174,37 @@ def _workers(config: RunConfig, seconds: Mapping[Stage, float]) -> dict[Stage, i
 
 def _bill(config: RunConfig, workers: Mapping[Stage, int]) -> Report:
     groups = workers[Stage.DENOISE] * config.parallel.plan.world_size * config.groups.gpus_per_rank
-    encoders, decoders = workers[Stage.ENCODE] * config.encoders.gpus, workers[Stage.DECODE] * config.decoders.gpus
+    encoders, decoders = (
+        workers[stage] * pool.gpus if pool.placement == "pool" else 0.0
+        for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders))
+    )
     return {"groups": groups, "encoders": encoders, "decoders": decoders, "total": groups + encoders + decoders}
+
+
+def _groups_decode(config: RunConfig) -> bool:
+    return config.decoders.placement == "group"
 
 
 def _seconds(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> dict[Stage, float]:
     """What one worker of each station would take for the whole manifest."""
     plan = config.parallel.plan
+    ranks = plan.world_size if _groups_decode(config) else 1
     return {
         Stage.ENCODE: _total(work, lambda kind: kind.branches * ENCODE_SECONDS),
         Stage.DENOISE: _total(work, lambda kind: denoise_seconds(gpu, model, kind, plan)),
-        Stage.DECODE: _total(work, lambda kind: decode_seconds(gpu, model, kind)),
+        Stage.DECODE: _total(work, lambda kind: decode_seconds(gpu, model, kind, ranks)),
     }
 
 
 def _estimate(config: RunConfig, seconds: Mapping[Stage, float], gpu: Gpu) -> Report:
-    """Hours of every stage over the whole manifest; they overlap, so the slowest is the run's."""
+    """Hours of every stage over the whole manifest; they overlap, so the slowest is the run's.
+
+    A group does not denoise while it decodes: where groups do both, these two add up.
+    """
     workers = _workers(config, seconds)
-    stages = {stage.name.lower(): seconds[stage] / workers[stage] for stage in Stage}
-    hours = max(stages.values()) / HOUR_S
+    stages = {stage.name.lower(): seconds[stage] / (workers[stage] or workers[Stage.DENOISE]) for stage in Stage}
+    in_groups = stages["denoise"] + stages["decode"]
+    hours = (max(stages["encode"], in_groups) if _groups_decode(config) else max(stages.values())) / HOUR_S
     return {
         "hours": hours,
         "gpu_hours": hours * _bill(config, workers)["total"],
@@ -267,6 +282,11 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"GPUs: {bill['groups']:g} for {workers['denoise']} group(s) + {bill['encoders']:g} for {workers['encode']} "
         f"encoder(s) + {bill['decoders']:g} for {workers['decode']} decoder(s) = {bill['total']:g}"
     )
+    if plan["lodgers"]:
+        lodgers = " and ".join(plan["lodgers"])
+        yield f"the GPUs of the groups also {lodgers}, and denoise the slower for it: hours are at least those below"
+    if plan["groups_decode"]:
+        yield "groups also decode, and do not denoise meanwhile: the hours of both add up"
     yield (
         f"sent by a rank in a step of {_shape(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB by "
         f"Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring; so {traffic['group']} keeps "

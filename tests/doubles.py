@@ -7,6 +7,7 @@ a folder that all actors share, and so do all calls: tests read there how often 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from hv_batch.job import storage
 from hv_batch.job.backends import LocalDisk
 from hv_batch.job.storage import Store
+from hv_batch.protocol import NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class FakeEmbedding:
 
 
 class FakeEngine:
-    """`hold_after` names steps after which rank 0 waits until there is a mark "go-<step>"."""
+    """`hold_after` names steps after which rank 0 waits until there is a mark "go-<step>".
+
+    `decode_faults`: by the width of a video, what a group's first decode of it meets: "kill-<rank>" or "nan".
+    """
 
     def __init__(
         self,
@@ -40,9 +46,13 @@ class FakeEngine:
         revision: str = "a",
         dies_after: list[str] | None = None,
         decode_seconds: float = 0.0,
+        root_goes_away: bool = False,
+        decode_faults: dict[int, str] | None = None,
     ):
         self.marks = Path(marks)
         self.dies_after = dies_after or []
+        self.root_goes_away = root_goes_away
+        self.decode_faults = decode_faults or {}
         self._arm()
         self.step_seconds = step_seconds
         self.decode_seconds = decode_seconds
@@ -55,7 +65,13 @@ class FakeEngine:
         self._arm()
 
     def _arm(self):
-        """Driver or actor, this process dies just after it has written the first object whose key begins so."""
+        """Driver or actor, this process dies just after it has written the first object whose key begins so.
+
+        With `root_goes_away` the output root takes no file while there is a mark "away".
+        """
+        if self.root_goes_away:
+            storage.PAUSES_S = ()
+            LocalDisk.put_file = self._going_away(LocalDisk.put_file)
         for prefix in self.dies_after:
             for name in ("create", "put", "put_file"):
                 setattr(LocalDisk, name, self._dying(getattr(LocalDisk, name), prefix))
@@ -69,6 +85,15 @@ class FakeEngine:
 
         return wrapped
 
+    def _going_away(self, act):
+        def wrapped(disk, key, *args):
+            if (self.marks / "away").exists():
+                self.mark("refused", key)
+                raise ConnectionError("the output root is away")
+            return act(disk, key, *args)
+
+        return wrapped
+
     def check(self):
         return list(self.problems)
 
@@ -79,6 +104,7 @@ class FakeEngine:
         return [] if 24 % plan.ulysses_degree == 0 else [f"ulysses_degree {plan.ulysses_degree} does not divide 24"]
 
     def text_encoder(self, device):
+        self.mark_gpus("encoder")
         return FakeEncoder(self)
 
     def text_identity(self, device):
@@ -96,10 +122,12 @@ class FakeEngine:
             raise RuntimeError(f"no device works on {host}")
         if place.rank and (self.marks / "never-meets").exists() and self.first("never-met"):
             os.kill(os.getpid(), signal.SIGSTOP)
-        return FakeDenoiser(self, place.rank)
+        self.mark_gpus(f"rank-{place.rank}")
+        return FakeDenoiser(self, place)
 
     def decoder(self, device):
         self.mark("decoders", ray.util.get_node_ip_address())
+        self.mark_gpus("decoder")
         return FakeDecoder(self)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -107,6 +135,12 @@ class FakeEngine:
     def mark(self, what, text=""):
         with (self.marks / what).open("a") as file:
             file.write(text.replace("\n", " ") + "\n")
+
+    def mark_gpus(self, who):
+        """Which GPUs Ray has counted for this actor; it tells those that are not hidden, and all are on a CPU."""
+        held = ray._private.worker.global_worker.core_worker.resource_ids()
+        names = [name for name in held if re.fullmatch("GPU(_group_[0-9a-f]+)?", name)]
+        self.mark("gpus", " ".join([who, *(str(gpu) for name in names for gpu, _ in held[name])]))
 
     def first(self, what):
         try:
@@ -160,9 +194,10 @@ class FakeEncoder:
 class FakeDenoiser:
     """Every step adds its own noise to what was there, so that a step left out, or made twice, is seen in the end."""
 
-    def __init__(self, engine, rank):
+    def __init__(self, engine, place):
         self.engine = engine
-        self.rank = rank
+        self.rank = place.rank
+        self.decodes = place.decodes
 
     def self_check(self):
         if self.rank and (self.engine.marks / "disagree").exists() and self.engine.first("disagreed"):
@@ -192,6 +227,16 @@ class FakeDenoiser:
         if self.rank == 0:
             self.engine.mark("denoised", params.prompt)
         return latents
+
+    def decode(self, latents):
+        assert self.decodes
+        fault = self.engine.decode_faults.get(8 * latents.shape[-1])
+        if fault == f"kill-{self.rank}" and self.engine.first(fault):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.rank == 0:
+            if fault == "nan" and self.engine.first(fault):
+                raise NotFiniteError("the decoded frames are not finite")
+            yield from FakeDecoder(self.engine).decode(latents)
 
     @staticmethod
     def noise(params, step):

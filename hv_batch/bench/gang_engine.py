@@ -64,7 +64,7 @@ class GangEngine(IdleEngine):
     def join(self, place: RankPlace) -> GangDenoiser:
         take_note(self.notes, JOINING, place.rank)
         join_group(place)
-        return GangDenoiser(self.step_seconds, self.notes, place)
+        return GangDenoiser(self.step_seconds, place.rank, self.notes, place)
 
 
 @dataclass(frozen=True, slots=True)

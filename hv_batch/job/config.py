@@ -130,7 +130,7 @@ class GroupsConfig(_Section):
 
 
 class EncodersConfig(_Section):
-    """Text-encoder actors."""
+    """Text-encoder actors. Where they stand changes no embedding."""
 
     count: PoolSize = 1
     """Actors, each with both text towers; auto: as many as keep the groups from waiting, by how long encodings and
@@ -144,10 +144,13 @@ class EncodersConfig(_Section):
     cache: str | None = None
     """Folder or URL that keeps embeddings (2 MB each at most) for other runs with the same text encoders; null: none.
     Nothing removes old ones. Does not change the embeddings."""
+    placement: Literal["pool", "colocated"] = "pool"
+    """pool: with GPUs of their own. colocated: on the GPUs of the denoise groups, each of which keeps the share `gpus`
+    free for one; with colocated decoders, together less than half. No more are started than a group has GPUs for."""
 
 
 class DecodersConfig(_Section):
-    """VAE-decoder actors, which also write and commit the videos."""
+    """VAE-decoder actors, which also write and commit the videos. Where they stand changes no byte of these."""
 
     count: PoolSize = 1
     """Actors, each with one VAE decoder; auto: as many as keep the groups from waiting, by how long decodes and
@@ -156,6 +159,10 @@ class DecodersConfig(_Section):
     """GPUs that Ray reserves for an actor."""
     cpus: Cpus = 2.0
     """CPUs that Ray reserves for an actor; the H.264 encoder runs on them."""
+    placement: Literal["pool", "colocated", "group"] = "pool"
+    """pool: actors with GPUs of their own. colocated: actors on the GPUs of the groups, as for encoders. group: the
+    ranks of a group hold the VAE beside the DiT and share out the tiles of what was denoised; rank 0 writes and commits
+    with the CPUs of groups.cpus_per_rank. There are no actors then, and count, gpus and cpus mean nothing."""
 
 
 class OutputConfig(_Section):
@@ -247,6 +254,13 @@ class RunConfig(_Section):
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
                 "nothing to place a rank by"
             )
+        shares = {f"{name}.gpus": pool.gpus for name, pool in self._pools() if pool.placement == "colocated"}
+        if any(shares.values()) and (groups.gpus_per_rank < 1 or sum(shares.values()) >= 0.5):
+            found.append(
+                f"{' + '.join(shares)} = {sum(shares.values()):g} colocated with ranks of groups.gpus_per_rank = "
+                f"{groups.gpus_per_rank:g}; allowed: together less than 0.5 of ranks with 1, so that no two ranks can "
+                "come to share a GPU"
+            )
         if self.parallel.ring_degree * self.parallel.cfg_degree % groups.nodes_per_group:
             found.append(self._factorisations_over_nodes())
         if self.parallel.device == "cuda":
@@ -256,12 +270,15 @@ class RunConfig(_Section):
                     f"groups.gpus_per_rank = {groups.gpus_per_rank} with parallel.device = cuda and {ranks} rank(s) a "
                     "group; allowed: 1, or a fraction above 0 for a group of one rank"
                 )
-            for pool, share in (("encoders", self.encoders.gpus), ("decoders", self.decoders.gpus)):
-                if share == 0:
-                    found.append(f"{pool}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1")
+            for name, pool in self._pools():
+                if pool.gpus == 0 and pool.placement != "group":
+                    found.append(f"{name}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1")
         if found:
             raise PydanticCustomError(CROSS_FIELD, "{found}", {"found": "\n  - ".join(found)})
         return self
+
+    def _pools(self) -> tuple[tuple[str, EncodersConfig | DecodersConfig], ...]:
+        return ("encoders", self.encoders), ("decoders", self.decoders)
 
     def _factorisations_over_nodes(self) -> str:
         ranks, nodes = self.parallel.plan.world_size, self.groups.nodes_per_group

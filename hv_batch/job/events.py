@@ -164,10 +164,11 @@ class Resized:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Give the task of the worker's stage for `keys` to `worker`."""
+    """Give the task of `stage` for `keys` to `worker`."""
 
     worker: WorkerId
     keys: tuple[str, ...]
+    stage: Stage
 
 
 @dataclass(frozen=True, slots=True)

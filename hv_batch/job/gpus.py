@@ -13,7 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hv_batch.job.cost import Work, attention_flops, decode_flops, exchange_bytes, forward_flops, rank_traffic
+from hv_batch.job.cost import (
+    Work,
+    attention_flops,
+    count_tiles,
+    decode_flops,
+    exchange_bytes,
+    forward_flops,
+    rank_traffic,
+)
 from hv_batch.job.model import ModelShape
 from hv_batch.protocol import ParallelPlan, UserError
 
@@ -98,5 +106,8 @@ def denoise_seconds(gpu: Gpu, model: ModelShape, work: Work, plan: ParallelPlan)
     return seconds / plan.cfg_degree + work.steps * exchange_bytes(model, work.tokens) / gpu.link
 
 
-def decode_seconds(gpu: Gpu, model: ModelShape, work: Work) -> float:
-    return decode_flops(model, work.shape) / (gpu.tflops * 1e12 * DECODE_EFFICIENCY)
+def decode_seconds(gpu: Gpu, model: ModelShape, work: Work, ranks: int = 1) -> float:
+    """One sample, its tiles dealt out to so many ranks: as long as the one takes that has most of them."""
+    tiles = count_tiles(model, work.shape).total()
+    share = -(-tiles // ranks) / tiles
+    return share * decode_flops(model, work.shape) / (gpu.tflops * 1e12 * DECODE_EFFICIENCY)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from hv_batch.job.config import RunConfig
 from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Stage
+from hv_batch.job.lodging import lodging_pools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLimits:
-    workers: int  # at most
+    workers: int  # at most; 0 of DECODE: the groups do its tasks too
     auto: bool = False  # how many of them there should be is learnt from how long tasks take
+    lodges: bool = False  # they stand on what the groups have, so they need no room but a group
     batch: int = 1  # samples a task may take
     ahead: int  # samples that may wait here; the station before pauses when its results would exceed them
     task_timeout_s: float  # without a Beat for so long a running task counts as hung
@@ -48,10 +50,27 @@ MOST_A_GROUP = {Stage.ENCODE: 1, Stage.DECODE: 2}
 
 def most_workers(config: RunConfig) -> dict[Stage, int]:
     """Workers that a station may ever have."""
+    groups = config.groups
+    most = _pool_sizes(config) | {Stage.DENOISE: groups.count}
+    if config.decoders.placement == "group":
+        most[Stage.DECODE] = 0
+    rooms = {stage: count * groups.count * groups.nodes_per_group for stage, count in lodgers_per_node(config).items()}
+    return {stage: min(count, rooms.get(stage, count)) for stage, count in most.items()}
+
+
+def lodgers_per_node(config: RunConfig) -> dict[Stage, int]:
+    """How many colocated encoders and decoders find room on a node of a group."""
+    pools, sizes = lodging_pools(config), _pool_sizes(config)
+    ranks, nodes = config.parallel.plan.world_size, config.groups.nodes_per_group
+    # Each on a GPU of its own, or one of each kind on a single GPU: so many can be placed in whatever order they come.
+    most = max(1, ranks // nodes // max(1, len(pools)))
+    return {stage: min(most, -(-sizes[stage] // (config.groups.count * nodes))) for stage in pools}
+
+
+def _pool_sizes(config: RunConfig) -> dict[Stage, int]:
+    counts = {Stage.ENCODE: config.encoders.count, Stage.DECODE: config.decoders.count}
     groups = config.groups.count
-    pools = {Stage.ENCODE: config.encoders.count, Stage.DECODE: config.decoders.count}
-    most = {stage: MOST_A_GROUP[stage] * groups if count == "auto" else count for stage, count in pools.items()}
-    return {**most, Stage.DENOISE: groups}
+    return {stage: MOST_A_GROUP[stage] * groups if count == "auto" else count for stage, count in counts.items()}
 
 
 def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict[Stage, StageLimits]:
@@ -65,10 +84,12 @@ def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict
     stall_s = config.timeouts.stall_s
     batch = config.encoders.batch_size
     workers = most_workers(config)
+    lodging = lodging_pools(config)
     return {
         Stage.ENCODE: StageLimits(
             workers=workers[Stage.ENCODE],
             auto=config.encoders.count == "auto",
+            lodges=Stage.ENCODE in lodging,
             batch=batch,
             ahead=batch,
             task_timeout_s=stall_s,
@@ -82,7 +103,8 @@ def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict
         ),
         Stage.DECODE: StageLimits(
             workers=workers[Stage.DECODE],
-            auto=config.decoders.count == "auto",
+            auto=config.decoders.count == "auto" and workers[Stage.DECODE] > 0,
+            lodges=Stage.DECODE in lodging,
             ahead=config.groups.count + max(config.groups.count, workers[Stage.DECODE]),
             task_timeout_s=stall_s,
         ),

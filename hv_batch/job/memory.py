@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
 from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, Shape, UserError
 
@@ -115,6 +116,15 @@ def decoder_footprint(model: ModelShape, shape: Shape) -> Footprint:
     return Footprint(model.vae_bytes, decode_activations(model, shape))
 
 
+def rank_footprint(model: ModelShape, shape: Shape, ulysses: int, ring: int, *, decodes: bool) -> Footprint:
+    """One rank of a group; one that `decodes` too holds the VAE beside the DiT, and computes with one at a time."""
+    denoiser = denoiser_footprint(model, count_tokens(shape), ulysses, ring)
+    if not decodes:
+        return denoiser
+    decoder = decoder_footprint(model, shape)
+    return Footprint(denoiser.weights + decoder.weights, max(denoiser.activations, decoder.activations))
+
+
 def decode_activations(model: ModelShape, shape: Shape) -> int:
     """Bytes while the largest tile of a video is decoded."""
     height, width, frames = shape
@@ -155,16 +165,16 @@ def memory_problems(config: RunConfig, shapes: Iterable[Shape]) -> list[str]:
 
 
 def _shortages(config: RunConfig, gib: float, model: ModelShape, shapes: set[Shape]) -> Iterator[str]:
-    parallel = config.parallel
+    parallel, decodes = config.parallel, config.decoders.placement == "group"
     for shape in sorted(shapes):
-        need = denoiser_footprint(model, count_tokens(shape), parallel.ulysses_degree, parallel.ring_degree).total
-        if need > gib * config.groups.gpus_per_rank * GIB:
+        need = rank_footprint(model, shape, parallel.ulysses_degree, parallel.ring_degree, decodes=decodes).total
+        if need > gib * rank_gpus(config) * GIB:
             yield (
                 f"{_named(shape)} needs about {need / GIB:.1f} GiB on each rank of a group, and gpu_memory_gib = "
-                f"{gib:g} with groups.gpus_per_rank = {config.groups.gpus_per_rank:g}; raise parallel.ulysses_degree "
+                f"{gib:g} with {rank_gpus(config):g} of a GPU for a rank; raise parallel.ulysses_degree "
                 "or ring_degree, set model.options.offload to blocks, or render it smaller"
             )
-        need = decoder_footprint(model, shape).total
+        need = 0 if decodes else decoder_footprint(model, shape).total
         if need > gib * config.decoders.gpus * GIB:
             yield (
                 f"{_named(shape)} needs about {need / GIB:.1f} GiB to decode, and gpu_memory_gib = {gib:g} with "

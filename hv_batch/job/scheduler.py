@@ -2,7 +2,8 @@
 
 A sample passes three stations: encode, denoise, decode (which also commits). Each station has worker slots, of which as
 many live as there is room and work for (see staffing.py); a worker is an encoder actor, a denoise group (a whole gang
-counts as one worker) or a decoder actor.
+counts as one worker) or a decoder actor. Without decoders, idle groups decode what groups have denoised, which comes
+before any further denoise.
 
 Invariants, which tests/unit/test_scheduler.py checks after every step of generated histories:
 
@@ -141,7 +142,10 @@ class Scheduler:
 
     def _checkpoints(self) -> list[Action]:
         """What is denoised now may outlast the drain, or the patience of whoever asked for it (P4)."""
-        return [Checkpoint(worker.id) for worker in self._staff.of(Stage.DENOISE) if worker.status is Status.BUSY]
+        return [Checkpoint(worker.id) for worker in self._staff.of(Stage.DENOISE) if self._denoises(worker)]
+
+    def _denoises(self, worker: WorkerSlot) -> bool:
+        return any(self._queues.place(key) is Stage.DENOISE for key in worker.task)
 
     def _hear(self, worker: WorkerSlot, event: Event, now: float) -> list[Action]:
         """News of a worker that lives."""
@@ -164,9 +168,9 @@ class Scheduler:
         return []
 
     def _task_done(self, worker: WorkerSlot, result_bytes: tuple[int, ...], now: float) -> None:
-        seconds = (now - worker.begun) / len(worker.task)
-        self._pools.measure(worker.id.stage, seconds, first=worker.is_fresh)
-        if worker.id.stage is Stage.DECODE:
+        stage, seconds = self._queues.place(worker.task[0]), (now - worker.begun) / len(worker.task)
+        self._pools.measure(stage, seconds, first=worker.is_fresh)
+        if stage is Stage.DECODE:
             self._outage_since = None
         keys = worker.succeed()
         self._freight.arrive(worker.id, keys, result_bytes)
@@ -204,9 +208,9 @@ class Scheduler:
     def _part_with(self, worker: WorkerSlot, now: float) -> list[Action]:
         """What is due to a worker that leaves; nothing for the others."""
         if worker.must_go(now):
-            failure = Failure(FailureClass.PREEMPTED, "its node is to be taken away", where=str(worker.id))
+            failure = Failure(FailureClass.PREEMPTED, "what it stands on is to be taken away", where=str(worker.id))
             return self._worker_lost(worker, failure, now)
-        if worker.owes_checkpoint(now) and worker.id.stage is Stage.DENOISE:
+        if worker.owes_checkpoint(now) and self._denoises(worker):
             return [Checkpoint(worker.id)]
         return []
 
@@ -276,16 +280,23 @@ class Scheduler:
     def _needed(self) -> dict[Stage, int]:
         """How many workers of each station could ever be busy with what is in flight."""
         if self._drain_until is None:
-            return {stage: self._queues.yet_to_pass(stage) for stage in Stage}
-        # A drain begins no encoding and no denoise, but what is denoised will be decoded.
-        running = {stage: sum(bool(worker.task) for worker in self._staff.of(stage)) for stage in Stage}
-        return running | {Stage.DECODE: running[Stage.DENOISE] + self._queues.at(Stage.DECODE)}
+            needed = {stage: self._queues.yet_to_pass(stage) for stage in Stage}
+        else:
+            # A drain begins no encoding and no denoise, but what is denoised will be decoded.
+            needed = {stage: sum(bool(worker.task) for worker in self._staff.of(stage)) for stage in Stage}
+            needed[Stage.DECODE] += needed[Stage.DENOISE] + self._queues.waiting(Stage.DECODE)
+        decode = self._limits[Stage.DECODE]
+        if decode.lodges or not decode.workers:  # groups that decode, or that decoders stand on, are needed as long
+            needed[Stage.DENOISE] = needed[Stage.DECODE]
+        return needed if decode.workers else needed | {Stage.DECODE: 0}
 
     def _bottleneck(self) -> Stage | None:
         """The station that keeps groups from working: no decoder takes what they have made, or nobody feeds them."""
         idle = self._staff.idle(Stage.DENOISE)
         has_work = self._queues.waiting(Stage.DENOISE) > 0
-        if self._room_after(Stage.DENOISE) <= 0 or (has_work and idle and not any(map(self._may_take, idle))):
+        if self._room_after(Stage.DENOISE) <= 0 or (
+            has_work and idle and not any(self._may_take(group, Stage.DENOISE) for group in idle)
+        ):
             return Stage.DECODE
         return None if has_work else Stage.ENCODE
 
@@ -297,16 +308,18 @@ class Scheduler:
             for worker in self._staff.idle(stage):
                 if not self._queues.waiting(stage) or room <= 0:
                     break
-                if not (most := min(self._may_take(worker), room)):
+                if not (most := min(self._may_take(worker, stage), room)):
                     continue
                 worker.run(self._queues.take_batch(stage, most), now)
-                self._freight.begin(worker.id, worker.task)
+                if stage is not Stage.DECODE:
+                    self._freight.begin(worker.id, worker.task)
                 room -= len(worker.task)
-                yield Run(worker.id, worker.task)
+                yield Run(worker.id, worker.task, stage)
 
-    def _may_take(self, worker: WorkerSlot) -> int:
+    def _may_take(self, worker: WorkerSlot, stage: Stage) -> int:
         """How many of the next samples an idle worker may work on, for what their results weigh."""
-        stage = worker.id.stage
+        if stage is Stage.DECODE:
+            return self._limits[stage].batch
         return self._freight.room(worker.id, self._queues.upcoming(stage, self._limits[stage].batch))
 
     def _room_after(self, stage: Stage) -> int:

@@ -40,6 +40,7 @@ class Staff:
 
     def __init__(self, limits: Mapping[Stage, StageLimits], pools: Pools) -> None:
         self._pools = pools
+        self._lodging = frozenset(stage for stage in Stage if limits[stage].lodges)
         self._slots = {
             stage: [WorkerSlot(WorkerId(stage, slot, 0)) for slot in range(limits[stage].workers)] for stage in Stage
         }
@@ -53,7 +54,9 @@ class Staff:
         return self._slots[stage]
 
     def idle(self, stage: Stage) -> list[WorkerSlot]:
-        return [slot for slot in self._slots[stage] if slot.status is Status.IDLE]
+        """Who may be given a task of the station: where it has no workers of its own, the groups."""
+        slots = self._slots[stage] or self._slots[Stage.DENOISE]
+        return [slot for slot in slots if slot.status is Status.IDLE]
 
     def find(self, worker: WorkerId) -> WorkerSlot | None:
         """The slot that lives this life; None when it is over."""
@@ -82,7 +85,7 @@ class Staff:
                 return 0
         elif needed[Stage.DENOISE] and not group_placed:
             return 0
-        served = all(any(slot.placed for slot in self._slots[other]) for other in Stage if needed[other])
+        served = all(any(slot.placed for slot in self._slots[other]) for other in self._in_need(needed))
         wanted = min(needed[stage], self._pools.most(stage) if served else 1)
         return max(0, min(wanted - sum(slot.alive for slot in self._slots[stage]), len(self._absent(stage))))
 
@@ -112,16 +115,16 @@ class Staff:
         """Let go of idle workers where another station has none, or is the bottleneck, and waits too long for room."""
         if not self._waiting(Stage.ENCODE) and not self._waiting(Stage.DECODE):
             self._no_group_before = 0.0
-        for stage in Stage:
+        for stage in self._in_need(needed):
             if not any(now - slot.asked_at >= STARVED_AFTER_S for slot in self._waiting(stage)):
                 continue
             deserted = not any(slot.placed for slot in self._slots[stage])
-            if not needed[stage] or not (deserted or stage is bottleneck):
+            if not (deserted or stage is bottleneck):
                 continue
             if stage is not Stage.DENOISE and self.idle(Stage.DENOISE):
                 yield from self._give_up_a_group(stage, now)
             if deserted:
-                for other in {Stage.ENCODE, Stage.DECODE} - {stage}:
+                for other in {Stage.ENCODE, Stage.DECODE} - {stage} - self._lodging:
                     yield from _release(self._beyond_one(other), MAKES_ROOM)
 
     def _give_up_a_group(self, stage: Stage, now: float) -> Iterator[ReleaseWorker]:
@@ -132,6 +135,10 @@ class Staff:
         spare = self._beyond_one(Stage.DENOISE)
         idle = [slot for slot in spare if slot.status is Status.IDLE]
         yield from _release([slot for slot in spare if not slot.placed] + idle[:1], MAKES_ROOM)
+
+    def _in_need(self, needed: Mapping[Stage, int]) -> list[Stage]:
+        """The stations whose workers are needed and take room; those that lodge with the groups take none."""
+        return [stage for stage in Stage if needed[stage] and stage not in self._lodging]
 
     def _waiting(self, stage: Stage) -> list[WorkerSlot]:
         """Who has been asked for and has found no room yet."""

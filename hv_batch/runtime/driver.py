@@ -45,6 +45,7 @@ from hv_batch.job.events import (
 from hv_batch.job.inputs import public_url
 from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.limits import retry_limits, stage_limits
+from hv_batch.job.lodging import lodging_pools
 from hv_batch.job.losses import Losses
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Passed, Plan, Sealable, Unanswered
@@ -60,6 +61,7 @@ from hv_batch.runtime.draining import NodeWatch
 from hv_batch.runtime.failures import classify
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
+from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.metrics import RunMetrics
 from hv_batch.runtime.placement import result_shares
 from hv_batch.runtime.sick_nodes import SickNodes
@@ -82,6 +84,7 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Task:
     keys: tuple[str, ...]
+    stage: Stage
     begun: float
 
 
@@ -218,8 +221,8 @@ class Driver:
                 self._stood.add(worker)
             case TaskDone(worker) if worker in self._workers:
                 task = self._tasks.pop(worker)
-                self._metrics.task_done(worker.stage, time.monotonic() - task.begun)
-                if worker.stage is Stage.DECODE:
+                self._metrics.task_done(task.stage, time.monotonic() - task.begun)
+                if task.stage is Stage.DECODE:
                     self._outage.over(time.monotonic())
                     for key in task.keys:
                         self._plan.committed(self._items.pop(key).sample)
@@ -278,9 +281,9 @@ class Driver:
                     self._workers.pop(worker).kill()
                 case Resized():
                     self._progress.say(action.reason)
-                case Run(worker, keys):
-                    self._tasks[worker] = Task(keys, time.monotonic())
-                    self._run(worker, keys)
+                case Run(worker, keys, stage):
+                    self._tasks[worker] = Task(keys, stage, time.monotonic())
+                    self._run(worker, keys, stage)
                 case Checkpoint(worker):
                     group = self._workers[worker]
                     assert isinstance(group, DenoiseGroup), f"{worker} has no steps"
@@ -319,13 +322,16 @@ class Driver:
         if worker.stage is Stage.DENOISE:
             return DenoiseGroup(worker, self._context, self._watch, self._groups, self._sick_nodes)
         start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
-        return start(worker, self._context, self._watch, self._sick_nodes)
+        begin = partial(start, worker, self._context)
+        if worker.stage in lodging_pools(self._context.config):
+            return Lodger(worker, self._groups, self._watch, lambda room, watch: begin(watch, self._sick_nodes, room))
+        return begin(self._watch, self._sick_nodes)
 
-    def _run(self, worker: WorkerId, keys: tuple[str, ...]) -> None:
+    def _run(self, worker: WorkerId, keys: tuple[str, ...], stage: Stage) -> None:
         items = [self._items[key] for key in keys]
         for item in items:
             item.failures = self._scheduler.failures(item.sample.key)
-        self._workers[worker].run(items)
+        self._workers[worker].run(items, stage)
 
     def _quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
         record = quarantine_record(

@@ -75,6 +75,11 @@ def is_device_fault(error: BaseException) -> bool:
     return isinstance(error, RayTaskError) and _is_device_fault(error.cause)
 
 
+def is_node_fault(error: BaseException) -> bool:
+    """Whether its node lacks something that another may have."""
+    return isinstance(error, RayTaskError) and isinstance(error.cause, NodeError)
+
+
 def is_collateral(error: BaseException) -> bool:
     """Whether a rank only says that its group fell apart, which says nothing of its own node."""
     return isinstance(error, RayTaskError) and _is_collective(error.cause)

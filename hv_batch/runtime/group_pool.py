@@ -16,7 +16,7 @@ import ray
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage, WorkerId
 from hv_batch.runtime.placement import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_hardware, total
-from hv_batch.runtime.seats import Seats
+from hv_batch.runtime.seats import Room, Seats
 from hv_batch.runtime.sick_nodes import SickNodes
 
 # Ray places a group on idle nodes within a second; a sentence about each would be noise.
@@ -36,6 +36,7 @@ class GroupPool:
         self._say = say
         self._bundles = group_bundles(config)
         self._kept: list[tuple[float, Seats]] = []  # since when
+        self._occupied: list[Seats] = []
         self._serial = count()
         self._waiting: dict[WorkerId, float] = {}  # since when
         self._placed: set[WorkerId] = set()
@@ -71,6 +72,22 @@ class GroupPool:
         """Let go of seats that nobody will come for: others may wait for exactly these GPUs."""
         while len(self._kept) > groups_to_come + len(self._waiting) and now - self._kept[0][0] > KEEP_S:
             self._kept.pop(0)[1].release()
+
+    def occupy(self, seats: Seats) -> None:
+        """All ranks of a group sit there."""
+        seats.used = seats.occupied = True
+        self._occupied.append(seats)
+
+    def vacate(self, seats: Seats) -> None:
+        """The ranks are gone, if they had ever sat there."""
+        seats.occupied = False
+        if seats in self._occupied:
+            self._occupied.remove(seats)
+
+    def find_room(self, stage: Stage) -> Room | None:
+        """Where fewest lodgers live already."""
+        rooms = (seats.find_room(stage) for seats in sorted(self._occupied, key=lambda seats: seats.lodgers))
+        return next((room for room in rooms if room), None)
 
     def close(self) -> None:
         while self._kept:

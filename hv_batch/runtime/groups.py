@@ -17,8 +17,17 @@ from ray.exceptions import RayError
 
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import Event, Stage, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
-from hv_batch.runtime.context import RunContext
-from hv_batch.runtime.failures import classify, input_was_lost, is_collateral, is_device_fault, most_telling
+from hv_batch.job.lodging import rank_gpus
+from hv_batch.runtime.context import RunContext, StageReport
+from hv_batch.runtime.failures import (
+    classify,
+    input_was_lost,
+    is_collateral,
+    is_device_fault,
+    is_node_fault,
+    most_telling,
+    worker_survives,
+)
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.placement import alive_nodes, ranks_per_node
 from hv_batch.runtime.ranks import RankActor
@@ -81,6 +90,7 @@ class DenoiseGroup:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         self._pool.ended(self.id)
+        self._pool.vacate(self._seats)
         if rebuild and self._seated:  # else who knows what holds them
             self._pool.keep(self._seats)
         else:
@@ -104,7 +114,7 @@ class DenoiseGroup:
         for rank in range(config.parallel.plan.world_size):
             actor = actor_class.options(
                 num_cpus=config.groups.cpus_per_rank,
-                num_gpus=config.groups.gpus_per_rank,
+                num_gpus=rank_gpus(config),
                 scheduling_strategy=seats.strategy(rank),
                 runtime_env=SHOW_GPUS if config.parallel.device == "cuda" else HIDE_GPUS,
             ).remote(self._context, rank, str(self.id))
@@ -119,7 +129,8 @@ class DenoiseGroup:
         return [WorkerPlaced(self.id)]
 
     def _meet(self, address: ray.ObjectRef, seated: Sequence[ray.ObjectRef]) -> list[Event]:
-        self._seated = self._seats.used = True
+        self._seated = True
+        self._pool.occupy(self._seats)
         self._deadline = time.monotonic() + self._context.config.timeouts.start_s
         self._when_all(self._ask_all("join", address, ray.get(list(seated))), self._joined)
         return []
@@ -133,8 +144,13 @@ class DenoiseGroup:
         """Call a method of every rank; the answers, each with its rank, in order."""
         return {getattr(actor, method).remote(*arguments): rank for rank, actor in enumerate(self._ranks)}
 
-    def _when_all(self, asked: Mapping[ray.ObjectRef, int], then: Callable[[], list[Event]]) -> None:
-        """Call `then` once every rank has answered; the first error ends the waiting."""
+    def _when_all(
+        self,
+        asked: Mapping[ray.ObjectRef, int],
+        then: Callable[[], list[Event]],
+        judge: Callable[[ray.ObjectRef], Event] | None = None,
+    ) -> None:
+        """Call `then` once every rank has answered; the first error ends that, and `judge` says what it means."""
         missing = set(asked)
 
         def answered(ref: ray.ObjectRef) -> list[Event]:
@@ -142,7 +158,7 @@ class DenoiseGroup:
                 return []
             if _error_of(ref):
                 missing.clear()
-                return [self._verdict(asked)]
+                return [judge(ref) if judge else self._verdict(asked)]
             missing.discard(ref)
             return [] if missing else then()
 
@@ -159,8 +175,14 @@ class DenoiseGroup:
 
     # Rendering --------------------------------------------------------------------------------------------------------
 
-    def run(self, items: Sequence[InFlight]) -> None:
+    def run(self, items: Sequence[InFlight], stage: Stage) -> None:
         (item,) = items
+        if stage is Stage.DECODE:
+            self._decode(item)
+        else:
+            self._denoise(item)
+
+    def _denoise(self, item: InFlight) -> None:
         resume = self._ranks[0].read_steps.remote(item.sample) if item.may_resume() else None
         item.has_steps = True
         arguments = (item.sample, item.embeddings, item.stages, resume)
@@ -176,12 +198,51 @@ class DenoiseGroup:
 
         self._when_all({report: 0, **others}, rendered)
 
+    def _decode(self, item: InFlight) -> None:
+        """Rank 0 looks what there is to decode, all ranks decode, and when all have, rank 0 commits.
+
+        Before and after, only rank 0 is asked, so what it meets there (an output root that is away, frames that are
+        not finite) costs the sample a try and the group nothing; unless its node lacks something again and again.
+        """
+        given, item.latents = item.latents, None  # unless it is known to have outlived a failure
+        first, sample = self._ranks[0], item.sample
+
+        def alone(ref: ray.ObjectRef) -> Event:
+            error = _error_of(ref)
+            assert error
+            failure = classify(error, str(self.id))
+            if is_node_fault(error):
+                self._sick_nodes.device_faulted(Stage.DENOISE, self._nodes_of([0]), failure.message)
+            if not worker_survives(error) or not self._pool.good(self._seats):
+                return WorkerLost(self.id, failure)
+            item.latents = given
+            return TaskFailed(self.id, failure)
+
+        def found() -> list[Event]:
+            stages = ray.get(told)
+            if stages is None:
+                return [TaskDone(self.id)]
+            decoding = self._ask_all("decode", sample, given or stored)
+            self._when_all(decoding, lambda: commit(stages), lambda _: self._verdict(decoding, in_step=False))
+            return []
+
+        def commit(stages: Mapping[str, StageReport]) -> list[Event]:
+            ref = first.commit.remote(sample, stages, item.failures)
+            self._when_all({ref: 0}, lambda: [TaskDone(self.id)], alone)
+            return []
+
+        stored, told = first.find_latents.options(num_returns=2).remote(sample, item.stages if given else None)
+        self._when_all({told: 0}, found, alone)
+
     def checkpoint(self) -> None:
         """Let the running denoise write a step checkpoint soon. Nobody waits for the answer: the group may be dying."""
         self._ranks[0].checkpoint.remote()
 
-    def _verdict(self, asked: Mapping[ray.ObjectRef, int]) -> Event:
-        """What a rank's error means for the group, after a moment for the others' errors to arrive."""
+    def _verdict(self, asked: Mapping[ray.ObjectRef, int], *, in_step: bool = True) -> Event:
+        """What a rank's error means for the group, after a moment for the others' errors to arrive.
+
+        Out of step, as in a decode, ranks that have all failed may still have sent each other what nobody has taken.
+        """
         heard, _ = ray.wait(list(asked), num_returns=len(asked), timeout=COLLATERAL_S, fetch_local=False)
         errors = {ref: error for ref in heard if (error := _error_of(ref))}
         failures = [classify(error, str(self.id)) for error in errors.values()]
@@ -197,8 +258,8 @@ class DenoiseGroup:
             self._sick_nodes.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
         # Where every rank refused the sample alike (latents that are not finite, an input that was lost), none is left
         # waiting in a collective: the gang keeps its 26 GB of weights and takes the next sample.
-        refused = all(f.kind is FailureClass.POISON for f in failures) or all(map(input_was_lost, errors.values()))
-        if refused and len(errors) == len(asked):
+        refused = in_step and all(f.kind is FailureClass.POISON for f in failures)
+        if (refused or all(map(input_was_lost, errors.values()))) and len(errors) == len(asked):
             return TaskFailed(self.id, failure)
         return WorkerLost(self.id, failure)
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config import DecodersConfig, EncodersConfig, RunConfig
 from hv_batch.job.events import Stage
-from hv_batch.job.limits import most_workers
+from hv_batch.job.limits import lodgers_per_node, most_workers
+from hv_batch.job.lodging import lodging_pools
 from hv_batch.protocol import UserError
 
 Bundle = dict[str, float]
@@ -42,21 +43,27 @@ def ranks_per_node(config: RunConfig) -> int:
 
 
 def group_bundles(config: RunConfig) -> list[Bundle]:
-    """One bundle a node, with room for its ranks: so the ranks of a node are consecutive whatever Ray chooses."""
-    ranks, groups = ranks_per_node(config), config.groups
-    return [actor_bundle(groups.cpus_per_rank * ranks, groups.gpus_per_rank * ranks)] * groups.nodes_per_group
+    """One bundle a node, with room for its ranks: so the ranks of a node are consecutive whatever Ray chooses.
+
+    Lodgers bring their CPUs; their GPUs are the ranks'.
+    """
+    ranks, groups, lodgers = ranks_per_node(config), config.groups, lodgers_per_node(config)
+    cpus = groups.cpus_per_rank * ranks
+    cpus += sum(lodgers[stage] * pool.cpus for stage, pool in lodging_pools(config).items())
+    return [actor_bundle(cpus, groups.gpus_per_rank * ranks)] * groups.nodes_per_group
 
 
 def least_bill(config: RunConfig) -> list[list[Bundle]]:
-    """The least that renders anything: one group, one encoder, one decoder.
+    """The least that renders anything: one group, and an encoder and a decoder where these stand by themselves.
 
     The bundles of one inner list must stand on different nodes.
     """
-    return [
-        group_bundles(config),
-        [actor_bundle(config.encoders.cpus, config.encoders.gpus)],
-        [actor_bundle(config.decoders.cpus, config.decoders.gpus)],
-    ]
+    return [group_bundles(config), *([bundle] for bundle in _single_actors(config).values())]
+
+
+def _single_actors(config: RunConfig) -> dict[str, Bundle]:
+    pools: dict[str, EncodersConfig | DecodersConfig] = {"an encoder": config.encoders, "a decoder": config.decoders}
+    return {name: actor_bundle(pool.cpus, pool.gpus) for name, pool in pools.items() if pool.placement == "pool"}
 
 
 def total(bundles: Sequence[Bundle]) -> Bundle:
@@ -123,10 +130,12 @@ def result_shares(config: RunConfig) -> dict[Stage, float]:
     A worker's results lie where it stands. So each gets its part of the smallest store on which one can stand, divided
     by how many of its kind may come together on one node.
     """
-    group, encoder, _ = (bundles[0] for bundles in least_bill(config))
-    nodes, most = list(alive_nodes().values()), most_workers(config)
-    bundles = {Stage.ENCODE: encoder, Stage.DENOISE: group}
-    return {stage: result_share(bundle, most[stage], nodes) for stage, bundle in bundles.items()}
+    nodes, most, lodgers = list(alive_nodes().values()), most_workers(config), lodgers_per_node(config)
+    group, encoder = group_bundles(config)[0], actor_bundle(config.encoders.cpus, config.encoders.gpus)
+    of_groups = result_share(group, most[Stage.DENOISE], nodes)
+    if Stage.ENCODE in lodgers:
+        return {Stage.ENCODE: of_groups / lodgers[Stage.ENCODE], Stage.DENOISE: of_groups}
+    return {Stage.ENCODE: result_share(encoder, most[Stage.ENCODE], nodes), Stage.DENOISE: of_groups}
 
 
 def result_share(bundle: Bundle, count: int, nodes: Sequence[Mapping[str, float]]) -> float:
@@ -142,13 +151,10 @@ def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
 
 
 def _asked_and_there(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> str:
-    encoder, decoder = (show(total(bundles)) for bundles in least_bill(config)[1:])
+    actors = "".join(f", {name} with {show(bundle)}" for name, bundle in _single_actors(config).items())
     there = "; ".join(show_hardware(node) for node in nodes) or "none"
     ranks, group = config.parallel.plan.world_size, show_apart(group_bundles(config))
-    return (
-        f"Needed at least: a group of {ranks} rank(s) on {group}, an encoder with {encoder}, a decoder with "
-        f"{decoder}. Nodes there are: {there}."
-    )
+    return f"Needed at least: a group of {ranks} rank(s) on {group}{actors}. Nodes there are: {there}."
 
 
 def show_apart(bundles: Sequence[Bundle]) -> str:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 from typing import Any
 
 import numpy as np
 import ray
 
+from hv_batch.job.errors import Failure
 from hv_batch.job.latents import put_latents, sample_identity
+from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.samples import Sample
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, RankPlace, StepState
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.devices import await_free_memory
+from hv_batch.runtime.publishing import Publisher, Stages, scratch_folder
+from hv_batch.runtime.recording import Recording, record
 from hv_batch.runtime.steps import StepWriter, read_steps
 
 
@@ -39,6 +45,8 @@ class RankActor:
         self._name = name
         self._steps = 0
         self._checkpoint_asked = Event()
+        self._publisher = Publisher(context, name)  # of rank 0, where the group decodes
+        self._recording: Recording | Exception | None = None
 
     def seat(self) -> RankSeat:
         gpus = tuple(str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
@@ -51,8 +59,9 @@ class RankActor:
 
     def join(self, address: str, seats: Sequence[RankSeat]) -> None:
         """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
+        decodes = self._context.config.decoders.placement == "group"
         if self._rank == 0:
-            see_output_root(self._context.store)
+            self._publisher.check() if decodes else see_output_root(self._context.store)
         parallel = self._context.config.parallel
         neighbours = [rank for rank, seat in enumerate(seats) if seat.node == seats[self._rank].node]
         if parallel.device == "cuda":
@@ -70,12 +79,13 @@ class RankActor:
             # Ranks may finish loading as far apart as a start may take. A hang in a collective does not wait for this:
             # the scheduler misses the steps after timeouts.stall_s.
             timeout_s=max(timeouts.start_s, timeouts.stall_s),
+            decodes=decodes,
         )
         self._denoiser: Denoiser = self._context.engine.join(place)
         self._denoiser.self_check()
 
     def _await_own_gpu(self, local_rank: int) -> None:
-        if self._context.config.groups.gpus_per_rank < 1:  # others may compute there, too
+        if rank_gpus(self._context.config) < 1:  # others may compute there, too
             return
         import torch  # only where there are GPUs: not every engine needs torch
 
@@ -123,12 +133,42 @@ class RankActor:
             put_latents(context.store, sample, latents, identity, reports)
         return latents, report
 
+    def find_latents(self, sample: Sample, stages: Stages | None) -> tuple[np.ndarray | None, Stages | None]:
+        """Rank 0: what is to be decoded, and the reports behind it; None for these when the sample is committed.
+
+        With `stages` the caller has the latents; without, both are read from the output root.
+        """
+        if self._publisher.is_committed(sample):
+            return None, None
+        self._folder = scratch_folder()
+        return self._publisher.stored(sample) if stages is None else (None, stages)
+
+    def decode(self, sample: Sample, latents: np.ndarray) -> None:
+        """Every rank is given the same latents; rank 0 makes the media file and keeps it for `commit`.
+
+        An error here leaves ranks waiting for each other.
+        """
+        frames = self._denoiser.decode(latents)
+        if self._rank == 0:
+            self._recording = record(self._publisher, sample, frames, Path(self._folder.name))
+        else:
+            deque(frames, maxlen=0)
+
+    def commit(self, sample: Sample, stages: Stages, failures: Sequence[Failure]) -> bool:
+        """Rank 0, when all ranks have decoded: False when another had committed first (P1)."""
+        recording, self._recording = self._recording, None
+        assert recording, "nothing was decoded"
+        with self._folder:
+            if isinstance(recording, Exception):
+                raise recording
+            return self._publisher.commit(sample, recording.media, recording.seconds, stages, failures)
+
     def _count_step(self, _done: int, _read: Callable[[], np.ndarray]) -> None:
         self._steps += 1
 
     @ray.method(concurrency_group="health")
     def progress(self) -> int:
-        return self._steps
+        return self._steps + self._publisher.count
 
     @ray.method(concurrency_group="health")
     def checkpoint(self) -> None:

@@ -7,7 +7,9 @@ belongs to this driver, so Ray reclaims it if we are killed.
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,6 +17,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.config import RunConfig
+from hv_batch.job.events import Stage
+from hv_batch.job.limits import lodgers_per_node
 from hv_batch.runtime.placement import elsewhere, group_bundles, ranks_per_node
 
 # What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
@@ -32,6 +36,10 @@ class Seats:
     def __init__(self, config: RunConfig, name: str, avoid: frozenset[str]) -> None:
         self.avoid = avoid
         self.used = False  # whether ranks have sat here
+        self.occupied = False  # whether ranks sit here now
+        self.given_back = False
+        self._rooms = lodgers_per_node(config)  # on each node
+        self._lodgers: Counter[tuple[Stage, int]] = Counter()  # of each kind on each node
         self._ranks_per_node = ranks_per_node(config)
         bundles = group_bundles(config)
         # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
@@ -59,13 +67,51 @@ class Seats:
         return [placed[bundle] for bundle in sorted(placed) if placed[bundle]]
 
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // self._ranks_per_node)
+        return self._on(rank // self._ranks_per_node)
+
+    def find_room(self, stage: Stage) -> Room | None:
+        """Room for a lodger of that kind, where ranks sit and not enough of its kind live."""
+        nodes = range(len(self._group.bundle_specs)) if self.occupied else ()
+        free = [node for node in nodes if self._lodgers[stage, node] < self._rooms.get(stage, 0)]
+        if not free:
+            return None
+        node = min(free, key=lambda node: sum(self._lodgers[kind, node] for kind in Stage))
+        self._lodgers[stage, node] += 1
+        return Room(self, stage, node, self._on(node))
+
+    @property
+    def lodgers(self) -> int:
+        return self._lodgers.total()
+
+    def leave(self, room: Room) -> None:
+        self._lodgers[room.stage, room.node] -= 1
+        if self.given_back:
+            self.release()
 
     def release(self) -> None:
-        remove_placement_group(self._group)
+        """Give them back, when the last lodger has left."""
+        self.occupied, self.given_back = False, True
+        if not self.lodgers:
+            remove_placement_group(self._group)
+
+    def _on(self, node: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=node)
 
     def _table(self) -> dict[str, Any]:
         return placement_group_table(self._group)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Room:
+    """A lodger's, on one of the nodes of some seats."""
+
+    seats: Seats
+    stage: Stage
+    node: int
+    strategy: PlacementGroupSchedulingStrategy
+
+    def leave(self) -> None:
+        self.seats.leave(self)
 
 
 def answers(node: Mapping[str, Any]) -> bool:

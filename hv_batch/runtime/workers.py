@@ -18,13 +18,24 @@ from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.config import DecodersConfig, EncodersConfig
 from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Beat, Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
+from hv_batch.job.events import (
+    Beat,
+    Event,
+    Stage,
+    TaskDone,
+    TaskFailed,
+    WorkerId,
+    WorkerLost,
+    WorkerPlaced,
+    WorkerReady,
+)
 from hv_batch.job.samples import Sample
 from hv_batch.runtime.context import RunContext, StageReport
 from hv_batch.runtime.decoders import DecoderActor
 from hv_batch.runtime.encoders import EncoderActor
 from hv_batch.runtime.failures import classify, is_device_fault, worker_survives
 from hv_batch.runtime.placement import elsewhere
+from hv_batch.runtime.seats import Room
 from hv_batch.runtime.sick_nodes import SickNodes
 
 Watch = Callable[[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]], None]
@@ -57,7 +68,7 @@ class InFlight:
 class Worker(Protocol):
     nodes: frozenset[str]  # Ray's ids of those it stands on; none until it is placed
 
-    def run(self, items: Sequence[InFlight]) -> None: ...
+    def run(self, items: Sequence[InFlight], stage: Stage) -> None: ...
 
     def poll(self, now: float) -> list[Event]:
         """Ask for progress; also the moment to give up a start that takes too long."""
@@ -168,7 +179,7 @@ def start_failure(failure: Failure) -> Failure:
 
 
 class EncoderWorker(PoolWorker):
-    def run(self, items: Sequence[InFlight]) -> None:
+    def run(self, items: Sequence[InFlight], _stage: Stage) -> None:
         call = self._actor.encode.options(num_returns=len(items) + 1)
         *embeddings, reports = call.remote([item.sample.params for item in items])
         self._watch(reports, lambda ref: self._encoded(ref, items, embeddings))
@@ -186,7 +197,7 @@ class EncoderWorker(PoolWorker):
 
 
 class DecoderWorker(PoolWorker):
-    def run(self, items: Sequence[InFlight]) -> None:
+    def run(self, items: Sequence[InFlight], _stage: Stage) -> None:
         (item,) = items
         failures = (*item.earlier, *item.failures)
         ref = self._actor.decode.remote(item.sample, item.latents, item.stages, failures)
@@ -202,13 +213,17 @@ class DecoderWorker(PoolWorker):
         return self._done()
 
 
-def start_encoder(worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes) -> EncoderWorker:
-    place = partial(_place, EncoderActor, worker, context, context.config.encoders)
+def start_encoder(
+    worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes, room: Room | None = None
+) -> EncoderWorker:
+    place = partial(_place, EncoderActor, worker, context, context.config.encoders, room)
     return EncoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
 
 
-def start_decoder(worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes) -> DecoderWorker:
-    place = partial(_place, DecoderActor, worker, context, context.config.decoders)
+def start_decoder(
+    worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes, room: Room | None = None
+) -> DecoderWorker:
+    place = partial(_place, DecoderActor, worker, context, context.config.decoders, room)
     return DecoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
 
 
@@ -217,11 +232,14 @@ def _place(
     worker: WorkerId,
     context: RunContext,
     pool: EncodersConfig | DecodersConfig,
+    room: Room | None,
     avoid: frozenset[str],
 ) -> Any:
+    """In a room on the seats of a group, or wherever Ray finds place but on those nodes."""
     return actor_class.options(
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        label_selector=elsewhere(avoid),
+        label_selector={} if room else elsewhere(avoid),
+        scheduling_strategy=room.strategy if room else "DEFAULT",
         runtime_env=HIDE_GPUS if pool.gpus == 0 else {},
     ).remote(context, str(worker))

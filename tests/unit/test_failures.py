@@ -16,6 +16,7 @@ from hv_batch.runtime.failures import (
     classify,
     is_collateral,
     is_device_fault,
+    is_node_fault,
     most_telling,
     worker_survives,
 )
@@ -102,3 +103,10 @@ def test_what_an_error_says_of_its_node(error, device, collateral):
     """P5: a node answers for its devices and ranks that fail by themselves, not for collateral."""
     assert is_device_fault(error) is device
     assert is_collateral(error) is collateral
+
+
+@pytest.mark.parametrize(("cause", "is_fault"), [(NodeError("no ffmpeg"), True), (OSError(5, "input"), False)])
+def test_what_a_node_lacks_is_told_from_what_a_sample_has(cause, is_fault):
+    """P5: a group that decodes leaves a node whose disk is full, and stays for everything else."""
+    assert is_node_fault(raised_by_a_task(cause)) is is_fault
+    assert not is_node_fault(cause)

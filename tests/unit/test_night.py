@@ -57,7 +57,7 @@ class Scene:
     samples: int
     groups: int
     encoders: int
-    decoders: int | Literal["auto"]
+    decoders: int | Literal["auto"]  # 0: the groups decode
     nodes: int  # of eight GPUs, at the beginning; encoders and decoders stand on nodes of their own
     batch: int = 8
     load_s: float = 300.0
@@ -113,7 +113,7 @@ class Night:
             {
                 "groups": {"count": scene.groups},
                 "encoders": {"count": scene.encoders, "batch_size": scene.batch},
-                "decoders": {"count": scene.decoders},
+                "decoders": {"count": scene.decoders} if scene.decoders else {"placement": "group"},
                 "timeouts": {"stall_s": 3 * BEAT_S},
             }
         )
@@ -178,8 +178,8 @@ class Night:
                         self.lost[failure.kind] += self.now - life.begun
                 case ReleaseWorker(worker):
                     assert not self.end(worker).keys
-                case Run(worker, keys):
-                    self.begin_task(self.lives[worker], keys)
+                case Run(worker, keys, stage):
+                    self.begin_task(self.lives[worker], keys, stage)
                 case Resized(Stage.DECODE, workers):
                     self.sizes.append(workers)
                 case Quarantine(key, _):
@@ -202,27 +202,28 @@ class Night:
         self.idle_since.pop(worker, None)
         return life
 
-    def begin_task(self, life: Life, keys: tuple[str, ...]) -> None:
-        scene, stage = self.scene, life.worker.stage
+    def begin_task(self, life: Life, keys: tuple[str, ...], stage: Stage) -> None:
+        scene = self.scene
         life.keys, life.begun = keys, self.now
-        if stage is Stage.DENOISE:
+        if life.worker.stage is Stage.DENOISE:
             self.count_idle(life.worker)
         each = {Stage.ENCODE: scene.encode_s, Stage.DENOISE: scene.denoise_s, Stage.DECODE: scene.decode_s}[stage]
         seconds = len(keys) * each * self.random.uniform(0.95, 1.05) + scene.turn_s
-        self.after(seconds, lambda: self.end_task(life, keys))
+        self.after(seconds, lambda: self.end_task(life, keys, stage))
 
-    def end_task(self, life: Life, keys: tuple[str, ...]) -> None:
+    def end_task(self, life: Life, keys: tuple[str, ...], stage: Stage) -> None:
         if self.lives.get(life.worker) is not life or life.keys != keys:
             return
         life.keys = ()
         if life.worker.stage is Stage.DENOISE:
             self.busy_s += self.now - life.begun
             self.idle_since[life.worker] = self.now
+        if stage is Stage.DENOISE:
             if keys[0] in self.bad:
                 self.events.append(TaskFailed(life.worker, Failure(FailureClass.POISON, "latents are not finite")))
                 return
             self.denoised.update(keys)
-        if life.worker.stage is Stage.DECODE:
+        if stage is Stage.DECODE:
             self.committed.update(keys)
         self.events.append(TaskDone(life.worker))
 
@@ -310,6 +311,17 @@ def test_a_night_on_a_thousand_gpus():
     assert night.denoised == night.committed, "a denoise that has ended is never repeated"
     assert set(night.lost) == {FailureClass.INFRA, FailureClass.PREEMPTED}
     assert night.loss_share < 0.02, "about eighty cut-off denoises of half their length, of 2500"
+    assert night.idle_share < 0.05
+
+
+def test_a_night_of_groups_that_decode():
+    """P1, P4, P5: without decoders, through crashes and reclaims, no denoise is repeated and groups seldom wait."""
+    scene = Scene(
+        samples=600, groups=20, encoders=2, decoders=0, nodes=20, poisoned=4, crash_every_s=600.0, reclaim_every_s=900.0
+    )
+    night = Night(scene).run()
+    assert sorted(night.quarantined) == sorted(night.bad)
+    assert night.committed == night.denoised == Counter(f"s{i}" for i in range(600) if f"s{i}" not in night.bad)
     assert night.idle_share < 0.05
 
 

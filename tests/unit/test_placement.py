@@ -54,6 +54,13 @@ def test_who_may_meet_on_a_node_share_its_store():
     assert result_share({}, 3, [head]) == STORE_SHARE * 10.0 / 3, "who asks for nothing may be anywhere"
 
 
+def test_groups_that_decode_want_no_decoder():
+    """decoders.placement: group: nine GPUs are enough, whatever decoders.gpus says, even nothing."""
+    config = RunConfig.model_validate({"decoders": {"placement": "group", "gpus": 0.0}})
+    assert len(least_bill(config)) == 2
+    assert fits(least_bill(config), [{"CPU": 64, "GPU": 9}])
+
+
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=4), st.lists(st.integers(0, 8), max_size=4))
 def test_nothing_fits_into_less_than_it_is(needs, nodes):
     """What fits never exceeds the sum, and always fits where every need has a node of its own."""

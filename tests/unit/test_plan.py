@@ -29,6 +29,7 @@ from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint
 
 ROOT = Path(__file__).parents[2]
 RELEASED = ModelShape()
+IN_GROUP = {"placement": "group"}
 HD = Work((720, 1280, 129), 50, 1)
 SQUARE = Work((960, 960, 129), 50, 1)
 DECODE_S = 115  # of the released code, which decodes on every rank: what its series extrapolate to at infinitely many
@@ -184,6 +185,26 @@ def test_a_plan_sizes_auto_pools_as_a_run_would(config, manifest):
     assert f"{decoders} for {decoders} decoder(s)" in render_plan(plan)
 
 
+def test_groups_that_decode_add_up_their_hours(config, manifest):
+    """decoders.placement: group: no GPUs for decoders, the VAE beside the DiT, and no denoise during a decode."""
+    plan = make_plan(config, manifest, GPUS["h100"])
+    inside = make_plan(
+        config.model_copy(update={"decoders": config.decoders.model_copy(update=IN_GROUP)}),
+        manifest,
+        GPUS["h100"],
+    )
+    assert inside["gpus"] == {"groups": 8, "encoders": 1, "decoders": 0, "total": 9}
+    hours, apart = (each["estimate"]["h100"]["stage_hours"] for each in (inside, plan))
+    assert inside["estimate"]["h100"]["hours"] == hours["denoise"] + hours["decode"]
+    assert hours["denoise"] == apart["denoise"]
+    assert apart["decode"] / 8 <= hours["decode"] < apart["decode"] / 4, "the last round of tiles is not full"
+    assert [stage["stage"] for stage in inside["memory"]] == ["text encoder", "group rank"]
+    rank, before = inside["memory"][1], plan["memory"][1]
+    assert rank["weights"] == before["weights"] + RELEASED.vae_bytes
+    assert rank["activations"] == max(before["activations"], plan["memory"][2]["activations"])
+    assert "the hours of both add up" in render_plan(inside)
+
+
 def test_a_plan_knows_halves_of_groups(config, tmp_path):
     """P6: with cfg_degree 2 a rank passes through the DiT once a step; a row without guidance is refused by number."""
     manifest = tmp_path / "guided.jsonl"
@@ -311,6 +332,8 @@ def test_a_run_that_fits_and_a_memory_unknown_are_let_through():
     assert memory_problems(load_config(path, ["gpu_memory_gib=1", "model.engine=a:B"]), shapes) == []
     small = load_config(path, ["gpu_memory_gib=1"])
     assert len(memory_problems(small, shapes)) == 3
+    inside = memory_problems(small.model_copy(update={"decoders": small.decoders.model_copy(update=IN_GROUP)}), shapes)
+    assert ["decode" in line for line in inside] == [False, False], "no decoder stands by itself"
     on_cpu = small.model_copy(update={"parallel": small.parallel.model_copy(update={"device": "cpu"})})
     assert memory_problems(on_cpu, shapes) == []
 

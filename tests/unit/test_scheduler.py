@@ -46,12 +46,14 @@ MIB = 2**20
 BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
 
 
-def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf):
+def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False):
+    """With `lodging`, encoders and decoders stand on what the groups have; without decoders, groups decode."""
     share = {"task_timeout_s": STALL_S, "result_bytes": result_bytes}
+    ahead = (decoders or groups) + 1
     return {
-        Stage.ENCODE: StageLimits(workers=encoders, batch=batch, ahead=batch, **share),
+        Stage.ENCODE: StageLimits(workers=encoders, lodges=lodging, batch=batch, ahead=batch, **share),
         Stage.DENOISE: StageLimits(workers=groups, ahead=groups + batch, **share),
-        Stage.DECODE: StageLimits(workers=decoders, ahead=decoders + 1, task_timeout_s=STALL_S),
+        Stage.DECODE: StageLimits(workers=decoders, lodges=lodging, ahead=ahead, task_timeout_s=STALL_S),
     }
 
 
@@ -135,17 +137,19 @@ class World:
                 self.released.append(worker)
             case Checkpoint(worker):
                 assert worker.stage is Stage.DENOISE
-                assert worker in self.running
+                assert [self.at[key] for key in self.running[worker]] == [Stage.DENOISE]
                 self.checkpoints.append(worker)
-            case Run(worker, keys):
+            case Run(worker, keys, stage):
                 self.idle.remove(worker)
                 assert worker not in self.leaving, "a task for a worker that leaves"
-                assert all(self.at[key] == worker.stage for key in keys), "ran at the wrong station"
+                assert all(self.at[key] == stage for key in keys), "ran at the wrong station"
+                assert worker.stage is self.staffed(stage)
                 assert not {k for task in self.running.values() for k in task} & set(keys), "ran twice at once"
-                assert len(keys) <= self.stages[worker.stage].batch
+                assert len(keys) <= self.stages[stage].batch
                 self.running[worker] = keys
-                self.runs.update((worker.stage, key) for key in keys)
-                self.load(worker, keys)
+                self.runs.update((stage, key) for key in keys)
+                if stage is not Stage.DECODE:
+                    self.load(worker, keys)
             case Quarantine(key, _):
                 self.unload(key, *Stage)
                 self.quarantined.append(key)
@@ -168,11 +172,17 @@ class World:
             if stage in stages:
                 mine.pop(key, None)
 
+    def staffed(self, stage):
+        """The station whose workers do its tasks."""
+        return stage if self.stages[stage].workers else Stage.DENOISE
+
     def will_come(self, key, stage):
-        """Whether a sample in flight still needs the station; a drain begins nothing but decodes."""
+        """Whether a sample in flight still needs who works at the station; a drain begins nothing but decodes."""
+        decodes = stage is self.staffed(Stage.DECODE)
+        decodes |= stage is Stage.DENOISE and self.stages[Stage.DECODE].lodges  # under the decoders
         if self.stopped_at is None:
-            return self.at[key] <= stage
-        if stage is not Stage.DECODE or self.at[key] is Stage.ENCODE:
+            return decodes or self.at[key] <= stage
+        if not decodes or self.at[key] is Stage.ENCODE:
             return False
         return self.at[key] is Stage.DECODE or any(key in task for task in self.running.values())
 
@@ -214,12 +224,12 @@ class World:
         keys = self.running.pop(worker)
         self.idle.add(worker)
         for key in keys:
-            self.unload(key, Stage(worker.stage - 1) if worker.stage else None)
-            if worker.stage is Stage.DECODE:
+            self.unload(key, Stage(self.at[key] - 1) if self.at[key] else None)
+            if self.at[key] is Stage.DECODE:
                 self.committed.append(key)
                 del self.at[key]
             else:
-                self.at[key] = Stage(worker.stage + 1)
+                self.at[key] = Stage(self.at[key] + 1)
         weights = tuple(self.embedding_bytes.get(key, 1) for key in keys if worker.stage is Stage.ENCODE)
         if weights:
             self.heaviest = max(self.heaviest, *weights)
@@ -282,10 +292,12 @@ def test_every_history_ends_with_each_sample_gone_once(data):
     """P1, P4, P5, P7: through any failures, preemptions and releases, each sample is committed or quarantined once,
     within queues that are bounded in samples and in bytes.
     """
+    workers = [data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 3))]
     stages = limits(
-        *(data.draw(st.integers(1, 3)) for _ in range(3)),
+        *workers,
         batch=data.draw(st.integers(1, 4)),
         result_bytes=data.draw(st.sampled_from([1, 8 * MIB, 20 * MIB, math.inf])),
+        lodging=data.draw(st.booleans()),
     )
     begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
     world = World(

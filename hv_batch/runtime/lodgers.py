@@ -1,0 +1,79 @@
+"""Encoders and decoders that live on the seats of denoise groups (see `hv_batch.job.lodging`).
+
+A lodger moves in where a group sits, and stays while its ranks are rebuilt. Where the seats are given back it moves
+out, after the task that it runs, and nobody is blamed. Nobody moves in while the ranks are away: Ray could give a
+newcomer what a rank needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import ray
+
+from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.events import Event, Stage, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
+from hv_batch.runtime.group_pool import GroupPool
+from hv_batch.runtime.seats import Room
+from hv_batch.runtime.workers import DecoderWorker, EncoderWorker, InFlight, Watch
+
+Life = EncoderWorker | DecoderWorker
+
+
+class Lodger:
+    """One life of an encoder or decoder; `begin` starts its actor in a room, once there is one."""
+
+    def __init__(self, worker: WorkerId, pool: GroupPool, watch: Watch, begin: Callable[[Room, Watch], Life]) -> None:
+        self.id = worker
+        self.nodes: frozenset[str] = frozenset()
+        self._pool = pool
+        self._watch = watch
+        self._begin = begin
+        self._room: Room | None = None
+        self._life: Life | None = None
+        self._move_in()
+
+    def run(self, items: Sequence[InFlight], stage: Stage) -> None:
+        assert self._life, f"{self.id} has no room"
+        self._life.run(items, stage)
+
+    def poll(self, now: float) -> list[Event]:
+        if self._life is None or self._room is None:
+            self._move_in()
+            return []
+        if self._room.seats.given_back:
+            return [WorkerLeaving(self.id, math.inf)]
+        if not self.nodes and not self._room.seats.occupied:
+            return [self._turned_out()]
+        return self._life.poll(now)
+
+    def kill(self, *, rebuild: bool = False) -> None:
+        if self._life and self._room:
+            self._life.kill(rebuild=rebuild)
+            self._room.leave()
+
+    def _move_in(self) -> None:
+        self._room = self._pool.find_room(self.id.stage)
+        if self._room:
+            self._life = self._begin(self._room, self._listen)
+
+    def _listen(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
+        self._watch(ref, lambda ref: [self._judge(event) for event in then(ref)])
+
+    def _judge(self, event: Event) -> Event:
+        assert self._life
+        assert self._room
+        seats = self._room.seats
+        match event:
+            case WorkerPlaced() if not seats.occupied:
+                return self._turned_out()
+            case WorkerPlaced():
+                self.nodes = self._life.nodes
+            case WorkerLost() if seats.given_back:
+                return self._turned_out()
+        return event
+
+    def _turned_out(self) -> WorkerLost:
+        message = "the group on whose GPUs it stood is gone"
+        return WorkerLost(self.id, Failure(FailureClass.PREEMPTED, message, where=str(self.id)))
