@@ -34,9 +34,11 @@ def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: Retry
         queues.put_back(key, stage, first=failure.kind is not FailureClass.POISON)
 
 
-def station_gone(stage: Stage, failure: Failure, losses: int) -> Failure:
-    """Why the run ends when every worker of a station was lost so often in a row; `failure` is the last loss."""
-    name = {Stage.ENCODE: "text encoder", Stage.DENOISE: "denoise group", Stage.DECODE: "VAE decoder"}[stage]
+def station_gone(stage: Stage, failure: Failure, losses: int, size: str = "") -> Failure:
+    """Why the run ends when every worker of a station, or of one size there, was lost so often in a row; `failure` is
+    the last loss.
+    """
+    name = size or {Stage.ENCODE: "text encoder", Stage.DENOISE: "denoise group", Stage.DECODE: "VAE decoder"}[stage]
     message = (
         f"every {name} was lost {losses} times in a row, so no sample can pass it; the last loss: {failure.message}"
     )

@@ -38,6 +38,7 @@ class Admitted:
     key: str
     stage: Stage = Stage.ENCODE
     latent_bytes: int = 0  # that its latents will take in the object store
+    lane: int = 0  # the size of the groups that denoise it
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ class Admit:
 @dataclass(frozen=True, slots=True)
 class StartWorker:
     worker: WorkerId
+    lane: int = 0  # of a group, its size
 
 
 @dataclass(frozen=True, slots=True)

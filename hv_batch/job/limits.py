@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hv_batch.job.config import RunConfig
 from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Stage
+from hv_batch.job.lanes import Lane
 from hv_batch.job.lodging import lodging_pools
+from hv_batch.protocol import ParallelPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,11 @@ class StageLimits:
     ahead: int  # samples that may wait here; the station before pauses when its results would exceed them
     task_timeout_s: float  # without a Beat for so long a running task counts as hung
     result_bytes: float = math.inf  # of what one worker has made and is making, as long as the object store holds it
+    lanes: tuple[Lane, ...] = ()  # its workers by size; none: all are alike
+
+    @property
+    def sizes(self) -> tuple[Lane, ...]:
+        return self.lanes or (Lane(ranks=1, workers=self.workers, ahead=self.ahead),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +55,11 @@ class RetryLimits:
 MOST_A_GROUP = {Stage.ENCODE: 1, Stage.DECODE: 2}
 
 
-def most_workers(config: RunConfig) -> dict[Stage, int]:
-    """Workers that a station may ever have."""
+def most_workers(config: RunConfig, plans: Sequence[ParallelPlan] = (ParallelPlan(),)) -> dict[Stage, int]:
+    """Workers that a station may ever have; with groups of several sizes, if all were of the smallest."""
     groups = config.groups
-    most = _pool_sizes(config) | {Stage.DENOISE: groups.count}
+    most_groups = groups.count * plans[0].world_size // plans[-1].world_size
+    most = _pool_sizes(config, most_groups) | {Stage.DENOISE: most_groups}
     if config.decoders.placement == "group":
         most[Stage.DECODE] = 0
     rooms = {stage: count * groups.count * groups.nodes_per_group for stage, count in lodgers_per_node(config).items()}
@@ -60,21 +68,23 @@ def most_workers(config: RunConfig) -> dict[Stage, int]:
 
 def lodgers_per_node(config: RunConfig) -> dict[Stage, int]:
     """How many colocated encoders and decoders find room on a node of a group."""
-    pools, sizes = lodging_pools(config), _pool_sizes(config)
+    pools, sizes = lodging_pools(config), _pool_sizes(config, config.groups.count)
     ranks, nodes = config.parallel.plan.world_size, config.groups.nodes_per_group
     # Each on a GPU of its own, or one of each kind on a single GPU: so many can be placed in whatever order they come.
     most = max(1, ranks // nodes // max(1, len(pools)))
     return {stage: min(most, -(-sizes[stage] // (config.groups.count * nodes))) for stage in pools}
 
 
-def _pool_sizes(config: RunConfig) -> dict[Stage, int]:
+def _pool_sizes(config: RunConfig, groups: int) -> dict[Stage, int]:
     counts = {Stage.ENCODE: config.encoders.count, Stage.DECODE: config.decoders.count}
-    groups = config.groups.count
     return {stage: MOST_A_GROUP[stage] * groups if count == "auto" else count for stage, count in counts.items()}
 
 
-def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict[Stage, StageLimits]:
+def stage_limits(
+    config: RunConfig, result_bytes: Mapping[Stage, float], plans: Sequence[ParallelPlan] = (ParallelPlan(),)
+) -> dict[Stage, StageLimits]:
     """`result_bytes`: what the results of one worker may hold of the object store, for stations where that is bounded.
+    `plans` are those of the groups, largest first; where there is but one, it is the same which.
 
     Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work.
 
@@ -83,8 +93,8 @@ def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict
     """
     stall_s = config.timeouts.stall_s
     batch = config.encoders.batch_size
-    workers = most_workers(config)
-    lodging = lodging_pools(config)
+    workers, lanes = most_workers(config, plans), tuple(_lanes(config, plans))
+    groups, lodging = workers[Stage.DENOISE], lodging_pools(config)
     return {
         Stage.ENCODE: StageLimits(
             workers=workers[Stage.ENCODE],
@@ -96,19 +106,28 @@ def stage_limits(config: RunConfig, result_bytes: Mapping[Stage, float]) -> dict
             result_bytes=result_bytes.get(Stage.ENCODE, math.inf),
         ),
         Stage.DENOISE: StageLimits(
-            workers=config.groups.count,
-            ahead=max(config.groups.count, batch),
+            workers=groups,
+            ahead=sum(lane.ahead for lane in lanes),
             task_timeout_s=stall_s,
             result_bytes=result_bytes.get(Stage.DENOISE, math.inf),
+            lanes=lanes,
         ),
         Stage.DECODE: StageLimits(
             workers=workers[Stage.DECODE],
             auto=config.decoders.count == "auto" and workers[Stage.DECODE] > 0,
             lodges=Stage.DECODE in lodging,
-            ahead=config.groups.count + max(config.groups.count, workers[Stage.DECODE]),
+            ahead=groups + max(groups, workers[Stage.DECODE]),
             task_timeout_s=stall_s,
         ),
     }
+
+
+def _lanes(config: RunConfig, plans: Sequence[ParallelPlan]) -> Iterator[Lane]:
+    """Groups of every size may take all the ranks that `groups.count` of the largest have."""
+    for plan in plans:
+        workers = config.groups.count * plans[0].world_size // plan.world_size
+        name = f"denoise group of {plan.world_size} rank(s)" if len(plans) > 1 else ""
+        yield Lane(ranks=plan.world_size, workers=workers, ahead=max(workers, config.encoders.batch_size), name=name)
 
 
 def retry_limits(config: RunConfig) -> RetryLimits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,18 +15,26 @@ from hv_batch.job.freight import Freight
 @dataclass(slots=True)
 class _Sample:
     stage: Stage
+    lane: int
+    order: int  # of its admission
     solo: bool = False  # was in a batch that failed: from now on it runs alone
     failures: list[Failure] = field(default_factory=list)
 
 
 class Queues:
-    """Counts are kept, not counted: a cluster of a thousand GPUs asks for them hundreds of times a second."""
+    """Up to their denoise, samples wait in lanes, one for each size of groups; then in one line.
 
-    def __init__(self, freight: Freight) -> None:
+    Counts are kept, not counted: a cluster of a thousand GPUs asks for them hundreds of times a second.
+    """
+
+    def __init__(self, freight: Freight, lanes: int = 1) -> None:
         self._freight = freight  # moves with them
         self._samples: dict[str, _Sample] = {}
-        self._waiting: dict[Stage, deque[str]] = {stage: deque() for stage in Stage}
-        self._at: Counter[Stage] = Counter()
+        self._waiting: dict[Stage, list[deque[str]]] = {
+            stage: [deque() for _ in range(1 if stage is Stage.DECODE else lanes)] for stage in Stage
+        }
+        self._at: Counter[tuple[Stage, int]] = Counter()
+        self._admitted = 0
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -37,27 +46,39 @@ class Queues:
     def place(self, key: str) -> Stage:
         return self._samples[key].stage
 
-    def waiting(self, stage: Stage) -> int:
-        return len(self._waiting[stage])
+    def lanes(self, stage: Stage) -> range:
+        return range(len(self._waiting[stage]))
 
-    def at(self, stage: Stage) -> int:
+    def waiting(self, stage: Stage, lane: int | None = None) -> int:
+        """Of all lanes, unless one is named; so with all counts."""
+        lines = self._waiting[stage]
+        return sum(map(len, lines)) if lane is None else len(lines[lane])
+
+    def at(self, stage: Stage, lane: int | None = None) -> int:
         """Samples that wait or run at the station."""
-        return self._at[stage]
+        return sum(self._at[stage, each] for each in (self.lanes(Stage.DENOISE) if lane is None else (lane,)))
 
-    def yet_to_pass(self, stage: Stage) -> int:
+    def yet_to_pass(self, stage: Stage, lane: int | None = None) -> int:
         """Samples in flight that the station still has to do with."""
-        return sum(self._at[station] for station in Stage if station <= stage)
+        return sum(self.at(station, lane) for station in Stage if station <= stage)
+
+    def oldest(self, stage: Stage, lanes: Iterable[int]) -> int | None:
+        """Of these lanes, the one whose next sample has been in flight longest; None where none waits."""
+        lines = {lane: self._waiting[stage][lane] for lane in lanes}
+        waiting = [lane for lane, line in lines.items() if line]
+        return min(waiting, key=lambda lane: self._samples[lines[lane][0]].order, default=None)
 
     def failures(self, key: str) -> list[Failure]:
         """What the sample has been charged with; the caller may add to it."""
         return self._samples[key].failures
 
-    def admit(self, key: str, stage: Stage, latent_bytes: int) -> None:
+    def admit(self, key: str, stage: Stage, latent_bytes: int, lane: int) -> None:
         assert key not in self._samples, f"sample {key} admitted twice"
         self._freight.admit(key, latent_bytes)
-        self._samples[key] = _Sample(stage)
-        self._at[stage] += 1
-        self._waiting[stage].append(key)
+        self._admitted += 1
+        self._samples[key] = _Sample(stage, lane, self._admitted)
+        self._at[self._place(key)] += 1
+        self._line(key).append(key)
 
     def advance(self, key: str) -> None:
         """The running task has done its part of the sample."""
@@ -65,17 +86,16 @@ class Queues:
         if stage is Stage.DECODE:
             self.remove(key)
         else:
-            after = Stage(stage + 1)
-            self._move(key, after)
-            self._waiting[after].append(key)
+            self._move(key, Stage(stage + 1))
+            self._line(key).append(key)
 
     def put_back(self, key: str, stage: Stage, *, first: bool) -> None:
         """The running task has failed; the sample waits at `stage` for its next try, before the others or behind."""
         self._move(key, stage)
         if first:
-            self._waiting[stage].appendleft(key)
+            self._line(key).appendleft(key)
         else:
-            self._waiting[stage].append(key)
+            self._line(key).append(key)
 
     def set_apart(self, key: str) -> None:
         """From now on the sample runs alone."""
@@ -84,15 +104,16 @@ class Queues:
     def remove(self, key: str) -> None:
         """The sample of a task that ran is in flight no more."""
         self._freight.keep(key, None)
-        self._at[self._samples.pop(key).stage] -= 1
+        self._at[self._place(key)] -= 1
+        del self._samples[key]
 
-    def upcoming(self, stage: Stage, most: int) -> list[str]:
+    def upcoming(self, stage: Stage, lane: int, most: int) -> list[str]:
         """Who is next in line, if that many wait."""
-        return list(islice(self._waiting[stage], most))
+        return list(islice(self._waiting[stage][lane], most))
 
-    def take_batch(self, stage: Stage, most: int) -> tuple[str, ...]:
+    def take_batch(self, stage: Stage, lane: int, most: int) -> tuple[str, ...]:
         """The next samples for a task, at least one; they no longer wait."""
-        queue = self._waiting[stage]
+        queue = self._waiting[stage][lane]
         batch = [queue.popleft()]
         while queue and len(batch) < most:
             if self._samples[batch[0]].solo or self._samples[queue[0]].solo:
@@ -102,7 +123,14 @@ class Queues:
 
     def _move(self, key: str, stage: Stage) -> None:
         self._freight.keep(key, stage)
+        self._at[self._place(key)] -= 1
+        self._samples[key].stage = stage
+        self._at[self._place(key)] += 1
+
+    def _place(self, key: str) -> tuple[Stage, int]:
         sample = self._samples[key]
-        self._at[sample.stage] -= 1
-        self._at[stage] += 1
-        sample.stage = stage
+        return sample.stage, sample.lane
+
+    def _line(self, key: str) -> deque[str]:
+        stage, lane = self._place(key)
+        return self._waiting[stage][0 if stage is Stage.DECODE else lane]

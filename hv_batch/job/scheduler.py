@@ -17,7 +17,10 @@ Invariants, which tests/unit/test_scheduler.py checks after every step of genera
   while the output root does not answer, nobody is.
 - A worker whose node is to be taken away gets no further task. What it runs may finish in time; it writes its step
   checkpoint at once and again near the end, and whatever becomes of it then is PREEMPTED: nobody is blamed (P4, P5).
-- A worker is released only while it runs nothing, and a station with work keeps, or asks for, at least one.
+- A worker is released only while it runs nothing, and a station with work keeps, or asks for, at least one; but before
+  the first group has its place, all others make room for it.
+- A sample is denoised by a group of the size that it was admitted with, a lane; groups that live never hold more ranks
+  than the run may have, and no lane starves (lanes.py).
 - News from an earlier life of a worker changes nothing.
 """
 
@@ -69,11 +72,12 @@ class Scheduler:
         self._retries = retries
         self._drain_timeout_s = drain_timeout_s
         self._freight = Freight({stage: limits.result_bytes for stage, limits in stages.items()})
-        self._queues = Queues(self._freight)
+        self._queues = Queues(self._freight, len(stages[Stage.DENOISE].sizes))
         self._pools = Pools(stages)
         self._staff = Staff(stages, self._pools)
-        self._proven: set[Stage] = set()  # stations that have had a ready worker: config and weights are right
-        self._last_loss: dict[Stage, Failure] = {}
+        # Stations, and sizes of groups, that have had a ready worker: config and weights are right.
+        self._proven: set[tuple[Stage, int]] = set()
+        self._last_loss: dict[tuple[Stage, int], Failure] = {}
         self._outage_since: float | None = None
         self._decode_at = 0.0  # no decode begins before
         self._asked = 0  # admissions ordered and not yet answered
@@ -97,9 +101,10 @@ class Scheduler:
         """How many workers are being placed or load."""
         return sum(slot.status is Status.STARTING for slot in self._staff)
 
-    def groups_to_come(self, now: float) -> int:
-        """How many groups will be started as things stand, some perhaps after a pause."""
-        return 0 if self._over else self._staff.missing(Stage.DENOISE, self._needed(), now)
+    def groups_to_come(self, now: float) -> list[int]:
+        """How many groups of each lane will be started as things stand, some perhaps after a pause."""
+        lanes = self._staff.lanes
+        return [0] * len(lanes) if self._over else lanes.to_come(self._staff.most_groups(self._needed(), now))
 
     def failures(self, key: str) -> tuple[Failure, ...]:
         """What an in-flight sample has been charged with so far."""
@@ -124,9 +129,9 @@ class Scheduler:
 
     def _take(self, event: Event, now: float) -> list[Action]:
         match event:
-            case Admitted(key, stage, latent_bytes):
+            case Admitted(key, stage, latent_bytes, lane):
                 self._asked = max(0, self._asked - 1)
-                self._queues.admit(key, stage, latent_bytes)
+                self._queues.admit(key, stage, latent_bytes, lane)
             case PlanExhausted():
                 self._exhausted, self._asked = True, 0
             case StopRequested():
@@ -154,7 +159,7 @@ class Scheduler:
                 worker.placed = True
             case WorkerReady() if worker.status is Status.STARTING:
                 worker.become_ready(now)
-                self._proven.add(worker.id.stage)
+                self._proven.add((worker.id.stage, worker.lane))
             case Beat():
                 worker.beat = now
             case TaskDone(_, result_bytes) if worker.task:
@@ -187,8 +192,8 @@ class Scheduler:
         return actions
 
     def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
-        stage, starting = worker.id.stage, worker.status is Status.STARTING
-        if failure.kind is FailureClass.FATAL and starting and stage in self._proven:
+        place, starting = (worker.id.stage, worker.lane), worker.status is Status.STARTING
+        if failure.kind is FailureClass.FATAL and starting and place in self._proven:
             # Elsewhere the same config and weights have started, so it is this node that is not right.
             failure = replace(failure, kind=FailureClass.INFRA)
         is_leaving = worker.leaving_at is not None
@@ -202,7 +207,7 @@ class Scheduler:
             worker.start_at = now + OUTAGE_PAUSE_S
         if keys or failure.kind in (FailureClass.FATAL, FailureClass.OUTAGE):
             actions += self._charge(keys, failure, now)
-        self._last_loss[stage] = failure
+        self._last_loss[place] = failure
         return actions
 
     def _part_with(self, worker: WorkerSlot, now: float) -> list[Action]:
@@ -241,13 +246,16 @@ class Scheduler:
             self._over = True
             return [Finish(drained=self._drain_until is not None and not self._all_done())]
         needed = self._needed()
+        self._staff.lanes.note(self._needed_groups(), now)
         for stage in Stage:
-            if needed[stage] and self._staff.given_up(stage):
+            if needed[stage] and (lane := self._staff.given_up(stage)) is not None:
                 self._over = True
-                return [Abort(station_gone(stage, self._last_loss[stage], self._retries.worker))]
+                size, last = self._limits[stage].sizes[lane].name, self._last_loss[stage, lane]
+                return [Abort(station_gone(stage, last, self._retries.worker, size))]
         is_tail = self._exhausted or self._drain_until is not None
         return [
             *self._admissions(),
+            *self._staff.trades(now),
             *self._runs(now),
             *self._pools.resize(self._staff.placed(Stage.DENOISE), now, may_shrink=not is_tail),
             *self._staff.surplus(needed if is_tail else {}),
@@ -290,13 +298,25 @@ class Scheduler:
             needed[Stage.DENOISE] = needed[Stage.DECODE]
         return needed if decode.workers else needed | {Stage.DECODE: 0}
 
+    def _needed_groups(self) -> list[int]:
+        """How many groups of each lane could ever be busy, or have decoders that stand on them be."""
+        decode, queues = self._limits[Stage.DECODE], self._queues
+        needed = []
+        for lane in queues.lanes(Stage.DENOISE):
+            if self._drain_until is None:
+                coming = queues.yet_to_pass(Stage.DENOISE, lane)
+            else:
+                coming = queues.at(Stage.DENOISE, lane) - queues.waiting(Stage.DENOISE, lane)
+            decoding = queues.at(Stage.DECODE, lane) if decode.lodges or not decode.workers else 0
+            needed.append(coming + decoding)
+        return needed
+
     def _bottleneck(self) -> Stage | None:
         """The station that keeps groups from working: no decoder takes what they have made, or nobody feeds them."""
         idle = self._staff.idle(Stage.DENOISE)
         has_work = self._queues.waiting(Stage.DENOISE) > 0
-        if self._room_after(Stage.DENOISE) <= 0 or (
-            has_work and idle and not any(self._may_take(group, Stage.DENOISE) for group in idle)
-        ):
+        stuck = has_work and idle and not any(self._may_take(group, Stage.DENOISE, group.lane) for group in idle)
+        if self._room_after(Stage.DENOISE) <= 0 or stuck:
             return Stage.DECODE
         return None if has_work else Stage.ENCODE
 
@@ -304,28 +324,35 @@ class Scheduler:
         for stage in sorted(Stage, reverse=True):  # what is nearest to a commit goes first
             if now < self._decode_at if stage is Stage.DECODE else self._drain_until is not None:
                 continue
-            room = self._room_after(stage)
-            for worker in self._staff.idle(stage):
-                if not self._queues.waiting(stage) or room <= 0:
-                    break
-                if not (most := min(self._may_take(worker, stage), room)):
+            for worker in self._staff.idle(stage) if self._queues.waiting(stage) else ():
+                lane = self._lane_for(worker, stage)
+                if lane is None:
                     continue
-                worker.run(self._queues.take_batch(stage, most), now)
+                if not (most := min(self._may_take(worker, stage, lane), self._room_after(stage, lane))):
+                    continue
+                worker.run(self._queues.take_batch(stage, lane, most), now)
                 if stage is not Stage.DECODE:
                     self._freight.begin(worker.id, worker.task)
-                room -= len(worker.task)
                 yield Run(worker.id, worker.task, stage)
 
-    def _may_take(self, worker: WorkerSlot, stage: Stage) -> int:
+    def _lane_for(self, worker: WorkerSlot, stage: Stage) -> int | None:
+        """Where an idle worker finds its next samples: to denoise, in its own lane, else where any wait longest."""
+        lanes = [worker.lane] if stage is Stage.DENOISE else self._queues.lanes(stage)
+        return self._queues.oldest(stage, (lane for lane in lanes if self._room_after(stage, lane) > 0))
+
+    def _may_take(self, worker: WorkerSlot, stage: Stage, lane: int) -> int:
         """How many of the next samples an idle worker may work on, for what their results weigh."""
         if stage is Stage.DECODE:
             return self._limits[stage].batch
-        return self._freight.room(worker.id, self._queues.upcoming(stage, self._limits[stage].batch))
+        return self._freight.room(worker.id, self._queues.upcoming(stage, lane, self._limits[stage].batch))
 
-    def _room_after(self, stage: Stage) -> int:
-        """How many more samples the next station could hold if everything running here arrived."""
+    def _room_after(self, stage: Stage, lane: int | None = None) -> int:
+        """How many more samples the next station could hold if everything running here arrived: for each size of groups
+        its own, all of it for decoders.
+        """
         if stage is Stage.DECODE:
             return self._queues.waiting(stage)
-        after = Stage(stage + 1)
-        coming = self._queues.at(stage) - self._queues.waiting(stage)
-        return self._limits[after].ahead - self._queues.waiting(after) - coming
+        after, lane = Stage(stage + 1), lane if stage is Stage.ENCODE else None
+        coming = self._queues.at(stage, lane) - self._queues.waiting(stage, lane)
+        ahead = self._limits[after].ahead if lane is None else self._limits[after].sizes[lane].ahead
+        return ahead - self._queues.waiting(after, lane) - coming

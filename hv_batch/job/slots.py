@@ -43,6 +43,7 @@ class WorkerSlot:
     """Changes only by these methods, so that status, task and blame stay consistent."""
 
     id: WorkerId
+    lane: int = 0  # of its station, for all its lives
     status: Status = Status.ABSENT
     placed: bool = False  # holds its resources, loaded or not
     asked_at: float = 0.0  # of the start

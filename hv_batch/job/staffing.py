@@ -8,14 +8,16 @@ is let go; who runs a task never is.
 On a cluster that is too small for everybody, the first worker of each station comes before the second of any. Groups
 may take what the other stations need, and nodes that are lost may leave these with too few workers, or none: a group
 that waits for decoders renders nothing. So where they are the bottleneck and have waited too long for room, groups that
-stand idle are given up one after the other, and none is asked for, until there is room enough.
+stand idle are given up one after the other, and none is asked for, until there is room enough. And where no group has
+found room, idle workers of the other stations leave the nodes on which it may just be they that are in the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from hv_batch.job.events import ReleaseWorker, Stage, StartWorker, WorkerId
+from hv_batch.job.lanes import Lanes
 from hv_batch.job.limits import StageLimits
 from hv_batch.job.pools import Pools
 from hv_batch.job.slots import Status, WorkerSlot
@@ -33,6 +35,7 @@ FAVOUR_S = 120.0  # room that nobody has taken by then was not what they lacked:
 FEWER_DO = "fewer keep the groups from waiting"
 NOT_NEEDED = "the rest of the run cannot keep it busy"
 MAKES_ROOM = "another station has waited too long for room"
+ANOTHER_SIZE = "its GPUs are for groups of another size, which have samples and no room"
 
 
 class Staff:
@@ -41,9 +44,8 @@ class Staff:
     def __init__(self, limits: Mapping[Stage, StageLimits], pools: Pools) -> None:
         self._pools = pools
         self._lodging = frozenset(stage for stage in Stage if limits[stage].lodges)
-        self._slots = {
-            stage: [WorkerSlot(WorkerId(stage, slot, 0)) for slot in range(limits[stage].workers)] for stage in Stage
-        }
+        self._slots = {stage: _make_slots(stage, limits[stage]) for stage in Stage}
+        self.lanes = Lanes(limits[Stage.DENOISE].sizes, self._slots[Stage.DENOISE])
         self._no_group_before = 0.0  # others shall find the room that was made for them
 
     def __iter__(self) -> Iterator[WorkerSlot]:
@@ -54,39 +56,53 @@ class Staff:
         return self._slots[stage]
 
     def idle(self, stage: Stage) -> list[WorkerSlot]:
-        """Who may be given a task of the station: where it has no workers of its own, the groups."""
+        """Who may be given a task of the station: where it has no workers of its own, the groups. In the order in which
+        they get it: where groups of one size could keep another's idle, in turn.
+        """
         slots = self._slots[stage] or self._slots[Stage.DENOISE]
-        return [slot for slot in slots if slot.status is Status.IDLE]
+        idle = [slot for slot in slots if slot.status is Status.IDLE]
+        are_mixed = slots is self._slots[Stage.DENOISE] and len(self.lanes) > 1
+        return sorted(idle, key=lambda slot: slot.beat) if are_mixed else idle
 
     def find(self, worker: WorkerId) -> WorkerSlot | None:
         """The slot that lives this life; None when it is over."""
         slot = self._slots[worker.stage][worker.slot]
         return slot if slot.id == worker and slot.alive else None
 
-    def given_up(self, stage: Stage) -> bool:
-        """Whether as many slots as the station may have will never start again, and none else is left."""
+    def given_up(self, stage: Stage) -> int | None:
+        """The lane that is needed and of which no slot will ever start again. A station without sizes is lane 0: it is
+        given up when as many slots as it may have will never start again, and none else is left.
+        """
+        if stage is Stage.DENOISE:
+            return self.lanes.given_up()
         slots = self._slots[stage]
         abandoned = sum(slot.status is Status.ABANDONED for slot in slots)
-        return abandoned >= self._pools.most(stage) and not any(slot.alive for slot in slots)
+        return 0 if abandoned >= self._pools.most(stage) and not any(slot.alive for slot in slots) else None
 
     def starts(self, needed: Mapping[Stage, int], now: float) -> Iterator[StartWorker]:
         """Ask for workers, where `needed` says how many of each station could ever be busy."""
         for stage in START_ORDER:
+            if stage is Stage.DENOISE:
+                yield from _start(self.lanes.starts(self.most_groups(needed, now), now), now)
+                continue
             absent = [slot for slot in self._absent(stage) if now >= slot.start_at]
-            for slot in absent[: self.missing(stage, needed, now) if absent else 0]:
-                slot.start(now)
-                yield StartWorker(slot.id)
+            yield from _start(absent[: self._missing(stage, needed) if absent else 0], now)
 
-    def missing(self, stage: Stage, needed: Mapping[Stage, int], now: float) -> int:
-        """How many more workers of the station there should be: now, or when the pause after a loss is over."""
-        group_placed = any(slot.placed for slot in self._slots[Stage.DENOISE])
-        if stage is Stage.DENOISE:
-            if group_placed and now < self._no_group_before:
-                return 0
-        elif needed[Stage.DENOISE] and not group_placed:
+    def most_groups(self, needed: Mapping[Stage, int], now: float) -> int:
+        """How many groups may live: none beside those that do while others shall find the room that was made."""
+        if any(slot.placed for slot in self._slots[Stage.DENOISE]) and now < self._no_group_before:
             return 0
+        return self._most(Stage.DENOISE, needed)
+
+    def _most(self, stage: Stage, needed: Mapping[Stage, int]) -> int:
         served = all(any(slot.placed for slot in self._slots[other]) for other in self._in_need(needed))
-        wanted = min(needed[stage], self._pools.most(stage) if served else 1)
+        return self._pools.most(stage) if served else 1
+
+    def _missing(self, stage: Stage, needed: Mapping[Stage, int]) -> int:
+        """How many more encoders or decoders there should be: now, or when the pause after a loss is over."""
+        if needed[Stage.DENOISE] and not any(slot.placed for slot in self._slots[Stage.DENOISE]):
+            return 0
+        wanted = min(needed[stage], self._most(stage, needed))
         return max(0, min(wanted - sum(slot.alive for slot in self._slots[stage]), len(self._absent(stage))))
 
     def _absent(self, stage: Stage) -> list[WorkerSlot]:
@@ -101,15 +117,21 @@ class Staff:
         """Let go whom the rest of the run cannot keep busy, where it is known to need no more than `needed`, and who is
         too many in an `auto` pool.
         """
-        for stage, slots in self._slots.items():
-            most = self._pools.most(stage)
-            too_many = sum(slot.alive for slot in slots) - min(most, needed.get(stage, most))
+        enough = {stage: min(most := self._pools.most(stage), needed.get(stage, most)) for stage in Stage}
+        shares = [(self._slots[stage], enough[stage]) for stage in (Stage.ENCODE, Stage.DECODE)]
+        for slots, most in [*shares, *(self.lanes.shares() if needed else ())]:
+            too_many = sum(slot.alive for slot in slots) - most
             if too_many > 0:
                 yield from _release(_spare(slots)[:too_many], NOT_NEEDED if needed else FEWER_DO)
 
     def placed(self, stage: Stage) -> int:
         """How many workers hold their resources, loaded or not."""
         return sum(slot.placed for slot in self._slots[stage])
+
+    def trades(self, now: float) -> Iterator[ReleaseWorker]:
+        """Let go of groups of one size for those of another, before they get a further sample."""
+        for slot in self.lanes.trades(now):
+            yield from _release([slot], ANOTHER_SIZE)
 
     def make_room(self, needed: Mapping[Stage, int], bottleneck: Stage | None, now: float) -> Iterator[ReleaseWorker]:
         """Let go of idle workers where another station has none, or is the bottleneck, and waits too long for room."""
@@ -123,9 +145,10 @@ class Staff:
                 continue
             if stage is not Stage.DENOISE and self.idle(Stage.DENOISE):
                 yield from self._give_up_a_group(stage, now)
-            if deserted:
-                for other in {Stage.ENCODE, Stage.DECODE} - {stage} - self._lodging:
-                    yield from _release(self._beyond_one(other), MAKES_ROOM)
+            for other in {Stage.ENCODE, Stage.DECODE} - {stage} - self._lodging if deserted else ():
+                # Before a group has its place nobody else is asked for: they come back when it has left them room.
+                spare = _spare(self._slots[other]) if stage is Stage.DENOISE else self._beyond_one(other)
+                yield from _release(spare, MAKES_ROOM)
 
     def _give_up_a_group(self, stage: Stage, now: float) -> Iterator[ReleaseWorker]:
         """One that stands idle makes room for many single actors; groups that wait would take that room again."""
@@ -153,6 +176,17 @@ def _spare(slots: list[WorkerSlot]) -> list[WorkerSlot]:
     """Who runs nothing, first whom it costs least to let go: still waiting for room, then loading, then idle."""
     spare = [slot for slot in slots if slot.status in (Status.STARTING, Status.IDLE)]
     return sorted(spare, key=lambda slot: (slot.status is Status.IDLE, slot.placed))
+
+
+def _make_slots(stage: Stage, limits: StageLimits) -> list[WorkerSlot]:
+    lanes = [lane for lane, size in enumerate(limits.sizes) for _ in range(size.workers)]
+    return [WorkerSlot(WorkerId(stage, slot, 0), lane) for slot, lane in enumerate(lanes)]
+
+
+def _start(slots: Iterable[WorkerSlot], now: float) -> Iterator[StartWorker]:
+    for slot in slots:
+        slot.start(now)
+        yield StartWorker(slot.id, slot.lane)
 
 
 def _release(slots: list[WorkerSlot], reason: str) -> Iterator[ReleaseWorker]:

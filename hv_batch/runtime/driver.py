@@ -148,7 +148,7 @@ class Driver:
                 self._listen()
                 self._work_off()
                 now = time.monotonic()
-                self._groups.give_back(self._scheduler.groups_to_come(now), now)
+                self._groups.give_back(sum(self._scheduler.groups_to_come(now)), now)
                 self._show()
             drained = self._end.drained or self._owes()
             return Outcome(drained, time.monotonic() - begun, self._sick_nodes.reasons(), self._losses)

@@ -45,9 +45,19 @@ from hv_batch.job.events import (
 )
 from hv_batch.job.limits import most_workers, retry_limits, stage_limits
 from hv_batch.job.scheduler import Scheduler
+from hv_batch.protocol import ParallelPlan
 
 GROUP_GPUS = 8
 BEAT_S = 200.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Samples of one shape."""
+
+    ranks: int
+    share: float  # of all samples
+    denoise_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +73,7 @@ class Scene:
     load_s: float = 300.0
     encode_s: float = 1.0  # a prompt
     denoise_s: float = 338.0
+    mix: tuple[Kind, ...] = ()  # of what the manifest is made, largest groups first; none: all on eight GPUs
     decode_s: float = 60.0
     turn_s: float = 0.02  # what the driver takes to hear one thing and order the next
     poisoned: int = 0  # samples whose denoise always fails
@@ -93,7 +104,7 @@ class Night:
     waiting: list[Life] = field(default_factory=list)  # for room, longest first
     committed: Counter = field(default_factory=Counter)
     quarantined: list[str] = field(default_factory=list)
-    lost: Counter = field(default_factory=Counter)  # group-seconds by cause
+    lost: Counter = field(default_factory=Counter)  # GPU-seconds by cause
     denoised: Counter = field(default_factory=Counter)
     sizes: list[int] = field(default_factory=list)  # of the pool of decoders, whenever it changed
     ended: float | None = None
@@ -106,8 +117,11 @@ class Night:
         self.node_ids = count()
         self.events: deque[Event] = deque()
         self.plan = deque(f"s{i}" for i in range(scene.samples))
+        self.mix = scene.mix or (Kind(ranks=GROUP_GPUS, share=1.0, denoise_s=scene.denoise_s),)
+        drawn = self.random.choices(range(len(self.mix)), [kind.share for kind in self.mix], k=scene.samples)
+        self.kinds = dict(zip(self.plan, drawn, strict=True))
         self.bad = set(self.random.sample(sorted(self.plan), scene.poisoned))
-        self.busy_s, self.idle_s = 0.0, 0.0  # of ready groups, while there was work for all of them
+        self.busy_s, self.idle_s = 0.0, 0.0  # GPU-seconds of ready groups, while there was work
         self.idle_since: dict[WorkerId, float] = {}
         config = RunConfig.model_validate(
             {
@@ -117,7 +131,8 @@ class Night:
                 "timeouts": {"stall_s": 3 * BEAT_S},
             }
         )
-        self.scheduler = Scheduler(stage_limits(config, {}), retry_limits(config), config.timeouts.drain_s)
+        plans = [ParallelPlan(ulysses_degree=kind.ranks) for kind in self.mix]
+        self.scheduler = Scheduler(stage_limits(config, {}, plans), retry_limits(config), config.timeouts.drain_s)
         decoders = most_workers(config)[Stage.DECODE]
         for _ in range(scene.nodes + -(-(scene.encoders + decoders) // GROUP_GPUS)):
             self.join()
@@ -164,18 +179,18 @@ class Night:
             match action:
                 case Admit(wanted):
                     batch = [self.plan.popleft() for _ in range(min(wanted, len(self.plan)))]
-                    self.events.extend(Admitted(key) for key in batch)
+                    self.events.extend(Admitted(key, lane=self.kinds[key]) for key in batch)
                     if len(batch) < wanted:
                         self.events.append(PlanExhausted())
-                case StartWorker(worker):
-                    life = Life(worker, GROUP_GPUS if worker.stage is Stage.DENOISE else 1)
+                case StartWorker(worker, lane):
+                    life = Life(worker, self.mix[lane].ranks if worker.stage is Stage.DENOISE else 1)
                     self.lives[worker] = life
                     self.waiting.append(life)
                     self.room = True
                 case KillWorker(worker, failure):
                     life = self.end(worker)
                     if life.keys and worker.stage is Stage.DENOISE:
-                        self.lost[failure.kind] += self.now - life.begun
+                        self.lost[failure.kind] += life.gpus * (self.now - life.begun)
                 case ReleaseWorker(worker):
                     assert not self.end(worker).keys
                 case Run(worker, keys, stage):
@@ -199,7 +214,8 @@ class Night:
         if life.node in self.free:
             self.free[life.node] += life.gpus
             self.room = True
-        self.idle_since.pop(worker, None)
+        if worker in self.idle_since:
+            self.idle_s += life.gpus * (self.now - self.idle_since.pop(worker)) if self.plan else 0.0
         return life
 
     def begin_task(self, life: Life, keys: tuple[str, ...], stage: Stage) -> None:
@@ -207,7 +223,8 @@ class Night:
         life.keys, life.begun = keys, self.now
         if life.worker.stage is Stage.DENOISE:
             self.count_idle(life.worker)
-        each = {Stage.ENCODE: scene.encode_s, Stage.DENOISE: scene.denoise_s, Stage.DECODE: scene.decode_s}[stage]
+        denoise_s = self.mix[self.kinds[keys[0]]].denoise_s
+        each = {Stage.ENCODE: scene.encode_s, Stage.DENOISE: denoise_s, Stage.DECODE: scene.decode_s}[stage]
         seconds = len(keys) * each * self.random.uniform(0.95, 1.05) + scene.turn_s
         self.after(seconds, lambda: self.end_task(life, keys, stage))
 
@@ -216,7 +233,7 @@ class Night:
             return
         life.keys = ()
         if life.worker.stage is Stage.DENOISE:
-            self.busy_s += self.now - life.begun
+            self.busy_s += life.gpus * (self.now - life.begun)
             self.idle_since[life.worker] = self.now
         if stage is Stage.DENOISE:
             if keys[0] in self.bad:
@@ -229,7 +246,8 @@ class Night:
 
     def count_idle(self, worker: WorkerId) -> None:
         """Idle time counts only while more work was to come: at the tail there is nothing to do."""
-        self.idle_s += self.now - self.idle_since.pop(worker, self.now) if self.plan else 0.0
+        idle_s = self.now - self.idle_since.pop(worker, self.now)
+        self.idle_s += self.lives[worker].gpus * idle_s if self.plan else 0.0
 
     # What the world does --------------------------------------------------------------------------------------------
 
@@ -359,3 +377,50 @@ def test_lost_nodes_never_leave_a_run_without_a_station(seed):
     night = Night(scene).run()
     assert len(night.committed) + len(night.quarantined) == scene.samples
     assert len(night.quarantined) <= 1, "three nodes in a row died under it"
+
+
+def gpu_seconds(night):
+    return sum(night.mix[kind].ranks * night.mix[kind].denoise_s for kind in night.kinds.values())
+
+
+MIXES = {
+    "halves": (4, (Kind(ranks=8, share=0.5, denoise_s=338.0), Kind(ranks=1, share=0.5, denoise_s=600.0))),
+    "thirds": (
+        4,
+        (
+            Kind(ranks=8, share=0.3, denoise_s=338.0),
+            Kind(ranks=4, share=0.3, denoise_s=400.0),
+            Kind(ranks=1, share=0.4, denoise_s=600.0),
+        ),
+    ),
+    "in turn": (1, (Kind(ranks=8, share=0.5, denoise_s=338.0), Kind(ranks=1, share=0.5, denoise_s=600.0))),
+}
+
+
+@pytest.mark.parametrize(
+    ("mix", "idle", "longer"), [("halves", 0.05, 1.2), ("thirds", 0.05, 1.2), ("in turn", 0.1, 1.4)]
+)
+def test_groups_of_several_sizes_share_a_night(mix, idle, longer):
+    """P1, sizes: groups of one run that differ in size seldom wait, and the night takes hardly longer than its GPU
+    seconds; also on one node, where a group of eight and eight of one take turns.
+    """
+    nodes, kinds = MIXES[mix]
+    scene = Scene(
+        samples=300, groups=nodes, encoders=1, decoders=4, nodes=nodes, decode_s=20.0, load_s=120.0, mix=kinds
+    )
+    night = Night(scene).run()
+    assert len(night.committed) == scene.samples
+    assert night.idle_share < idle
+    assert night.ended < longer * gpu_seconds(night) / (8 * nodes) + 1800.0, "the tail, and the first load"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sizes_that_lose_nodes_all_get_through(seed):
+    """P5, property: whatever goes and comes, down to room for hardly more than one large group, no size is left out."""
+    kinds = (Kind(ranks=8, share=0.2, denoise_s=338.0), Kind(ranks=1, share=0.8, denoise_s=600.0))
+    scene = Scene(
+        samples=80, groups=3, encoders=2, decoders=3, nodes=2, reclaim_every_s=1500.0, seed=seed, mix=kinds, poisoned=2
+    )
+    night = Night(scene).run()
+    assert len(night.committed) + len(night.quarantined) == scene.samples
+    assert len(night.quarantined) <= 4, "two were poisoned, and three nodes in a row died under others"

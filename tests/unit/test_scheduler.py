@@ -36,9 +36,11 @@ from hv_batch.job.events import (
     WorkerReady,
 )
 from hv_batch.job.freight import ASSUMED_EMBEDDINGS
+from hv_batch.job.lanes import Lane
 from hv_batch.job.limits import RetryLimits, StageLimits
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
 from hv_batch.job.slots import GIVE_UP_S, MAX_BACKOFF_S
+from hv_batch.job.staffing import ANOTHER_SIZE, MAKES_ROOM
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
 STALL_S = 50.0
@@ -46,13 +48,27 @@ MIB = 2**20
 BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
 
 
-def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False):
-    """With `lodging`, encoders and decoders stand on what the groups have; without decoders, groups decode."""
+def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False, ranks=(1,)):
+    """With `lodging`, encoders and decoders stand on what the groups have; without decoders, groups decode. There are
+    `groups` of the largest size; `ranks` are those of a group of each size, largest first.
+    """
     share = {"task_timeout_s": STALL_S, "result_bytes": result_bytes}
+    lanes = [
+        Lane(
+            ranks=each,
+            workers=groups * ranks[0] // each,
+            ahead=groups + batch,
+            name=f"group of {each}" if len(ranks) > 1 else "",
+        )
+        for each in ranks
+    ]
     ahead = (decoders or groups) + 1
+    groups = max(lane.workers for lane in lanes)
     return {
         Stage.ENCODE: StageLimits(workers=encoders, lodges=lodging, batch=batch, ahead=batch, **share),
-        Stage.DENOISE: StageLimits(workers=groups, ahead=groups + batch, **share),
+        Stage.DENOISE: StageLimits(
+            workers=groups, ahead=sum(lane.ahead for lane in lanes), lanes=tuple(lanes), **share
+        ),
         Stage.DECODE: StageLimits(workers=decoders, lodges=lodging, ahead=ahead, task_timeout_s=STALL_S),
     }
 
@@ -78,6 +94,7 @@ class World:
     events: deque = field(default_factory=deque)
     stopped_at: float | None = None
     at: dict[str, Stage] = field(default_factory=dict)
+    sizes: dict[WorkerId, int] = field(default_factory=dict)  # the lane of every group that ever was
     committed: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
     quarantines: list[Quarantine] = field(default_factory=list)
@@ -111,7 +128,7 @@ class World:
             assert self.finish is None, f"{action} after the end"
             assert self.abort is None, f"{action} after the abort"
             self.carry_out_one(action)
-        self.check({action.worker.stage for action in actions if isinstance(action, ReleaseWorker)})
+        self.check([action for action in actions if isinstance(action, ReleaseWorker)])
 
     def carry_out_one(self, action):
         match action:
@@ -120,7 +137,8 @@ class World:
                 self.events.extend(batch)
                 if len(batch) < count:
                     self.events.append(PlanExhausted())
-            case StartWorker(worker):
+            case StartWorker(worker, lane):
+                self.sizes[worker] = lane
                 assert (worker.stage, worker.slot) not in self.given_up, "what it stood on is gone"
                 self.starting.append(worker)
                 if self.has_room:
@@ -144,6 +162,8 @@ class World:
                 assert worker not in self.leaving, "a task for a worker that leaves"
                 assert all(self.at[key] == stage for key in keys), "ran at the wrong station"
                 assert worker.stage is self.staffed(stage)
+                lanes = {begun.lane for begun in self.plan if begun.key in keys}
+                assert stage is not Stage.DENOISE or lanes == {self.sizes[worker]}, "ran on another size"
                 assert not {k for task in self.running.values() for k in task} & set(keys), "ran twice at once"
                 assert len(keys) <= self.stages[stage].batch
                 self.running[worker] = keys
@@ -191,16 +211,39 @@ class World:
         self.idle.discard(worker)
         self.leaving.pop(worker, None)
 
-    def check(self, shrunk):
-        """The invariants that hold after every step; `shrunk` are the stations that have just released somebody."""
+    def check_released(self, action):
+        """A station with work keeps, or asks for, somebody, and a size of groups one of its own, unless another size
+        took the place; and all make room for the first group.
+        """
+        stage, lane = action.worker.stage, self.sizes[action.worker]
+        left = [w for w in (*self.starting, *self.idle, *self.running) if w.stage is stage]
+        if action.reason == ANOTHER_SIZE:
+            assert left, "released for nobody"
+            return
+        if action.reason == MAKES_ROOM and stage is not Stage.DENOISE and set(self.groups()) <= set(self.starting):
+            return
+        coming = [begun for begun in self.plan if begun.key in self.at and self.will_come(begun.key, stage)]
+        if stage is Stage.DENOISE:
+            left = [worker for worker in left if self.sizes[worker] == lane]
+            coming = [begun for begun in coming if begun.lane == lane]
+        assert left or not coming, "released what is needed"
+
+    def groups(self):
+        return [w for w in (*self.starting, *self.idle, *self.running) if w.stage is Stage.DENOISE]
+
+    def ranks(self):
+        return sum(self.stages[Stage.DENOISE].sizes[self.sizes[group]].ranks for group in self.groups())
+
+    def check(self, released):
+        """The invariants that hold after every step; `released` are those who have just been let go."""
         gone = Counter(self.committed) + Counter(self.quarantined)
         assert all(count == 1 for count in gone.values()), "a sample went twice"
         assert len(self.at) <= self.scheduler.window
+        assert self.ranks() <= max(lane.ranks * lane.workers for lane in self.stages[Stage.DENOISE].sizes)
         if not (self.finish or self.abort):
             assert self.scheduler.in_flight() == self.at
-            alive = {worker.stage for worker in (*self.starting, *self.idle, *self.running)}
-            for stage in shrunk - alive:
-                assert not any(self.will_come(key, stage) for key in self.at), "released what is needed"
+            for action in released:
+                self.check_released(action)
             for worker, until in self.leaving.items():
                 assert worker in self.running, "kept though it leaves and has nothing to finish"
                 assert self.now < until - GIVE_UP_S, "kept until its node was gone"
@@ -298,11 +341,16 @@ def test_every_history_ends_with_each_sample_gone_once(data):
         batch=data.draw(st.integers(1, 4)),
         result_bytes=data.draw(st.sampled_from([1, 8 * MIB, 20 * MIB, math.inf])),
         lodging=data.draw(st.booleans()),
+        ranks=data.draw(st.sampled_from([(1,), (1,), (8,), (2, 1), (8, 1), (8, 4, 2)])),
     )
     begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
+    lanes = st.integers(0, len(stages[Stage.DENOISE].sizes) - 1)
     world = World(
         stages,
-        [Admitted(f"s{i}", stage, MIB * data.draw(st.integers(1, 16))) for i, stage in enumerate(begins)],
+        [
+            Admitted(f"s{i}", stage, MIB * data.draw(st.integers(1, 16)), data.draw(lanes))
+            for i, stage in enumerate(begins)
+        ],
         embedding_bytes={f"s{i}": MIB * data.draw(st.integers(1, 8)) for i in range(len(begins))},
     )
     may_stop = data.draw(st.booleans())
@@ -342,7 +390,7 @@ def assert_announced_groups_come(world):
     """P4: seats are kept for groups that will come, so a group that is announced comes, without other news."""
 
     def over():
-        return not world.scheduler.groups_to_come(world.now)
+        return not any(world.scheduler.groups_to_come(world.now))
 
     if not over():
         waiting = [worker for worker in world.starting if worker.stage is Stage.DENOISE]
@@ -365,15 +413,15 @@ def test_no_group_is_announced_that_nothing_is_left_for():
     """P4: at the end of a run, or in a drain, the seats of a lost group are free for others."""
     world = World(limits(groups=2, batch=1), plan_of(2))
     until_denoising(world, groups=2)
-    assert world.scheduler.groups_to_come(world.now) == 0, "both are there"
+    assert world.scheduler.groups_to_come(world.now) == [0], "both are there"
     while not world.quarantined:
         world.lost(denoising(world)[0], FailureClass.INFRA)
         until_denoising(world, groups=2)
     assert denoising(world), "the other sample is rendered by the other group"
-    assert world.scheduler.groups_to_come(world.now) == 0
+    assert world.scheduler.groups_to_come(world.now) == [0]
     world.feed(StopRequested())
     world.lost(denoising(world)[0], FailureClass.INFRA)
-    assert world.scheduler.groups_to_come(world.now) == 0
+    assert world.scheduler.groups_to_come(world.now) == [0]
 
 
 def test_undisturbed_run_does_each_station_once():

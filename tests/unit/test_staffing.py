@@ -191,6 +191,27 @@ def test_a_station_without_workers_is_given_room():
     assert len(world.committed) == 40
 
 
+def test_nobody_stands_in_the_way_of_the_first_group():
+    """P33: where the last group has gone and finds no room, idle single actors leave the nodes it might stand on, and
+    come back when it has its place.
+    """
+    world = World(limits(groups=1), plan_of(40))
+    advance(world, lambda world: world.committed)
+    world.has_room = False
+    world.lost(next(w for w in (*world.idle, *world.running) if w.stage is Stage.DENOISE), FailureClass.INFRA)
+    while busy := next(iter(world.running), None):
+        world.done(busy)
+    assert {worker.stage for worker in world.idle} == {Stage.ENCODE, Stage.DECODE}
+    world.tick(STARVED_AFTER_S)
+    assert not world.idle
+    assert [worker.stage for worker in world.starting] == [Stage.DENOISE], "nobody else is asked for"
+    world.has_room = True
+    world.feed(WorkerPlaced(world.starting[0]))
+    assert {worker.stage for worker in world.starting} == set(Stage)
+    world.calm_down()
+    assert len(world.committed) == 40
+
+
 def test_a_decoder_that_bytes_wait_for_is_given_room():
     """P5, P7, P33: groups that stand idle because the store holds no more latents make room for decoders."""
     many = {Stage.DECODE: StageLimits(workers=2, ahead=100, task_timeout_s=math.inf)}
