@@ -160,14 +160,15 @@ def plan(
     config: Annotated[str, typer.Option(help="YAML file or URL")],
     manifest: Manifests,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="H100, H200, A100, H20 or L40S")] = "H100",
+    gpu: Annotated[str | None, typer.Option(help="H100, H200, A100, H20 or L40S; else the config's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Tell what a run will need and cost: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
     from hv_batch.job.gpus import find_gpu
     from hv_batch.plan import make_plan, render_plan  # the engine takes seconds to import
 
-    found = make_plan(load_config(config, overrides or []), manifest, find_gpu(gpu))
+    settings = load_config(config, overrides or [])
+    found = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
     print(json.dumps(found, indent=1) if as_json else render_plan(found))
 
 

@@ -31,12 +31,13 @@ from hv_batch.job.memory import (
 )
 from hv_batch.job.model import ENGINE, ModelShape
 from hv_batch.job.pools import whole, workers_needed
+from hv_batch.job.size_rules import GROUP_SIZES, NODE_GPUS
+from hv_batch.job.sizes import GroupSizes, choose_sizes, fixed_plan, shape_name
 from hv_batch.job.storage import Store
+from hv_batch.plan_sizes import rank_seconds, report_halves, report_sizes, size_lines
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.context import build_engine
 
-GROUP_SIZES = (1, 2, 4, 8)  # what one node of eight GPUs divides into
-NODE_GPUS = 8
 DAY_S = 86_400
 HOUR_S = 3600
 
@@ -48,18 +49,19 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
     if config.model.engine != ENGINE:
         raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
     engine = build_engine(config.model.engine, config.model.options)  # refuses the options that a run would refuse
-    if found := engine.group_problems(config.parallel.plan):
+    if (everybody := fixed_plan(config)) and (found := engine.group_problems(everybody)):
         raise UserError("; ".join(found))
     manifest = Manifest(manifest_urls)
     model = ModelShape.from_options(config.model.options)
     with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
         index = check_manifest(manifest, config, Store(spool))
         summary = index.summary
-        check_memory(config, summary.shapes)
-        if found := engine.group_problems(config.parallel.plan, summary.shapes):
+        sizes = choose_sizes(config, summary.shapes)
+        check_memory(config, sizes.by_shape)
+        if found := [fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))]:
             raise UserError("; ".join(found))
         work = count_work(index)
-    workers = _workers(config, _seconds(config, model, work, gpu))
+    workers = _workers(config, sizes, _seconds(config, sizes, model, work, gpu))
     return {
         "manifest": {
             "url": manifest.public_urls,
@@ -69,14 +71,15 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         },
         "work": [_work(model, kind, count) for kind, count in sorted(work.items())],
         "components": _components(model),
-        "memory": _memory(config, model, work, gpu),
-        "traffic": _traffic(config, model, work, gpu),
-        "gpus": _bill(config, workers),
+        "memory": _memory(config, sizes, model, work, gpu),
+        "traffic": _traffic(sizes, model, work, gpu),
+        "gpus": _bill(config, sizes, workers),
         "workers": {stage.name.lower(): count for stage, count in sorted(workers.items())},
         "groups_decode": _groups_decode(config),
         "lodgers": [stage.name.lower() for stage in lodging_pools(config)],
         "estimate": {
-            name: _estimate(config, _seconds(config, model, work, known), known) for name, known in GPUS.items()
+            name: _estimate(config, sizes, _seconds(config, sizes, model, work, known), known)
+            for name, known in GPUS.items()
         },
         "gpu": {
             "name": gpu.name,
@@ -85,6 +88,8 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
             "efficiency": gpu.efficiency,
             "fitted_to": gpu.anchor,
         },
+        "sizes": report_sizes(config, sizes, model, work, gpu),
+        "halves": report_halves(sizes, model, work, gpu),
         "group_sizes": [_group_size(model, work, gpu, ranks) for ranks in GROUP_SIZES],
     }
 
@@ -115,10 +120,10 @@ def _components(model: ModelShape) -> list[Report]:
     ]
 
 
-def _memory(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> list[Report]:
+def _memory(config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu) -> list[Report]:
     """Each kind of worker at the shape that needs most of it."""
-    u, r, decodes = config.parallel.ulysses_degree, config.parallel.ring_degree, _groups_decode(config)
-    ranks = {kind: rank_footprint(model, kind.shape, u, r, decodes=decodes) for kind in work}
+    decodes = _groups_decode(config)
+    ranks = {kind: _rank(model, kind, sizes.by_shape[kind.shape], decodes=decodes) for kind in work}
     decoders = {} if decodes else {kind: decoder_footprint(model, kind.shape) for kind in work}
     stages = [_stage("text encoder", encoder_footprint(model), gpu)]
     for name, needs in (("group rank" if decodes else "denoise rank", ranks), ("VAE decoder", decoders)):
@@ -126,6 +131,10 @@ def _memory(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu)
             largest = max(needs, key=lambda kind: needs[kind].total)
             stages.append(_stage(name, needs[largest], gpu, largest))
     return stages
+
+
+def _rank(model: ModelShape, kind: Work, plan: ParallelPlan, *, decodes: bool) -> Footprint:
+    return rank_footprint(model, kind.shape, plan.ulysses_degree, plan.ring_degree, decodes=decodes)
 
 
 def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) -> Report:
@@ -140,14 +149,13 @@ def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) 
     }
 
 
-def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
+def _traffic(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
     """Of one rank, for a sample of the shape with most tokens; and what is left of the group's speed by it."""
-    parallel = config.parallel
-    alone, together = ParallelPlan(), parallel.plan
     kind = max(work, key=lambda kind: kind.tokens)
-    sent = rank_traffic(model, kind.tokens, parallel.ulysses_degree, parallel.ring_degree)
-    passes = kind.branches // parallel.cfg_degree
-    exchanged = exchange_bytes(model, kind.tokens) if parallel.cfg_degree > 1 else 0.0
+    alone, together = ParallelPlan(), sizes.by_shape[kind.shape]
+    sent = rank_traffic(model, kind.tokens, together.ulysses_degree, together.ring_degree)
+    passes = kind.branches // together.cfg_degree
+    exchanged = exchange_bytes(model, kind.tokens) if together.cfg_degree > 1 else 0.0
     return {
         "shape": list(kind.shape),
         "ulysses_bytes_a_step": sent.ulysses * passes,
@@ -162,9 +170,11 @@ def _traffic(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu
     }
 
 
-def _workers(config: RunConfig, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
-    """Of each station, for a manifest that takes so long there; `auto` pools as a run would come to size them."""
-    workers = most_workers(config)
+def _workers(config: RunConfig, sizes: GroupSizes, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
+    """Of each station, for a manifest that takes so long there; `auto` pools as a run would come to size them. Groups
+    as if all were of the largest size.
+    """
+    workers = {**most_workers(config, sizes.plans), Stage.DENOISE: config.groups.count}
     for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders)):
         if pool.count == "auto":
             needed = workers_needed(config.groups.count, seconds[Stage.DENOISE], seconds[stage])
@@ -172,8 +182,8 @@ def _workers(config: RunConfig, seconds: Mapping[Stage, float]) -> dict[Stage, i
     return workers
 
 
-def _bill(config: RunConfig, workers: Mapping[Stage, int]) -> Report:
-    groups = workers[Stage.DENOISE] * config.parallel.plan.world_size * config.groups.gpus_per_rank
+def _bill(config: RunConfig, sizes: GroupSizes, workers: Mapping[Stage, int]) -> Report:
+    groups = workers[Stage.DENOISE] * sizes.largest.world_size * config.groups.gpus_per_rank
     encoders, decoders = (
         workers[stage] * pool.gpus if pool.placement == "pool" else 0.0
         for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders))
@@ -185,29 +195,38 @@ def _groups_decode(config: RunConfig) -> bool:
     return config.decoders.placement == "group"
 
 
-def _seconds(config: RunConfig, model: ModelShape, work: Counter[Work], gpu: Gpu) -> dict[Stage, float]:
-    """What one worker of each station would take for the whole manifest."""
-    plan = config.parallel.plan
-    ranks = plan.world_size if _groups_decode(config) else 1
+def _seconds(
+    config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu
+) -> dict[Stage, float]:
+    """What one worker of each station would take for the whole manifest; of the groups, one of the largest size, or
+    smaller ones in its place that find work all the time.
+    """
+    largest = sizes.largest.world_size
+
+    def decoding(kind: Work) -> float:
+        ranks = sizes.by_shape[kind.shape].world_size
+        alone = decode_seconds(gpu, model, kind)
+        return decode_seconds(gpu, model, kind, ranks) * ranks / largest if _groups_decode(config) else alone
+
     return {
         Stage.ENCODE: _total(work, lambda kind: kind.branches * ENCODE_SECONDS),
-        Stage.DENOISE: _total(work, lambda kind: denoise_seconds(gpu, model, kind, plan)),
-        Stage.DECODE: _total(work, lambda kind: decode_seconds(gpu, model, kind, ranks)),
+        Stage.DENOISE: _total(work, lambda kind: rank_seconds(gpu, model, kind, sizes.by_shape[kind.shape])) / largest,
+        Stage.DECODE: _total(work, decoding),
     }
 
 
-def _estimate(config: RunConfig, seconds: Mapping[Stage, float], gpu: Gpu) -> Report:
+def _estimate(config: RunConfig, sizes: GroupSizes, seconds: Mapping[Stage, float], gpu: Gpu) -> Report:
     """Hours of every stage over the whole manifest; they overlap, so the slowest is the run's.
 
     A group does not denoise while it decodes: where groups do both, these two add up.
     """
-    workers = _workers(config, seconds)
+    workers = _workers(config, sizes, seconds)
     stages = {stage.name.lower(): seconds[stage] / (workers[stage] or workers[Stage.DENOISE]) for stage in Stage}
     in_groups = stages["denoise"] + stages["decode"]
     hours = (max(stages["encode"], in_groups) if _groups_decode(config) else max(stages.values())) / HOUR_S
     return {
         "hours": hours,
-        "gpu_hours": hours * _bill(config, workers)["total"],
+        "gpu_hours": hours * _bill(config, sizes, workers)["total"],
         "slowest": max(stages, key=lambda stage: stages[stage]),
         "stage_hours": {stage: seconds / HOUR_S for stage, seconds in stages.items()},
         "assumed": gpu.anchor.startswith("none"),
@@ -252,7 +271,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'shape':<16}{'steps':>6}{'cfg':>5}{'samples':>10}{'tokens':>10}{'denoise PFLOP':>15}{'decode PFLOP':>14}"
     for work in plan["work"]:
-        shape = _shape([work["height"], work["width"], work["num_frames"]])
+        shape = shape_name([work["height"], work["width"], work["num_frames"]])
         yield (
             f"{shape:<16}{work['steps']:>6}{'yes' if work['cfg'] else 'no':>5}{work['samples']:>10,}"
             f"{work['tokens']:>10,}{work['denoise_flops'] / 1e15:>15,.4g}{work['decode_flops'] / 1e15:>14,.4g}"
@@ -266,7 +285,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'memory, GiB':<16}{'weights':>9}{'activations':>13}{'reserve':>9}{'peak':>8}  at"
     for stage in plan["memory"]:
-        at = _shape(stage["shape"]) if stage["shape"] else ""
+        at = shape_name(stage["shape"]) if stage["shape"] else ""
         fits = "" if stage["fits"] else f"  DOES NOT FIT into the {gpu['memory_gib']:g} of one {gpu['name']}"
         weights, activations, reserve, total = (
             stage[part] / GIB for part in ("weights", "activations", "reserve", "total")
@@ -288,8 +307,8 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     if plan["groups_decode"]:
         yield "groups also decode, and do not denoise meanwhile: the hours of both add up"
     yield (
-        f"sent by a rank in a step of {_shape(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB by "
-        f"Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring; so {traffic['group']} keeps "
+        f"sent by a rank in a step of {shape_name(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB "
+        f"by Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring; so {traffic['group']} keeps "
         f"{traffic['efficiency']:.0%} of its {gpu['name']}s' speed"
     )
     yield ""
@@ -301,6 +320,7 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"{stages['denoise']:>9.2f}{stages['decode']:>9.2f}{'  (speed assumed)' if estimate['assumed'] else ''}"
         )
     yield ""
+    yield from size_lines(plan)
     yield f"denoising this manifest on {gpu['name']}, by group size:"
     head = f"{'ranks (u x r)':<16}{'s/sample':>9}{'efficient':>11}{'videos/node/day':>17}"
     yield f"{head}{'GPU hours':>11}{'GiB/rank':>10}"
@@ -316,7 +336,3 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"{gpu['name']}: {gpu['tflops']:g} TFLOP/s dense bf16, of which {gpu['efficiency']:.1%}, fitted to: "
         f"{gpu['fitted_to']}. Speeds are estimates; memory is computed, with an assumed reserve."
     )
-
-
-def _shape(shape: list[int]) -> str:
-    return "x".join(map(str, shape))

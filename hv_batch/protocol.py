@@ -89,6 +89,10 @@ class SamplingParams:
         return self.num_frames == 1
 
     @property
+    def shape(self) -> Shape:
+        return self.height, self.width, self.num_frames
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         return latent_shape(self.height, self.width, self.num_frames)
 

@@ -29,6 +29,7 @@ from hv_batch.job.config import (
     RunConfig,
 )
 from hv_batch.job.progress import Progress
+from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.runtime.session import ray_session
 
@@ -97,7 +98,7 @@ def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) ->
 def _time_ray_data(load: Load, folder: Path) -> float:
     config, output = _config(load), folder / "ray_data"
     output.mkdir()
-    with ray_session(config, "local"):
+    with ray_session(config, ParallelPlan(), "local"):
         return pace_of_map_batches(config, load.samples, load.decoders, output)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hv_batch.job.config import RunConfig
-from hv_batch.protocol import Engine, RankPlace, SamplingParams, UserError
+from hv_batch.protocol import Engine, ParallelPlan, RankPlace, SamplingParams, UserError
 from hv_batch.runtime.context import build_engine
 from hv_batch.runtime.media import write_media
 
@@ -74,7 +74,7 @@ class _Encode:
 class _Denoise:
     def __init__(self, config: RunConfig) -> None:
         place = RankPlace(
-            rank=0, local_rank=0, plan=config.parallel.plan, device="cpu", address="", timeout_s=config.timeouts.start_s
+            rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=config.timeouts.start_s
         )
         self._denoiser = _engine(config).join(place)
         values: Mapping[str, Any] = config.defaults.model_dump(exclude={"fps", "num_videos"})

@@ -7,16 +7,19 @@ misspelt key would otherwise render a night of videos with a default that nobody
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from hv_batch.job.config_text import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
+from hv_batch.job.gpus import GPUS
 from hv_batch.job.inputs import open_input, shorten
 from hv_batch.job.rows import find_fault
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, ParallelPlan, UserError
+from hv_batch.job.size_rules import find_faults, most_ranks
+from hv_batch.job.sizes import parallel_identity
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, ParallelPlan, Shape, UserError
 
 Count = Annotated[int, Field(ge=1)]
 GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on more than one GPU
@@ -96,19 +99,24 @@ class ParallelConfig(_Section):
 
     device: Device = "cuda"
     """What the actors compute on."""
-    ulysses_degree: Count = 8
-    """Ranks that share the attention heads; must divide their number."""
-    ring_degree: Count = 1
-    """Ranks that share the keys."""
+    gpus_per_group: int | Literal["auto"] | None = None
+    """Ranks of a group, each on its own GPU: ulysses_degree x ring_degree x cfg_degree. Given, the degrees that are not
+    are chosen for it, with as much Ulysses as the heads allow. auto: each shape is rendered by the cheapest group of 1,
+    2, 4 or 8 that has the memory for it and keeps to groups.max_sample_minutes, so groups of several sizes may live in
+    one run; needs `gpu` and `gpu_memory_gib`. What is chosen stays for all resumes of the run."""
+    ulysses_degree: Count | None = None
+    """Ranks that share the attention heads; must divide their number. null: 8, or chosen for gpus_per_group."""
+    ring_degree: Count | None = None
+    """Ranks that share the keys. null: 1, or chosen for gpus_per_group."""
     cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
-    """2: each half of a group computes one branch of classifier-free guidance, which every row must then use. The size
-    of a group is ulysses_degree x ring_degree x cfg_degree."""
+    """2: each half of a group computes one branch of classifier-free guidance, which every row must then use."""
 
-    @property
-    def plan(self) -> ParallelPlan:
-        return ParallelPlan(
-            ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree, cfg_degree=self.cfg_degree
-        )
+    @field_validator("gpus_per_group", mode="before")
+    @classmethod
+    def _be_a_size(cls, value: Any) -> Any:
+        if value in (None, "auto") or (type(value) is int and value >= 1):
+            return value
+        raise ValueError("a whole number of at least 1, auto, or null")
 
 
 class GroupsConfig(_Section):
@@ -116,7 +124,9 @@ class GroupsConfig(_Section):
 
     count: Count = 1
     """The most groups that render at the same time. The run begins with the first one that finds room and goes on
-    asking for the others, so an autoscaler may bring their nodes; towards the end, idle ones are let go."""
+    asking for the others, so an autoscaler may bring their nodes; towards the end, idle ones are let go. With groups of
+    several sizes (gpus_per_group: auto) it bounds their GPUs: at most count x the GPUs of the largest that is needed,
+    so several smaller ones may stand in the place of one."""
     gpus_per_rank: GpuShare = 1.0
     """GPUs that Ray reserves for a rank."""
     cpus_per_rank: Cpus = 1.0
@@ -127,6 +137,10 @@ class GroupsConfig(_Section):
     nodes_per_group: Count = 1
     """Nodes that a group stands on, each with an equal part of its ranks. The ring and the guidance branches cross
     them, Ulysses stays inside each: it must divide ring_degree x cfg_degree. Not part of a video's identity."""
+    max_sample_minutes: Annotated[float, Field(gt=0)] | None = None
+    """What gpus_per_group: auto may let one denoise take, by the cost model and the steps and guidance of `defaults`;
+    where no group is as fast, the fastest is taken. null: as long as it takes on the cheapest, which may be an hour
+    that a drain, a lost node or the end of the run has to wait for."""
 
 
 class EncodersConfig(_Section):
@@ -237,6 +251,9 @@ class RunConfig(_Section):
     media: MediaConfig = MediaConfig()
     retries: RetriesConfig = RetriesConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
+    gpu: str | None = None
+    """What the GPUs are, by a name that the cost model knows: H100, H200, A100, H20 or L40S. With its speed counts
+    gpus_per_group: auto, and `hv-batch plan` unless --gpu names another."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory of one GPU. Given, a run whose largest shape cannot fit is refused before it starts."""
 
@@ -245,10 +262,17 @@ class RunConfig(_Section):
     def _follow_the_rule_of_a_seed(cls, value: Any) -> Any:
         return _follow_row_rule("seed", value)
 
+    @field_validator("gpu")
+    @classmethod
+    def _be_a_known_gpu(cls, value: str | None) -> str | None:
+        if value is not None and value.lower() not in GPUS:
+            raise ValueError(", ".join(gpu.name for gpu in GPUS.values()))
+        return value
+
     @model_validator(mode="after")
     def _give_every_actor_what_it_computes_on(self) -> Self:
-        groups, ranks = self.groups, self.parallel.plan.world_size
-        found = []
+        groups, ranks = self.groups, most_ranks(self)
+        found = list(find_faults(self))
         if groups.gpus_per_rank + groups.cpus_per_rank == 0:
             found.append(
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
@@ -261,8 +285,6 @@ class RunConfig(_Section):
                 f"{groups.gpus_per_rank:g}; allowed: together less than 0.5 of ranks with 1, so that no two ranks can "
                 "come to share a GPU"
             )
-        if self.parallel.ring_degree * self.parallel.cfg_degree % groups.nodes_per_group:
-            found.append(self._factorisations_over_nodes())
         if self.parallel.device == "cuda":
             # Ray hides every GPU from an actor that reserves none; NCCL refuses two ranks of a group on one GPU.
             if groups.gpus_per_rank == 0 or (ranks > 1 and groups.gpus_per_rank < 1):
@@ -280,25 +302,16 @@ class RunConfig(_Section):
     def _pools(self) -> tuple[tuple[str, EncodersConfig | DecodersConfig], ...]:
         return ("encoders", self.encoders), ("decoders", self.decoders)
 
-    def _factorisations_over_nodes(self) -> str:
-        ranks, nodes = self.parallel.plan.world_size, self.groups.nodes_per_group
-        allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and ranks // u % nodes == 0]
-        return (
-            f"groups.nodes_per_group = {nodes} with {self.parallel.plan}; only the ring and the guidance branches "
-            f"cross nodes, so ring_degree x cfg_degree must be a multiple of {nodes}. With {ranks} rank(s) and "
-            f"cfg_degree 1, ulysses_degree x ring_degree may be "
-            f"{', '.join(allowed) or f'nothing: choose a number of ranks that {nodes} divides'}"
-        )
+    def identity(self, plans: Mapping[Shape, ParallelPlan] | None = None) -> dict[str, Any]:
+        """The part that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3).
 
-    def identity(self) -> dict[str, Any]:
-        """The part that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3)."""
-        # Keys that came later are told where they are used: roots of before remain what they were.
-        later = {"cfg_degree"} if self.parallel.cfg_degree == 1 else set()
+        `plans` are those of the manifest's shapes, which with gpus_per_group: auto are part of it.
+        """
         return {
             "seed": self.seed,
             "engine": self.model.engine,
             "defaults": self.defaults.model_dump(mode="json"),
-            "parallel": self.parallel.model_dump(mode="json", exclude=later),
+            "parallel": parallel_identity(self, plans or {}),
             "media": self.media.model_dump(mode="json"),
             "shard_size": self.output.shard_size,
             "webdataset": self.output.webdataset,

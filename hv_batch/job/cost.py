@@ -43,7 +43,7 @@ def count_work(samples: Iterable[Sample]) -> Counter[Work]:
     """The samples of each kind of work; as many entries as kinds, however long the manifest (P7)."""
     return Counter(
         Work(
-            (sample.params.height, sample.params.width, sample.params.num_frames),
+            sample.params.shape,
             sample.params.num_inference_steps,
             2 if sample.params.uses_cfg else 1,
         )
@@ -155,9 +155,12 @@ def _velocity_bytes(model: ModelShape) -> int:
     return model.dit.out_channels * math.prod(model.dit.patch_size) * ITEMSIZE[model.precision]
 
 
-def plan_ranks(heads: int, ranks: int) -> tuple[int, int]:
-    """(Ulysses degree, ring degree) of a group: as much Ulysses as the heads allow, because it sends less."""
-    ulysses = max(degree for degree in _divisors(ranks) if heads % degree == 0)
+def plan_ranks(heads: int, ranks: int, ring_multiple: int = 1) -> tuple[int, int]:
+    """(Ulysses degree, ring degree) of a group: as much Ulysses as the heads allow, because it sends less.
+
+    The ring degree is a multiple of `ring_multiple`, which must divide the ranks.
+    """
+    ulysses = max(degree for degree in _divisors(ranks // ring_multiple) if heads % degree == 0)
     return ulysses, ranks // ulysses
 
 

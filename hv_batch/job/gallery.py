@@ -100,12 +100,13 @@ def _stages(stages: Mapping[str, Record]) -> str:
 
 def _run_facts(run: Record) -> dict[str, Any]:
     config, manifest = run["config"], run["manifest"]
-    parallel = config["parallel"]
+    parallel = run["identity"]["parallel"]
+    plans = {_degrees(plan): None for plan in parallel.get("plans", {"": parallel}).values()}
     return {
         "Manifest": manifest["url"] if isinstance(manifest["url"], str) else ", ".join(manifest["url"]),
         "Rows": f"{manifest['rows']:,}",
         "Engine": config["model"]["engine"],
-        "Group": f"{parallel['device']}, {_degrees(parallel)}",
+        "Group": f"{parallel['device']}, {' or '.join(plans)}",
         "Run seed": config["seed"],
     }
 

@@ -11,6 +11,7 @@ from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Stage
 from hv_batch.job.lanes import Lane
 from hv_batch.job.lodging import lodging_pools
+from hv_batch.job.size_rules import most_ranks
 from hv_batch.protocol import ParallelPlan
 
 
@@ -69,7 +70,7 @@ def most_workers(config: RunConfig, plans: Sequence[ParallelPlan] = (ParallelPla
 def lodgers_per_node(config: RunConfig) -> dict[Stage, int]:
     """How many colocated encoders and decoders find room on a node of a group."""
     pools, sizes = lodging_pools(config), _pool_sizes(config, config.groups.count)
-    ranks, nodes = config.parallel.plan.world_size, config.groups.nodes_per_group
+    ranks, nodes = most_ranks(config), config.groups.nodes_per_group
     # Each on a GPU of its own, or one of each kind on a single GPU: so many can be placed in whatever order they come.
     most = max(1, ranks // nodes // max(1, len(pools)))
     return {stage: min(most, -(-sizes[stage] // (config.groups.count * nodes))) for stage in pools}

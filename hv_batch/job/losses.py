@@ -8,17 +8,17 @@ from hv_batch.job.errors import FailureClass
 
 
 class Losses:
-    """`gpus`: those of a group; None where groups compute on CPUs, whose seconds nobody pays by the piece."""
+    """`on_gpus` is false where groups compute on CPUs, whose seconds nobody pays by the piece."""
 
-    def __init__(self, gpus: int | None) -> None:
-        self._gpus = gpus
+    def __init__(self, *, on_gpus: bool) -> None:
+        self._on_gpus = on_gpus
         self._groups: Counter[FailureClass] = Counter()
         self._seconds: Counter[FailureClass] = Counter()
 
-    def add(self, kind: FailureClass, seconds: float) -> None:
+    def add(self, kind: FailureClass, seconds: float, ranks: int) -> None:
         """A group that had started was lost `seconds` into a denoise; 0 when it was idle."""
         self._groups[kind] += 1
-        self._seconds[kind] += round(seconds)
+        self._seconds[kind] += round(seconds) * ranks
 
     def to_dict(self) -> dict[str, dict[str, int | None]]:
         """By failure class: groups, and GPU-seconds of the denoises that were cut off (null on a CPU).
@@ -26,7 +26,7 @@ class Losses:
         GPU-seconds are an upper bound: what a step checkpoint has saved of them is not deducted.
         """
         return {
-            kind.value: {"groups": count, "gpu_seconds": self._seconds[kind] * self._gpus if self._gpus else None}
+            kind.value: {"groups": count, "gpu_seconds": self._seconds[kind] if self._on_gpus else None}
             for kind, count in sorted(self._groups.items())
         }
 

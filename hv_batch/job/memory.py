@@ -9,13 +9,13 @@ what a kernel allocates within itself and what the libraries keep: `RESERVE_BYTE
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
-from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, Shape, UserError
+from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, ParallelPlan, Shape, UserError
 
 if TYPE_CHECKING:
     from hv_batch.job.config import RunConfig
@@ -147,32 +147,32 @@ def decode_activations(model: ModelShape, shape: Shape) -> int:
     return int(decoding + whole)
 
 
-def check_memory(config: RunConfig, shapes: Iterable[Shape]) -> None:
+def check_memory(config: RunConfig, plans: Mapping[Shape, ParallelPlan]) -> None:
     """Raises UserError when `gpu_memory_gib` is given and a worker needs more than its share of it (P6).
 
-    The engine must have accepted the config's options.
+    `plans` are those of every shape of the manifest. The engine must have accepted the config's options.
     """
-    if short := memory_problems(config, shapes):
+    if short := memory_problems(config, plans):
         raise UserError("This run does not fit into GPU memory:\n" + "\n".join(f"  - {line}" for line in short))
 
 
-def memory_problems(config: RunConfig, shapes: Iterable[Shape]) -> list[str]:
+def memory_problems(config: RunConfig, plans: Mapping[Shape, ParallelPlan]) -> list[str]:
     """Which workers cannot hold what they must, one sentence each; empty where `gpu_memory_gib` is not given."""
     if config.gpu_memory_gib is None or config.parallel.device != "cuda" or config.model.engine != ENGINE:
         return []
     model = ModelShape.from_options(config.model.options)
-    return list(_shortages(config, config.gpu_memory_gib, model, set(shapes)))
+    return list(_shortages(config, config.gpu_memory_gib, model, plans))
 
 
-def _shortages(config: RunConfig, gib: float, model: ModelShape, shapes: set[Shape]) -> Iterator[str]:
-    parallel, decodes = config.parallel, config.decoders.placement == "group"
-    for shape in sorted(shapes):
-        need = rank_footprint(model, shape, parallel.ulysses_degree, parallel.ring_degree, decodes=decodes).total
+def _shortages(config: RunConfig, gib: float, model: ModelShape, plans: Mapping[Shape, ParallelPlan]) -> Iterator[str]:
+    decodes = config.decoders.placement == "group"
+    for shape, plan in sorted(plans.items(), key=lambda item: item[0]):
+        need = rank_footprint(model, shape, plan.ulysses_degree, plan.ring_degree, decodes=decodes).total
         if need > gib * rank_gpus(config) * GIB:
             yield (
                 f"{_named(shape)} needs about {need / GIB:.1f} GiB on each rank of a group, and gpu_memory_gib = "
-                f"{gib:g} with {rank_gpus(config):g} of a GPU for a rank; raise parallel.ulysses_degree "
-                "or ring_degree, set model.options.offload to blocks, or render it smaller"
+                f"{gib:g} with {rank_gpus(config):g} of a GPU for a rank; raise parallel.gpus_per_group, set "
+                "model.options.offload to blocks, or render it smaller"
             )
         need = 0 if decodes else decoder_footprint(model, shape).total
         if need > gib * config.decoders.gpus * GIB:

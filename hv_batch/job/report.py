@@ -7,6 +7,7 @@ shards that are open, or that have changed since.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +34,9 @@ def aggregate(store: Store) -> dict[str, Any]:
     """The document of `summary.json`, of everything in the root. Raises UserError when the root holds no run.
 
     `stages` are seconds, as sum and as mean over the committed samples that report the stage. `denoise_gpu_seconds` are
-    the denoise seconds times the ranks of a group, null on a CPU. `embeddings` counts the prompts that were encoded for
-    the committed samples, and those that memory or the cache still held. `failures` counts quarantined samples by
-    class, `retries` the failed tries of samples that were committed all the same.
+    the denoise seconds times the ranks of each one's group, null on a CPU. `embeddings` counts the prompts that were
+    encoded for the committed samples, and those that memory or the cache still held. `failures` counts quarantined
+    samples by class, `retries` the failed tries of samples that were committed all the same.
     """
     run, status = read_run(store), read_status(store)
     sums = Sums()
@@ -57,7 +58,7 @@ def aggregate(store: Store) -> dict[str, Any]:
             stage: {"seconds": total / 1000, "mean_seconds": round(total / sums.timed[stage] / 1000, 3)}
             for stage, total in sums.stage_ms.items()
         },
-        "denoise_gpu_seconds": _gpu_seconds(run, sums.stage_ms["denoise"] / 1000),
+        "denoise_gpu_seconds": _gpu_seconds(run, sums.denoise_ms),
         "embeddings": {"encoded": sums.embeddings["encoded"], "recalled": sums.embeddings["recalled"]},
         "media": {"bytes": sums.bytes, "frames": sums.frames, "seconds": round(sums.footage_seconds(), 3)},
         "failures": dict(failures),
@@ -65,12 +66,13 @@ def aggregate(store: Store) -> dict[str, Any]:
     }
 
 
-def _gpu_seconds(run: Mapping[str, Any], denoise_seconds: float) -> float | None:
-    parallel = run["config"]["parallel"]
+def _gpu_seconds(run: Mapping[str, Any], denoise_ms: Mapping[str, int]) -> float | None:
+    """`denoise_ms` by the ranks of a group; a record that does not tell them is of a run that had one plan for all."""
+    parallel = run["identity"]["parallel"]
     if parallel["device"] != "cuda":
         return None
-    ranks = parallel["ulysses_degree"] * parallel["ring_degree"] * parallel.get("cfg_degree", 1)  # a later key
-    return round(denoise_seconds * ranks, 3)
+    of_the_run = math.prod(parallel.get(degree, 1) for degree in ("ulysses_degree", "ring_degree", "cfg_degree"))
+    return sum(milliseconds * int(ranks or of_the_run) for ranks, milliseconds in denoise_ms.items()) / 1000
 
 
 def write_report(store: Store, summary: Mapping[str, Any]) -> None:

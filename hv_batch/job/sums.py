@@ -18,7 +18,7 @@ from hv_batch.job.storage import Store
 
 SCHEMA = "hv_batch/sums/1"
 
-_COUNTERS = ("stage_ms", "timed", "embeddings", "retries", "frames_by_fps")
+_COUNTERS = ("stage_ms", "denoise_ms", "timed", "embeddings", "retries", "frames_by_fps")
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class Sums:
     bytes: int = 0
     frames: int = 0
     stage_ms: Counter[str] = field(default_factory=Counter)
+    denoise_ms: Counter[str] = field(default_factory=Counter)  # by the ranks of a group, "" where not told
     timed: Counter[str] = field(default_factory=Counter)  # samples that report the stage
     embeddings: Counter[str] = field(default_factory=Counter)  # prompts "encoded" and "recalled"
     retries: Counter[str] = field(default_factory=Counter)  # failed tries, by class
@@ -41,6 +42,8 @@ class Sums:
         self.bytes += record["bytes"]
         self.frames += frames
         self.stage_ms.update({stage: round(seconds * 1000) for stage, seconds in record["stages"].items()})
+        ranks = record["places"].get("denoise", {}).get("ranks", "")
+        self.denoise_ms[str(ranks)] += round(record["stages"].get("denoise", 0.0) * 1000)
         self.timed.update(record["stages"].keys())
         at_encode = record["places"].get("encode", {})
         self.embeddings.update({name: at_encode.get(name, 0) for name in ("encoded", "recalled")})

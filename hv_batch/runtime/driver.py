@@ -115,13 +115,13 @@ class Driver:
         self._progress = progress
         self._should_stop = should_stop
         config = context.config
-        limits = stage_limits(config, result_shares(config))
+        limits = stage_limits(config, result_shares(config, context.sizes.plans), context.sizes.plans)
         self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
-        self._sick_nodes = SickNodes(config, progress.say)
+        self._sick_nodes = SickNodes(config, context.sizes.largest, progress.say)
         self._groups = GroupPool(config, self._sick_nodes, progress.say)
-        self._nodes = NodeWatch(config.groups.count, progress.say)
+        self._nodes = NodeWatch(limits[Stage.DENOISE].workers, progress.say)
         self._metrics = RunMetrics(public_url(context.store.url))
-        self._losses = Losses(config.parallel.plan.world_size if config.parallel.device == "cuda" else None)
+        self._losses = Losses(on_gpus=config.parallel.device == "cuda")
         self._items: dict[str, InFlight] = {}
         self._workers: dict[WorkerId, Worker] = {}
         self._tasks: dict[WorkerId, Task] = {}
@@ -148,7 +148,8 @@ class Driver:
                 self._listen()
                 self._work_off()
                 now = time.monotonic()
-                self._groups.give_back(sum(self._scheduler.groups_to_come(now)), now)
+                to_come = zip(self._context.sizes.plans, self._scheduler.groups_to_come(now), strict=True)
+                self._groups.give_back(dict(to_come), now)
                 self._show()
             drained = self._end.drained or self._owes()
             return Outcome(drained, time.monotonic() - begun, self._sick_nodes.reasons(), self._losses)
@@ -234,7 +235,7 @@ class Driver:
         if worker in self._stood:  # a start that failed has lost nothing
             self._stood.discard(worker)
             seconds = time.monotonic() - task.begun if task else 0.0
-            self._losses.add(failure.kind, seconds)
+            self._losses.add(failure.kind, seconds, self._group(worker).plan.world_size)
             self._metrics.group_lost(failure.kind, seconds)
         self._say_failed(worker, task, failure)
 
@@ -270,8 +271,8 @@ class Driver:
             match action:
                 case Admit(count):
                     self._to_admit += count
-                case StartWorker(worker):
-                    self._workers[worker] = self._start(worker)
+                case StartWorker(worker, lane):
+                    self._workers[worker] = self._start(worker, lane)
                 case KillWorker(worker, failure, rebuild):
                     self._lose(worker, failure)
                     self._workers.pop(worker).kill(rebuild=rebuild)
@@ -285,9 +286,7 @@ class Driver:
                     self._tasks[worker] = Task(keys, stage, time.monotonic())
                     self._run(worker, keys, stage)
                 case Checkpoint(worker):
-                    group = self._workers[worker]
-                    assert isinstance(group, DenoiseGroup), f"{worker} has no steps"
-                    group.checkpoint()
+                    self._group(worker).checkpoint()
                 case Quarantine(key, failures):
                     item = self._items.pop(key)
                     self._errands.append(partial(self._quarantine, item.sample, (*item.earlier, *failures)))
@@ -314,18 +313,25 @@ class Driver:
                 return
             else:
                 self._to_admit -= 1
+                params, lane = found.sample.params, self._context.sizes.lane(found.sample.params.shape)
                 item = InFlight(found.sample, earlier=found.earlier, has_steps=found.has_steps)
                 self._items[found.sample.key] = item
-                self._events.append(Admitted(found.sample.key, found.stage, found.sample.params.latent_bytes))
+                self._events.append(Admitted(found.sample.key, found.stage, params.latent_bytes, lane))
 
-    def _start(self, worker: WorkerId) -> Worker:
+    def _start(self, worker: WorkerId, lane: int) -> Worker:
         if worker.stage is Stage.DENOISE:
-            return DenoiseGroup(worker, self._context, self._watch, self._groups, self._sick_nodes)
+            plan = self._context.sizes.plans[lane]
+            return DenoiseGroup(worker, plan, self._context, self._watch, self._groups, self._sick_nodes)
         start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
         begin = partial(start, worker, self._context)
         if worker.stage in lodging_pools(self._context.config):
             return Lodger(worker, self._groups, self._watch, lambda room, watch: begin(watch, self._sick_nodes, room))
         return begin(self._watch, self._sick_nodes)
+
+    def _group(self, worker: WorkerId) -> DenoiseGroup:
+        group = self._workers[worker]
+        assert isinstance(group, DenoiseGroup), f"{worker} is no group"
+        return group
 
     def _run(self, worker: WorkerId, keys: tuple[str, ...], stage: Stage) -> None:
         items = [self._items[key] for key in keys]

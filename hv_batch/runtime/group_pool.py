@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 
 import ray
 
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage, WorkerId
+from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_hardware, total
 from hv_batch.runtime.seats import Room, Seats
 from hv_batch.runtime.sick_nodes import SickNodes
@@ -34,25 +35,24 @@ class GroupPool:
         self._config = config
         self._sick_nodes = sick_nodes
         self._say = say
-        self._bundles = group_bundles(config)
         self._kept: list[tuple[float, Seats]] = []  # since when
         self._occupied: list[Seats] = []
         self._serial = count()
-        self._waiting: dict[WorkerId, float] = {}  # since when
+        self._waiting: dict[WorkerId, tuple[float, Seats]] = {}  # since when, for what
         self._placed: set[WorkerId] = set()
         self._said: tuple[float, str] = (-math.inf, "")  # when, what
 
     # Seats ------------------------------------------------------------------------------------------------------------
 
-    def seats(self, worker: WorkerId) -> Seats:
-        """Kept ones where they are still good, else new ones."""
-        while self._kept:
-            _, kept = self._kept.pop(0)
+    def seats(self, worker: WorkerId, plan: ParallelPlan) -> Seats:
+        """Kept ones of that size where they are still good, else new ones."""
+        for since, kept in self._kept_for(plan):
+            self._kept.remove((since, kept))
             if self.good(kept) and kept.answer():
                 return kept
             kept.release()
         name = f"hv-group-{worker.slot}-{next(self._serial)}"
-        return Seats(self._config, name, self._sick_nodes.avoided(Stage.DENOISE))
+        return Seats(self._config, plan, name, self._sick_nodes.avoided(Stage.DENOISE))
 
     def good(self, seats: Seats) -> bool:
         """Whether a group may be built there: no node is lost, and none has been excluded since they were asked for."""
@@ -62,16 +62,21 @@ class GroupPool:
 
     def worth_keeping(self, pending: Seats) -> bool:
         """Whether to go on waiting for these, or to ask anew: another group's may have become free meanwhile."""
-        return not self._kept and self.good(pending)
+        return not self._kept_for(pending.plan) and self.good(pending)
 
     def keep(self, seats: Seats) -> None:
-        """For the next group that is built, of whichever slot: bound to its own, they could wait for it for ever."""
+        """For the next group of their size, of whichever slot: bound to its own, they could wait for it for ever."""
         self._kept.append((time.monotonic(), seats))
 
-    def give_back(self, groups_to_come: int, now: float) -> None:
+    def give_back(self, groups_to_come: Mapping[ParallelPlan, int], now: float) -> None:
         """Let go of seats that nobody will come for: others may wait for exactly these GPUs."""
-        while len(self._kept) > groups_to_come + len(self._waiting) and now - self._kept[0][0] > KEEP_S:
-            self._kept.pop(0)[1].release()
+        for plan, coming in groups_to_come.items():
+            coming += sum(seats.plan == plan for _, seats in self._waiting.values())
+            kept = self._kept_for(plan)
+            for since, seats in kept[: max(0, len(kept) - coming)]:
+                if now - since > KEEP_S:
+                    self._kept.remove((since, seats))
+                    seats.release()
 
     def occupy(self, seats: Seats) -> None:
         """All ranks of a group sit there."""
@@ -93,11 +98,15 @@ class GroupPool:
         while self._kept:
             self._kept.pop()[1].release()
 
+    def _kept_for(self, plan: ParallelPlan) -> list[tuple[float, Seats]]:
+        return [entry for entry in self._kept if entry[1].plan == plan]
+
     # Waiting ----------------------------------------------------------------------------------------------------------
 
-    def waits(self, worker: WorkerId, now: float) -> None:
+    def waits(self, worker: WorkerId, seats: Seats, now: float) -> None:
         """Called again and again while a group has no seats; says what all of them wait for, when there is news."""
-        if now - self._waiting.setdefault(worker, now) < FIRST_WORD_S or now - self._said[0] < SAY_EVERY_S:
+        since, _ = self._waiting[worker] = (self._waiting.get(worker, (now, seats))[0], seats)
+        if now - since < FIRST_WORD_S or now - self._said[0] < SAY_EVERY_S:
             return
         text = self._why_waiting()
         if text != self._said[1]:
@@ -116,12 +125,14 @@ class GroupPool:
         nodes = alive_nodes()
         usable = [resources for node, resources in nodes.items() if node not in self._sick_nodes.excluded]
         there, free = show_hardware(total(list(nodes.values()))), show_hardware(ray.available_resources())
-        if fits([self._bundles], usable):
+        plans = sorted({seats.plan for _, seats in self._waiting.values()}, key=lambda plan: -plan.world_size)
+        asked = [group_bundles(self._config, plan) for plan in plans]
+        if fits(asked[:1], usable):
             hope = "They begin when others let go of enough, or when nodes join."
         else:
             hope = "The nodes here could never hold one, however idle: they begin only when others join."
         return (
             f"{len(self._placed)} denoise group(s) have their place, {len(self._waiting)} wait for nodes. Each asks "
-            f"for {show_apart(self._bundles)}; the cluster has {there} on {len(nodes)} node(s), of which {free} are "
-            f"free. {hope}"
+            f"for {' or '.join(map(show_apart, asked))}; the cluster has {there} on {len(nodes)} node(s), of which "
+            f"{free} are free. {hope}"
         )

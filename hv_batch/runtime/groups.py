@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import Event, Stage, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
 from hv_batch.job.lodging import rank_gpus
+from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.context import RunContext, StageReport
 from hv_batch.runtime.failures import (
     classify,
@@ -48,12 +49,19 @@ VACATE_S = 120.0
 
 
 class DenoiseGroup:
-    """One life of one group."""
+    """One life of one group, whose ranks share a sample by `plan`."""
 
     def __init__(
-        self, worker: WorkerId, context: RunContext, watch: Watch, pool: GroupPool, sick_nodes: SickNodes
+        self,
+        worker: WorkerId,
+        plan: ParallelPlan,
+        context: RunContext,
+        watch: Watch,
+        pool: GroupPool,
+        sick_nodes: SickNodes,
     ) -> None:
         self.id = worker
+        self.plan = plan
         self.nodes: frozenset[str] = frozenset()
         self._context = context
         self._watch = watch
@@ -73,7 +81,7 @@ class DenoiseGroup:
             for pulse in self._pulses:
                 pulse.ask()
         elif not self._ranks:
-            self._pool.waits(self.id, now)
+            self._pool.waits(self.id, self._seats, now)
             if not self._pool.worth_keeping(self._seats):
                 self._seats.release()
                 self._take_seats()
@@ -99,7 +107,7 @@ class DenoiseGroup:
     # Starting ---------------------------------------------------------------------------------------------------------
 
     def _take_seats(self) -> None:
-        self._seats = seats = self._pool.seats(self.id)
+        self._seats = seats = self._pool.seats(self.id, self.plan)
         self._watch(seats.ready(), lambda ref: self._placed(ref, seats))
 
     def _placed(self, ref: ray.ObjectRef, seats: Seats) -> list[Event]:
@@ -111,13 +119,13 @@ class DenoiseGroup:
         self._nodes = seats.nodes()
         self.nodes = frozenset(self._nodes)
         actor_class: Any = RankActor  # ray.remote has replaced the class by its actor factory
-        for rank in range(config.parallel.plan.world_size):
+        for rank in range(self.plan.world_size):
             actor = actor_class.options(
                 num_cpus=config.groups.cpus_per_rank,
                 num_gpus=rank_gpus(config),
                 scheduling_strategy=seats.strategy(rank),
                 runtime_env=SHOW_GPUS if config.parallel.device == "cuda" else HIDE_GPUS,
-            ).remote(self._context, rank, str(self.id))
+            ).remote(self._context, self.plan, rank, str(self.id))
             self._ranks.append(actor)
         patience_s = min(VACATE_S, config.timeouts.start_s) if seats.used else config.timeouts.start_s
         self._deadline = time.monotonic() + patience_s
@@ -264,7 +272,8 @@ class DenoiseGroup:
         return WorkerLost(self.id, failure)
 
     def _nodes_of(self, ranks: Iterable[int]) -> set[str]:
-        return {self._nodes[rank // ranks_per_node(self._context.config)] for rank in ranks}
+        each = ranks_per_node(self._context.config, self.plan)
+        return {self._nodes[rank // each] for rank in ranks}
 
 
 def _error_of(ref: ray.ObjectRef) -> RayError | None:

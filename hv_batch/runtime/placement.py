@@ -13,7 +13,7 @@ from hv_batch.job.config import DecodersConfig, EncodersConfig, RunConfig
 from hv_batch.job.events import Stage
 from hv_batch.job.limits import lodgers_per_node, most_workers
 from hv_batch.job.lodging import lodging_pools
-from hv_batch.protocol import UserError
+from hv_batch.protocol import ParallelPlan, UserError
 
 Bundle = dict[str, float]
 
@@ -38,27 +38,28 @@ def elsewhere(avoid: frozenset[str]) -> dict[str, str]:
     return {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
 
 
-def ranks_per_node(config: RunConfig) -> int:
-    return config.parallel.plan.world_size // config.groups.nodes_per_group
+def ranks_per_node(config: RunConfig, plan: ParallelPlan) -> int:
+    return plan.world_size // config.groups.nodes_per_group
 
 
-def group_bundles(config: RunConfig) -> list[Bundle]:
+def group_bundles(config: RunConfig, plan: ParallelPlan) -> list[Bundle]:
     """One bundle a node, with room for its ranks: so the ranks of a node are consecutive whatever Ray chooses.
 
     Lodgers bring their CPUs; their GPUs are the ranks'.
     """
-    ranks, groups, lodgers = ranks_per_node(config), config.groups, lodgers_per_node(config)
+    ranks, groups, lodgers = ranks_per_node(config, plan), config.groups, lodgers_per_node(config)
     cpus = groups.cpus_per_rank * ranks
     cpus += sum(lodgers[stage] * pool.cpus for stage, pool in lodging_pools(config).items())
     return [actor_bundle(cpus, groups.gpus_per_rank * ranks)] * groups.nodes_per_group
 
 
-def least_bill(config: RunConfig) -> list[list[Bundle]]:
-    """The least that renders anything: one group, and an encoder and a decoder where these stand by themselves.
+def least_bill(config: RunConfig, largest: ParallelPlan) -> list[list[Bundle]]:
+    """The least that renders everything: one group, of the largest plan there is, and an encoder and a decoder where
+    these stand by themselves.
 
     The bundles of one inner list must stand on different nodes.
     """
-    return [group_bundles(config), *([bundle] for bundle in _single_actors(config).values())]
+    return [group_bundles(config, largest), *([bundle] for bundle in _single_actors(config).values())]
 
 
 def _single_actors(config: RunConfig) -> dict[str, Bundle]:
@@ -90,14 +91,19 @@ def fits(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]])
 
 
 def await_resources(
-    config: RunConfig, *, patience_s: float, say: Callable[[str], None], should_stop: Callable[[], bool]
+    config: RunConfig,
+    largest: ParallelPlan,
+    *,
+    patience_s: float,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
 ) -> bool:
     """Wait until the cluster has what the least bill asks for, telling an autoscaler about it meanwhile.
 
     False when `should_stop` ended the waiting. Raises UserError after `patience_s` with what was asked and what there
     is. Nothing is reserved.
     """
-    bill = least_bill(config)
+    bill = least_bill(config, largest)
     deadline, said = time.monotonic() + patience_s, 0.0
     try:
         while not fits(bill, nodes := list(alive_nodes().values())):
@@ -105,12 +111,12 @@ def await_resources(
                 return False
             if time.monotonic() >= deadline:
                 raise UserError(
-                    f"Ray has not the resources that this run needs. {_asked_and_there(config, nodes)} Add nodes, or "
-                    "ask for less in the config (parallel, groups, encoders, decoders)."
+                    f"Ray has not the resources that this run needs. {_asked_and_there(config, largest, nodes)} Add "
+                    "nodes, or ask for less in the config (parallel, groups, encoders, decoders)."
                 )
             if time.monotonic() - said > SAY_EVERY_S:
                 request_resources(bundles=[bundle for bundles in bill for bundle in bundles])
-                say(f"waiting for nodes: {_asked_and_there(config, nodes)}")
+                say(f"waiting for nodes: {_asked_and_there(config, largest, nodes)}")
                 said = time.monotonic()
             time.sleep(LOOK_EVERY_S)
         return True
@@ -124,14 +130,15 @@ def alive_nodes() -> dict[str, Bundle]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def result_shares(config: RunConfig) -> dict[Stage, float]:
+def result_shares(config: RunConfig, plans: Sequence[ParallelPlan]) -> dict[Stage, float]:
     """Bytes of an object store that the results of one worker may hold, by its station; asked of the cluster as it is.
 
     A worker's results lie where it stands. So each gets its part of the smallest store on which one can stand, divided
-    by how many of its kind may come together on one node.
+    by how many of its kind may come together on one node; of the `plans` of groups, largest first, the smallest is the
+    one of which most do.
     """
-    nodes, most, lodgers = list(alive_nodes().values()), most_workers(config), lodgers_per_node(config)
-    group, encoder = group_bundles(config)[0], actor_bundle(config.encoders.cpus, config.encoders.gpus)
+    nodes, most, lodgers = list(alive_nodes().values()), most_workers(config, plans), lodgers_per_node(config)
+    group, encoder = group_bundles(config, plans[-1])[0], actor_bundle(config.encoders.cpus, config.encoders.gpus)
     of_groups = result_share(group, most[Stage.DENOISE], nodes)
     if Stage.ENCODE in lodgers:
         return {Stage.ENCODE: of_groups / lodgers[Stage.ENCODE], Stage.DENOISE: of_groups}
@@ -150,10 +157,10 @@ def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
     return min((node.get(name, 0.0) / amount + 1e-9 for name, amount in bundle.items()), default=math.inf)
 
 
-def _asked_and_there(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> str:
+def _asked_and_there(config: RunConfig, largest: ParallelPlan, nodes: Sequence[Mapping[str, float]]) -> str:
     actors = "".join(f", {name} with {show(bundle)}" for name, bundle in _single_actors(config).items())
     there = "; ".join(show_hardware(node) for node in nodes) or "none"
-    ranks, group = config.parallel.plan.world_size, show_apart(group_bundles(config))
+    ranks, group = largest.world_size, show_apart(group_bundles(config, largest))
     return f"Needed at least: a group of {ranks} rank(s) on {group}{actors}. Nodes there are: {there}."
 
 

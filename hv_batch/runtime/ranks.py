@@ -19,7 +19,7 @@ from hv_batch.job.latents import put_latents, sample_identity
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.samples import Sample
 from hv_batch.job.store_errors import StorageUnavailableError
-from hv_batch.protocol import Denoiser, RankPlace, StepState
+from hv_batch.protocol import Denoiser, ParallelPlan, RankPlace, StepState
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.devices import await_free_memory
 from hv_batch.runtime.publishing import Publisher, Stages, scratch_folder
@@ -39,8 +39,9 @@ class RankSeat:
 class RankActor:
     """One rank. A restarted rank would have no process group, hence no restarts: the driver rebuilds the whole gang."""
 
-    def __init__(self, context: RunContext, rank: int, name: str) -> None:
+    def __init__(self, context: RunContext, plan: ParallelPlan, rank: int, name: str) -> None:
         self._context = context
+        self._plan = plan
         self._rank = rank
         self._name = name
         self._steps = 0
@@ -54,8 +55,7 @@ class RankActor:
 
     def host_rendezvous(self) -> str:
         """Rank 0: open the meeting point on a port that is free at this moment, and keep it (no port race)."""
-        host, world_size = ray.util.get_node_ip_address(), self._context.config.parallel.plan.world_size
-        return self._context.engine.host_rendezvous(host, world_size)
+        return self._context.engine.host_rendezvous(ray.util.get_node_ip_address(), self._plan.world_size)
 
     def join(self, address: str, seats: Sequence[RankSeat]) -> None:
         """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
@@ -73,7 +73,7 @@ class RankActor:
         place = RankPlace(
             rank=self._rank,
             local_rank=neighbours.index(self._rank),
-            plan=parallel.plan,
+            plan=self._plan,
             device=parallel.device,
             address=address,
             # Ranks may finish loading as far apart as a start may take. A hang in a collective does not wait for this:
@@ -124,7 +124,8 @@ class RankActor:
                 writer.after_step(done, read)
 
             latents = self._denoiser.denoise(sample.params, positive, negative, on_step, resume)
-        details = {"resumed_from_step": resume.step} if resume else {}
+        details: dict[str, Any] = {"group": str(self._plan), "ranks": self._plan.world_size}
+        details |= {"resumed_from_step": resume.step} if resume else {}
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
         reports = {name: stage.to_dict() for name, stage in {**stages, "denoise": report}.items()}

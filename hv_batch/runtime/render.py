@@ -34,13 +34,14 @@ from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress, clock
 from hv_batch.job.report import aggregate, write_report
-from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run
+from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run, read_run
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S
 from hv_batch.job.selection import Selection, only_failed
+from hv_batch.job.sizes import choose_sizes, fixed_plan, recorded_plans
 from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
-from hv_batch.protocol import Engine, UserError
+from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, build_engine
 from hv_batch.runtime.driver import Driver, Outcome
@@ -119,6 +120,7 @@ def _render(job: _Job, address: str | None, progress: Progress, stopped: Event, 
 
 def _render_pending(job: _Job, address: str | None, progress: Progress, stopped: Event, lease: Lease) -> ExitCode:
     config, store, plan = job.context.config, job.context.store, job.plan
+    largest = job.context.sizes.largest
 
     def should_stop() -> bool:
         lease.check()  # raises where the root is another driver's now: a drain would only render what that one renders
@@ -126,9 +128,9 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
 
     progress.say("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
-    with ray_session(config, address) as local, _stop_signals(stopped), progress:
+    with ray_session(config, largest, address) as local, _stop_signals(stopped), progress:
         patience_s = 0.0 if local else config.timeouts.start_s
-        if not await_resources(config, patience_s=patience_s, say=progress.say, should_stop=should_stop):
+        if not await_resources(config, largest, patience_s=patience_s, say=progress.say, should_stop=should_stop):
             progress.say("stopped while waiting for nodes; nothing was begun")
             return ExitCode.STOPPED
         # Only now is the root claimed: whoever asked for more than there is may ask for something else.
@@ -165,17 +167,25 @@ def _prepare(
     if found:
         raise UserError("\n".join(found))
     # Last: they trust the options that the engine has accepted.
-    check_memory(config, index.summary.shapes)
-    _refuse(engine.group_problems(config.parallel.plan, index.summary.shapes), config)
+    sizes = choose_sizes(config, index.summary.shapes, _recorded_plans(store))
+    if len(sizes.plans) > 1:
+        told = ", ".join(f"{plan.world_size} for {len(sizes.shapes(plan))} shape(s)" for plan in sizes.plans)
+        progress.say(f"groups of several sizes, in ranks: {told}")
+    check_memory(config, sizes.by_shape)
+    _refuse([fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))], config)
     versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
-    identity = {**config.identity(), "model": engine.identity(), "manifest": index.summary.digest}
+    identity = {**config.identity(sizes.by_shape), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         progress.say(f"warning: {warning}")
     state = inspect_run(store, document)
-    context = RunContext(config, engine, store, fingerprint(identity), versions, cache)
+    context = RunContext(config, engine, store, fingerprint(identity), versions, sizes, cache)
     return _Job(context, index, plan, document, state)
+
+
+def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:
+    return recorded_plans(read_run(store)["identity"]) if store.exists(layout.RUN) else {}
 
 
 def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store, progress: Progress) -> Index:
@@ -201,7 +211,8 @@ def _collected(found: list[str]) -> Iterator[None]:
 
 
 def _check_engine(engine: Engine, config: RunConfig) -> None:
-    _refuse(engine.check() + engine.group_problems(config.parallel.plan), config)
+    plan = fixed_plan(config)
+    _refuse(engine.check() + (engine.group_problems(plan) if plan else []), config)
 
 
 def _refuse(found: list[str], config: RunConfig) -> None:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage
 from hv_batch.job.limits import lodgers_per_node
+from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import elsewhere, group_bundles, ranks_per_node
 
 # What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
@@ -31,17 +32,20 @@ ANSWER_S = 1.0
 
 
 class Seats:
-    """Asked for at once; `ready` tells when Ray has reserved them. `avoid` are ids of nodes that get no seat."""
+    """Asked for at once; `ready` tells when Ray has reserved them. `plan` is that of the group that is to sit there,
+    `avoid` are ids of nodes that get no seat.
+    """
 
-    def __init__(self, config: RunConfig, name: str, avoid: frozenset[str]) -> None:
+    def __init__(self, config: RunConfig, plan: ParallelPlan, name: str, avoid: frozenset[str]) -> None:
+        self.plan = plan
         self.avoid = avoid
         self.used = False  # whether ranks have sat here
         self.occupied = False  # whether ranks sit here now
         self.given_back = False
         self._rooms = lodgers_per_node(config)  # on each node
         self._lodgers: Counter[tuple[Stage, int]] = Counter()  # of each kind on each node
-        self._ranks_per_node = ranks_per_node(config)
-        bundles = group_bundles(config)
+        self._ranks_per_node = ranks_per_node(config, plan)
+        bundles = group_bundles(config, plan)
         # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
         # another group needs whole.
         strategy = "STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK"

@@ -14,18 +14,19 @@ import ray
 from hv_batch.job.config import DecodersConfig, EncodersConfig, RunConfig
 from hv_batch.job.events import Stage
 from hv_batch.job.nodes import NodeHealth
+from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import actor_bundle, alive_nodes, fits, group_bundles
 
 _NAMES = {Stage.ENCODE: "encoders", Stage.DENOISE: "groups", Stage.DECODE: "decoders"}
 
 
 class SickNodes:
-    """One for all actors of a run. Nodes are Ray's ids."""
+    """One for all actors of a run. Nodes are Ray's ids; `largest` is the plan of its largest group."""
 
-    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, config: RunConfig, largest: ParallelPlan, say: Callable[[str], None]) -> None:
         self._say = say
         self._health = NodeHealth(self._can_spare)
-        self._group = group_bundles(config)
+        self._group = group_bundles(config, largest)
         pools: dict[Stage, EncodersConfig | DecodersConfig]
         pools = {Stage.ENCODE: config.encoders, Stage.DECODE: config.decoders}
         self._singles = {stage: [actor_bundle(pool.cpus, pool.gpus)] for stage, pool in pools.items() if pool.gpus}

@@ -9,12 +9,14 @@ import ray
 
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage, WorkerId
+from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.group_pool import KEEP_S, GroupPool
 from hv_batch.runtime.sick_nodes import SickNodes
 
 CONFIG = RunConfig.model_validate(
     {"parallel": {"device": "cpu", "ulysses_degree": 2}, "groups": {"cpus_per_rank": 0.0}}
 )
+PAIR, ALONE = ParallelPlan(ulysses_degree=2), ParallelPlan()
 FIRST, SECOND = (WorkerId(Stage.DENOISE, slot, 0) for slot in range(2))
 
 
@@ -23,7 +25,7 @@ def pool(fleet):
     """Of a run's groups of two GPUs, on a cluster with room for one; all that it keeps ends with the connection."""
     fleet.add_node(gpus=2)
     ray.init(address=fleet.address, log_to_driver=False, logging_level="ERROR")
-    yield GroupPool(CONFIG, SickNodes(CONFIG, print), print)
+    yield GroupPool(CONFIG, SickNodes(CONFIG, PAIR, print), print)
     ray.shutdown()
 
 
@@ -34,29 +36,29 @@ def placed(seats):
 
 def test_seats_wait_for_the_next_group_and_for_nobody_else(pool):
     """P4, P5: the rebuilt group gets what it had; who cannot be given work does not keep GPUs from others."""
-    seats = placed(pool.seats(FIRST))
+    seats = placed(pool.seats(FIRST, PAIR))
     pool.keep(seats)
     long_after = time.monotonic() + 2 * KEEP_S
-    pool.give_back(groups_to_come=1, now=long_after)
-    assert pool.seats(FIRST) is seats
+    pool.give_back(groups_to_come={PAIR: 1, ALONE: 0}, now=long_after)
+    assert pool.seats(FIRST, PAIR) is seats
     pool.keep(seats)
-    pool.give_back(groups_to_come=0, now=time.monotonic())
-    other = pool.seats(SECOND)
+    pool.give_back(groups_to_come={PAIR: 0, ALONE: 1}, now=time.monotonic())
+    other = pool.seats(SECOND, PAIR)
     assert other is seats, "a retry may first need its encoder again, so they are not given back at once"
     pool.keep(seats)
-    pool.waits(SECOND, long_after)
-    pool.give_back(groups_to_come=0, now=long_after)
+    pool.waits(SECOND, seats, long_after)
+    pool.give_back(groups_to_come={PAIR: 0, ALONE: 1}, now=long_after)
     pool.ended(SECOND)
     assert not pool.worth_keeping(seats), "whoever waits for room may have them"
-    pool.give_back(groups_to_come=0, now=long_after)
-    assert placed(pool.seats(SECOND)) is not seats
+    pool.give_back(groups_to_come={PAIR: 0, ALONE: 1}, now=long_after)
+    assert placed(pool.seats(SECOND, PAIR)) is not seats
 
 
 def test_a_node_that_does_not_answer_gets_no_rebuild(pool, fleet):
     """P4: Ray believes a node alive for a while after its power is cut; a life there would be lost at once."""
-    seats = placed(pool.seats(FIRST))
+    seats = placed(pool.seats(FIRST, PAIR))
     assert seats.answer()
     pool.keep(seats)
     fleet.kill_node(fleet.nodes[0])
     assert not seats.answer()
-    assert pool.seats(FIRST) is not seats
+    assert pool.seats(FIRST, PAIR) is not seats

@@ -94,4 +94,5 @@ def open_root(store: Store, samples: int, *, device: str = "cpu", adorned: bool 
         "samples": samples,
         "shards": -(-samples // SHARD_SIZE),
     }
-    runs.open_run(store, {"identity": {"seed": 0}, "config": config, "manifest": manifest, "versions": {}})
+    identity = {"seed": 0, "parallel": config["parallel"]}
+    runs.open_run(store, {"identity": identity, "config": config, "manifest": manifest, "versions": {}})

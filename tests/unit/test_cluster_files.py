@@ -16,6 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from hv_batch.cli import app
 from hv_batch.job.config import load_config
+from hv_batch.job.sizes import fixed_plan
 from hv_batch.runtime.placement import fits, least_bill
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def hv_batch_command(entrypoint):
 
 
 def as_many_as_asked(config):
-    group, *pools = least_bill(config)
+    group, *pools = least_bill(config, fixed_plan(config))
     return [group] * config.groups.count + pools
 
 
@@ -67,7 +68,7 @@ def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
     job = job_of(name)
     config = ordered(hv_batch_command(job["entrypoint"]))
     assert fits(as_many_as_asked(config), list(pods(job)))
-    assert not fits([*as_many_as_asked(config), least_bill(config)[0]], list(pods(job)))
+    assert not fits([*as_many_as_asked(config), least_bill(config, fixed_plan(config))[0]], list(pods(job)))
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 143])

@@ -93,7 +93,8 @@ def test_runs_of_different_layout_are_matched_by_key(stores):
     samples = some_samples(6)
     run_small(stores[0], samples)
     moved = [dataclasses.replace(sample, shard=5 - number) for number, sample in enumerate(samples)]
-    document = {"identity": {"seed": 0, "shard_size": 1}, "versions": {}}
+    identity = runs.read_run(stores[0])["identity"] | {"shard_size": 1}
+    document = {"identity": identity, "versions": {}}
     document["config"] = {"output": {"shard_size": 1}, "parallel": {"device": "cpu"}}
     document["manifest"] = {"samples": 6}
     runs.open_run(stores[1], document)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.config import RunConfig, load_config
+from hv_batch.job.sizes import fixed_plan, plan_for
 from hv_batch.protocol import UserError, problems
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -43,7 +44,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
     def bill(name):
         config = load_config(str(CONFIGS / name))
-        ranks = config.groups.count * config.parallel.plan.world_size
+        ranks = config.groups.count * plan_for(config, (720, 1280, 129)).world_size
         gpus = ranks * config.groups.gpus_per_rank
         gpus += config.encoders.count * config.encoders.gpus + config.decoders.count * config.decoders.gpus
         cpus = ranks * config.groups.cpus_per_rank
@@ -52,6 +53,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
     assert bill("demo_cpu.yaml") == (0, 2)
     assert bill("720p_8gpu.yaml")[0] == 10
+    assert bill("mixed_shapes.yaml")[0] == 10
     assert bill("throughput_1gpu.yaml")[0] == 8
     assert bill("fake_gpus_8rank.yaml") == (8, 1)
 
@@ -161,7 +163,7 @@ def test_overrides_are_yaml_values_laid_over_the_file(write):
     assert (config.groups.count, config.encoders.count) == (4, 2)  # an alias is not a shared variable
     assert config.output.keep_latents is True
     assert (config.defaults.flow_shift, config.defaults.guidance_scale) == (10.0, 5.0)
-    assert (config.parallel.device, config.parallel.plan.world_size) == ("cpu", 16)
+    assert (config.parallel.device, fixed_plan(config).world_size) == ("cpu", 16)
     assert config.model.options == {"dit": {"depth": 1, "width": 16}, "tile": {"px": None}, "name": "1"}
     assert config.defaults.negative_prompt == ""
 
@@ -240,7 +242,7 @@ def test_a_later_key_is_in_the_identity_where_it_is_used():
     assert "cfg_degree" not in RunConfig.model_validate({"parallel": {"cfg_degree": 1}}).identity()["parallel"]
     halves = RunConfig.model_validate({"parallel": {"cfg_degree": 2}})
     assert halves.identity()["parallel"]["cfg_degree"] == 2
-    assert halves.parallel.plan.world_size == 2 * RunConfig().parallel.plan.world_size
+    assert fixed_plan(halves).world_size == 2 * fixed_plan(RunConfig()).world_size
     for wrong in (0, 3, True, 1.0):
         with pytest.raises(ValueError, match="cfg_degree"):
             RunConfig.model_validate({"parallel": {"cfg_degree": wrong}})

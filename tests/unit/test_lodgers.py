@@ -16,6 +16,7 @@ from hv_batch.job.events import Stage, TaskDone, WorkerId, WorkerLeaving, Worker
 from hv_batch.job.limits import lodgers_per_node, most_workers, stage_limits
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.memory import memory_problems
+from hv_batch.job.sizes import choose_sizes, fixed_plan
 from hv_batch.protocol import UserError
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.placement import group_bundles, least_bill
@@ -41,10 +42,18 @@ def config_of(ranks=8, groups=1, encoders=1, decoders=1, nodes=1):
 # How many, and where --------------------------------------------------------------------------------------------------
 
 
+def problems_of(config, shapes):
+    return memory_problems(config, choose_sizes(config, shapes).by_shape)
+
+
 def test_a_group_brings_the_room_for_its_lodgers():
     """decoders.placement: colocated: one node of eight GPUs renders; a rank keeps what the lodgers leave."""
     config = config_of()
-    assert least_bill(config) == [group_bundles(config)] == [[{"CPU": 8.0 + 1.0 + 2.0, "GPU": 8.0}]]
+    assert (
+        least_bill(config, fixed_plan(config))
+        == [group_bundles(config, fixed_plan(config))]
+        == [[{"CPU": 8.0 + 1.0 + 2.0, "GPU": 8.0}]]
+    )
     assert rank_gpus(config) == 0.6
     assert [limit.lodges for limit in stage_limits(config, {}).values()] == [True, False, True]
 
@@ -52,9 +61,9 @@ def test_a_group_brings_the_room_for_its_lodgers():
 def test_one_node_of_eight_gpus_is_enough():
     """configs/720p_one_node.yaml: nothing stands beside the group, and 720p fits."""
     config = load_config(str(CONFIGS / "720p_one_node.yaml"))
-    assert [bundle["GPU"] for bundles in least_bill(config) for bundle in bundles] == [8.0]
-    assert memory_problems(config, [(720, 1280, 129), (1280, 720, 129), (720, 1280, 1)]) == []
-    assert memory_problems(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), "by 0.7 of it"
+    assert [bundle["GPU"] for bundles in least_bill(config, fixed_plan(config)) for bundle in bundles] == [8.0]
+    assert problems_of(config, [(720, 1280, 129), (1280, 720, 129), (720, 1280, 1)]) == []
+    assert problems_of(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), "by 0.7 of it"
 
 
 POOLS = st.integers(1, 20) | st.just("auto")

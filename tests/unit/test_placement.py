@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.job.config import RunConfig
+from hv_batch.job.size_rules import DEFAULT_PLAN
+from hv_batch.job.sizes import fixed_plan
 from hv_batch.runtime.placement import STORE_SHARE, fits, group_bundles, least_bill, result_share, total
 
 
 def test_a_group_of_eight_wants_one_node():
     """Design section 5: a group's bundles are packed strictly, so eight GPUs over two nodes are not enough."""
-    bill = least_bill(RunConfig())
-    assert total(group_bundles(RunConfig())) == {"CPU": 8.0, "GPU": 8.0}
+    bill = least_bill(RunConfig(), DEFAULT_PLAN)
+    assert total(group_bundles(RunConfig(), DEFAULT_PLAN)) == {"CPU": 8.0, "GPU": 8.0}
     assert fits(bill, [{"CPU": 64, "GPU": 10}])
     assert fits(bill, [{"CPU": 64, "GPU": 8}, {"CPU": 8, "GPU": 2}])
     assert not fits(bill, [{"CPU": 64, "GPU": 5}, {"CPU": 64, "GPU": 5}])
@@ -26,10 +28,11 @@ def test_a_group_over_two_nodes_wants_two():
     config = RunConfig.model_validate(
         {"parallel": {"ulysses_degree": 4, "ring_degree": 2}, "groups": {"nodes_per_group": 2}}
     )
-    assert group_bundles(config) == [{"CPU": 4.0, "GPU": 4.0}] * 2
-    assert fits(least_bill(config), [{"CPU": 8, "GPU": 5}] * 2)
-    assert not fits(least_bill(config), [{"CPU": 64, "GPU": 16}])
-    assert not fits(least_bill(config), [{"CPU": 64, "GPU": 16}, {"CPU": 64, "GPU": 3}])
+    plan = fixed_plan(config)
+    assert group_bundles(config, plan) == [{"CPU": 4.0, "GPU": 4.0}] * 2
+    assert fits(least_bill(config, plan), [{"CPU": 8, "GPU": 5}] * 2)
+    assert not fits(least_bill(config, plan), [{"CPU": 64, "GPU": 16}])
+    assert not fits(least_bill(config, plan), [{"CPU": 64, "GPU": 16}, {"CPU": 64, "GPU": 3}])
 
 
 def test_shares_of_a_gpu_add_up():
@@ -37,8 +40,8 @@ def test_shares_of_a_gpu_add_up():
     config = RunConfig.model_validate(
         {"parallel": {"ulysses_degree": 1}, "encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
     )
-    assert fits(least_bill(config), [{"CPU": 4, "GPU": 2}])
-    assert not fits(least_bill(config), [{"CPU": 4, "GPU": 1}])
+    assert fits(least_bill(config, fixed_plan(config)), [{"CPU": 4, "GPU": 2}])
+    assert not fits(least_bill(config, fixed_plan(config)), [{"CPU": 4, "GPU": 1}])
 
 
 def test_who_may_meet_on_a_node_share_its_store():
@@ -57,8 +60,8 @@ def test_who_may_meet_on_a_node_share_its_store():
 def test_groups_that_decode_want_no_decoder():
     """decoders.placement: group: nine GPUs are enough, whatever decoders.gpus says, even nothing."""
     config = RunConfig.model_validate({"decoders": {"placement": "group", "gpus": 0.0}})
-    assert len(least_bill(config)) == 2
-    assert fits(least_bill(config), [{"CPU": 64, "GPU": 9}])
+    assert len(least_bill(config, fixed_plan(config))) == 2
+    assert fits(least_bill(config, fixed_plan(config)), [{"CPU": 64, "GPU": 9}])
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=4), st.lists(st.integers(0, 8), max_size=4))

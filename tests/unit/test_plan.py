@@ -22,6 +22,7 @@ from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint, memory_pr
 from hv_batch.job.model import ModelShape
 from hv_batch.job.pools import HEADROOM
 from hv_batch.job.progress import Progress
+from hv_batch.job.sizes import choose_sizes
 from hv_batch.plan import make_plan, render_plan
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render
@@ -209,10 +210,10 @@ def test_a_plan_knows_halves_of_groups(config, tmp_path):
     """P6: with cfg_degree 2 a rank passes through the DiT once a step; a row without guidance is refused by number."""
     manifest = tmp_path / "guided.jsonl"
     manifest.write_text('{"prompt": "a", "cfg_scale": 3.0}\n')
-    shared = config.parallel.model_copy(update={"ulysses_degree": 4, "cfg_degree": 2})
+    shared = config.parallel.model_copy(update={"cfg_degree": 2})
     whole, halves = (
         make_plan(config.model_copy(update={"parallel": parallel}), str(manifest), GPUS["h100"])
-        for parallel in (config.parallel.model_copy(update={"ulysses_degree": 4}), shared)
+        for parallel in (config.parallel.model_copy(update={"gpus_per_group": 4}), shared)
     )
     assert (halves["gpus"]["groups"], whole["gpus"]["groups"]) == (8, 4)
     assert halves["memory"] == whole["memory"]
@@ -227,6 +228,37 @@ def test_a_plan_knows_halves_of_groups(config, tmp_path):
         UserError, match=r"row 2: cfg_scale = 1\.0; allowed: above 1, because with parallel\.cfg_degree"
     ):
         make_plan(config.model_copy(update={"parallel": shared}), str(manifest), GPUS["h100"])
+
+
+def test_a_plan_tells_which_shape_gets_which_size(manifest):
+    """Sizes: with auto, the group of every shape and why; hours are those of all ranks, GPUs those of the largest."""
+    auto = ["parallel.gpus_per_group=auto", "gpu=H100", "gpu_memory_gib=79.6", "groups.max_sample_minutes=10"]
+    config = load_config(str(shipped("720p_8gpu.yaml")), auto)
+    plan = make_plan(config, manifest, GPUS["h100"])
+    assert plan == json.loads(json.dumps(plan))
+    assert [(size["shape"][2], size["samples"], size["ranks"]) for size in plan["sizes"]] == [
+        (129, 3, 2),
+        (1, 1, 1),
+        (129, 3, 4),
+    ]
+    assert plan["gpus"]["groups"] == 4
+    hours = sum(size["gpu_hours"] for size in plan["sizes"])
+    assert plan["estimate"]["h100"]["stage_hours"]["denoise"] == pytest.approx(hours / 4)
+    assert plan["halves"] is None, "not every row has guidance"
+    text = render_plan(plan)
+    assert "4 (Ulysses 4 x ring 1), smaller ones take longer than 10 min" in text
+    assert "1 (Ulysses 1 x ring 1), the cheapest" in text
+
+
+def test_a_plan_proposes_halves(config, tmp_path):
+    """Sizes: where every row uses guidance, what cfg_degree 2 would cost, if it is less."""
+    manifest = tmp_path / "guided.jsonl"
+    manifest.write_text('{"prompt": "a", "cfg_scale": 3.0}\n')
+    plan = make_plan(config, str(manifest), GPUS["h100"])
+    assert plan["halves"]["gpu_hours"] < plan["halves"]["instead_of"]
+    assert "with parallel.cfg_degree=2" in render_plan(plan)
+    single = load_config(str(shipped("throughput_1gpu.yaml")))
+    assert make_plan(single, str(manifest), GPUS["h100"])["halves"] is None, "one rank has no halves"
 
 
 def test_sizes_that_the_chosen_attention_cannot_share_are_refused(config, tmp_path):
@@ -300,10 +332,14 @@ def test_another_engine_has_no_known_costs(config, manifest):
 # ---- refusing what cannot fit
 
 
+def problems_of(config, shapes):
+    return memory_problems(config, choose_sizes(config, shapes).by_shape)
+
+
 def test_a_run_that_cannot_fit_is_refused_with_every_reason(manifest):
     """P6: too little GPU memory is found before a GPU is taken; each shape and stage with the remedy."""
     config = load_config(str(shipped("throughput_1gpu.yaml")), ["gpu_memory_gib=24"])
-    found = memory_problems(config, [(720, 1280, 129), (720, 1280, 1)])
+    found = problems_of(config, [(720, 1280, 129), (720, 1280, 1)])
     subjects = ("720x1280x1 needs", "720x1280x129 needs", "the text encoders need")
     assert [line.startswith(subject) for line, subject in zip(found, subjects, strict=True)] == [True] * 3
     assert any("offload to blocks" in line for line in found)
@@ -327,15 +363,15 @@ def test_a_run_that_fits_and_a_memory_unknown_are_let_through():
     """Nothing is refused on a guess: without the key, on a CPU, or for another engine there is no judgement."""
     shapes = [(720, 1280, 129)]
     path = str(shipped("720p_8gpu.yaml"))
-    assert memory_problems(load_config(path), shapes) == []
-    assert memory_problems(load_config(path, ["gpu_memory_gib=79.6"]), shapes) == []
-    assert memory_problems(load_config(path, ["gpu_memory_gib=1", "model.engine=a:B"]), shapes) == []
+    assert problems_of(load_config(path), shapes) == []
+    assert problems_of(load_config(path, ["gpu_memory_gib=79.6"]), shapes) == []
+    assert problems_of(load_config(path, ["gpu_memory_gib=1", "model.engine=a:B"]), shapes) == []
     small = load_config(path, ["gpu_memory_gib=1"])
-    assert len(memory_problems(small, shapes)) == 3
-    inside = memory_problems(small.model_copy(update={"decoders": small.decoders.model_copy(update=IN_GROUP)}), shapes)
+    assert len(problems_of(small, shapes)) == 3
+    inside = problems_of(small.model_copy(update={"decoders": small.decoders.model_copy(update=IN_GROUP)}), shapes)
     assert ["decode" in line for line in inside] == [False, False], "no decoder stands by itself"
     on_cpu = small.model_copy(update={"parallel": small.parallel.model_copy(update={"device": "cpu"})})
-    assert memory_problems(on_cpu, shapes) == []
+    assert problems_of(on_cpu, shapes) == []
 
 
 def test_the_limit_is_the_computed_peak():
@@ -343,7 +379,7 @@ def test_the_limit_is_the_computed_peak():
     need = denoiser_footprint(RELEASED, 118_800, 8, 1).total / GIB
     for memory, refused in ((need - 0.01, True), (need + 0.01, False)):
         config = load_config(str(shipped("720p_8gpu.yaml")), [f"gpu_memory_gib={memory}"])
-        assert bool(memory_problems(config, [(720, 1280, 129)])) is refused
+        assert bool(problems_of(config, [(720, 1280, 129)])) is refused
 
 
 def test_the_command_runs_without_weights_or_gpus(tmp_path):

@@ -83,7 +83,15 @@ def test_aggregate_adds_up(store):
 def test_gpu_time_counts_every_rank(key, ranks):
     """Also of roots that were begun before there was a cfg_degree."""
     parallel = {"device": "cuda", "ulysses_degree": 2, "ring_degree": 1, **key}
-    assert report._gpu_seconds({"config": {"parallel": parallel}}, 10.0) == 10.0 * ranks
+    assert report._gpu_seconds({"identity": {"parallel": parallel}}, {"": 10_000}) == 10.0 * ranks
+
+
+def test_gpu_time_counts_each_group_by_its_size(store):
+    """Groups of several sizes: a record tells the ranks of its group; one of before does not, and had the run's."""
+    open_root(store, 3, device="cuda")
+    for number, told in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
+        commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **told}}))
+    assert report.aggregate(store)["denoise_gpu_seconds"] == 10.0 * (8 + 1 + 2)
 
 
 def test_aggregate_counts_what_was_encoded_once(store):

@@ -7,9 +7,12 @@ import pytest
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage
 from hv_batch.job.nodes import EXCLUDE_AFTER
+from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime import sick_nodes
 from hv_batch.runtime.placement import NODE_LABEL, elsewhere
 from hv_batch.runtime.sick_nodes import SickNodes
+
+PAIR = ParallelPlan(ulysses_degree=2)
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def break_down(sick, stage, node):
 def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage):
     """P5: whoever found it, groups, encoders and decoders keep off, and people are told once."""
     said = []
-    sick = SickNodes(config(gpus=0.5), said.append)
+    sick = SickNodes(config(gpus=0.5), PAIR, said.append)
     break_down(sick, stage, "a")
     assert all(sick.avoided(other) == {"a"} for other in Stage)
     assert said == ["node host-a (a) is excluded for the rest of this run: its device fails: CUDA error: ECC"]
@@ -49,7 +52,7 @@ def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage):
 
 def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
     """P5: a decoder on a CPU has nothing to fear from a node's GPU, and knows nothing of it."""
-    sick = SickNodes(config(gpus=0.0), print)
+    sick = SickNodes(config(gpus=0.0), PAIR, print)
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
     assert not sick.excluded
@@ -61,7 +64,7 @@ def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
 def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
     """P5: groups leave a node that the decoders cannot do without; once there is room elsewhere, these leave, too."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
-    sick = SickNodes(config(gpus=0.5), print)
+    sick = SickNodes(config(gpus=0.5), PAIR, print)
     break_down(sick, Stage.DENOISE, "a")
     assert sick.avoided(Stage.DENOISE) == {"a"}
     assert sick.avoided(Stage.DECODE) == frozenset()
@@ -73,7 +76,7 @@ def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes):
     """P5: a node that cannot be spared is named and stays."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
     said = []
-    sick = SickNodes(config(gpus=0.5), said.append)
+    sick = SickNodes(config(gpus=0.5), PAIR, said.append)
     break_down(sick, Stage.DECODE, "a")
     assert not sick.excluded
     (line,) = said
@@ -83,7 +86,7 @@ def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes):
 def test_nodes_are_taken_back_when_no_group_could_stand_elsewhere(nodes):
     """P5: the node that was left is lost, so the excluded one is better than none."""
     said = []
-    sick = SickNodes(config(gpus=0.5), said.append)
+    sick = SickNodes(config(gpus=0.5), PAIR, said.append)
     break_down(sick, Stage.DENOISE, "a")
     del nodes["b"]
     assert sick.avoided(Stage.DENOISE) == frozenset()

@@ -1,0 +1,248 @@
+"""How many ranks render a shape: what the config may say, what `auto` chooses, and that a run keeps to it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hv_batch.job.config import RunConfig
+from hv_batch.job.cost import Work
+from hv_batch.job.gpus import GPUS, denoise_seconds
+from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint
+from hv_batch.job.model import ModelShape
+from hv_batch.job.size_rules import GROUP_SIZES
+from hv_batch.job.sizes import choose_sizes, explain_choice, fixed_plan, plan_for, recorded_plans
+from hv_batch.protocol import ParallelPlan, UserError
+
+RELEASED = ModelShape()
+HD, SD, IMAGE = (720, 1280, 129), (544, 960, 129), (720, 1280, 1)
+SHAPES = st.tuples(
+    st.integers(4, 80).map(lambda n: 16 * n),
+    st.integers(4, 80).map(lambda n: 16 * n),
+    st.integers(0, 64).map(lambda n: 4 * n + 1),
+)
+
+
+def auto(**sections):
+    """A config that leaves the sizes to the cost model."""
+    sections = {"gpu": "H100", "gpu_memory_gib": 79.6, **sections}
+    sections["parallel"] = {"gpus_per_group": "auto", **sections.get("parallel", {})}
+    return RunConfig.model_validate(sections)
+
+
+def need_gib(shape, ranks):
+    return denoiser_footprint(RELEASED, count_tokens(shape), ranks, 1).total / GIB
+
+
+# ---- one size for all
+
+
+@pytest.mark.parametrize(
+    ("parallel", "nodes", "plan"),
+    [
+        ({}, 1, (8, 1, 1)),
+        ({"gpus_per_group": 8}, 1, (8, 1, 1)),
+        ({"gpus_per_group": 4}, 1, (4, 1, 1)),
+        ({"gpus_per_group": 16}, 1, (8, 2, 1)),
+        ({"gpus_per_group": 5}, 1, (1, 5, 1)),
+        ({"gpus_per_group": 8, "cfg_degree": 2}, 1, (4, 1, 2)),
+        ({"gpus_per_group": 8, "ulysses_degree": 2}, 1, (2, 4, 1)),
+        ({"gpus_per_group": 8, "ring_degree": 4}, 1, (2, 4, 1)),
+        ({"gpus_per_group": 8}, 2, (4, 2, 1)),
+        ({"gpus_per_group": 16, "cfg_degree": 2}, 4, (4, 2, 2)),
+        ({"gpus_per_group": 8, "cfg_degree": 2}, 2, (4, 1, 2)),
+        ({"ring_degree": 2}, 1, (8, 2, 1)),
+    ],
+)
+def test_degrees_are_chosen_for_a_size(parallel, nodes, plan):
+    """Design section 5: as much Ulysses as the heads allow and a node holds; given degrees stay as they are."""
+    config = RunConfig.model_validate({"parallel": parallel, "groups": {"nodes_per_group": nodes}})
+    assert fixed_plan(config) == ParallelPlan(ulysses_degree=plan[0], ring_degree=plan[1], cfg_degree=plan[2])
+    assert plan_for(config, HD) == fixed_plan(config)
+    assert choose_sizes(config, [HD, SD]).lane(SD) == 0
+
+
+@pytest.mark.parametrize("parallel", [{}, {"gpus_per_group": 8}, {"ulysses_degree": 8, "gpus_per_group": 8}])
+def test_the_identity_is_that_of_the_degrees(parallel):
+    """P2, P3: however one size is written, roots that were begun before there was a gpus_per_group can be resumed."""
+    config = RunConfig.model_validate({"parallel": parallel})
+    assert config.identity()["parallel"] == {"device": "cuda", "ulysses_degree": 8, "ring_degree": 1}
+    assert RunConfig.model_validate(config.model_dump(mode="json")).identity() == config.identity(), (
+        "as resume reads it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"parallel": {"gpus_per_group": 8, "ulysses_degree": 4, "ring_degree": 1}}, "degrees whose product is 8"),
+        ({"parallel": {"gpus_per_group": 8, "ulysses_degree": 3}}, "degrees whose product is 8"),
+        ({"parallel": {"gpus_per_group": 3, "cfg_degree": 2}}, "degrees whose product is 3"),
+        ({"parallel": {"gpus_per_group": 0}}, "a whole number of at least 1, auto, or null"),
+        ({"parallel": {"gpus_per_group": "many"}}, "a whole number of at least 1, auto, or null"),
+        ({"parallel": {"gpus_per_group": True}}, "a whole number of at least 1, auto, or null"),
+        ({"parallel": {"gpus_per_group": 4}, "groups": {"nodes_per_group": 3}}, "a number of ranks that 3 divides"),
+        ({"parallel": {"gpus_per_group": 4, "ulysses_degree": 4}, "groups": {"nodes_per_group": 2}}, "1 x 4, 2 x 2"),
+        ({"groups": {"max_sample_minutes": 9}}, "together with parallel.gpus_per_group = auto"),
+        ({"gpu": "RTX 9090"}, "H100, H200, A100, H20, L40S"),
+    ],
+)
+def test_sizes_that_contradict_themselves_are_refused(values, said):
+    """P6: each with what is allowed."""
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate(values)
+    assert said in str(caught.value)
+
+
+def test_what_auto_needs_is_told_at_once():
+    """P6: the costs of another engine are unknown, and nothing is guessed of the GPUs; every reason in one refusal."""
+    values = {
+        "model": {"engine": "my.engine:Engine"},
+        "parallel": {"gpus_per_group": "auto", "ulysses_degree": 8},
+        "groups": {"nodes_per_group": 2},
+        "decoders": {"placement": "colocated", "gpus": 0.3},
+    }
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate(values)
+    for expected in (
+        "whose costs are not known",
+        "auto without gpu and gpu_memory_gib; allowed: auto where the config tells",
+        "because auto chooses them for every shape",
+        "among groups that fit on one node",
+        "how many may lodge with a group depends on its size",
+    ):
+        assert expected in str(caught.value)
+
+
+# ---- auto
+
+
+def test_the_smallest_group_that_fits_is_the_cheapest():
+    """Published H100 figures: 8 groups of 1 render 42 % more than one of 8; memory is what asks for more."""
+    assert plan_for(auto(), HD).world_size == 1
+    assert plan_for(auto(gpu_memory_gib=32), HD).world_size == 2
+    assert plan_for(auto(gpu_memory_gib=32), IMAGE).world_size == 1
+
+
+def test_a_bound_on_a_samples_time_asks_for_more():
+    """groups.max_sample_minutes: 720p takes 30 minutes on one H100; where none keeps to it, the fastest is taken."""
+    sizes = {
+        minutes: plan_for(auto(groups={"max_sample_minutes": minutes}), HD).world_size for minutes in (40, 20, 10, 5, 1)
+    }
+    assert sizes == {40: 1, 20: 2, 10: 4, 5: 8, 1: 8}
+    twice_the_steps = auto(groups={"max_sample_minutes": 20}, defaults={"num_inference_steps": 100})
+    assert plan_for(twice_the_steps, HD).world_size == 4
+
+
+def test_halves_stay_halves():
+    """parallel.cfg_degree is kept: with it every size has two halves, so the smallest has two ranks."""
+    halves = auto(parallel={"cfg_degree": 2}, defaults={"cfg_scale": 3.0})
+    assert plan_for(halves, IMAGE) == ParallelPlan(cfg_degree=2)
+
+
+@settings(max_examples=200)
+@given(
+    shape=SHAPES,
+    gib=st.floats(20, 150),
+    gpu=st.sampled_from(sorted(GPUS)),
+    minutes=st.none() | st.floats(0.1, 200),
+    cfg=st.sampled_from([1, 2]),
+)
+def test_a_chosen_group_fits_and_none_is_cheaper(shape, gib, gpu, minutes, cfg):
+    """Property: never a size that does not fit; of those that fit and keep to the bound, the fewest GPU seconds."""
+    config = auto(gpu=gpu, gpu_memory_gib=gib, groups={"max_sample_minutes": minutes}, parallel={"cfg_degree": cfg})
+    fitting = [n for n in GROUP_SIZES if n % cfg == 0 and need_gib(shape, n // cfg) <= gib]
+    if not fitting:
+        with pytest.raises(UserError, match="does not fit into GPU memory"):
+            plan_for(config, shape)
+        return
+    chosen = plan_for(config, shape).world_size
+    assert chosen in fitting
+    seconds = {
+        n: denoise_seconds(
+            GPUS[gpu], RELEASED, Work(shape, 50, cfg), ParallelPlan(ulysses_degree=n // cfg, cfg_degree=cfg)
+        )
+        for n in fitting
+    }
+    quick = [n for n in fitting if seconds[n] <= 60 * (minutes or 1e9)]
+    if quick:
+        assert chosen in quick
+        assert seconds[chosen] * chosen == min(seconds[n] * n for n in quick)
+    else:
+        assert seconds[chosen] == min(seconds.values())
+
+
+@settings(max_examples=100)
+@given(shape=SHAPES, gib=st.floats(30, 150), more=st.floats(0, 50), minutes=st.floats(1, 200), later=st.floats(0, 100))
+def test_looser_bounds_never_ask_for_larger_groups(shape, gib, more, minutes, later):
+    """Property: with more memory a GPU, or more time, no shape gets a larger group."""
+    tight, loose = (
+        auto(gpu_memory_gib=memory, groups={"max_sample_minutes": bound})
+        for memory, bound in ((gib, minutes), (gib + more, minutes + later))
+    )
+    try:
+        before = plan_for(tight, shape).world_size
+    except UserError:
+        return
+    assert plan_for(loose, shape).world_size <= before
+
+
+def test_shapes_that_fit_nowhere_are_told_at_once():
+    """P6: every shape with its need, and the remedy."""
+    with pytest.raises(UserError) as caught:
+        choose_sizes(auto(gpu_memory_gib=24), [HD, SD, IMAGE])
+    text = str(caught.value)
+    assert text.count("GiB on each rank of the largest group, of 8") == 3
+    assert "720x1280x129 needs about" in text
+    assert "offload" in text
+
+
+def test_lanes_are_the_sizes_largest_first():
+    """Each shape finds its lane, and each plan its shapes."""
+    sizes = choose_sizes(auto(gpu_memory_gib=32), [IMAGE, HD, SD])
+    assert [plan.world_size for plan in sizes.plans] == [2, 1]
+    assert sizes.largest.world_size == 2
+    assert [sizes.lane(shape) for shape in (HD, SD, IMAGE)] == [0, 1, 1]
+    assert sizes.shapes(sizes.plans[1]) == [SD, IMAGE]
+
+
+def test_every_choice_is_explained():
+    """`hv-batch plan` says why a shape has its size."""
+    config = auto(gpu_memory_gib=32, groups={"max_sample_minutes": 10})
+    slow = auto(gpu="L40S", groups={"max_sample_minutes": 5})
+    assert explain_choice(config, RELEASED, IMAGE) == "the cheapest"
+    assert explain_choice(config, RELEASED, HD) == "smaller ones take longer than 10 min"
+    assert explain_choice(slow, RELEASED, HD) == "the fastest, though it takes longer than 5 min"
+    assert explain_choice(auto(gpu_memory_gib=32), RELEASED, HD) == "smaller ones have not the memory"
+    assert explain_choice(RunConfig(), RELEASED, HD) == ""
+
+
+# ---- a run keeps to what it has chosen
+
+
+def test_the_identity_names_the_plan_of_every_shape():
+    """P3: resolved, not "auto"; and what was recorded can be read back."""
+    config = auto(gpu_memory_gib=32)
+    sizes = choose_sizes(config, [HD, IMAGE])
+    identity = json.loads(json.dumps(config.identity(sizes.by_shape)))
+    one = {"ring_degree": 1, "cfg_degree": 1}
+    plans = {"720x1280x1": {"ulysses_degree": 1, **one}, "720x1280x129": {"ulysses_degree": 2, **one}}
+    assert identity["parallel"] == {"device": "cuda", "plans": plans}
+    assert recorded_plans(identity) == sizes.by_shape
+    assert recorded_plans(RunConfig().identity()) == {}
+
+
+def test_recorded_plans_outlive_the_cost_model():
+    """P3: a resumed run takes the plans that its run.json names, whatever would be chosen now."""
+    recorded = choose_sizes(auto(gpu_memory_gib=32), [HD, IMAGE]).by_shape
+    now = auto(groups={"max_sample_minutes": 5})
+    assert choose_sizes(now, [HD, IMAGE]).by_shape != recorded
+    kept = choose_sizes(now, [HD, IMAGE, SD], recorded).by_shape
+    assert {shape: kept[shape] for shape in recorded} == recorded
+    assert kept[SD] == plan_for(now, SD), "what was not recorded is chosen"
+    halves = auto(parallel={"cfg_degree": 2})
+    assert choose_sizes(halves, [HD], recorded).largest.cfg_degree == 2, "another guidance is another run"
