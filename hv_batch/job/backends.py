@@ -42,8 +42,9 @@ MAX_PARTS = 10_000  # of one S3 object
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-# Where nobody judges the condition, at least the threads of one process take turns.
-_TURN = threading.Lock()
+# Where nobody judges the condition, at least the threads of one process take turns. fsspec's memory needs that of every
+# act that changes what a listing walks over.
+_TURN = threading.RLock()
 
 
 class PutIfAbsent(enum.Enum):
@@ -178,6 +179,7 @@ class Remote:
                 "or [azure]."
             ) from error
         self.turn: Any = contextlib.nullcontext() if self.is_conditional else _TURN
+        self.memory_turn: Any = _TURN if protocol == "memory" else contextlib.nullcontext()
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -199,17 +201,19 @@ class Remote:
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        self._make_folder(path)
-        self.fs.pipe_file(path, data)
+        with self.memory_turn:
+            self._make_folder(path)
+            self.fs.pipe_file(path, data)
 
     def put_file(self, key: str, path: Path) -> None:
         target = self._path(key)
-        self._make_folder(target)
         options: dict[str, Any] = {}
         if self.is_s3:
             part_bytes = max(PART_BYTES, -(-path.stat().st_size // MAX_PARTS))
             options = {"chunksize": part_bytes, "max_concurrency": PARTS_AT_ONCE}
-        self.fs.put_file(str(path), target, **options)
+        with self.memory_turn:
+            self._make_folder(target)
+            self.fs.put_file(str(path), target, **options)
 
     def get(self, key: str) -> bytes:
         return bytes(self.fs.cat_file(self._path(key)))
@@ -230,7 +234,8 @@ class Remote:
         # The generic walk leaves out folders it cannot read unless told otherwise; the stores' own never do.
         options = {} if self.is_conditional else {"on_error": "raise"}
         try:
-            paths = self.fs.find(self._path(prefix), **options)
+            with self.memory_turn:
+                paths = self.fs.find(self._path(prefix), **options)
         except FileNotFoundError:
             return []
         return [path.removeprefix(self.root).lstrip("/") for path in paths]
@@ -241,7 +246,7 @@ class Remote:
         return written
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self.memory_turn:
             self.fs.rm_file(self._path(key))
 
     def _path(self, key: str) -> str:

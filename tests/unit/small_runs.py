@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
@@ -72,7 +71,7 @@ def run_small(
     if store.exists(layout.SUCCESS):
         return
     plan = Plan(store, ListedShards(samples))
-    for found in _one_by_one(plan):
+    for found in plan:
         if not isinstance(found, Passed):
             counts = denoised if denoised is not None else Counter()
             if found.sample.key in poison:
@@ -86,12 +85,6 @@ def run_small(
     summary = report.aggregate(store)
     report.write_report(store, summary)
     runs.finish_run(store, summary)
-
-
-def _one_by_one(plan: Plan) -> Iterator[Pending | Passed]:
-    """Without looking ahead, which threads do: fsspec's memory is not made for them."""
-    with patch("hv_batch.job.plan.LOOK_AHEAD", 1):
-        yield from plan
 
 
 def _earlier(found: Pending) -> list[dict]:

@@ -150,8 +150,7 @@ def test_a_shard_is_sealed_by_whoever_renders_its_last_sample(index):
 def test_a_plan_is_what_is_selected_and_not_terminal(done, given_up, waiting, chosen, limit, tmp_path_factory):
     """P1, P2: whatever state a root is in; samples with latents go on at the decode, complete shards get sealed."""
     index = index_of(tmp_path_factory.mktemp("m"), [{"prompt": "a", "id": f"s{n:02d}"} for n in range(22)])
-    # On disk: shards are looked up by threads, which fsspec's memory is not made for.
-    store, samples = Store(str(tmp_path_factory.mktemp("root"))), list(index)
+    store, samples = memory(), list(index)
     for numbers, key in (
         (done, layout.commit_key),
         (given_up, layout.quarantine_key),

@@ -194,6 +194,28 @@ def test_of_many_threads_one_creates(any_store):
         sys.setswitchinterval(usual)
 
 
+def test_a_listing_bears_writers_beside_it(any_store):
+    """P2: shards are looked up by several threads while others commit; what stood before is always seen."""
+    usual = sys.getswitchinterval()
+    any_store.put("data/kept", b"")
+    sys.setswitchinterval(1e-6)
+
+    def write_or_list(i):
+        for turn in range(40):
+            key = f"data/{i}-{turn}"
+            if i % 2:
+                any_store.put(key, b"")
+                any_store.delete(key)
+            else:
+                assert "data/kept" in set(any_store.list("data"))
+        return True
+
+    try:
+        assert all(at_once(4, write_or_list))
+    finally:
+        sys.setswitchinterval(usual)
+
+
 def test_threads_take_turns_where_no_server_judges(monkeypatch):
     """P1: without a conditional write the look and the write are two acts, and no thread may come between."""
     exists = MemoryFileSystem.exists
