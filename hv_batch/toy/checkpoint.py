@@ -19,6 +19,7 @@ from safetensors.torch import save
 from hv_batch.engine.checkpoint import DIT_CLASS
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.protocol import LATENT_CHANNELS
 from hv_batch.toy import random_weights, tokenizers
 from hv_batch.toy.random_weights import State, dit_state, text_state, vae_state
 
@@ -72,31 +73,54 @@ def _recipe() -> str:
 
 
 def _write_tree(base: Path, seed: int) -> None:
-    model = base / "hunyuan-video-t2v-720p"
-    for directory in (model / "transformers", model / "vae"):
-        directory.mkdir(parents=True)
     with torch.device("meta"):
         dit, vae = HYVideoDiT(DiTConfig(**TOY_DIT)), CausalVAE(VAEConfig(**TOY_VAE))
-    # torch.save writes the file's stem into the archive: the final names, from the start, keep the bytes equal.
-    bf16 = {name: tensor.bfloat16() for name, tensor in dit_state(dit, seed).items()}
-    torch.save({"module": bf16}, model / "transformers" / "mp_rank_00_model_states.pt")
-    # The released tree has none: the width of the released model is known. With it, the toy loads without options.
-    _write_json(model / "transformers" / "config.json", {"_class_name": DIT_CLASS} | TOY_DIT)
-    torch.save(vae_state(vae, seed), model / "vae" / "pytorch_model.pt")
-    _write_json(
-        model / "vae" / "config.json", {"_class_name": "AutoencoderKLCausal3D", "latent_channels": 16} | TOY_VAE
-    )
+    write_dit(base, TOY_DIT, {name: tensor.bfloat16() for name, tensor in dit_state(dit, seed).items()})
+    write_vae(base, TOY_VAE, vae_state(vae, seed))
     _write_llama(base / "text_encoder", seed)
     _write_clip(base / "text_encoder_2", seed)
 
 
-def _write_llama(directory: Path, seed: int) -> None:
-    from transformers import LlamaConfig, LlamaModel
+def write_dit(base: Path, config: Mapping[str, Any], state: State) -> None:
+    """The DiT's part of the tree at `base`; `config` are fields of `DiTConfig`, `state` has released names."""
+    folder = base / "hunyuan-video-t2v-720p" / "transformers"
+    folder.mkdir(parents=True, exist_ok=True)
+    # torch.save writes the file's stem into the archive: the final names, from the start, keep the bytes equal.
+    torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
+    # The released tree has none: the width of the released model is known. With it, the toy loads without options.
+    _write_json(folder / "config.json", {"_class_name": DIT_CLASS} | dict(config))
 
-    config = LlamaConfig(
-        vocab_size=tokenizers.write_llama_tokenizer(directory),
-        hidden_size=LLAMA_WIDTH,
-        intermediate_size=2 * LLAMA_WIDTH,
+
+def write_vae(base: Path, config: Mapping[str, Any], state: State) -> None:
+    """The VAE's part of the tree at `base`; `config` are fields of `VAEConfig`, `state` has released names."""
+    file = vae_file(base)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file)
+    told = {"_class_name": "AutoencoderKLCausal3D", "latent_channels": LATENT_CHANNELS}
+    _write_json(file.with_name("config.json"), told | dict(config))
+
+
+def vae_file(base: Path) -> Path:
+    return base / "hunyuan-video-t2v-720p" / "vae" / "pytorch_model.pt"
+
+
+def _write_llama(directory: Path, seed: int) -> None:
+    from transformers import LlamaModel
+
+    config = llama_config(tokenizers.write_llama_tokenizer(directory), LLAMA_WIDTH)
+    with torch.device("meta"):
+        model = LlamaModel(config)
+    write_tower(directory, config, text_state(model, seed))
+
+
+def llama_config(vocab_size: int, width: int) -> Any:
+    """Of the LLaMA tower: transformers' LlamaConfig."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=4,  # of which the engine runs two
         num_attention_heads=4,
         num_key_value_heads=2,  # grouped, as in Llama 3
@@ -104,19 +128,25 @@ def _write_llama(directory: Path, seed: int) -> None:
         rope_theta=500_000.0,
         architectures=["LlamaModel"],
     )
-    with torch.device("meta"):
-        model = LlamaModel(config)
-    _write_safetensors(directory, config, text_state(model, seed))
 
 
 def _write_clip(directory: Path, seed: int) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    vocab_size, start, end = tokenizers.write_clip_tokenizer(directory)
-    config = CLIPTextConfig(
+    config = clip_config(*tokenizers.write_clip_tokenizer(directory), CLIP_WIDTH)
+    with torch.device("meta"):
+        model = CLIPTextModel(config)
+    write_tower(directory, config, clip_names(text_state(model, seed)))
+
+
+def clip_config(vocab_size: int, start: int, end: int, width: int) -> Any:
+    """Of the CLIP tower: transformers' CLIPTextConfig. `start` and `end` are ids of tokens."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=vocab_size,
-        hidden_size=CLIP_WIDTH,
-        intermediate_size=4 * CLIP_WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         bos_token_id=start,
@@ -124,14 +154,15 @@ def _write_clip(directory: Path, seed: int) -> None:
         pad_token_id=end,
         architectures=["CLIPTextModel"],
     )
-    with torch.device("meta"):
-        model = CLIPTextModel(config)
-    # The released file's names start with "text_model."; some versions of transformers leave that out of the module's.
-    state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in text_state(model, seed).items()}
-    _write_safetensors(directory, config, state)
 
 
-def _write_safetensors(directory: Path, config: Any, state: State) -> None:
+def clip_names(state: State) -> State:
+    """The released file's names start with "text_model."; some versions of transformers leave that out."""
+    return {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
+
+
+def write_tower(directory: Path, config: Any, state: State) -> None:
+    """config.json and model.safetensors of a text tower, as transformers reads them."""
     _write_json(directory / "config.json", config.to_diff_dict())
     # Not save_file, which makes the file private to its writer.
     (directory / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))

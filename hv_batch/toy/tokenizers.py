@@ -7,10 +7,10 @@ cut into as many tokens as by the released tokenizers, so the toy goes through t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from hv_batch.engine.text import CLIP_TOKENS, IMAGE_TEMPLATE, VIDEO_TEMPLATE
 
@@ -60,11 +60,17 @@ realistic scene shallow shot slowmotion style texture time timelapse tracking tr
 aerial bad composition deformation distortion eyes hands limbs low overexposed poor quality teeth
 """
 
+# Those of the toy world's captions that are not among them.
+CAPTION_WORDS = """
+backdrop big bottom circle disc does dot downward drifts five front glides image little medium move moves pans plain
+picture pointed rests sinks stands stripes striped tiny top triangle upward video
+"""
 
-def write_llama_tokenizer(directory: Path) -> int:
+
+def write_llama_tokenizer(directory: Path, words: Iterable[str] = WORDS.split()) -> int:
     """Write a Llama-3-like tokenizer for `AutoTokenizer`; returns its vocabulary's size, special tokens included."""
-    words = [*_template_pieces(), *_cases(WORDS.split())]
-    vocabulary = _number([*_byte_letters(), *map(_in_byte_letters, words)])
+    pieces = [*_template_pieces(), *_cases(words)]
+    vocabulary = _number([*_byte_letters(), *map(_in_byte_letters, pieces)])
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -90,12 +96,17 @@ def write_llama_tokenizer(directory: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def write_clip_tokenizer(directory: Path) -> tuple[int, int, int]:
-    """Write a CLIP-like tokenizer that spells in bytes; returns (vocabulary size, start id, end id)."""
+def write_clip_tokenizer(directory: Path, words: Sequence[str] = ()) -> tuple[int, int, int]:
+    """Write a CLIP-like tokenizer; returns (vocabulary size, start id, end id).
+
+    A word of `words` is one token, all else is spelt in bytes.
+    """
     letters = list(_byte_letters())
+    merges = _merges(words)
+    merged = ["".join(pair) for pair in merges]
     # The end token comes last, as in CLIP: older pooling looks for the highest id.
-    vocabulary = _number([*letters, *(f"{letter}</w>" for letter in letters), CLIP_START, CLIP_END])
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], end_of_word_suffix="</w>", unk_token=CLIP_END))
+    vocabulary = _number([*letters, *(f"{letter}</w>" for letter in letters), *merged, CLIP_START, CLIP_END])
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=CLIP_END))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -121,8 +132,17 @@ def write_clip_tokenizer(directory: Path) -> tuple[int, int, int]:
     }
     _write(directory, tokenizer, settings)
     (directory / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (directory / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(vocabulary), start, end
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs that, merged in this order, make one token of each word: those that byte pair encoding learns of them."""
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trainer = trainers.BpeTrainer(vocab_size=2**16, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(sorted(set(map(str.lower, words))), trainer)
+    return [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
 
 
 def _write(directory: Path, tokenizer: Tokenizer, settings: dict[str, object]) -> None:

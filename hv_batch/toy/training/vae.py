@@ -1,0 +1,119 @@
+"""The causal VAE learns to code the toy world: images first, where most of what there is to learn is cheap, then clips.
+
+The modules are diffusers', whose tensors have the released names. Afterwards every latent channel is moved and scaled
+to mean 0 and deviation 1 as the DiT will see it. That is folded into the two 1x1x1 convolutions around the latents, so
+the pixels stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.checkpoint import vae_file, write_vae
+from hv_batch.toy.world import draw
+
+WIDTHS: dict[str, Any] = {"block_out_channels": (16, 32, 48, 48), "layers_per_block": 1, "norm_num_groups": 8}
+SCALING = 0.476986  # the released factor: latents as the DiT sees them = this * latents as the VAE sees them
+KL_WEIGHT = 1e-5
+LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """`steps` steps over batches of one shape."""
+
+    steps: int
+    batch: int
+    num_frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    phases: tuple[Phase, ...] = (Phase(3000, 8, 1, 128, 128), Phase(1500, 2, 9, 96, 96), Phase(300, 1, 33, 128, 128))
+    measured: int = 64  # videos whose latents tell mean and deviation
+    seed: int = 0
+
+
+def train_vae(root: Path, settings: Settings, device: torch.device, say: Callable[[str], None]) -> Any:
+    """Train, write below `root` as released, and return the model: diffusers' AutoencoderKLHunyuanVideo."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(settings.seed)
+    model = AutoencoderKLHunyuanVideo(**WIDTHS, scaling_factor=SCALING).to(device)
+    total = sum(phase.steps for phase in settings.phases)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total, pct_start=0.1)
+    for phase in settings.phases:
+        batches = pixel_batches(phase, settings.seed, device)
+        for step in range(1, phase.steps + 1):
+            pixels = next(batches)
+            posterior = model.encode(pixels).latent_dist
+            shown = model.decode(posterior.sample()).sample
+            error = F.l1_loss(shown, pixels)
+            loss = error + KL_WEIGHT * posterior.kl().mean() / pixels[0].numel()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 0:
+                quality = -10 * torch.log10(F.mse_loss(shown, pixels) / 4).item()
+                say(f"VAE, {phase.num_frames} frames: step {step}, error {error.item():.4f}, {quality:.1f} dB")
+    last = settings.phases[-1]
+    measured = Phase(0, 1, last.num_frames, last.height, last.width)
+    normalise_latents(model, pixel_batches(measured, settings.seed + 1, device), settings.measured)
+    write_vae(root, WIDTHS, {name: tensor.half() for name, tensor in model.state_dict().items()})
+    return model
+
+
+def load_vae(root: Path, device: torch.device) -> Any | None:
+    """What an earlier `train_vae` has written below `root`."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    file = vae_file(root)
+    if not file.is_file():
+        return None
+    model = AutoencoderKLHunyuanVideo(**WIDTHS, scaling_factor=SCALING)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model.to(device)
+
+
+def pixel_batches(phase: Phase, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless batches [B, 3, F, H, W] in [-1, 1] of the scenes that are not held out."""
+    rng = np.random.default_rng(seed)
+    told = told_scenes(seed, phase.num_frames, held_out=False)
+    while True:
+        frames = [draw(next(told)[0], phase.num_frames, phase.height, phase.width, rng) for _ in range(phase.batch)]
+        yield to_pixels(np.stack(frames)).to(device)
+
+
+def to_pixels(frames: np.ndarray) -> Tensor:
+    """[B, 3, F, H, W] float32 in [-1, 1] of uint8 [B, F, H, W, 3]."""
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def normalise_latents(model: Any, batches: Iterator[Tensor], count: int) -> None:
+    """Fold mean and deviation of each latent channel into `quant_conv`, and their inverse into `post_quant_conv`."""
+    latents = [model.encode(next(batches)).latent_dist.mode().transpose(0, 1).flatten(1) for _ in range(count)]
+    values = torch.cat(latents, dim=1)
+    mean, factor = values.mean(1), 1 / (SCALING * values.std(1))
+    weight, bias = model.quant_conv.weight, model.quant_conv.bias
+    bias[:LATENT_CHANNELS] = (bias[:LATENT_CHANNELS] - mean) * factor
+    weight[:LATENT_CHANNELS] *= factor[:, None, None, None, None]
+    bias[LATENT_CHANNELS:] += 2 * factor.log()  # of the logarithm of the variance
+    after = model.post_quant_conv
+    after.bias += after.weight.flatten(1) @ mean
+    after.weight /= factor[None, :, None, None, None]

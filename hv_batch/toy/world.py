@@ -1,0 +1,193 @@
+"""The world that the toy model is trained in: one or two flat shapes on a background, drawn from a description.
+
+A `Scene` says all that a caption may tell and a scorer can read back; `draw` makes frames of it. What a caption leaves
+open (the jitter) is small on purpose: the model then has one picture to learn for a prompt, not a choice of many.
+
+Lengths are shares of the frame's shorter side, places are shares of its width and height, (0, 0) at the top left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Frames = NDArray[np.uint8]  # [F, H, W, 3]
+
+
+class Shape(StrEnum):
+    CIRCLE = "circle"
+    SQUARE = "square"
+    TRIANGLE = "triangle"
+    STAR = "star"
+
+
+class Size(StrEnum):
+    SMALL = "small"
+    MEDIUM = "medium"
+    LARGE = "large"
+
+
+class Motion(StrEnum):
+    """Where a shape goes."""
+
+    STILL = "still"
+    RIGHT = "right"
+    LEFT = "left"
+    UP = "up"
+    DOWN = "down"
+
+
+class Camera(StrEnum):
+    """Where the camera turns: what stands in the scene moves the other way."""
+
+    FIXED = "fixed"
+    PAN_RIGHT = "pan right"
+    PAN_LEFT = "pan left"
+
+
+class Pattern(StrEnum):
+    """What the background is painted with."""
+
+    PLAIN = "plain"
+    STRIPED = "striped"  # upright stripes, each second one darker: without them nobody sees a camera turn
+
+
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (215, 38, 38),
+    "orange": (245, 140, 30),
+    "yellow": (245, 226, 60),
+    "green": (46, 160, 67),
+    "blue": (45, 85, 215),
+    "purple": (140, 60, 180),
+    "white": (244, 244, 244),
+    "black": (22, 22, 22),
+}
+# Radius of the circle of the same area; every shape of one size covers about as much.
+RADII: Mapping[Size, float] = {Size.SMALL: 0.11, Size.MEDIUM: 0.155, Size.LARGE: 0.21}
+HEADINGS: Mapping[Motion, tuple[float, float]] = {
+    Motion.STILL: (0, 0),
+    Motion.RIGHT: (1, 0),
+    Motion.LEFT: (-1, 0),
+    Motion.UP: (0, -1),
+    Motion.DOWN: (0, 1),
+}
+TRAVEL = 0.5  # how far a shape moves between the first and the last frame
+PAN = 0.4  # how far the scene moves under a turning camera
+STRIPES = 4  # pairs a frame's width
+SHADE = 0.72  # of a darker stripe, against the background's colour
+SIDES = (0.27, 0.73)  # where the left and the right one of two shapes stand
+PLACE_JITTER = 0.05
+RADIUS_JITTER = 0.06
+STAR_INNER = 0.45  # radius of a star's notches, against that of its points
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A shape with its attributes."""
+
+    shape: Shape
+    colour: str
+    size: Size
+    motion: Motion
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One thing in the middle, or a left and a right one. Under a turning camera nothing else moves."""
+
+    things: tuple[Thing, ...]
+    background: str
+    pattern: Pattern = Pattern.PLAIN
+    camera: Camera = Camera.FIXED
+
+
+def random_scene(rng: np.random.Generator, *, moves: bool = True) -> Scene:
+    """Mostly one thing; a quarter with two, a sixth under a turning camera. With `moves` false nothing moves."""
+    colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
+    kind = rng.random()
+    if moves and kind < 1 / 6:
+        camera = Camera.PAN_LEFT if rng.random() < 0.5 else Camera.PAN_RIGHT
+        return Scene((_thing(rng, colours[0], [Motion.STILL]),), colours[1], Pattern.STRIPED, camera)
+    pattern = Pattern.STRIPED if rng.random() < 1 / 6 else Pattern.PLAIN
+    if kind > 3 / 4:
+        upright = [Motion.STILL, Motion.UP, Motion.DOWN] if moves else [Motion.STILL]
+        pair = (_thing(rng, colours[0], upright), _thing(rng, colours[1], upright))
+        return Scene(pair, colours[2], pattern)
+    return Scene((_thing(rng, colours[0], list(Motion) if moves else [Motion.STILL]),), colours[1], pattern)
+
+
+def _thing(rng: np.random.Generator, colour: str, motions: list[Motion]) -> Thing:
+    shape, size = list(Shape)[rng.integers(len(Shape))], list(Size)[rng.integers(len(Size))]
+    return Thing(shape, colour, size, motions[rng.integers(len(motions))])
+
+
+def draw(scene: Scene, num_frames: int, height: int, width: int, rng: np.random.Generator | None = None) -> Frames:
+    """The scene as frames; with `rng`, places and sizes vary a little. One frame shows the middle of the motion."""
+    times = np.linspace(-0.5, 0.5, num_frames, dtype=np.float32) if num_frames > 1 else np.zeros(1, np.float32)
+    pan = {Camera.FIXED: 0.0, Camera.PAN_RIGHT: -PAN, Camera.PAN_LEFT: PAN}[scene.camera] * times
+    frames = _background(scene, pan, height, width)
+    homes = (0.5,) if len(scene.things) == 1 else SIDES
+    for home, thing in zip(homes, scene.things, strict=True):
+        heading = HEADINGS[thing.motion]
+        jitter = np.zeros(3) if rng is None else rng.uniform(-1, 1, 3)
+        x = home + PLACE_JITTER * jitter[0] + heading[0] * TRAVEL * times + pan
+        y = 0.5 + PLACE_JITTER * jitter[1] + heading[1] * TRAVEL * times
+        radius = RADII[thing.size] * (1 + RADIUS_JITTER * jitter[2]) * min(height, width)
+        covered = cover(thing.shape, x * width, y * height, radius, height, width)[..., None]
+        frames += covered * (np.array(COLOURS[thing.colour], np.float32) - frames)
+    return np.rint(frames).astype(np.uint8)
+
+
+def _background(scene: Scene, pan: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    colour = np.array(COLOURS[scene.background], np.float32)
+    frames = np.empty((len(pan), height, width, 3), np.float32)
+    frames[:] = colour
+    if scene.pattern is Pattern.STRIPED:
+        across = (np.arange(width, dtype=np.float32) + 0.5) / width - pan[:, None]
+        wave = np.sin(2 * np.pi * STRIPES * across) * width / (2 * np.pi * STRIPES)  # about the pixels to the next edge
+        frames += np.clip(0.5 + wave, 0, 1)[:, None, :, None] * (np.array(shade(scene.background)) - colour)
+    return frames
+
+
+def shade(colour: str) -> tuple[float, float, float]:
+    """The other colour of stripes: darker, or lighter where the first is black."""
+    if colour == "black":
+        return (75.0, 75.0, 75.0)
+    red, green, blue = COLOURS[colour]
+    return (red * SHADE, green * SHADE, blue * SHADE)
+
+
+def cover(
+    shape: Shape, x: NDArray[np.float32], y: NDArray[np.float32], radius: float, height: int, width: int
+) -> NDArray[np.float32]:
+    """How much of each pixel the shape covers, [F, H, W] in 0..1; centre (x, y) by frame and radius in pixels."""
+    across = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - x.astype(np.float32)[:, None, None]
+    down = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - y.astype(np.float32)[:, None, None]
+    covered: NDArray[np.float32] = np.clip(0.5 - outside(shape, across, down, radius), 0, 1).astype(np.float32)
+    return covered
+
+
+def outside(shape: Shape, across: NDArray[np.float32], down: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
+    """About how far a point lies outside the shape's edge (negative: inside), in the unit of the arguments."""
+    if shape is Shape.CIRCLE:
+        return np.hypot(across, down) - radius
+    if shape is Shape.SQUARE:
+        half = radius * np.pi**0.5 / 2
+        return np.maximum(abs(across), abs(down)) - half
+    if shape is Shape.TRIANGLE:
+        inner = radius * (np.pi / 3**1.5) ** 0.5  # of the equilateral triangle of the circle's area
+        return np.maximum(0.75**0.5 * abs(across) - down / 2, down) - inner
+    # A star of five points: fold the plane into one half of a point, whose edge is then a straight line.
+    points = radius * (np.pi / (5 * STAR_INNER * np.sin(np.pi / 5))) ** 0.5
+    turn = np.arctan2(across, -down)
+    folded = abs((turn + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    distance = np.hypot(across, down)
+    px, py = distance * np.cos(folded), distance * np.sin(folded)
+    notch = (points * STAR_INNER * np.cos(np.pi / 5), points * STAR_INNER * np.sin(np.pi / 5))
+    edge = (notch[0] - points, notch[1])
+    normal = np.array((edge[1], -edge[0]), np.float32) / np.hypot(*edge)
+    return (px - points) * normal[0] + py * normal[1]

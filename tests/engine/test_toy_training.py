@@ -1,0 +1,77 @@
+"""The toy's training: what it writes is a checkpoint like any other, and each part learns what it is there for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hv_batch.engine.pipeline import HunyuanVideoPipeline
+from hv_batch.engine.text import TextTowers
+from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.training import dit, towers, vae
+from hv_batch.toy.training.labels import CLASSES, labels
+from hv_batch.toy.training.vae import Phase
+
+CPU = torch.device("cpu")
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint after a few steps of everything, with the models that were trained."""
+    root = tmp_path_factory.mktemp("trained")
+    towers.train_towers(root, towers.Settings(steps=2, batch=2), CPU, silent)
+    phases = (Phase(2, 2, 1, 32, 32), Phase(1, 1, 5, 32, 48))
+    model = vae.train_vae(root, vae.Settings(phases=phases, measured=2), CPU, silent)
+    frozen = TextTowers(root / "text_encoder", root / "text_encoder_2", device=CPU, dtype=torch.float32)
+    dit.train_dit(root, model, frozen, dit.Settings(phases=phases, scenes=3), CPU, silent)
+    return root, model
+
+
+def test_what_was_trained_renders(trained):
+    """Spec 7: the engine loads it without options, as a released tree, and renders images and videos."""
+    pipeline = HunyuanVideoPipeline.from_pretrained(trained[0], device="cpu")
+    frames = pipeline("a red circle on a blue background", height=32, width=48, num_frames=5, num_inference_steps=2)
+    assert frames.shape == (5, 32, 48, 3)
+    assert frames.dtype == np.uint8
+
+
+def test_a_trained_vae_is_found_again(trained):
+    """A training that was broken off goes on with the part it was at."""
+    again = vae.load_vae(trained[0], CPU).state_dict()
+    assert all(torch.equal(again[name], tensor.half().float()) for name, tensor in trained[1].state_dict().items())
+
+
+def test_latents_are_normalised_and_pixels_stay():
+    """Spec 5: scaled latents have mean 0 and deviation 1 in every channel, which no pixel shows."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(0)
+    model = AutoencoderKLHunyuanVideo(**vae.WIDTHS, scaling_factor=vae.SCALING)
+    batches = vae.pixel_batches(Phase(0, 1, 5, 32, 32), 3, CPU)
+    measured = [next(batches) for _ in range(3)]
+    with torch.no_grad():
+        before = [model.decode(model.encode(pixels).latent_dist.mode()).sample for pixels in measured]
+        vae.normalise_latents(model, iter(measured), len(measured))
+        after = [model.decode(model.encode(pixels).latent_dist.mode()).sample for pixels in measured]
+        latents = torch.cat([model.encode(p).latent_dist.mode().transpose(0, 1).flatten(1) for p in measured], dim=1)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    scaled = latents * vae.SCALING
+    torch.testing.assert_close(scaled.mean(1), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.std(1), torch.ones(16), atol=1e-3, rtol=0)
+
+
+def test_labels_tell_all_of_a_scene():
+    """Two scenes with the same labels are the same scene, and no label is out of its range."""
+    told = told_scenes(0, 33, held_out=False)
+    by_labels = {}
+    for _ in range(500):
+        scene, _ = next(told)
+        found = labels(scene)
+        assert all(0 <= found[name] < classes for name, classes in CLASSES.items())
+        assert by_labels.setdefault(tuple(found.values()), scene) == scene
