@@ -165,16 +165,17 @@ def cover(
     shape: Shape, x: NDArray[np.float32], y: NDArray[np.float32], radius: float, height: int, width: int
 ) -> NDArray[np.float32]:
     """How much of each pixel the shape covers, [F, H, W] in 0..1; centre (x, y) by frame and radius in pixels."""
-    across = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - x.astype(np.float32)[:, None, None]
-    down = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - y.astype(np.float32)[:, None, None]
-    covered: NDArray[np.float32] = np.clip(0.5 - outside(shape, across, down, radius), 0, 1).astype(np.float32)
+    across = np.arange(width)[None, None, :] + 0.5 - x[:, None, None]
+    down = np.arange(height)[None, :, None] + 0.5 - y[:, None, None]
+    far = outside(shape, across.astype(np.float32), down.astype(np.float32), radius)
+    covered: NDArray[np.float32] = (0.5 - far).clip(0, 1)
     return covered
 
 
 def outside(shape: Shape, across: NDArray[np.float32], down: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
     """About how far a point lies outside the shape's edge (negative: inside), in the unit of the arguments."""
     if shape is Shape.CIRCLE:
-        return np.hypot(across, down) - radius
+        return np.sqrt(across**2 + down**2) - radius
     if shape is Shape.SQUARE:
         half = radius * np.pi**0.5 / 2
         return np.maximum(abs(across), abs(down)) - half
