@@ -53,6 +53,7 @@ class WorkerSlot:
     task: tuple[str, ...] = ()
     begun: float = 0.0  # the task
     beat: float = 0.0
+    patience_s: float = math.inf  # how long it may be silent after that, as it says itself
     is_fresh: bool = True  # this life has done no task yet
     losses: int = 0  # in a row, each sample counted once
     start_at: float = 0.0
@@ -78,7 +79,12 @@ class WorkerSlot:
         self.status, self.placed, self.ready_at = Status.IDLE, True, now
 
     def run(self, keys: tuple[str, ...], now: float) -> None:
-        self.task, self.status, self.begun, self.beat = keys, Status.BUSY, now, now
+        self.task, self.status, self.begun = keys, Status.BUSY, now
+        self.hear(math.inf, now)
+
+    def hear(self, patience_s: float, now: float) -> None:
+        """Its task made progress, and will again within this time."""
+        self.beat, self.patience_s = now, patience_s
 
     def succeed(self) -> tuple[str, ...]:
         self.losses, self.is_fresh = 0, False
@@ -98,8 +104,10 @@ class WorkerSlot:
         self.suspicious.clear()
         self.id = WorkerId(self.id.stage, self.id.slot, self.id.life + 1)
 
-    def lose(self, failure: Failure, now: float, max_losses: int) -> tuple[str, ...]:
-        """End this life for a fault; the keys of the task that ends with it."""
+    def lose(self, failure: Failure, now: float, max_losses: int, *, excused: bool = False) -> tuple[str, ...]:
+        """End this life for a fault; the keys of the task that ends with it. Where it is `excused`, the losses in a row
+        were its node's, and nothing speaks against the slot any more.
+        """
         # A start that fails has no sample to blame, so each counts; who has stood ready for long has started well.
         is_start = now - self.ready_at < STEADY_AFTER_S
         keys = self.release()
@@ -109,6 +117,9 @@ class WorkerSlot:
         if failure.kind is FailureClass.INFRA and is_new:
             self.losses += 1
             self.blamed.update(keys)
+        if excused:
+            self.losses = 0
+            self.blamed.clear()
         if self.losses >= max_losses:
             self.status = Status.ABANDONED
         delay = min(MAX_BACKOFF_S, 2.0 ** (self.losses - 2)) if self.losses > 1 else 0.0

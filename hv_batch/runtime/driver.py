@@ -63,7 +63,7 @@ from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.metrics import RunMetrics
-from hv_batch.runtime.placement import result_shares
+from hv_batch.runtime.placement import Shortage, result_shares
 from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
 
@@ -105,6 +105,7 @@ class Driver:
         total: int,
         extra_kinds: Mapping[str, Kind],
         progress: Progress,
+        shortage: Shortage,
         should_stop: Callable[[], bool],
     ) -> None:
         self._context = context
@@ -113,6 +114,7 @@ class Driver:
         self._total = total
         self._extra_kinds = extra_kinds
         self._progress = progress
+        self._shortage = shortage
         self._should_stop = should_stop
         config = context.config
         limits = stage_limits(config, result_shares(config, context.sizes.plans), context.sizes.plans)
@@ -157,6 +159,7 @@ class Driver:
             for worker in list(self._workers.values()):
                 worker.kill()
             self._groups.close()
+            self._shortage.forget()
 
     def _owes(self) -> bool:
         return bool(self._sealing or self._errands)
@@ -186,6 +189,8 @@ class Driver:
             self._polled = now
             for worker in list(self._workers.values()):
                 self._events.extend(worker.poll(now))
+            if self._end is None:
+                self._shortage.lasts(now, is_busy=bool(self._tasks))
         self._events.extend(self._nodes.look(self._workers, now))
         self._admit()
         self._events.append(Tick())
