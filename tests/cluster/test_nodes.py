@@ -20,19 +20,12 @@ from tests.cluster.runs import (
     finish,
     records,
     start,
+    wait_for,
     write_config,
     write_manifest,
 )
 
 PROMPTS = [f"prompt {i} !hold-denoise" for i in range(6)]
-DEADLINE_S = 120  # of a wait; a machine that is busy with other things takes its time to start a worker
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never saw {what}"
-        time.sleep(0.05)
 
 
 def drain(fleet, node, seconds=None):
