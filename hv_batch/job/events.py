@@ -65,7 +65,7 @@ class WorkerLost:
 
     worker: WorkerId
     failure: Failure
-    excused: bool = False  # it was the node's fault, which has been excluded for it: the slot's next life is elsewhere
+    excused: bool = False  # the node has been excluded for it, and the slot's next life is elsewhere
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,8 +105,10 @@ class WorkerSlot:
         self.id = WorkerId(self.id.stage, self.id.slot, self.id.life + 1)
 
     def lose(self, failure: Failure, now: float, max_losses: int, *, excused: bool = False) -> tuple[str, ...]:
-        """End this life for a fault; the keys of the task that ends with it. Where it is `excused`, the losses in a row
-        were its node's, and nothing speaks against the slot any more.
+        """End this life for a fault; the keys of the task that ends with it.
+
+        One that is `excused` does not count. So of the losses that it takes to exclude a node one does, and a run in
+        which no node is right ends all the same.
         """
         # A start that fails has no sample to blame, so each counts; who has stood ready for long has started well.
         is_start = now - self.ready_at < STEADY_AFTER_S
@@ -114,12 +116,9 @@ class WorkerSlot:
         self.end()
         # A lost batch counts for nobody: its members are tried again alone.
         is_new = is_start if not keys else len(keys) == 1 and keys[0] not in self.blamed
-        if failure.kind is FailureClass.INFRA and is_new:
+        if failure.kind is FailureClass.INFRA and is_new and not excused:
             self.losses += 1
             self.blamed.update(keys)
-        if excused:
-            self.losses = 0
-            self.blamed.clear()
         if self.losses >= max_losses:
             self.status = Status.ABANDONED
         delay = min(MAX_BACKOFF_S, 2.0 ** (self.losses - 2)) if self.losses > 1 else 0.0
