@@ -28,6 +28,9 @@ STORE_SHARE = 0.25
 STORE = "object_store_memory"  # Ray's name for it among a node's resources
 
 
+SINGLES = {Stage.ENCODE: "an encoder", Stage.DECODE: "a decoder"}
+
+
 def actor_bundle(cpus: float, gpus: float) -> Bundle:
     """Ray refuses zero amounts in a bundle."""
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
@@ -59,15 +62,17 @@ def least_bill(config: RunConfig, largest: ParallelPlan) -> list[list[Bundle]]:
 
     The bundles of one inner list must stand on different nodes.
     """
-    return [group_bundles(config, largest), *([bundle] for bundle in _single_actors(config).values())]
+    return [group_bundles(config, largest), *([bundle] for bundle in single_actors(config).values())]
 
 
-def _single_actors(config: RunConfig) -> dict[str, Bundle]:
-    pools: dict[str, EncodersConfig | DecodersConfig] = {"an encoder": config.encoders, "a decoder": config.decoders}
-    return {name: actor_bundle(pool.cpus, pool.gpus) for name, pool in pools.items() if pool.placement == "pool"}
+def single_actors(config: RunConfig) -> dict[Stage, Bundle]:
+    """What one encoder and one decoder ask of a node, where they stand by themselves."""
+    pools: dict[Stage, EncodersConfig | DecodersConfig]
+    pools = {Stage.ENCODE: config.encoders, Stage.DECODE: config.decoders}
+    return {stage: actor_bundle(pool.cpus, pool.gpus) for stage, pool in pools.items() if pool.placement == "pool"}
 
 
-def total(bundles: Sequence[Bundle]) -> Bundle:
+def total(bundles: Sequence[Mapping[str, float]]) -> Bundle:
     names = {name for bundle in bundles for name in bundle}
     return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in sorted(names)}
 
@@ -181,7 +186,7 @@ def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
 
 
 def _asked_and_there(config: RunConfig, largest: ParallelPlan, nodes: Sequence[Mapping[str, float]]) -> str:
-    actors = "".join(f", {name} with {show(bundle)}" for name, bundle in _single_actors(config).items())
+    actors = "".join(f", {SINGLES[stage]} with {show(bundle)}" for stage, bundle in single_actors(config).items())
     there = "; ".join(show_hardware(node) for node in nodes) or "none"
     ranks, group = largest.world_size, show_apart(group_bundles(config, largest))
     return f"Needed at least: a group of {ranks} rank(s) on {group}{actors}. Nodes there are: {there}."
@@ -196,6 +201,12 @@ def show_apart(bundles: Sequence[Bundle]) -> str:
 
 def show_hardware(node: Mapping[str, float]) -> str:
     return show({name: node.get(name, 0.0) for name in ("CPU", "GPU")})
+
+
+def show_cluster(nodes: Sequence[Mapping[str, float]]) -> str:
+    """All of `nodes` together, and what of it is free now."""
+    there, free = show_hardware(total(nodes)), show_hardware(ray.available_resources())
+    return f"the cluster has {there} on {len(nodes)} node(s), of which {free} are free"
 
 
 def show(resources: Mapping[str, float]) -> str:
