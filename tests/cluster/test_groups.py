@@ -283,6 +283,7 @@ def test_a_group_that_does_not_meet_in_time_is_built_again(fleet, tmp_path, mark
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_ring_across_two_nodes_gives_the_bytes_of_one(fleet, tmp_path):
     """P3: the real engine over gloo; eight ranks, the Ulysses four of each half on a node of their own and the ring
     across, render what the same plan renders inside one node.
@@ -291,12 +292,11 @@ def test_the_ring_across_two_nodes_gives_the_bytes_of_one(fleet, tmp_path):
     config, manifest = ROOT / "configs" / "fake_gpus_8rank.yaml", write_manifest(tmp_path, PROMPTS[:1])
     overrides = [f"model.options.model_base={base}", "defaults.height=64", "defaults.width=64"]
     overrides += ["defaults.num_frames=9", "defaults.num_inference_steps=2"]
-    for _ in range(2):
-        fleet.add_node(gpus=4)
-    code, text = render(config, manifest, tmp_path / "two", fleet.address, *overrides, "groups.nodes_per_group=2")
-    assert code == 0, text
-    fleet.add_node(gpus=8)
-    code, text = render(config, manifest, tmp_path / "one", fleet.address, *overrides)
-    assert code == 0, text
+    for folder, sizes, over in (("two", (4, 4), ["groups.nodes_per_group=2"]), ("one", (8,), [])):
+        for gpus in sizes:
+            fleet.add_node(gpus=gpus)
+        driver = start(command(config, manifest, tmp_path / folder, fleet.address, *overrides, *over))
+        code, text = finish(driver, timeout=400)  # eight processes that load torch, on a busy machine
+        assert code == 0, text
     assert len(videos(tmp_path / "one")) == 1
     assert videos(tmp_path / "two") == videos(tmp_path / "one")
