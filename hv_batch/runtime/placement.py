@@ -125,7 +125,7 @@ class Shortage:
                 "on there. Add nodes, or ask for less in the config (parallel, groups, encoders, decoders), and run "
                 "the same command again."
             )
-        if now - self._said > SAY_EVERY_S:
+        if self._said == -math.inf or (not is_busy and now - self._said > SAY_EVERY_S):
             self._said = now
             request_resources(bundles=[bundle for bundles in self._bill for bundle in bundles])
             self._say(f"waiting for nodes: {told}")

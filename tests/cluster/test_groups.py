@@ -80,7 +80,7 @@ def test_a_group_of_eight_spans_two_nodes(spanning, expected):
 
 @pytest.mark.slow
 def test_groups_that_cannot_be_placed_are_told_of_together(spanning):
-    """Start-up: what is asked, what there is and whether it could ever fit, once while nothing changes."""
+    """Start-up, P6: what is asked, what there is and whether it could ever fit, once while nothing changes."""
     said = [line for line in spanning[1].splitlines() if "wait for nodes" in line]
     assert len(said) == 1
     assert "1 denoise group(s) have their place, 1 wait" in said[0]
@@ -271,7 +271,9 @@ def test_an_excluded_node_is_left_by_the_pools_too(fleet, tmp_path, marks, expec
 
 @pytest.mark.slow
 def test_a_group_that_does_not_meet_in_time_is_built_again(fleet, tmp_path, marks, expected):
-    """Start-up: a rank that hangs while it joins is given up after timeouts.start_s, said, and blamed on no sample."""
+    """Start-up, P3, P5: a rank that hangs while it joins is given up after timeouts.start_s, said, and blamed on no
+    sample.
+    """
     fleet.add_node(gpus=2)
     (marks / "never-meets").touch()
     config = write_config(tmp_path, marks, timeouts={"start_s": 40})

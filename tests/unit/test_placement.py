@@ -104,7 +104,7 @@ def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes):
     assert not shortage.lasts(0.0)
     nodes["node"]["GPU"] = 7.0
     assert shortage.lasts(200.0, is_busy=True)
-    assert shortage.lasts(200.0 + SAY_EVERY_S / 2, is_busy=True)
+    assert shortage.lasts(200.0 + 2 * SAY_EVERY_S, is_busy=True)
     (line,) = said
     assert line.startswith("waiting for nodes: Needed at least: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
     assert line.endswith("Nodes there are: 64 CPU + 7 GPU.")
