@@ -241,7 +241,9 @@ class StepState:
     latents: np.ndarray  # float32, shaped `SamplingParams.latent_shape`, equal on every rank
 
 
-# (steps done, read): `read()` copies the latents of this step to host memory, and may be called only until the return.
+# (steps done, read): called when a step is done, not when it is queued on a device: a group whose next step takes many
+# times longer than those before counts as hung. `read()` copies the latents of this step to host memory, and may be
+# called only until the return.
 OnStep = Callable[[int, Callable[[], "np.ndarray"]], None]
 
 

@@ -183,7 +183,7 @@ class HunyuanVideo:
             return []
         allowed = f"with {plan.world_size} ranks, ulysses_degree x ring_degree may be {_splits(heads, plan.world_size)}"
         if plan.world_size % 2 == 0:
-            allowed += f", and with cfg_degree 2 {_splits(heads, plan.world_size // 2)}"
+            allowed += f"; with cfg_degree 2 also {_splits(heads, plan.world_size // 2)}"
         return [f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; {allowed}"]
 
     def text_encoder(self, device: Device) -> TextTowers:

@@ -229,9 +229,11 @@ class RetriesConfig(_Section):
 
 class TimeoutsConfig(_Section):
     start_s: Seconds = 1800.0
-    """From asking for a worker until it has loaded its weights (26 GB from a cold store take a while)."""
+    """From when a worker has its place until it has loaded its weights (26 GB from a cold store take a while). Also how
+    long a run waits, doing nothing, for nodes without which it cannot go on, at its start or later."""
     stall_s: Seconds = 600.0
-    """Without progress (a step, a prompt, some frames) for this long, a worker counts as hung and is rebuilt."""
+    """Without progress (a step, a prompt, some frames) for this long, a worker counts as hung and is rebuilt; a group
+    between two steps after five times the slowest step of its denoise and a minute, if that is less."""
     drain_s: Seconds = 600.0
     """After SIGTERM: how long running samples may take to finish."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -64,6 +65,7 @@ class WorkerLost:
 
     worker: WorkerId
     failure: Failure
+    excused: bool = False  # the node has been excluded for it, and the slot's next life is elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class Beat:
     """The worker's running task made progress."""
 
     worker: WorkerId
+    patience_s: float = math.inf  # how long it may be silent from now on, where it can tell
 
 
 @dataclass(frozen=True, slots=True)

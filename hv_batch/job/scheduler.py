@@ -26,6 +26,7 @@ Invariants, which tests/unit/test_scheduler.py checks after every step of genera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -57,7 +58,7 @@ from hv_batch.job.freight import Freight
 from hv_batch.job.limits import RetryLimits, StageLimits
 from hv_batch.job.pools import Pools
 from hv_batch.job.queues import Queues
-from hv_batch.job.slots import Status, WorkerSlot
+from hv_batch.job.slots import LAST_CHECKPOINT_S, Status, WorkerSlot
 from hv_batch.job.staffing import Staff
 
 OUTAGE_PAUSE_S = 15.0  # between two tries while the output root does not answer
@@ -83,6 +84,7 @@ class Scheduler:
         self._asked = 0  # admissions ordered and not yet answered
         self._exhausted = False
         self._drain_until: float | None = None
+        self._last_checkpoint_at = math.inf  # of the drain
         self._over = False
 
     @property
@@ -137,9 +139,12 @@ class Scheduler:
             case StopRequested():
                 if self._drain_until is None:
                     self._drain_until = now + self._drain_timeout_s
+                    self._last_checkpoint_at = max(now + LAST_CHECKPOINT_S, self._drain_until - LAST_CHECKPOINT_S)
                     return self._checkpoints()
             case Tick():
-                return self._find_hung(now) + [a for worker in self._staff for a in self._part_with(worker, now)]
+                hung = self._find_hung(now)
+                leaving = [action for worker in self._staff for action in self._part_with(worker, now)]
+                return [*hung, *leaving, *self._last_checkpoints(now)]
             case _:
                 if worker := self._staff.find(event.worker):
                     return self._hear(worker, event, now) + self._part_with(worker, now)
@@ -148,6 +153,13 @@ class Scheduler:
     def _checkpoints(self) -> list[Action]:
         """What is denoised now may outlast the drain, or the patience of whoever asked for it (P4)."""
         return [Checkpoint(worker.id) for worker in self._staff.of(Stage.DENOISE) if self._denoises(worker)]
+
+    def _last_checkpoints(self, now: float) -> list[Action]:
+        """Near the end of a drain, of what will not be through by then."""
+        if now < self._last_checkpoint_at:
+            return []
+        self._last_checkpoint_at = math.inf
+        return self._checkpoints()
 
     def _denoises(self, worker: WorkerSlot) -> bool:
         return any(self._queues.place(key) is Stage.DENOISE for key in worker.task)
@@ -160,14 +172,14 @@ class Scheduler:
             case WorkerReady() if worker.status is Status.STARTING:
                 worker.become_ready(now)
                 self._proven.add((worker.id.stage, worker.lane))
-            case Beat():
-                worker.beat = now
+            case Beat(_, patience_s):
+                worker.hear(patience_s, now)
             case TaskDone(_, result_bytes) if worker.task:
                 self._task_done(worker, result_bytes, now)
             case TaskFailed(_, failure) if worker.task:
                 return self._task_failed(worker, failure, now)
-            case WorkerLost(_, failure):
-                return self._worker_lost(worker, failure, now)
+            case WorkerLost(_, failure, excused):
+                return self._worker_lost(worker, failure, now, excused=excused)
             case WorkerLeaving(_, until_s):
                 worker.leave(until_s, now)
         return []
@@ -191,7 +203,7 @@ class Scheduler:
             actions += self._worker_lost(worker, replace(failure, kind=FailureClass.POISON, message=reason), now)
         return actions
 
-    def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
+    def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float, *, excused: bool = False) -> list[Action]:
         place, starting = (worker.id.stage, worker.lane), worker.status is Status.STARTING
         if failure.kind is FailureClass.FATAL and starting and place in self._proven:
             # Elsewhere the same config and weights have started, so it is this node that is not right.
@@ -200,7 +212,7 @@ class Scheduler:
         if failure.kind is FailureClass.INFRA and is_leaving:
             failure = replace(failure, kind=FailureClass.PREEMPTED)  # a node may go earlier than it was told to
         lost = worker.id
-        keys = worker.lose(failure, now, self._retries.worker)
+        keys = worker.lose(failure, now, self._retries.worker, excused=excused)
         stays = failure.kind is not FailureClass.PREEMPTED and not is_leaving
         actions: list[Action] = [KillWorker(lost, failure, rebuild=stays and worker.status is Status.ABSENT)]
         if failure.kind is FailureClass.OUTAGE:
@@ -232,7 +244,7 @@ class Scheduler:
     def _find_hung(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for worker in self._staff:
-            limit = self._limits[worker.id.stage].task_timeout_s
+            limit = min(self._limits[worker.id.stage].task_timeout_s, worker.patience_s)
             if worker.status is Status.BUSY and now - worker.beat > limit:
                 message = f"no progress for {limit:g} s while working on {', '.join(worker.task)}"
                 failure = Failure(FailureClass.INFRA, message, where=str(worker.id))

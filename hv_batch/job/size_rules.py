@@ -45,9 +45,11 @@ def find_faults(config: RunConfig) -> Iterator[str]:
         )
     given = (ulysses or 1) * (ring or 1) * cfg
     if size is not None and (size % given or (ulysses and ring and given != size)):
+        degrees = {"ulysses_degree": ulysses, "ring_degree": ring, "cfg_degree": cfg}
+        told = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree is not None)
         yield (
-            f"parallel.gpus_per_group = {size} with ulysses_degree = {ulysses}, ring_degree = {ring} and cfg_degree = "
-            f"{cfg}; allowed: degrees whose product is {size}, or none, and they are chosen"
+            f"parallel.gpus_per_group = {size} with {told}; allowed: degrees whose product is {size}, or none, and "
+            "they are chosen"
         )
         return
     crossing = size // (ulysses or 1) if size and not ring else (ring or 1) * cfg
@@ -76,11 +78,9 @@ def _faults_of_auto(config: RunConfig) -> Iterator[str]:
             f"{auto} without {' and '.join(key for key in ('gpu', 'gpu_memory_gib') if getattr(config, key) is None)}; "
             "allowed: auto where the config tells what the GPUs are, as gpu: H100 and gpu_memory_gib: 79.6"
         )
-    if config.parallel.ulysses_degree or config.parallel.ring_degree:
-        yield (
-            f"{auto} with ulysses_degree = {config.parallel.ulysses_degree} and ring_degree = "
-            f"{config.parallel.ring_degree}; allowed: none of both, because auto chooses them for every shape"
-        )
+    degrees = {"ulysses_degree": config.parallel.ulysses_degree, "ring_degree": config.parallel.ring_degree}
+    if told := " and ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree is not None):
+        yield f"{auto} with {told}; allowed: none of both, because auto chooses them for every shape"
     if config.groups.nodes_per_group > 1:
         yield (
             f"{auto} with groups.nodes_per_group = {config.groups.nodes_per_group}; allowed: 1, because auto chooses "

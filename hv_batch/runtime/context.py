@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -86,6 +87,14 @@ class StageReport:
     def from_dict(values: Mapping[str, Any]) -> StageReport:
         rest = dict(values)
         return StageReport(rest.pop("seconds"), rest.pop("node"), rest.pop("worker"), rest)
+
+
+@dataclass(frozen=True, slots=True)
+class LifeSign:
+    """What an actor answers while it works, whatever it is at."""
+
+    count: int  # grows with all progress
+    patience_s: float = math.inf  # within which it will have grown again; inf where nobody knows
 
 
 @dataclass(slots=True)

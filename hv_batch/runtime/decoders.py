@@ -11,7 +11,7 @@ import ray
 from hv_batch.job.errors import Failure
 from hv_batch.job.samples import Sample
 from hv_batch.protocol import Decoder
-from hv_batch.runtime.context import RunContext, StageReport, stopwatch
+from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch
 from hv_batch.runtime.publishing import Publisher, scratch_folder
 
 
@@ -50,5 +50,5 @@ class DecoderActor:
             return self._publisher.commit(sample, media, decoding.seconds, stages, failures)
 
     @ray.method(concurrency_group="health")
-    def progress(self) -> int:
-        return self._publisher.count
+    def progress(self) -> LifeSign:
+        return LifeSign(self._publisher.count)

@@ -63,8 +63,9 @@ from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.metrics import RunMetrics
-from hv_batch.runtime.placement import result_shares
+from hv_batch.runtime.placement import Shortage, result_shares
 from hv_batch.runtime.sick_nodes import SickNodes
+from hv_batch.runtime.waiting import RoomWatch
 from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
 
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
@@ -105,6 +106,7 @@ class Driver:
         total: int,
         extra_kinds: Mapping[str, Kind],
         progress: Progress,
+        shortage: Shortage,
         should_stop: Callable[[], bool],
     ) -> None:
         self._context = context
@@ -113,12 +115,14 @@ class Driver:
         self._total = total
         self._extra_kinds = extra_kinds
         self._progress = progress
+        self._shortage = shortage
         self._should_stop = should_stop
         config = context.config
         limits = stage_limits(config, result_shares(config, context.sizes.plans), context.sizes.plans)
         self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
         self._sick_nodes = SickNodes(config, context.sizes.largest, progress.say)
         self._groups = GroupPool(config, self._sick_nodes, progress.say)
+        self._rooms = RoomWatch(config, progress.say)
         self._nodes = NodeWatch(limits[Stage.DENOISE].workers, progress.say)
         self._metrics = RunMetrics(public_url(context.store.url))
         self._losses = Losses(on_gpus=config.parallel.device == "cuda")
@@ -157,6 +161,7 @@ class Driver:
             for worker in list(self._workers.values()):
                 worker.kill()
             self._groups.close()
+            self._shortage.forget()
 
     def _owes(self) -> bool:
         return bool(self._sealing or self._errands)
@@ -186,6 +191,9 @@ class Driver:
             self._polled = now
             for worker in list(self._workers.values()):
                 self._events.extend(worker.poll(now))
+            self._rooms.look(self._workers, now)
+            if self._end is None:
+                self._shortage.lasts(now, is_busy=bool(self._tasks))
         self._events.extend(self._nodes.look(self._workers, now))
         self._admit()
         self._events.append(Tick())

@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from hv_batch.job.embedding_cache import EmbeddingCache
 from hv_batch.protocol import SamplingParams
-from hv_batch.runtime.context import RunContext, StageReport, stopwatch
+from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch
 from hv_batch.runtime.embedder import Embedder, Text
 
 
@@ -59,8 +59,8 @@ class EncoderActor:
         return *pairs, reports
 
     @ray.method(concurrency_group="health")
-    def progress(self) -> int:
-        return self._embedder.count if self._embedder else 0
+    def progress(self) -> LifeSign:
+        return LifeSign(self._embedder.count if self._embedder else 0)
 
 
 def _texts(params: SamplingParams) -> list[Text]:

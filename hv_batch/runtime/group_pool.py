@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import count
 
-import ray
-
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage, WorkerId
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.placement import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_hardware, total
+from hv_batch.runtime.placement import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_cluster
 from hv_batch.runtime.seats import Room, Seats
 from hv_batch.runtime.sick_nodes import SickNodes
 
@@ -124,7 +122,6 @@ class GroupPool:
     def _why_waiting(self) -> str:
         nodes = alive_nodes()
         usable = [resources for node, resources in nodes.items() if node not in self._sick_nodes.excluded]
-        there, free = show_hardware(total(list(nodes.values()))), show_hardware(ray.available_resources())
         plans = sorted({seats.plan for _, seats in self._waiting.values()}, key=lambda plan: -plan.world_size)
         asked = [group_bundles(self._config, plan) for plan in plans]
         if fits(asked[:1], usable):
@@ -133,6 +130,5 @@ class GroupPool:
             hope = "The nodes here could never hold one, however idle: they begin only when others join."
         return (
             f"{len(self._placed)} denoise group(s) have their place, {len(self._waiting)} wait for nodes. Each asks "
-            f"for {' or '.join(map(show_apart, asked))}; the cluster has {there} on {len(nodes)} node(s), of which "
-            f"{free} are free. {hope}"
+            f"for {' or '.join(map(show_apart, asked))}; {show_cluster(list(nodes.values()))}. {hope}"
         )

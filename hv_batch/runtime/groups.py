@@ -89,8 +89,9 @@ class DenoiseGroup:
             # Actors that were to start on a node that is gone would be waited for until the deadline.
             return [self._lost_at_start("a node of it went while it started")]
         elif now > self._deadline:
-            self._sick_nodes.start_failed(Stage.DENOISE, self._nodes, "a group did not load and meet in time")
-            return [self._lost_at_start(self._why_late())]
+            why = "a group did not load and meet in time"
+            excused = self._sick_nodes.start_failed(Stage.DENOISE, self._nodes, why)
+            return [self._lost_at_start(self._why_late(), excused)]
         return []
 
     def kill(self, *, rebuild: bool = False) -> None:
@@ -173,8 +174,8 @@ class DenoiseGroup:
         for ref in asked:
             self._watch(ref, answered)
 
-    def _lost_at_start(self, message: str) -> WorkerLost:
-        return WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)))
+    def _lost_at_start(self, message: str, excused: bool = False) -> WorkerLost:
+        return WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), excused)
 
     def _why_late(self) -> str:
         if self._seated:
@@ -256,20 +257,24 @@ class DenoiseGroup:
         failures = [classify(error, str(self.id)) for error in errors.values()]
         failure = most_telling(failures)
         if not self._ready:
-            if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
-                own = [asked[ref] for ref, error in errors.items() if not is_collateral(error)]
-                self._sick_nodes.start_failed(
-                    Stage.DENOISE, self._nodes_of(own or range(len(self._ranks))), failure.message
-                )
-            return WorkerLost(self.id, start_failure(failure))
+            own = [asked[ref] for ref, error in errors.items() if not is_collateral(error)]
+            return self._start_failed(failure, own or range(len(self._ranks)))
+        excused = False
         if faulty := [asked[ref] for ref, error in errors.items() if is_device_fault(error)]:
-            self._sick_nodes.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
+            excused = self._sick_nodes.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
         # Where every rank refused the sample alike (latents that are not finite, an input that was lost), none is left
         # waiting in a collective: the gang keeps its 26 GB of weights and takes the next sample.
         refused = in_step and all(f.kind is FailureClass.POISON for f in failures)
         if (refused or all(map(input_was_lost, errors.values()))) and len(errors) == len(asked):
             return TaskFailed(self.id, failure)
-        return WorkerLost(self.id, failure)
+        return WorkerLost(self.id, failure, excused)
+
+    def _start_failed(self, failure: Failure, ranks: Iterable[int]) -> WorkerLost:
+        """Because of these ranks; no node is to blame for its end, or for an output root that is away."""
+        excused = False
+        if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
+            excused = self._sick_nodes.start_failed(Stage.DENOISE, self._nodes_of(ranks), failure.message)
+        return WorkerLost(self.id, start_failure(failure), excused)
 
     def _nodes_of(self, ranks: Iterable[int]) -> set[str]:
         each = ranks_per_node(self._context.config, self.plan)

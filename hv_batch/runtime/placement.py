@@ -28,6 +28,9 @@ STORE_SHARE = 0.25
 STORE = "object_store_memory"  # Ray's name for it among a node's resources
 
 
+SINGLES = {Stage.ENCODE: "an encoder", Stage.DECODE: "a decoder"}
+
+
 def actor_bundle(cpus: float, gpus: float) -> Bundle:
     """Ray refuses zero amounts in a bundle."""
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
@@ -59,15 +62,17 @@ def least_bill(config: RunConfig, largest: ParallelPlan) -> list[list[Bundle]]:
 
     The bundles of one inner list must stand on different nodes.
     """
-    return [group_bundles(config, largest), *([bundle] for bundle in _single_actors(config).values())]
+    return [group_bundles(config, largest), *([bundle] for bundle in single_actors(config).values())]
 
 
-def _single_actors(config: RunConfig) -> dict[str, Bundle]:
-    pools: dict[str, EncodersConfig | DecodersConfig] = {"an encoder": config.encoders, "a decoder": config.decoders}
-    return {name: actor_bundle(pool.cpus, pool.gpus) for name, pool in pools.items() if pool.placement == "pool"}
+def single_actors(config: RunConfig) -> dict[Stage, Bundle]:
+    """What one encoder and one decoder ask of a node, where they stand by themselves."""
+    pools: dict[Stage, EncodersConfig | DecodersConfig]
+    pools = {Stage.ENCODE: config.encoders, Stage.DECODE: config.decoders}
+    return {stage: actor_bundle(pool.cpus, pool.gpus) for stage, pool in pools.items() if pool.placement == "pool"}
 
 
-def total(bundles: Sequence[Bundle]) -> Bundle:
+def total(bundles: Sequence[Mapping[str, float]]) -> Bundle:
     names = {name for bundle in bundles for name in bundle}
     return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in sorted(names)}
 
@@ -90,39 +95,62 @@ def fits(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]])
     return True
 
 
-def await_resources(
-    config: RunConfig,
-    largest: ParallelPlan,
-    *,
-    patience_s: float,
-    say: Callable[[str], None],
-    should_stop: Callable[[], bool],
-) -> bool:
-    """Wait until the cluster has what the least bill asks for, telling an autoscaler about it meanwhile.
+class Shortage:
+    """Whether the nodes that there are could not hold the least bill, however idle: said, and told to an autoscaler.
 
-    False when `should_stop` ended the waiting. Raises UserError after `patience_s` with what was asked and what there
-    is. Nothing is reserved.
+    Before a run begins that is all it waits for, and when its nodes are gone, it waits for others in the same way.
     """
-    bill = least_bill(config, largest)
-    deadline, said = time.monotonic() + patience_s, 0.0
+
+    def __init__(
+        self, config: RunConfig, largest: ParallelPlan, *, patience_s: float, say: Callable[[str], None]
+    ) -> None:
+        self._config, self._largest = config, largest
+        self._patience_s = patience_s
+        self._say = say
+        self._bill = least_bill(config, largest)
+        self._since: float | None = None
+        self._said = -math.inf
+
+    def lasts(self, now: float, *, is_busy: bool = False) -> bool:
+        """Raises UserError after `patience_s` of it with nothing to do, with what was asked and what there is."""
+        nodes = list(alive_nodes().values())
+        if fits(self._bill, nodes):
+            self.forget()
+            return False
+        told = _asked_and_there(self._config, self._largest, nodes)
+        self._since = now if is_busy or self._since is None else self._since
+        if not is_busy and now - self._since >= self._patience_s:
+            raise UserError(
+                f"Ray has not the resources that this run needs. {told} However idle these are, the run could not go "
+                "on there. Add nodes, or ask for less in the config (parallel, groups, encoders, decoders), and run "
+                "the same command again."
+            )
+        if self._said == -math.inf or (not is_busy and now - self._said > SAY_EVERY_S):
+            self._said = now
+            request_resources(bundles=[bundle for bundles in self._bill for bundle in bundles])
+            self._say(f"waiting for nodes: {told}")
+        return True
+
+    def forget(self) -> None:
+        """There is enough, or nobody waits any more."""
+        if self._said > -math.inf:
+            request_resources(bundles=[])
+        self._since, self._said = None, -math.inf
+
+
+def await_resources(shortage: Shortage, should_stop: Callable[[], bool]) -> bool:
+    """Wait until the cluster has what the least bill asks for; nothing is reserved.
+
+    False when `should_stop` ended the waiting. Raises UserError as `Shortage.lasts`.
+    """
     try:
-        while not fits(bill, nodes := list(alive_nodes().values())):
+        while shortage.lasts(time.monotonic()):
             if should_stop():
                 return False
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"Ray has not the resources that this run needs. {_asked_and_there(config, largest, nodes)} Add "
-                    "nodes, or ask for less in the config (parallel, groups, encoders, decoders)."
-                )
-            if time.monotonic() - said > SAY_EVERY_S:
-                request_resources(bundles=[bundle for bundles in bill for bundle in bundles])
-                say(f"waiting for nodes: {_asked_and_there(config, largest, nodes)}")
-                said = time.monotonic()
             time.sleep(LOOK_EVERY_S)
         return True
     finally:
-        if said:
-            request_resources(bundles=[])
+        shortage.forget()
 
 
 def alive_nodes() -> dict[str, Bundle]:
@@ -158,7 +186,7 @@ def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
 
 
 def _asked_and_there(config: RunConfig, largest: ParallelPlan, nodes: Sequence[Mapping[str, float]]) -> str:
-    actors = "".join(f", {name} with {show(bundle)}" for name, bundle in _single_actors(config).items())
+    actors = "".join(f", {SINGLES[stage]} with {show(bundle)}" for stage, bundle in single_actors(config).items())
     there = "; ".join(show_hardware(node) for node in nodes) or "none"
     ranks, group = largest.world_size, show_apart(group_bundles(config, largest))
     return f"Needed at least: a group of {ranks} rank(s) on {group}{actors}. Nodes there are: {there}."
@@ -173,6 +201,12 @@ def show_apart(bundles: Sequence[Bundle]) -> str:
 
 def show_hardware(node: Mapping[str, float]) -> str:
     return show({name: node.get(name, 0.0) for name in ("CPU", "GPU")})
+
+
+def show_cluster(nodes: Sequence[Mapping[str, float]]) -> str:
+    """All of `nodes` together, and what of it is free now."""
+    there, free = show_hardware(total(nodes)), show_hardware(ray.available_resources())
+    return f"the cluster has {there} on {len(nodes)} node(s), of which {free} are free"
 
 
 def show(resources: Mapping[str, float]) -> str:

@@ -20,11 +20,11 @@ from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.samples import Sample
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, ParallelPlan, RankPlace, StepState
-from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
+from hv_batch.runtime.context import LifeSign, RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.devices import await_free_memory
 from hv_batch.runtime.publishing import Publisher, Stages, scratch_folder
 from hv_batch.runtime.recording import Recording, record
-from hv_batch.runtime.steps import StepWriter, read_steps
+from hv_batch.runtime.steps import Pace, StepWriter, read_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class RankActor:
         self._plan = plan
         self._rank = rank
         self._name = name
-        self._steps = 0
+        self._pace = Pace()
         self._checkpoint_asked = Event()
         self._publisher = Publisher(context, name)  # of rank 0, where the group decodes
         self._recording: Recording | Exception | None = None
@@ -108,8 +108,10 @@ class RankActor:
         Every rank is given the same `resume`, what rank 0 read: a rank that looked for itself might see another one.
         """
         positive, negative = embeddings
+        steps = sample.params.num_inference_steps
         if self._rank != 0:
-            self._denoiser.denoise(sample.params, positive, negative, self._count_step, resume)
+            with self._pace.of(steps) as pace:
+                self._denoiser.denoise(sample.params, positive, negative, lambda done, _: pace(done), resume)
             return None
         context = self._context
         identity = sample_identity(sample, context.fingerprint)
@@ -117,10 +119,11 @@ class RankActor:
         with (
             stopwatch() as watch,
             StepWriter(context.store, sample, identity, every, self._checkpoint_asked) as writer,
+            self._pace.of(steps) as pace,
         ):
 
             def on_step(done: int, read: Callable[[], np.ndarray]) -> None:
-                self._count_step(done, read)
+                pace(done)
                 writer.after_step(done, read)
 
             latents = self._denoiser.denoise(sample.params, positive, negative, on_step, resume)
@@ -164,12 +167,9 @@ class RankActor:
                 raise recording
             return self._publisher.commit(sample, recording.media, recording.seconds, stages, failures)
 
-    def _count_step(self, _done: int, _read: Callable[[], np.ndarray]) -> None:
-        self._steps += 1
-
     @ray.method(concurrency_group="health")
-    def progress(self) -> int:
-        return self._steps + self._publisher.count
+    def progress(self) -> LifeSign:
+        return LifeSign(self._pace.steps + self._publisher.count, self._pace.patience_s)
 
     @ray.method(concurrency_group="health")
     def checkpoint(self) -> None:

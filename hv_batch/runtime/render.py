@@ -45,7 +45,7 @@ from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, build_engine
 from hv_batch.runtime.driver import Driver, Outcome
-from hv_batch.runtime.placement import await_resources
+from hv_batch.runtime.placement import Shortage, await_resources
 from hv_batch.runtime.session import ray_session, submission_id
 
 # What a record's reader needs to reproduce its bytes.
@@ -130,7 +130,8 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
     kinds = job.index.summary.extra_kinds
     with ray_session(config, largest, address) as local, _stop_signals(stopped), progress:
         patience_s = 0.0 if local else config.timeouts.start_s
-        if not await_resources(config, largest, patience_s=patience_s, say=progress.say, should_stop=should_stop):
+        shortage = Shortage(config, largest, patience_s=patience_s, say=progress.say)
+        if not await_resources(shortage, should_stop):
             progress.say("stopped while waiting for nodes; nothing was begun")
             return ExitCode.STOPPED
         # Only now is the root claimed: whoever asked for more than there is may ask for something else.
@@ -138,7 +139,7 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
         job.index.publish(store)
         if plan.takes_back:
             progress.say(f"taken back of the quarantine: {plan.take_back()} samples")
-        driver = Driver(job.context, plan, plan.total, kinds, progress, should_stop=should_stop)
+        driver = Driver(job.context, plan, plan.total, kinds, progress, shortage, should_stop)
         outcome = driver.run()
     lease.check()
     return _close(store, plan, outcome, progress, stopped)

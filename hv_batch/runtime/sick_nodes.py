@@ -50,11 +50,13 @@ class SickNodes:
         is_sparable = self.excluded and stage in self._singles and self._can_spare(self.excluded, stage)
         return self.excluded if is_sparable else frozenset()
 
-    def start_failed(self, stage: Stage, nodes: Iterable[str], reason: str) -> None:
-        self._tell(self._health.start_failed, stage, nodes, f"{_NAMES[stage]} do not start there: {reason}")
+    def start_failed(self, stage: Stage, nodes: Iterable[str], reason: str) -> bool:
+        """A worker failed to start because of these nodes; whether one of them is excluded for it."""
+        return self._tell(self._health.start_failed, stage, nodes, f"{_NAMES[stage]} do not start there: {reason}")
 
-    def device_faulted(self, stage: Stage, nodes: Iterable[str], reason: str) -> None:
-        self._tell(self._health.device_faulted, stage, nodes, f"its device fails: {reason}")
+    def device_faulted(self, stage: Stage, nodes: Iterable[str], reason: str) -> bool:
+        """A device of these nodes broke under a sample; whether one of them is excluded for it."""
+        return self._tell(self._health.device_faulted, stage, nodes, f"its device fails: {reason}")
 
     def started(self, stage: Stage, nodes: Iterable[str]) -> None:
         self._health.started(stage, nodes)
@@ -68,15 +70,16 @@ class SickNodes:
 
     def _tell(
         self, blame: Callable[[Stage, Iterable[str], str], list[str]], stage: Stage, nodes: Iterable[str], why: str
-    ) -> None:
+    ) -> bool:
         if stage is not Stage.DENOISE and stage not in self._singles:
-            return
+            return False
         before, why = self.excluded, why.strip().partition("\n")[0]
         whom = "a group" if stage is Stage.DENOISE else f"a group and the {_NAMES[stage]}"
         for node in blame(stage, nodes, why):
             self._say(f"{self._name(node)} fails again and again, but no other node could host {whom}: it stays")
         for node in sorted(self.excluded - before):
             self._say(f"{self._name(node)} is excluded for the rest of this run: {why}")
+        return self.excluded != before
 
     def _name(self, node: str) -> str:
         """The node's address and the beginning of Ray's id: one address may have several nodes."""

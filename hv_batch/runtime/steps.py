@@ -1,4 +1,5 @@
-"""Step checkpoints, inside a group: rank 0 writes them while the steps go on, and reads one to resume from (P4).
+"""Between two steps, inside a group: rank 0 writes step checkpoints and reads one to resume from (P4), and every rank
+tells by how long its steps take when the next one is overdue.
 
 A checkpoint is insurance, and must never cost more than what it insures: one that cannot be written or read is as good
 as none, and what is wrong with the store is said where the final latents or the video go there.
@@ -6,8 +7,11 @@ as none, and what is wrong with the store is said where the final latents or the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Event
 from types import TracebackType
 from typing import Self
@@ -18,6 +22,40 @@ from hv_batch.job.latents import get_steps, put_steps
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.protocol import StepState
+
+# All steps of a denoise take about as long, so one that takes several times longer than any before it hangs, and eight
+# GPUs need not wait for timeouts.stall_s. But a busy node, or a neighbour that loads 26 GB, may hold up any step.
+OVERDUE = 5.0
+LEAST_PATIENCE_S = 60.0
+
+
+class Pace:
+    """Of the denoises of one rank, one after the other; asked from another thread."""
+
+    def __init__(self) -> None:
+        self.steps = 0  # of all of them
+        self.patience_s = math.inf  # within which the next step will be made; inf where nobody knows
+
+    @contextmanager
+    def of(self, steps: int) -> Iterator[Callable[[int], None]]:
+        """A denoise that ends with step `steps`; yields what is to be called after each, with its number.
+
+        Nothing is known of the first two, which begin with reading a checkpoint and with choosing kernels, and of what
+        follows the last one: that is the output root's pace.
+        """
+        last, longest = math.inf, 0.0
+
+        def after_step(done: int) -> None:
+            nonlocal last, longest
+            now = time.monotonic()
+            longest, last = max(longest, now - last), now
+            self.patience_s = max(LEAST_PATIENCE_S, OVERDUE * longest) if longest > 0 and done < steps else math.inf
+            self.steps += 1
+
+        try:
+            yield after_step
+        finally:
+            self.patience_s = math.inf
 
 
 class StepWriter:

@@ -30,7 +30,7 @@ from hv_batch.job.events import (
     WorkerReady,
 )
 from hv_batch.job.samples import Sample
-from hv_batch.runtime.context import RunContext, StageReport
+from hv_batch.runtime.context import LifeSign, RunContext, StageReport
 from hv_batch.runtime.decoders import DecoderActor
 from hv_batch.runtime.encoders import EncoderActor
 from hv_batch.runtime.failures import classify, is_device_fault, worker_survives
@@ -95,11 +95,11 @@ class Pulse:
     def _answered(self, ref: ray.ObjectRef) -> list[Event]:
         self._asking = False
         try:
-            count = ray.get(ref)
+            sign: LifeSign = ray.get(ref)
         except RayError as error:
             return [WorkerLost(self._worker, classify(error, str(self._worker)))]
-        changed, self.count = count != self.count, count
-        return [Beat(self._worker)] if changed else []
+        changed, self.count = sign.count != self.count, sign.count
+        return [Beat(self._worker, sign.patience_s)] if changed else []
 
 
 class PoolWorker:
@@ -126,8 +126,8 @@ class PoolWorker:
             self._ask_for_room()
         elif now > self._deadline:
             message = "it did not load within timeouts.start_s"
-            self._sick_nodes.start_failed(self.id.stage, self.nodes, message)
-            return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)))]
+            excused = self._sick_nodes.start_failed(self.id.stage, self.nodes, message)
+            return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), excused)]
         return []
 
     def kill(self, *, rebuild: bool = False) -> None:
@@ -152,10 +152,10 @@ class PoolWorker:
         try:
             ray.get(ref)
         except RayError as error:
-            failure = classify(error, str(self.id))
+            failure, excused = classify(error, str(self.id)), False
             if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
-                self._sick_nodes.start_failed(self.id.stage, self.nodes, failure.message)
-            return [WorkerLost(self.id, start_failure(failure))]
+                excused = self._sick_nodes.start_failed(self.id.stage, self.nodes, failure.message)
+            return [WorkerLost(self.id, start_failure(failure), excused)]
         self._ready = True
         self._sick_nodes.started(self.id.stage, self.nodes)
         return [WorkerReady(self.id)]
@@ -165,10 +165,10 @@ class PoolWorker:
         return [TaskDone(self.id, result_bytes)]
 
     def _failed(self, error: RayError) -> list[Event]:
-        failure = classify(error, str(self.id))
+        failure, excused = classify(error, str(self.id)), False
         if is_device_fault(error):
-            self._sick_nodes.device_faulted(self.id.stage, self.nodes, failure.message)
-        return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure)]
+            excused = self._sick_nodes.device_faulted(self.id.stage, self.nodes, failure.message)
+        return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure, excused)]
 
 
 def start_failure(failure: Failure) -> Failure:

@@ -66,7 +66,7 @@ class Fleet:
     def kill_node(self, node):
         """As a power cut: raylet, actors and agents die by SIGKILL. Ray finds out a moment later."""
         raylets = [process.process.pid for process in node.all_processes["raylet"]]
-        victims = [pid for raylet in raylets for pid in _descendants(raylet)]
+        victims = [pid for raylet in raylets for pid in descendants(raylet)]
         self._cluster.remove_node(node, allow_graceful=False)
         for pid in victims:
             with suppress(ProcessLookupError):  # it had noticed the end of its raylet
@@ -86,7 +86,7 @@ class Fleet:
         self._cluster.shutdown()
 
 
-def _descendants(parent: int) -> list[int]:
+def descendants(parent: int) -> list[int]:
     """Processes that `parent` has started, and those that they have; Linux tells each one's parent in /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -96,7 +96,7 @@ def _descendants(parent: int) -> list[int]:
             continue
         if int(after_name[1]) == parent:
             child = int(stat.parent.name)
-            found += [child, *_descendants(child)]
+            found += [child, *descendants(child)]
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pyarrow.parquet as pq
 import yaml
 
 ROOT = Path(__file__).parents[2]
+
+DEADLINE_S = 120  # of a wait; a machine that is busy with other things takes its time to start a worker
+PROMPTS = [f"prompt {i}" for i in range(10)]
 
 FAKE_CONFIG = {
     "defaults": {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4, "negative_prompt": "ugly"},
@@ -67,6 +71,13 @@ def render(*arguments, **kwargs) -> tuple[int, str]:
     return finish(start(command(*arguments), **kwargs))
 
 
+def wait_for(condition, what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never saw {what}"
+        time.sleep(0.02)
+
+
 def count(marks: Path, what: str) -> Counter:
     path = marks / what
     return Counter(path.read_text().splitlines()) if path.exists() else Counter()
@@ -79,6 +90,13 @@ def records(output: Path, kind: str = "commits") -> dict[str, dict]:
 def dataset(output: Path) -> dict[str, bytes]:
     """What P2 and P3 promise to be equal whatever happened on the way: media and sealed tables, byte for byte."""
     return {str(p.relative_to(output)): p.read_bytes() for p in sorted((output / "data").rglob("[!.]*")) if p.is_file()}
+
+
+def videos(output: Path) -> dict[str, bytes]:
+    """Media by the name of the file, whichever shard it is in: what P3 promises to be equal in runs whose manifests, or
+    what they say of themselves, differ.
+    """
+    return {key.rpartition("/")[2]: data for key, data in dataset(output).items() if key.endswith((".mp4", ".png"))}
 
 
 def table(output: Path, shard: int = 0):

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import time
+import pytest
 
-from tests.cluster.runs import command, count, finish, records, start, write_config, write_manifest
+from tests.cluster.runs import (
+    PROMPTS,
+    command,
+    count,
+    dataset,
+    finish,
+    records,
+    render,
+    start,
+    videos,
+    wait_for,
+    write_config,
+    write_manifest,
+)
 
-DEADLINE_S = 120  # of a wait; a machine that is busy with other things takes its time to start a worker
 STORE_BYTES = 80 * 2**20
 SIDE = 4096  # an image whose latents take as many bytes as it has pixels, 16 MiB: five of them would be spilled to disk
 
 
-def wait_for(condition, what):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never saw {what}"
-        time.sleep(0.05)
-
-
-def test_a_held_decoder_stops_the_groups_before_the_store_is_full(fleet, tmp_path, marks):
-    """P7: two groups make one sample each, which is all that their shares of the store hold, and wait; no byte is
-    spilled; then everything is committed.
-    """
-    node = fleet.add_node(gpus=3, store_bytes=STORE_BYTES)
+def images(folder):
+    """Config and manifest of four images, for two groups and a decoder on a node of three GPUs."""
+    marks = folder / "marks"
+    marks.mkdir(exist_ok=True)
     config = write_config(
-        tmp_path,
+        folder,
         marks,
         defaults={"height": SIDE, "width": SIDE, "num_frames": 1, "num_inference_steps": 1},
         parallel={"ulysses_degree": 1},
@@ -32,25 +36,54 @@ def test_a_held_decoder_stops_the_groups_before_the_store_is_full(fleet, tmp_pat
         encoders={"gpus": 0.5},
         decoders={"gpus": 0.5},
     )
+    return config, write_manifest(folder, PROMPTS[:4])
+
+
+@pytest.fixture(scope="module")
+def held(fleet_head, tmp_path_factory):
+    """A run whose first decode is held until nothing else moves: its folder, and the bytes of the node's object store
+    that were then used, and ever spilled.
+    """
+    folder = tmp_path_factory.mktemp("held")
+    node = fleet_head.add_node(gpus=3, store_bytes=STORE_BYTES)
+    config, manifest = images(folder)
+    marks = folder / "marks"
     (marks / "hold-decodes").touch()
-    output = tmp_path / "out"
-    driver = start(command(config, write_manifest(tmp_path, [f"prompt {i}" for i in range(4)]), output, fleet.address))
+    driver = start(command(config, manifest, folder / "out", fleet_head.address))
     wait_for(lambda: count(marks, "denoised").total() >= 2 and count(marks, "decoded"), "two denoises and a decode")
-    held = fleet.object_store(node).object_store_bytes_used
+    used = fleet_head.object_store(node).object_store_bytes_used
     (marks / "hold-decodes").unlink()
     code, text = finish(driver)
     assert code == 0, text
-    assert len(records(output)) == 4
-    assert SIDE**2 <= held < 3 * SIDE**2
-    assert fleet.object_store(node).spilled_bytes_total == 0
-    began = (marks / "trace").read_text().split()
+    spilled = fleet_head.object_store(node).spilled_bytes_total
+    fleet_head.clear()
+    return folder, used, spilled
+
+
+def test_a_held_decoder_stops_the_groups_before_the_store_is_full(held):
+    """P7: two groups make one sample each, which is all that their shares of the store hold, and wait; no byte is
+    spilled; then everything is committed.
+    """
+    folder, used, spilled = held
+    assert len(records(folder / "out")) == 4
+    assert SIDE**2 <= used < 3 * SIDE**2
+    assert spilled == 0
+    began = (folder / "marks" / "trace").read_text().split()
     lead = [began[: i + 1].count("denoising") - began[: i + 1].count("decoded") for i in range(len(began))]
     assert max(lead) == 2, f"a denoise that nobody had room for: {began}"
 
 
-def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, marks):
-    """Stations: one decoder that takes several times as long as a denoise is joined by others, which is said with the
-    reason, and every sample is committed.
+@pytest.mark.slow
+def test_groups_that_had_to_wait_render_the_same(held, ray_head, tmp_path):
+    """P3, P7: the output root of a run that had room for all is the same, byte for byte."""
+    code, text = render(*images(tmp_path), tmp_path / "out", ray_head[0])
+    assert code == 0, text
+    assert dataset(held[0] / "out") == dataset(tmp_path / "out")
+
+
+def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, marks, expected):
+    """Stations, P3: one decoder that takes several times as long as a denoise is joined by others, which is said with
+    the reason; every sample is committed, and its bytes are the same.
     """
     config = write_config(
         tmp_path,
@@ -75,3 +108,4 @@ def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, m
     code, rest = finish(driver)
     assert code == 0, text + rest
     assert len(records(output)) == 12
+    assert expected <= videos(output).items(), "ten of them"

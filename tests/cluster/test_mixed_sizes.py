@@ -16,8 +16,7 @@ from hv_batch.job.progress import Progress
 from hv_batch.job.selection import Selection
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import write_toy_checkpoint
-from tests.cluster.runs import count, dataset, records, write_config
-from tests.cluster.test_render import wait_for
+from tests.cluster.runs import count, records, videos, wait_for, write_config
 
 SMALL, LARGE = (64, 64, 9), (128, 64, 9)
 FAULTS = ("!hold-denoise", "!kill-denoise-once", "", "")
@@ -39,11 +38,6 @@ def between(model, shape):
     """Memory of a GPU in GiB on which the shape needs two ranks."""
     one, two = (denoiser_footprint(model, count_tokens(shape), ranks, 1).total for ranks in (1, 2))
     return (one + two) / 2 / GIB
-
-
-def videos(output):
-    """Media by the name of the file, whichever shard it is in."""
-    return {key.rpartition("/")[2]: data for key, data in dataset(output).items() if key.endswith(".mp4")}
 
 
 def ranks_of(output):

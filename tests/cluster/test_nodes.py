@@ -20,19 +20,13 @@ from tests.cluster.runs import (
     finish,
     records,
     start,
+    videos,
+    wait_for,
     write_config,
     write_manifest,
 )
 
 PROMPTS = [f"prompt {i} !hold-denoise" for i in range(6)]
-DEADLINE_S = 120  # of a wait; a machine that is busy with other things takes its time to start a worker
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never saw {what}"
-        time.sleep(0.05)
 
 
 def drain(fleet, node, seconds=None):
@@ -99,16 +93,20 @@ def grown(fleet_head, tmp_path_factory):
     return run
 
 
-def test_a_node_that_joins_speeds_up_the_run(grown):
-    """Elastic: the second group renders while the first still does, the third waits for room and hinders nobody."""
+def test_a_node_that_joins_speeds_up_the_run(grown, expected):
+    """Elastic, P3, P5: the second group renders while the first still does, the third waits for room and hinders
+    nobody; the bytes are those of one group.
+    """
     assert len(grown.groups()) == 2
     assert "of at most 3 group(s) are placed" in grown.text
     assert not any(grown.history().values())
     assert grown.groups_lost() == {}
+    assert len(records(grown.output)) == 6
+    assert videos(grown.output).items() <= expected
 
 
 def test_what_the_rest_cannot_use_is_released(grown):
-    """Elastic: the group that never found room is withdrawn once the others suffice, and no failure is said of it."""
+    """Elastic, P5: the group that never found room is withdrawn once the others suffice; no failure is said of it."""
     (withdrawn,) = {"denoise-1.0", "denoise-2.0"} - grown.groups()  # Ray chooses which of two that wait to place
     assert f"{withdrawn} is released" in grown.text
     assert "encode-0.0 is released" in grown.text

@@ -21,10 +21,10 @@ from tests.cluster.runs import (
     render,
     start,
     table,
+    wait_for,
     write_config,
     write_manifest,
 )
-from tests.cluster.test_render import wait_for
 
 # The pauses of an outage are made for nights.
 IMPATIENT = "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 0.5; from hv_batch.cli import main; main()"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.cluster.runs import (
+    PROMPTS,
     command,
     count,
     dataset,
@@ -18,31 +18,11 @@ from tests.cluster.runs import (
     render,
     start,
     table,
+    videos,
+    wait_for,
     write_config,
     write_manifest,
 )
-
-PROMPTS = [f"prompt {i}" for i in range(10)]
-DEADLINE_S = 60
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never saw {what}"
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(ray_head, tmp_path_factory):
-    """The output root of PROMPTS when nothing goes wrong."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    marks = folder / "marks"
-    marks.mkdir()
-    config, manifest = write_config(folder, marks), write_manifest(folder, PROMPTS)
-    code, text = render(config, manifest, folder / "out", ray_head[0])
-    assert code == 0, text
-    return folder
 
 
 def test_every_sample_is_committed_once(undisturbed):
@@ -95,9 +75,7 @@ def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, mar
     code, text = render(config, manifest, output, ray_head[0])
     assert code == 0, text
     assert all(count(marks, "denoised")[prompt] == begun[prompt] for prompt in committed)
-    assert {k: v for k, v in dataset(output).items() if k.endswith(".mp4")} == {
-        k: v for k, v in dataset(undisturbed / "out").items() if k.endswith(".mp4")
-    }
+    assert videos(output) == videos(undisturbed / "out")
     assert (output / "_SUCCESS").exists()
 
 
@@ -212,7 +190,7 @@ def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks
         "!freeze-denoise-once",
     ],
 )
-def test_a_lost_worker_costs_one_try(ray_head, tmp_path, marks, fault):
+def test_a_lost_worker_costs_one_try(expected, ray_head, tmp_path, marks, fault):
     """P4: a rank or encoder that dies or hangs is replaced, the sample tried again, and the bytes are the same."""
     config = write_config(tmp_path, marks, timeouts={"stall_s": 4})
     prompts = ["good 0", f"bad {fault}", "good 1"]
@@ -222,28 +200,31 @@ def test_a_lost_worker_costs_one_try(ray_head, tmp_path, marks, fault):
     found = records(output)
     assert set(found) == {"s00", "s01", "s02"}
     assert count(marks, "denoised") == dict.fromkeys(prompts, 1)
+    assert videos(output).items() <= expected
     if "encode" not in fault:
         assert found["s01"]["attempts"] == 2
         assert found["s01"]["history"][0]["kind"] == "INFRA"
 
 
-def test_a_dead_decoder_never_repeats_a_denoise(ray_head, tmp_path, marks):
-    """P4: the final latents were written first, so a decoder's death costs a decode and nothing else."""
+def test_a_dead_decoder_never_repeats_a_denoise(expected, ray_head, tmp_path, marks):
+    """P3, P4: the final latents were written first, so a decoder's death costs a decode and nothing else."""
     (marks / "decoder-dies").touch()
     config, output = write_config(tmp_path, marks), tmp_path / "out"
     code, text = render(config, write_manifest(tmp_path, PROMPTS[:3]), output, ray_head[0])
     assert code == 0, text
     assert count(marks, "denoised") == dict.fromkeys(PROMPTS[:3], 1)
     assert len(records(output)) == 3
+    assert videos(output).items() <= expected
 
 
 @pytest.mark.slow
-def test_eight_ranks_are_placed_on_fake_gpus(ray_head, tmp_path, marks):
-    """Placement: a gang of eight one-GPU bundles stands where Ray counts eight GPUs, real or not."""
+def test_eight_ranks_are_placed_on_fake_gpus(expected, ray_head, tmp_path, marks):
+    """Placement, P3: a gang of eight one-GPU bundles stands where Ray counts eight GPUs, real or not."""
     config = write_config(tmp_path, marks, parallel={"ulysses_degree": 4, "ring_degree": 2})
     code, text = render(config, write_manifest(tmp_path, PROMPTS[:2]), tmp_path / "out", ray_head[0])
     assert code == 0, text
     assert {path.name for path in marks.glob("join-*")} == {f"join-{rank}-of-8" for rank in range(8)}
+    assert videos(tmp_path / "out").items() <= expected
 
 
 def test_more_gpus_than_the_cluster_has_are_said(ray_head, tmp_path, marks):
@@ -280,8 +261,4 @@ def test_parquet_manifest_renders_the_same(undisturbed, ray_head, tmp_path, mark
     pq.write_table(pa.Table.from_pylist(rows), manifest)
     code, text = render(write_config(tmp_path, marks), manifest, tmp_path / "out", ray_head[0])
     assert code == 0, text
-
-    def videos(output: Path):
-        return {key: data for key, data in dataset(output).items() if key.endswith(".mp4")}
-
     assert videos(tmp_path / "out") == videos(undisturbed / "out")

@@ -7,8 +7,18 @@ import signal
 
 import pytest
 
-from tests.cluster.runs import command, count, dataset, finish, records, render, start, write_config, write_manifest
-from tests.cluster.test_render import wait_for
+from tests.cluster.runs import (
+    command,
+    count,
+    dataset,
+    finish,
+    records,
+    render,
+    start,
+    wait_for,
+    write_config,
+    write_manifest,
+)
 
 PROMPTS = ["fox", "hare"]
 STEPS = 8

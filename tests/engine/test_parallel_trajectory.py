@@ -77,16 +77,17 @@ GUIDED_ALONE = [Case((5, 5), (31,), (12,)), Case((5, 5), (1,), (256,))]
 GUIDED = [Case((9, 16), (256,), (1,)), Case((14, 8), (1,), (256,))]
 BATCH = Case((3, 4), (7, 256, 1))
 ALONE = [Case(BATCH.grid, (length,)) for length in BATCH.texts]
-EVERY_LENGTH = [Case((3, 4), (length,)) for length in (1, *range(8, 256, 8), 255, 256)]
+EVERY_LENGTH = [Case((3, 4), (length,)) for length in range(1, 257)]
 
 
 def _cases(plan: ParallelPlan, exhaustive: bool) -> list[Case]:
-    """Of a plan; not exhaustively, the released sizes go round, so that each meets several plans of each kind."""
-    guided = [GUIDED_BATCH, *GUIDED_ALONE]
+    """Of a plan; not exhaustively, the released sizes go round, so that each meets several plans of each kind. So do
+    the lengths of texts, of which all have their turn when it is exhaustive.
+    """
+    guided, first = [GUIDED_BATCH, *GUIDED_ALONE], PLANS.index(plan) if plan in PLANS else 0
     if exhaustive:
-        plain = [*RELEASED, BATCH, *ALONE, *EVERY_LENGTH]
+        plain = [*RELEASED, BATCH, *ALONE, *EVERY_LENGTH[first :: len(PLANS)]]
         return guided + GUIDED + (plain if plan.cfg_degree == 1 else [])
-    first = PLANS.index(plan) if plan in PLANS else 0
     return guided + [RELEASED[(3 * first + i) % len(RELEASED)] for i in range(3 if plan.cfg_degree == 1 else 0)]
 
 

@@ -308,7 +308,7 @@ def test_a_group_that_cannot_be_shared_out_is_told_what_can():
     assert "ulysses_degree 16 does not divide the model's 24 attention heads" in sentence
     assert "1 x 16, 2 x 8, 4 x 4, 8 x 2" in sentence
     assert "16 x 1" not in sentence
-    assert sentence.endswith("and with cfg_degree 2 1 x 8, 2 x 4, 4 x 2, 8 x 1")
+    assert sentence.endswith("; with cfg_degree 2 also 1 x 8, 2 x 4, 4 x 2, 8 x 1")
     (sentence,) = engine.group_problems(ParallelPlan(ulysses_degree=5))
     assert sentence.endswith("with 5 ranks, ulysses_degree x ring_degree may be 1 x 5")
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.job.config import RunConfig
 from hv_batch.job.size_rules import DEFAULT_PLAN
 from hv_batch.job.sizes import fixed_plan
-from hv_batch.runtime.placement import STORE_SHARE, fits, group_bundles, least_bill, result_share, total
+from hv_batch.protocol import UserError
+from hv_batch.runtime import placement
+from hv_batch.runtime.placement import (
+    SAY_EVERY_S,
+    STORE_SHARE,
+    Shortage,
+    fits,
+    group_bundles,
+    least_bill,
+    result_share,
+    total,
+)
 
 
 def test_a_group_of_eight_wants_one_node():
@@ -72,3 +84,35 @@ def test_nothing_fits_into_less_than_it_is(needs, nodes):
     if sum(needs) > sum(nodes):
         assert not fits(bill, there)
     assert fits(bill, [{"GPU": float(need)} for need in needs])
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """What the nodes of a made-up cluster have; a test changes it. Nobody is there to bring others."""
+    there = {"node": {"CPU": 64.0, "GPU": 10.0}}
+    monkeypatch.setattr(placement, "alive_nodes", lambda: there)
+    monkeypatch.setattr(placement, "request_resources", lambda bundles: None)
+    return there
+
+
+def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes):
+    """P5, P6: when its nodes are gone, and it has had nothing to do for as long as a start may take, a run says what it
+    asks, what there is, and that this will never do.
+    """
+    said = []
+    shortage = Shortage(RunConfig(), DEFAULT_PLAN, patience_s=100.0, say=said.append)
+    assert not shortage.lasts(0.0)
+    nodes["node"]["GPU"] = 7.0
+    assert shortage.lasts(200.0, is_busy=True)
+    assert shortage.lasts(200.0 + 2 * SAY_EVERY_S, is_busy=True)
+    (line,) = said
+    assert line.startswith("waiting for nodes: Needed at least: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
+    assert line.endswith("Nodes there are: 64 CPU + 7 GPU.")
+    assert shortage.lasts(300.0, is_busy=True), "decodes that still run are worth waiting for"
+    assert shortage.lasts(399.0)
+    nodes["another"] = {"CPU": 64.0, "GPU": 10.0}
+    assert not shortage.lasts(399.5), "one has come in time"
+    del nodes["another"]
+    assert shortage.lasts(450.0)
+    with pytest.raises(UserError, match=r"(?s)8 GPU.* 7 GPU\. However idle these are, the run could not go on there"):
+        shortage.lasts(550.0)

@@ -496,6 +496,24 @@ def test_one_group_that_never_starts_ends_the_run():
     assert "lost" in world.abort.failure.message
 
 
+@pytest.mark.parametrize("sick", [RETRIES.worker - 1, RETRIES.worker])
+def test_a_node_that_is_excluded_counts_once(sick):
+    """P5, P6: nodes on which nothing starts, each found out by two starts, cost a slot one loss each: after three of
+    them in a row the fourth renders. Four in a row are not the nodes' fault, and the run ends.
+    """
+    world = World(limits(groups=1), plan_of(3))
+    for failed_starts in range(2 * sick):
+        if not world.abort:
+            group = next(worker for worker in world.starting if worker.stage is Stage.DENOISE)
+            world.feed(WorkerLost(group, Failure(FailureClass.INFRA, "no device"), excused=failed_starts % 2 == 1))
+            world.tick(MAX_BACKOFF_S)
+    world.calm_down()
+    if sick < RETRIES.worker:
+        assert len(world.committed) == 3
+    else:
+        assert "every denoise group was lost 4 times in a row" in world.abort.failure.message
+
+
 def drive(world, bad):
     """Run to the end; `bad(worker, keys)` says what goes wrong with a task, as (what, kind), or None."""
     for _ in range(10_000):
@@ -612,6 +630,25 @@ def test_a_hung_task_is_given_up_and_retried():
     assert world.committed == ["s0"]
 
 
+def test_a_step_that_is_overdue_is_a_hang():
+    """P4: who tells when the next step is due is given up then, and not after the stall time; for one that does not
+    tell, or would wait longer than that, the stall time counts.
+    """
+    world = World(limits(groups=1), plan_of(2))
+    until_denoising(world, groups=1)
+    (group,) = denoising(world)
+    for patience_s, waited_s in ((math.inf, STALL_S), (2 * STALL_S, STALL_S), (10.0, 10.0)):
+        world.feed(Beat(group, patience_s))
+        world.tick(waited_s)
+        assert group in world.running
+    world.tick(1.0)
+    assert world.killed[group].kind is FailureClass.INFRA
+    assert "no progress for 10 s" in world.killed[group].message
+    until_denoising(world, groups=1)
+    world.tick(STALL_S)
+    assert denoising(world), "of another task nothing is known yet"
+
+
 def work_without_decoding(world):
     """Until nothing moves but the decodes, which do not end."""
     for _ in range(1000):
@@ -701,6 +738,19 @@ def test_a_stop_asks_every_running_denoise_for_a_checkpoint():
     world.feed(StopRequested())
     world.feed(StopRequested())
     assert sorted(world.checkpoints) == sorted(groups)
+
+
+def test_a_long_drain_asks_again_near_its_end():
+    """P4: what a denoise has done since the stop is not lost either, if it will not be through in time."""
+    world = World(limits(groups=1), plan_of(8), drain_timeout_s=600.0)
+    until_denoising(world, groups=1)
+    (group,) = denoising(world)
+    world.feed(StopRequested())
+    world.idle_away(569.0, lambda: False)
+    assert world.checkpoints == [group]
+    world.idle_away(30.0, lambda: False)
+    assert world.checkpoints == [group, group]
+    assert not world.finish
 
 
 def test_drain_ends_at_its_deadline():

@@ -50,6 +50,13 @@ def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage):
     assert elsewhere(sick.excluded) == {NODE_LABEL: "!in(a)"}
 
 
+def test_who_got_a_node_excluded_is_told(nodes):
+    """P5: the slot that failed there is not given up for it; of the first failure, nobody knows yet whose it was."""
+    sick = SickNodes(config(gpus=0.5), PAIR, print)
+    assert [sick.start_failed(Stage.DENOISE, ["a"], "no device") for _ in range(3)] == [False, True, False]
+    assert [sick.device_faulted(Stage.DENOISE, ["b"], "ECC") for _ in range(3)] == [False] * 3, "it cannot be spared"
+
+
 def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
     """P5: a decoder on a CPU has nothing to fear from a node's GPU, and knows nothing of it."""
     sick = SickNodes(config(gpus=0.0), PAIR, print)

@@ -80,7 +80,10 @@ def test_the_identity_is_that_of_the_degrees(parallel):
     ("values", "said"),
     [
         ({"parallel": {"gpus_per_group": 8, "ulysses_degree": 4, "ring_degree": 1}}, "degrees whose product is 8"),
-        ({"parallel": {"gpus_per_group": 8, "ulysses_degree": 3}}, "degrees whose product is 8"),
+        (
+            {"parallel": {"gpus_per_group": 8, "ulysses_degree": 3}},
+            "= 8 with ulysses_degree = 3, cfg_degree = 1; allowed: degrees whose product is 8",
+        ),
         ({"parallel": {"gpus_per_group": 3, "cfg_degree": 2}}, "degrees whose product is 3"),
         ({"parallel": {"gpus_per_group": 0}}, "a whole number of at least 1, auto, or null"),
         ({"parallel": {"gpus_per_group": "many"}}, "a whole number of at least 1, auto, or null"),

@@ -1,8 +1,13 @@
-"""Step checkpoints inside a group: when they are written, and that nothing about them can disturb a denoise."""
+"""Between two steps of a denoise: when checkpoints are written, that nothing about them can disturb it, and what its
+pace tells of the next step.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
+from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +17,8 @@ from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.latents import get_steps, put_steps
 from hv_batch.job.storage import Store
 from hv_batch.protocol import StepState
-from hv_batch.runtime.steps import StepWriter, read_steps
+from hv_batch.runtime import steps
+from hv_batch.runtime.steps import LEAST_PATIENCE_S, OVERDUE, Pace, StepWriter, read_steps
 from hv_batch.runtime.workers import InFlight
 from tests.unit.test_commits import PARAMS, SAMPLE
 
@@ -152,3 +158,23 @@ def test_what_led_to_a_refused_result_is_not_gone_on_from():
     assert InFlight(SAMPLE, has_steps=True, failures=(lost,)).may_resume()
     assert not InFlight(SAMPLE, has_steps=True, failures=(poisoned, lost)).may_resume()
     assert not InFlight(SAMPLE, failures=(lost,)).may_resume(), "nothing is read where nothing can be"
+
+
+def test_a_rank_tells_when_its_next_step_is_overdue(monkeypatch):
+    """P4: by its slowest step so far; never before two were made, nor after the last, when the output root has the
+    word, nor after a denoise that failed.
+    """
+    now = 0.0
+    monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: now))
+    pace, told = Pace(), []
+    for took in ([900.0, 1.0, 40.0, 2.0, 500.0], [3.0, 20.0]):
+        with suppress(RuntimeError), pace.of(5) as after_step:
+            for done, seconds in enumerate(took, 1):
+                now += seconds
+                after_step(done)
+                told.append(pace.patience_s)
+            raise RuntimeError("lost peer")
+        assert pace.patience_s == math.inf
+    slowest = OVERDUE * 40.0
+    assert told == [math.inf, LEAST_PATIENCE_S, slowest, slowest, math.inf, math.inf, OVERDUE * 20.0]
+    assert pace.steps == 7

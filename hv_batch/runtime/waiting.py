@@ -1,0 +1,44 @@
+"""Encoders and decoders that find no room: people are told, because groups that wait for them only look slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from hv_batch.job.config import RunConfig
+from hv_batch.job.events import Stage, WorkerId
+from hv_batch.runtime.placement import SINGLES, alive_nodes, fits, show, show_cluster, single_actors
+from hv_batch.runtime.workers import Worker
+
+# Ray places a single actor within a second, and asks an autoscaler that brings a node for it within some minutes.
+SAY_AFTER_S = 60.0
+
+
+class RoomWatch:
+    """Of the stations that stand by themselves. Groups tell of their own waiting; see `group_pool`."""
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        self._asked = single_actors(config)
+        self._say = say
+        self._since: dict[Stage, float] = {}  # nobody of the station has room, and somebody wants it
+        self._said: set[Stage] = set()
+
+    def look(self, workers: Mapping[WorkerId, Worker], now: float) -> None:
+        """As often as you like; each waiting is told of once."""
+        for stage in self._asked:
+            lives = [life for worker, life in workers.items() if worker.stage is stage]
+            if not lives or any(life.nodes for life in lives):
+                self._since.pop(stage, None)
+                self._said.discard(stage)
+            elif now - self._since.setdefault(stage, now) >= SAY_AFTER_S and stage not in self._said:
+                self._said.add(stage)
+                self._say(self._why_waiting(stage))
+
+    def _why_waiting(self, stage: Stage) -> str:
+        nodes, bundle = list(alive_nodes().values()), self._asked[stage]
+        hope = "It begins when others let go of enough, or when nodes join."
+        if not fits([[bundle]], nodes):
+            hope = "No node here could ever hold it: it begins only when others join."
+        return (
+            f"{SINGLES[stage]} waits for room, and the samples for it: it asks for one node with {show(bundle)}; "
+            f"{show_cluster(nodes)}. {hope}"
+        )

@@ -1,0 +1,63 @@
+"""What is said of encoders and decoders that find no room; the cluster is made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hv_batch.job.config import RunConfig
+from hv_batch.job.events import Stage, WorkerId
+from hv_batch.runtime import placement, waiting
+from hv_batch.runtime.waiting import SAY_AFTER_S, RoomWatch
+
+CONFIG = {"encoders": {"placement": "colocated", "gpus": 0.3}, "decoders": {"gpus": 1.0, "cpus": 2.0}}
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """What the nodes have; one CPU of them is free."""
+    there = {"a": {"CPU": 16.0, "GPU": 8.0}, "b": {"CPU": 4.0}}
+    monkeypatch.setattr(waiting, "alive_nodes", lambda: there)
+    monkeypatch.setattr(placement.ray, "available_resources", lambda: {"CPU": 1.0})
+    return there
+
+
+def station(stage, *placed):
+    return {WorkerId(stage, slot, 0): SimpleNamespace(nodes=frozenset(nodes)) for slot, nodes in enumerate(placed)}
+
+
+def test_a_station_without_room_is_told_of_once(nodes):
+    """P5: groups that wait for a decoder render nothing, so it is told what that one asks, what there is, and whether
+    that could ever do; again only when it has had room since.
+    """
+    said = []
+    watch = RoomWatch(RunConfig.model_validate(CONFIG), said.append)
+    alone, joined = station(Stage.DECODE, ()), station(Stage.DECODE, (), ("a",))
+    for now in (0.0, SAY_AFTER_S - 1.0):
+        watch.look(alone, now)
+    assert not said
+    watch.look(joined, SAY_AFTER_S)
+    watch.look(alone, SAY_AFTER_S + 1.0)
+    assert not said, "one of them had room meanwhile"
+    for now in (2 * SAY_AFTER_S + 1.0, 9 * SAY_AFTER_S):
+        watch.look(alone, now)
+    assert said == [
+        "a decoder waits for room, and the samples for it: it asks for one node with 2 CPU + 1 GPU; the cluster has "
+        "20 CPU + 8 GPU on 2 node(s), of which 1 CPU + 0 GPU are free. It begins when others let go of enough, or when "
+        "nodes join."
+    ]
+    watch.look(joined, 10 * SAY_AFTER_S)
+    del nodes["a"]
+    for now in (11 * SAY_AFTER_S, 12 * SAY_AFTER_S):
+        watch.look(alone, now)
+    assert said[1].endswith("No node here could ever hold it: it begins only when others join.")
+
+
+def test_lodgers_and_stations_that_nobody_needs_are_not_told_of(nodes):
+    """Lodgers wait for a group, which tells of itself; at the tail there may be no decoder because none is needed."""
+    said = []
+    watch = RoomWatch(RunConfig.model_validate(CONFIG), said.append)
+    for now in (0.0, 2 * SAY_AFTER_S):
+        watch.look(station(Stage.ENCODE, ()), now)
+    assert not said
