@@ -112,6 +112,11 @@ def quarantine_record(
     }
 
 
+def dated(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as one of this moment: a commit may come long after the video was made."""
+    return {**record, "created_at": _now()}
+
+
 def commit(store: Store, record: Mapping[str, Any]) -> bool:
     """Make the record's sample done; the media must be stored already.
 

@@ -123,18 +123,21 @@ def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]
 
     def of_shard(shard: int) -> frozenset[str]:
         state = scan_shard(store, shard)
-        retried = frozenset(map(layout.sample_key, store.list(layout.retried_dir(shard))))
-        return (state.quarantined | retried) - state.committed
+        return (state.quarantined | taken_back(store, shard)) - state.committed
 
     numbers = list(shards)
     with ThreadPoolExecutor(READERS, thread_name_prefix="quarantine") as pool:
         return {shard: keys for shard, keys in zip(numbers, pool.map(of_shard, numbers), strict=True) if keys}
 
 
-def earlier_failures(store: Store, shard: int, keys: Collection[str]) -> dict[str, tuple[Failure, ...]]:
-    """What those samples of `keys` had failed of that were taken back, by key."""
-    found = [key for key in map(layout.sample_key, store.list(layout.retried_dir(shard))) if key in keys]
-    return {key: _read_history(store, layout.retried_key(shard, key)) for key in found}
+def taken_back(store: Store, shard: int) -> frozenset[str]:
+    """The samples that were given up once and then taken back, whatever became of them since."""
+    return frozenset(map(layout.sample_key, store.list(layout.retried_dir(shard))))
+
+
+def earlier_failures(store: Store, shard: int, keys: Iterable[str]) -> dict[str, tuple[Failure, ...]]:
+    """What those samples had failed of that were taken back, by key."""
+    return {key: _read_history(store, layout.retried_key(shard, key)) for key in keys}
 
 
 def _read_history(store: Store, name: str) -> tuple[Failure, ...]:
