@@ -18,10 +18,10 @@ from typing import Any, TextIO
 
 from hv_batch.job import layout
 from hv_batch.job.config import RunConfig
+from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
-from hv_batch.resume import read_orders
 from hv_batch.runtime.render import ExitCode, render
 
 PLACE = "{date}"  # in a manifest's URL; becomes 2026-11-20

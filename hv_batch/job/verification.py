@@ -4,11 +4,11 @@ Everything is read from storage: each commit record, the whole of its media and 
 sealed with. Some or all media are decoded as well; bytes that hash as recorded were whole when they were written, so a
 sample of them tells whether what was written is a video.
 
-`repair` removes exactly what is wrong, in an order that leaves a root that can be resumed wherever it is cut short:
-first the seals (of the run, then of the shard: `unseal_shard`), then the record, then the media it named. A sample
-without a record is pending, so the same run command renders it again (from its latents where they were kept) and seals
-the shard again. Media removed before their record would be a sample that is done and cannot be seen; a record removed
-before the seal would be a pending sample that no run looks for.
+`remove_faults` removes exactly what is wrong, in an order that leaves a root that can be resumed wherever it is cut
+short: first the seals (of the run, then of the shard: `unseal_shard`), then the record, then the media it named. A
+sample without a record is pending, so the same run command renders it again (from its latents where they were kept)
+and seals the shard again. Media removed before their record would be a sample that is done and cannot be seen; a record
+removed before the seal would be a pending sample that no run looks for.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     return result
 
 
-def repair(store: Store, findings: Iterable[Finding]) -> None:
+def remove_faults(store: Store, findings: Iterable[Finding]) -> None:
     """Remove what is wrong; the order is the module's."""
     for shard, members in groupby(findings, key=attrgetter("shard")):
         wrong = list(members)
