@@ -159,9 +159,11 @@ def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event,
 def _counts(store: Store) -> dict[str, Any]:
     try:
         summary = json.loads(store.get(layout.SUMMARY))
+        return {name: summary[name] for name in ("committed", "quarantined", "pending")}
     except (OSError, UserError):  # none was written; or the store is what failed, and that is told already
         return {}
-    return {name: summary[name] for name in ("committed", "quarantined", "pending")}
+    except (ValueError, KeyError, TypeError):  # damaged; the pager's line must not be lost with it
+        return {}
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def drop_what_led_to(store: Store, shard: int, key: str, *, keep_latents: bool) 
 
 def checkpointed(store: Store) -> frozenset[str]:
     """The keys of all samples with a step checkpoint: of those that a drain or a crash cut short, so they are few."""
-    return frozenset(map(layout.sample_key, store.list(layout.STEPS)))
+    return layout.sample_keys(store.list(layout.STEPS))
 
 
 def _checked(sample: Sample, latents: np.ndarray) -> np.ndarray:

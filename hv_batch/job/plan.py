@@ -200,7 +200,7 @@ class Plan:
         Latents and steps that a crash may have left in one are not looked for: `hv-batch gc` removes them.
         """
         is_sealed = self._store.exists(layout.metadata_key(shard))
-        if is_sealed and sum(1 for _ in self._store.list(layout.commit_dir(shard))) == self._index.size(shard):
+        if is_sealed and len(layout.sample_keys(self._store.list(layout.commit_dir(shard)))) == self._index.size(shard):
             return None
         return _Found(scan_shard(self._store, shard, sealed=is_sealed), taken_back(self._store, shard))
 

@@ -23,7 +23,8 @@ from operator import attrgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import COMMIT_SCHEMA, read_commit
+from hv_batch.job.commits import COMMIT_SCHEMA
+from hv_batch.job.commits import decode as decode_record
 from hv_batch.job.dataset import metadata_table, unseal_shard
 from hv_batch.job.findings import Fault, Finding, Verification
 from hv_batch.job.index import is_whole, read_index
@@ -62,10 +63,10 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     every = 1 if decodes is None else -(-status.committed // decodes) if decodes else 0
     with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as pool:
         for shard in status.shards:
-            keys = sorted(map(layout.sample_key, store.list(layout.commit_dir(shard.shard))))
+            keys = sorted(layout.sample_keys(store.list(layout.commit_dir(shard.shard))))
             numbers = range(result.checked, result.checked + len(keys))
             decoders = [decode if every and number % every == 0 else None for number in numbers]
-            given_up = frozenset(map(layout.sample_key, store.list(layout.quarantine_dir(shard.shard))))
+            given_up = layout.sample_keys(store.list(layout.quarantine_dir(shard.shard)))
             samples = list(pool.map(partial(_check_sample, store, run, shard.shard, given_up), keys, decoders))
             result.findings += _check_given_up(store, shard.shard)
             result.checked += len(samples)
@@ -142,7 +143,7 @@ def _check_sample(
     if key in given_up:
         found.append(Finding(shard, key, Fault.TWO_RECORDS, f"{beside} stands beside {commit}", (beside,)))
     try:
-        record = read_commit(store, shard, key)
+        record = decode_record(store.get(commit))
         problem = _record_problem(record, run["fingerprint"], shard, key)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"cannot be read: {type(error).__name__}: {error}"
