@@ -125,13 +125,16 @@ def which_day(text: str | None, now: datetime) -> date:
 
 
 def next_time(text: str, now: datetime) -> datetime:
-    """The next moment after `now` at which a clock shows `text` (HH:MM). Raises UserError for anything else."""
+    """The next moment at which a clock of this machine shows `text` (HH:MM), in a night of a time change, too.
+
+    `now` is its local time, without a zone. Raises UserError for anything else than a time.
+    """
     try:
         clock = datetime.strptime(text, "%H:%M").time()
     except ValueError:
         raise UserError(f"--until {text!r} is not a time of day; give hours and minutes, as 06:30.") from None
     today = now.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
-    return today if today > now else today + timedelta(days=1)
+    return (today if today > now else today + timedelta(days=1)).astimezone()
 
 
 def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event, progress: Progress) -> Night:
