@@ -112,7 +112,7 @@ def nightly(
     """
     from hv_batch.nightly import Orders, next_time, render_night, which_day
 
-    now = datetime.now().astimezone()
+    now = datetime.now()
     orders = Orders(
         config=load_config(config, overrides or []),
         manifest=manifest,

@@ -18,10 +18,10 @@ from typing import Any, TextIO
 
 from hv_batch.job import layout
 from hv_batch.job.config import RunConfig
+from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
-from hv_batch.resume import read_orders
 from hv_batch.runtime.render import ExitCode, render
 
 PLACE = "{date}"  # in a manifest's URL; becomes 2026-11-20
@@ -125,13 +125,16 @@ def which_day(text: str | None, now: datetime) -> date:
 
 
 def next_time(text: str, now: datetime) -> datetime:
-    """The next moment after `now` at which a clock shows `text` (HH:MM). Raises UserError for anything else."""
+    """The next moment at which a clock of this machine shows `text` (HH:MM), in a night of a time change, too.
+
+    `now` is its local time, without a zone. Raises UserError for anything else than a time.
+    """
     try:
         clock = datetime.strptime(text, "%H:%M").time()
     except ValueError:
         raise UserError(f"--until {text!r} is not a time of day; give hours and minutes, as 06:30.") from None
     today = now.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
-    return today if today > now else today + timedelta(days=1)
+    return (today if today > now else today + timedelta(days=1)).astimezone()
 
 
 def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event, progress: Progress) -> Night:
@@ -159,9 +162,11 @@ def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event,
 def _counts(store: Store) -> dict[str, Any]:
     try:
         summary = json.loads(store.get(layout.SUMMARY))
+        return {name: summary[name] for name in ("committed", "quarantined", "pending")}
     except (OSError, UserError):  # none was written; or the store is what failed, and that is told already
         return {}
-    return {name: summary[name] for name in ("committed", "quarantined", "pending")}
+    except (ValueError, KeyError, TypeError):  # damaged; the pager's line must not be lost with it
+        return {}
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """What an operator does with an output root: look at it, check it, take samples back, tidy up, compare two.
 
-All of it reads storage only and needs no Ray. What changes the root first says what it would do, does it when told so,
-and holds the root's lease meanwhile, so that no driver is at work in it.
+All of it reads storage only and needs no Ray, but for `verify --repair`, which renders again what it has removed. What
+changes the root first says what it would do, does it when told so, and holds the root's lease meanwhile, so that no
+driver is at work in it.
 
-Exit codes: 0 as it should be, 3 something was found (faults, differences), 1 the command could not be carried out.
+Exit codes: 0 as it should be, 3 something was found (faults, differences), 1 the command could not be carried out; of
+`verify --repair` those of `run`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -21,15 +23,18 @@ import typer
 
 from hv_batch.job.comparison import compare
 from hv_batch.job.errors import FailureClass
+from hv_batch.job.findings import Finding
 from hv_batch.job.gallery import plural
 from hv_batch.job.garbage import find_garbage, remove
 from hv_batch.job.lease import held, this_process
+from hv_batch.job.orders import read_orders
+from hv_batch.job.progress import Progress
 from hv_batch.job.quarantine import group_reasons, read_quarantined, release
 from hv_batch.job.runs import read_run
-from hv_batch.job.selection import parse_ranges
+from hv_batch.job.selection import Selection, parse_ranges
 from hv_batch.job.status import Status, chosen_shards, read_status
 from hv_batch.job.storage import Store
-from hv_batch.job.verification import repair as remove_faults
+from hv_batch.job.verification import remove_faults
 from hv_batch.job.verification import verify as verify_root
 
 FOUND = 3
@@ -69,29 +74,43 @@ def verify(
         int, typer.Option(min=0, help="how many media to decode from end to end, spread over all")
     ] = SAMPLED_DECODES,
     deep: Annotated[bool, typer.Option("--deep", help="decode all media")] = False,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="remove what is wrong, so that the run command renders it again")
+    remove: Annotated[
+        bool, typer.Option("--remove", help="remove what is wrong, so that the run command renders and seals it again")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="remove what is wrong, and render and seal it again, as resume would")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="of the Ray cluster that repairs; default: RAY_ADDRESS, else a local Ray")
+    ] = None,
     as_json: Json = False,
     steal: Steal = False,
 ) -> None:
-    """Check every record, its media and poster, and all that a seal wrote. Exit code 3 when something is wrong."""
+    """Check every record, its media and poster, and all that a seal wrote. Exit code 3 when something is wrong.
+
+    With --repair the exit code is that of the rendering: 0 when all is as it should be again.
+    """
     from hv_batch.runtime.playback import decode_media
 
     store = Store(output)
-    with _changing(store, "verify", repair, steal) as still_ours:
+    with _changing(store, "verify", remove or repair, steal) as still_ours:
         found = verify_root(store, decode_media, decodes=None if deep else sample_decode, shards=parse_shards(shards))
-        if repair:
+        if found.findings and repair:
+            read_orders(output)  # what nobody could render again is not removed
+        if remove or repair:
             still_ours()
             remove_faults(store, found.findings)
-    print(json.dumps(found.to_dict() | {"repaired": repair}, indent=1) if as_json else found.render())
+    print(json.dumps(found.to_dict() | {"removed": remove or repair}, indent=1) if as_json else found.render())
     if not found.findings:
         return
+    if repair:
+        print("it was removed, and is rendered again", file=sys.stderr)
+        raise typer.Exit(_render_again(output, found.findings, address, steal))
     if not as_json:
         print(
-            "It was removed; run the same command as before: it renders what is missing now and seals again."
-            if repair
-            else "verify --repair removes it, so that the same run command renders it again."
+            "It was removed; the same run command renders what is missing now and seals again."
+            if remove
+            else "verify --repair renders it again; verify --remove leaves that to the same run command."
         )
     raise typer.Exit(FOUND)
 
@@ -171,6 +190,16 @@ def parse_shards(text: str | None) -> list[int] | None:
     if text is None:
         return None
     return sorted({shard for shards in parse_ranges(text) for shard in shards})
+
+
+def _render_again(output: str, findings: Sequence[Finding], address: str | None, steal: bool) -> int:
+    """Resume the run in the shards that are no longer whole; all of it where the run was not what it seemed."""
+    from hv_batch.resume import resume  # Ray and the engine take seconds to import
+
+    damaged = sorted({finding.shard for finding in findings if finding.shard is not None})
+    is_whole = any(finding.shard is None for finding in findings)
+    chosen = Selection(shards=() if is_whole else tuple(range(shard, shard + 1) for shard in damaged))
+    return resume(output, address=address, progress=Progress(), selection=chosen, steal=steal)
 
 
 @contextmanager

@@ -12,12 +12,9 @@ class S3Server:
     """An S3 endpoint whose answers can be spoilt, to see what the client makes of it."""
 
     def __init__(self) -> None:
-        self._server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        self._server.start()
-        host, port = self._server.get_host_and_port()
-        self.endpoint = f"http://{host}:{port}"
-        self._app = self._server._server.app
-        self._server._server.app = self._answer
+        self._port = 0  # any that is free
+        self.start()
+        self.endpoint = f"http://127.0.0.1:{self._port}"
         # S3 judges a conditional PUT atomically. The stand-in checks and then stores, so it gets one request at a time.
         self._turn = threading.Lock()
         self.reset()
@@ -29,8 +26,18 @@ class S3Server:
         self.ignores_conditions = False  # as some S3-compatible servers do
         self.spoilt = 0
 
+    def start(self) -> None:
+        """Also after a stop: it is the same endpoint, with all that was stored there."""
+        self._server = ThreadedMotoServer("127.0.0.1", port=self._port, verbose=False)
+        self._server.start()
+        _, self._port = self._server.get_host_and_port()
+        self._app = self._server._server.app
+        self._server._server.app = self._answer
+
     def stop(self) -> None:
+        """Connections are refused from now on."""
         self._server.stop()
+        self._server._server.server_close()
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Any:
         with self._turn:

@@ -14,6 +14,9 @@ from hv_batch.job.queues import Queues
 # with the node that held it. A retried decode reads the final latents from storage: they were written first (P4).
 RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DECODE: Stage.DECODE}
 
+# A sample that is sick must not hold up the others; in an outage, others may be able to go on where this one is not.
+GO_BEHIND = (FailureClass.POISON, FailureClass.OUTAGE)
+
 
 def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: RetryLimits) -> Iterator[Quarantine]:
     """Put the samples of a failed task back in line, or out of it when their budget is spent.
@@ -22,7 +25,7 @@ def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: Retry
     """
     for key in keys:
         if len(keys) > 1:
-            queues.set_apart(key)
+            queues.run_alone(key)
         elif failure.kind is not FailureClass.OUTAGE:
             failures = queues.failures(key)
             failures.append(failure)
@@ -31,7 +34,7 @@ def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: Retry
                 yield Quarantine(key, tuple(failures))
                 continue
         stage = Stage.ENCODE if failure.begin_anew else RETRY_STAGE[queues.place(key)]
-        queues.put_back(key, stage, first=failure.kind is not FailureClass.POISON)
+        queues.put_back(key, stage, first=failure.kind not in GO_BEHIND)
 
 
 def station_gone(stage: Stage, failure: Failure, losses: int, size: str = "") -> Failure:

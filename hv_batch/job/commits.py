@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hv_batch.job import layout
+from hv_batch.job.inputs import public_url
+from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
     from hv_batch.job.samples import Sample
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
 COMMIT_SCHEMA = "hv_batch/commit/1"
 QUARANTINE_SCHEMA = "hv_batch/quarantine/1"
+
+COMMIT_FIELDS = frozenset(
+    {"schema", "key", "id", "row", "video_index", "shard", "params", "fps", "extra", "file", "sha256", "bytes"}
+    | {"poster", "frames_sha256", "produced", "stages", "places", "attempts", "history", "versions", "fingerprint"}
+    | {"licence", "created_at"}
+)
 
 LICENCE_ID = "tencent-hunyuan-community"  # of every rendered file; `runs.licence_notice` says what it means
 
@@ -112,6 +120,11 @@ def quarantine_record(
     }
 
 
+def dated(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as one of this moment: a commit may come long after the video was made."""
+    return {**record, "created_at": _now()}
+
+
 def commit(store: Store, record: Mapping[str, Any]) -> bool:
     """Make the record's sample done; the media must be stored already.
 
@@ -141,9 +154,24 @@ def quarantine(store: Store, record: Mapping[str, Any]) -> bool:
     return True
 
 
+class DamagedRecordError(UserError, ValueError):
+    """What lies in the place of a record was not written by this program."""
+
+
 def read_commit(store: Store, shard: int, key: str) -> dict[str, Any]:
-    """Raises FileNotFoundError."""
-    return decode(store.get(layout.commit_key(shard, key)))
+    """Raises FileNotFoundError, and DamagedRecordError for what lacks something that a commit record has."""
+    name = layout.commit_key(shard, key)
+    try:
+        record = decode(store.get(name))
+        missing = ", ".join(sorted(COMMIT_FIELDS - record.keys()))
+    except (ValueError, AttributeError) as error:
+        missing = f"it is no JSON object: {error}"
+    if missing:
+        raise DamagedRecordError(
+            f"{name} in {public_url(store.url)} is damaged ({missing}). `hv-batch verify` tells what else is, and with "
+            "--repair renders it again."
+        )
+    return record
 
 
 def read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any]:
@@ -154,7 +182,7 @@ def read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any]:
 def scan_shard(store: Store, shard: int, *, sealed: bool | None = None) -> ShardState:
     """Everything a resume must know about one shard: three listings, whatever its size. `sealed` where it is known."""
     committed, quarantined, latents = (
-        frozenset(map(layout.sample_key, store.list(folder)))
+        layout.sample_keys(store.list(folder))
         for folder in (layout.commit_dir(shard), layout.quarantine_dir(shard), layout.latent_dir(shard))
     )
     if sealed is None:

@@ -186,6 +186,11 @@ class OutputConfig(_Section):
     """Keep the final latents beside the videos instead of removing them at commit."""
     webdataset: bool = False
     """Also write every shard as one tar of videos and JSON (webdataset/), when it seals. Part of the run's identity."""
+    spool_gib: Annotated[float, Field(ge=0)] = 8.0
+    """Finished videos that wait on the disk of the node that decoded them while the output root does not answer: at
+    most so much a node, of all runs together. 0: none, and what is denoised waits in Ray's object store."""
+    spool_folder: str | None = None
+    """Where they wait: a folder that is local to each node. null: the temporary folder (TMPDIR) there."""
 
 
 class MediaConfig(_Section):

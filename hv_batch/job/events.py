@@ -86,6 +86,29 @@ class TaskDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Spooled:
+    """The decode is done, but the output root does not answer: the video waits on the disk of `node` (Ray's id)."""
+
+    worker: WorkerId
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A video that waited on the disk of a node is committed."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolLost:
+    """Such a video is gone, as with its node. The sample goes on from `stage`, and nobody is charged."""
+
+    key: str
+    stage: Stage
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFailed:
     """The task raised but the worker is fit for the next one."""
 
@@ -119,6 +142,9 @@ Event = (
     | WorkerLost
     | WorkerLeaving
     | TaskDone
+    | Spooled
+    | Published
+    | SpoolLost
     | TaskFailed
     | Beat
     | StopRequested

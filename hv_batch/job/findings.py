@@ -33,7 +33,7 @@ class Fault(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `removes` are the keys that `repair` removes after the seals, in this order."""
+    """One thing that is wrong. `removes` are the keys that `remove_faults` removes after the seals, in this order."""
 
     shard: int | None  # None for the run as a whole
     key: str | None  # of the sample; None for the shard's tables and tar

@@ -102,8 +102,8 @@ def _of_shard(store: Store, shard: int, has_posters: bool, keeps_latents: bool) 
     posters = list(store.list(layout.poster_dir(shard))) if has_posters else []
     latents = list(store.list(layout.latent_dir(shard)))
     steps = list(store.list(f"{layout.STEPS}{layout.shard_name(shard)}/"))
-    committed = frozenset(map(layout.sample_key, store.list(layout.commit_dir(shard))))
-    terminal = committed | frozenset(map(layout.sample_key, store.list(layout.quarantine_dir(shard))))
+    committed = layout.sample_keys(store.list(layout.commit_dir(shard)))
+    terminal = committed | layout.sample_keys(store.list(layout.quarantine_dir(shard)))
     for kind, names, named_by in ((Kind.MEDIA, media, "file"), (Kind.POSTER, posters, "poster")):
         for name in _orphans(store, shard, names, committed, named_by):
             yield kind, name

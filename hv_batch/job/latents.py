@@ -70,8 +70,8 @@ def get_latents(store: Store, sample: Sample, identity: str) -> StoredLatents | 
     return StoredLatents(tensor, stages) if is_ours and is_whole else None
 
 
-def drop_latents(store: Store, sample: Sample) -> None:
-    store.delete(layout.latent_key(sample.shard, sample.key))
+def drop_latents(store: Store, shard: int, key: str) -> None:
+    store.delete(layout.latent_key(shard, key))
 
 
 def put_steps(store: Store, sample: Sample, state: StepState, identity: str) -> None:
@@ -103,16 +103,23 @@ def get_steps(store: Store, sample: Sample, identity: str) -> StepState | None:
     return StepState(step, tensor) if is_ours and is_whole and is_between else None
 
 
-def drop_steps(store: Store, sample: Sample) -> None:
+def drop_steps(store: Store, shard: int, key: str) -> None:
     """Remove the step checkpoint, if there is one: most samples never have any."""
-    key = layout.step_key(sample.shard, sample.key)
-    if store.exists(key):  # looking first spares versioned buckets a delete marker for every sample
-        store.delete(key)
+    name = layout.step_key(shard, key)
+    if store.exists(name):  # looking first spares versioned buckets a delete marker for every sample
+        store.delete(name)
+
+
+def drop_what_led_to(store: Store, shard: int, key: str, *, keep_latents: bool) -> None:
+    """Remove what nobody needs of a committed sample."""
+    drop_steps(store, shard, key)
+    if not keep_latents:
+        drop_latents(store, shard, key)
 
 
 def checkpointed(store: Store) -> frozenset[str]:
     """The keys of all samples with a step checkpoint: of those that a drain or a crash cut short, so they are few."""
-    return frozenset(map(layout.sample_key, store.list(layout.STEPS)))
+    return layout.sample_keys(store.list(layout.STEPS))
 
 
 def _checked(sample: Sample, latents: np.ndarray) -> np.ndarray:

@@ -21,6 +21,10 @@ Keys are relative to the root and posix. `key` is a sample's key-safe name (`Sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+SUFFIXES = (".json", ".safetensors")  # of what is named after a sample's key alone
+
 RUN = "run.json"
 SUMMARY = "summary.json"
 SUCCESS = "_SUCCESS"
@@ -115,7 +119,16 @@ def step_key(shard: int, key: str) -> str:
     return f"{STEPS}{shard_name(shard)}/{key}.safetensors"
 
 
+def sample_keys(paths: Iterable[str]) -> frozenset[str]:
+    """Of the samples whose records, latents or checkpoints these are; of other files, which somebody else has put there
+    (an editor's copy, the marker of a folder), none.
+    """
+    return frozenset(sample_key(path) for path in paths if path.endswith(SUFFIXES))
+
+
 def sample_key(path: str) -> str:
     """The sample's key of the path of one of its objects. Keys may hold dots, so only the one suffix goes."""
     name = path.rsplit("/", 1)[-1]
-    return name.removesuffix(".json").removesuffix(".safetensors")
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name

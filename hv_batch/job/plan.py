@@ -21,7 +21,7 @@ from hv_batch.job.errors import Failure
 from hv_batch.job.events import Stage
 from hv_batch.job.index import Index
 from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
-from hv_batch.job.quarantine import earlier_failures, read_quarantined, release
+from hv_batch.job.quarantine import earlier_failures, read_quarantined, release, taken_back
 from hv_batch.job.samples import Sample
 from hv_batch.job.selection import Selection, count_selected
 from hv_batch.job.storage import Store
@@ -70,6 +70,14 @@ class Unanswered:
     """The output root does not answer; going on with the iteration asks it again."""
 
     error: StorageUnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """All that the plan asks of a shard, ahead of its turn: so an outage does not stop the run at its first sample."""
+
+    state: ShardState
+    taken_back: frozenset[str]  # keys
 
 
 @dataclass(slots=True)
@@ -141,14 +149,15 @@ class Plan:
         with_steps = yield from _persist(partial(checkpointed, self._store))
         passed = 0
         for shard, look in self._look_up(shard for shard, count in enumerate(self._selected) if count):
-            state = yield from _persist(look)
-            if state:
+            found = yield from _persist(look)
+            if found:
+                state = found.state
                 everything = yield from _persist(partial(self._index.samples, shard))
                 inside = self._inside(shard, everything)
                 yield from _persist(partial(self._clear, inside, state, with_steps))
                 pending = self._enter(shard, state, everything, inside)
                 if pending:
-                    yield from self._begin(shard, pending, state, with_steps)
+                    yield from self._begin(shard, pending, found, with_steps)
                 else:  # it may have to be sealed
                     yield Passed(shard)
             else:
@@ -158,20 +167,20 @@ class Plan:
                     yield Passed(shard)
 
     def _begin(
-        self, shard: int, pending: list[Sample], state: ShardState, with_steps: frozenset[str]
+        self, shard: int, pending: list[Sample], found: _Found, with_steps: frozenset[str]
     ) -> Iterator[Pending | Unanswered]:
-        keys = {sample.key for sample in pending}
+        keys = found.taken_back.intersection(sample.key for sample in pending)
         earlier = yield from _persist(partial(earlier_failures, self._store, shard, keys))
         for sample in pending:
-            stage = Stage.DECODE if sample.key in state.latents else Stage.ENCODE
+            stage = Stage.DECODE if sample.key in found.state.latents else Stage.ENCODE
             yield Pending(sample, stage, sample.key in with_steps, earlier.get(sample.key, ()))
 
-    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], ShardState | None]]]:
+    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], _Found | None]]]:
         """Every shard in order, with a function for what the store knows of it: None when it is done and no more need
         be known.
         """
         pool = ThreadPoolExecutor(LOOKERS, thread_name_prefix="plan")
-        ahead: deque[tuple[int, Future[ShardState | None]]] = deque()
+        ahead: deque[tuple[int, Future[_Found | None]]] = deque()
         try:
             ahead.extend((shard, pool.submit(self._scan, shard)) for shard in islice(shards, LOOK_AHEAD))
             while ahead:
@@ -181,19 +190,19 @@ class Plan:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _found(self, shard: int, found: Future[ShardState | None]) -> ShardState | None:
+    def _found(self, shard: int, found: Future[_Found | None]) -> _Found | None:
         """What was found ahead of its turn; where the store did not answer then, it is asked again."""
         return self._scan(shard) if isinstance(found.exception(), StorageUnavailableError) else found.result()
 
-    def _scan(self, shard: int) -> ShardState | None:
+    def _scan(self, shard: int) -> _Found | None:
         """Two requests tell that a shard is sealed and all its records are there, which of a resume is most of them.
 
         Latents and steps that a crash may have left in one are not looked for: `hv-batch gc` removes them.
         """
         is_sealed = self._store.exists(layout.metadata_key(shard))
-        if is_sealed and sum(1 for _ in self._store.list(layout.commit_dir(shard))) == self._index.size(shard):
+        if is_sealed and len(layout.sample_keys(self._store.list(layout.commit_dir(shard)))) == self._index.size(shard):
             return None
-        return scan_shard(self._store, shard, sealed=is_sealed)
+        return _Found(scan_shard(self._store, shard, sealed=is_sealed), taken_back(self._store, shard))
 
     def _enter(self, shard: int, state: ShardState, everything: list[Sample], inside: list[Sample]) -> list[Sample]:
         """Take note of a shard that is not done, and return its samples to render."""
@@ -214,9 +223,9 @@ class Plan:
         terminal = state.committed | state.quarantined
         for sample in inside:
             if sample.key in state.latents & terminal and not self._keep_latents:
-                drop_latents(self._store, sample)
+                drop_latents(self._store, sample.shard, sample.key)
             if sample.key in with_steps & terminal:
-                drop_steps(self._store, sample)
+                drop_steps(self._store, sample.shard, sample.key)
 
     def committed(self, sample: Sample) -> None:
         self.tally.committed += 1

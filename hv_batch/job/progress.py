@@ -31,6 +31,7 @@ class Snapshot:
     encoding: int
     denoising: int
     decoding: int
+    spooled: int = 0  # videos on the disks of nodes, while the output root does not answer
 
     @property
     def terminal(self) -> int:
@@ -43,6 +44,8 @@ class Snapshot:
         if self.starting:
             parts.append(f"{self.starting} workers starting")
         parts.append(f"in work: {self.encoding} encode, {self.denoising} denoise, {self.decoding} decode")
+        if self.spooled:
+            parts.append(f"{self.spooled} finished wait for the output root")
         parts.append(f"{clock(elapsed_s)} ETA {'--:--' if eta_s is None else clock(eta_s)}")
         return " · ".join(parts)
 

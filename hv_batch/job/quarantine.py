@@ -31,7 +31,17 @@ MAX_REASON_CHARS = 160
 OTHER_REASONS = "(other messages)"
 UNREADABLE = "(unreadable)"  # the class of a record that somebody else has damaged
 
-_NEEDED = ("shard", "key", "id", "row", "video_index", "class", "message", "traceback", "attempts", "history", "params")
+_NEEDED = {
+    "id": str,
+    "row": int,
+    "video_index": int,
+    "class": str,
+    "message": str,
+    "traceback": str,
+    "attempts": int,
+    "history": list,
+    "params": dict,
+}
 
 # Addresses, counts, row numbers and the like differ from sample to sample and say nothing about the cause.
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.I)
@@ -66,7 +76,9 @@ def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str]
 def _read(store: Store, shard: int, key: str) -> dict[str, Any] | None:
     try:
         record = read_quarantine(store, shard, key)
-        return record | {name: record[name] for name in _NEEDED}
+        if wrong := [name for name, kind in _NEEDED.items() if not isinstance(record[name], kind)]:
+            raise ValueError(f"{', '.join(wrong)} of it are no such thing")
+        return record | {"shard": shard, "key": key}
     except FileNotFoundError:  # committed since the listing
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,18 +135,21 @@ def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]
 
     def of_shard(shard: int) -> frozenset[str]:
         state = scan_shard(store, shard)
-        retried = frozenset(map(layout.sample_key, store.list(layout.retried_dir(shard))))
-        return (state.quarantined | retried) - state.committed
+        return (state.quarantined | taken_back(store, shard)) - state.committed
 
     numbers = list(shards)
     with ThreadPoolExecutor(READERS, thread_name_prefix="quarantine") as pool:
         return {shard: keys for shard, keys in zip(numbers, pool.map(of_shard, numbers), strict=True) if keys}
 
 
-def earlier_failures(store: Store, shard: int, keys: Collection[str]) -> dict[str, tuple[Failure, ...]]:
-    """What those samples of `keys` had failed of that were taken back, by key."""
-    found = [key for key in map(layout.sample_key, store.list(layout.retried_dir(shard))) if key in keys]
-    return {key: _read_history(store, layout.retried_key(shard, key)) for key in found}
+def taken_back(store: Store, shard: int) -> frozenset[str]:
+    """The samples that were given up once and then taken back, whatever became of them since."""
+    return layout.sample_keys(store.list(layout.retried_dir(shard)))
+
+
+def earlier_failures(store: Store, shard: int, keys: Iterable[str]) -> dict[str, tuple[Failure, ...]]:
+    """What those samples had failed of that were taken back, by key."""
+    return {key: _read_history(store, layout.retried_key(shard, key)) for key in keys}
 
 
 def _read_history(store: Store, name: str) -> tuple[Failure, ...]:

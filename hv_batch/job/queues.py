@@ -1,4 +1,4 @@
-"""The samples in flight: each is in exactly one place, waiting at one station or in one running task."""
+"""The samples in flight: each is in exactly one place, waiting at one station, in one running task, or set aside."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class _Sample:
     stage: Stage
     lane: int
     order: int  # of its admission
+    latent_bytes: int
     solo: bool = False  # was in a batch that failed: from now on it runs alone
     failures: list[Failure] = field(default_factory=list)
 
@@ -30,6 +31,7 @@ class Queues:
     def __init__(self, freight: Freight, lanes: int = 1) -> None:
         self._freight = freight  # moves with them
         self._samples: dict[str, _Sample] = {}
+        self._aside: dict[str, _Sample] = {}
         self._waiting: dict[Stage, list[deque[str]]] = {
             stage: [deque() for _ in range(1 if stage is Stage.DECODE else lanes)] for stage in Stage
         }
@@ -37,10 +39,15 @@ class Queues:
         self._admitted = 0
 
     def __len__(self) -> int:
+        """Samples at the stations; those that are set aside are not counted, here or elsewhere."""
         return len(self._samples)
 
+    @property
+    def aside(self) -> int:
+        return len(self._aside)
+
     def places(self) -> dict[str, Stage]:
-        """The station of every sample in flight."""
+        """The station of every sample that is at one."""
         return {key: sample.stage for key, sample in self._samples.items()}
 
     def place(self, key: str) -> Stage:
@@ -74,11 +81,8 @@ class Queues:
 
     def admit(self, key: str, stage: Stage, latent_bytes: int, lane: int) -> None:
         assert key not in self._samples, f"sample {key} admitted twice"
-        self._freight.admit(key, latent_bytes)
         self._admitted += 1
-        self._samples[key] = _Sample(stage, lane, self._admitted)
-        self._at[self._place(key)] += 1
-        self._line(key).append(key)
+        self._enter(key, _Sample(stage, lane, self._admitted, latent_bytes))
 
     def advance(self, key: str) -> None:
         """The running task has done its part of the sample."""
@@ -97,7 +101,7 @@ class Queues:
         else:
             self._line(key).append(key)
 
-    def set_apart(self, key: str) -> None:
+    def run_alone(self, key: str) -> None:
         """From now on the sample runs alone."""
         self._samples[key].solo = True
 
@@ -106,6 +110,22 @@ class Queues:
         self._freight.keep(key, None)
         self._at[self._place(key)] -= 1
         del self._samples[key]
+
+    def set_aside(self, key: str) -> None:
+        """The sample of a task that ran is at no station: there is nothing to do for it, and it holds nothing."""
+        sample = self._samples[key]
+        self.remove(key)
+        self._aside[key] = sample
+
+    def take_up(self, key: str, stage: Stage) -> None:
+        """There is something to do for it again."""
+        sample = self._aside.pop(key)
+        sample.stage = stage
+        self._enter(key, sample)
+
+    def drop(self, key: str) -> None:
+        """What was set aside is in flight no more."""
+        del self._aside[key]
 
     def upcoming(self, stage: Stage, lane: int, most: int) -> list[str]:
         """Who is next in line, if that many wait."""
@@ -120,6 +140,12 @@ class Queues:
                 break
             batch.append(queue.popleft())
         return tuple(batch)
+
+    def _enter(self, key: str, sample: _Sample) -> None:
+        self._freight.admit(key, sample.latent_bytes)
+        self._samples[key] = sample
+        self._at[self._place(key)] += 1
+        self._line(key).append(key)
 
     def _move(self, key: str, stage: Stage) -> None:
         self._freight.keep(key, stage)

@@ -80,7 +80,7 @@ def read_run(store: Store) -> dict[str, Any]:
     """The `run.json` of an output root. Raises UserError when there is none, or it is not one of ours."""
     try:
         run = decode(store.get(layout.RUN))
-        is_ours = run["schema"] == RUN_SCHEMA and {"identity", "fingerprint"} <= run.keys()
+        is_ours = run["schema"] == RUN_SCHEMA and {"identity", "fingerprint", "config", "manifest"} <= run.keys()
     except FileNotFoundError:
         raise UserError(
             f"{public_url(store.url)} is not an output root: it has no {layout.RUN}. Check the path; a run writes this "

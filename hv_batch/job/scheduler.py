@@ -7,11 +7,13 @@ before any further denoise.
 
 Invariants, which tests/unit/test_scheduler.py checks after every step of generated histories:
 
-- Every admitted sample is in exactly one place: waiting at one station, in exactly one running task, or gone.
-- A sample goes exactly once: committed (its DECODE task done) or quarantined (P1). A drain leaves the rest to a resume.
-- At most `window` samples are in flight, and a station starts no task whose results the next one has no room for, nor
-  one whose results the object store has none for beside what else the worker has made (freight.py): a slow decoder
-  slows the groups, it never fills the object store (P7).
+- Every admitted sample is in exactly one place: waiting at one station, in exactly one running task, set aside (its
+  video waits on the disk of a node for an output root that does not answer), or gone.
+- A sample goes exactly once: committed (its DECODE task done, or its video published) or quarantined (P1). A drain
+  leaves the rest to a resume.
+- At most `window` samples are at the stations, and SPOOLED_AT_MOST set aside. A station starts no task whose results
+  the next one has no room for, nor one whose results the object store has none for beside what else the worker has
+  made (freight.py): a slow decoder slows the groups, it never fills the object store (P7).
 - A failure costs its own sample at most its budget and its worker at most a restart; everything else goes on (P5).
   In particular a batch that fails is tried again sample by sample, and none of its members is charged for it; and
   while the output root does not answer, nobody is.
@@ -43,7 +45,10 @@ from hv_batch.job.events import (
     Finish,
     KillWorker,
     PlanExhausted,
+    Published,
     Run,
+    Spooled,
+    SpoolLost,
     Stage,
     StopRequested,
     TaskDone,
@@ -63,6 +68,7 @@ from hv_batch.job.staffing import Staff
 
 OUTAGE_PAUSE_S = 15.0  # between two tries while the output root does not answer
 OUTAGE_LIMIT_S = 1800.0  # then the run ends; everything that was stored is there for the same command
+SPOOLED_AT_MOST = 10_000  # videos on the disks of nodes, of which the driver keeps account
 
 
 class Scheduler:
@@ -89,11 +95,15 @@ class Scheduler:
 
     @property
     def window(self) -> int:
-        """Most samples in flight: what the stations hold while every queue between them is full."""
+        """Most samples at the stations: what these hold while every queue between them is full."""
         return sum(limits.ahead + limits.workers * limits.batch for limits in self._limits.values())
 
     def in_flight(self) -> dict[str, Stage]:
         return self._queues.places()
+
+    def spooled(self) -> int:
+        """How many videos wait on the disks of nodes."""
+        return self._queues.aside
 
     def at(self, stage: Stage) -> int:
         """How many samples wait or run at a station."""
@@ -134,6 +144,11 @@ class Scheduler:
             case Admitted(key, stage, latent_bytes, lane):
                 self._asked = max(0, self._asked - 1)
                 self._queues.admit(key, stage, latent_bytes, lane)
+            case Published(key):
+                self._outage_since, self._decode_at = None, now
+                self._queues.drop(key)
+            case SpoolLost(key, stage):
+                self._queues.take_up(key, stage)
             case PlanExhausted():
                 self._exhausted, self._asked = True, 0
             case StopRequested():
@@ -176,6 +191,8 @@ class Scheduler:
                 worker.hear(patience_s, now)
             case TaskDone(_, result_bytes) if worker.task:
                 self._task_done(worker, result_bytes, now)
+            case Spooled() if worker.task:
+                self._set_aside(worker, now)
             case TaskFailed(_, failure) if worker.task:
                 return self._task_failed(worker, failure, now)
             case WorkerLost(_, failure, excused):
@@ -185,14 +202,21 @@ class Scheduler:
         return []
 
     def _task_done(self, worker: WorkerSlot, result_bytes: tuple[int, ...], now: float) -> None:
-        stage, seconds = self._queues.place(worker.task[0]), (now - worker.begun) / len(worker.task)
-        self._pools.measure(stage, seconds, first=worker.is_fresh)
-        if stage is Stage.DECODE:
+        if self._queues.place(worker.task[0]) is Stage.DECODE:
             self._outage_since = None
-        keys = worker.succeed()
+        keys = self._succeed(worker, now)
         self._freight.arrive(worker.id, keys, result_bytes)
         for key in keys:
             self._queues.advance(key)
+
+    def _set_aside(self, worker: WorkerSlot, now: float) -> None:
+        for key in self._succeed(worker, now):
+            self._queues.set_aside(key)
+
+    def _succeed(self, worker: WorkerSlot, now: float) -> tuple[str, ...]:
+        stage, seconds = self._queues.place(worker.task[0]), (now - worker.begun) / len(worker.task)
+        self._pools.measure(stage, seconds, first=worker.is_fresh)
+        return worker.succeed()
 
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
         keys = worker.release()
@@ -236,7 +260,8 @@ class Scheduler:
             return [Abort(failure)]
         if failure.kind is FailureClass.OUTAGE:
             self._outage_since = now if self._outage_since is None else self._outage_since
-            self._decode_at = now + OUTAGE_PAUSE_S
+            if keys:  # a worker that cannot start now keeps nobody from filling a spool
+                self._decode_at = now + OUTAGE_PAUSE_S
             if now - self._outage_since > OUTAGE_LIMIT_S:
                 return [Abort(replace(failure, kind=FailureClass.FATAL))]
         return list(charge(self._queues, keys, failure, self._retries))
@@ -276,13 +301,14 @@ class Scheduler:
         ]
 
     def _all_done(self) -> bool:
-        return self._exhausted and not len(self._queues)
+        return self._exhausted and not (len(self._queues) or self._queues.aside)
 
     def _finished(self, now: float) -> bool:
         if self._drain_until is None:
             return self._all_done()
         running = any(worker.task for worker in self._staff)
-        return not (running or self._queues.waiting(Stage.DECODE)) or now >= self._drain_until
+        is_left = running or self._queues.waiting(Stage.DECODE) or self._queues.aside
+        return not is_left or now >= self._drain_until
 
     def _admissions(self) -> Iterator[Action]:
         if self._exhausted or self._asked or self._drain_until is not None:
@@ -360,10 +386,10 @@ class Scheduler:
 
     def _room_after(self, stage: Stage, lane: int | None = None) -> int:
         """How many more samples the next station could hold if everything running here arrived: for each size of groups
-        its own, all of it for decoders.
+        its own, all of it for decoders. What comes behind these are the disks of the nodes.
         """
         if stage is Stage.DECODE:
-            return self._queues.waiting(stage)
+            return SPOOLED_AT_MOST - self._queues.aside - self._queues.at(stage) + self._queues.waiting(stage)
         after, lane = Stage(stage + 1), lane if stage is Stage.ENCODE else None
         coming = self._queues.at(stage, lane) - self._queues.waiting(stage, lane)
         ahead = self._limits[after].ahead if lane is None else self._limits[after].sizes[lane].ahead

@@ -4,11 +4,11 @@ Everything is read from storage: each commit record, the whole of its media and 
 sealed with. Some or all media are decoded as well; bytes that hash as recorded were whole when they were written, so a
 sample of them tells whether what was written is a video.
 
-`repair` removes exactly what is wrong, in an order that leaves a root that can be resumed wherever it is cut short:
-first the seals (of the run, then of the shard: `unseal_shard`), then the record, then the media it named. A sample
-without a record is pending, so the same run command renders it again (from its latents where they were kept) and seals
-the shard again. Media removed before their record would be a sample that is done and cannot be seen; a record removed
-before the seal would be a pending sample that no run looks for.
+`remove_faults` removes exactly what is wrong, in an order that leaves a root that can be resumed wherever it is cut
+short: first the seals (of the run, then of the shard: `unseal_shard`), then the record, then the media it named. A
+sample without a record is pending, so the same run command renders it again (from its latents where they were kept)
+and seals the shard again. Media removed before their record would be a sample that is done and cannot be seen; a record
+removed before the seal would be a pending sample that no run looks for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from operator import attrgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import COMMIT_SCHEMA, read_commit
+from hv_batch.job.commits import COMMIT_SCHEMA
+from hv_batch.job.commits import decode as decode_record
 from hv_batch.job.dataset import metadata_table, unseal_shard
 from hv_batch.job.findings import Fault, Finding, Verification
 from hv_batch.job.index import is_whole, read_index
@@ -62,10 +63,10 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     every = 1 if decodes is None else -(-status.committed // decodes) if decodes else 0
     with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as pool:
         for shard in status.shards:
-            keys = sorted(map(layout.sample_key, store.list(layout.commit_dir(shard.shard))))
+            keys = sorted(layout.sample_keys(store.list(layout.commit_dir(shard.shard))))
             numbers = range(result.checked, result.checked + len(keys))
             decoders = [decode if every and number % every == 0 else None for number in numbers]
-            given_up = frozenset(map(layout.sample_key, store.list(layout.quarantine_dir(shard.shard))))
+            given_up = layout.sample_keys(store.list(layout.quarantine_dir(shard.shard)))
             samples = list(pool.map(partial(_check_sample, store, run, shard.shard, given_up), keys, decoders))
             result.findings += _check_given_up(store, shard.shard)
             result.checked += len(samples)
@@ -79,7 +80,7 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     return result
 
 
-def repair(store: Store, findings: Iterable[Finding]) -> None:
+def remove_faults(store: Store, findings: Iterable[Finding]) -> None:
     """Remove what is wrong; the order is the module's."""
     for shard, members in groupby(findings, key=attrgetter("shard")):
         wrong = list(members)
@@ -142,7 +143,7 @@ def _check_sample(
     if key in given_up:
         found.append(Finding(shard, key, Fault.TWO_RECORDS, f"{beside} stands beside {commit}", (beside,)))
     try:
-        record = read_commit(store, shard, key)
+        record = decode_record(store.get(commit))
         problem = _record_problem(record, run["fingerprint"], shard, key)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"cannot be read: {type(error).__name__}: {error}"

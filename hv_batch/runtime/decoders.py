@@ -1,4 +1,7 @@
-"""VAE-decoder actors: latents in, a committed video out. Frames never leave the actor that decoded them."""
+"""VAE-decoder actors: latents in, a video out that is committed, or waits for that on the disk of its node.
+
+Frames never leave the actor that decoded them.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +41,19 @@ class DecoderActor:
         latents: np.ndarray | None,
         stages: Mapping[str, StageReport],
         failures: Sequence[Failure],
-    ) -> bool:
-        """Render `latents` (None: those in the output root) and commit; False when another had committed first (P1)."""
+    ) -> str | None:
+        """Render `latents` (None: those in the output root) and publish, unless another has committed already (P1).
+
+        Returns the id of this node where the video waits on its disk.
+        """
         if self._publisher.is_committed(sample):
-            return False
+            return None
         if latents is None:
             latents, stages = self._publisher.stored(sample)
         with scratch_folder() as folder:
             with stopwatch() as decoding:
                 media = self._publisher.write(sample, self._decoder.decode(latents), Path(folder))
-            return self._publisher.commit(sample, media, decoding.seconds, stages, failures)
+            return self._publisher.publish(sample, media, decoding.seconds, stages, failures)
 
     @ray.method(concurrency_group="health")
     def progress(self) -> LifeSign:

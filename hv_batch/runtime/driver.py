@@ -29,10 +29,12 @@ from hv_batch.job.events import (
     Finish,
     KillWorker,
     PlanExhausted,
+    Published,
     Quarantine,
     ReleaseWorker,
     Resized,
     Run,
+    Spooled,
     Stage,
     StartWorker,
     StopRequested,
@@ -52,7 +54,7 @@ from hv_batch.job.plan import Passed, Plan, Sealable, Unanswered
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.runs import read_run
 from hv_batch.job.samples import Sample
-from hv_batch.job.scheduler import Scheduler
+from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import UserError
@@ -63,8 +65,9 @@ from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.metrics import RunMetrics
-from hv_batch.runtime.placement import Shortage, result_shares
+from hv_batch.runtime.placement import Shortage, alive_nodes, result_shares
 from hv_batch.runtime.sick_nodes import SickNodes
+from hv_batch.runtime.spooling import Spools
 from hv_batch.runtime.waiting import RoomWatch
 from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
 
@@ -136,9 +139,17 @@ class Driver:
         self._sealing = 0
         self._outage = Outage(progress.say)
         self._errands: deque[Callable[[], None]] = deque()  # the driver's own acts on the output root
+        self._spools = Spools(
+            context, self._watch, self._outage, self._errands.append, self._events.append, progress.say
+        )
+        self._look_at = 0.0  # the plan, which asks the output root, is not asked for samples before
         self._polled = 0.0
         self._stop_said = False
         self._end: Finish | None = None
+
+    def commit_spooled(self) -> None:
+        """Begin with what an earlier life of this run has left on the disks of the cluster's nodes."""
+        self._spools.visit(alive_nodes())
 
     def run(self) -> Outcome:
         """Raises UserError when the run cannot go on. However it ends, its actors and placement groups are gone."""
@@ -154,6 +165,7 @@ class Driver:
                 now = time.monotonic()
                 to_come = zip(self._context.sizes.plans, self._scheduler.groups_to_come(now), strict=True)
                 self._groups.give_back(dict(to_come), now)
+                self._spools.go_on(now)
                 self._show()
             drained = self._end.drained or self._owes()
             return Outcome(drained, time.monotonic() - begun, self._sick_nodes.reasons(), self._losses)
@@ -162,6 +174,8 @@ class Driver:
                 worker.kill()
             self._groups.close()
             self._shortage.forget()
+            if waiting := self._spools.describe():
+                self._progress.say(waiting)
 
     def _owes(self) -> bool:
         return bool(self._sealing or self._errands)
@@ -170,7 +184,7 @@ class Driver:
 
     def _listen(self) -> None:
         """Wait for news at most one tick, and queue it."""
-        may_admit = self._to_admit and not self._outage.pauses(time.monotonic())
+        may_admit = self._may_admit()
         if self._watched:
             patience = 0 if may_admit else TICK_S
             first, _ = ray.wait(list(self._watched), num_returns=1, timeout=patience, fetch_local=False)
@@ -235,6 +249,14 @@ class Driver:
                     self._outage.over(time.monotonic())
                     for key in task.keys:
                         self._plan.committed(self._items.pop(key).sample)
+            case Spooled(worker, node) if worker in self._workers:
+                task = self._tasks.pop(worker)
+                self._metrics.task_done(task.stage, time.monotonic() - task.begun)
+                for key in task.keys:
+                    self._items[key].latents = None  # makes room in the object store
+                    self._spools.add(node, self._items[key].sample)
+            case Published(key):
+                self._plan.committed(self._items.pop(key).sample)
             case TaskFailed(worker, failure) if worker in self._workers:
                 self._say_failed(worker, self._tasks.pop(worker, None), failure)
 
@@ -308,14 +330,18 @@ class Driver:
                 case Finish():
                     self._end = action
 
+    def _may_admit(self) -> bool:
+        return self._to_admit > 0 and time.monotonic() >= self._look_at and not self._spools.is_visiting
+
     def _admit(self) -> None:
         """Feed samples from the plan, but look up at most one finished shard a turn: a resume has thousands."""
-        while self._to_admit and not self._outage.pauses(time.monotonic()):
+        while self._may_admit():
             found = next(self._pending, None)
             if found is None:
                 self._to_admit = 0
                 self._events.append(PlanExhausted())
             elif isinstance(found, Unanswered):
+                self._look_at = time.monotonic() + OUTAGE_PAUSE_S
                 self._outage.met(found.error, time.monotonic())
             elif isinstance(found, Passed):
                 return
@@ -356,8 +382,8 @@ class Driver:
         )
         given_up = quarantine(self._context.store, record)
         if given_up:
-            drop_latents(self._context.store, sample)
-            drop_steps(self._context.store, sample)
+            drop_latents(self._context.store, sample.shard, sample.key)
+            drop_steps(self._context.store, sample.shard, sample.key)
         self._outage.over(time.monotonic())
         if given_up:
             self._progress.say(f"quarantined {sample.key} (row {sample.row}): {_first_line(failures[-1])}")
@@ -376,6 +402,7 @@ class Driver:
             encoding=at(Stage.ENCODE),
             denoising=at(Stage.DENOISE),
             decoding=at(Stage.DECODE),
+            spooled=self._scheduler.spooled(),
         )
         self._progress.show(snapshot)
         self._metrics.show(snapshot)

@@ -34,7 +34,7 @@ from hv_batch.runtime.placement import alive_nodes, ranks_per_node
 from hv_batch.runtime.ranks import RankActor
 from hv_batch.runtime.seats import Seats
 from hv_batch.runtime.sick_nodes import SickNodes
-from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, start_failure
+from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
 
 # When a rank fails, its peers' own errors arrive within moments; this is how long they may take to be heard before the
 # most telling one is chosen.
@@ -208,7 +208,7 @@ class DenoiseGroup:
         self._when_all({report: 0, **others}, rendered)
 
     def _decode(self, item: InFlight) -> None:
-        """Rank 0 looks what there is to decode, all ranks decode, and when all have, rank 0 commits.
+        """Rank 0 looks what there is to decode, all ranks decode, and when all have, rank 0 publishes.
 
         Before and after, only rank 0 is asked, so what it meets there (an output root that is away, frames that are
         not finite) costs the sample a try and the group nothing; unless its node lacks something again and again.
@@ -232,12 +232,12 @@ class DenoiseGroup:
             if stages is None:
                 return [TaskDone(self.id)]
             decoding = self._ask_all("decode", sample, given or stored)
-            self._when_all(decoding, lambda: commit(stages), lambda _: self._verdict(decoding, in_step=False))
+            self._when_all(decoding, lambda: publish(stages), lambda _: self._verdict(decoding, in_step=False))
             return []
 
-        def commit(stages: Mapping[str, StageReport]) -> list[Event]:
-            ref = first.commit.remote(sample, stages, item.failures)
-            self._when_all({ref: 0}, lambda: [TaskDone(self.id)], alone)
+        def publish(stages: Mapping[str, StageReport]) -> list[Event]:
+            ref = first.publish.remote(sample, stages, item.history)
+            self._when_all({ref: 0}, lambda: [decoded(self.id, ray.get(ref))], alone)
             return []
 
         stored, told = first.find_latents.options(num_returns=2).remote(sample, item.stages if given else None)

@@ -27,11 +27,15 @@ class RunMetrics:
     def __init__(self, run: str) -> None:
         self._samples = Gauge("hv_samples", "Samples of the run, by how they stand.", ("run", "state"))
         self._in_work = Gauge("hv_samples_in_work", "Samples in flight, by the station they are at.", ("run", "stage"))
+        self._spooled = Gauge(
+            "hv_samples_spooled", "Videos on the disks of nodes, not yet in the output root.", ("run",)
+        )
         self._starting = Gauge("hv_workers_starting", "Workers that wait for room or load.", ("run",))
         self._seconds = Histogram("hv_task_seconds", "Time of a task that succeeded.", SECONDS, ("run", "stage"))
         self._lost = Counter("hv_groups_lost", "Denoise groups lost after they had started.", ("run", "cause"))
         self._wasted = Counter("hv_denoise_seconds_lost", "Time of denoises that were cut off.", ("run", "cause"))
-        for metric in (self._samples, self._in_work, self._starting, self._seconds, self._lost, self._wasted):
+        gauges = (self._samples, self._in_work, self._spooled, self._starting)
+        for metric in (*gauges, self._seconds, self._lost, self._wasted):
             metric.set_default_tags({"run": run})
         self._shown = -math.inf
 
@@ -51,6 +55,7 @@ class RunMetrics:
         at = {Stage.ENCODE: snapshot.encoding, Stage.DENOISE: snapshot.denoising, Stage.DECODE: snapshot.decoding}
         for stage, count in at.items():
             self._in_work.set(count, {"stage": stage.name.lower()})
+        self._spooled.set(snapshot.spooled)
         self._starting.set(snapshot.starting)
 
     def task_done(self, stage: Stage, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """From decoded frames to a committed video, on the node that decodes it: whoever decodes publishes through this.
 
 The order is that of P1: media under a name made of their hash, then the record, which is the commit; only then goes
-what led there (latents, step checkpoint).
+what led there (latents, step checkpoint). While the output root does not answer, all of it goes to the node's spool.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 
 from hv_batch.job import commits, layout
 from hv_batch.job.errors import Failure
-from hv_batch.job.latents import drop_latents, drop_steps, get_latents, sample_identity
+from hv_batch.job.latents import drop_what_led_to, get_latents, sample_identity
 from hv_batch.job.samples import Sample
+from hv_batch.job.scheduler import OUTAGE_PAUSE_S
+from hv_batch.job.spool import Spool
+from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.failures import DISK_FULL, LatentsGoneError, NodeError
@@ -46,19 +51,33 @@ class Publisher:
     def __init__(self, context: RunContext, name: str) -> None:
         self._context = context
         self._name = name
+        self._spool = Spool(context.config.output, context.store, context.fingerprint)
+        self._away_until = 0.0  # on the monotonic clock: the output root has not answered, and is not asked before
         self.count = 0
 
     def check(self) -> None:
         """Whether this node can publish; raises UserError where it does not see the output root or has no encoder."""
         see_output_root(self._context.store)
         sweep_scratch(Path(tempfile.gettempdir()))
+        self._spool.sweep()
         check_encoder(self._context.config.media)  # a node without ffmpeg is found here, not at its first sample
 
     def is_committed(self, sample: Sample) -> bool:
-        """Asked before a decode: an earlier try may have committed and died before it could say so; and while the
-        output root does not answer, a question finds out in place of a decode, which takes half a minute of a GPU.
+        """Asked before a decode: an earlier try may have committed and died before it could say so.
+
+        While the output root does not answer, nobody knows; then False where the video could wait in the spool, else
+        StorageUnavailableError: a question finds out in place of a decode, which takes half a minute of a GPU.
         """
-        found = self._context.store.exists(layout.commit_key(sample.shard, sample.key))
+        has_room = partial(self._spool.has_room, sample.params.latent_bytes)
+        if self._is_away() and has_room():
+            return False
+        try:
+            with self._noting_outages():
+                found = self._context.store.exists(layout.commit_key(sample.shard, sample.key))
+        except StorageUnavailableError:
+            if has_room():
+                return False
+            raise
         if found:
             self._clear(sample)
         return found
@@ -87,44 +106,61 @@ class Publisher:
                 raise NodeError(f"no space for temporary files in {folder.parent}: {error}") from error
             raise
 
-    def commit(
+    def publish(
         self, sample: Sample, media: MediaInfo, seconds: float, stages: Stages, failures: Sequence[Failure]
-    ) -> bool:
-        """Upload and commit what took `seconds` to decode; False when another had committed first (P1)."""
-        context = self._context
-        with stopwatch() as uploading:
-            file = layout.media_key(sample.shard, sample.key, media.sha256, media.suffix)
-            poster = self._put_poster(sample, media)
-            context.store.put_file(file, media.path)
-        details = {"upload_seconds": round(uploading.seconds, 3)}
-        report = StageReport(seconds, ray.util.get_node_ip_address(), self._name, details)
-        record = commits.commit_record(
-            sample,
-            file=file,
-            poster=poster,
-            media=media,
-            stages={name: report.to_dict() for name, report in {**stages, "decode": report}.items()},
-            failures=[failure.to_dict() for failure in failures],
-            fingerprint=context.fingerprint,
-            versions=context.versions,
-        )
-        ours = commits.commit(context.store, record)
-        self._clear(sample)
-        return ours
+    ) -> str | None:
+        """Commit what took `seconds` to decode, unless another has (P1), and return None.
 
-    def _put_poster(self, sample: Sample, media: MediaInfo) -> str | None:
-        """Its key in the output root; None where there is no poster."""
-        if media.poster is None:
-            return None
-        key = layout.poster_key(sample.shard, sample.key, media.poster.sha256)
-        self._context.store.put_file(key, media.poster.path)
-        return key
+        Where the output root does not answer, leave it in the spool and return the id of this node. Raises
+        StorageUnavailableError where there is no room for it either.
+        """
+        poster = media.poster
+        file = layout.media_key(sample.shard, sample.key, media.sha256, media.suffix)
+        poster_file = layout.poster_key(sample.shard, sample.key, poster.sha256) if poster else None
+        files = {file: media.path} | ({poster_file: poster.path} if poster and poster_file else {})
+
+        def record(details: Mapping[str, Any]) -> dict[str, Any]:
+            report = StageReport(seconds, ray.util.get_node_ip_address(), self._name, details)
+            return commits.commit_record(
+                sample,
+                file=file,
+                poster=poster_file,
+                media=media,
+                stages={name: report.to_dict() for name, report in {**stages, "decode": report}.items()},
+                failures=[failure.to_dict() for failure in failures],
+                fingerprint=self._context.fingerprint,
+                versions=self._context.versions,
+            )
+
+        try:
+            if self._is_away():
+                raise StorageUnavailableError("the output root did not answer a moment ago")
+            with self._noting_outages():
+                with stopwatch() as uploading:
+                    for name, path in files.items():
+                        self._context.store.put_file(name, path)
+                commits.commit(self._context.store, record({"upload_seconds": round(uploading.seconds, 3)}))
+                self._clear(sample)
+        except StorageUnavailableError:
+            if not self._spool.keep(record({"spooled": True}), files):
+                raise
+            return ray.get_runtime_context().get_node_id()
+        return None
+
+    def _is_away(self) -> bool:
+        return time.monotonic() < self._away_until
+
+    @contextmanager
+    def _noting_outages(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageUnavailableError:
+            self._away_until = time.monotonic() + OUTAGE_PAUSE_S
+            raise
 
     def _clear(self, sample: Sample) -> None:
-        """Remove what nobody needs of a committed sample."""
-        drop_steps(self._context.store, sample)
-        if not self._context.config.output.keep_latents:
-            drop_latents(self._context.store, sample)
+        keep_latents = self._context.config.output.keep_latents
+        drop_what_led_to(self._context.store, sample.shard, sample.key, keep_latents=keep_latents)
 
     def _counted(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for chunk in chunks:

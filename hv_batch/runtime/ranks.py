@@ -148,7 +148,7 @@ class RankActor:
         return self._publisher.stored(sample) if stages is None else (None, stages)
 
     def decode(self, sample: Sample, latents: np.ndarray) -> None:
-        """Every rank is given the same latents; rank 0 makes the media file and keeps it for `commit`.
+        """Every rank is given the same latents; rank 0 makes the media file and keeps it for `publish`.
 
         An error here leaves ranks waiting for each other.
         """
@@ -158,14 +158,14 @@ class RankActor:
         else:
             deque(frames, maxlen=0)
 
-    def commit(self, sample: Sample, stages: Stages, failures: Sequence[Failure]) -> bool:
-        """Rank 0, when all ranks have decoded: False when another had committed first (P1)."""
+    def publish(self, sample: Sample, stages: Stages, failures: Sequence[Failure]) -> str | None:
+        """Rank 0, when all ranks have decoded: as `DecoderActor.decode`."""
         recording, self._recording = self._recording, None
         assert recording, "nothing was decoded"
         with self._folder:
             if isinstance(recording, Exception):
                 raise recording
-            return self._publisher.commit(sample, recording.media, recording.seconds, stages, failures)
+            return self._publisher.publish(sample, recording.media, recording.seconds, stages, failures)
 
     @ray.method(concurrency_group="health")
     def progress(self) -> LifeSign:

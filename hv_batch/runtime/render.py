@@ -140,6 +140,8 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
         if plan.takes_back:
             progress.say(f"taken back of the quarantine: {plan.take_back()} samples")
         driver = Driver(job.context, plan, plan.total, kinds, progress, shortage, should_stop)
+        if job.state is RunState.RESUMED:
+            driver.commit_spooled()
         outcome = driver.run()
     lease.check()
     return _close(store, plan, outcome, progress, stopped)

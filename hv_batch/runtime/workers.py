@@ -21,6 +21,7 @@ from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Beat,
     Event,
+    Spooled,
     Stage,
     TaskDone,
     TaskFailed,
@@ -56,6 +57,10 @@ class InFlight:
     failures: tuple[Failure, ...] = ()
     earlier: tuple[Failure, ...] = ()  # of before it was taken back: they cost it no try now
     has_steps: bool = False  # there may be a step checkpoint of it in the output root
+
+    @property
+    def history(self) -> tuple[Failure, ...]:
+        return (*self.earlier, *self.failures)
 
     def may_resume(self) -> bool:
         """Whether to look for a step checkpoint.
@@ -172,10 +177,15 @@ class PoolWorker:
 
 
 def start_failure(failure: Failure) -> Failure:
-    """No sample is to blame for a worker that does not start, so whatever is not fatal counts against the slot."""
-    if failure.kind in (FailureClass.FATAL, FailureClass.PREEMPTED):
+    """No sample is to blame for a worker that does not start, so what is somebody's fault counts against the slot."""
+    if failure.kind in (FailureClass.FATAL, FailureClass.PREEMPTED, FailureClass.OUTAGE):
         return failure
     return replace(failure, kind=FailureClass.INFRA, message=f"it did not start: {failure.message}")
+
+
+def decoded(worker: WorkerId, node: str | None) -> Event:
+    """What the answer to a decode means: it is committed, or waits on the disk of `node`."""
+    return TaskDone(worker) if node is None else Spooled(worker, node)
 
 
 class EncoderWorker(PoolWorker):
@@ -199,18 +209,18 @@ class EncoderWorker(PoolWorker):
 class DecoderWorker(PoolWorker):
     def run(self, items: Sequence[InFlight], _stage: Stage) -> None:
         (item,) = items
-        failures = (*item.earlier, *item.failures)
-        ref = self._actor.decode.remote(item.sample, item.latents, item.stages, failures)
+        ref = self._actor.decode.remote(item.sample, item.latents, item.stages, item.history)
         self._watch(ref, lambda ref: self._decoded(ref, item))
 
     def _decoded(self, ref: ray.ObjectRef, item: InFlight) -> list[Event]:
         try:
-            ray.get(ref)
+            node = ray.get(ref)
         except RayError as error:
             if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
                 item.latents = None  # may be what was lost; the next try reads the output root
             return self._failed(error)
-        return self._done()
+        self._sick_nodes.worked(self.id.stage, self.nodes)
+        return [decoded(self.id, node)]
 
 
 def start_encoder(

@@ -85,6 +85,24 @@ def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_damaged_root_is_repaired_by_one_command(undisturbed, ray_head, tmp_path, marks):
+    """P2, P3: `verify --repair` renders again what does not hold, and nothing else, and leaves the bytes of before."""
+    config, output = write_config(tmp_path, marks, **ADORNED), tmp_path / "out"
+    code, text = render(config, write_manifest(tmp_path, PROMPTS), output, ray_head[0])
+    assert code == 0, text
+    next(output.glob("data/*/s01-*")).write_bytes(b"?")
+    next(output.glob("posters/*/s04-*")).unlink()
+    (output / "data" / "shard-00001" / "metadata.parquet").unlink()
+    assert hv_batch("verify", output)[0] == 3
+    code, text = hv_batch("verify", output, "--repair", "--address", ray_head[0])
+    assert code == 0, text
+    assert "2 rendered" in text
+    assert count(marks, "denoised") == {prompt: 1 + (prompt in ("prompt 1", "prompt 4")) for prompt in PROMPTS}
+    assert dataset(output) == dataset(undisturbed)
+    assert hv_batch("verify", output, "--deep")[0] == 0
+
+
+@pytest.mark.slow
 def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
     """P1: the second is told about the first and refused; with --steal it is the first that stops, and says why."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"

@@ -143,11 +143,12 @@ def test_lodgers_stay_when_their_group_is_rebuilt(pooled, ray_head, tmp_path, ma
 
 @pytest.mark.slow
 def test_an_outage_at_the_commit_costs_a_group_nothing(pooled, ray_head, tmp_path, marks):
-    """P5: the output root takes no file for a while; the group keeps its weights, nobody is charged, and nothing is
-    denoised twice.
+    """P5: the output root takes no file for a while, and none may wait on the disk; the group keeps its weights, nobody
+    is charged, and nothing is denoised twice.
     """
     (marks / "away").touch()
-    config = write_config(tmp_path, marks, {"root_goes_away": True}, decoders=IN_GROUP)
+    without_spool = {"shard_size": 4, "spool_gib": 0}
+    config = write_config(tmp_path, marks, {"root_goes_away": True}, decoders=IN_GROUP, output=without_spool)
     output = tmp_path / "out"
     _, _, *arguments = command(config, manifest_in(tmp_path), output, ray_head[0])
     driver = start([sys.executable, "-c", IMPATIENT, *arguments[1:]])

@@ -97,7 +97,7 @@ def _give_up(store: Store, found: Pending) -> None:
     commits.quarantine(
         store, commits.quarantine_record(sample, failures=failures, fingerprint=FINGERPRINT, versions={})
     )
-    drop_latents(store, sample)
+    drop_latents(store, sample.shard, sample.key)
 
 
 def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, adorned: bool) -> None:
@@ -125,7 +125,7 @@ def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, 
         versions={},
     )
     commits.commit(store, record)
-    drop_latents(store, sample)
+    drop_latents(store, sample.shard, sample.key)
 
 
 def _put_poster(store: Store, sample: Sample, info: RenderedMedia, folder: Path) -> str:

@@ -21,7 +21,7 @@ from hv_batch.job.dataset import read_rows
 from hv_batch.job.findings import Fault, Finding
 from hv_batch.job.quarantine import read_quarantined, release
 from hv_batch.job.storage import Store
-from hv_batch.job.verification import Picture, repair, verify
+from hv_batch.job.verification import Picture, remove_faults, verify
 from tests.doubles import Crash, CrashingStore
 
 SAMPLES = some_samples(6)
@@ -207,7 +207,7 @@ def mend(store: Store) -> None:
     for shard, key in ((0, "s002"), (1, "s006")):
         (media,) = [name for name in Store(store.url).list(layout.media_dir(shard)) if f"/{key}-" in name]
         found.append(Finding(shard, key, Fault.HASH, "", (layout.commit_key(shard, key), media)))
-    repair(store, found)
+    remove_faults(store, found)
 
 
 def test_a_repair_that_is_killed():

@@ -20,6 +20,7 @@ from hv_batch.runtime.failures import (
     most_telling,
     worker_survives,
 )
+from hv_batch.runtime.workers import start_failure
 
 
 class OutOfMemoryError(RuntimeError):
@@ -64,6 +65,20 @@ def test_task_errors_are_classified_by_their_cause(cause, kind, survives):
     assert bool(failure.traceback) is (kind is not FailureClass.FATAL)
     assert worker_survives(error) is survives
     assert failure.begin_anew is isinstance(cause, LatentsGoneError)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (UserError("no such weights"), FailureClass.FATAL),
+        (StorageUnavailableError("store is away"), FailureClass.OUTAGE),
+        (ValueError("what is this"), FailureClass.INFRA),
+        (OutOfMemoryError("CUDA out of memory"), FailureClass.INFRA),
+    ],
+)
+def test_a_start_that_fails_counts_against_the_slot_unless_nobody_could_have_started(cause, kind):
+    """P5: no sample is to blame, and in an outage no worker either: it waits and does not use up its losses."""
+    assert start_failure(classify(raised_by_a_task(cause))).kind is kind
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), NodeDiedError("node died")])

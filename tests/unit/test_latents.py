@@ -50,9 +50,9 @@ def test_latents_come_back_bit_for_bit(any_store):
     assert stored.latents.tobytes() == latents.tobytes()
     assert stored.stages == STAGES
     assert stored.latents.flags.writeable, "torch.from_numpy wants an array it may write to"
-    drop_latents(any_store, SAMPLE)
+    drop_latents(any_store, SAMPLE.shard, SAMPLE.key)
     assert get_latents(any_store, SAMPLE, "identity") is None
-    drop_latents(any_store, SAMPLE)
+    drop_latents(any_store, SAMPLE.shard, SAMPLE.key)
 
 
 def test_latents_of_another_identity_are_not_ours(any_store):
@@ -122,7 +122,7 @@ def test_the_last_step_checkpoint_comes_back_bit_for_bit(any_store):
     put_steps(any_store, other, StepState(1, some_latents()), "identity")
     assert checkpointed(any_store) == {SAMPLE.key, "a.b"}
     for _ in range(2):
-        drop_steps(any_store, SAMPLE)
+        drop_steps(any_store, SAMPLE.shard, SAMPLE.key)
         assert get_steps(any_store, SAMPLE, "identity") is None
     assert checkpointed(any_store) == {"a.b"}
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hv_batch.cli import app
 from hv_batch.job import commits, layout
+from hv_batch.job.inputs import MASK
 from hv_batch.job.lease import LeaseHeldError, held, read_lease, this_process
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
@@ -56,11 +57,55 @@ def test_verify_says_what_is_wrong_and_mends_it(root):
     assert code == 3
     assert "s002: media missing" in text
     assert files(root) == before
-    code, text = hv_batch("verify", root, "--json", "--repair")
+    code, text = hv_batch("verify", root, "--json", "--remove")
     assert code == 3
     assert json.loads(text)["faults"] == {"media missing": 1}
     run_small(Store(root), SAMPLES, poison={"s003", "s005"}, media=real_media)
     assert hv_batch("verify", root, "--deep")[0] == 0
+
+
+def test_repair_renders_again_what_was_wrong(root, monkeypatch):
+    """P2: what is wrong goes, and the run goes on in the shards concerned by what its run.json tells, without a lease
+    in the way; the exit code is the run's. Where nothing is wrong, nothing is rendered.
+    """
+    calls = []
+
+    def render(config, manifest, output, *, selection, **options):
+        calls.append((config.output.shard_size, manifest, output, selection.shards, options["address"]))
+        assert read_lease(Store(root)) is None
+        run_small(Store(root), SAMPLES, poison={"s003", "s005"}, media=real_media)
+        return 3
+
+    monkeypatch.setattr("hv_batch.resume.render", render)
+    assert hv_batch("verify", root, "--repair") == (0, hv_batch("verify", root)[1])
+    assert not calls
+    before = files(root)
+    (media,) = Path(root).glob("data/shard-00001/s006-*")
+    media.write_bytes(b"?")
+    code, text = hv_batch("verify", root, "--repair", "--address", "10.0.0.1:6379")
+    assert code == 3
+    assert "s006: media size" in text
+    assert calls == [(4, "/nights/<b>prompts</b>.jsonl", root, (range(1, 2),), "10.0.0.1:6379")]
+    assert files(root).keys() == before.keys()
+    assert media.read_bytes() == before[str(media)]
+    Path(root, layout.SUCCESS).touch()
+    Path(root, "plan").mkdir(exist_ok=True)
+    Path(root, layout.INDEX).write_text("?")
+    assert hv_batch("verify", root, "--repair")[0] == 3
+    assert calls[1][3] == (), "the run as a whole"
+
+
+def test_what_nobody_could_render_again_is_not_removed(root):
+    """P2: a run whose run.json lacks a secret is not taken apart by a command that could not put it together."""
+    run = json.loads(Path(root, layout.RUN).read_text())
+    run["config"]["model"]["options"] = {"model_base": MASK}
+    Path(root, layout.RUN).write_text(json.dumps(run))
+    (media,) = Path(root).glob("data/*/s002-*")
+    media.unlink()
+    before = files(root)
+    with pytest.raises(UserError, match="begun with a secret"):
+        hv_batch("verify", root, "--repair")
+    assert files(root) == before
 
 
 def test_retry_first_says_what_it_would_do(root):
@@ -93,7 +138,9 @@ def test_gc_first_says_what_it_would_do(root):
     assert not orphan.exists()
 
 
-@pytest.mark.parametrize("command", [("retry", "--yes"), ("gc", "--yes"), ("verify", "--repair")])
+@pytest.mark.parametrize(
+    "command", [("retry", "--yes"), ("gc", "--yes"), ("verify", "--remove"), ("verify", "--repair")]
+)
 def test_what_changes_a_root_waits_for_its_driver(root, command):
     """P1: while a driver renders, nothing is taken from under it; looking is always allowed."""
     name, flag = command

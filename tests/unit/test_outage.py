@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from rendered_roots import make_commit, make_sample
 from small_runs import ListedShards
@@ -76,3 +78,29 @@ def test_a_plan_goes_on_where_an_outage_has_stopped_it(tmp_path, monkeypatch, ac
     assert plan.tally.committed_before == 4
     assert [sealable.shard for sealable in plan.take_sealable()] == [0]
     assert not store.exists(layout.latent_key(0, "s001"))
+
+
+def test_an_outage_does_not_stop_the_run_at_the_end_of_a_shard(tmp_path, monkeypatch):
+    """P5: what the root knows of the next shards was asked before, so that groups have samples while it is away."""
+    store = Store(str(tmp_path))
+    samples = [make_sample(number) for number in range(1, 13)]
+    real, looked = Store.list, []
+
+    def watched(self, prefix):
+        looked.append(prefix)
+        return real(self, prefix)
+
+    monkeypatch.setattr(Store, "list", watched)
+    pending = iter(Plan(store, ListedShards(samples)))
+    found = [next(pending)]
+    deadline = time.monotonic() + 60
+    while sum(prefix.startswith("retried/") for prefix in looked) < 3:
+        assert time.monotonic() < deadline, looked
+        time.sleep(0.01)
+
+    def away(self, *_):
+        raise AWAY
+
+    for name in ("list", "exists", "get", "delete"):
+        monkeypatch.setattr(Store, name, away)
+    assert [each.sample for each in (*found, *pending)] == samples

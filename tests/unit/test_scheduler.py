@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hv_batch.job import scheduler
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Abort,
@@ -20,9 +21,12 @@ from hv_batch.job.events import (
     Finish,
     KillWorker,
     PlanExhausted,
+    Published,
     Quarantine,
     ReleaseWorker,
     Run,
+    Spooled,
+    SpoolLost,
     Stage,
     StartWorker,
     StopRequested,
@@ -38,7 +42,7 @@ from hv_batch.job.events import (
 from hv_batch.job.freight import ASSUMED_EMBEDDINGS
 from hv_batch.job.lanes import Lane
 from hv_batch.job.limits import RetryLimits, StageLimits
-from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
+from hv_batch.job.scheduler import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S, Scheduler
 from hv_batch.job.slots import GIVE_UP_S, MAX_BACKOFF_S
 from hv_batch.job.staffing import ANOTHER_SIZE, MAKES_ROOM
 
@@ -95,6 +99,7 @@ class World:
     stopped_at: float | None = None
     at: dict[str, Stage] = field(default_factory=dict)
     sizes: dict[WorkerId, int] = field(default_factory=dict)  # the lane of every group that ever was
+    spooled: dict[str, bool] = field(default_factory=dict)  # videos on the disks of nodes; whether latents are stored
     committed: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
     quarantines: list[Quarantine] = field(default_factory=list)
@@ -238,6 +243,8 @@ class World:
         """The invariants that hold after every step; `released` are those who have just been let go."""
         gone = Counter(self.committed) + Counter(self.quarantined)
         assert all(count == 1 for count in gone.values()), "a sample went twice"
+        assert not self.spooled.keys() & (gone.keys() | self.at.keys()), "in two places"
+        assert self.scheduler.spooled() == len(self.spooled) <= scheduler.SPOOLED_AT_MOST
         assert len(self.at) <= self.scheduler.window
         assert self.ranks() <= max(lane.ranks * lane.workers for lane in self.stages[Stage.DENOISE].sizes)
         if not (self.finish or self.abort):
@@ -278,6 +285,25 @@ class World:
             self.heaviest = max(self.heaviest, *weights)
             self.holds[worker.stage, worker.slot].update(zip(keys, weights, strict=True))
         self.feed(TaskDone(worker, weights))
+
+    def spool(self, worker):
+        """The output root is away, and the video of a decode waits on a disk."""
+        (key,) = self.running.pop(worker)
+        self.idle.add(worker)
+        self.unload(key, Stage.DENOISE)
+        del self.at[key]
+        self.spooled[key] = True
+        self.feed(Spooled(worker, "node"))
+
+    def publish(self, key):
+        del self.spooled[key]
+        self.committed.append(key)
+        self.feed(Published(key))
+
+    def lose_spooled(self, key, stage):
+        del self.spooled[key]
+        self.at[key] = stage
+        self.feed(SpoolLost(key, stage))
 
     def back_in_line(self, keys):
         for key in keys:
@@ -320,6 +346,8 @@ class World:
                 self.ready(self.starting[0])
             elif self.running:
                 self.done(next(iter(self.running)))
+            elif self.spooled:
+                self.publish(next(iter(self.spooled)))
             else:
                 self.tick(1.0)
         pytest.fail(f"no end: {self.at} waiting, {self.running} running")
@@ -361,12 +389,17 @@ def test_every_history_ends_with_each_sample_gone_once(data):
         choices += [(what, w) for w in sorted(world.running) for what in ("done", "failed", "lost")]
         choices += [(what, w) for w in sorted(world.idle) for what in ("lost", "leave")]
         choices += [("leave", w) for w in (*world.starting, *sorted(world.running))]
+        choices += [("spool", w) for w, (key, *_) in sorted(world.running.items()) if world.at[key] is Stage.DECODE]
+        choices += [(what, key) for key in sorted(world.spooled) for what in ("publish", "lose_spooled")]
         choices += [("stop", None)] if may_stop and world.stopped_at is None else []
         what, worker = data.draw(st.sampled_from(choices))
         if what == "leave":
             world.leave(worker, data.draw(st.sampled_from([1.0, 20.0, 120.0, math.inf])))
         elif what in ("failed", "lost"):
-            getattr(world, what)(worker, data.draw(st.sampled_from(BLAMED)))
+            kinds = [*BLAMED, FailureClass.OUTAGE] if world.running.get(worker) else BLAMED
+            getattr(world, what)(worker, data.draw(st.sampled_from(kinds)))
+        elif what == "lose_spooled":
+            world.lose_spooled(worker, data.draw(st.sampled_from([Stage.DECODE, Stage.ENCODE])))
         elif what == "stop":
             world.feed(StopRequested())
         elif what == "tick":
@@ -376,9 +409,9 @@ def test_every_history_ends_with_each_sample_gone_once(data):
     assert_announced_groups_come(world)
     world.calm_down()
     if world.abort:
-        assert "in a row" in world.abort.failure.message
+        assert "in a row" in world.abort.failure.message or world.now > OUTAGE_LIMIT_S
     elif world.stopped_at is not None:
-        assert world.finish.drained == bool(world.at or world.queue)
+        assert world.finish.drained == bool(world.at or world.queue or world.spooled)
         if world.now < world.stopped_at + world.drain_timeout_s:
             assert Stage.DECODE not in world.at.values(), "latents were left though a decoder could run"
     else:
@@ -575,6 +608,93 @@ def test_an_outage_of_the_output_root_blames_nobody():
     assert world.finish
     assert len(world.committed) == 4
     assert world.runs[Stage.DENOISE, "s0"] == 1
+
+
+def test_what_waits_on_disks_lets_the_groups_go_on():
+    """P5, P7: in an outage a video on a disk takes no room of the queues or the object store; all are committed later,
+    rendered once, and a worker that cannot start meanwhile holds up no decode.
+    """
+    plan = [Admitted(f"s{i}", Stage.ENCODE, MIB) for i in range(30)]
+    world = World(limits(groups=2, result_bytes=MIB), plan)
+    while world.running or world.starting:
+        decodes = [worker for worker in world.running if worker.stage is Stage.DECODE]
+        if world.starting:
+            world.ready(world.starting[0])
+        else:
+            world.spool(decodes[0]) if decodes else world.done(next(iter(world.running)))
+    assert len(world.spooled) == 30
+    assert not world.finish
+    for key in list(world.spooled):
+        world.publish(key)
+    assert world.finish == Finish(drained=False)
+    assert set(world.runs.values()) == {1}
+
+
+def test_a_worker_that_cannot_start_in_an_outage_holds_up_no_decode():
+    """P5: it tries again later, as often as it takes, and who is there fills the disks."""
+    world = World(limits(groups=1, decoders=2), plan_of(30))
+    late = [worker for worker in world.starting if worker.stage is Stage.DECODE][-1]
+    for _ in range(RETRIES.worker + 1):
+        world.lost(late, FailureClass.OUTAGE)
+        for worker in [worker for worker in world.starting if worker.stage is not Stage.DECODE or not worker.slot]:
+            world.ready(worker)
+        while not (decodes := [worker for worker in world.running if worker.stage is Stage.DECODE]):
+            world.done(next(iter(world.running)))
+        world.spool(decodes[0])
+        world.tick(OUTAGE_PAUSE_S)
+        (late,) = [worker for worker in world.starting if worker.stage is Stage.DECODE]
+    assert not world.abort
+    world.calm_down()
+    assert len(world.committed) == 30
+
+
+@pytest.mark.parametrize(("stage", "denoises"), [(Stage.DECODE, 1), (Stage.ENCODE, 1 + 2 * RETRIES.infra)])
+def test_a_lost_spool_costs_a_render_and_charges_nobody(stage, denoises):
+    """P4, P5: it goes on from its latents where these are stored, else from the start, however often that happens."""
+    world = World(limits(groups=1), plan_of(1))
+    for _ in range(2 * RETRIES.infra):
+        while not (decodes := [worker for worker in world.running if worker.stage is Stage.DECODE]):
+            world.ready(world.starting[0]) if world.starting else world.done(next(iter(world.running)))
+        world.spool(decodes[0])
+        world.lose_spooled("s0", stage)
+        assert world.scheduler.failures("s0") == ()
+    world.calm_down()
+    assert world.committed == ["s0"]
+    assert world.runs[Stage.DENOISE, "s0"] == denoises
+
+
+def test_the_driver_keeps_account_of_so_many_spooled_videos(monkeypatch):
+    """P7: beyond that, decodes wait as they do when the disks are full."""
+    monkeypatch.setattr(scheduler, "SPOOLED_AT_MOST", 5)
+    world = World(limits(groups=2, decoders=2), plan_of(30))
+    for _ in range(200):
+        decodes = [worker for worker in world.running if worker.stage is Stage.DECODE]
+        if world.starting:
+            world.ready(world.starting[0])
+        elif decodes:
+            world.spool(decodes[0])
+        elif world.running:
+            world.done(next(iter(world.running)))
+    assert len(world.spooled) == 5
+    assert not world.running
+    world.calm_down()
+    assert len(world.committed) == 30
+
+
+def test_a_drain_decodes_to_disk_and_waits_no_longer_than_it_may():
+    """P4: in an outage a stop leaves on disks what was denoised; the resume commits it."""
+    world = World(limits(groups=1), plan_of(8), drain_timeout_s=60.0)
+    until_denoising(world, groups=1)
+    world.feed(StopRequested())
+    while world.running:
+        decodes = [worker for worker in world.running if worker.stage is Stage.DECODE]
+        world.spool(decodes[0]) if decodes else world.done(next(iter(world.running)))
+        for worker in list(world.starting):
+            world.ready(worker)
+    assert len(world.spooled) == 1
+    assert not world.finish
+    world.tick(61.0)
+    assert world.finish == Finish(drained=True)
 
 
 def test_an_outage_that_does_not_end_ends_the_run():

@@ -1,4 +1,4 @@
-"""`verify` finds what is wrong with a root, and nothing else; `--repair` lets the run command mend it (P1, P2)."""
+"""`verify` finds what is wrong with a root, and nothing else; `--remove` lets the run command mend it (P1, P2)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hv_batch.job.findings import Fault
 from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
-from hv_batch.job.verification import repair, verify
+from hv_batch.job.verification import remove_faults, verify
 from hv_batch.runtime.playback import decode_media
 
 SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]
@@ -132,7 +132,7 @@ def test_each_fault_is_found_and_mended(rendered, root, fault):
     assert told <= {fault, Fault.TABLE}
     assert all(finding.key in ("s002", None) for finding in found.findings)
     assert fault.value in found.render()
-    repair(store, found.findings)
+    remove_faults(store, found.findings)
     denoised = Counter()
     run_small(store, SAMPLES, media=real_media, denoised=denoised, adorned=True)
     assert set(denoised) <= {"s002"}
@@ -276,7 +276,7 @@ def test_a_checked_manifest_that_is_damaged(root, spoil):
     spoil(write_index(root, {}))
     found = verify(store, decode_media, decodes=0).findings
     assert [(finding.fault, finding.shard) for finding in found] == [(Fault.PLAN, None)]
-    repair(store, found)
+    remove_faults(store, found)
     assert verify(store, decode_media, decodes=0).findings == []
     assert store.exists(layout.SUCCESS)
 
@@ -303,7 +303,7 @@ def test_a_quarantine_record_that_cannot_be_read(tmp_path, data):
     write_report(store, aggregate(store))
     (wrong,) = verify(store, decode_media, decodes=0).findings
     assert (wrong.key, wrong.fault) == ("s001", Fault.RECORD)
-    repair(store, [wrong])
+    remove_faults(store, [wrong])
     run_small(store, SAMPLES, media=real_media)
     found = verify(store, decode_media, decodes=0)
     assert (found.findings, found.checked) == ([], 6)
@@ -316,7 +316,7 @@ def test_a_run_that_counts_as_finished_and_is_not(root):
         store.delete(key)
     (wrong,) = verify(store, decode_media, decodes=0).findings
     assert wrong.fault is Fault.SUCCESS
-    repair(store, [wrong])
+    remove_faults(store, [wrong])
     run_small(store, SAMPLES, media=real_media, adorned=True)
     assert verify(store, decode_media, decodes=0).findings == []
 

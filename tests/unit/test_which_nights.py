@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, date, datetime, timedelta
 from threading import Event
 
@@ -15,7 +16,7 @@ from hv_batch.job.storage import Store
 from hv_batch.nightly import Orders, next_time, stop_in_time, unfinished, which_day
 from hv_batch.protocol import UserError
 
-NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+NOON = datetime(2026, 11, 20, 12, 0)
 
 
 def orders(output, **changes) -> Orders:
@@ -36,12 +37,27 @@ def test_a_date_that_is_none_is_refused(text):
         which_day(text, NOON)
 
 
-@given(st.integers(0, 23), st.integers(0, 59), st.datetimes(timezones=st.just(UTC)).filter(lambda t: t.year < 9999))
+@given(st.integers(0, 23), st.integers(0, 59), st.datetimes(datetime(1971, 1, 1), datetime(2100, 1, 1)))
 def test_a_deadline_is_the_next_such_time(hour, minute, now):
     """`--until 06:30` at 23:00 means tomorrow morning: always ahead, never more than a day."""
     until = next_time(f"{hour:02d}:{minute:02d}", now)
-    assert timedelta(0) < until - now <= timedelta(days=1)
+    assert timedelta(0) < until - now.astimezone() <= timedelta(days=1)
     assert (until.hour, until.minute) == (hour, minute)
+
+
+@pytest.mark.parametrize(("day", "hours"), [("2026-10-24", 8.5), ("2026-03-28", 6.5), ("2026-11-20", 7.5)])
+def test_a_deadline_is_what_the_clock_on_the_wall_shows(monkeypatch, day, hours):
+    """`--until 06:30` at 23:00, in the nights when the clocks of Berlin are set back, forward, or not at all."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        evening = datetime.fromisoformat(f"{day} 23:00")
+        until = next_time("06:30", evening)
+        assert (until.hour, until.minute) == (6, 30)
+        assert until - evening.astimezone() == timedelta(hours=hours)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("text", ["25:00", "6.30", "", "06:30:00"])

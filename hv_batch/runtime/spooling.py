@@ -1,0 +1,129 @@
+"""The driver's account of videos that wait on the disks of nodes, and the tasks there that commit them.
+
+One task a node at a time, each trying what its node has (see `job/spool.py`); while the output root does not answer,
+that is a try now and then. What a node should have and does not is looked for in the output root, and rendered again
+where it is not there either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hv_batch.job import layout
+from hv_batch.job.config import OutputConfig
+from hv_batch.job.errors import FailureClass
+from hv_batch.job.events import Event, Published, SpoolLost, Stage
+from hv_batch.job.gallery import plural
+from hv_batch.job.outage import Outage
+from hv_batch.job.samples import Sample
+from hv_batch.job.spool import Emptied, Spool
+from hv_batch.job.storage import Store
+from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.protocol import UserError
+from hv_batch.runtime.context import RunContext
+from hv_batch.runtime.failures import classify
+from hv_batch.runtime.workers import Watch
+
+
+@ray.remote(num_cpus=0, max_retries=3)  # a repeated one finds what the first has committed
+def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> Emptied:
+    return Spool(output, root, fingerprint).empty()
+
+
+class Spools:
+    """`errand` takes acts on the output root, to be done when that answers; `tell` takes events, `say` a line."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        watch: Watch,
+        outage: Outage,
+        errand: Callable[[Callable[[], None]], None],
+        tell: Callable[[Event], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._context = context
+        self._watch = watch
+        self._outage = outage
+        self._errand = errand
+        self._tell = tell
+        self._say = say
+        self._waiting: dict[str, dict[str, Sample]] = {}  # by node, then by key
+        self._unvisited: set[str] = set()  # nodes that may have what nobody knows of
+        self._asked: set[str] = set()  # nodes with a task
+
+    @property
+    def is_visiting(self) -> bool:
+        """What nodes may have is about to be committed, and should not be rendered meanwhile."""
+        return bool(self._unvisited)
+
+    def visit(self, nodes: Iterable[str]) -> None:
+        if self._context.config.output.spool_gib > 0:
+            self._unvisited.update(nodes)
+
+    def add(self, node: str, sample: Sample) -> None:
+        self._waiting.setdefault(node, {})[sample.key] = sample
+
+    def go_on(self, now: float) -> None:
+        """Let nodes try to commit what they have."""
+        if self._outage.pauses(now):
+            return
+        context = self._context
+        for node in (self._unvisited | self._waiting.keys()) - self._asked:
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            task = empty_spool.options(scheduling_strategy=strategy)
+            ref = task.remote(context.config.output, context.store, context.fingerprint)
+            self._asked.add(node)
+            self._watch(ref, partial(self._answered, node, tuple(self._waiting.get(node, ()))))
+
+    def describe(self) -> str:
+        """What is left behind, for people; nothing where nothing is."""
+        count = sum(map(len, self._waiting.values()))
+        if not count:
+            return ""
+        return (
+            f"{plural(count, 'finished video')} on the disks of {plural(len(self._waiting), 'node')} could not be "
+            "committed: a resume commits what it finds on the nodes it runs on, and renders the rest again"
+        )
+
+    def _answered(self, node: str, expected: Iterable[str], ref: ray.ObjectRef) -> list[Event]:
+        """`expected` is what the node had when it was asked."""
+        self._asked.discard(node)
+        try:
+            emptied = ray.get(ref)
+        except RayError as error:
+            failure = classify(error, f"the spool of node {node}")
+            if failure.kind is FailureClass.FATAL:
+                raise UserError(f"The run cannot go on: {failure.message.rstrip('. ')}.") from error
+            emptied = Emptied(())
+        waiting = self._waiting.get(node, {})
+        published = [key for key in emptied.committed if waiting.pop(key, None)]
+        if found := len(emptied.committed) - len(published):
+            self._say(f"committed {plural(found, 'video')} that an earlier outage had left on the disk of a node")
+        if emptied.away:
+            self._outage.met(StorageUnavailableError(emptied.away), time.monotonic())
+        else:
+            if emptied.committed:
+                self._outage.over(time.monotonic())
+            self._unvisited.discard(node)
+            for key in expected:
+                if sample := waiting.pop(key, None):
+                    self._errand(partial(self._recover, sample))
+        if not waiting:
+            self._waiting.pop(node, None)
+        return [Published(key) for key in published]
+
+    def _recover(self, sample: Sample) -> None:
+        """It may have been committed by a task that died before it could say so."""
+        store = self._context.store
+        if store.exists(layout.commit_key(sample.shard, sample.key)):
+            self._tell(Published(sample.key))
+            return
+        has_latents = store.exists(layout.latent_key(sample.shard, sample.key))
+        self._tell(SpoolLost(sample.key, Stage.DECODE if has_latents else Stage.ENCODE))

@@ -1,0 +1,139 @@
+"""Whole runs whose S3 endpoint is stopped and started again: videos wait on the node's disk, and none is made twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import count, finish, start, write_config, write_manifest
+from tests.cluster.runs import dataset as local_dataset
+from tests.cluster.test_s3 import BUCKET, objects, s3  # noqa: F401  # a fixture
+
+# The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
+IMPATIENT = "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli import main; main()"
+DEADLINE_S = 180  # a machine that is busy with other things takes its time
+
+# More than the stations hold: without a spool, the groups would have to stop.
+PROMPTS = [f"prompt {i}" for i in range(12)]
+
+pytestmark = pytest.mark.slow
+
+
+def wait_for(condition, what, process):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"never saw {what}:\n{process.stdout.read()}")
+        time.sleep(0.05)
+
+
+def begin(folder: Path, marks: Path, root: str, spool_gib: float = 1.0, placement: str = "pool"):
+    """All samples are in one shard: to begin another one, the output root is asked what it knows of it."""
+    config = write_config(
+        folder,
+        marks,
+        groups={"gpus_per_rank": 0, "cpus_per_rank": 0.1},
+        decoders={"placement": placement},
+        output={"shard_size": 50, "spool_gib": spool_gib, "spool_folder": str(folder / "disk")},
+        media={"poster": True},
+    )
+    arguments = ["run", "--config", str(config), "--manifest", str(write_manifest(folder, PROMPTS)), "--output", root]
+    return start([sys.executable, "-c", IMPATIENT, *arguments])
+
+
+def root_in_bucket(folder: Path) -> str:
+    """What was stored outlives a server: each test has a root of its own."""
+    return f"s3://{BUCKET}/{folder.name}"
+
+
+def waiting(folder: Path, what: str = "*.json") -> list[Path]:
+    """Records, or other files, on the disk of the node."""
+    return [path for path in (folder / "disk").rglob(what) if path.is_file()]
+
+
+def begin_and_stop_endpoint(server, folder: Path, marks: Path, **options):
+    """A run that has decoded its first video when its endpoint goes."""
+    (marks / "hold-decodes").touch()
+    driver = begin(folder, marks, root_in_bucket(folder), **options)
+    wait_for(lambda: count(marks, "decoded"), "a decode", driver)
+    server.stop()
+    (marks / "hold-decodes").unlink()
+    return driver
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_environment, tmp_path_factory):
+    """What a run leaves whose output root always answers."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "marks").mkdir()
+    code, text = finish(begin(folder, folder / "marks", str(folder / "out")))
+    assert code == 0, text
+    return local_dataset(folder / "out")
+
+
+def assert_undisturbed(undisturbed, folder: Path, marks: Path) -> None:
+    """The root is that of an undisturbed run, each sample was rendered once, and nobody is charged."""
+    own = f"{folder.name}/"
+    found = {key.removeprefix(own): data for key, data in objects().items() if key.startswith(own)}
+    assert {key: data for key, data in found.items() if key.startswith("data/")} == undisturbed
+    records = [json.loads(data) for key, data in found.items() if key.startswith("commits/")]
+    assert len(records) == len(PROMPTS)
+    assert {record["attempts"] for record in records} == {1}
+    assert all(record["poster"] in found for record in records)
+    assert any(record["places"]["decode"].get("spooled") for record in records)
+    assert "_SUCCESS" in found
+    assert not [key for key in found if key.startswith(("latents/", "steps/"))]
+    for what in ("encoded", "denoised"):
+        assert count(marks, what) == dict.fromkeys(PROMPTS, 1)
+    assert waiting(folder, "[!.]*") == []
+
+
+@pytest.mark.parametrize("placement", ["pool", "group"])
+def test_a_run_goes_on_while_its_endpoint_is_stopped(undisturbed, s3, tmp_path, marks, placement):  # noqa: F811
+    """P5, P7, P3: all samples are rendered while the server is down; when it is back all are committed, and the bytes
+    are those of an undisturbed run.
+    """
+    driver = begin_and_stop_endpoint(s3, tmp_path, marks, placement=placement)
+    wait_for(lambda: len(waiting(tmp_path)) == len(PROMPTS), "all videos on the disk", driver)
+    s3.start()
+    code, text = finish(driver)
+    assert code == 0, text
+    assert "the output root does not answer" in text
+    assert "the output root answers again" in text
+    assert count(marks, "decoded").total() == len(PROMPTS)
+    assert_undisturbed(undisturbed, tmp_path, marks)
+
+
+def test_a_resume_commits_what_a_killed_run_left_on_the_disk(undisturbed, s3, tmp_path, marks):  # noqa: F811
+    """P2, P4: the driver is killed in the outage; the same command commits its videos and renders nothing."""
+    driver = begin_and_stop_endpoint(s3, tmp_path, marks)
+    wait_for(lambda: len(waiting(tmp_path)) == len(PROMPTS), "all videos on the disk", driver)
+    driver.kill()
+    driver.wait()
+    s3.start()
+    code, text = finish(begin(tmp_path, marks, root_in_bucket(tmp_path)))
+    assert code == 0, text
+    assert "that an earlier outage had left on the disk of a node" in text
+    assert "0 rendered, 0 quarantined now, 12 were done before" in text
+    assert count(marks, "decoded").total() == len(PROMPTS)
+    assert_undisturbed(undisturbed, tmp_path, marks)
+
+
+def test_a_full_spool_makes_the_groups_wait(undisturbed, s3, tmp_path, marks):  # noqa: F811
+    """P7, P5: beyond its cap nothing is written, latents wait, groups stop, nobody is charged; later all is there."""
+    cap_bytes = 24_000
+    driver = begin_and_stop_endpoint(s3, tmp_path, marks, spool_gib=cap_bytes / 2**30)
+    said = ""
+    while "OUTAGE" not in said:  # a decode found neither the root nor room
+        said += driver.stdout.readline()
+    assert 0 < sum(path.stat().st_size for path in waiting(tmp_path, "*")) <= cap_bytes
+    assert len(waiting(tmp_path)) < len(PROMPTS)
+    s3.start()
+    code, text = finish(driver)
+    assert code == 0, said + text
+    assert_undisturbed(undisturbed, tmp_path, marks)
