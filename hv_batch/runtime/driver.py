@@ -133,6 +133,7 @@ class Driver:
         self._outage = Outage(progress.say)
         self._errands: deque[Callable[[], None]] = deque()  # the driver's own acts on the output root
         self._polled = 0.0
+        self._ticked = 0.0
         self._stop_said = False
         self._end: Finish | None = None
 
@@ -188,7 +189,9 @@ class Driver:
                 self._events.extend(worker.poll(now))
         self._events.extend(self._nodes.look(self._workers, now))
         self._admit()
-        self._events.append(Tick())
+        if not self._events or now - self._ticked >= TICK_S:  # each looks at every worker, and time passes slowly
+            self._ticked = now
+            self._events.append(Tick())
 
     def _watch(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
         self._watched[ref] = then

@@ -167,7 +167,7 @@ class RankActor:
     def _count_step(self, _done: int, _read: Callable[[], np.ndarray]) -> None:
         self._steps += 1
 
-    @ray.method(concurrency_group="health")
+    @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
     def progress(self) -> int:
         return self._steps + self._publisher.count
 
