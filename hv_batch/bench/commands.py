@@ -58,18 +58,33 @@ def job(
     steps: Annotated[int, typer.Option(min=1, help="of a denoise")] = 1,
     step_seconds: Annotated[float, typer.Option(min=0.0, help="that a step sleeps")] = 0.0,
     frames: Annotated[int, typer.Option(min=1, help="1: a PNG; 4n + 1: an mp4")] = 1,
+    committed: Annotated[
+        int, typer.Option(min=0, help="samples before these, which an earlier run has committed; it is made up")
+    ] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="of the manifest, if more; the rest is left pending")] = 0,
+    form: Annotated[str, typer.Option("--format", help="of the manifest: jsonl, jsonl.gz or parquet")] = "jsonl",
     with_ray_data: Annotated[
         bool,
         typer.Option("--with-ray-data", help="then the same samples through Ray Data's map_batches, as a yardstick"),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """Time the job around the model, which only sleeps: committed samples a second, and the driver's memory."""
+    """Time the job around the model, which only sleeps: committed samples a second, their CPU time, the driver's
+    memory, and how long it takes from the command to the first denoise.
+    """
     from hv_batch.bench.job import Load, bench_job
     from hv_batch.job.progress import Progress
 
     load = Load(
-        samples=samples, groups=groups, decoders=decoders, steps=steps, step_seconds=step_seconds, frames=frames
+        samples=samples,
+        groups=groups,
+        decoders=decoders,
+        steps=steps,
+        step_seconds=step_seconds,
+        frames=frames,
+        committed=committed,
+        rows=rows,
+        format=form,
     )
     report = bench_job(load, Progress(), with_ray_data=with_ray_data)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.render())

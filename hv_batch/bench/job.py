@@ -7,10 +7,13 @@ they are decoded, media, conditional commits, sealed shards, the report.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,6 +21,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from hv_batch.bench.made_up import FORMATS, commit_first, write_manifest
+from hv_batch.bench.pace import MeteredProgress, Pace
 from hv_batch.bench.yardstick import check_ray_data, pace_of_map_batches
 from hv_batch.job.config import (
     DecodersConfig,
@@ -29,16 +34,18 @@ from hv_batch.job.config import (
     RunConfig,
 )
 from hv_batch.job.progress import Progress
-from hv_batch.protocol import ParallelPlan
+from hv_batch.job.selection import Selection
+from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.runtime.session import ray_session
 
+SCRATCH = "hv_batch-bench-"
 SIDE = 64  # pixels: as small as the job's own cost, which does not depend on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What the bench renders."""
+    """What the bench renders: samples of one frame or more, of a manifest that may hold others too."""
 
     samples: int
     groups: int
@@ -46,28 +53,39 @@ class Load:
     steps: int
     step_seconds: float
     frames: int
+    committed: int = 0  # by an earlier run, which is made up: the samples before those that are rendered
+    rows: int = 0  # of the manifest; 0: all are rendered or committed
+    format: str = "jsonl"  # of the manifest, one of `made_up.FORMATS`
+
+    @property
+    def all_rows(self) -> int:
+        return max(self.rows, self.committed + self.samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobReport:
     load: Load
-    per_second: float  # committed, between the first commit and the last
-    groups_busy: float  # share of the groups' time, in the same span
+    pace: Pace  # of commits
+    first_denoise_s: float  # from the command to the first denoise: manifest, Ray and workers
+    groups_busy: float  # share of the groups' time between the first commit and the last
     driver_mb: float  # peak resident memory of the driver's process
-    ray_data_per_second: float | None = None  # what `yardstick` finds; None where it was not asked for
+    ray_data: Pace | None = None  # what `yardstick` finds; None where it was not asked for
 
     def render(self) -> str:
-        load, yardstick = self.load, ""
-        if self.ray_data_per_second is not None:
-            yardstick = (
-                f"\nRay Data's map_batches, keeping no promise: {self.ray_data_per_second:.1f} a second; hv_batch has "
-                f"{self.per_second / self.ray_data_per_second:.2f} of its pace"
-            )
-        return (
+        load = self.load
+        lines = [
             f"{load.samples:,} samples of {load.frames} frame(s), {load.groups} groups, {load.decoders} decoders: "
-            f"{self.per_second:.1f} committed a second, groups busy {self.groups_busy:.1%} of the time, "
-            f"driver {self.driver_mb:,.0f} MB{yardstick}"
-        )
+            f"{self.pace.render()}, groups busy {self.groups_busy:.1%} of the time",
+            f"{load.all_rows:,} rows ({load.format}), {load.committed:,} committed before: first denoise after "
+            f"{self.first_denoise_s:.1f} s, driver {self.driver_mb:,.0f} MB",
+        ]
+        if self.ray_data is not None:
+            ratio = self.pace.per_second / self.ray_data.per_second
+            lines.append(
+                f"Ray Data's map_batches, keeping no promise: {self.ray_data.render()}; hv_batch has {ratio:.2f} of "
+                "its pace"
+            )
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,26 +94,38 @@ class JobReport:
 def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) -> JobReport:
     """Render the load into a temporary folder on a local Ray; then, if asked, let Ray Data do the like on another.
 
-    Raises UserError as a run does, and where Ray Data cannot run.
+    Raises UserError as a run does, for a format that is not known, and where Ray Data cannot run.
     """
+    if load.format not in FORMATS:
+        raise UserError(f"--format {load.format}: allowed are {', '.join(FORMATS)}.")
     if with_ray_data:
         check_ray_data()
-    with rendered(_config(load), load.samples, progress) as output:
-        ends = sorted(_ends(output))
+    config, metered = _config(load), MeteredProgress(progress)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
+        manifest, output = Path(name) / f"manifest.{load.format}", Path(name) / "out"
+        _elsewhere(write_manifest, manifest, load.all_rows)
+        if load.committed:
+            _run(config, manifest, output, progress, selection=Selection(limit=1))
+            _elsewhere(commit_first, output, manifest, config, load.committed)
+        last = load.committed + load.samples
+        begun = time.time()
+        _run(config, manifest, output, metered, selection=Selection(limit=last) if last < load.all_rows else None)
         driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        records = _records_since(begun, output, config, load.committed)
         ray_data = _time_ray_data(load, output.parent) if with_ray_data else None
+    ends = sorted(record.end for record in records)
     span = ends[-1] - ends[0]
-    busy = (load.samples - 1) * load.steps * load.step_seconds / (load.groups * span)
     return JobReport(
         load=load,
-        per_second=(len(ends) - 1) / span,
-        groups_busy=busy,
+        pace=Pace((len(ends) - 1) / span, metered.meter.cpu_ms()),
+        first_denoise_s=min(record.begin for record in records) - begun,
+        groups_busy=(len(ends) - 1) * load.steps * load.step_seconds / (load.groups * span),
         driver_mb=driver_mb,
-        ray_data_per_second=ray_data,
+        ray_data=ray_data,
     )
 
 
-def _time_ray_data(load: Load, folder: Path) -> float:
+def _time_ray_data(load: Load, folder: Path) -> Pace:
     config, output = _config(load), folder / "ray_data"
     output.mkdir()
     with ray_session(config, ParallelPlan(), "local"):
@@ -108,15 +138,62 @@ def rendered(config: RunConfig, samples: int, progress: Progress, stopped: Event
 
     `stopped` ends the run before its last sample.
     """
-    with tempfile.TemporaryDirectory(prefix="hv_batch-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         manifest, output = Path(name) / "manifest.jsonl", Path(name) / "out"
-        with manifest.open("w") as file:
-            file.writelines(json.dumps({"prompt": f"sample {n}"}) + "\n" for n in range(samples))
-        with redirect_stdout(sys.stderr):  # where Ray tells of processes that were killed; the report goes to stdout
-            code = render(config, str(manifest), str(output), address="local", progress=progress, stopped=stopped)
-        ended_well = ExitCode.STOPPED if stopped and stopped.is_set() else ExitCode.COMMITTED
-        assert code is ended_well, f"the bench's run ended with {code}"
+        write_manifest(manifest, samples)
+        _run(config, manifest, output, progress, stopped=stopped)
         yield output
+
+
+def _run(
+    config: RunConfig,
+    manifest: Path,
+    output: Path,
+    progress: Progress,
+    *,
+    selection: Selection | None = None,
+    stopped: Event | None = None,
+) -> None:
+    with redirect_stdout(sys.stderr):  # where Ray tells of processes that were killed; the report goes to stdout
+        code = render(
+            config,
+            str(manifest),
+            str(output),
+            selection=selection,
+            address="local",
+            progress=progress,
+            stopped=stopped,
+        )
+    ended_well = ExitCode.STOPPED if stopped and stopped.is_set() else ExitCode.COMMITTED
+    assert code is ended_well, f"the bench's run ended with {code}"
+
+
+def _elsewhere(make: Callable[..., None], *arguments: Any) -> None:
+    """In a process of its own: what it takes of memory is not the driver's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(make, *arguments).result()
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Of one sample, in seconds since 1970."""
+
+    begin: float  # of its denoise
+    end: float  # its commit
+
+
+def _records_since(begun: float, output: Path, config: RunConfig, committed: int) -> list[_Times]:
+    """Of the samples after those that were committed before."""
+    found = []
+    for path in (output / "commits").iterdir():
+        if int(path.name.rpartition("-")[2]) < committed // config.output.shard_size:
+            continue
+        for record in map(json.loads, (file.read_text() for file in path.glob("[!.]*.json"))):
+            end = datetime.fromisoformat(record["created_at"]).timestamp()
+            if end >= begun:
+                took = record["stages"]["denoise"] + record["stages"]["decode"]
+                found.append(_Times(end - took, end))
+    return found
 
 
 def _config(load: Load) -> RunConfig:
@@ -128,9 +205,3 @@ def _config(load: Load) -> RunConfig:
         encoders=EncodersConfig(gpus=0.0, cpus=0.1),
         decoders=DecodersConfig(count=load.decoders, gpus=0.0, cpus=0.1),
     )
-
-
-def _ends(output: Path) -> Iterator[float]:
-    """When each sample was committed, in seconds."""
-    for path in (output / "commits").rglob("*.json"):
-        yield datetime.fromisoformat(json.loads(path.read_text())["created_at"]).timestamp()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hv_batch.bench.pace import Meter, Pace
 from hv_batch.job.config import RunConfig
 from hv_batch.protocol import Engine, ParallelPlan, RankPlace, SamplingParams, UserError
 from hv_batch.runtime.context import build_engine
@@ -33,8 +34,8 @@ def check_ray_data() -> None:
         )
 
 
-def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: Path) -> float:
-    """Samples a second that it writes into `folder`, between the first and the last. Ray must have been started.
+def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: Path) -> Pace:
+    """At which it writes samples into `folder`. Ray must have been started.
 
     One actor encodes, `config.groups.count` denoise, `decoders` decode.
     """
@@ -49,8 +50,12 @@ def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: 
         .map_batches(_Denoise, batch_size=1, **_pool(groups.count, groups.cpus_per_rank, config))
         .map_batches(_Decode, batch_size=1, **_pool(decoders, config.decoders.cpus, config, folder))
     )
-    seconds = sorted(row["end"] for row in ends.iter_rows())
-    return (len(seconds) - 1) / (seconds[-1] - seconds[0])
+    meter, seconds = Meter(), []
+    for row in ends.iter_rows():
+        seconds.append(row["end"])
+        if len(seconds) in (samples // 10, samples * 9 // 10):
+            meter.read(len(seconds))
+    return Pace((len(seconds) - 1) / (max(seconds) - min(seconds)), meter.cpu_ms())
 
 
 def _pool(actors: int, cpus: float, *arguments: Any) -> dict[str, Any]:

@@ -31,8 +31,9 @@ CONDITIONAL_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfs
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
-# What fsync(2) says of a folder on file systems that look after folders themselves (CIFS, some FUSE mounts).
-NO_FOLDER_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
+# What fsync(2) says of a folder on file systems that look after folders themselves (CIFS, some FUSE mounts), and
+# open(2) of one that may be written to and not read.
+NO_FOLDER_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES})
 
 # What s3fs sends of a large object at a time: at most 64 MiB of a worker's memory, and a dropped connection repeats one
 # part. Ordinary videos stay below two parts and go in one request.
@@ -130,7 +131,7 @@ class LocalDisk:
         folder = os.path.dirname(final)
         draft = os.path.join(folder, f".draft-{uuid.uuid4().hex}")
         try:
-            os.makedirs(folder, exist_ok=True)
+            _make_folder(folder)
             yield draft
             _flush_folder(folder)
         except OSError as error:
@@ -266,6 +267,20 @@ def _write(path: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_folder(folder: str) -> None:
+    """With those above it; a name in a folder survives a power cut only if the folder's own name does."""
+    if os.path.isdir(folder):
+        return
+    above = os.path.dirname(folder)
+    _make_folder(above)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):  # else another writer was faster
+            raise
+    _flush_folder(above)
 
 
 def _flush_folder(folder: str) -> None:

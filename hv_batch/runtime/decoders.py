@@ -55,6 +55,6 @@ class DecoderActor:
                 media = self._publisher.write(sample, self._decoder.decode(latents), Path(folder))
             return self._publisher.publish(sample, media, decoding.seconds, stages, failures)
 
-    @ray.method(concurrency_group="health")
+    @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
     def progress(self) -> LifeSign:
         return LifeSign(self._publisher.count)

@@ -144,6 +144,7 @@ class Driver:
         )
         self._look_at = 0.0  # the plan, which asks the output root, is not asked for samples before
         self._polled = 0.0
+        self._ticked = 0.0
         self._stop_said = False
         self._end: Finish | None = None
 
@@ -210,7 +211,9 @@ class Driver:
                 self._shortage.lasts(now, is_busy=bool(self._tasks))
         self._events.extend(self._nodes.look(self._workers, now))
         self._admit()
-        self._events.append(Tick())
+        if not self._events or now - self._ticked >= TICK_S:  # each looks at every worker, and time passes slowly
+            self._ticked = now
+            self._events.append(Tick())
 
     def _watch(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
         self._watched[ref] = then

@@ -58,7 +58,7 @@ class EncoderActor:
             reports.append(StageReport(watch.seconds / len(samples), node, self._name, details, weight))
         return *pairs, reports
 
-    @ray.method(concurrency_group="health")
+    @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
     def progress(self) -> LifeSign:
         return LifeSign(self._embedder.count if self._embedder else 0)
 

@@ -31,7 +31,7 @@ from hv_batch.runtime.failures import (
 )
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.placement import alive_nodes, ranks_per_node
-from hv_batch.runtime.ranks import RankActor
+from hv_batch.runtime.ranks import RankActor, RankSeat
 from hv_batch.runtime.seats import Seats
 from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
@@ -134,14 +134,14 @@ class DenoiseGroup:
         self._pulses = [Pulse(self.id, rank, self._watch) for rank in self._ranks]
         self._pool.placed(self.id)
         address, seated = self._ranks[0].host_rendezvous.remote(), self._ask_all("seat")
-        self._when_all({address: 0, **seated}, lambda: self._meet(address, list(seated)))
+        self._when_all({address: 0, **seated}, lambda told: self._meet(address, [told[ref] for ref in seated]))
         return [WorkerPlaced(self.id)]
 
-    def _meet(self, address: ray.ObjectRef, seated: Sequence[ray.ObjectRef]) -> list[Event]:
+    def _meet(self, address: ray.ObjectRef, seats: Sequence[RankSeat]) -> list[Event]:
         self._seated = True
         self._pool.occupy(self._seats)
         self._deadline = time.monotonic() + self._context.config.timeouts.start_s
-        self._when_all(self._ask_all("join", address, ray.get(list(seated))), self._joined)
+        self._when_all(self._ask_all("join", address, seats), lambda _: self._joined())
         return []
 
     def _joined(self) -> list[Event]:
@@ -156,20 +156,24 @@ class DenoiseGroup:
     def _when_all(
         self,
         asked: Mapping[ray.ObjectRef, int],
-        then: Callable[[], list[Event]],
+        then: Callable[[Mapping[ray.ObjectRef, Any]], list[Event]],
         judge: Callable[[ray.ObjectRef], Event] | None = None,
     ) -> None:
-        """Call `then` once every rank has answered; the first error ends that, and `judge` says what it means."""
-        missing = set(asked)
+        """Call `then` with the answers once every rank has given its own; the first error ends that, and `judge` says
+        what it means.
+        """
+        missing, answers = set(asked), dict[ray.ObjectRef, Any]()
 
         def answered(ref: ray.ObjectRef) -> list[Event]:
             if self._killed or not missing:
                 return []
-            if _error_of(ref):
+            try:
+                answers[ref] = ray.get(ref)
+            except RayError:
                 missing.clear()
                 return [judge(ref) if judge else self._verdict(asked)]
             missing.discard(ref)
-            return [] if missing else then()
+            return [] if missing else then(answers)
 
         for ref in asked:
             self._watch(ref, answered)
@@ -199,9 +203,9 @@ class DenoiseGroup:
         latents, report = self._ranks[0].denoise.options(num_returns=2).remote(*arguments)
         others = {actor.denoise.remote(*arguments): rank for rank, actor in enumerate(self._ranks[1:], start=1)}
 
-        def rendered() -> list[Event]:
+        def rendered(answers: Mapping[ray.ObjectRef, Any]) -> list[Event]:
             item.latents = latents
-            item.stages["denoise"] = ray.get(report)
+            item.stages["denoise"] = answers[report]
             self._sick_nodes.worked(Stage.DENOISE, self._nodes)
             return [TaskDone(self.id)]
 
@@ -227,17 +231,17 @@ class DenoiseGroup:
             item.latents = given
             return TaskFailed(self.id, failure)
 
-        def found() -> list[Event]:
-            stages = ray.get(told)
+        def found(answers: Mapping[ray.ObjectRef, Any]) -> list[Event]:
+            stages = answers[told]
             if stages is None:
                 return [TaskDone(self.id)]
             decoding = self._ask_all("decode", sample, given or stored)
-            self._when_all(decoding, lambda: publish(stages), lambda _: self._verdict(decoding, in_step=False))
+            self._when_all(decoding, lambda _: publish(stages), lambda _: self._verdict(decoding, in_step=False))
             return []
 
         def publish(stages: Mapping[str, StageReport]) -> list[Event]:
             ref = first.publish.remote(sample, stages, item.history)
-            self._when_all({ref: 0}, lambda: [decoded(self.id, ray.get(ref))], alone)
+            self._when_all({ref: 0}, lambda answers: [decoded(self.id, answers[ref])], alone)
             return []
 
         stored, told = first.find_latents.options(num_returns=2).remote(sample, item.stages if given else None)

@@ -167,7 +167,7 @@ class RankActor:
                 raise recording
             return self._publisher.publish(sample, recording.media, recording.seconds, stages, failures)
 
-    @ray.method(concurrency_group="health")
+    @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
     def progress(self) -> LifeSign:
         return LifeSign(self._pace.steps + self._publisher.count, self._pace.patience_s)
 

@@ -363,6 +363,18 @@ def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeyp
     assert store.get("a/b") == b"1"
 
 
+def test_the_names_of_new_folders_are_flushed_before_what_is_in_them(tmp_path, monkeypatch):
+    """P1: a power cut takes no record away that was said to be there, nor the first one of a shard with its folder."""
+    flushed = []
+    flush = backends._flush
+    monkeypatch.setattr(backends, "_flush", lambda path: (flushed.append(os.path.relpath(path, tmp_path)), flush(path)))
+    store = Store(str(tmp_path / "root"))
+    assert store.put_new("commits/shard-00000/a.json", b"{}")
+    assert flushed == [".", "root", "root/commits", "root/commits/shard-00000"]
+    assert store.put_new("commits/shard-00000/b.json", b"{}")
+    assert flushed[4:] == ["root/commits/shard-00000"]
+
+
 def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
     """P1 on NFS: a repeated link reports our own success as a conflict."""
     link = os.link

@@ -1,0 +1,91 @@
+"""How fast samples come, and what each costs: by the clock, and in CPU time over all processes.
+
+On a machine that does other things too, the clock says how busy it is; CPU time says much the same every time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hv_batch.job.progress import Progress, Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    per_second: float  # samples, between the first and the last
+    cpu_ms: float | None  # a sample, over all processes; None where the system does not tell
+
+    def render(self) -> str:
+        cpu = "" if self.cpu_ms is None else f", {self.cpu_ms:.1f} ms of CPU each"
+        return f"{self.per_second:.1f} a second{cpu}"
+
+
+class Meter:
+    """The CPU time that samples cost: `read` it when some are done, and again when more are."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, dict[int, float]] | None = None
+        self._last: tuple[int, dict[int, float]] | None = None
+
+    def read(self, samples: int) -> None:
+        """So many are done by now."""
+        self._last = (samples, cpu_seconds())
+        self._first = self._first or self._last
+
+    def cpu_ms(self) -> float | None:
+        """Of one sample, without what processes took that ended in between; None before two readings."""
+        if self._first is None or self._last is None or self._first[0] == self._last[0]:
+            return None
+        (before, then), (after, now) = self._first, self._last
+        taken = sum(seconds - then.get(pid, 0.0) for pid, seconds in now.items())
+        return 1000 * taken / (after - before) if now else None
+
+
+class MeteredProgress(Progress):
+    """Passes on what a run says and shows, and meters its middle: workers start before, and are let go after."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+        self._due = [0.1, 0.9]  # of what it renders
+        self.meter = Meter()
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
+
+    def show(self, snapshot: Snapshot) -> None:
+        rendered, to_render = snapshot.terminal - snapshot.done_before, snapshot.total - snapshot.done_before
+        if self._due and rendered >= self._due[0] * to_render and not snapshot.starting:
+            del self._due[0]
+            self.meter.read(rendered)
+        self._progress.show(snapshot)
+
+
+def cpu_seconds() -> dict[int, float]:
+    """By process id, what this process and all below it that live have taken, with those they have waited for; empty
+    but on Linux.
+    """
+    parents: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    for pid, parent, taken in _processes():
+        parents[pid], seconds[pid] = parent, taken
+    return {pid: taken for pid, taken in seconds.items() if _is_ours(pid, parents)}
+
+
+def _is_ours(pid: int, parents: dict[int, int]) -> bool:
+    while pid not in (os.getpid(), 0):
+        pid = parents.get(pid, 0)
+    return pid != 0
+
+
+def _processes() -> Iterator[tuple[int, int, float]]:
+    """Each one's id, its parent's, and its seconds."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # the name before may hold spaces and brackets
+        except OSError:  # it has ended since
+            continue
+        yield int(stat.parent.name), int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

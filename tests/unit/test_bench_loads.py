@@ -1,0 +1,102 @@
+"""What `hv-batch bench job` measures with and on: CPU time over all processes, and manifests and roots it makes up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hv_batch.bench import made_up, pace
+from hv_batch.bench.job import Load, _config
+from hv_batch.bench.pace import Meter, MeteredProgress, cpu_seconds
+from hv_batch.job.check import check_manifest
+from hv_batch.job.commits import read_commit
+from hv_batch.job.manifest import Manifest
+from hv_batch.job.plan import Passed, Plan
+from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.runs import open_run
+from hv_batch.job.sealed import check_sealed
+from hv_batch.job.storage import Store
+
+CONFIG = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=1))
+
+
+def test_cpu_time_is_that_of_the_processes_below_this_one():
+    """A pace in CPU time counts every actor and Ray's own processes, and nobody else's."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        found = cpu_seconds()
+        assert {os.getpid(), child.pid} <= found.keys()
+        assert os.getppid() not in found
+        assert found[os.getpid()] > 0
+        child.communicate(b"\n")
+    assert child.pid not in cpu_seconds()
+
+
+def test_a_process_that_ends_takes_nothing_away(monkeypatch):
+    """Workers are let go at the end of a run: their times vanish, and one that is new counts from its start."""
+    readings = iter([{1: 10.0, 2: 50.0}, {1: 11.0, 3: 0.5}])
+    monkeypatch.setattr(pace, "cpu_seconds", lambda: next(readings))
+    meter = Meter()
+    meter.read(100)
+    assert meter.cpu_ms() is None
+    meter.read(400)
+    assert meter.cpu_ms() == pytest.approx(1000 * 1.5 / 300)
+
+
+def test_a_run_is_metered_between_its_tenth_and_its_last_tenth(monkeypatch):
+    """What an earlier run has committed, and the start of the workers, is not this one's pace."""
+    readings = iter([{1: 1.0}, {1: 5.0}])
+    monkeypatch.setattr(pace, "cpu_seconds", lambda: next(readings))
+    metered = MeteredProgress(Progress())
+    for committed, starting in [(1000, 1), (1020, 1), (1030, 0), (1050, 0), (1090, 0), (1100, 0)]:
+        metered.show(
+            Snapshot(
+                total=1100,
+                committed=committed,
+                quarantined=0,
+                done_before=1000,
+                starting=starting,
+                encoding=0,
+                denoising=0,
+                decoding=0,
+            )
+        )
+    assert metered.meter.cpu_ms() == pytest.approx(1000 * 4.0 / 60)
+
+
+@pytest.mark.parametrize("form", made_up.FORMATS)
+def test_a_manifest_is_the_same_in_every_format(tmp_path, form):
+    """So that formats can be compared."""
+    path = tmp_path / f"manifest.{form}"
+    made_up.write_manifest(path, 5)
+    rows = [row for _, row in Manifest(str(path)).rows()]
+    assert len({row["id"] for row in rows}) == 5
+    assert rows[1] == {
+        "id": "sample-00000001",
+        "prompt": "sample 1: a slow pan over landscape, realistic style",
+        "category": "landscape",
+        "seed": 1,
+    }
+
+
+def test_a_made_up_run_is_one_that_a_resume_believes(tmp_path):
+    """P2: the rest is pending, and nothing else; sealed shards are what their records say."""
+    rows, committed = 600, 520
+    manifest, output = tmp_path / "manifest.jsonl", tmp_path / "out"
+    made_up.write_manifest(manifest, rows)
+    store = Store(str(output))
+    index = check_manifest(Manifest(str(manifest)), CONFIG, Store(str(tmp_path / "spool")))
+    index.publish(store)
+    document = {"identity": {"a": 1}, "config": CONFIG.model_dump(mode="json"), "manifest": {"samples": rows}}
+    open_run(store, document)
+    made_up.commit_first(output, manifest, CONFIG, committed)
+    plan = Plan(store, index)
+    pending = [found.sample.row for found in plan if not isinstance(found, Passed)]
+    assert pending == list(range(committed + 1, rows + 1))
+    assert plan.tally.committed_before == committed
+    assert plan.take_sealable() == []
+    records = [read_commit(store, 0, sample.key) for sample in index.samples(0)]
+    assert len(records) == CONFIG.output.shard_size
+    assert check_sealed(store, 0, records, document) == []
