@@ -26,6 +26,7 @@ from hv_batch.job import layout
 from hv_batch.job.columns import Kind, arrow_column, clean_text, column_names, learn
 from hv_batch.job.commits import LICENCE_ID, encode, read_commit
 from hv_batch.job.lineage import lineage_table
+from hv_batch.job.parquet import read_parquet
 from hv_batch.job.storage import Store
 from hv_batch.job.sums import sum_up, write_sums
 from hv_batch.job.tarballs import write_tar
@@ -115,7 +116,7 @@ def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -
     """
     data = store.get(layout.metadata_key(shard))
     try:
-        return pq.read_table(io.BytesIO(data), columns=columns)
+        return read_parquet(data, columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{layout.metadata_key(shard)} is not a table of this program: {error}") from error
 

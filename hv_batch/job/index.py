@@ -9,7 +9,6 @@ Whatever is wrong with an index (damaged, of another manifest, by another versio
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hv_batch import __version__
 from hv_batch.job import layout
@@ -28,6 +26,7 @@ from hv_batch.job.columns import Kind
 from hv_batch.job.config import RunConfig
 from hv_batch.job.inputs import public_url
 from hv_batch.job.manifest import Manifest
+from hv_batch.job.parquet import read_parquet
 from hv_batch.job.samples import CheckedRow, ManifestSummary, Sample, make_samples
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
@@ -240,4 +239,4 @@ def _read_part(store: Store, part: Part, columns: Sequence[str] | None = None) -
             f"{part.name} in the output root {public_url(store.url)} is missing or damaged. What is committed stays; "
             "run the same command again, which writes it anew from the manifest."
         )
-    return pq.read_table(io.BytesIO(data), columns=list(columns) if columns else None)
+    return read_parquet(data, columns)

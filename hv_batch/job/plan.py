@@ -73,6 +73,11 @@ class Unanswered:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """After that, it does again."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
     """All that the plan asks of a shard, ahead of its turn: so an outage does not stop the run at its first sample."""
 
@@ -141,10 +146,10 @@ class Plan:
     def _inside(self, shard: int, everything: list[Sample]) -> list[Sample]:
         return list(islice(filter(self._selection.matches, everything), self._selected[shard]))
 
-    def __iter__(self) -> Iterator[Pending | Passed | Unanswered]:
+    def __iter__(self) -> Iterator[Pending | Passed | Unanswered | Answered]:
         return self._pending
 
-    def _walk(self) -> Iterator[Pending | Passed | Unanswered]:
+    def _walk(self) -> Iterator[Pending | Passed | Unanswered | Answered]:
         # One listing for all shards: only what was running when a run ended has a step checkpoint.
         with_steps = yield from _persist(partial(checkpointed, self._store))
         passed = 0
@@ -168,7 +173,7 @@ class Plan:
 
     def _begin(
         self, shard: int, pending: list[Sample], found: _Found, with_steps: frozenset[str]
-    ) -> Iterator[Pending | Unanswered]:
+    ) -> Iterator[Pending | Unanswered | Answered]:
         keys = found.taken_back.intersection(sample.key for sample in pending)
         earlier = yield from _persist(partial(earlier_failures, self._store, shard, keys))
         for sample in pending:
@@ -249,10 +254,16 @@ class Plan:
         return ready
 
 
-def _persist(act: Callable[[], T]) -> Generator[Unanswered, None, T]:
+def _persist(act: Callable[[], T]) -> Generator[Unanswered | Answered, None, T]:
     """What `act` on the output root returns, however often it takes. An exception would end the iteration for good."""
+    was_away = False
     while True:
         try:
-            return act()
+            result = act()
         except StorageUnavailableError as error:
+            was_away = True
             yield Unanswered(error)
+        else:
+            if was_away:
+                yield Answered()
+            return result

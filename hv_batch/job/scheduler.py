@@ -187,6 +187,8 @@ class Scheduler:
             case WorkerReady() if worker.status is Status.STARTING:
                 worker.become_ready(now)
                 self._proven.add((worker.id.stage, worker.lane))
+                if worker.id.stage is not Stage.ENCODE:  # it has seen the output root
+                    self._outage_since = None
             case Beat(_, patience_s):
                 worker.hear(patience_s, now)
             case TaskDone(_, result_bytes) if worker.task:

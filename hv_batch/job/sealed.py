@@ -6,13 +6,11 @@ rest: a record that changed would otherwise be told four times.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hv_batch.job import layout
 from hv_batch.job.columns import Kind
@@ -21,6 +19,7 @@ from hv_batch.job.findings import Fault, Finding
 from hv_batch.job.index import read_index
 from hv_batch.job.inputs import shorten
 from hv_batch.job.lineage import lineage_table
+from hv_batch.job.parquet import read_parquet
 from hv_batch.job.storage import Store
 from hv_batch.job.sums import read_sums, sum_up
 from hv_batch.job.tarballs import find_tar_fault
@@ -84,7 +83,7 @@ def _extra_kinds(store: Store) -> Mapping[str, Kind] | None:
 def _lineage_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
     key = layout.lineage_key(shard)
     try:
-        found = pq.read_table(io.BytesIO(store.get(key)))
+        found = read_parquet(store.get(key))
     except FileNotFoundError:
         return Fault.LINEAGE, f"{key} is missing"
     except (pa.ArrowException, OSError) as error:

@@ -50,7 +50,7 @@ from hv_batch.job.limits import retry_limits, stage_limits
 from hv_batch.job.lodging import lodging_pools
 from hv_batch.job.losses import Losses
 from hv_batch.job.outage import Outage
-from hv_batch.job.plan import Passed, Plan, Sealable, Unanswered
+from hv_batch.job.plan import Answered, Passed, Plan, Sealable, Unanswered
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.runs import read_run
 from hv_batch.job.samples import Sample
@@ -346,6 +346,8 @@ class Driver:
             elif isinstance(found, Unanswered):
                 self._look_at = time.monotonic() + OUTAGE_PAUSE_S
                 self._outage.met(found.error, time.monotonic())
+            elif isinstance(found, Answered):
+                self._outage.over(time.monotonic())
             elif isinstance(found, Passed):
                 return
             else:

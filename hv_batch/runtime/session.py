@@ -69,11 +69,17 @@ def _connect(address: str) -> None:
 def _start_local(config: RunConfig, largest: ParallelPlan) -> None:
     # CPUs are bookkeeping to Ray. A laptop with fewer cores than the config counts runs the same actors, only slower.
     needed = total([bundle for bundles in least_bill(config, largest) for bundle in bundles]).get("CPU", 0.0)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray raises bare ones, as when a busy machine takes too long
+        raise UserError(
+            f"No local Ray could be started: {error}. Run the same command again when the machine has less to do, and "
+            "see that there is memory and space in the temporary folder; or name a running cluster with --address."
+        ) from error

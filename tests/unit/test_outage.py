@@ -11,7 +11,7 @@ from small_runs import ListedShards
 from hv_batch.job import commits, layout
 from hv_batch.job.events import Stage
 from hv_batch.job.outage import Outage
-from hv_batch.job.plan import Passed, Plan, Unanswered
+from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
 from hv_batch.job.scheduler import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
@@ -73,8 +73,8 @@ def test_a_plan_goes_on_where_an_outage_has_stopped_it(tmp_path, monkeypatch, ac
     monkeypatch.setattr(Store, act, flaky)
     plan = Plan(store, ListedShards(samples))
     found = list(plan)
-    assert found[:3] == [Unanswered(AWAY), Unanswered(AWAY), Passed(0)]
-    assert [(pending.sample, pending.stage) for pending in found[3:]] == [(s, Stage.ENCODE) for s in samples[4:]]
+    assert found[:4] == [Unanswered(AWAY), Unanswered(AWAY), Answered(), Passed(0)]
+    assert [(pending.sample, pending.stage) for pending in found[4:]] == [(s, Stage.ENCODE) for s in samples[4:]]
     assert plan.tally.committed_before == 4
     assert [sealable.shard for sealable in plan.take_sealable()] == [0]
     assert not store.exists(layout.latent_key(0, "s001"))

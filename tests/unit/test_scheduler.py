@@ -648,6 +648,24 @@ def test_a_worker_that_cannot_start_in_an_outage_holds_up_no_decode():
     assert len(world.committed) == 30
 
 
+def test_two_outages_far_apart_are_two():
+    """P5: a worker that starts has seen the output root, and a long denoise between two short outages is no outage."""
+    world = World(limits(groups=1), plan_of(1))
+    decoder = next(worker for worker in world.starting if worker.stage is Stage.DECODE)
+    world.lost(decoder, FailureClass.OUTAGE)
+    world.tick(OUTAGE_PAUSE_S)
+    while not any(worker.stage is Stage.DENOISE for worker in world.running):
+        world.ready(world.starting[0]) if world.starting else world.done(next(iter(world.running)))
+    for worker in list(world.starting):
+        world.ready(worker)
+    world.idle_away(OUTAGE_LIMIT_S + 1, lambda: False)
+    world.done(next(iter(world.running)))
+    world.failed(next(iter(world.running)), FailureClass.OUTAGE)
+    assert not world.abort
+    world.calm_down()
+    assert world.committed == ["s0"]
+
+
 @pytest.mark.parametrize(("stage", "denoises"), [(Stage.DECODE, 1), (Stage.ENCODE, 1 + 2 * RETRIES.infra)])
 def test_a_lost_spool_costs_a_render_and_charges_nobody(stage, denoises):
     """P4, P5: it goes on from its latents where these are stored, else from the start, however often that happens."""
