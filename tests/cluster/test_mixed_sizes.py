@@ -109,6 +109,7 @@ def test_two_sizes_give_the_bytes_of_two_runs(mixed, ray_head):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_engine_renders_two_sizes_as_two_runs_would(ray_environment, tmp_path):
     """P3, sizes: the real engine at toy width, groups of one and of two ranks in one run, byte for byte."""
     config = with_model_base(load_config(str(shipped("demo_cpu.yaml"))), write_toy_checkpoint(tmp_path / "toy"))

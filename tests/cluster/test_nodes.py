@@ -43,13 +43,13 @@ def drain(fleet, node, seconds=None):
 class Run:
     """A run whose samples are held in their denoise until `go`."""
 
-    def __init__(self, folder: Path, fleet, **sections):
+    def __init__(self, folder: Path, fleet, engine_options=None, prompts=PROMPTS, **sections):
         self.output, self.marks = folder / "out", folder / "marks"
         self.marks.mkdir(exist_ok=True)
         # Every actor wants GPUs, so that all stand on the nodes that come and go and none on the head.
         pools = {"encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
-        config = write_config(folder, self.marks, **{**pools, **sections})
-        self.driver = start(command(config, write_manifest(folder, PROMPTS), self.output, fleet.address))
+        config = write_config(folder, self.marks, engine_options, **{**pools, **sections})
+        self.driver = start(command(config, write_manifest(folder, prompts), self.output, fleet.address))
         self.text = ""
 
     def wait_until_held(self, samples):
@@ -168,3 +168,26 @@ def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
     assert run.history() == {"s01": ["INFRA"], **{f"s{i:02d}": [] for i in (0, 2, 3, 4, 5)}}
     assert run.groups_lost() == {"INFRA": {"groups": 1, "gpu_seconds": None}}
     assert dataset(run.output) == dataset(grown.output)
+
+
+@pytest.mark.slow
+def test_the_notice_itself_asks_for_a_checkpoint(fleet, tmp_path, expected):
+    """P3, P4: where none is written by itself, a denoise on a node that is to be taken away writes one after the step
+    that it is in; elsewhere it goes on from there, and no step is made twice.
+    """
+    leaving = fleet.add_node(gpus=3)
+    slowly = {"hold_after": [1, 2], "step_seconds": 3.0}  # so that the second one ends after it was asked for
+    run = Run(tmp_path, fleet, slowly, ["prompt 0"], groups={"checkpoint_every": 0})
+    wait_for(lambda: count(run.marks, "steps").total() == 1, "the first step")
+    fleet.add_node(gpus=3)
+    drain(fleet, leaving, seconds=20)
+    run.wait_until_said("is to be taken away")
+    (run.marks / "go-1").touch()
+    run.wait_until_said("denoise-0.0 with s00: PREEMPTED")
+    (run.marks / "go-2").touch()
+    run.go()
+    (record,) = records(run.output).values()
+    assert record["places"]["denoise"]["resumed_from_step"] == 2
+    assert set(count(run.marks, "steps").values()) == {1}
+    assert run.history() == {"s00": ["PREEMPTED"]}
+    assert videos(run.output).items() <= expected
