@@ -35,6 +35,10 @@ class Failure:
     where: str = ""  # the worker, for the operator
     begin_anew: bool = False  # what the sample had reached is gone (its stored latents): it starts over
 
+    @property
+    def first_line(self) -> str:
+        return self.message.strip().partition("\n")[0]
+
     def trimmed(self) -> Failure:
         return replace(self, message=self.message[:MAX_MESSAGE], traceback=self.traceback[-MAX_TRACEBACK:])
 

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.columns import Kind
-from hv_batch.job.commits import quarantine, quarantine_record
-from hv_batch.job.dataset import seal_shard
 from hv_batch.job.errors import Failure
 from hv_batch.job.events import (
     Abort,
@@ -45,22 +42,17 @@ from hv_batch.job.events import (
     WorkerReady,
 )
 from hv_batch.job.inputs import public_url
-from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.limits import retry_limits, stage_limits
 from hv_batch.job.lodging import lodging_pools
 from hv_batch.job.losses import Losses
 from hv_batch.job.outage import Outage
-from hv_batch.job.plan import Answered, Passed, Plan, Sealable, Unanswered
+from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
 from hv_batch.job.progress import Progress, Snapshot
-from hv_batch.job.runs import read_run
-from hv_batch.job.samples import Sample
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
-from hv_batch.job.storage import Store
-from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import UserError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.draining import NodeWatch
-from hv_batch.runtime.failures import classify
+from hv_batch.runtime.errands import Errands
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.lodgers import Lodger
@@ -92,13 +84,6 @@ class Task:
     begun: float
 
 
-@ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
-def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind], webdataset: bool) -> None:
-    """In a task, because a shard's records are a few hundred reads and the driver must keep feeding."""
-    identity = read_run(store)["identity"]
-    seal_shard(store, sealable.shard, sealable.keys, extra_kinds, identity=identity, webdataset=webdataset)
-
-
 class Driver:
     """Renders what `plan` has left. `should_stop` is asked on every turn of the loop."""
 
@@ -116,7 +101,6 @@ class Driver:
         self._plan = plan
         self._pending = iter(plan)
         self._total = total
-        self._extra_kinds = extra_kinds
         self._progress = progress
         self._shortage = shortage
         self._should_stop = should_stop
@@ -136,12 +120,9 @@ class Driver:
         self._watched: dict[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]] = {}
         self._events: deque[Event] = deque()
         self._to_admit = 0
-        self._sealing = 0
         self._outage = Outage(progress.say)
-        self._errands: deque[Callable[[], None]] = deque()  # the driver's own acts on the output root
-        self._spools = Spools(
-            context, self._watch, self._outage, self._errands.append, self._events.append, progress.say
-        )
+        self._errands = Errands(context, plan, extra_kinds, self._outage, self._watch, progress.say)
+        self._spools = Spools(context, self._watch, self._outage, self._errands.add, self._events.append, progress.say)
         self._look_at = 0.0  # the plan, which asks the output root, is not asked for samples before
         self._polled = 0.0
         self._ticked = 0.0
@@ -160,7 +141,7 @@ class Driver:
             self._work_off()
             # A stop does not wait for what is owed: the next run finds the shard complete and seals it, and tries a
             # sample again that should have been quarantined.
-            while self._end is None or (self._owes() and not self._end.drained and not self._stop_said):
+            while self._end is None or (self._errands.are_owed and not self._end.drained and not self._stop_said):
                 self._listen()
                 self._work_off()
                 now = time.monotonic()
@@ -168,7 +149,7 @@ class Driver:
                 self._groups.give_back(dict(to_come), now)
                 self._spools.go_on(now)
                 self._show()
-            drained = self._end.drained or self._owes()
+            drained = self._end.drained or self._errands.are_owed
             return Outcome(drained, time.monotonic() - begun, self._sick_nodes.reasons(), self._losses)
         finally:
             for worker in list(self._workers.values()):
@@ -177,9 +158,6 @@ class Driver:
             self._shortage.forget()
             if waiting := self._spools.describe():
                 self._progress.say(waiting)
-
-    def _owes(self) -> bool:
-        return bool(self._sealing or self._errands)
 
     # Hearing ----------------------------------------------------------------------------------------------------------
 
@@ -223,22 +201,7 @@ class Driver:
             event = self._events.popleft()
             self._note(event)
             self._carry_out(self._scheduler.step(event, time.monotonic()))
-        self._run_errands()
-
-    def _run_errands(self) -> None:
-        """In order; where the output root does not answer, that errand and all behind it wait."""
-        self._take_seals()
-        while self._errands and not self._outage.pauses(time.monotonic()):
-            try:
-                self._errands[0]()
-            except StorageUnavailableError as error:
-                self._outage.met(error, time.monotonic())
-            else:
-                self._errands.popleft()
-                self._take_seals()  # a quarantine may have been the last of its shard
-
-    def _take_seals(self) -> None:
-        self._errands.extend(partial(self._seal, sealable) for sealable in self._plan.take_sealable())
+        self._errands.run()
 
     def _note(self, event: Event) -> None:
         """Keep the driver's own books and tell people what they would want to know."""
@@ -274,28 +237,7 @@ class Driver:
 
     def _say_failed(self, worker: WorkerId, task: Task | None, failure: Failure) -> None:
         about = f" with {', '.join(task.keys)}" if task else ""
-        self._progress.say(f"{worker}{about}: {failure.kind.value}: {_first_line(failure)}")
-
-    def _seal(self, sealable: Sealable) -> None:
-        self._sealing += 1
-        webdataset = self._context.config.output.webdataset
-        ref = seal.remote(self._context.store, sealable, self._extra_kinds, webdataset)
-        self._watch(ref, lambda ref: self._sealed(ref, sealable))
-
-    def _sealed(self, ref: ray.ObjectRef, sealable: Sealable) -> list[Event]:
-        self._sealing -= 1
-        try:
-            ray.get(ref)
-            self._outage.over(time.monotonic())
-        except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else None
-            if isinstance(cause, StorageUnavailableError):
-                self._errands.append(partial(self._seal, sealable))
-                self._outage.met(cause, time.monotonic())
-            else:
-                # Nothing is lost: the records are there, and the next run of the same command seals the shard.
-                self._progress.say(f"a shard could not be sealed: {classify(error).message}")
-        return []
+        self._progress.say(f"{worker}{about}: {failure.kind.value}: {failure.first_line}")
 
     # Acting -----------------------------------------------------------------------------------------------------------
 
@@ -322,7 +264,7 @@ class Driver:
                     self._group(worker).checkpoint()
                 case Quarantine(key, failures):
                     item = self._items.pop(key)
-                    self._errands.append(partial(self._quarantine, item.sample, (*item.earlier, *failures)))
+                    self._errands.quarantine(item.sample, (*item.earlier, *failures))
                 case Abort(failure):
                     if failure.traceback:
                         self._progress.say(failure.traceback)
@@ -378,24 +320,6 @@ class Driver:
             item.failures = self._scheduler.failures(item.sample.key)
         self._workers[worker].run(items, stage)
 
-    def _quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
-        record = quarantine_record(
-            sample,
-            failures=[failure.to_dict() for failure in failures],
-            fingerprint=self._context.fingerprint,
-            versions=self._context.versions,
-        )
-        given_up = quarantine(self._context.store, record)
-        if given_up:
-            drop_latents(self._context.store, sample.shard, sample.key)
-            drop_steps(self._context.store, sample.shard, sample.key)
-        self._outage.over(time.monotonic())
-        if given_up:
-            self._progress.say(f"quarantined {sample.key} (row {sample.row}): {_first_line(failures[-1])}")
-            self._plan.quarantined(sample)
-        else:
-            self._plan.committed(sample)
-
     def _show(self) -> None:
         at, tally = self._scheduler.at, self._plan.tally
         snapshot = Snapshot(
@@ -411,7 +335,3 @@ class Driver:
         )
         self._progress.show(snapshot)
         self._metrics.show(snapshot)
-
-
-def _first_line(failure: Failure) -> str:
-    return failure.message.strip().partition("\n")[0]

@@ -1,0 +1,125 @@
+"""The driver's own acts on the output root: quarantine records, seals, and what others ask of it.
+
+They are done in order, between two turns of the driver's loop. Where the root does not answer, that act and all behind
+it wait: there is nobody else to try them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from hv_batch.job.columns import Kind
+from hv_batch.job.commits import quarantine, quarantine_record
+from hv_batch.job.dataset import seal_shard
+from hv_batch.job.errors import Failure
+from hv_batch.job.events import Event
+from hv_batch.job.latents import drop_latents, drop_steps
+from hv_batch.job.outage import Outage
+from hv_batch.job.plan import Plan, Sealable
+from hv_batch.job.runs import read_run
+from hv_batch.job.samples import Sample
+from hv_batch.job.storage import Store
+from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.runtime.context import RunContext
+from hv_batch.runtime.failures import classify
+from hv_batch.runtime.workers import Watch
+
+
+@ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
+def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind], webdataset: bool) -> None:
+    """In a task, because a shard's records are a few hundred reads and the driver must keep feeding."""
+    identity = read_run(store)["identity"]
+    seal_shard(store, sealable.shard, sealable.keys, extra_kinds, identity=identity, webdataset=webdataset)
+
+
+class Errands:
+    """`watch` takes references to wait for, `say` a line for people."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        plan: Plan,
+        extra_kinds: Mapping[str, Kind],
+        outage: Outage,
+        watch: Watch,
+        say: Callable[[str], None],
+    ) -> None:
+        self._context = context
+        self._plan = plan
+        self._extra_kinds = extra_kinds
+        self._outage = outage
+        self._watch = watch
+        self._say = say
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._sealing = 0
+
+    @property
+    def are_owed(self) -> bool:
+        return bool(self._sealing or self._waiting)
+
+    def add(self, act: Callable[[], None]) -> None:
+        self._waiting.append(act)
+
+    def quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
+        """Give the sample up, when its turn comes."""
+        self.add(partial(self._quarantine, sample, failures))
+
+    def run(self) -> None:
+        """What can be done now. Raises UserError when the output root has not answered for too long."""
+        self._take_seals()
+        while self._waiting and not self._outage.pauses(time.monotonic()):
+            try:
+                self._waiting[0]()
+            except StorageUnavailableError as error:
+                self._outage.met(error, time.monotonic())
+            else:
+                self._waiting.popleft()
+                self._take_seals()  # a quarantine may have been the last of its shard
+
+    def _take_seals(self) -> None:
+        self._waiting.extend(partial(self._seal, sealable) for sealable in self._plan.take_sealable())
+
+    def _seal(self, sealable: Sealable) -> None:
+        self._sealing += 1
+        webdataset = self._context.config.output.webdataset
+        ref = seal.remote(self._context.store, sealable, self._extra_kinds, webdataset)
+        self._watch(ref, lambda ref: self._sealed(ref, sealable))
+
+    def _sealed(self, ref: ray.ObjectRef, sealable: Sealable) -> list[Event]:
+        self._sealing -= 1
+        try:
+            ray.get(ref)
+            self._outage.over(time.monotonic())
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else None
+            if isinstance(cause, StorageUnavailableError):
+                self.add(partial(self._seal, sealable))
+                self._outage.met(cause, time.monotonic())
+            else:
+                # Nothing is lost: the records are there, and the next run of the same command seals the shard.
+                self._say(f"a shard could not be sealed: {classify(error).message}")
+        return []
+
+    def _quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
+        record = quarantine_record(
+            sample,
+            failures=[failure.to_dict() for failure in failures],
+            fingerprint=self._context.fingerprint,
+            versions=self._context.versions,
+        )
+        given_up = quarantine(self._context.store, record)
+        if given_up:
+            drop_latents(self._context.store, sample.shard, sample.key)
+            drop_steps(self._context.store, sample.shard, sample.key)
+        self._outage.over(time.monotonic())
+        if given_up:
+            self._say(f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}")
+            self._plan.quarantined(sample)
+        else:
+            self._plan.committed(sample)
