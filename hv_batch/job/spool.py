@@ -9,7 +9,6 @@ made it or its resume. It is trusted as far as it proves itself: a record of thi
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import math
@@ -34,8 +33,6 @@ from hv_batch.job.store_errors import StorageUnavailableError
 UPLOADS_AT_ONCE = 4  # of a node: a store that has just come back is asked by all nodes of a cluster
 KEPT_FREE = 2**30  # bytes of the disk that are left to others
 STALE_S = 7 * 86400.0  # longer than anybody takes to resume a run that gave up
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ class Spool:
     def keep(self, record: Mapping[str, Any], files: Mapping[str, Path]) -> bool:
         """Take over a video: its commit record, and by their keys in the output root the files that belong to it.
 
-        False when there is no room for it.
+        False when there is no room for it, or the disk does not take it for another reason.
         """
         size = sum(path.stat().st_size for path in files.values())
         self._largest = max(self._largest, size)
@@ -81,9 +78,7 @@ class Spool:
                 for name, path in files.items():
                     self._local.put_file(name, path)
                 self._local.put(layout.commit_key(record["shard"], record["key"]), commits.encode(record))
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
+        except OSError:
             return False
         return True
 
@@ -144,9 +139,11 @@ class Spool:
         return record if is_ours and is_whole else None
 
     def _room(self) -> int:
-        """Bytes that may still come."""
+        """Bytes that may still come; none where the disk does not tell."""
         used = sum(found.st_size for found in _look(self._base) if stat.S_ISREG(found.st_mode))
-        return min(self._cap_bytes - used, shutil.disk_usage(self._base).free - KEPT_FREE)
+        with suppress(OSError):
+            return min(self._cap_bytes - used, shutil.disk_usage(self._base).free - KEPT_FREE)
+        return -1
 
     def _is_ours(self) -> bool:
         """Whether nobody else can write there: others may know the name of a folder in a place that all share."""

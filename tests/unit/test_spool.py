@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -228,6 +229,19 @@ def test_a_disk_that_others_need_gets_nothing(tmp_path, root, settings, monkeypa
     spool = Spool(settings, root, FINGERPRINT)
     assert not spool.has_room(1)
     assert not spool.keep(*make_video(tmp_path, 1))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fails_is_one_without_room(tmp_path, root, spool, monkeypatch, code):
+    """P5: no sample is to blame for the disk of a node; it waits as it does where there is no room."""
+
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Store, "put_file", fail)
+    assert not spool.keep(*make_video(tmp_path, 1))
+    monkeypatch.setattr(spooling.shutil, "disk_usage", fail)
+    assert not spool.has_room(0)
 
 
 def test_without_a_cap_nothing_is_touched(tmp_path, root, settings):
