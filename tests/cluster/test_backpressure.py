@@ -60,6 +60,7 @@ def held(fleet_head, tmp_path_factory):
     return folder, used, spilled
 
 
+@pytest.mark.slow
 def test_a_held_decoder_stops_the_groups_before_the_store_is_full(held):
     """P7: two groups make one sample each, which is all that their shares of the store hold, and wait; no byte is
     spilled; then everything is committed.
@@ -81,6 +82,7 @@ def test_groups_that_had_to_wait_render_the_same(held, ray_head, tmp_path):
     assert dataset(held[0] / "out") == dataset(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, marks, expected):
     """Stations, P3: one decoder that takes several times as long as a denoise is joined by others, which is said with
     the reason; every sample is committed, and its bytes are the same.

@@ -78,6 +78,7 @@ def mixed(ray_head, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_sizes_live_in_one_run(mixed):
     """Sizes, P3, P4: a group of two and one of one render at the same time, and one of each is killed. On larger GPUs,
     where every shape would fit one rank, the second command keeps to the sizes of its run.json.

@@ -93,6 +93,7 @@ def grown(fleet_head, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_speeds_up_the_run(grown, expected):
     """Elastic, P3, P5: the second group renders while the first still does, the third waits for room and hinders
     nobody; the bytes are those of one group.
@@ -105,6 +106,7 @@ def test_a_node_that_joins_speeds_up_the_run(grown, expected):
     assert videos(grown.output).items() <= expected
 
 
+@pytest.mark.slow
 def test_what_the_rest_cannot_use_is_released(grown):
     """Elastic, P5: the group that never found room is withdrawn once the others suffice; no failure is said of it."""
     (withdrawn,) = {"denoise-1.0", "denoise-2.0"} - grown.groups()  # Ray chooses which of two that wait to place
@@ -113,6 +115,7 @@ def test_what_the_rest_cannot_use_is_released(grown):
     assert "INFRA" not in grown.text
 
 
+@pytest.mark.slow
 def test_nodes_that_are_drained_or_die_cost_steps_only(fleet, grown, tmp_path):
     """P4, P5: encoder, decoder and group leave a drained node in time and lose the next one by a power cut. Each time a
     sample is cut off; it goes on where it was, and is charged with PREEMPTED only, or with one INFRA.

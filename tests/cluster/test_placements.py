@@ -96,7 +96,8 @@ def test_groups_that_decode_give_the_bytes_of_decoders(pooled, ray_head, tmp_pat
     assert not list((output / "latents").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("first", "then"), [("pool", "group"), pytest.param("group", "pool", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [("pool", "group"), ("group", "pool")])
 def test_latents_are_decoded_wherever_they_were_denoised(pooled, ray_head, tmp_path, marks, first, then):
     """P2, P3: a run is killed before it decodes, and one of another placement commits what it left: the placement is
     not part of a run's identity.
@@ -118,6 +119,7 @@ def test_latents_are_decoded_wherever_they_were_denoised(pooled, ray_head, tmp_p
     assert {prompt: count(marks, "denoised")[prompt] for prompt in prompts} == {p: denoised[p] for p in prompts}
 
 
+@pytest.mark.slow
 def test_lodgers_stay_when_their_group_is_rebuilt(pooled, ray_head, tmp_path, marks):
     """P3, P5: encoder and decoder stand on the GPUs of a group and no two ranks on one; a rank dies, the decoder beside
     it lives on, and the bytes are the same.
