@@ -77,6 +77,7 @@ def pooled(ray_head, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_groups_that_decode_give_the_bytes_of_decoders(pooled, ray_head, tmp_path, marks):
     """P3, P4: the same root, though rank 0 dies in a decode, rank 1 in another, and frames of a third are not finite.
 

@@ -38,6 +38,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_stage_is_timed_next_to_diffusers():
     """All three stages, at toy width, in the machine's form: numbers that fit together."""
     found = json.loads(bench("--rounds", "2", "--threads", "1", "--json"))

@@ -278,6 +278,7 @@ def traced_decode(vae: CausalVAE, latents: tuple[int, int, int]) -> int:
 
 
 @pytest.mark.parametrize("latents", [(20, 56, 72), (33, 32, 32), (9, 48, 72), (5, 60, 106), (17, 24, 40)], ids=str)
+@pytest.mark.slow
 def test_decode_memory_at_the_released_width(latents):
     """Computed peak against all allocations of a whole tiled decode, traced on the meta device."""
     peak = traced_decode(vae_on_meta({}, "fp16"), latents)
@@ -286,6 +287,7 @@ def test_decode_memory_at_the_released_width(latents):
     assert decode_activations(ModelShape(), shape) == pytest.approx(peak, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_tiles_bound_the_memory_of_any_video():
     """Spec section 5, tiling: twice the frames cost nothing, three times the area only the frames themselves."""
     vae = vae_on_meta({}, "fp16")

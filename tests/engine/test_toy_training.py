@@ -32,6 +32,7 @@ def trained(tmp_path_factory):
     return root, model
 
 
+@pytest.mark.slow
 def test_what_was_trained_renders(trained):
     """Spec 7: the engine loads it without options, as a released tree, and renders images and videos."""
     pipeline = HunyuanVideoPipeline.from_pretrained(trained[0], device="cpu")
@@ -40,6 +41,7 @@ def test_what_was_trained_renders(trained):
     assert frames.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_a_trained_vae_is_found_again(trained):
     """A training that was broken off goes on with the part it was at."""
     again = vae.load_vae(trained[0], CPU).state_dict()

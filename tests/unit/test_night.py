@@ -308,6 +308,7 @@ class Night:
             self.events.append(WorkerLost(life.worker, Failure(FailureClass.INFRA, "its node died")))
 
 
+@pytest.mark.slow
 def test_a_night_on_a_thousand_gpus():
     """P1, P4, P5: crashes, poison, reclaims with and without notice, and nodes that join while up to 125 groups render:
     every sample ends in one record, little is lost, and groups seldom wait.
