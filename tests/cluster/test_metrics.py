@@ -29,6 +29,7 @@ def scrape(url, run):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_tells_prometheus_how_it_stands(ray_head, metrics_url, tmp_path, marks):
     """While a sample is held in its last step: what is pending and where, what was lost; no tag names a sample."""
     config = write_config(tmp_path, marks, {"hold_after": [4]})

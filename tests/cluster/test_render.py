@@ -111,6 +111,7 @@ def test_a_manifest_that_is_gone_in_the_night_is_not_missed(ray_head, tmp_path, 
     assert len(records(output)) == 6
 
 
+@pytest.mark.slow
 def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
     """Exit codes: a stop lets what is running finish, exits 143, and the same command goes on from there."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.2}), tmp_path / "out"
@@ -130,6 +131,7 @@ def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
     assert sum(count(marks, "denoised").values()) == 6
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(ray_head, tmp_path, marks):
     """Exit codes: who asks twice does not wait for the drain, and the same command still goes on from there."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 5.0}), tmp_path / "out"
@@ -155,6 +157,7 @@ def test_a_stop_while_waiting_for_nodes_is_heard(ray_head, tmp_path, marks):
     assert not (output / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
     """P5: exit code 3, one quarantine record with its traceback, everything else committed; again it is still 3."""
     config, output = write_config(tmp_path, marks, groups={"checkpoint_every": 1}), tmp_path / "out"
@@ -174,6 +177,7 @@ def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
     assert code == 3, text
 
 
+@pytest.mark.slow
 def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks):
     """P5: when all ranks refuse a sample alike, the gang keeps its weights and renders the next one."""
     config, output = write_config(tmp_path, marks), tmp_path / "out"
@@ -206,6 +210,7 @@ def test_a_lost_worker_costs_one_try(expected, ray_head, tmp_path, marks, fault)
         assert found["s01"]["history"][0]["kind"] == "INFRA"
 
 
+@pytest.mark.slow
 def test_a_dead_decoder_never_repeats_a_denoise(expected, ray_head, tmp_path, marks):
     """P3, P4: the final latents were written first, so a decoder's death costs a decode and nothing else."""
     (marks / "decoder-dies").touch()

@@ -235,6 +235,7 @@ def group(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("kind", KINDS, ids=["double", "single"])
 @pytest.mark.parametrize(("u", "r"), PLANS)

@@ -158,7 +158,7 @@ class Rendered:
 EXHAUSTIVE = pytest.param(True, id="exhaustive", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
 
 
-@pytest.fixture(scope="module", params=[pytest.param(False, id="few"), EXHAUSTIVE])
+@pytest.fixture(scope="module", params=[pytest.param(False, id="few", marks=pytest.mark.slow), EXHAUSTIVE])
 def rendered(request, tmp_path_factory) -> Rendered:
     folder = tmp_path_factory.mktemp("ranks")
     context = mp.get_context("forkserver")  # imports torch once, not once a process

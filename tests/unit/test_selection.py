@@ -251,6 +251,7 @@ def test_a_sealed_shard_that_lost_a_record_is_not_taken_for_done(index):
     assert pending(Plan(store, index, parse_selection(shards="0"))) == ["s03"]
 
 
+@pytest.mark.slow
 def test_shards_are_looked_up_a_little_ahead(tmp_path):
     """P7: however long the manifest, only so many shards are looked up before their turn."""
     index = index_of(tmp_path, [{"prompt": "a", "id": f"s{n:03d}"} for n in range(300)], shard_size=1)
