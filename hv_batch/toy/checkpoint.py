@@ -1,6 +1,7 @@
-"""The toy checkpoint: the real architecture at toy width, as a tree laid out like the released one (spec 7).
+"""Toy checkpoints: the real architecture at toy width, as a tree laid out like the released one (spec 7).
 
-Nothing in it is trained: `hv_batch.toy.random_weights` says where the weights come from and what their pictures show.
+This one is not trained: `hv_batch.toy.random_weights` says where its weights come from and what their pictures show.
+It is written in a moment at any seed; the one that draws what prompts say is `hv_batch.toy.trained`'s.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,26 @@ TOY_VAE: dict[str, Any] = {
 
 
 def write_toy_checkpoint(root: Path, seed: int = 0) -> Path:
-    """The model base of the toy checkpoint under `root`, written first if it is not there yet.
+    """The model base of the random toy checkpoint under `root`, written first if it is not there yet.
 
     Its directory is named by the seed and a digest of this recipe, so that a tree of another version is never taken
-    for this one. It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
+    for this one.
     """
-    model_base = root / f"toy-{seed}-{_recipe()}"
+    return written_once(root / f"toy-{seed}-{_recipe()}", lambda draft: _write_tree(draft, seed))
+
+
+def written_once(model_base: Path, write: Callable[[Path], None]) -> Path:
+    """`model_base`, which `write` fills if it is not there yet.
+
+    It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
+    """
     if model_base.is_dir():
         return model_base
+    root = model_base.parent
     root.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".toy-", dir=root))
     try:
-        _write_tree(draft, seed)
+        write(draft)
         draft.chmod(0o755)  # mkdtemp's is private to the user; a checkpoint is shared
         draft.rename(model_base)
     except OSError:
@@ -83,12 +92,12 @@ def _write_tree(base: Path, seed: int) -> None:
 
 def write_dit(base: Path, config: Mapping[str, Any], state: State) -> None:
     """The DiT's part of the tree at `base`; `config` are fields of `DiTConfig`, `state` has released names."""
-    folder = base / "hunyuan-video-t2v-720p" / "transformers"
-    folder.mkdir(parents=True, exist_ok=True)
+    file = dit_file(base)
+    file.parent.mkdir(parents=True, exist_ok=True)
     # torch.save writes the file's stem into the archive: the final names, from the start, keep the bytes equal.
-    torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
+    torch.save({"module": state}, file)
     # The released tree has none: the width of the released model is known. With it, the toy loads without options.
-    _write_json(folder / "config.json", {"_class_name": DIT_CLASS} | dict(config))
+    _write_json(file.with_name("config.json"), {"_class_name": DIT_CLASS} | dict(config))
 
 
 def write_vae(base: Path, config: Mapping[str, Any], state: State) -> None:
@@ -98,6 +107,10 @@ def write_vae(base: Path, config: Mapping[str, Any], state: State) -> None:
     torch.save(state, file)
     told = {"_class_name": "AutoencoderKLCausal3D", "latent_channels": LATENT_CHANNELS}
     _write_json(file.with_name("config.json"), told | dict(config))
+
+
+def dit_file(base: Path) -> Path:
+    return base / "hunyuan-video-t2v-720p" / "transformers" / "mp_rank_00_model_states.pt"
 
 
 def vae_file(base: Path) -> Path:

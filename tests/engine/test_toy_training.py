@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hv_batch.engine.text import TextTowers
 from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.training import dit, towers, vae
 from hv_batch.toy.training.labels import CLASSES, labels
+from hv_batch.toy.training.lean import lean_attention, make_lean_vae
 from hv_batch.toy.training.vae import Phase
 
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ def trained(tmp_path_factory):
     phases = (Phase(2, 2, 1, 32, 32), Phase(1, 1, 5, 32, 48))
     model = vae.train_vae(root, vae.Settings(phases=phases, measured=2), CPU, silent)
     frozen = TextTowers(root / "text_encoder", root / "text_encoder_2", device=CPU, dtype=torch.float32)
-    dit.train_dit(root, model, frozen, dit.Settings(phases=phases, scenes=3), CPU, silent)
+    dit.train_dit(root, model, frozen, dit.Settings(stages=(phases,), scenes=3), CPU, silent)
     return root, model
 
 
@@ -66,6 +69,45 @@ def test_latents_are_normalised_and_pixels_stay():
     scaled = latents * vae.SCALING
     torch.testing.assert_close(scaled.mean(1), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.std(1), torch.ones(16), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_the_lean_vae_is_the_same_function(num_frames):
+    """What is trained fast is what others load: the same latents, pixels and gradients as diffusers' own forwards."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(0)
+    plain = AutoencoderKLHunyuanVideo(**vae.WIDTHS)
+    quick = make_lean_vae(copy.deepcopy(plain))
+    pixels = torch.rand(2, 3, num_frames, 24, 32)
+    shown = [model.decode(model.encode(pixels).latent_dist.mode()).sample for model in (plain, quick)]
+    torch.testing.assert_close(*shown, atol=1e-5, rtol=1e-4)
+    for one in shown:
+        one.square().mean().backward()
+    for (name, one), other in zip(plain.named_parameters(), quick.parameters(), strict=True):
+        tolerance = 1e-6 + 1e-3 * one.grad.abs().max().item()
+        torch.testing.assert_close(one.grad, other.grad, atol=tolerance, rtol=0, msg=name)
+
+
+def test_lean_attention_is_the_same_function():
+    """Padding is not attended to, and the DiT says what it says with PyTorch's attention."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    model = HunyuanVideoTransformer3DModel(**dit.WIDTHS, text_embed_dim=96, pooled_projection_dim=64)
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 3, 4, 6),
+        "timestep": torch.tensor([100.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 7, 96),
+        "encoder_attention_mask": torch.tensor([[1.0] * 7, [1.0] * 4 + [0.0] * 3]),
+        "pooled_projections": torch.randn(2, 64),
+        "guidance": torch.full((2,), dit.GUIDANCE),
+        "return_dict": False,
+    }
+    [plain] = model(**inputs)
+    with lean_attention(CPU):
+        [quick] = model(**inputs)
+    torch.testing.assert_close(plain, quick, atol=1e-5, rtol=1e-4)
 
 
 def test_labels_tell_all_of_a_scene():

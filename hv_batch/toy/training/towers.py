@@ -70,8 +70,13 @@ def train_towers(root: Path, settings: Settings, device: torch.device, say: Call
     )
     for reader, width in zip(readers, (LLAMA_WIDTH, CLIP_WIDTH), strict=True):
         _train(reader, Probe(width).to(device), settings, device, say)
-    write_tower(llama_dir, llama.config, llama.state_dict())
-    write_tower(clip_dir, clip.config, clip_names(clip.state_dict()))
+    write_tower(llama_dir, llama.config, _halves(llama.state_dict()))
+    write_tower(clip_dir, clip.config, clip_names(_halves(clip.state_dict())))
+
+
+def _halves(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the released towers are kept; rounded before the DiT learns from what they say."""
+    return {name: tensor.half() for name, tensor in state.items()}
 
 
 class _LlamaReader(nn.Module):
