@@ -104,7 +104,7 @@ def verify(
     if not found.findings:
         return
     if repair:
-        print("it was removed, and is rendered again", file=sys.stderr)
+        print("what is wrong was removed, and is rendered again", file=sys.stderr)
         raise typer.Exit(_render_again(output, found.findings, address, steal))
     if not as_json:
         print(

@@ -1,0 +1,75 @@
+"""How much of what it is told the toy model shows: `python -m hv_batch.toy.accuracy [MODEL_BASE]`.
+
+Prompts come from combinations that it never saw in training; each video is read by the scorer and held against the
+scene that its prompt was written from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hv_batch.engine.pipeline import HunyuanVideoPipeline
+from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.scorer import Score, score
+from hv_batch.toy.trained import write_trained_checkpoint
+from hv_batch.toy.world import Frames, Scene
+
+PROMPTS_SEED = 2026
+SIZES = ((128, 128), (96, 160), (160, 96))  # height, width; prompts take turns
+
+
+def rendered(
+    pipeline: HunyuanVideoPipeline, count: int, *, num_frames: int = 33, **options: Any
+) -> Iterator[tuple[Scene, str, Frames]]:
+    """The first `count` held-out scenes with their prompts, and what the pipeline makes of these; seeds are 0, 1, ..."""
+    for number, (scene, prompt) in enumerate(islice(told_scenes(PROMPTS_SEED, num_frames, held_out=True), count)):
+        height, width = SIZES[number % len(SIZES)]
+        yield scene, prompt, pipeline(prompt, height=height, width=width, num_frames=num_frames, seed=number, **options)
+
+
+def shares(scores: Iterable[Score]) -> dict[str, float]:
+    """For each kind of attribute, and for "all" of them, the share that is right; left and right things count alike."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for one in scores:
+        for name, is_right in one.right.items():
+            right[name.removeprefix("left ").removeprefix("right ")].append(is_right)
+            right["all"].append(is_right)
+    return {name: sum(found) / len(found) for name, found in right.items()}
+
+
+def main(
+    model_base: Annotated[Path | None, typer.Argument(help="default: the trained toy checkpoint")] = None,
+    prompts: int = 200,
+    steps: int = 20,
+    frames: int = 33,
+    flow_shift: float = 7.0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Render held-out prompts, read the pictures, and print which share of the attributes is right."""
+    base = model_base or write_trained_checkpoint(Path.home() / ".cache" / "hv_batch")
+    precisions = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
+    with HunyuanVideoPipeline.from_pretrained(base, **precisions) as pipeline:
+        scores = []
+        for scene, prompt, video in rendered(
+            pipeline, prompts, num_frames=frames, num_inference_steps=steps, flow_shift=flow_shift
+        ):
+            scores.append(score(scene, video))
+            wrong = ", ".join(name for name, is_right in scores[-1].right.items() if not is_right)
+            typer.echo(f"{len(scores)}/{prompts}  {prompt}  ->  {f'wrong: {wrong}' if wrong else 'all right'}", err=True)
+    found = shares(scores)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, share in found.items():
+        print(f"{name:>10}  {share:.1%}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

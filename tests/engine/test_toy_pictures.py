@@ -1,0 +1,109 @@
+"""The trained toy as a yardstick: what prompts say is in the picture, and no way to compute it changes the picture."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from hv_batch.engine.pipeline import HunyuanVideoPipeline, plan_videos
+from hv_batch.protocol import StepState
+from hv_batch.toy.accuracy import PROMPTS_SEED, rendered, shares
+from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.scorer import score
+from hv_batch.toy.trained import SHIPPED, write_trained_checkpoint
+
+FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
+SIZE = {"height": 128, "width": 128, "num_frames": 33}
+STEPS = 12
+LIMIT = 16_000_000  # bytes of weights in the package
+# Options that compute the same video another way, and how near (PSNR, dB) its frames must be to those of float32.
+WAYS = {
+    "bf16": ({"precision": "bf16"}, 28),
+    "fp16 VAE": ({"vae_precision": "fp16"}, 40),
+    "FP8 products": ({"fp8": "matmul"}, 20),
+    "blocks offloaded": ({"offload": "blocks"}, 90),
+    "tiled decode": ({"vae_tile": {"spatial_px": 96, "temporal_frames": 16}}, 22),
+    "two ranks": ({"ulysses_degree": 2}, 60),
+    "ring of two": ({"ring_degree": 2}, 60),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return write_trained_checkpoint(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def told():
+    """A scene of the held-out ones with its prompt."""
+    return next(told_scenes(PROMPTS_SEED, SIZE["num_frames"], held_out=True))
+
+
+@pytest.fixture(scope="module")
+def reference(trained, told):
+    return render(trained, told, {})
+
+
+def render(base, told, options):
+    with HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32 | options) as pipeline:
+        return pipeline(told[1], **SIZE, num_inference_steps=STEPS, seed=3)
+
+
+def psnr(one, other):
+    error = np.square(one.astype(np.float64) - other).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def test_the_package_is_small():
+    """16 MB of weights at most travel with the package."""
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < LIMIT
+
+
+def test_prompts_never_trained_with_are_drawn(trained):
+    """The demo renders what the prompt says: attributes are read back from pixels, without a learned model."""
+    with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
+        videos = rendered(pipeline, 6, num_inference_steps=STEPS)
+        found = shares(score(scene, frames) for scene, _, frames in videos)
+    assert found["all"] >= 0.9, found
+
+
+def test_images_are_drawn(trained):
+    """One frame is an image, with its own template of the text tower."""
+    with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
+        images = rendered(pipeline, 12, num_frames=1, num_inference_steps=STEPS)
+        found = shares(score(scene, frames) for scene, _, frames in images)
+    assert found["all"] >= 0.9, found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_picture_is_the_same_in_every_way(trained, told, reference, way):
+    """P3's weaker sister: other arithmetic may change bits, not what is seen."""
+    options, nearness = WAYS[way]
+    frames = render(trained, told, options)
+    assert psnr(frames, reference) > nearness
+    assert score(told[0], frames).right == score(told[0], reference).right
+
+
+def test_a_resumed_trajectory_draws_the_same_picture(trained, told, reference):
+    """P4: from a step checkpoint on, the rest is that of an undisturbed run, to the bit."""
+    with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
+        [params] = plan_videos(told[1], 3, 1, **SIZE, num_inference_steps=STEPS)
+        [embedding] = pipeline.encode([params]).values()
+        states = {}
+        denoiser = pipeline._denoiser
+        denoiser.denoise(params, embedding, None, lambda step, read: states.setdefault(step, read().copy()))
+        half = StepState(STEPS // 2, states[STEPS // 2])
+        latents = denoiser.denoise(params, embedding, None, lambda step, read: None, resume=half)
+        frames = np.concatenate(list(pipeline.decode(latents)))
+    assert np.array_equal(frames, reference)
+
+
+@pytest.mark.slow
+def test_two_hundred_prompts(trained):
+    """The README's figure: 200 unseen combinations at 20 steps."""
+    with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
+        videos = islice(rendered(pipeline, 200, num_inference_steps=20), 200)
+        found = shares(score(scene, frames) for scene, _, frames in videos)
+    assert found["all"] >= 0.95, found
