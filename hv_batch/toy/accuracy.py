@@ -19,18 +19,17 @@ from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.scorer import Score, score
 from hv_batch.toy.trained import write_trained_checkpoint
-from hv_batch.toy.world import Frames, Scene
+from hv_batch.toy.world import SIZES, Frames, Scene
 
 PROMPTS_SEED = 2026
-SIZES = ((128, 128), (96, 160), (160, 96))  # height, width; prompts take turns
 
 
 def rendered(
     pipeline: HunyuanVideoPipeline, count: int, *, num_frames: int = 33, **options: Any
 ) -> Iterator[tuple[Scene, str, Frames]]:
-    """The first `count` held-out scenes with their prompts, and what the pipeline makes of these; seeds are 0, 1, ..."""
+    """The first `count` held-out scenes, their prompts, and what the pipeline makes of these; seeds are 0, 1, ..."""
     for number, (scene, prompt) in enumerate(islice(told_scenes(PROMPTS_SEED, num_frames, held_out=True), count)):
-        height, width = SIZES[number % len(SIZES)]
+        height, width = SIZES[number % len(SIZES)]  # in turns
         yield scene, prompt, pipeline(prompt, height=height, width=width, num_frames=num_frames, seed=number, **options)
 
 
@@ -54,7 +53,7 @@ def main(
 ) -> None:
     """Render held-out prompts, read the pictures, and print which share of the attributes is right."""
     base = model_base or write_trained_checkpoint(Path.home() / ".cache" / "hv_batch")
-    precisions = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
+    precisions: Any = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
     with HunyuanVideoPipeline.from_pretrained(base, **precisions) as pipeline:
         scores = []
         for scene, prompt, video in rendered(
@@ -62,7 +61,9 @@ def main(
         ):
             scores.append(score(scene, video))
             wrong = ", ".join(name for name, is_right in scores[-1].right.items() if not is_right)
-            typer.echo(f"{len(scores)}/{prompts}  {prompt}  ->  {f'wrong: {wrong}' if wrong else 'all right'}", err=True)
+            typer.echo(
+                f"{len(scores)}/{prompts}  {prompt}  ->  {f'wrong: {wrong}' if wrong else 'all right'}", err=True
+            )
     found = shares(scores)
     if as_json:
         print(json.dumps(found))

@@ -66,6 +66,7 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
     "white": (244, 244, 244),
     "black": (22, 22, 22),
 }
+SIZES = ((128, 128), (96, 160), (160, 96))  # height, width of the frames that the model is trained on
 # Radius of the circle of the same area; every shape of one size covers about as much.
 RADII: Mapping[Size, float] = {Size.SMALL: 0.11, Size.MEDIUM: 0.155, Size.LARGE: 0.21}
 HEADINGS: Mapping[Motion, tuple[float, float]] = {
