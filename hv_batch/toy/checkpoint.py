@@ -1,7 +1,7 @@
 """Toy checkpoints: the real architecture at toy width, as a tree laid out like the released one (spec 7).
 
 This one is not trained: `hv_batch.toy.random_weights` says where its weights come from and what their pictures show.
-It is written in a moment at any seed; the one that draws what prompts say is `hv_batch.toy.trained`'s.
+What is trained of another is in `hv_batch.toy.trained`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +46,18 @@ TOY_VAE: dict[str, Any] = {
 
 
 def write_toy_checkpoint(root: Path, seed: int = 0) -> Path:
-    """The model base of the random toy checkpoint under `root`, written first if it is not there yet.
+    """The model base of the toy checkpoint under `root`, written first if it is not there yet.
 
     Its directory is named by the seed and a digest of this recipe, so that a tree of another version is never taken
-    for this one.
+    for this one. It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
     """
-    return written_once(root / f"toy-{seed}-{_recipe()}", lambda draft: _write_tree(draft, seed))
-
-
-def written_once(model_base: Path, write: Callable[[Path], None]) -> Path:
-    """`model_base`, which `write` fills if it is not there yet.
-
-    It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
-    """
+    model_base = root / f"toy-{seed}-{_recipe()}"
     if model_base.is_dir():
         return model_base
-    root = model_base.parent
     root.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".toy-", dir=root))
     try:
-        write(draft)
+        _write_tree(draft, seed)
         draft.chmod(0o755)  # mkdtemp's is private to the user; a checkpoint is shared
         draft.rename(model_base)
     except OSError:

@@ -1,15 +1,14 @@
-"""The trained toy checkpoint: shipped in the package as safetensors, written as a released tree where it is wanted.
+"""The trained parts of the toy checkpoint: shipped in the package as safetensors, a released tree where it is wanted.
 
     weights/
       dit.safetensors, vae.safetensors    released names; their metadata hold the model's config
       text_encoder/, text_encoder_2/      as released
 
-`python -m hv_batch.toy.training` makes it; see there.
+`python -m hv_batch.toy.training` makes them; see there. The DiT is still to come, so nothing renders with them yet.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -20,36 +19,34 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from hv_batch.engine.checkpoint import read_json
-from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit, write_vae, written_once
+from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit, write_vae
 from hv_batch.toy.random_weights import State
 
 SHIPPED = Path(__file__).with_name("weights")
 TOWERS = ("text_encoder", "text_encoder_2")
 
 
-def write_trained_checkpoint(root: Path) -> Path:
-    """The model base of the trained toy checkpoint under `root`, written first if it is not there yet."""
-    digest = hashlib.sha256()
-    for file in sorted(SHIPPED.rglob("*.*")):
-        digest.update(f"{file.relative_to(SHIPPED)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return written_once(root / f"toy-trained-{digest.hexdigest()[:8]}", _unpack)
-
-
-def _unpack(model_base: Path) -> None:
-    write_dit(model_base, *_load(SHIPPED / "dit.safetensors"))
-    write_vae(model_base, *_load(SHIPPED / "vae.safetensors"))
+def unpack(model_base: Path, folder: Path = SHIPPED) -> None:
+    """Write the parts that `folder` holds, those of the package, as a tree in the released layout."""
+    for file, write in ((folder / "dit.safetensors", write_dit), (folder / "vae.safetensors", write_vae)):
+        if file.is_file():
+            write(model_base, *_load(file))
     for tower in TOWERS:
-        shutil.copytree(SHIPPED / tower, model_base / tower)
+        if (folder / tower).is_dir():
+            shutil.copytree(folder / tower, model_base / tower, dirs_exist_ok=True)
 
 
-def pack(model_base: Path, folder: Path) -> None:
-    """The reverse: what training has written at `model_base`, as `folder` of the package."""
+def pack(model_base: Path, folder: Path = SHIPPED) -> None:
+    """The reverse: the parts that training has written at `model_base`, as `folder` of the package."""
     folder.mkdir(parents=True, exist_ok=True)
     dit, vae = dit_file(model_base), vae_file(model_base)
-    _save(folder / "dit.safetensors", dit.with_name("config.json"), torch.load(dit, weights_only=True)["module"])
-    _save(folder / "vae.safetensors", vae.with_name("config.json"), torch.load(vae, weights_only=True))
+    if dit.is_file():
+        _save(folder / "dit.safetensors", dit.with_name("config.json"), torch.load(dit, weights_only=True)["module"])
+    if vae.is_file():
+        _save(folder / "vae.safetensors", vae.with_name("config.json"), torch.load(vae, weights_only=True))
     for tower in TOWERS:
-        shutil.copytree(model_base / tower, folder / tower, dirs_exist_ok=True)
+        if (model_base / tower / "model.safetensors").is_file():
+            shutil.copytree(model_base / tower, folder / tower, dirs_exist_ok=True)
 
 
 def _save(file: Path, config: Path, state: State) -> None:

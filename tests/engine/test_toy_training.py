@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
     phases = (Phase(2, 2, 1, 32, 32), Phase(1, 1, 5, 32, 48))
     model = vae.train_vae(root, vae.Settings(phases=phases, measured=2), CPU, silent)
     frozen = TextTowers(root / "text_encoder", root / "text_encoder_2", device=CPU, dtype=torch.float32)
-    dit.train_dit(root, model, frozen, dit.Settings(stages=(phases,), scenes=3), CPU, silent)
+    dit.train_dit(root, model, frozen, dit.Settings(stages=(phases,), met=2), CPU, silent)
     return root, model
 
 

@@ -45,20 +45,20 @@ Stage = tuple[Phase, ...]  # whose steps are mixed
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Stages are passed through in order; `scenes` a phase are coded once, and met again with other noise."""
+    """Stages are passed through in order. Scenes are coded once and met again with other noise and wordings."""
 
     stages: tuple[Stage, ...] = (
         (Phase(1200, 32, 1, 128, 128), Phase(150, 32, 1, 96, 160), Phase(150, 32, 1, 160, 96)),
         (
-            Phase(2400, 8, 33, 128, 128),
-            Phase(250, 8, 33, 96, 160),
-            Phase(250, 8, 33, 160, 96),
+            Phase(1600, 8, 33, 128, 128),
+            Phase(400, 8, 33, 96, 160),
+            Phase(400, 8, 33, 160, 96),
             Phase(200, 32, 1, 128, 128),
             Phase(50, 32, 1, 96, 160),
             Phase(50, 32, 1, 160, 96),
         ),
     )
-    scenes: int = 2400
+    met: int = 8  # how often a scene is met on average
     shift: float = 3.0  # of the sigmas: most of what there is to decide is decided early
     seed: int = 0
 
@@ -75,7 +75,7 @@ def train_dit(
         batches: list[Iterator[tuple[Tensor, Told]]] = []
         for place, phase in enumerate(stage):
             seed = 100 * settings.seed + 10 * number + place
-            count = min(settings.scenes, phase.steps * phase.batch)
+            count = -(-phase.steps * phase.batch // settings.met)
             say(f"DiT, stage {number + 1}: coding {count} scenes of {_told(phase)}")
             coded = code_scenes(vae, towers, phase, count, seed, device)
             batches.append(coded.batches(phase.batch, np.random.default_rng(seed), device))

@@ -25,6 +25,7 @@ from hv_batch.toy.world import draw
 
 # Two groups: a norm over fewer channels than eight leaves little of what colour an even field has.
 WIDTHS: dict[str, Any] = {"block_out_channels": (16, 32, 48, 48), "layers_per_block": 1, "norm_num_groups": 2}
+VIDEO_FRAMES = 33
 SCALING = 0.476986  # the released factor: latents as the DiT sees them = this * latents as the VAE sees them
 KL_WEIGHT = 1e-5
 RESIDUAL_GAIN = 0.2
@@ -49,9 +50,9 @@ class Settings:
         Phase(1200, 32, 1, 32, 32),
         Phase(800, 16, 1, 64, 64),
         Phase(300, 8, 1, 128, 128),
-        Phase(400, 8, 9, 32, 32),
-        Phase(300, 4, 9, 64, 64),
-        Phase(70, 1, 33, 128, 128),
+        Phase(1000, 4, 9, 64, 64),
+        Phase(150, 2, 9, 128, 128),
+        Phase(50, 1, 33, 128, 128),
     )
     measured: int = 64  # videos whose latents tell mean and deviation
     seed: int = 0
@@ -115,12 +116,20 @@ def load_vae(root: Path, device: torch.device) -> Any | None:
 
 
 def pixel_batches(phase: Phase, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless batches [B, 3, F, H, W] in [-1, 1] of the scenes that are not held out."""
+    """Endless batches [B, 3, F, H, W] in [-1, 1] of the scenes that are not held out.
+
+    Clips are cut out of whole videos, so that things move at the pace that they will have.
+    """
     rng = np.random.default_rng(seed)
-    told = told_scenes(seed, phase.num_frames, held_out=False)
+    whole = 1 if phase.num_frames == 1 else max(VIDEO_FRAMES, phase.num_frames)
+    told = told_scenes(seed, whole, held_out=False)
     while True:
-        frames = [draw(next(told)[0], phase.num_frames, phase.height, phase.width, rng) for _ in range(phase.batch)]
-        yield to_pixels(np.stack(frames)).to(device)
+        clips = []
+        for _ in range(phase.batch):
+            begin = int(rng.integers(whole - phase.num_frames + 1))
+            frames = draw(next(told)[0], whole, phase.height, phase.width, rng)
+            clips.append(frames[begin : begin + phase.num_frames])
+        yield to_pixels(np.stack(clips)).to(device)
 
 
 def to_pixels(frames: np.ndarray) -> Tensor:
