@@ -87,7 +87,8 @@ def stage_limits(
     """`result_bytes`: what the results of one worker may hold of the object store, for stations where that is bounded.
     `plans` are those of the groups, largest first; where there is but one, it is the same which.
 
-    Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work.
+    Queues hold one task a worker beyond the running one: enough that none waits, and a bounded loss of work. The one
+    before the groups holds a batch besides, which can be encoded whole while every group still has a sample.
 
     What the groups are still making counts as queued for the decoders, so these have one more a group: groups that
     began together end together, and would stand idle for a decode each time.
@@ -128,7 +129,7 @@ def _lanes(config: RunConfig, plans: Sequence[ParallelPlan]) -> Iterator[Lane]:
     for plan in plans:
         workers = config.groups.count * plans[0].world_size // plan.world_size
         name = f"denoise group of {plan.world_size} rank(s)" if len(plans) > 1 else ""
-        yield Lane(ranks=plan.world_size, workers=workers, ahead=max(workers, config.encoders.batch_size), name=name)
+        yield Lane(ranks=plan.world_size, workers=workers, ahead=workers + config.encoders.batch_size, name=name)
 
 
 def retry_limits(config: RunConfig) -> RetryLimits:

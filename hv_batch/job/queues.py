@@ -11,6 +11,8 @@ from hv_batch.job.errors import Failure
 from hv_batch.job.events import Stage
 from hv_batch.job.freight import Freight
 
+STATIONS = tuple(Stage)  # to walk over an enum takes ten times as long
+
 
 @dataclass(slots=True)
 class _Sample:
@@ -35,7 +37,7 @@ class Queues:
         self._waiting: dict[Stage, list[deque[str]]] = {
             stage: [deque() for _ in range(1 if stage is Stage.DECODE else lanes)] for stage in Stage
         }
-        self._at: Counter[tuple[Stage, int]] = Counter()
+        self._at: Counter[tuple[Stage, int | None]] = Counter()  # by lane, and of all lanes (None)
         self._admitted = 0
 
     def __len__(self) -> int:
@@ -63,11 +65,11 @@ class Queues:
 
     def at(self, stage: Stage, lane: int | None = None) -> int:
         """Samples that wait or run at the station."""
-        return sum(self._at[stage, each] for each in (self.lanes(Stage.DENOISE) if lane is None else (lane,)))
+        return self._at[stage, lane]
 
     def yet_to_pass(self, stage: Stage, lane: int | None = None) -> int:
         """Samples in flight that the station still has to do with."""
-        return sum(self.at(station, lane) for station in Stage if station <= stage)
+        return sum(self._at[station, lane] for station in STATIONS[: stage + 1])
 
     def oldest(self, stage: Stage, lanes: Iterable[int]) -> int | None:
         """Of these lanes, the one whose next sample has been in flight longest; None where none waits."""
@@ -108,7 +110,7 @@ class Queues:
     def remove(self, key: str) -> None:
         """The sample of a task that ran is in flight no more."""
         self._freight.keep(key, None)
-        self._at[self._place(key)] -= 1
+        self._count(key, -1)
         del self._samples[key]
 
     def set_aside(self, key: str) -> None:
@@ -144,19 +146,20 @@ class Queues:
     def _enter(self, key: str, sample: _Sample) -> None:
         self._freight.admit(key, sample.latent_bytes)
         self._samples[key] = sample
-        self._at[self._place(key)] += 1
+        self._count(key, 1)
         self._line(key).append(key)
 
     def _move(self, key: str, stage: Stage) -> None:
         self._freight.keep(key, stage)
-        self._at[self._place(key)] -= 1
+        self._count(key, -1)
         self._samples[key].stage = stage
-        self._at[self._place(key)] += 1
+        self._count(key, 1)
 
-    def _place(self, key: str) -> tuple[Stage, int]:
+    def _count(self, key: str, change: int) -> None:
         sample = self._samples[key]
-        return sample.stage, sample.lane
+        self._at[sample.stage, sample.lane] += change
+        self._at[sample.stage, None] += change
 
     def _line(self, key: str) -> deque[str]:
-        stage, lane = self._place(key)
-        return self._waiting[stage][0 if stage is Stage.DECODE else lane]
+        sample = self._samples[key]
+        return self._waiting[sample.stage][0 if sample.stage is Stage.DECODE else sample.lane]

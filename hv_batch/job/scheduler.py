@@ -368,7 +368,7 @@ class Scheduler:
                 lane = self._lane_for(worker, stage)
                 if lane is None:
                     continue
-                if not (most := min(self._may_take(worker, stage, lane), self._room_after(stage, lane))):
+                if not (most := min(self._may_take(worker, stage, lane), self._room_for(stage, lane))):
                     continue
                 worker.run(self._queues.take_batch(stage, lane, most), now)
                 if stage is not Stage.DECODE:
@@ -378,13 +378,21 @@ class Scheduler:
     def _lane_for(self, worker: WorkerSlot, stage: Stage) -> int | None:
         """Where an idle worker finds its next samples: to denoise, in its own lane, else where any wait longest."""
         lanes = [worker.lane] if stage is Stage.DENOISE else self._queues.lanes(stage)
-        return self._queues.oldest(stage, (lane for lane in lanes if self._room_after(stage, lane) > 0))
+        return self._queues.oldest(stage, (lane for lane in lanes if self._room_for(stage, lane) > 0))
 
     def _may_take(self, worker: WorkerSlot, stage: Stage, lane: int) -> int:
         """How many of the next samples an idle worker may work on, for what their results weigh."""
         if stage is Stage.DECODE:
             return self._limits[stage].batch
         return self._freight.room(worker.id, self._queues.upcoming(stage, lane, self._limits[stage].batch))
+
+    def _room_for(self, stage: Stage, lane: int) -> int:
+        """How many samples a task may begin with now. While groups have work, an encoder waits until a whole batch has
+        room: it takes hardly longer than one sample.
+        """
+        room = self._room_after(stage, lane)
+        can_wait = stage is Stage.ENCODE and self._queues.waiting(Stage.DENOISE, lane) > 0
+        return 0 if can_wait and room < self._limits[stage].batch else room
 
     def _room_after(self, stage: Stage, lane: int | None = None) -> int:
         """How many more samples the next station could hold if everything running here arrived: for each size of groups

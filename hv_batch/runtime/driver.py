@@ -144,10 +144,7 @@ class Driver:
             while self._end is None or (self._errands.are_owed and not self._end.drained and not self._stop_said):
                 self._listen()
                 self._work_off()
-                now = time.monotonic()
-                to_come = zip(self._context.sizes.plans, self._scheduler.groups_to_come(now), strict=True)
-                self._groups.give_back(dict(to_come), now)
-                self._spools.go_on(now)
+                self._spools.go_on(time.monotonic())
                 self._show()
             drained = self._end.drained or self._errands.are_owed
             return Outcome(drained, time.monotonic() - begun, self._sick_nodes.reasons(), self._losses)
@@ -184,6 +181,8 @@ class Driver:
             self._polled = now
             for worker in list(self._workers.values()):
                 self._events.extend(worker.poll(now))
+            to_come = zip(self._context.sizes.plans, self._scheduler.groups_to_come(now), strict=True)
+            self._groups.give_back(dict(to_come), now)
             self._rooms.look(self._workers, now)
             if self._end is None:
                 self._shortage.lasts(now, is_busy=bool(self._tasks))

@@ -915,3 +915,22 @@ def test_lost_latents_begin_anew():
     world.calm_down()
     assert world.committed == ["s0"]
     assert world.runs[Stage.DENOISE, "s0"] == 1
+
+
+def test_encoders_take_whole_batches_while_groups_have_work():
+    """Stations: a batch takes hardly longer than one sample, so an encoder waits until a whole one has room; but not
+    while a group has nothing to do.
+    """
+    world = World(limits(groups=2, batch=4), plan_of(60))
+    batches = []
+    while not world.finish:
+        if world.starting:
+            world.ready(world.starting[0])
+            continue
+        encoding = [worker for worker in world.running if worker.stage is Stage.ENCODE]
+        batches += [len(world.running[worker]) for worker in encoding]
+        world.done((encoding or list(world.running))[0])
+        idle = {worker.stage for worker in world.idle}
+        for_groups = sum(at is Stage.DENOISE for at in world.at.values()) - len(denoising(world))
+        assert not idle >= {Stage.ENCODE, Stage.DENOISE} or for_groups or Stage.ENCODE not in world.at.values()
+    assert batches == [4] * 15
