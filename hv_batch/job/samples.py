@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hv_batch.job.columns import Kind
 from hv_batch.job.config import RunConfig
 from hv_batch.protocol import SamplingParams
+
+if TYPE_CHECKING:  # every rank and decoder imports this module, and none needs Arrow
+    from hv_batch.job.columns import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
