@@ -164,6 +164,7 @@ def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
     run.wait_until_held(1)
     dying = fleet.add_node(gpus=2)
     run.wait_until_held(2)
+    run.wait_until_said(f"({dying.node_id[:8]}) has joined")  # of a node that dies between two looks nobody is told
     fleet.kill_node(dying)
     run.wait_until_said("denoise-1.0 with s01: INFRA")
     run.wait_until_said("is gone")
