@@ -51,7 +51,7 @@ def pack(model_base: Path, folder: Path = SHIPPED) -> None:
 
 def _save(file: Path, config: Path, state: State) -> None:
     told = {name: value for name, value in read_json(config).items() if name not in ("_class_name", "latent_channels")}
-    file.write_bytes(save(state, metadata={"format": "pt", "config": json.dumps(told, sort_keys=True)}))
+    file.write_bytes(save(state, metadata={"config": json.dumps(told, sort_keys=True)}))
 
 
 def _load(file: Path) -> tuple[dict[str, Any], State]:

@@ -49,10 +49,10 @@ class Settings:
     phases: tuple[Phase, ...] = (
         Phase(1200, 32, 1, 32, 32),
         Phase(800, 16, 1, 64, 64),
-        Phase(300, 8, 1, 128, 128),
-        Phase(1000, 4, 9, 64, 64),
-        Phase(150, 2, 9, 128, 128),
-        Phase(50, 1, 33, 128, 128),
+        Phase(200, 8, 1, 128, 128),
+        Phase(800, 4, 9, 64, 64),
+        Phase(600, 2, 9, 128, 128),
+        Phase(100, 1, 33, 128, 128),
     )
     measured: int = 64  # videos whose latents tell mean and deviation
     seed: int = 0
