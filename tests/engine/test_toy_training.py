@@ -51,6 +51,14 @@ def test_a_trained_vae_is_found_again(trained):
     assert all(torch.equal(again[name], tensor.half().float()) for name, tensor in trained[1].state_dict().items())
 
 
+def test_pictures_teach_nothing_about_the_past(tmp_path):
+    """After pictures alone, every frame of a video is coded as the picture that it is: nothing lags behind."""
+    settings = vae.Settings(phases=(Phase(2, 2, 1, 32, 32),), measured=2)
+    kernels = [one for one in vae.train_vae(tmp_path, settings, CPU, silent).parameters() if one.ndim == 5]
+    assert kernels
+    assert all(one[:, :, :-1].eq(0).all() and one[:, :, -1].ne(0).any() for one in kernels)
+
+
 def test_latents_are_normalised_and_pixels_stay():
     """Spec 5: scaled latents have mean 0 and deviation 1 in every channel, which no pixel shows."""
     from diffusers import AutoencoderKLHunyuanVideo

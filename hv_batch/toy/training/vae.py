@@ -79,6 +79,8 @@ def train_vae(root: Path, settings: Settings, device: torch.device, say: Callabl
             loss = F.mse_loss(shown, pixels) + error + KL_WEIGHT * posterior.kl().float().mean() / pixels[0].numel()
             optimizer.zero_grad()
             loss.backward()
+            if phase.num_frames == 1:
+                _keep_to_the_present(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -93,14 +95,26 @@ def train_vae(root: Path, settings: Settings, device: torch.device, say: Callabl
 
 
 def _initialise(model: Any) -> None:
-    """At first nearly a linear map of pixels to latents and back, along the stream that the residual blocks add to."""
+    """At first nearly a linear map of pixels to latents and back, along the stream that the residual blocks add to, and
+    frame by frame: every kernel sees the present frame alone.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 5:
             gain = RESIDUAL_GAIN if ".conv2." in name else 1.0
-            torch.nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
+            torch.nn.init.zeros_(parameter)
+            torch.nn.init.normal_(parameter[:, :, -1:], std=gain * parameter[0, :, -1].numel() ** -0.5)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     torch.nn.init.constant_(model.quant_conv.bias[LATENT_CHANNELS:], FIRST_LOG_VARIANCE)
+
+
+def _keep_to_the_present(model: Any) -> None:
+    """No gradient for what kernels make of past frames. A single frame is its own past, so all taps would learn alike,
+    and each convolution would then blur what moves over three frames.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 5:
+            parameter.grad[:, :, :-1] = 0
 
 
 def load_vae(root: Path, device: torch.device) -> Any | None:
