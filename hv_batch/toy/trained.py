@@ -26,14 +26,13 @@ SHIPPED = Path(__file__).with_name("weights")
 TOWERS = ("text_encoder", "text_encoder_2")
 
 
-def unpack(model_base: Path, folder: Path = SHIPPED) -> None:
-    """Write the parts that `folder` holds, those of the package, as a tree in the released layout."""
-    for file, write in ((folder / "dit.safetensors", write_dit), (folder / "vae.safetensors", write_vae)):
+def unpack(model_base: Path) -> None:
+    """Write the parts that the package has as a tree in the released layout."""
+    for file, write in ((SHIPPED / "dit.safetensors", write_dit), (SHIPPED / "vae.safetensors", write_vae)):
         if file.is_file():
             write(model_base, *_load(file))
     for tower in TOWERS:
-        if (folder / tower).is_dir():
-            shutil.copytree(folder / tower, model_base / tower, dirs_exist_ok=True)
+        shutil.copytree(SHIPPED / tower, model_base / tower, dirs_exist_ok=True)
 
 
 def pack(model_base: Path, folder: Path = SHIPPED) -> None:
@@ -45,8 +44,7 @@ def pack(model_base: Path, folder: Path = SHIPPED) -> None:
     if vae.is_file():
         _save(folder / "vae.safetensors", vae.with_name("config.json"), torch.load(vae, weights_only=True))
     for tower in TOWERS:
-        if (model_base / tower / "model.safetensors").is_file():
-            shutil.copytree(model_base / tower, folder / tower, dirs_exist_ok=True)
+        shutil.copytree(model_base / tower, folder / tower, dirs_exist_ok=True)
 
 
 def _save(file: Path, config: Path, state: State) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +66,14 @@ def lean_attention(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    with patch("diffusers.models.transformers.transformer_hunyuan_video.dispatch_attention_fn", _attend):
+    from diffusers.models.transformers import transformer_hunyuan_video as module
+
+    own = module.dispatch_attention_fn
+    module.dispatch_attention_fn = _attend
+    try:
         yield
+    finally:
+        module.dispatch_attention_fn = own
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **_: Any) -> Tensor:
