@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from hv_batch.job import layout
@@ -11,7 +10,7 @@ from hv_batch.job.progress import Progress
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
-from hv_batch.toy.checkpoint import write_toy_checkpoint
+from hv_batch.toy.checkpoint import cache_dir, write_toy_checkpoint
 
 CONFIG = "demo_cpu.yaml"
 MANIFEST = "demo_prompts.jsonl"
@@ -34,10 +33,6 @@ def run_demo(output: str, progress: Progress) -> ExitCode:
 def with_model_base(config: RunConfig, model_base: Path) -> RunConfig:
     options = {**config.model.options, "model_base": str(model_base)}
     return config.model_copy(update={"model": config.model.model_copy(update={"options": options})})
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hv_batch"
 
 
 def shipped(name: str) -> Path:

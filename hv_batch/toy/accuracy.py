@@ -1,4 +1,4 @@
-"""How much of what it is told the toy model shows: `python -m hv_batch.toy.accuracy MODEL_BASE`.
+"""How much of what it is told the toy model shows: `python -m hv_batch.toy.accuracy [MODEL_BASE]`.
 
 Prompts come from combinations that it never saw in training; each video is read by the scorer and held against the
 scene that its prompt was written from.
@@ -17,7 +17,9 @@ import typer
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.checkpoint import cache_dir
 from hv_batch.toy.scorer import Score, score
+from hv_batch.toy.trained import write_trained_checkpoint
 from hv_batch.toy.world import SIZES, Frames, Scene
 
 PROMPTS_SEED = 2026
@@ -43,19 +45,21 @@ def shares(scores: Iterable[Score]) -> dict[str, float]:
 
 
 def main(
-    model_base: Annotated[Path, typer.Argument(help="what the training has written")],
+    model_base: Annotated[Path | None, typer.Argument(help="what a training has written; default: the shipped")] = None,
     prompts: int = 200,
     steps: int = 20,
     frames: int = 33,
     flow_shift: float = 7.0,
+    cfg_scale: float = 1.0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Render held-out prompts, read the pictures, and print which share of the attributes is right."""
     precisions: Any = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
-    with HunyuanVideoPipeline.from_pretrained(model_base, **precisions) as pipeline:
+    base = model_base or write_trained_checkpoint(cache_dir())
+    with HunyuanVideoPipeline.from_pretrained(base, **precisions) as pipeline:
         scores = []
         for scene, prompt, video in rendered(
-            pipeline, prompts, num_frames=frames, num_inference_steps=steps, flow_shift=flow_shift
+            pipeline, prompts, num_frames=frames, num_inference_steps=steps, flow_shift=flow_shift, cfg_scale=cfg_scale
         ):
             scores.append(score(scene, video))
             wrong = ", ".join(name for name, is_right in scores[-1].right.items() if not is_right)

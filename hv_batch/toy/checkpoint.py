@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,32 @@ TOY_VAE: dict[str, Any] = {
 }
 
 
+def cache_dir() -> Path:
+    """Where commands keep the tree that they render with."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hv_batch"
+
+
 def write_toy_checkpoint(root: Path, seed: int = 0) -> Path:
     """The model base of the toy checkpoint under `root`, written first if it is not there yet.
 
     Its directory is named by the seed and a digest of this recipe, so that a tree of another version is never taken
-    for this one. It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
+    for this one.
     """
-    model_base = root / f"toy-{seed}-{_recipe()}"
+    return written_once(root / f"toy-{seed}-{_recipe()}", lambda draft: _write_tree(draft, seed))
+
+
+def written_once(model_base: Path, write: Callable[[Path], None]) -> Path:
+    """`model_base`, which `write` fills if it is not there yet.
+
+    It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
+    """
     if model_base.is_dir():
         return model_base
+    root = model_base.parent
     root.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".toy-", dir=root))
     try:
-        _write_tree(draft, seed)
+        write(draft)
         draft.chmod(0o755)  # mkdtemp's is private to the user; a checkpoint is shared
         draft.rename(model_base)
     except OSError:

@@ -1,4 +1,4 @@
-"""The trained VAE as a yardstick: scenes survive it, and no way to compute a decode changes what is seen."""
+"""The trained toy as a yardstick: what prompts say is in the picture, and no way to compute it changes what is seen."""
 
 from __future__ import annotations
 
@@ -13,23 +13,41 @@ import pytest
 import torch
 
 from hv_batch.engine.hunyuan import HunyuanVideo
+from hv_batch.engine.pipeline import HunyuanVideoPipeline, plan_videos
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, StepState
 from hv_batch.toy.accuracy import PROMPTS_SEED, shares
 from hv_batch.toy.captions import told_scenes
-from hv_batch.toy.checkpoint import write_toy_checkpoint
+from hv_batch.toy.checkpoint import dit_file, write_toy_checkpoint
 from hv_batch.toy.scorer import score
 from hv_batch.toy.trained import SHIPPED, pack, unpack
 from hv_batch.toy.training.vae import SCALING, load_vae, to_pixels
 from hv_batch.toy.world import draw
+from hv_batch.weights.conversion import Recipe, convert
 
 ROOT = Path(__file__).parents[2]
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
 SIZE = {"height": 128, "width": 128, "num_frames": 33}
+STEPS = 12
+PLAIN = {
+    "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
+    "guidance_scale": 6.0,
+    "cfg_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "flow_shift": 7.0,
+}
 LIMIT = 16_000_000  # bytes of weights in the package
 # Options that compute the same decode another way, and how near (PSNR, dB) its frames must be to those of float32.
 DECODES = {
     "fp16": ({"vae_precision": "fp16"}, 45),
-    "bf16": ({"vae_precision": "bf16"}, 35),
     "tiled": ({"vae_tile": {"spatial_px": 96}}, 20),
+}
+# The same for whole videos.
+WAYS = {
+    "bf16": ({"precision": "bf16"}, 36),
+    "FP8 products": ({"fp8": "matmul"}, 37),
+    "blocks offloaded": ({"offload": "blocks"}, 90),
+    "two ranks": ({"ulysses_degree": 2}, 75),
+    "ring of two": ({"ring_degree": 2}, 75),
 }
 
 
@@ -101,6 +119,53 @@ def test_the_decode_is_the_same_in_every_way(trained, coded, way):
 def psnr(one, other):
     error = np.square(one.astype(np.float64) - other).mean()
     return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+@pytest.fixture(scope="module")
+def told():
+    """A scene of the held-out ones with its prompt."""
+    return next(told_scenes(PROMPTS_SEED, SIZE["num_frames"], held_out=True))
+
+
+@pytest.fixture(scope="module")
+def reference(trained, told):
+    return render(trained, told, {})
+
+
+def render(base, told, options):
+    with HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32 | options) as pipeline:
+        return pipeline(told[1], **SIZE, num_inference_steps=STEPS, seed=3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_picture_is_the_same_in_every_way(trained, told, reference, way):
+    """P3's weaker sister: other arithmetic may change bits, not what is seen."""
+    options, nearness = WAYS[way]
+    frames = render(trained, told, options)
+    assert psnr(frames, reference) > nearness
+    assert score(told[0], frames).right == score(told[0], reference).right
+
+
+def test_fp8_weights_draw_the_same_picture(trained, told, reference, tmp_path):
+    """Spec 6: weights in FP8 with a scale for each tensor."""
+    convert(dit_file(trained), tmp_path / "out", Recipe(fp8=True))
+    frames = render(trained, told, {"dit_weight": tmp_path / "out", "fp8": "storage"})
+    assert psnr(frames, reference) > 40
+    assert score(told[0], frames).right == score(told[0], reference).right
+
+
+def test_a_resumed_trajectory_draws_the_same_picture(trained, told, reference):
+    """P4: from a step checkpoint on, the rest is that of an undisturbed run, to the bit."""
+    with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
+        [params] = plan_videos(told[1], 3, 1, **SIZE, **PLAIN, num_inference_steps=STEPS)
+        [embedding] = pipeline.encode([params]).values()
+        states = {}
+        denoiser = pipeline._denoiser
+        denoiser.denoise(params, embedding, None, lambda step, read: states.setdefault(step, read().copy()))
+        half = StepState(STEPS // 2, states[STEPS // 2])
+        latents = denoiser.denoise(params, embedding, None, lambda step, read: None, resume=half)
+        frames = np.concatenate(list(pipeline.decode(latents)))
+    assert np.array_equal(frames, reference)
 
 
 def test_the_package_is_small():

@@ -11,9 +11,9 @@ import torch
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text import TextTowers
 from hv_batch.toy.captions import told_scenes
-from hv_batch.toy.training import dit, towers, vae
+from hv_batch.toy.training import dit, lean, towers, vae
 from hv_batch.toy.training.labels import CLASSES, labels
-from hv_batch.toy.training.lean import lean_attention, make_lean_vae
+from hv_batch.toy.training.lean import lean_steps, make_lean_vae
 from hv_batch.toy.training.vae import Phase
 
 CPU = torch.device("cpu")
@@ -31,7 +31,9 @@ def trained(tmp_path_factory):
     phases = (Phase(2, 2, 1, 32, 32), Phase(1, 1, 5, 32, 48))
     model = vae.train_vae(root, vae.Settings(phases=phases, measured=2), CPU, silent)
     frozen = TextTowers(root / "text_encoder", root / "text_encoder_2", device=CPU, dtype=torch.float32)
-    dit.train_dit(root, model, frozen, dit.Settings(stages=(phases,), met=2), CPU, silent)
+    learnt = tuple(dit.Lesson(phase, scenes=2) for phase in phases)
+    stages = (dit.Stage(learnt, rate=1.0, falling=0.0), dit.Stage(learnt, rate=0.5, falling=1.0))
+    dit.train_dit(root, model, frozen, dit.Settings(stages=stages), CPU, silent)
     return root, model
 
 
@@ -49,6 +51,20 @@ def test_a_trained_vae_is_found_again(trained):
     """A training that was broken off goes on with the part it was at."""
     again = vae.load_vae(trained[0], CPU).state_dict()
     assert all(torch.equal(again[name], tensor.half().float()) for name, tensor in trained[1].state_dict().items())
+
+
+def test_a_dit_is_found_again(tmp_path):
+    """The next stage begins with all that the last one has written."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    model = HunyuanVideoTransformer3DModel(**dit.WIDTHS, text_embed_dim=96, pooled_projection_dim=64)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    dit.write(tmp_path, model)
+    again = dit.read(tmp_path, model.state_dict())
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[name], one.bfloat16().float()) for name, one in model.state_dict().items())
 
 
 def test_pictures_teach_nothing_about_the_past(tmp_path):
@@ -97,10 +113,11 @@ def test_the_lean_vae_is_the_same_function(num_frames):
         torch.testing.assert_close(one.grad, other.grad, atol=tolerance, rtol=0, msg=name)
 
 
-def test_lean_attention_is_the_same_function():
+def test_lean_attention_is_the_same_function(monkeypatch):
     """Padding is not attended to, and the DiT says what it says with PyTorch's attention."""
     from diffusers import HunyuanVideoTransformer3DModel
 
+    monkeypatch.setattr(lean, "_has_bfloat16", lambda: True)
     torch.manual_seed(0)
     model = HunyuanVideoTransformer3DModel(**dit.WIDTHS, text_embed_dim=96, pooled_projection_dim=64)
     inputs = {
@@ -113,9 +130,24 @@ def test_lean_attention_is_the_same_function():
         "return_dict": False,
     }
     [plain] = model(**inputs)
-    with lean_attention(CPU):
+    with lean_steps(CPU):
         [quick] = model(**inputs)
     torch.testing.assert_close(plain, quick, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_lean_muon_takes_the_same_steps(monkeypatch, shape):
+    """On a CPU without bfloat16 the polynomial is PyTorch's, but for the rounding of that."""
+    monkeypatch.setattr(lean, "_has_bfloat16", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(shape, generator=generator)
+    plain, quick = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    for one in (plain, quick):
+        one.grad = gradient.clone()
+    torch.optim.Muon([plain], lr=1.0).step()
+    with lean_steps(CPU):
+        torch.optim.Muon([quick], lr=1.0).step()
+    assert 0 < (plain - quick).norm() < 0.05 * plain.norm()
 
 
 def test_labels_tell_all_of_a_scene():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hv_batch.engine.text import TextEmbedding, TextTowers
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT
 from hv_batch.toy.captions import caption, told_scenes
+from hv_batch.toy.training.lean import lean_autocast
 from hv_batch.toy.training.vae import SCALING, Phase, to_pixels
 from hv_batch.toy.world import Scene, draw
 
@@ -48,11 +50,16 @@ class CodedScenes:
             yield self.latents[chosen].to(device).float(), told
 
 
-def code_scenes(vae: Any, towers: TextTowers, phase: Phase, count: int, seed: int, device: torch.device) -> CodedScenes:
-    """`count` scenes that are not held out, in the shape of the phase."""
+def code_scenes(
+    vae: Any, towers: TextTowers, phase: Phase, count: int, seed: int, device: torch.device, file: Path
+) -> CodedScenes:
+    """`count` scenes that are not held out, in the shape of the phase. Their latents are kept as `file`."""
     scenes = [scene for scene, _ in islice(told_scenes(seed, phase.num_frames, held_out=False), count)]
     rng = np.random.default_rng(seed)
-    latents = _code(vae, scenes, phase, rng, device)
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        torch.save(_code(vae, scenes, phase, rng, device), file)
+    latents = torch.load(file, weights_only=True)
     is_image = phase.num_frames == 1
     # Towers read one prompt at a time, so that its bits depend on no other: what they say is kept.
     wordings = [
@@ -67,7 +74,7 @@ def _code(vae: Any, scenes: Sequence[Scene], phase: Phase, rng: np.random.Genera
     coded = []
     for scene in scenes:
         pixels = to_pixels(draw(scene, phase.num_frames, phase.height, phase.width, rng)[None]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with lean_autocast(device):
             coded.append(SCALING * vae.encode(pixels).latent_dist.mode().float())
     return torch.cat(coded).half().cpu()
 

@@ -4,27 +4,34 @@
 
 which is the velocity that the sampler follows from sigma 1 to 0 (spec section 4). The module is diffusers', with
 batches and gradients; what is written are its tensors under their released names. Weights are averaged over steps.
+
+A stage begins with what the stage before has written, and optimizers of its own, so a training that was broken off goes
+on with the stage it was at. `OUT/training` holds what only that needs: the number of finished stages, and latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from hv_batch.engine.diffusers_layout import dit_options, released_dit
 from hv_batch.engine.tensor_files import stored
 from hv_batch.engine.text import TextTowers
-from hv_batch.toy.checkpoint import write_dit
+from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit
+from hv_batch.toy.trained import finished_stages, training_folder, write_stages
 from hv_batch.toy.training.coded import Told, code_scenes
-from hv_batch.toy.training.lean import lean_attention
+from hv_batch.toy.training.lean import lean_autocast, lean_steps
 from hv_batch.toy.training.vae import Phase
+from hv_batch.toy.world import SIZES
 
 WIDTHS: dict[str, Any] = {
     "num_attention_heads": 8,  # so that a group of eight ranks can share them out
@@ -34,31 +41,66 @@ WIDTHS: dict[str, Any] = {
     "num_refiner_layers": 1,
     "rope_axes_dim": (8, 8, 8),
 }
+CPU = torch.device("cpu")
 MUON_RATE = 2e-3  # of the blocks' matrices
 ADAM_RATE = 1e-3  # of all else
 DECAY = 0.01
 GUIDANCE = 6000.0  # the embedded guidance is a constant that the toy learns to ignore
 AVERAGING = 0.998
 
-Stage = tuple[Phase, ...]  # whose steps are mixed
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Steps over `scenes` scenes, which are coded once and met again with other noise and wordings."""
+
+    phase: Phase
+    scenes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`lessons`, whose steps are mixed, at `rate` times the full learning rates. Over the last `falling` of the steps
+    these fall to nothing.
+    """
+
+    lessons: tuple[Lesson, ...]
+    rate: float
+    falling: float
+
+    @property
+    def steps(self) -> int:
+        return sum(lesson.phase.steps for lesson in self.lessons)
+
+    def pace(self, step: int) -> float:
+        """The share of the full learning rates, after a short rise."""
+        return self.rate * min(1.0, 0.01 * (step + 1), (self.steps - step) / max(1.0, self.falling * self.steps))
+
+
+def lessons(num_frames: int, batch: int, steps: Sequence[int], scenes: Sequence[int]) -> tuple[Lesson, ...]:
+    """One for each of the world's sizes."""
+    shapes = zip(SIZES, steps, scenes, strict=True)
+    return tuple(Lesson(Phase(count, batch, num_frames, *size), known) for size, count, known in shapes)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Stages are passed through in order. Scenes are coded once and met again with other noise and wordings."""
+    """Stages are passed through in order."""
 
     stages: tuple[Stage, ...] = (
-        (Phase(1200, 32, 1, 128, 128), Phase(150, 32, 1, 96, 160), Phase(150, 32, 1, 160, 96)),
-        (
-            Phase(1600, 8, 33, 128, 128),
-            Phase(400, 8, 33, 96, 160),
-            Phase(400, 8, 33, 160, 96),
-            Phase(200, 32, 1, 128, 128),
-            Phase(50, 32, 1, 96, 160),
-            Phase(50, 32, 1, 160, 96),
+        Stage(lessons(1, 32, (800, 150, 150), (6400, 1200, 1200)), rate=1.0, falling=0.0),
+        Stage(
+            lessons(33, 8, (750, 250, 250), (600, 200, 200)) + lessons(1, 32, (100, 25, 25), (800, 200, 200)),
+            rate=1.0,
+            falling=0.5,
+        ),
+        Stage(
+            lessons(33, 8, (400, 130, 130), (600, 200, 200)) + lessons(1, 32, (60, 15, 15), (800, 200, 200)),
+            rate=0.4,
+            falling=1.0,
         ),
     )
-    met: int = 8  # how often a scene is met on average
     shift: float = 3.0  # of the sigmas: most of what there is to decide is decided early
     seed: int = 0
 
@@ -67,27 +109,44 @@ def train_dit(
     root: Path, vae: Any, towers: TextTowers, settings: Settings, device: torch.device, say: Callable[[str], None]
 ) -> None:
     """Train and write below `root` as released. `vae` is what `train_vae` returns."""
-    training = _Training.begin(towers, settings, device)
-    for number, stage in enumerate(settings.stages):
-        order = np.random.default_rng((settings.seed, number)).permutation(
-            np.repeat(np.arange(len(stage)), [phase.steps for phase in stage])
-        )
-        batches: list[Iterator[tuple[Tensor, Told]]] = []
-        for place, phase in enumerate(stage):
-            seed = 100 * settings.seed + 10 * number + place
-            count = -(-phase.steps * phase.batch // settings.met)
-            say(f"DiT, stage {number + 1}: coding {count} scenes of {_told(phase)}")
-            coded = code_scenes(vae, towers, phase, count, seed, device)
-            batches.append(coded.batches(phase.batch, np.random.default_rng(seed), device))
-        losses: list[float] = []
-        for step, chosen in enumerate(order, 1):
-            latents, told = next(batches[chosen])
-            losses.append(training.step(latents, told, settings.shift))
-            if step % 50 == 0:
-                say(f"DiT, stage {number + 1}: step {step} of {len(order)}, loss {np.mean(losses[-50:]):.4f}")
-            if step % 500 == 0:
-                _write(root, training.average.module)
-        _write(root, training.average.module)
+    for number in range(finished_stages(root), len(settings.stages)):
+        _train_stage(number, root, vae, towers, settings, device, say)
+        write_stages(root, number + 1)
+
+
+def _train_stage(
+    number: int,
+    root: Path,
+    vae: Any,
+    towers: TextTowers,
+    settings: Settings,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    stage, name = settings.stages[number], f"DiT, stage {number + 1} of {len(settings.stages)}"
+    training = _Training.begin(towers, settings.seed, device)
+    if number:
+        training.go_on_from(read(root, training.model.state_dict()))
+    made_by = hashlib.sha256(vae_file(root).read_bytes()).hexdigest()[:8]
+    batches: list[Iterator[tuple[Tensor, Told]]] = []
+    for lesson in stage.lessons:
+        phase = lesson.phase
+        seed = settings.seed * 10**6 + phase.num_frames * 10**3 + phase.height
+        shape = f"{phase.num_frames} x {phase.height} x {phase.width}"
+        say(f"{name}: coding {lesson.scenes} scenes of {shape}")
+        file = training_folder(root) / f"latents-{seed}-{lesson.scenes}-{shape.replace(' ', '')}-{made_by}.pt"
+        coded = code_scenes(vae, towers, phase, lesson.scenes, seed, device, file)
+        batches.append(coded.batches(phase.batch, np.random.default_rng((seed, number)), device))
+    order = np.random.default_rng((settings.seed, number)).permutation(
+        np.repeat(np.arange(len(stage.lessons)), [lesson.phase.steps for lesson in stage.lessons])
+    )
+    losses: list[float] = []
+    for step, chosen in enumerate(order):
+        latents, told = next(batches[chosen])
+        losses.append(training.step(latents, told, settings.shift, stage.pace(step)))
+        if (step + 1) % 50 == 0:
+            say(f"{name}: step {step + 1} of {len(order)}, loss {np.mean(losses[-50:]):.4f}")
+    write(root, training.average.module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +156,12 @@ class _Training:
     model: Any
     average: AveragedModel
     optimizers: tuple[torch.optim.Optimizer, ...]
-    schedules: tuple[torch.optim.lr_scheduler.LRScheduler, ...]
 
     @classmethod
-    def begin(cls, towers: TextTowers, settings: Settings, device: torch.device) -> _Training:
+    def begin(cls, towers: TextTowers, seed: int, device: torch.device) -> _Training:
         from diffusers import HunyuanVideoTransformer3DModel
 
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         [told] = towers.encode([""], image=False)
         model = HunyuanVideoTransformer3DModel(
             **WIDTHS, text_embed_dim=told.states.shape[-1], pooled_projection_dim=len(told.pooled)
@@ -115,30 +173,29 @@ class _Training:
             torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=ADAM_RATE, weight_decay=DECAY, betas=(0.9, 0.95)),
         )
-        total = sum(phase.steps for stage in settings.stages for phase in stage)
-        schedules = tuple(
-            torch.optim.lr_scheduler.LambdaLR(one, lambda step: _trapezium(step / total)) for one in optimizers
-        )
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING))
-        return cls(model, average, optimizers, schedules)
+        return cls(model, AveragedModel(model, multi_avg_fn=_average), optimizers)
 
-    def step(self, latents: Tensor, told: Told, shift: float) -> float:
-        """One step of everything; the loss before it."""
-        with lean_attention(latents.device):
+    def go_on_from(self, state: Mapping[str, Tensor]) -> None:
+        for one in (self.model, self.average.module):
+            one.load_state_dict(state)
+
+    def step(self, latents: Tensor, told: Told, shift: float, pace: float) -> float:
+        """One step of everything, at `pace` times the full learning rates; the loss before it."""
+        with lean_steps(latents.device):
             loss = _loss(self.model, latents, told, shift)
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimizer, rate in zip(self.optimizers, (MUON_RATE, ADAM_RATE), strict=True):
+                optimizer.param_groups[0]["lr"] = pace * rate
+                optimizer.step()
+                optimizer.zero_grad()
         self.average.update_parameters(self.model)
         return loss.item()
 
 
-def _trapezium(done: float) -> float:
-    """The share of the learning rate: up over the first hundredth of the steps, down over the last half."""
-    return min(1.0, 0.01 + 100 * done, 2 * (1.001 - done))
+def _average(averages: Tensors, latest: Tensors, count: Tensor | int) -> None:
+    """An exponential average, over fewer steps where there have not been as many yet."""
+    torch._foreach_lerp_(averages, latest, max(1 - AVERAGING, 9 / (9 + int(count))))
 
 
 def _loss(model: Any, latents: Tensor, told: Told, shift: float) -> Tensor:
@@ -147,7 +204,7 @@ def _loss(model: Any, latents: Tensor, told: Told, shift: float) -> Tensor:
     sigma = shift * uniform / (1 + (shift - 1) * uniform)
     noise = torch.randn_like(latents)
     at = sigma[:, None, None, None, None]
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with lean_autocast(latents.device):
         velocity = model(
             hidden_states=(1 - at) * latents + at * noise,
             timestep=sigma * 1000,
@@ -160,12 +217,26 @@ def _loss(model: Any, latents: Tensor, told: Told, shift: float) -> Tensor:
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-def _told(phase: Phase) -> str:
-    return f"{phase.num_frames} x {phase.height} x {phase.width}"
-
-
-def _write(root: Path, model: Any) -> None:
+def write(root: Path, model: Any) -> None:
+    """The tensors of diffusers' `model` as the DiT of the tree at `root`, in bfloat16."""
     tensors = {name: stored(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
     released = released_dit(tensors, root)
-    state = {name: one.read(torch.device("cpu"), torch.bfloat16) for name, one in released.items()}
+    state = {name: one.read(CPU, torch.bfloat16) for name, one in released.items()}
     write_dit(root, dit_options(dict(model.config), root), state)
+
+
+def read(root: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `write` has written, under diffusers' names, which with the shapes are those of `like`.
+
+    Numbers are put through the way of the weights, to see where each comes out.
+    """
+    ends = list(accumulate(tensor.numel() for tensor in like.values()))
+    count = ends[-1]
+    numbers = torch.arange(count, dtype=torch.float64).tensor_split(ends[:-1])
+    named = {name: stored(part.view(like[name].shape)) for name, part in zip(like, numbers, strict=True)}
+    places = {name: one.read(CPU, torch.float64).long() for name, one in released_dit(named, root).items()}
+    written = torch.load(dit_file(root), weights_only=True)["module"]
+    values = torch.empty(count)
+    for name, place in places.items():
+        values[place.flatten()] = written[name].float().flatten()
+    return {name: part.view(like[name].shape) for name, part in zip(like, values.tensor_split(ends[:-1]), strict=True)}

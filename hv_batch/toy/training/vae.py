@@ -20,7 +20,7 @@ from torch import Tensor
 from hv_batch.protocol import LATENT_CHANNELS
 from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.checkpoint import vae_file, write_vae
-from hv_batch.toy.training.lean import make_lean_vae
+from hv_batch.toy.training.lean import lean_autocast, make_lean_vae
 from hv_batch.toy.world import draw
 
 # Two groups: a norm over fewer channels than eight leaves little of what colour an even field has.
@@ -43,16 +43,20 @@ class Phase:
     height: int
     width: int
 
+    @property
+    def pixels(self) -> int:
+        """Of all steps together."""
+        return self.steps * self.batch * self.num_frames * self.height * self.width
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     phases: tuple[Phase, ...] = (
-        Phase(1200, 32, 1, 32, 32),
-        Phase(800, 16, 1, 64, 64),
-        Phase(200, 8, 1, 128, 128),
-        Phase(800, 4, 9, 64, 64),
-        Phase(600, 2, 9, 128, 128),
-        Phase(100, 1, 33, 128, 128),
+        Phase(600, 32, 1, 32, 32),
+        Phase(150, 16, 1, 64, 64),
+        Phase(40, 8, 1, 128, 128),
+        Phase(200, 4, 9, 64, 64),
+        Phase(10, 1, 33, 128, 128),
     )
     measured: int = 64  # videos whose latents tell mean and deviation
     seed: int = 0
@@ -72,7 +76,7 @@ def train_vae(root: Path, settings: Settings, device: torch.device, say: Callabl
         batches = pixel_batches(phase, settings.seed, device)
         for step in range(1, phase.steps + 1):
             pixels = next(batches)
-            with torch.autocast(device.type, torch.bfloat16):
+            with lean_autocast(device):
                 posterior = model.encode(pixels).latent_dist
                 shown = model.decode(posterior.sample()).sample.float()
             error = F.l1_loss(shown, pixels)
