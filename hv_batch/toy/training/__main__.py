@@ -29,9 +29,10 @@ def main(
 ) -> None:
     """Train the towers, the VAE and the DiT of the toy checkpoint, each where it is missing."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if shipped:
+    is_begun = (out / "text_encoder_2" / "model.safetensors").is_file()
+    if shipped and not is_begun:
         trained.unpack(out)
-    if not (out / "text_encoder_2" / "model.safetensors").is_file():
+    elif not is_begun:
         towers.train_towers(out, towers.Settings(seed=seed), place, print)
     autoencoder = vae.load_vae(out, place) or vae.train_vae(out, vae.Settings(seed=seed), place, print)
     frozen = TextTowers(out / "text_encoder", out / "text_encoder_2", device=place, dtype=torch.float32)

@@ -58,7 +58,9 @@ def code_scenes(
     rng = np.random.default_rng(seed)
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
-        torch.save(_code(vae, scenes, phase, rng, device), file)
+        draft = file.with_suffix(".draft")
+        torch.save(_code(vae, scenes, phase, rng, device), draft)
+        draft.replace(file)
     latents = torch.load(file, weights_only=True)
     is_image = phase.num_frames == 1
     # Towers read one prompt at a time, so that its bits depend on no other: what they say is kept.
