@@ -41,23 +41,20 @@ def write_trained_checkpoint(root: Path) -> Path:
 
 
 def unpack(model_base: Path) -> None:
-    """Write the parts that the package has as a tree in the released layout."""
-    for file, write in ((SHIPPED / "dit.safetensors", write_dit), (SHIPPED / "vae.safetensors", write_vae)):
-        if file.is_file():
-            write(model_base, *_load(file))
+    """Write what the package has as a tree in the released layout."""
+    write_dit(model_base, *_load(SHIPPED / "dit.safetensors"))
+    write_vae(model_base, *_load(SHIPPED / "vae.safetensors"))
     for tower in TOWERS:
         shutil.copytree(SHIPPED / tower, model_base / tower, dirs_exist_ok=True)
     write_stages(model_base, int((SHIPPED / STAGES).read_text()))
 
 
 def pack(model_base: Path, folder: Path = SHIPPED) -> None:
-    """The reverse: the parts that training has written at `model_base`, as `folder` of the package."""
+    """The reverse: what training has written at `model_base`, as `folder` of the package."""
     folder.mkdir(parents=True, exist_ok=True)
     dit, vae = dit_file(model_base), vae_file(model_base)
-    if dit.is_file():
-        _save(folder / "dit.safetensors", dit.with_name("config.json"), torch.load(dit, weights_only=True)["module"])
-    if vae.is_file():
-        _save(folder / "vae.safetensors", vae.with_name("config.json"), torch.load(vae, weights_only=True))
+    _save(folder / "dit.safetensors", dit.with_name("config.json"), torch.load(dit, weights_only=True)["module"])
+    _save(folder / "vae.safetensors", vae.with_name("config.json"), torch.load(vae, weights_only=True))
     for tower in TOWERS:
         shutil.copytree(model_base / tower, folder / tower, dirs_exist_ok=True)
     (folder / STAGES).write_text(f"{finished_stages(model_base)}\n")

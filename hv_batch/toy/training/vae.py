@@ -43,11 +43,6 @@ class Phase:
     height: int
     width: int
 
-    @property
-    def pixels(self) -> int:
-        """Of all steps together."""
-        return self.steps * self.batch * self.num_frames * self.height * self.width
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
