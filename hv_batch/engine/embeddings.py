@@ -77,8 +77,9 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = TIMESTEP_WIDTH // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angle = t.float() * torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * exponent)
+        # On the CPU, as released: devices differ in the last bit of exp, and t times that bit is seen in the sinusoid.
+        frequency = torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / half)
+        angle = t.float() * frequency.to(t.device)
         sinusoid = torch.cat((angle.cos(), angle.sin()))
         return self.mlp(sinusoid.to(next(self.parameters()).dtype))
 

@@ -2,8 +2,8 @@
 
 Activations are counted by reading the engine: the formulas below name the tensors that are alive at the widest points
 of a pass, so a change of the engine's code changes them. Tests hold them against every allocation of real passes: of
-groups at toy width, and of one rank at the released width and size (traced, not computed). What these cannot see is
-what a kernel allocates within itself and what the libraries keep: `RESERVE_BYTES`, an assumption.
+groups at toy width, of one rank at the released width and size (traced, not computed), and against the peaks of a GPU's
+allocator. What these cannot see is what the libraries keep: `RESERVE_BYTES`, an assumption.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-# CUDA context, workspaces of cuBLAS and cuDNN, NCCL's buffers, gaps between the allocator's blocks. Not measured.
+# CUDA context, workspaces of cuBLAS, NCCL's buffers, gaps between the allocator's blocks. Not measured.
 RESERVE_BYTES = 2 * GIB
 
 MAX_TEXT_TOKENS = 256
@@ -113,7 +113,7 @@ def encoder_footprint(model: ModelShape) -> Footprint:
 
 def decoder_footprint(model: ModelShape, shape: Shape) -> Footprint:
     """The VAE, decoding tile by tile."""
-    return Footprint(model.vae_bytes, decode_activations(model, shape))
+    return Footprint(model.vae_bytes, decode_activations(model, shape, copies=True))
 
 
 def rank_footprint(model: ModelShape, shape: Shape, ulysses: int, ring: int, *, decodes: bool) -> Footprint:
@@ -125,8 +125,12 @@ def rank_footprint(model: ModelShape, shape: Shape, ulysses: int, ring: int, *, 
     return Footprint(denoiser.weights + decoder.weights, max(denoiser.activations, decoder.activations))
 
 
-def decode_activations(model: ModelShape, shape: Shape) -> int:
-    """Bytes while the largest tile of a video is decoded."""
+def decode_activations(model: ModelShape, shape: Shape, *, copies: bool) -> int:
+    """Bytes while the largest tile of a video is decoded.
+
+    With `copies` those too that cuDNN makes within a convolution, of what goes in and what comes out: it computes with
+    channels last.
+    """
     height, width, frames = shape
     tile, item = model.tile, ITEMSIZE[model.vae_precision]
     latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
@@ -139,7 +143,10 @@ def decode_activations(model: ModelShape, shape: Shape) -> int:
     narrow, before = model.vae.block_out_channels[:2]
     front = 2 if tile_frames > 1 else 0
     padding = (tile_frames + front) * (tall + 2) * (broad + 2) / (tile_frames * tall * broad)
-    channels = max((1 + padding) * before + narrow, before + (3 + padding) * narrow)
+    first, later = (1 + padding) * before + narrow, before + (3 + padding) * narrow
+    if copies:
+        first, later = first + padding * before + narrow, later + (padding + 1) * narrow
+    channels = max(first, later)
     decoding = channels * tile_frames * tall * broad * item
     # Frames of a temporal tile: being put together, and the tile before in the hands of the caller.
     frames_held = 3 * tile_frames * height * width * item

@@ -67,7 +67,7 @@ def is_held_out(scene: Scene) -> bool:
     )
 
 
-def told_scenes(seed: int, num_frames: int, *, held_out: bool) -> Iterator[tuple[Scene, str]]:
+def told_scenes(seed: int | tuple[int, ...], num_frames: int, *, held_out: bool) -> Iterator[tuple[Scene, str]]:
     """An endless series of scenes with their captions, all of them held out of training or none."""
     rng = np.random.default_rng(seed)
     while True:

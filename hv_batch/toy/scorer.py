@@ -165,11 +165,11 @@ def _shape(mask: NDArray[np.bool_]) -> Shape:
     radius = float(np.sqrt(len(rows) / np.pi))
     best, most = Shape.CIRCLE, -1.0
     for shape in Shape:
-        drawn = cover(shape, np.array([width / 2]), np.array([height / 2]), radius, height, width)[0] > 0.5
+        drawn = cover(shape, width / 2, height / 2, radius, height, width) > 0.5
         drawn_rows, drawn_columns = np.nonzero(drawn)
         # The centre of what is drawn is not that of the shape's circle, nor quite that of what is seen.
         x, y = (columns.mean() - drawn_columns.mean() + width / 2, rows.mean() - drawn_rows.mean() + height / 2)
-        drawn = cover(shape, np.array([x]), np.array([y]), radius, height, width)[0] > 0.5
+        drawn = cover(shape, x, y, radius, height, width) > 0.5
         common = (drawn & mask).sum() / max(1, (drawn | mask).sum())
         if common > most:
             best, most = shape, common

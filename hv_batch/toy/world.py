@@ -84,6 +84,7 @@ SIDES = (0.27, 0.73)  # where the left and the right one of two shapes stand
 PLACE_JITTER = 0.05
 RADIUS_JITTER = 0.06
 STAR_INNER = 0.45  # radius of a star's notches, against that of its points
+REACH = 1.6  # of the farthest point of any shape, against its radius
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +139,20 @@ def draw(scene: Scene, num_frames: int, height: int, width: int, rng: np.random.
         x = home + PLACE_JITTER * jitter[0] + heading[0] * TRAVEL * times + pan
         y = 0.5 + PLACE_JITTER * jitter[1] + heading[1] * TRAVEL * times
         radius = RADII[thing.size] * (1 + RADIUS_JITTER * jitter[2]) * min(height, width)
-        covered = cover(thing.shape, x * width, y * height, radius, height, width)[..., None]
-        frames += covered * (np.array(COLOURS[thing.colour], np.float32) - frames)
+        for frame, across, down in zip(frames, x * width, y * height, strict=True):
+            _paint(frame, thing, across, down, radius)
     return np.rint(frames).astype(np.uint8)
+
+
+def _paint(frame: NDArray[np.float32], thing: Thing, x: float, y: float, radius: float) -> None:
+    """Put the thing onto a frame [H, W, 3], centre (x, y) in pixels; only the part that it may touch is looked at."""
+    height, width, _ = frame.shape
+    reach = REACH * radius + 1
+    left, right = (int(np.clip(edge, 0, width)) for edge in (x - reach, x + reach + 1))
+    top, bottom = (int(np.clip(edge, 0, height)) for edge in (y - reach, y + reach + 1))
+    part = frame[top:bottom, left:right]
+    covered = cover(thing.shape, x - left, y - top, radius, *part.shape[:2])[..., None]
+    part += covered * (np.array(COLOURS[thing.colour], np.float32) - part)
 
 
 def _background(scene: Scene, pan: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
@@ -162,12 +174,10 @@ def shade(colour: str) -> tuple[float, float, float]:
     return (red * SHADE, green * SHADE, blue * SHADE)
 
 
-def cover(
-    shape: Shape, x: NDArray[np.float32], y: NDArray[np.float32], radius: float, height: int, width: int
-) -> NDArray[np.float32]:
-    """How much of each pixel the shape covers, [F, H, W] in 0..1; centre (x, y) by frame and radius in pixels."""
-    across = np.arange(width)[None, None, :] + 0.5 - x[:, None, None]
-    down = np.arange(height)[None, :, None] + 0.5 - y[:, None, None]
+def cover(shape: Shape, x: float, y: float, radius: float, height: int, width: int) -> NDArray[np.float32]:
+    """How much of each pixel the shape covers, [H, W] in 0..1; centre (x, y) and radius in pixels."""
+    across = (np.arange(width) + 0.5 - x)[None, :]
+    down = (np.arange(height) + 0.5 - y)[:, None]
     far = outside(shape, across.astype(np.float32), down.astype(np.float32), radius)
     covered: NDArray[np.float32] = (0.5 - far).clip(0, 1)
     return covered

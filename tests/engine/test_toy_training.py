@@ -14,7 +14,8 @@ from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.training import dit, lean, towers, vae
 from hv_batch.toy.training.labels import CLASSES, labels
 from hv_batch.toy.training.lean import lean_steps, make_lean_vae
-from hv_batch.toy.training.vae import Phase
+from hv_batch.toy.training.scenes import Phase, Scenes, batches
+from hv_batch.toy.world import draw
 
 CPU = torch.device("cpu")
 
@@ -81,11 +82,10 @@ def test_latents_are_normalised_and_pixels_stay():
 
     torch.manual_seed(0)
     model = AutoencoderKLHunyuanVideo(**vae.WIDTHS, scaling_factor=vae.SCALING)
-    batches = vae.pixel_batches(Phase(0, 1, 5, 32, 32), 3, CPU)
-    measured = [next(batches) for _ in range(3)]
+    measured = [*vae.pixel_batches(Phase(3, 1, 5, 32, 32), 3, CPU)]
     with torch.no_grad():
         before = [model.decode(model.encode(pixels).latent_dist.mode()).sample for pixels in measured]
-        vae.normalise_latents(model, iter(measured), len(measured))
+        vae.normalise_latents(model, measured)
         after = [model.decode(model.encode(pixels).latent_dist.mode()).sample for pixels in measured]
         latents = torch.cat([model.encode(p).latent_dist.mode().transpose(0, 1).flatten(1) for p in measured], dim=1)
     for one, other in zip(before, after, strict=True):
@@ -135,19 +135,38 @@ def test_lean_attention_is_the_same_function(monkeypatch):
     torch.testing.assert_close(plain, quick, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
-def test_lean_muon_takes_the_same_steps(monkeypatch, shape):
-    """On a CPU without bfloat16 the polynomial is PyTorch's, but for the rounding of that."""
-    monkeypatch.setattr(lean, "_has_bfloat16", lambda: False)
+def test_stacked_muon_takes_the_same_steps(monkeypatch):
+    """In bfloat16 PyTorch's own; in single precision, on CPUs without the other, that but for the rounding."""
     generator = torch.Generator().manual_seed(0)
-    gradient = torch.randn(shape, generator=generator)
-    plain, quick = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
-    for one in (plain, quick):
-        one.grad = gradient.clone()
-    torch.optim.Muon([plain], lr=1.0).step()
-    with lean_steps(CPU):
-        torch.optim.Muon([quick], lr=1.0).step()
-    assert 0 < (plain - quick).norm() < 0.05 * plain.norm()
+    first = [torch.randn(shape, generator=generator) for shape in ((24, 8), (24, 8), (8, 24), (16, 16))]
+    gradients = [[torch.randn(one.shape, generator=generator) for one in first] for _ in range(3)]
+
+    def walk(optimizer, **options):
+        matrices = [torch.nn.Parameter(one.clone()) for one in first]
+        steps = optimizer(matrices, lr=0.1, weight_decay=0.1, **options)
+        for given in gradients:
+            for matrix, gradient in zip(matrices, given, strict=True):
+                matrix.grad = gradient.clone()
+            steps.step()
+        return [(matrix - one).detach() for matrix, one in zip(matrices, first, strict=True)]
+
+    expected = walk(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(lean, "_has_bfloat16", lambda answer=has_bfloat16: answer)
+        for moved, way in zip(walk(lean.StackedMuon), expected, strict=True):
+            assert (moved - way).norm() < 0.02 * way.norm()
+
+
+def test_scenes_are_the_same_whoever_draws_them():
+    """Processes beside a GPU, or one without: the same batches in the same order."""
+
+    def drawn(scene, rng):
+        return draw(scene, 5, 32, 48, rng)
+
+    series = [[*batches(Scenes(3, 7, 5, drawn), 3, torch.device(kind))] for kind in ("cuda", "cpu")]
+    assert [len(batch) for batch in series[0]] == [3, 3, 1]
+    assert all(torch.equal(one, other) for one, other in zip(*series, strict=True))
+    assert not torch.equal(series[0][0], series[0][1])
 
 
 def test_labels_tell_all_of_a_scene():

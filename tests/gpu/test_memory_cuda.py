@@ -10,7 +10,7 @@ from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.vae import CausalVAE, VAEConfig
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
 from hv_batch.job.architecture import DiTShape
-from hv_batch.job.memory import RESERVE_BYTES, decode_activations, dit_activations
+from hv_batch.job.memory import decode_activations, dit_activations
 from hv_batch.job.model import ModelShape
 from tests.engine.dit_reference import random_dit, random_inputs
 
@@ -75,7 +75,7 @@ def test_the_memory_of_a_forward(size):
 
 
 def test_the_memory_of_a_decode():
-    """`decode_activations` against the allocator's peak: within the reserve, which is for cuDNN's workspaces."""
+    """`decode_activations`, with the copies that cuDNN makes, against the allocator's peak."""
     with torch.device("cuda"):
         vae = CausalVAE(VAEConfig()).half().requires_grad_(False).eval()
     latents = (17, 40, 40)
@@ -84,5 +84,4 @@ def test_the_memory_of_a_decode():
     for _chunk in decode_streaming(vae, torch.randn(1, 16, *latents), TileGeometry()):
         pass
     peak = torch.cuda.max_memory_allocated() - before
-    computed = decode_activations(ModelShape(), (320, 320, 65))
-    assert 0.9 * computed <= peak <= computed + RESERVE_BYTES
+    assert decode_activations(ModelShape(), (320, 320, 65), copies=True) == pytest.approx(peak, rel=TOLERANCE)

@@ -29,13 +29,14 @@ def main(
 ) -> None:
     """Train the towers, the VAE and the DiT of the toy checkpoint, each where it is missing."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.backends.cudnn.benchmark = True  # there are few shapes, and each comes often
     is_begun = (out / "text_encoder_2" / "model.safetensors").is_file()
     if shipped and not is_begun:
         trained.unpack(out)
     elif not is_begun:
         towers.train_towers(out, towers.Settings(seed=seed), place, print)
     autoencoder = vae.load_vae(out, place) or vae.train_vae(out, vae.Settings(seed=seed), place, print)
-    frozen = TextTowers(out / "text_encoder", out / "text_encoder_2", device=place, dtype=torch.float32)
+    frozen = TextTowers(out / "text_encoder", out / "text_encoder_2", device="cpu", dtype=torch.float32)
     dit.train_dit(out, autoencoder, frozen, dit.Settings(seed=seed), place, print)
     if pack:
         trained.pack(out)

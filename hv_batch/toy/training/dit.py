@@ -29,8 +29,8 @@ from hv_batch.engine.text import TextTowers
 from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit
 from hv_batch.toy.trained import finished_stages, training_folder, write_stages
 from hv_batch.toy.training.coded import Told, code_scenes
-from hv_batch.toy.training.lean import lean_autocast, lean_steps
-from hv_batch.toy.training.vae import Phase
+from hv_batch.toy.training.lean import StackedMuon, lean_autocast, lean_steps
+from hv_batch.toy.training.scenes import Phase
 from hv_batch.toy.world import SIZES
 
 WIDTHS: dict[str, Any] = {
@@ -128,7 +128,7 @@ def _train_stage(
     if number:
         training.go_on_from(read(root, training.model.state_dict()))
     made_by = hashlib.sha256(vae_file(root).read_bytes()).hexdigest()[:8]
-    batches: list[Iterator[tuple[Tensor, Told]]] = []
+    series: list[Iterator[tuple[Tensor, Told]]] = []
     for lesson in stage.lessons:
         phase = lesson.phase
         seed = settings.seed * 10**6 + phase.num_frames * 10**3 + phase.height
@@ -136,16 +136,16 @@ def _train_stage(
         say(f"{name}: coding {lesson.scenes} scenes of {shape}")
         file = training_folder(root) / f"latents-{seed}-{lesson.scenes}-{shape.replace(' ', '')}-{made_by}.pt"
         coded = code_scenes(vae, towers, phase, lesson.scenes, seed, device, file)
-        batches.append(coded.batches(phase.batch, np.random.default_rng((seed, number)), device))
+        series.append(coded.batches(phase.batch, np.random.default_rng((seed, number))))
     order = np.random.default_rng((settings.seed, number)).permutation(
         np.repeat(np.arange(len(stage.lessons)), [lesson.phase.steps for lesson in stage.lessons])
     )
-    losses: list[float] = []
+    losses: list[Tensor] = []
     for step, chosen in enumerate(order):
-        latents, told = next(batches[chosen])
+        latents, told = next(series[chosen])
         losses.append(training.step(latents, told, settings.shift, stage.pace(step)))
         if (step + 1) % 50 == 0:
-            say(f"{name}: step {step + 1} of {len(order)}, loss {np.mean(losses[-50:]):.4f}")
+            say(f"{name}: step {step + 1} of {len(order)}, loss {torch.stack(losses[-50:]).mean():.4f}")
     write(root, training.average.module)
 
 
@@ -170,7 +170,7 @@ class _Training:
         matrices = [one for name, one in named.items() if one.ndim == 2 and "transformer_blocks" in name]
         others = [one for name, one in named.items() if not (one.ndim == 2 and "transformer_blocks" in name)]
         optimizers = (
-            torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+            StackedMuon(matrices, lr=MUON_RATE, weight_decay=DECAY),
             torch.optim.AdamW(others, lr=ADAM_RATE, weight_decay=DECAY, betas=(0.9, 0.95)),
         )
         return cls(model, AveragedModel(model, multi_avg_fn=_average), optimizers)
@@ -179,7 +179,7 @@ class _Training:
         for one in (self.model, self.average.module):
             one.load_state_dict(state)
 
-    def step(self, latents: Tensor, told: Told, shift: float, pace: float) -> float:
+    def step(self, latents: Tensor, told: Told, shift: float, pace: float) -> Tensor:
         """One step of everything, at `pace` times the full learning rates; the loss before it."""
         with lean_steps(latents.device):
             loss = _loss(self.model, latents, told, shift)
@@ -190,7 +190,7 @@ class _Training:
                 optimizer.step()
                 optimizer.zero_grad()
         self.average.update_parameters(self.model)
-        return loss.item()
+        return loss.detach()  # a number would have to be waited for
 
 
 def _average(averages: Tensors, latest: Tensors, count: Tensor | int) -> None:

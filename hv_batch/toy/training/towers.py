@@ -76,7 +76,7 @@ def train_towers(root: Path, settings: Settings, device: torch.device, say: Call
 
 def _halves(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """As the released towers are kept; rounded before the DiT learns from what they say."""
-    return {name: tensor.half() for name, tensor in state.items()}
+    return {name: tensor.half().cpu() for name, tensor in state.items()}
 
 
 class _LlamaReader(nn.Module):

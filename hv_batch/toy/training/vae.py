@@ -7,7 +7,7 @@ the pixels stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hv_batch.protocol import LATENT_CHANNELS
-from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.checkpoint import vae_file, write_vae
 from hv_batch.toy.training.lean import lean_autocast, make_lean_vae
-from hv_batch.toy.world import draw
+from hv_batch.toy.training.scenes import VIDEO_FRAMES, Phase, Scenes, batches, to_pixels
+from hv_batch.toy.world import Scene, draw
 
 # Two groups: a norm over fewer channels than eight leaves little of what colour an even field has.
 WIDTHS: dict[str, Any] = {"block_out_channels": (16, 32, 48, 48), "layers_per_block": 1, "norm_num_groups": 2}
-VIDEO_FRAMES = 33
 SCALING = 0.476986  # the released factor: latents as the DiT sees them = this * latents as the VAE sees them
 KL_WEIGHT = 1e-5
 RESIDUAL_GAIN = 0.2
@@ -34,24 +33,13 @@ LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """`steps` steps over batches of one shape."""
-
-    steps: int
-    batch: int
-    num_frames: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     phases: tuple[Phase, ...] = (
         Phase(600, 32, 1, 32, 32),
-        Phase(150, 16, 1, 64, 64),
-        Phase(40, 8, 1, 128, 128),
-        Phase(200, 4, 9, 64, 64),
-        Phase(10, 1, 33, 128, 128),
+        Phase(200, 32, 1, 64, 64),
+        Phase(200, 32, 1, 128, 128),
+        Phase(200, 16, 9, 64, 64),
+        Phase(170, 8, 33, 128, 128),
     )
     measured: int = 64  # videos whose latents tell mean and deviation
     seed: int = 0
@@ -67,10 +55,8 @@ def train_vae(root: Path, settings: Settings, device: torch.device, say: Callabl
     total = sum(phase.steps for phase in settings.phases)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total, pct_start=0.05)
-    for phase in settings.phases:
-        batches = pixel_batches(phase, settings.seed, device)
-        for step in range(1, phase.steps + 1):
-            pixels = next(batches)
+    for number, phase in enumerate(settings.phases):
+        for step, pixels in enumerate(pixel_batches(phase, settings.seed + number, device), start=1):
             with lean_autocast(device):
                 posterior = model.encode(pixels).latent_dist
                 shown = model.decode(posterior.sample()).sample.float()
@@ -87,9 +73,9 @@ def train_vae(root: Path, settings: Settings, device: torch.device, say: Callabl
                 quality = -10 * torch.log10(F.mse_loss(shown, pixels) / 4).item()
                 say(f"VAE, {phase.num_frames} frames: step {step}, error {error.item():.4f}, {quality:.1f} dB")
     last = settings.phases[-1]
-    measured = Phase(0, 1, last.num_frames, last.height, last.width)
-    normalise_latents(model, pixel_batches(measured, settings.seed + 1, device), settings.measured)
-    write_vae(root, WIDTHS, {name: tensor.half() for name, tensor in model.state_dict().items()})
+    measured = Phase(settings.measured, 1, last.num_frames, last.height, last.width)
+    normalise_latents(model, pixel_batches(measured, settings.seed + len(settings.phases), device))
+    write_vae(root, WIDTHS, {name: tensor.half().cpu() for name, tensor in model.state_dict().items()})
     return model
 
 
@@ -129,31 +115,24 @@ def load_vae(root: Path, device: torch.device) -> Any | None:
 
 
 def pixel_batches(phase: Phase, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless batches [B, 3, F, H, W] in [-1, 1] of the scenes that are not held out.
+    """`phase.steps` batches [B, 3, F, H, W] in [-1, 1] of the scenes that are not held out.
 
     Clips are cut out of whole videos, so that things move at the pace that they will have.
     """
-    rng = np.random.default_rng(seed)
     whole = 1 if phase.num_frames == 1 else max(VIDEO_FRAMES, phase.num_frames)
-    told = told_scenes(seed, whole, held_out=False)
-    while True:
-        clips = []
-        for _ in range(phase.batch):
-            begin = int(rng.integers(whole - phase.num_frames + 1))
-            frames = draw(next(told)[0], whole, phase.height, phase.width, rng)
-            clips.append(frames[begin : begin + phase.num_frames])
-        yield to_pixels(np.stack(clips)).to(device)
 
+    def clip(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        begin = int(rng.integers(whole - phase.num_frames + 1))
+        return draw(scene, whole, phase.height, phase.width, rng)[begin : begin + phase.num_frames]
 
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """[B, 3, F, H, W] float32 in [-1, 1] of uint8 [B, F, H, W, 3]."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    for frames in batches(Scenes(seed, phase.steps * phase.batch, whole, clip), phase.batch, device):
+        yield to_pixels(frames, device)
 
 
 @torch.no_grad()
-def normalise_latents(model: Any, batches: Iterator[Tensor], count: int) -> None:
+def normalise_latents(model: Any, measured: Iterable[Tensor]) -> None:
     """Fold mean and deviation of each latent channel into `quant_conv`, and their inverse into `post_quant_conv`."""
-    latents = [model.encode(next(batches)).latent_dist.mode().transpose(0, 1).flatten(1) for _ in range(count)]
+    latents = [model.encode(pixels).latent_dist.mode().transpose(0, 1).flatten(1) for pixels in measured]
     values = torch.cat(latents, dim=1)
     mean, factor = values.mean(1), 1 / (SCALING * values.std(1))
     weight, bias = model.quant_conv.weight, model.quant_conv.bias
