@@ -139,9 +139,9 @@ def toy(
     folder: Annotated[Path, typer.Argument(help="where to write it")],
 ) -> None:
     """Write the toy checkpoint, a tree laid out like the released one, and print its model_base."""
-    from hv_batch.toy.checkpoint import write_toy_checkpoint
+    from hv_batch.toy.trained import write_trained_checkpoint
 
-    print(write_toy_checkpoint(folder.absolute()))
+    print(write_trained_checkpoint(folder.absolute()))
 
 
 @app.command(

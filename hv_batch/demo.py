@@ -10,16 +10,16 @@ from hv_batch.job.progress import Progress
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
-from hv_batch.toy.checkpoint import cache_dir, write_toy_checkpoint
+from hv_batch.toy.checkpoint import cache_dir
+from hv_batch.toy.trained import write_trained_checkpoint
 
 CONFIG = "demo_cpu.yaml"
 MANIFEST = "demo_prompts.jsonl"
-TOY_SEED = 2  # of the first few, the one with the most colourful pictures
 
 
 def run_demo(output: str, progress: Progress) -> ExitCode:
     """Render the demo manifest into `output`, or what is missing of it there, and print where to look."""
-    model_base = write_toy_checkpoint(cache_dir(), TOY_SEED)
+    model_base = write_trained_checkpoint(cache_dir())
     progress.say(f"toy checkpoint, laid out as the released one: {model_base}")
     config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
     code = render(config, [str(shipped(MANIFEST))], output, address="local", progress=progress)

@@ -50,7 +50,7 @@ def main(
     steps: int = 20,
     frames: int = 33,
     flow_shift: float = 7.0,
-    cfg_scale: float = 1.0,
+    cfg_scale: float = 3.0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Render held-out prompts, read the pictures, and print which share of the attributes is right."""

@@ -5,7 +5,7 @@
       text_encoder/, text_encoder_2/      as released
       stages.txt                          how many stages of its training the DiT has behind it
 
-`python -m hv_batch.toy.training` makes it; see there. The DiT has more to learn yet, so no demo renders with it.
+`python -m hv_batch.toy.training` makes it; see there.
 """
 
 from __future__ import annotations

@@ -15,16 +15,18 @@ import torch
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import HunyuanVideoPipeline, plan_videos
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, StepState
-from hv_batch.toy.accuracy import PROMPTS_SEED, shares
+from hv_batch.toy.accuracy import PROMPTS_SEED, rendered, shares
 from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.checkpoint import dit_file, write_toy_checkpoint
 from hv_batch.toy.scorer import score
 from hv_batch.toy.trained import SHIPPED, pack, write_trained_checkpoint
-from hv_batch.toy.training.vae import SCALING, load_vae, to_pixels
+from hv_batch.toy.training.scenes import to_pixels
+from hv_batch.toy.training.vae import SCALING, load_vae
 from hv_batch.toy.world import draw
 from hv_batch.weights.conversion import Recipe, convert
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
 SIZE = {"height": 128, "width": 128, "num_frames": 33}
 STEPS = 12
@@ -63,12 +65,12 @@ def trained(tmp_path_factory):
 
 def code(base, count, num_frames):
     """Held-out scenes: the scene, its frames [F, H, W, 3], and what the encoder makes of them [16, T, h, w]."""
-    model = load_vae(base, torch.device("cpu"))
+    model = load_vae(base, CPU)
     found = []
     for scene, _ in islice(told_scenes(PROMPTS_SEED, num_frames, held_out=True), count):
         frames = draw(scene, num_frames, SIZE["height"], SIZE["width"])
         with torch.no_grad():
-            latents = model.encode(to_pixels(frames[None])).latent_dist.mode()
+            latents = model.encode(to_pixels(torch.from_numpy(frames[None]), CPU)).latent_dist.mode()
         found.append((scene, frames, (SCALING * latents[0]).numpy()))
     return found
 
@@ -170,6 +172,24 @@ def test_a_resumed_trajectory_draws_the_same_picture(trained, told, reference):
         latents = denoiser.denoise(params, embedding, None, lambda step, read: None, resume=half)
         frames = np.concatenate(list(pipeline.decode(latents)))
     assert np.array_equal(frames, reference)
+
+
+ACCURACY = {
+    "videos": (6, 33, 0.9),
+    "pictures": (12, 1, 0.9),
+    "200 videos": (200, 33, 0.95),
+}
+
+
+@pytest.mark.parametrize("what", ["videos", "pictures", pytest.param("200 videos", marks=pytest.mark.slow)])
+@pytest.mark.timeout(3600)
+def test_what_prompts_say_is_in_the_picture(trained, what):
+    """Prompts of combinations that the toy never saw, at 20 steps and its three sizes: the README's figures."""
+    count, num_frames, share = ACCURACY[what]
+    with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
+        told = rendered(pipeline, count, num_frames=num_frames, num_inference_steps=20, cfg_scale=3.0)
+        found = shares(score(scene, frames) for scene, _, frames in told)
+    assert found["all"] >= share, found
 
 
 def test_the_package_is_small():

@@ -405,7 +405,7 @@ def test_the_command_runs_without_weights_or_gpus(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["gpu"]["name"] == "H20"
-    assert found["work"][0]["tokens"] == 5 * 8 * 8
+    assert found["work"][0]["tokens"] == 9 * 8 * 8
     refused = plan("bad.jsonl")
     assert refused.returncode == 1
     assert "row 1: height = 100" in refused.stderr

@@ -89,16 +89,11 @@ class Settings:
     """Stages are passed through in order."""
 
     stages: tuple[Stage, ...] = (
-        Stage(lessons(1, 32, (800, 150, 150), (6400, 1200, 1200)), rate=1.0, falling=0.0),
+        Stage(lessons(1, 256, (400, 200, 200), (4000, 2000, 2000)), rate=1.0, falling=0.0),
         Stage(
-            lessons(33, 8, (750, 250, 250), (600, 200, 200)) + lessons(1, 32, (100, 25, 25), (800, 200, 200)),
+            lessons(33, 128, (1611, 805, 805), (4000, 2000, 2000)) + lessons(1, 256, (179, 89, 89), (4000, 2000, 2000)),
             rate=1.0,
-            falling=0.5,
-        ),
-        Stage(
-            lessons(33, 8, (400, 130, 130), (600, 200, 200)) + lessons(1, 32, (60, 15, 15), (800, 200, 200)),
-            rate=0.4,
-            falling=1.0,
+            falling=0.7,
         ),
     )
     shift: float = 3.0  # of the sigmas: most of what there is to decide is decided early
