@@ -243,8 +243,8 @@ class StepState:
 
 # (steps done, read): called when a step is done, not when it is queued on a device: a group whose next step takes many
 # times longer than those before counts as hung. `read()` copies the latents of this step to host memory, and may be
-# called only until the return.
-OnStep = Callable[[int, Callable[[], "np.ndarray"]], None]
+# called only until the return; None in its place after a step that no denoise can be resumed from.
+OnStep = Callable[[int, "Callable[[], np.ndarray] | None"], None]
 
 
 class Denoiser(Protocol):

@@ -187,6 +187,7 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "noise": options.noise,
         "flow_reverse": options.flow_reverse,
         "fp8": "storage" if options.use_fp8 else "none",
+        "step_cache": options.step_cache,
         "vae_tile": None if options.vae_tiling else UNTILED,
         "offload": "blocks" if options.use_cpu_offload else "none",
     }

@@ -160,6 +160,7 @@ def _add_model(group: Group) -> None:
     add("--text-encoder-precision", default="fp16", choices=PRECISIONS, help="of LLaMA")
     add("--text-encoder-precision-2", default="fp16", choices=PRECISIONS, help="of CLIP")
     add("--use-fp8", action="store_true", help="8-bit weights, named by --dit-weight")
+    add("--step-cache", type=float, default=0.0, metavar="X", help="skip what changes less, as 0.1; 0: nothing")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
     add(
         "--attention",

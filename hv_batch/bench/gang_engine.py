@@ -88,7 +88,7 @@ class GangDenoiser(IdleDenoiser):
     ) -> np.ndarray:
         """As the idle engine's, with all ranks in step."""
 
-        def meet_and_note(done: int, read: Callable[[], np.ndarray]) -> None:
+        def meet_and_note(done: int, read: Callable[[], np.ndarray] | None) -> None:
             self._meet()
             take_note(self.notes, STEP, self.place.rank)
             on_step(done, read)

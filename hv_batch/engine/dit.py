@@ -10,6 +10,7 @@ result is the same bits whatever it is batched with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from hv_batch.engine.embeddings import (
     unpatchify,
 )
 from hv_batch.engine.parallel import JointAttention, SequenceMesh, attend_jointly
+from hv_batch.engine.step_cache import StepCache
 from hv_batch.protocol import UserError
 
 ONE_RANK = SequenceMesh.single()
@@ -110,12 +112,14 @@ class HYVideoDiT(nn.Module):
         pooled: Tensor,
         guidance: Tensor | None,
         mesh: SequenceMesh = ONE_RANK,
+        caches: Sequence[StepCache] = (),
     ) -> Tensor:
         """Velocity [B, out_channels, T, h, w] in the model's dtype, the same bits on every rank of the mesh.
 
         All inputs are equal on all ranks. latents [B, in_channels, T, h, w], h and w multiples of the patch; timestep
         [B], sigma * 1000; text_states [B, S, text_states_dim], right-padded, of which the first text_lengths[b] >= 1
         are read; pooled [B, text_states_dim_2]; guidance [B], scale * 1000, given exactly when the model embeds it.
+        `caches`, one an item or none, may spare it blocks, and then change the result; see `engine.step_cache`.
         Raises ValueError for inputs that break this, UserError when the heads do not split over the mesh.
         """
         if (guidance is None) == self.config.guidance_embed:
@@ -131,7 +135,9 @@ class HYVideoDiT(nn.Module):
         velocities = []
         for item, text_len in enumerate(text_lengths):
             vec = self._conditioning(timestep[item], pooled[item], None if guidance is None else guidance[item])
-            velocities.append(self._velocity(latents[item], timestep[item], text_states[item, :text_len], vec, mesh))
+            cache = caches[item] if caches else None
+            text = text_states[item, :text_len]
+            velocities.append(self._velocity(latents[item], timestep[item], text, vec, mesh, cache))
         return torch.stack(velocities)
 
     def _conditioning(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
@@ -142,7 +148,9 @@ class HYVideoDiT(nn.Module):
             vec = vec + self.guidance_in(guidance.to(self.dtype))
         return vec
 
-    def _velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh) -> Tensor:
+    def _velocity(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh, cache: StepCache | None
+    ) -> Tensor:
         kernel = choose_kernel(self.attention, latents.device, self.dtype)
 
         patches, grid = patchify(latents.to(self.dtype), self.config.patch_size)
@@ -152,12 +160,22 @@ class HYVideoDiT(nn.Module):
         rope = torch.complex(*rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device))
         attend = partial(self.joint_attention, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
-        for block in self.double_blocks:
+        if cache:
+            cache.begin(img)
+        for number, block in enumerate(self.double_blocks):
             img, txt = block(img, txt, vec, rope, attend)
+            if cache and number == 0:
+                recalled = cache.recall(img, image_len, mesh)
+                if recalled is not None:
+                    return self._output(recalled, vec, grid, mesh)
         x = torch.cat((txt, img))
         del txt, img
         for block in self.single_blocks:
             x = block(x, vec, text_len, rope, attend)
+        if cache:
+            cache.keep(x[text_len:])
+        return self._output(x[text_len:], vec, grid, mesh)
 
-        velocity = self.final_layer(x[text_len:], vec)
-        return unpatchify(mesh.gather(velocity, image_len), grid, self.config.patch_size)
+    def _output(self, img: Tensor, vec: Tensor, grid: tuple[int, int, int], mesh: SequenceMesh) -> Tensor:
+        """The velocity that this rank's image tokens and the others' come to."""
+        return unpatchify(mesh.gather(self.final_layer(img, vec), math.prod(grid)), grid, self.config.patch_size)

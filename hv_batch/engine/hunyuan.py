@@ -79,6 +79,8 @@ class HunyuanVideo:
     - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
       dtype of the prompt embedding, for those who reproduce an old seed
     - `flow_reverse`: the direction of sampling; the released model is sampled with it
+    - `step_cache`: steps that change less than this share of what the last computed one did take over its work, as 0.1;
+      see `hv_batch.engine.step_cache`. 0: every step is computed
     - `offload`: where the weights of the DiT's blocks are. "none": on the device; "blocks": in pinned host memory of
       every rank; "mapped": in the checkpoint file's pages, which the ranks of a node share
 
@@ -102,6 +104,7 @@ class HunyuanVideo:
         vae_tile: Mapping[str, Any] | None = None,
         noise: str = "cpu-fp32",
         flow_reverse: bool = True,
+        step_cache: float = 0.0,
         offload: str = "none",
     ) -> None:
         # Absolute, because an actor's working folder is not the driver's.
@@ -124,7 +127,11 @@ class HunyuanVideo:
         self._sequence_parallel = _choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
         if not isinstance(flow_reverse, bool):
             raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true, false.")
-        self._recipe = Recipe(_choice("noise", noise, NOISES), flow_reverse)
+        if isinstance(step_cache, bool) or not isinstance(step_cache, int | float) or not 0 <= step_cache < 1:
+            raise UserError(
+                f"engine option step_cache: {step_cache!r} is not allowed; allowed is a number from 0 (off) to below 1."
+            )
+        self._recipe = Recipe(_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
         self._offload = _choice("offload", offload, OFFLOADS)
 
     def check(self) -> list[str]:
@@ -140,8 +147,9 @@ class HunyuanVideo:
             **self._precisions,
             "fp8": self._fp8,
             "attention": self._attention,
-            # A later option, told where it is used: output roots of before remain what they were.
+            # Later options, told where they are used: output roots of before remain what they were.
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
+            **({"step_cache": self._recipe.step_cache} if self._recipe.step_cache else {}),
             "vae_tile": _jsonable(asdict(self._geometry)),
             "noise": self._recipe.noise,
             "flow_reverse": self._recipe.reverse,
@@ -289,6 +297,10 @@ class HunyuanDenoiser:
         resume: StepState | None = None,
     ) -> np.ndarray:
         """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`."""
+
+        def told(done: int, latents: Tensor) -> None:
+            on_step(done, (lambda: latents.cpu().numpy()) if self._recipe.can_resume(done) else None)
+
         latents = sampler.denoise(
             self._model,
             params,
@@ -296,7 +308,7 @@ class HunyuanDenoiser:
             negative,
             mesh=self._mesh,
             device=self._device,
-            on_step=lambda done, latents: on_step(done, lambda: latents.cpu().numpy()),
+            on_step=told,
             recipe=self._recipe,
             resume=resume,
         )

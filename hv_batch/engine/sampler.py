@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hv_batch.engine import step_cache
 from hv_batch.protocol import NotFiniteError, SamplingParams, StepState
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ class Recipe:
 
     noise: str = "cpu-fp32"  # of NOISES
     reverse: bool = True
+    step_cache: float = 0.0  # a `StepCache`'s threshold; 0: every step is computed
+
+    def can_resume(self, step: int) -> bool:
+        """Whether what comes after `step` steps depends on their latents alone."""
+        return self.step_cache == 0 or step_cache.can_resume(step)
 
 
 # "official" is the released draw: on the model's device, in the dtype of the prompt embedding (spec section 4).
@@ -127,15 +133,16 @@ def predict_velocity(
     texts: Condition,
     params: SamplingParams,
     mesh: SequenceMesh,
+    caches: Sequence[step_cache.StepCache] = (),
 ) -> Tensor:
     """The guided velocity at noise level `sigma` for latents [N, C, T, H, W]; same shape, float32.
 
-    `texts` are those of the branches that this rank computes; see `own_branches`.
+    `texts` are those of the branches that this rank computes; see `own_branches`. `caches` belong to the same items.
     """
     items = len(texts.lengths)
     inputs = latents.repeat(items // len(latents), 1, 1, 1, 1)
     time = (sigma * TIME_UNIT).to(latents.device).expand(items)
-    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh)
+    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh, caches)
     velocity = mesh.exchange(own).float()
     if len(velocity) == len(latents):
         return velocity
@@ -194,9 +201,13 @@ def trajectory(
     if resume is None:
         latents = _start(batch, positives[0].states.dtype, device, mesh, recipe)
     else:
-        latents = _resumed(batch, resume, device)
+        latents = _resumed(batch, resume, device, recipe)
+    caches = [step_cache.StepCache(recipe.step_cache) for _ in texts.lengths] if recipe.step_cache else []
     for step in range(resume.step if resume else 0, params.num_inference_steps):
-        velocity = predict_velocity(model, latents, levels[step], texts, params, mesh)
+        if step_cache.is_fresh(step, params.num_inference_steps):
+            for cache in caches:
+                cache.forget()
+        velocity = predict_velocity(model, latents, levels[step], texts, params, mesh, caches)
         latents = euler_step(latents, velocity, levels[step], levels[step + 1])
         # Waiting for the device here costs nothing beside a step, saves the rest of a lost sample, and means that
         # a step that is reported is done rather than queued. All ranks hold equal latents, so all of them raise.
@@ -218,11 +229,11 @@ def _start(
     return mesh.adopt(drawn).float()
 
 
-def _resumed(batch: Sequence[SamplingParams], state: StepState, device: torch.device) -> Tensor:
+def _resumed(batch: Sequence[SamplingParams], state: StepState, device: torch.device, recipe: Recipe) -> Tensor:
     """The latents of `state`, float32 on `device`, copied into memory that is aligned and laid out as torch does it."""
     found, shape = state.latents.shape, (len(batch), *batch[0].latent_shape)
     steps = batch[0].num_inference_steps
-    if not 0 < state.step < steps or found != shape:
+    if not 0 < state.step < steps or found != shape or not recipe.can_resume(state.step):
         raise ValueError(f"cannot resume after step {state.step} of {steps} with latents {found} for {shape}")
     return torch.tensor(state.latents, dtype=torch.float32, device=device)
 

@@ -57,7 +57,10 @@ def denoiser_footprint(model: ModelShape, tokens: int, ulysses: int, ring: int) 
         resident += 2 * width * (3 * width + model.dit.mlp_width) * ITEMSIZE[model.precision]
     # The sampler keeps them in float32, whole on every rank: before the step, velocity, its product, after the step.
     latents = 4 * tokens * _token_values(model) * 4
-    return Footprint(resident, dit_activations(model, tokens, ulysses, ring) + latents)
+    # What the first block and all others have added to a rank's tokens, of both guidance branches.
+    kept = 4 * -(-tokens // (ulysses * ring)) * model.dit.hidden_size * ITEMSIZE[model.precision]
+    activations = dit_activations(model, tokens, ulysses, ring) + latents + (kept if model.step_cache else 0)
+    return Footprint(resident, activations)
 
 
 def dit_activations(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = MAX_TEXT_TOKENS) -> int:

@@ -57,6 +57,7 @@ class ModelShape:
     text_encoder_precision: str = "fp16"
     fp8: bool = False
     offload: bool = False
+    step_cache: bool = False
 
     @property
     def dit_bytes(self) -> int:
@@ -104,6 +105,7 @@ class ModelShape:
             tile=_shape(TileShape, options.get("vae_tile") or {}),
             fp8=options.get("fp8", "none") != "none",
             offload=options.get("offload", "none") != "none",
+            step_cache=options.get("step_cache", 0) > 0,
             **precisions,
         )
 

@@ -122,7 +122,7 @@ class RankActor:
             self._pace.of(steps) as pace,
         ):
 
-            def on_step(done: int, read: Callable[[], np.ndarray]) -> None:
+            def on_step(done: int, read: Callable[[], np.ndarray] | None) -> None:
                 pace(done)
                 writer.after_step(done, read)
 

@@ -69,6 +69,7 @@ class StepWriter:
         self._every = every
         self._asked = asked
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="steps")
+        self._is_due = False
         self._writing: Future[None] | None = None
         self.failed = 0  # writes that did not succeed
 
@@ -80,14 +81,18 @@ class StepWriter:
     ) -> None:
         self._thread.shutdown()
 
-    def after_step(self, done: int, read: Callable[[], np.ndarray]) -> None:
+    def after_step(self, done: int, read: Callable[[], np.ndarray] | None) -> None:
         """Begin a write if one is due; the ranks wait for nothing but the copy to host memory.
 
         While the last write is under way no other begins: on a slow store checkpoints become rare, and do not pile up.
+        What is due after a step that cannot be resumed from is written after the next one that can.
         """
-        is_due = self._every > 0 and done % self._every == 0
+        self._is_due |= self._every > 0 and done % self._every == 0
         is_last = done == self._sample.params.num_inference_steps
-        if is_last or not (is_due or self._asked.is_set()) or (self._writing and not self._writing.done()):
+        if is_last or read is None or not (self._is_due or self._asked.is_set()):
+            return
+        self._is_due = False
+        if self._writing and not self._writing.done():
             return
         self._asked.clear()
         self._writing = self._thread.submit(self._write, StepState(done, read()))

@@ -51,12 +51,13 @@ def main(
     frames: int = 33,
     flow_shift: float = 7.0,
     cfg_scale: float = 3.0,
+    step_cache: float = 0.0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Render held-out prompts, read the pictures, and print which share of the attributes is right."""
     precisions: Any = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
     base = model_base or write_trained_checkpoint(cache_dir())
-    with HunyuanVideoPipeline.from_pretrained(base, **precisions) as pipeline:
+    with HunyuanVideoPipeline.from_pretrained(base, step_cache=step_cache, **precisions) as pipeline:
         scores = []
         for scene, prompt, video in rendered(
             pipeline, prompts, num_frames=frames, num_inference_steps=steps, flow_shift=flow_shift, cfg_scale=cfg_scale

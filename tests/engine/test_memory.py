@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hv_batch.engine import vae_kernels
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.step_cache import StepCache
 from hv_batch.engine.vae import CausalVAE, VAEConfig
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
 from hv_batch.job.architecture import ClipShape, DiTShape, LlamaShape, VAEShape
@@ -97,15 +99,19 @@ def test_text_tower_parameters():
 # ---- memory of one rank, at the released width and size
 
 
-def traced_forward(options: dict[str, Any], precision: str, size: tuple[int, int, int], text: int) -> int:
-    config = DiTConfig(**options)
+def traced_forward(
+    options: dict[str, Any], precision: str, size: tuple[int, int, int], text: int, caches: Sequence[StepCache] = ()
+) -> int:
+    """Of one item, or of as many as there are caches."""
+    config, items = DiTConfig(**options), len(caches) or 1
     with torch.device("meta"):
         model = HYVideoDiT(config).to(DTYPES[precision])
-        latents, timestep, guidance = torch.empty(1, 16, *size), torch.empty(1), torch.empty(1)
-        states = torch.empty(1, text, config.text_states_dim, dtype=DTYPES[precision])
-        pooled = torch.empty(1, config.text_states_dim_2, dtype=DTYPES[precision])
+        latents, timestep, guidance = torch.empty(items, 16, *size), torch.empty(items), torch.empty(items)
+        states = torch.empty(items, text, config.text_states_dim, dtype=DTYPES[precision])
+        pooled = torch.empty(items, config.text_states_dim_2, dtype=DTYPES[precision])
+    told = guidance if config.guidance_embed else None
     with LiveBytes() as traced:
-        model(latents, timestep, states, [text], pooled, guidance if config.guidance_embed else None)
+        model(latents, timestep, states, [text] * items, pooled, told, caches=caches)
     return traced.peak
 
 
@@ -118,6 +124,17 @@ def test_activations_at_the_released_width(precision, depth, size):
     peak = traced_forward(options, precision, size, text=256)
     model = ModelShape(dit=dit_shape(**options), precision=precision)
     assert dit_activations(model, size[0] * size[1] * size[2] // 4, 1, 1) == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_what_a_step_cache_keeps_at_the_released_width():
+    """Of both guidance branches: twice the image tokens each."""
+    options = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 1}
+    peak = traced_forward(options, "bf16", (20, 60, 106), text=256, caches=[StepCache(0.1), StepCache(0.1)])
+    model, tokens = ModelShape(dit=dit_shape(**options)), 20 * 30 * 53
+    plain, caching = (
+        denoiser_footprint(replace(model, step_cache=cached), tokens, 1, 1).activations for cached in (False, True)
+    )
+    assert dit_activations(model, tokens, 1, 1) + caching - plain == pytest.approx(peak, rel=TOLERANCE)
 
 
 def test_depth_costs_no_activations():

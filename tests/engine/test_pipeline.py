@@ -271,6 +271,9 @@ def test_importing_the_engine_loads_no_heavy_library():
         ({"dit": "toy"}, "dit: 'toy' should map names to values"),
         ({"vae_tile": {"size": 256}}, "vae_tile: unknown 'size'; allowed are spatial_px"),
         ({"vae_tile": {"overlap": 2}}, "overlap"),
+        ({"step_cache": 1}, "step_cache: 1 is not allowed; allowed is a number from 0"),
+        ({"step_cache": "0.1"}, "step_cache: '0.1' is not allowed"),
+        ({"step_cache": True}, "step_cache: True is not allowed"),
         ({"model_base": ""}, "model_base: '' is not a path"),
         ({"dit_weight": 3}, "dit_weight: 3 is not a path"),
     ],
@@ -293,6 +296,7 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
         {"text_encoder_precision": "bf16"},
         {"attention": "math"},
         {"load_key": "ema"},
+        {"step_cache": 0.1},
         {"vae_tile": {"overlap": 0.5}},
         {"dit": {**TOY_DIT, "mm_single_blocks_depth": 1}},
     ):

@@ -49,6 +49,7 @@ DECODES = {
 WAYS = {
     "bf16": ({"precision": "bf16"}, 36),
     "FP8 products": ({"fp8": "matmul"}, 37),
+    "step cache": ({"step_cache": 0.1}, 40),
     "blocks offloaded": ({"offload": "blocks"}, 90),
     "two ranks": ({"ulysses_degree": 2}, 75),
     "ring of two": ({"ring_degree": 2}, 75),

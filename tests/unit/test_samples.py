@@ -397,7 +397,7 @@ def test_nan_in_a_known_column_is_refused(tmp_path):
 
 
 def test_the_demo_manifest_shows_what_the_renderer_can_do():
-    """The shipped demo: 12 prompts, the sizes that the toy was trained at, a prompt with two images, one without CFG."""
+    """The shipped demo: 12 prompts, the sizes that the toy was trained at, a row of two images, one without CFG."""
     config = load_config(str(CONFIGS / "demo_cpu.yaml"))
     manifest = Manifest(str(CONFIGS / "demo_prompts.jsonl"))
     index = check(manifest, config)

@@ -85,6 +85,24 @@ def test_a_checkpoint_that_is_asked_for_follows_the_step_under_way(tmp_path):
     assert get_steps(store, SAMPLE, "identity").step == 2
 
 
+def test_what_cannot_be_resumed_from_is_not_written(tmp_path):
+    """P4: what is due then, or asked for, follows the next step that can."""
+    store = Store(str(tmp_path))
+    denoise = Denoise(store, every=2)
+    with denoise.writer:
+        denoise.writer.after_step(1, None)
+        denoise.writer.after_step(2, None)
+        denoise.step(3)
+    assert denoise.read == [3]
+    asked = Denoise(store, every=0)
+    with asked.writer:
+        asked.asked.set()
+        asked.writer.after_step(1, None)
+        asked.step(2)
+        asked.step(3)
+    assert asked.read == [2]
+
+
 def test_a_slow_store_makes_checkpoints_rare_and_holds_no_step_up(tmp_path):
     """P4, P7: one write at a time; what falls due meanwhile is skipped, what was asked for follows when it can."""
     store = GatedStore(str(tmp_path))
