@@ -11,7 +11,7 @@ from pathlib import Path
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.runtime import steps
 
-TROUBLED_STEP = 4
+TROUBLED_STEP = 6
 
 
 class TroubledVideo(HunyuanVideo):

@@ -203,7 +203,7 @@ def test_a_lost_worker_costs_one_try(expected, ray_head, tmp_path, marks, fault)
     assert code == 0, text
     found = records(output)
     assert set(found) == {"s00", "s01", "s02"}
-    assert count(marks, "denoised") == dict.fromkeys(prompts, 1)
+    assert count(marks, "denoised") == dict.fromkeys(prompts, 1), text
     assert videos(output).items() <= expected
     if "encode" not in fault:
         assert found["s01"]["attempts"] == 2
