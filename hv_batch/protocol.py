@@ -61,6 +61,10 @@ class NotFiniteError(ValueError):
     """Latents or frames that are not finite: an overflow of the precision, or broken weights."""
 
 
+class DeviceError(RuntimeError):
+    """A device, a link between two, or one rank's copy of the weights is damaged: no sample is to blame."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Everything a user chooses that changes the pixels of one video (spec section 1).
@@ -253,7 +257,7 @@ class Denoiser(Protocol):
     def self_check(self) -> None:
         """Render something small as a group and compare it with what this rank computes alone.
 
-        Called once, when the group has met. Raises RuntimeError when they disagree: such a group must not render.
+        Called once, when the group has met. Raises DeviceError when they disagree: such a group must not render.
         """
         ...
 
@@ -268,7 +272,8 @@ class Denoiser(Protocol):
         """Final latents, float32, shaped `params.latent_shape`, equal on every rank.
 
         `on_step` is called after each of the `num_inference_steps` steps. With `resume`, only the steps after it are
-        made, and the result is the same bits. Raises NotFiniteError when it is not finite.
+        made, and the result is the same bits. Raises NotFiniteError when it is not finite, and DeviceError where that
+        is no fault of the sample.
         """
         ...
 

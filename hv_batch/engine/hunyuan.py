@@ -40,6 +40,7 @@ from hv_batch.engine.xfuser_attention import XfuserAttention, check_xfuser, find
 from hv_batch.protocol import (
     LATENT_CHANNELS,
     Device,
+    NotFiniteError,
     OnStep,
     ParallelPlan,
     RankPlace,
@@ -267,7 +268,7 @@ class HunyuanDenoiser:
         self._decoder = decoder
 
     def self_check(self) -> None:
-        """Raises RuntimeError where the group's ranks compute another picture than one alone; see `self_check`."""
+        """Raises DeviceError where the group's ranks compute another picture than one alone; see `self_check`."""
         check_group(self._model, self._mesh, self._device)
         if self._decoder:
             self._decoder.self_check()
@@ -296,22 +297,29 @@ class HunyuanDenoiser:
         on_step: OnStep,
         resume: StepState | None = None,
     ) -> np.ndarray:
-        """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`."""
+        """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`.
+
+        Where these are not finite the group proves itself again: raises DeviceError where it fails to.
+        """
 
         def told(done: int, latents: Tensor) -> None:
             on_step(done, (lambda: latents.cpu().numpy()) if self._recipe.can_resume(done) else None)
 
-        latents = sampler.denoise(
-            self._model,
-            params,
-            positive,
-            negative,
-            mesh=self._mesh,
-            device=self._device,
-            on_step=told,
-            recipe=self._recipe,
-            resume=resume,
-        )
+        try:
+            latents = sampler.denoise(
+                self._model,
+                params,
+                positive,
+                negative,
+                mesh=self._mesh,
+                device=self._device,
+                on_step=told,
+                recipe=self._recipe,
+                resume=resume,
+            )
+        except NotFiniteError:
+            check_group(self._model, self._mesh, self._device)
+            raise
         return latents.cpu().numpy()
 
 
@@ -324,7 +332,7 @@ class HunyuanDecoder:
         self._mesh = mesh
 
     def self_check(self) -> None:
-        """Raises RuntimeError where the ranks together decode other pixels than one alone."""
+        """Raises DeviceError where the ranks together decode other pixels than one alone."""
         check_decoding(self._vae, self._mesh)
 
     def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:

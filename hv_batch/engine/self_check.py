@@ -1,4 +1,5 @@
-"""A group proves itself: before it renders, what its ranks compute together must be what one of them computes alone.
+"""A group proves itself: before it renders, what its ranks compute together must be what one of them computes alone. It
+does so again when a sample's latents are not finite, which may be the sample's fault or a device's.
 
 Every rank holds all weights, so each can run the model by itself and compare. That finds a GPU that computes wrongly, a
 broken link between two, a collective library that mixes up ranks, and weights that differ between nodes, at the price
@@ -16,7 +17,7 @@ from torch import Tensor
 from hv_batch.engine.parallel import SequenceMesh, attend_jointly
 from hv_batch.engine.vae_group import decode_in_group
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
-from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.protocol import LATENT_CHANNELS, DeviceError
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit import HYVideoDiT
@@ -40,12 +41,12 @@ FLOOR = 1e-3
 
 @torch.no_grad()
 def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> None:
-    """Raises RuntimeError on the ranks that see a deviation, or values that are not finite."""
+    """Raises DeviceError on the ranks that see a deviation, or values that are not finite."""
     # Only our own attention takes tokens that no degree divides.
     latents, *others = _small_inputs(model, device, 1 if model.joint_attention is attend_jointly else mesh.size)
     alone = model(latents, *others, SequenceMesh.single()).float()
     if not torch.isfinite(alone).all():
-        raise RuntimeError(
+        raise DeviceError(
             f"self-check: rank {mesh.world_rank} alone computes values that are not finite; its device or its copy "
             "of the weights is damaged"
         )
@@ -58,7 +59,7 @@ def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> 
     halves = mesh.exchange(model(latents, *others, mesh)).float().chunk(mesh.cfg_degree)
     found, limit = [_deviation(half, alone) for half in halves], max(MARGIN * rounding, FLOOR)
     if not all(deviation <= limit for deviation in found):  # also where one is not a number
-        raise RuntimeError(
+        raise DeviceError(
             f"self-check: the group's result deviates from what rank {mesh.world_rank} computes alone by "
             f"{max(found):.2g} (relative RMS), and rounding explains {limit:.2g}. With Ulysses "
             f"{mesh.ulysses_degree} x ring {mesh.ring_degree}, a device, a link or the weights of one rank are damaged"
@@ -67,7 +68,7 @@ def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> 
 
 @torch.no_grad()
 def check_decoding(vae: CausalVAE, mesh: SequenceMesh) -> None:
-    """Raises RuntimeError on rank 0 where a small picture, of which every rank decodes a tile, is not what it decodes
+    """Raises DeviceError on rank 0 where a small picture, of which every rank decodes a tile, is not what it decodes
     alone. Also the first time that ranks send each other something without the rest of the group.
     """
     if mesh.world_size == 1:
@@ -80,7 +81,7 @@ def check_decoding(vae: CausalVAE, mesh: SequenceMesh) -> None:
     alone = torch.cat(list(decode_streaming(vae, picture, tiles)), dim=2).float()
     found, limit = _deviation(torch.cat(together, dim=2).float(), alone), max(torch.finfo(vae.dtype).eps, FLOOR)
     if not found <= limit:  # also where it is not a number
-        raise RuntimeError(
+        raise DeviceError(
             f"self-check: what the group decodes deviates from what its rank 0 decodes alone by {found:.2g} (relative "
             f"RMS), and rounding explains {limit:.2g}; a device, a link or the VAE of one rank is damaged"
         )

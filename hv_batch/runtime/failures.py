@@ -10,7 +10,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.store_errors import StorageUnavailableError
-from hv_batch.protocol import UserError
+from hv_batch.protocol import DeviceError, UserError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -128,4 +128,6 @@ def _is_device_oom(cause: BaseException) -> bool:
 
 
 def _is_device_fault(cause: BaseException) -> bool:
-    return isinstance(cause, RuntimeError) and not _is_device_oom(cause) and DEVICE.search(str(cause)) is not None
+    if _is_device_oom(cause):
+        return False
+    return isinstance(cause, DeviceError) or (isinstance(cause, RuntimeError) and bool(DEVICE.search(str(cause))))

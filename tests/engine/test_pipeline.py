@@ -18,7 +18,15 @@ from hv_batch.engine.parallel import leave_group
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampler import initial_noise
 from hv_batch.engine.weights import load_dit, load_vae
-from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams, StepState, UserError
+from hv_batch.protocol import (
+    DeviceError,
+    NotFiniteError,
+    ParallelPlan,
+    RankPlace,
+    SamplingParams,
+    StepState,
+    UserError,
+)
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE, write_toy_checkpoint
 
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
@@ -184,6 +192,20 @@ def test_the_video_is_that_of_the_reference_pipeline(toy, pipeline, cfg_scale):
     ).frames[0]
     frames = np.concatenate(list(pipeline.stream(params)))
     assert np.abs(frames / 255 - expected).max() <= 1.01 / 255  # we truncate to 8 bits, as the release does
+
+
+def test_a_sample_that_overflows_is_told_from_a_broken_device(toy):
+    """P5: the group proves itself again when latents are not finite; only if it can, the sample is to blame."""
+    engine = HunyuanVideo(model_base=toy, **OPTIONS)
+    [text] = engine.text_encoder("cpu").encode([PROMPT], image=False)
+    denoiser = engine.join(place(0, 1, ""))
+    overflowing = replace(text, states=torch.full_like(text.states, float("inf")))
+    with pytest.raises(NotFiniteError, match="not finite after step 1 of 3"):
+        denoiser.denoise(PARAMS, overflowing, None, lambda done, read: None)
+    assert np.isfinite(denoiser.denoise(PARAMS, text, None, lambda done, read: None)).all()
+    denoiser._model.final_layer.linear.weight.data.fill_(float("nan"))
+    with pytest.raises(DeviceError, match="rank 0 alone computes values that are not finite"):
+        denoiser.denoise(PARAMS, text, None, lambda done, read: None)
 
 
 def _render_rank(rank, world_size, engine, address, arguments, results):

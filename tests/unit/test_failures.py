@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTa
 
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.store_errors import StorageUnavailableError
-from hv_batch.protocol import UserError
+from hv_batch.protocol import DeviceError, NotFiniteError, UserError
 from hv_batch.runtime.failures import (
     LatentsGoneError,
     NodeError,
@@ -46,6 +46,8 @@ def raised_by_a_task(cause):
         (ConnectionError("peer is away"), FailureClass.INFRA, True),
         (ChildProcessError(errno.ECHILD, "ffmpeg was killed by signal 9"), FailureClass.INFRA, True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), FailureClass.INFRA, False),
+        (DeviceError("self-check: rank 3 computes values that are not finite"), FailureClass.INFRA, False),
+        (NotFiniteError("latents are not finite after step 3"), FailureClass.POISON, True),
         (NodeError("no space for temporary files"), FailureClass.INFRA, True),
         (TimeoutError("store is slow"), FailureClass.INFRA, True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), FailureClass.INFRA, True),
@@ -109,6 +111,7 @@ def test_collateral_errors_do_not_hide_the_cause():
     [
         (raised_by_a_task(RuntimeError("CUDA error: uncorrectable ECC error encountered")), True, False),
         (raised_by_a_task(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")), False, True),
+        (raised_by_a_task(DeviceError("self-check: rank 3 computes values that are not finite")), True, False),
         (raised_by_a_task(RuntimeError("no device works")), False, False),
         (raised_by_a_task(OutOfMemoryError("CUDA out of memory")), False, False),
         (ActorDiedError(), False, False),
