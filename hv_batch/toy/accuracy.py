@@ -7,6 +7,7 @@ scene that its prompt was written from.
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -54,11 +55,11 @@ def main(
     step_cache: float = 0.0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Render held-out prompts, read the pictures, and print which share of the attributes is right."""
+    """Render held-out prompts, read the pictures, and print which share of the attributes is right, and the time."""
     precisions: Any = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
     base = model_base or write_trained_checkpoint(cache_dir())
     with HunyuanVideoPipeline.from_pretrained(base, step_cache=step_cache, **precisions) as pipeline:
-        scores = []
+        scores, begun = [], time.perf_counter()
         for scene, prompt, video in rendered(
             pipeline, prompts, num_frames=frames, num_inference_steps=steps, flow_shift=flow_shift, cfg_scale=cfg_scale
         ):
@@ -67,12 +68,14 @@ def main(
             typer.echo(
                 f"{len(scores)}/{prompts}  {prompt}  ->  {f'wrong: {wrong}' if wrong else 'all right'}", err=True
             )
+        seconds = time.perf_counter() - begun
     found = shares(scores)
     if as_json:
         print(json.dumps(found))
         return
     for name, share in found.items():
         print(f"{name:>10}  {share:.1%}")
+    print(f"{seconds / prompts:.1f} s a video")
 
 
 if __name__ == "__main__":
