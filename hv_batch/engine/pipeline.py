@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hv_batch.engine.hunyuan import HunyuanDecoder, HunyuanDenoiser, HunyuanVideo
+from hv_batch.engine.denoiser import HunyuanDecoder, HunyuanDenoiser
+from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import LocalGroup
 from hv_batch.protocol import (
     DEFAULT_NEGATIVE_PROMPT,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hv_batch.engine import vae_kernels
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.step_cache import StepCache
 from hv_batch.engine.vae import CausalVAE, VAEConfig
 from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
@@ -25,9 +24,10 @@ from hv_batch.job.architecture import ClipShape, DiTShape, LlamaShape, VAEShape
 from hv_batch.job.cost import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
 from hv_batch.job.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
 from hv_batch.job.model import ModelShape
-from hv_batch.protocol import ParallelPlan, RankPlace
+from hv_batch.protocol import ParallelPlan
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
 from tests.engine.dit_reference import random_dit, random_inputs
+from tests.engine.joining import joined
 from tests.engine.live_bytes import LiveBytes
 
 TOLERANCE = 0.05  # of the measured peak, either way
@@ -205,7 +205,7 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
     for u, r in PLANS:
         if rank >= u * r:
             continue
-        with _joined(rank, u, r, addresses[u, r]) as mesh:
+        with joined(rank, ParallelPlan(ulysses_degree=u, ring_degree=r), addresses[u, r]) as mesh:
             measured = {}
             for kind in KINDS:
                 for precision in ("bf16", "fp32"):
@@ -219,27 +219,6 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
                         peaks.append(traced.peak)
                     measured[kind, precision] = (min(peaks), sent.ulysses, sent.ring, sent.gather)
         torch.save(measured, folder / f"u{u}r{r}-{rank}.pt")
-
-
-@contextmanager
-def _joined(rank: int, u: int, r: int, addresses: mp.Queue) -> Iterator[SequenceMesh]:
-    if rank == 0:
-        address = host_store("127.0.0.1", u * r)
-        for _ in range(u * r - 1):
-            addresses.put(address)
-    else:
-        address = addresses.get()
-    yield join_group(
-        RankPlace(
-            rank=rank,
-            local_rank=rank,
-            plan=ParallelPlan(ulysses_degree=u, ring_degree=r),
-            device="cpu",
-            address=address,
-            timeout_s=60.0,
-        )
-    )
-    leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ import torch.multiprocessing as mp
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.offload import BlockStreamer, StreamedBlock, offload_blocks
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.text import TextEmbedding
 from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.engine.dit_reference import keep_in_fp8, random_dit, random_inputs
+from tests.engine.joining import joined
 from tests.engine.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
@@ -162,26 +163,12 @@ def test_packing_fills_arenas_of_a_power_of_two(monkeypatch):
 def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:
     torch.set_num_threads(1)
     for u, r in PLANS:
-        if rank == 0:
-            address = host_store("127.0.0.1", 2)
-            addresses[u, r].put(address)
-        else:
-            address = addresses[u, r].get()
-        place = RankPlace(
-            rank=rank,
-            local_rank=rank,
-            plan=ParallelPlan(ulysses_degree=u, ring_degree=r),
-            device="cpu",
-            address=address,
-            timeout_s=60.0,
-        )
-        mesh = join_group(place)
-        model = frozen(config())
-        outputs = [model(**inputs((7, 12)), mesh=mesh)]
-        offload_blocks(model, CPU, pinned=True)
-        outputs += [model(**inputs((7, 12)), mesh=mesh) for _ in range(2)]
+        with joined(rank, ParallelPlan(ulysses_degree=u, ring_degree=r), addresses[u, r]) as mesh:
+            model = frozen(config())
+            outputs = [model(**inputs((7, 12)), mesh=mesh)]
+            offload_blocks(model, CPU, pinned=True)
+            outputs += [model(**inputs((7, 12)), mesh=mesh) for _ in range(2)]
         torch.save(outputs, folder / f"u{u}r{r}-{rank}.pt")
-        leave_group()
 
 
 @pytest.fixture(scope="module")

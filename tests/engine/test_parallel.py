@@ -26,6 +26,7 @@ from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, j
 from hv_batch.engine.self_check import check_group
 from hv_batch.protocol import ParallelPlan, RankPlace, UserError
 from tests.engine.dit_reference import keep_in_fp8, random_dit, random_inputs
+from tests.engine.joining import joined
 
 CONFIG = DiTConfig(
     hidden_size=96,
@@ -38,7 +39,6 @@ CONFIG = DiTConfig(
 )
 PADDED = 12
 DAMAGED_LINEAR = "single_blocks.0.linear2"
-TIMEOUT_S = 60.0  # far above what a joining group needs here, so that only a hang meets it
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,10 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
     for u, r in addresses:
         if rank >= u * r:
             continue
-        if rank == 0:
-            address = host_store("127.0.0.1", u * r)
-            for _ in range(u * r - 1):
-                addresses[u, r].put(address)
-        else:
-            address = addresses[u, r].get()
-        mesh = join_group(_place(rank, u, r, address, TIMEOUT_S))
-        runs = {case: (_forward(case, mesh), _forward(case, mesh)) for case in CASES}
-        torch.save((runs, _attend(mesh)), folder / f"u{u}r{r}-{rank}.pt")
-        (folder / f"checks-u{u}r{r}-{rank}.json").write_text(json.dumps(_self_checks(mesh)))
-        leave_group()
+        with joined(rank, ParallelPlan(ulysses_degree=u, ring_degree=r), addresses[u, r]) as mesh:
+            runs = {case: (_forward(case, mesh), _forward(case, mesh)) for case in CASES}
+            torch.save((runs, _attend(mesh)), folder / f"u{u}r{r}-{rank}.pt")
+            (folder / f"checks-u{u}r{r}-{rank}.json").write_text(json.dumps(_self_checks(mesh)))
 
 
 def _self_checks(mesh: SequenceMesh) -> dict[str, str]:

@@ -16,11 +16,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from hv_batch.engine.dit import DiTConfig, HYVideoDiT
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.sampler import trajectory
 from hv_batch.engine.text import TextEmbedding
-from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
+from hv_batch.protocol import ParallelPlan, SamplingParams
 from tests.engine.dit_reference import random_dit
+from tests.engine.joining import joined
 
 CONFIG = DiTConfig(
     hidden_size=48,
@@ -129,19 +130,10 @@ def _rank_main(rank: int, folder: Path, exhaustive: bool, addresses: dict[Parall
     for plan, queue in addresses.items():
         if rank >= plan.world_size:
             continue
-        if rank == 0:
-            address = host_store("127.0.0.1", plan.world_size)
-            for _ in range(plan.world_size - 1):
-                queue.put(address)
-        else:
-            address = queue.get()
-        mesh = join_group(
-            RankPlace(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=120.0)
-        )
-        repeats = 2 if exhaustive else 1
-        finals = {case: [_render(model, case, mesh) for _ in range(repeats)] for case in _cases(plan, exhaustive)}
+        repeats, cases = 2 if exhaustive else 1, _cases(plan, exhaustive)
+        with joined(rank, plan, queue) as mesh:
+            finals = {case: [_render(model, case, mesh) for _ in range(repeats)] for case in cases}
         torch.save(finals, folder / f"{plan}-{rank}.pt")
-        leave_group()
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.sampler import Recipe, denoise, trajectory
 from hv_batch.engine.step_cache import REFRESH, can_resume, is_fresh
-from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams, StepState
+from hv_batch.protocol import ParallelPlan, SamplingParams, StepState
 from tests.engine.dit_reference import random_dit
+from tests.engine.joining import joined
 from tests.engine.test_parallel_trajectory import CONFIG, CPU, _text
 
 STEPS = 14
@@ -122,18 +123,10 @@ def _rank_main(rank: int, folder: Path, queues: list[mp.Queue]) -> None:
     for plan, queue in zip(PLANS, queues, strict=True):
         if rank >= plan.world_size:
             continue
-        if rank == 0:
-            address = host_store("127.0.0.1", plan.world_size)
-            for _ in range(plan.world_size - 1):
-                queue.put(address)
-        else:
-            address = queue.get()
-        place = RankPlace(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=120.0)
-        counted, mesh = Counted(), join_group(place)
-        arguments = ([PARAMS], [_text(31)], [_text(12)])
-        *_, final = trajectory(counted.model, *arguments, mesh=mesh, device=CPU, recipe=Recipe(step_cache=SOME))
+        counted, arguments = Counted(), ([PARAMS], [_text(31)], [_text(12)])
+        with joined(rank, plan, queue) as mesh:
+            *_, final = trajectory(counted.model, *arguments, mesh=mesh, device=CPU, recipe=Recipe(step_cache=SOME))
         torch.save((final[0], counted.passes), folder / f"{plan}-{rank}.pt")
-        leave_group()
 
 
 def test_ranks_leave_out_the_same_blocks(tmp_path):

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from hv_batch.engine.hunyuan import HunyuanDecoder
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.denoiser import HunyuanDecoder
+from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
 from hv_batch.engine.vae import CausalVAE, VAEConfig
 from hv_batch.engine.vae_tiling import TileGeometry
-from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, ParallelPlan, RankPlace
+from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, ParallelPlan
+from tests.engine.joining import joined
 
 TILES = TileGeometry(spatial_px=64, temporal_frames=16)
 SIZES = [
@@ -50,34 +51,27 @@ def complaint_of(decoder: HunyuanDecoder, latents: np.ndarray) -> str:
 
 def rank_main(rank: int, folder: Path, plan: ParallelPlan, addresses: mp.Queue) -> None:
     torch.set_num_threads(1)
-    if rank == 0:
-        address = host_store("127.0.0.1", plan.world_size)
-        for _ in range(plan.world_size - 1):
-            addresses.put(address)
-    else:
-        address = addresses.get()
-    mesh = join_group(RankPlace(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=60.0))
-    decoder = HunyuanDecoder(make_vae(), TILES, mesh)
-    decoder.self_check()
-    chunks = [list(decoder.decode(latents_of(size))) for size in SIZES]
-    broken = latents_of(SIZES[2])
-    broken[:, 0] = np.nan
-    complaint = complaint_of(decoder, broken)
-    begun = decoder.decode(latents_of(SIZES[1]))
-    begun_chunks = list(islice(begun, 1))
-    if rank == 0:
-        begun.close()
-    else:
-        list(begun)
-    again = list(decoder.decode(latents_of(SIZES[2])))
-    other = make_vae(seed=1 if rank == 1 else 0)
-    try:
-        check_decoding(other, mesh)
-        verdict = "agrees"
-    except RuntimeError as error:
-        verdict = str(error)
+    with joined(rank, plan, addresses) as mesh:
+        decoder = HunyuanDecoder(make_vae(), TILES, mesh)
+        decoder.self_check()
+        chunks = [list(decoder.decode(latents_of(size))) for size in SIZES]
+        broken = latents_of(SIZES[2])
+        broken[:, 0] = np.nan
+        complaint = complaint_of(decoder, broken)
+        begun = decoder.decode(latents_of(SIZES[1]))
+        begun_chunks = list(islice(begun, 1))
+        if rank == 0:
+            begun.close()
+        else:
+            list(begun)
+        again = list(decoder.decode(latents_of(SIZES[2])))
+        other = make_vae(seed=1 if rank == 1 else 0)
+        try:
+            check_decoding(other, mesh)
+            verdict = "agrees"
+        except RuntimeError as error:
+            verdict = str(error)
     torch.save((chunks, complaint, begun_chunks, again, verdict), folder / f"{rank}.pt")
-    leave_group()
 
 
 @pytest.fixture(scope="module", params=PLANS, ids=str)
@@ -85,7 +79,7 @@ def ranks(request, tmp_path_factory):
     """What every rank of a group has to tell."""
     plan, folder = request.param, tmp_path_factory.mktemp("ranks")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["hv_batch.engine.hunyuan", "pytest"])
+    context.set_forkserver_preload(["hv_batch.engine.denoiser", "pytest"])
     mp.start_processes(rank_main, (folder, plan, context.Queue()), nprocs=plan.world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(plan.world_size)]
 

@@ -18,10 +18,11 @@ import torch.multiprocessing as mp
 
 from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.xfuser_attention import PINNED, XfuserAttention, check_xfuser
-from hv_batch.protocol import ParallelPlan, RankPlace, UserError
+from hv_batch.protocol import ParallelPlan, UserError
 from tests.engine.dit_reference import random_dit, random_inputs
+from tests.engine.joining import joined
 
 CONFIG = DiTConfig(
     hidden_size=48,
@@ -88,23 +89,14 @@ def _rank_main(rank: int, folder: Path, addresses: dict[ParallelPlan, mp.Queue])
     torch.set_num_threads(1)
     _stand_in()
     for plan, queue in addresses.items():
-        if rank == 0:
-            address = host_store("127.0.0.1", plan.world_size)
-            for _ in range(plan.world_size - 1):
-                queue.put(address)
-        else:
-            address = queue.get()
-        mesh = join_group(
-            RankPlace(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=60.0)
-        )
-        model = random_dit(CONFIG, seed=1)
-        model.joint_attention = XfuserAttention(mesh)
-        velocity = model(**_inputs(EVEN), mesh=mesh)
-        assert (model(**_inputs(EVEN)) - velocity).abs().max().item() <= 1e-4  # a rank by itself still can
-        with pytest.raises(UserError, match="45 image tokens do not divide by 4 ranks"):
-            model(**_inputs(UNEVEN), mesh=mesh)
+        with joined(rank, plan, queue) as mesh:
+            model = random_dit(CONFIG, seed=1)
+            model.joint_attention = XfuserAttention(mesh)
+            velocity = model(**_inputs(EVEN), mesh=mesh)
+            assert (model(**_inputs(EVEN)) - velocity).abs().max().item() <= 1e-4  # a rank by itself still can
+            with pytest.raises(UserError, match="45 image tokens do not divide by 4 ranks"):
+                model(**_inputs(UNEVEN), mesh=mesh)
         torch.save(velocity, folder / f"{plan}-{rank}.pt")
-        leave_group()
 
 
 def test_xfuser_is_called_as_documented(tmp_path):

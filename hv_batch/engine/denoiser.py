@@ -1,0 +1,125 @@
+"""What `HunyuanVideo` hands out loaded: one rank of a group with its model, and the VAE that may be beside it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hv_batch.engine import sampler
+from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.sampler import Recipe
+from hv_batch.engine.self_check import check_decoding, check_group
+from hv_batch.engine.text import TextEmbedding
+from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae_group import decode_in_group
+from hv_batch.engine.vae_tiling import TileGeometry, to_uint8
+from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, OnStep, SamplingParams, StepState
+
+
+class HunyuanDenoiser:
+    """One rank of a group with its model (satisfies `hv_batch.protocol.Denoiser`)."""
+
+    def __init__(
+        self,
+        model: HYVideoDiT,
+        mesh: SequenceMesh,
+        device: torch.device,
+        recipe: Recipe = Recipe(),  # noqa: B008
+        decoder: HunyuanDecoder | None = None,
+    ) -> None:
+        self._model = model
+        self._mesh = mesh
+        self._device = device
+        self._recipe = recipe
+        self._decoder = decoder
+
+    def self_check(self) -> None:
+        """Raises DeviceError where the group's ranks compute another picture than one alone; see `self_check`."""
+        check_group(self._model, self._mesh, self._device)
+        if self._decoder:
+            self._decoder.self_check()
+
+    def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
+        """What `HunyuanDecoder.decode` yields, on rank 0; nothing elsewhere."""
+        assert self._decoder, "joined without RankPlace.decodes"
+        return self._decoder.decode(latents)
+
+    def trajectory(
+        self,
+        batch: Sequence[SamplingParams],
+        positives: Sequence[TextEmbedding],
+        negatives: Sequence[TextEmbedding] | None,
+    ) -> Generator[Tensor, None, None]:
+        """The latents of videos that are denoised side by side, after each step; see `sampler.trajectory`."""
+        return sampler.trajectory(
+            self._model, batch, positives, negatives, mesh=self._mesh, device=self._device, recipe=self._recipe
+        )
+
+    def denoise(
+        self,
+        params: SamplingParams,
+        positive: TextEmbedding,
+        negative: TextEmbedding | None,
+        on_step: OnStep,
+        resume: StepState | None = None,
+    ) -> np.ndarray:
+        """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`.
+
+        Where these are not finite the group proves itself again: raises DeviceError where it fails to.
+        """
+
+        def told(done: int, latents: Tensor) -> None:
+            on_step(done, (lambda: latents.cpu().numpy()) if self._recipe.can_resume(done) else None)
+
+        try:
+            latents = sampler.denoise(
+                self._model,
+                params,
+                positive,
+                negative,
+                mesh=self._mesh,
+                device=self._device,
+                on_step=told,
+                recipe=self._recipe,
+                resume=resume,
+            )
+        except NotFiniteError:
+            check_group(self._model, self._mesh, self._device)
+            raise
+        return latents.cpu().numpy()
+
+
+class HunyuanDecoder:
+    """The VAE with its tiling, which the ranks of a mesh share out (satisfies `hv_batch.protocol.Decoder`)."""
+
+    def __init__(self, vae: CausalVAE, geometry: TileGeometry, mesh: SequenceMesh) -> None:
+        self._vae = vae
+        self._geometry = geometry
+        self._mesh = mesh
+
+    def self_check(self) -> None:
+        """Raises DeviceError where the ranks together decode other pixels than one alone."""
+        check_decoding(self._vae, self._mesh)
+
+    def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
+        """Frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3]; nothing but on rank 0.
+
+        Raises ValueError for latents of another shape, NotFiniteError when the VAE yields such values.
+        """
+        if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
+            raise ValueError(f"latents must be shaped [{LATENT_CHANNELS}, T, h, w], not {list(latents.shape)}")
+        # A copy: what the object store hands out is read-only, which torch.from_numpy warns of.
+        z = torch.from_numpy(np.array(latents, np.float32))[None]
+        return self._frames(decode_in_group(self._vae, z, self._geometry, self._mesh))
+
+    def _frames(self, chunks: Iterator[Tensor]) -> Generator[np.ndarray, None, None]:
+        try:
+            yield from map(to_uint8, chunks)
+        finally:
+            if self._mesh.world_size > 1:  # what the other ranks still decode is sent here: see Denoiser.decode
+                deque(chunks, maxlen=0)
