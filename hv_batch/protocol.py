@@ -84,6 +84,10 @@ class SamplingParams:
     guidance_rescale: float
     flow_shift: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `dataclasses.asdict`, which takes ten times as long to find that no value is a container."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     @property
     def uses_cfg(self) -> bool:
         return self.cfg_scale > 1.0

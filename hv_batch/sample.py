@@ -15,7 +15,6 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
             text = embeddings[params.prompt]
             record = {
                 "schema": SCHEMA,
-                "params": asdict(params),
+                "params": params.to_dict(),
                 "text": {"num_tokens": text.num_tokens, "tokens_lost": text.tokens_lost},
                 **facts,
                 "versions": {"hv_batch": __version__},

@@ -77,8 +77,8 @@ class FakeEngine:
                 setattr(LocalDisk, name, self._dying(getattr(LocalDisk, name), prefix))
 
     def _dying(self, act, prefix):
-        def wrapped(disk, key, *args):
-            result = act(disk, key, *args)
+        def wrapped(disk, key, *args, **options):
+            result = act(disk, key, *args, **options)
             if key.startswith(prefix) and self.first(f"died-after-{prefix.replace('/', '')}"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
@@ -86,11 +86,11 @@ class FakeEngine:
         return wrapped
 
     def _going_away(self, act):
-        def wrapped(disk, key, *args):
+        def wrapped(disk, key, *args, **options):
             if (self.marks / "away").exists():
                 self.mark("refused", key)
                 raise ConnectionError("the output root is away")
-            return act(disk, key, *args)
+            return act(disk, key, *args, **options)
 
         return wrapped
 
@@ -289,8 +289,9 @@ class CrashingStore(Store):
     def put(self, key, data):
         return self._act("put", key, lambda: super(CrashingStore, self).put(key, data))
 
-    def put_file(self, key, path):
-        return self._act("put_file", key, lambda: super(CrashingStore, self).put_file(key, path))
+    def put_file(self, key, path, *, is_final=False):
+        put = super().put_file
+        return self._act("put_file", key, lambda: put(key, path, is_final=is_final))
 
     def delete(self, key):
         return self._act("delete", key, lambda: super(CrashingStore, self).delete(key))

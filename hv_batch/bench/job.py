@@ -22,7 +22,7 @@ from threading import Event
 from typing import Any
 
 from hv_batch.bench.made_up import FORMATS, commit_first, write_manifest
-from hv_batch.bench.pace import MeteredProgress, Pace
+from hv_batch.bench.pace import MeteredProgress, Pace, per_second
 from hv_batch.bench.yardstick import check_ray_data, pace_of_map_batches
 from hv_batch.job.config import (
     DecodersConfig,
@@ -117,7 +117,7 @@ def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) ->
     span = ends[-1] - ends[0]
     return JobReport(
         load=load,
-        pace=Pace((len(ends) - 1) / span, metered.meter.cpu_ms()),
+        pace=Pace(per_second(ends), metered.meter.cpu_ms()),
         first_denoise_s=min(record.begin for record in records) - begun,
         groups_busy=(len(ends) - 1) * load.steps * load.step_seconds / (load.groups * span),
         driver_mb=driver_mb,

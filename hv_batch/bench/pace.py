@@ -6,7 +6,7 @@ On a machine that does other things too, the clock says how busy it is; CPU time
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,22 @@ from hv_batch.job.progress import Progress, Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    per_second: float  # samples, between the first and the last
-    cpu_ms: float | None  # a sample, over all processes; None where the system does not tell
+    per_second: float  # samples, in the middle of the run: workers start before, and are let go after
+    cpu_ms: float | None  # a sample there, over all processes; None where the system does not tell
 
     def render(self) -> str:
         cpu = "" if self.cpu_ms is None else f", {self.cpu_ms:.1f} ms of CPU each"
         return f"{self.per_second:.1f} a second{cpu}"
+
+
+MIDDLE = (0.1, 0.9)  # of the samples
+
+
+def per_second(ends: Iterable[float]) -> float:
+    """At which samples came that ended at these times, in the middle."""
+    times = sorted(ends)
+    first, last = (int(share * (len(times) - 1)) for share in MIDDLE)
+    return (last - first) / (times[last] - times[first])
 
 
 class Meter:
@@ -50,7 +60,7 @@ class MeteredProgress(Progress):
     def __init__(self, progress: Progress) -> None:
         super().__init__()
         self._progress = progress
-        self._due = [0.1, 0.9]  # of what it renders
+        self._due = list(MIDDLE)  # of what it renders
         self.meter = Meter()
 
     def say(self, text: str) -> None:

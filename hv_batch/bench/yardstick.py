@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hv_batch.bench.pace import Meter, Pace
+from hv_batch.bench.pace import MIDDLE, Meter, Pace, per_second
 from hv_batch.job.config import RunConfig
 from hv_batch.protocol import Engine, ParallelPlan, RankPlace, SamplingParams, UserError
 from hv_batch.runtime.context import build_engine
@@ -53,9 +53,9 @@ def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: 
     meter, seconds = Meter(), []
     for row in ends.iter_rows():
         seconds.append(row["end"])
-        if len(seconds) in (samples // 10, samples * 9 // 10):
+        if len(seconds) in [int(share * samples) for share in MIDDLE]:
             meter.read(len(seconds))
-    return Pace((len(seconds) - 1) / (max(seconds) - min(seconds)), meter.cpu_ms())
+    return Pace(per_second(seconds), meter.cpu_ms())
 
 
 def _pool(actors: int, cpus: float, *arguments: Any) -> dict[str, Any]:

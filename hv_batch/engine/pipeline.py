@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -180,7 +179,7 @@ class HunyuanVideoPipeline:
         Raises UserError for values that cannot be rendered.
         """
         for params in videos:
-            _refuse_problems(asdict(params))
+            _refuse_problems(params.to_dict())
         texts = dict.fromkeys(params.prompt for params in videos)
         texts |= dict.fromkeys(params.negative_prompt for params in videos if params.uses_cfg)
         embeddings = self._text_encoder.encode(list(texts), image=videos[0].is_image)

@@ -20,7 +20,6 @@ from hv_batch.job.runs import find_differences, read_run
 from hv_batch.job.status import plan_size
 from hv_batch.job.storage import Store
 
-READERS = 16  # as in report
 MAX_LINES = 20  # of samples a category in the text
 
 # The columns that say what was asked for; the others say where it stands and what came out.
@@ -128,7 +127,7 @@ def _judge(result: Comparison, key: str, in_a: Facts, in_b: Facts) -> None:
 
 def _shards(store: Store, run: Mapping[str, Any]) -> Iterator[dict[str, Facts]]:
     """Every terminal sample of a run, a shard at a time."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="compare") as pool:
+    with ThreadPoolExecutor(store.readers, thread_name_prefix="compare") as pool:
         for shard in range(plan_size(run)[1]):
             state = scan_shard(store, shard)
             facts: dict[str, Facts] = dict.fromkeys(sorted(state.quarantined))

@@ -31,10 +31,6 @@ from hv_batch.job.storage import Store
 from hv_batch.job.sums import sum_up, write_sums
 from hv_batch.job.tarballs import write_tar
 
-READERS = (
-    16  # records are small, so latency rules: enough to hide an object store's ~30 ms a GET, few enough to be polite
-)
-
 SCHEMA = "hv_batch/dataset/1"  # of the columns below; in the table's own metadata, beside the identity of the run
 
 # Where each of our columns stands in a commit record, and its type. One more column is a new dataset: add with care.
@@ -84,7 +80,7 @@ def seal_shard(
     key = layout.metadata_key(shard)
     if store.exists(key):
         return False
-    with ThreadPoolExecutor(READERS, thread_name_prefix="seal") as pool:
+    with ThreadPoolExecutor(store.readers, thread_name_prefix="seal") as pool:
         records = list(pool.map(lambda sample: _terminal_record(store, shard, sample), keys_in_order))
     committed = [record for record in records if record is not None]
     table = metadata_table(committed, extra_kinds or {})

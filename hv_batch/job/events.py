@@ -8,6 +8,9 @@ from enum import IntEnum
 
 from hv_batch.job.errors import Failure
 
+# What the time that a sample takes at a station depends on: height, width, frames, steps, branches of guidance.
+Work = tuple[int, ...]
+
 
 class Stage(IntEnum):
     """The stations of a sample, in order."""
@@ -40,6 +43,7 @@ class Admitted:
     stage: Stage = Stage.ENCODE
     latent_bytes: int = 0  # that its latents will take in the object store
     lane: int = 0  # the size of the groups that denoise it
+    work: Work = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +91,13 @@ class TaskDone:
 
 @dataclass(frozen=True, slots=True)
 class Spooled:
-    """The decode is done, but the output root does not answer: the video waits on the disk of `node` (Ray's id)."""
+    """The decode is done, but the output root did not answer: the videos of `keys` wait on the disk of `node` (Ray's
+    id). Those of the task's other samples are committed.
+    """
 
     worker: WorkerId
     node: str
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hv_batch.job import layout
-from hv_batch.job.commits import encode
+from hv_batch.job.commits import encode_line
 from hv_batch.protocol import StepState
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class StoredLatents:
 
 def sample_identity(sample: Sample, fingerprint: str) -> str:
     """What a latent depends on: the sample's own parameters and the run it belongs to. Hex digest."""
-    return hashlib.sha256(encode({"params": asdict(sample.params), "fingerprint": fingerprint})).hexdigest()
+    return hashlib.sha256(encode_line({"params": sample.params.to_dict(), "fingerprint": fingerprint})).hexdigest()
 
 
 def put_latents(

@@ -11,6 +11,7 @@ from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Stage
 from hv_batch.job.lanes import Lane
 from hv_batch.job.lodging import lodging_pools
+from hv_batch.job.parcels import PARCEL
 from hv_batch.job.size_rules import most_ranks
 from hv_batch.protocol import ParallelPlan
 
@@ -20,8 +21,8 @@ class StageLimits:
     workers: int  # at most; 0 of DECODE: the groups do its tasks too
     auto: bool = False  # how many of them there should be is learnt from how long tasks take
     lodges: bool = False  # they stand on what the groups have, so they need no room but a group
-    batch: int = 1  # samples a task may take
-    ahead: int  # samples that may wait here; the station before pauses when its results would exceed them
+    batch: int = 1  # samples a task may take; more than one behind the encoders only of quick ones (parcels.py)
+    ahead: int  # tasks' worth of samples that may wait here; the station before pauses when its results would exceed it
     task_timeout_s: float  # without a Beat for so long a running task counts as hung
     result_bytes: float = math.inf  # of what one worker has made and is making, as long as the object store holds it
     lanes: tuple[Lane, ...] = ()  # its workers by size; none: all are alike
@@ -109,6 +110,7 @@ def stage_limits(
         ),
         Stage.DENOISE: StageLimits(
             workers=groups,
+            batch=PARCEL,
             ahead=sum(lane.ahead for lane in lanes),
             task_timeout_s=stall_s,
             result_bytes=result_bytes.get(Stage.DENOISE, math.inf),
@@ -118,6 +120,7 @@ def stage_limits(
             workers=workers[Stage.DECODE],
             auto=config.decoders.count == "auto" and workers[Stage.DECODE] > 0,
             lodges=Stage.DECODE in lodging,
+            batch=PARCEL if workers[Stage.DECODE] else 1,  # all ranks of a group decode one video together
             ahead=groups + max(groups, workers[Stage.DECODE]),
             task_timeout_s=stall_s,
         ),

@@ -24,7 +24,6 @@ from hv_batch.job.dataset import unseal_shard
 from hv_batch.job.errors import Failure
 from hv_batch.job.storage import Store
 
-READERS = 16  # as in report: enough to hide an object store's latency
 MAX_GROUPS = 100  # of one class; what does not fit is counted together
 MAX_EXAMPLES = 3
 MAX_REASON_CHARS = 160
@@ -65,7 +64,7 @@ class Reason:
 
 def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Quarantine records of `shards` in plan order, of all classes or those of `kinds`; one shard in memory."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="quarantine") as pool:
+    with ThreadPoolExecutor(store.readers, thread_name_prefix="quarantine") as pool:
         for shard in shards:
             keys = scan_shard(store, shard).quarantined
             found = pool.map(lambda key, shard=shard: _read(store, shard, key), keys)
@@ -138,7 +137,7 @@ def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]
         return (state.quarantined | taken_back(store, shard)) - state.committed
 
     numbers = list(shards)
-    with ThreadPoolExecutor(READERS, thread_name_prefix="quarantine") as pool:
+    with ThreadPoolExecutor(store.readers, thread_name_prefix="quarantine") as pool:
         return {shard: keys for shard, keys in zip(numbers, pool.map(of_shard, numbers), strict=True) if keys}
 
 

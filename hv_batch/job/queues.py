@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from hv_batch.job.errors import Failure
-from hv_batch.job.events import Stage
+from hv_batch.job.events import Stage, Work
 from hv_batch.job.freight import Freight
 
 STATIONS = tuple(Stage)  # to walk over an enum takes ten times as long
@@ -20,6 +20,7 @@ class _Sample:
     lane: int
     order: int  # of its admission
     latent_bytes: int
+    work: Work
     solo: bool = False  # was in a batch that failed: from now on it runs alone
     failures: list[Failure] = field(default_factory=list)
 
@@ -81,10 +82,13 @@ class Queues:
         """What the sample has been charged with; the caller may add to it."""
         return self._samples[key].failures
 
-    def admit(self, key: str, stage: Stage, latent_bytes: int, lane: int) -> None:
+    def work(self, key: str) -> Work:
+        return self._samples[key].work
+
+    def admit(self, key: str, stage: Stage, latent_bytes: int, lane: int, work: Work) -> None:
         assert key not in self._samples, f"sample {key} admitted twice"
         self._admitted += 1
-        self._enter(key, _Sample(stage, lane, self._admitted, latent_bytes))
+        self._enter(key, _Sample(stage, lane, self._admitted, latent_bytes, work))
 
     def advance(self, key: str) -> None:
         """The running task has done its part of the sample."""

@@ -25,7 +25,6 @@ from hv_batch.job.storage import Store
 from hv_batch.job.sums import Sums, read_sums, sum_up
 
 SCHEMA = "hv_batch/summary/1"
-READERS = 16  # records are small: enough to hide an object store's latency, few enough to be polite to it
 MAX_CARDS = 500  # a browser copes with that many clips on one page; the dataset itself is for the rest
 MAX_FAILED = 200  # a traceback is up to 8 kB, and the hundredth says little new
 
@@ -87,7 +86,7 @@ def write_report(store: Store, summary: Mapping[str, Any]) -> None:
 
 def _sums(store: Store, shards: Sequence[ShardStatus]) -> Iterator[Sums]:
     """Those of every shard: what sealing it wrote down, where it still holds, else from its records."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="sums") as pool:
+    with ThreadPoolExecutor(store.readers, thread_name_prefix="sums") as pool:
         for shard, kept in zip(shards, pool.map(lambda shard: _kept_sums(store, shard), shards), strict=True):
             yield kept or sum_up(_committed(store, [shard.shard]))
 
@@ -100,7 +99,7 @@ def _kept_sums(store: Store, shard: ShardStatus) -> Sums | None:
 
 def _committed(store: Store, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
     """Every commit record of `shards` in plan order, one shard of them in memory."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="report") as pool:
+    with ThreadPoolExecutor(store.readers, thread_name_prefix="report") as pool:
         for shard in shards:
             keys = scan_shard(store, shard).committed
             records = pool.map(lambda key, shard=shard: read_commit(store, shard, key), keys)

@@ -11,9 +11,8 @@ Invariants, which tests/unit/test_scheduler.py checks after every step of genera
   video waits on the disk of a node for an output root that does not answer), or gone.
 - A sample goes exactly once: committed (its DECODE task done, or its video published) or quarantined (P1). A drain
   leaves the rest to a resume.
-- At most `window` samples are at the stations, and SPOOLED_AT_MOST set aside. A station starts no task whose results
-  the next one has no room for, nor one whose results the object store has none for beside what else the worker has
-  made (freight.py): a slow decoder slows the groups, it never fills the object store (P7).
+- At most `window` samples are at the stations, and SPOOLED_AT_MOST set aside: a slow decoder slows the groups, it never
+  fills the object store (flow.py, P7).
 - A failure costs its own sample at most its budget and its worker at most a restart; everything else goes on (P5).
   In particular a batch that fails is tried again sample by sample, and none of its members is charged for it; and
   while the output root does not answer, nobody is.
@@ -59,6 +58,7 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.flow import Flow
 from hv_batch.job.freight import Freight
 from hv_batch.job.limits import RetryLimits, StageLimits
 from hv_batch.job.pools import Pools
@@ -68,7 +68,6 @@ from hv_batch.job.staffing import Staff
 
 OUTAGE_PAUSE_S = 15.0  # between two tries while the output root does not answer
 OUTAGE_LIMIT_S = 1800.0  # then the run ends; everything that was stored is there for the same command
-SPOOLED_AT_MOST = 10_000  # videos on the disks of nodes, of which the driver keeps account
 
 
 class Scheduler:
@@ -81,6 +80,7 @@ class Scheduler:
         self._freight = Freight({stage: limits.result_bytes for stage, limits in stages.items()})
         self._queues = Queues(self._freight, len(stages[Stage.DENOISE].sizes))
         self._pools = Pools(stages)
+        self._flow = Flow(stages, self._queues, self._freight)
         self._staff = Staff(stages, self._pools)
         # Stations, and sizes of groups, that have had a ready worker: config and weights are right.
         self._proven: set[tuple[Stage, int]] = set()
@@ -95,8 +95,8 @@ class Scheduler:
 
     @property
     def window(self) -> int:
-        """Most samples at the stations: what these hold while every queue between them is full."""
-        return sum(limits.ahead + limits.workers * limits.batch for limits in self._limits.values())
+        """Most samples at the stations: what these hold while every queue is full, of quick ones if any."""
+        return self._flow.window
 
     def in_flight(self) -> dict[str, Stage]:
         return self._queues.places()
@@ -141,9 +141,9 @@ class Scheduler:
 
     def _take(self, event: Event, now: float) -> list[Action]:
         match event:
-            case Admitted(key, stage, latent_bytes, lane):
+            case Admitted(key, stage, latent_bytes, lane, work):
                 self._asked = max(0, self._asked - 1)
-                self._queues.admit(key, stage, latent_bytes, lane)
+                self._queues.admit(key, stage, latent_bytes, lane, work)
             case Published(key):
                 self._outage_since, self._decode_at = None, now
                 self._queues.drop(key)
@@ -193,8 +193,8 @@ class Scheduler:
                 worker.hear(patience_s, now)
             case TaskDone(_, result_bytes) if worker.task:
                 self._task_done(worker, result_bytes, now)
-            case Spooled() if worker.task:
-                self._set_aside(worker, now)
+            case Spooled(keys=spooled) if worker.task:
+                self._set_aside(worker, spooled, now)
             case TaskFailed(_, failure) if worker.task:
                 return self._task_failed(worker, failure, now)
             case WorkerLost(_, failure, excused):
@@ -211,13 +211,18 @@ class Scheduler:
         for key in keys:
             self._queues.advance(key)
 
-    def _set_aside(self, worker: WorkerSlot, now: float) -> None:
+    def _set_aside(self, worker: WorkerSlot, spooled: tuple[str, ...], now: float) -> None:
         for key in self._succeed(worker, now):
-            self._queues.set_aside(key)
+            if key in spooled:
+                self._queues.set_aside(key)
+            else:
+                self._queues.advance(key)
 
     def _succeed(self, worker: WorkerSlot, now: float) -> tuple[str, ...]:
         stage, seconds = self._queues.place(worker.task[0]), (now - worker.begun) / len(worker.task)
         self._pools.measure(stage, seconds, first=worker.is_fresh)
+        if not worker.is_fresh:
+            self._flow.measure(stage, [self._queues.work(key) for key in worker.task], seconds)
         return worker.succeed()
 
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
@@ -315,13 +320,7 @@ class Scheduler:
     def _admissions(self) -> Iterator[Action]:
         if self._exhausted or self._asked or self._drain_until is not None:
             return
-        encode, denoise = self._limits[Stage.ENCODE], self._limits[Stage.DENOISE]
-        early = self._queues.at(Stage.ENCODE) + self._queues.waiting(Stage.DENOISE)
-        room = min(
-            self.window - len(self._queues),
-            encode.ahead + encode.workers * encode.batch + denoise.ahead - early,
-        )
-        if room > 0:
+        if room := self._flow.admissible():
             self._asked = room
             yield Admit(room)
 
@@ -355,8 +354,8 @@ class Scheduler:
         """The station that keeps groups from working: no decoder takes what they have made, or nobody feeds them."""
         idle = self._staff.idle(Stage.DENOISE)
         has_work = self._queues.waiting(Stage.DENOISE) > 0
-        stuck = has_work and idle and not any(self._may_take(group, Stage.DENOISE, group.lane) for group in idle)
-        if self._room_after(Stage.DENOISE) <= 0 or stuck:
+        stuck = has_work and idle and not any(self._flow.may_make(slot.id, Stage.DENOISE, slot.lane) for slot in idle)
+        if self._flow.room_behind(Stage.DENOISE) <= 0 or stuck:
             return Stage.DECODE
         return None if has_work else Stage.ENCODE
 
@@ -365,42 +364,13 @@ class Scheduler:
             if now < self._decode_at if stage is Stage.DECODE else self._drain_until is not None:
                 continue
             for worker in self._staff.idle(stage) if self._queues.waiting(stage) else ():
-                lane = self._lane_for(worker, stage)
+                lane = self._flow.lane_for(stage, worker.lane)
                 if lane is None:
                     continue
-                if not (most := min(self._may_take(worker, stage, lane), self._room_for(stage, lane))):
+                sharers = self._staff.ready(stage, lane)
+                if not (most := self._flow.task_for(worker.id, stage, lane, sharers)):
                     continue
                 worker.run(self._queues.take_batch(stage, lane, most), now)
                 if stage is not Stage.DECODE:
                     self._freight.begin(worker.id, worker.task)
                 yield Run(worker.id, worker.task, stage)
-
-    def _lane_for(self, worker: WorkerSlot, stage: Stage) -> int | None:
-        """Where an idle worker finds its next samples: to denoise, in its own lane, else where any wait longest."""
-        lanes = [worker.lane] if stage is Stage.DENOISE else self._queues.lanes(stage)
-        return self._queues.oldest(stage, (lane for lane in lanes if self._room_for(stage, lane) > 0))
-
-    def _may_take(self, worker: WorkerSlot, stage: Stage, lane: int) -> int:
-        """How many of the next samples an idle worker may work on, for what their results weigh."""
-        if stage is Stage.DECODE:
-            return self._limits[stage].batch
-        return self._freight.room(worker.id, self._queues.upcoming(stage, lane, self._limits[stage].batch))
-
-    def _room_for(self, stage: Stage, lane: int) -> int:
-        """How many samples a task may begin with now. While groups have work, an encoder waits until a whole batch has
-        room: it takes hardly longer than one sample.
-        """
-        room = self._room_after(stage, lane)
-        can_wait = stage is Stage.ENCODE and self._queues.waiting(Stage.DENOISE, lane) > 0
-        return 0 if can_wait and room < self._limits[stage].batch else room
-
-    def _room_after(self, stage: Stage, lane: int | None = None) -> int:
-        """How many more samples the next station could hold if everything running here arrived: for each size of groups
-        its own, all of it for decoders. What comes behind these are the disks of the nodes.
-        """
-        if stage is Stage.DECODE:
-            return SPOOLED_AT_MOST - self._queues.aside - self._queues.at(stage) + self._queues.waiting(stage)
-        after, lane = Stage(stage + 1), lane if stage is Stage.ENCODE else None
-        coming = self._queues.at(stage, lane) - self._queues.waiting(stage, lane)
-        ahead = self._limits[after].ahead if lane is None else self._limits[after].sizes[lane].ahead
-        return ahead - self._queues.waiting(after, lane) - coming

@@ -64,6 +64,11 @@ class Staff:
         are_mixed = slots is self._slots[Stage.DENOISE] and len(self.lanes) > 1
         return sorted(idle, key=lambda slot: slot.beat) if are_mixed else idle
 
+    def ready(self, stage: Stage, lane: int) -> int:
+        """How many workers do, or could do, tasks of the station; groups, those of the lane."""
+        slots = self._slots[stage] or self._slots[Stage.DENOISE]
+        return sum(slot.ready for slot in slots if stage is not Stage.DENOISE or slot.lane == lane)
+
     def find(self, worker: WorkerId) -> WorkerSlot | None:
         """The slot that lives this life; None when it is over."""
         slot = self._slots[worker.stage][worker.slot]

@@ -61,6 +61,13 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({public_url(self.url)!r})"
 
+    @property
+    def readers(self) -> int:
+        """Threads that read small objects at once: enough to hide an object store's ~30 ms a GET, few enough to be
+        polite to it. A disk has hardly any latency to hide, and threads take turns in Python.
+        """
+        return 4 if self._is_local else 16
+
     @cached_property
     def _backend(self) -> LocalDisk | Remote:
         return LocalDisk(self.url) if self._is_local else Remote(self.url, self._role)
@@ -79,10 +86,13 @@ class Store:
         path = _checked(key)
         self._retry(lambda: self._backend.put(path, data), len(data))
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Upload a file of any size. The name should hold a hash of its bytes: then writing it twice is harmless."""
+    def put_file(self, key: str, path: Path, *, is_final: bool = False) -> None:
+        """Upload a file of any size. The name should hold a hash of its bytes: then writing it twice is harmless.
+
+        A file that `is_final`, to which nobody writes any more, may become the object itself, with a second name.
+        """
         target = _checked(key)
-        self._retry(lambda: self._backend.put_file(target, path), path.stat().st_size)
+        self._retry(lambda: self._backend.put_file(target, path, is_final=is_final), path.stat().st_size)
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""

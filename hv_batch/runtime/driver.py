@@ -214,12 +214,15 @@ class Driver:
                     self._outage.over(time.monotonic())
                     for key in task.keys:
                         self._plan.committed(self._items.pop(key).sample)
-            case Spooled(worker, node) if worker in self._workers:
+            case Spooled(worker, node, spooled) if worker in self._workers:
                 task = self._tasks.pop(worker)
                 self._metrics.task_done(task.stage, time.monotonic() - task.begun)
                 for key in task.keys:
-                    self._items[key].latents = None  # makes room in the object store
-                    self._spools.add(node, self._items[key].sample)
+                    if key in spooled:
+                        self._items[key].latents = None  # makes room in the object store
+                        self._spools.add(node, self._items[key].sample)
+                    else:
+                        self._plan.committed(self._items.pop(key).sample)
             case Published(key):
                 self._plan.committed(self._items.pop(key).sample)
             case TaskFailed(worker, failure) if worker in self._workers:
@@ -296,7 +299,8 @@ class Driver:
                 params, lane = found.sample.params, self._context.sizes.lane(found.sample.params.shape)
                 item = InFlight(found.sample, earlier=found.earlier, has_steps=found.has_steps)
                 self._items[found.sample.key] = item
-                self._events.append(Admitted(found.sample.key, found.stage, params.latent_bytes, lane))
+                work = (*params.shape, params.num_inference_steps, 1 + params.uses_cfg)
+                self._events.append(Admitted(found.sample.key, found.stage, params.latent_bytes, lane, work))
 
     def _start(self, worker: WorkerId, lane: int) -> Worker:
         if worker.stage is Stage.DENOISE:

@@ -16,26 +16,17 @@ from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.columns import Kind
 from hv_batch.job.commits import quarantine, quarantine_record
-from hv_batch.job.dataset import seal_shard
 from hv_batch.job.errors import Failure
 from hv_batch.job.events import Event
 from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Plan, Sealable
-from hv_batch.job.runs import read_run
 from hv_batch.job.samples import Sample
-from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify
+from hv_batch.runtime.sealing import seal
 from hv_batch.runtime.workers import Watch
-
-
-@ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
-def seal(store: Store, sealable: Sealable, extra_kinds: Mapping[str, Kind], webdataset: bool) -> None:
-    """In a task, because a shard's records are a few hundred reads and the driver must keep feeding."""
-    identity = read_run(store)["identity"]
-    seal_shard(store, sealable.shard, sealable.keys, extra_kinds, identity=identity, webdataset=webdataset)
 
 
 class Errands:
@@ -88,7 +79,7 @@ class Errands:
     def _seal(self, sealable: Sealable) -> None:
         self._sealing += 1
         webdataset = self._context.config.output.webdataset
-        ref = seal.remote(self._context.store, sealable, self._extra_kinds, webdataset)
+        ref = seal.remote(self._context.store, sealable.shard, sealable.keys, self._extra_kinds, webdataset)
         self._watch(ref, lambda ref: self._sealed(ref, sealable))
 
     def _sealed(self, ref: ray.ObjectRef, sealable: Sealable) -> list[Event]:

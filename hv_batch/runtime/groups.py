@@ -31,7 +31,7 @@ from hv_batch.runtime.failures import (
 )
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.placement import alive_nodes, ranks_per_node
-from hv_batch.runtime.ranks import RankActor, RankSeat
+from hv_batch.runtime.ranks import DenoiseTask, RankActor, RankSeat
 from hv_batch.runtime.seats import Seats
 from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
@@ -189,27 +189,32 @@ class DenoiseGroup:
     # Rendering --------------------------------------------------------------------------------------------------------
 
     def run(self, items: Sequence[InFlight], stage: Stage) -> None:
-        (item,) = items
         if stage is Stage.DECODE:
+            (item,) = items
             self._decode(item)
         else:
-            self._denoise(item)
+            self._denoise(items)
 
-    def _denoise(self, item: InFlight) -> None:
-        resume = self._ranks[0].read_steps.remote(item.sample) if item.may_resume() else None
-        item.has_steps = True
-        arguments = (item.sample, item.embeddings, item.stages, resume)
-        item.embeddings = None  # the ranks' tasks hold them; another try would encode anew
-        latents, report = self._ranks[0].denoise.options(num_returns=2).remote(*arguments)
+    def _denoise(self, items: Sequence[InFlight]) -> None:
+        first = self._ranks[0]
+        tasks = [DenoiseTask(item.sample, item.stages) for item in items]
+        embeddings = [item.embeddings for item in items]
+        resumes = [first.read_steps.remote(item.sample) if item.may_resume() else None for item in items]
+        for item in items:
+            item.has_steps = True
+            item.embeddings = None  # the ranks' tasks hold them; another try would encode anew
+        arguments = (tasks, *embeddings, *resumes)
+        *latents, reports = first.denoise.options(num_returns=len(items) + 1).remote(*arguments)
         others = {actor.denoise.remote(*arguments): rank for rank, actor in enumerate(self._ranks[1:], start=1)}
 
         def rendered(answers: Mapping[ray.ObjectRef, Any]) -> list[Event]:
-            item.latents = latents
-            item.stages["denoise"] = answers[report]
+            for item, own, report in zip(items, latents, answers[reports], strict=True):
+                item.latents = own
+                item.stages["denoise"] = report
             self._sick_nodes.worked(Stage.DENOISE, self._nodes)
             return [TaskDone(self.id)]
 
-        self._when_all({report: 0, **others}, rendered)
+        self._when_all({reports: 0, **others}, rendered)
 
     def _decode(self, item: InFlight) -> None:
         """Rank 0 looks what there is to decode, all ranks decode, and when all have, rank 0 publishes.
@@ -241,7 +246,7 @@ class DenoiseGroup:
 
         def publish(stages: Mapping[str, StageReport]) -> list[Event]:
             ref = first.publish.remote(sample, stages, item.history)
-            self._when_all({ref: 0}, lambda answers: [decoded(self.id, answers[ref])], alone)
+            self._when_all({ref: 0}, lambda answers: [decoded(self.id, [item], [answers[ref]])], alone)
             return []
 
         stored, told = first.find_latents.options(num_returns=2).remote(sample, item.stages if given else None)

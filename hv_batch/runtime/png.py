@@ -32,7 +32,9 @@ def encode_png(frame: np.ndarray) -> bytes:
 
 def _predict(frame: np.ndarray) -> np.ndarray:
     """Of every byte the one of left, above and above left that is nearest to left + above - above left; uint8."""
-    padded = np.pad(frame.astype(np.int16), ((1, 0), (1, 0), (0, 0)))  # beyond the edges are zeros
+    height, width, colours = frame.shape
+    padded = np.zeros((height + 1, width + 1, colours), np.int16)  # beyond the edges are zeros
+    padded[1:, 1:] = frame
     left, above, corner = padded[1:, :-1], padded[:-1, 1:], padded[:-1, :-1]
     to_left, to_above = np.abs(above - corner), np.abs(left - corner)
     to_corner = np.abs(left + above - 2 * corner)

@@ -90,11 +90,12 @@ class Publisher:
         return stored.latents, {name: StageReport.from_dict(report) for name, report in stored.stages.items()}
 
     def write(self, sample: Sample, chunks: Iterable[np.ndarray], folder: Path) -> MediaInfo:
+        """The video in a file of `folder`, named after the sample."""
         params, media = sample.params, self._context.config.media
         try:
             return write_media(
                 self._counted(chunks),
-                folder / "media",
+                folder / sample.key,
                 height=params.height,
                 width=params.width,
                 num_frames=params.num_frames,
@@ -138,7 +139,7 @@ class Publisher:
             with self._noting_outages():
                 with stopwatch() as uploading:
                     for name, path in files.items():
-                        self._context.store.put_file(name, path)
+                        self._context.store.put_file(name, path, is_final=True)
                 commits.commit(self._context.store, record({"upload_seconds": round(uploading.seconds, 3)}))
                 self._clear(sample)
         except StorageUnavailableError:

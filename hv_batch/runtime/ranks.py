@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from hv_batch.runtime.publishing import Publisher, Stages, scratch_folder
 from hv_batch.runtime.recording import Recording, record
 from hv_batch.runtime.steps import Pace, StepWriter, read_steps
 
+STORING_AT_ONCE = 4  # final latents of quick samples, while the next is denoised
+
 
 @dataclass(frozen=True, slots=True)
 class RankSeat:
@@ -33,6 +36,14 @@ class RankSeat:
 
     node: str  # Ray's id: several nodes of a cluster may share an address
     gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseTask:
+    """One sample of a task, but for its embeddings."""
+
+    sample: Sample
+    stages: Mapping[str, StageReport]  # behind it
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
@@ -46,6 +57,7 @@ class RankActor:
         self._name = name
         self._pace = Pace()
         self._checkpoint_asked = Event()
+        self._pool = ThreadPoolExecutor(STORING_AT_ONCE, thread_name_prefix="latents")
         self._publisher = Publisher(context, name)  # of rank 0, where the group decodes
         self._recording: Recording | Exception | None = None
 
@@ -96,30 +108,50 @@ class RankActor:
         """Rank 0: the step checkpoint that an earlier try has left in the output root."""
         return read_steps(self._context.store, sample, sample_identity(sample, self._context.fingerprint))
 
-    def denoise(
-        self,
-        sample: Sample,
-        embeddings: tuple[Any, Any],
-        stages: Mapping[str, StageReport],
-        resume: StepState | None,
-    ) -> Any:
-        """Latents and report from rank 0, which has put the latents into the output root first (P4); None elsewhere.
+    def denoise(self, tasks: Sequence[DenoiseTask], *inputs: Any) -> Any:
+        """The latents of each from rank 0, then their reports; None elsewhere. Rank 0 has put the latents into the
+        output root first (P4).
 
-        Every rank is given the same `resume`, what rank 0 read: a rank that looked for itself might see another one.
+        `inputs` are the embeddings of each, a pair, then the state that each resumes from: Ray looks for references
+        among the arguments alone, not inside them. Every rank is given the same states, which rank 0 read: a rank that
+        looked for itself might see another one.
         """
-        positive, negative = embeddings
-        steps = sample.params.num_inference_steps
+        embeddings, resumes = inputs[: len(tasks)], inputs[len(tasks) :]
+        each = zip(tasks, embeddings, resumes, strict=True)
         if self._rank != 0:
-            with self._pace.of(steps) as pace:
-                self._denoiser.denoise(sample.params, positive, negative, lambda done, _: pace(done), resume)
+            for task, texts, resume in each:
+                self._assist(task.sample, texts, resume)
             return None
-        context = self._context
+        latents, reports, storing = [], [], list[Future[None]]()
+        try:
+            for task, texts, resume in each:
+                own, report, stored = self._denoise(task, texts, resume)
+                latents.append(own)
+                reports.append(report)
+                storing.append(stored)
+        finally:
+            wait(storing)  # whatever becomes of the others: none may land once its sample's last word is spoken
+        for stored in storing:
+            stored.result()
+        return *latents, reports
+
+    def _assist(self, sample: Sample, embeddings: tuple[Any, Any], resume: StepState | None) -> None:
+        positive, negative = embeddings
+        with self._pace.of(sample.params.num_inference_steps) as pace:
+            self._denoiser.denoise(sample.params, positive, negative, lambda done, _: pace(done), resume)
+
+    def _denoise(
+        self, task: DenoiseTask, embeddings: tuple[Any, Any], resume: StepState | None
+    ) -> tuple[np.ndarray, StageReport, Future[None]]:
+        """The latents, the report, and when the two are in the output root."""
+        context, sample = self._context, task.sample
+        positive, negative = embeddings
         identity = sample_identity(sample, context.fingerprint)
         every = context.config.groups.checkpoint_every
         with (
             stopwatch() as watch,
             StepWriter(context.store, sample, identity, every, self._checkpoint_asked) as writer,
-            self._pace.of(steps) as pace,
+            self._pace.of(sample.params.num_inference_steps) as pace,
         ):
 
             def on_step(done: int, read: Callable[[], np.ndarray] | None) -> None:
@@ -131,11 +163,13 @@ class RankActor:
         details |= {"resumed_from_step": resume.step} if resume else {}
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
-        reports = {name: stage.to_dict() for name, stage in {**stages, "denoise": report}.items()}
+        reports = {name: stage.to_dict() for name, stage in {**task.stages, "denoise": report}.items()}
+        return latents, report, self._pool.submit(self._store, sample, latents, identity, reports)
+
+    def _store(self, sample: Sample, latents: np.ndarray, identity: str, reports: Mapping[str, Any]) -> None:
         # An output root that does not answer is no reason to lose a denoise: the latents also travel by reference.
         with suppress(StorageUnavailableError):
-            put_latents(context.store, sample, latents, identity, reports)
-        return latents, report
+            put_latents(self._context.store, sample, latents, identity, reports)
 
     def find_latents(self, sample: Sample, stages: Stages | None) -> tuple[np.ndarray | None, Stages | None]:
         """Rank 0: what is to be decoded, and the reports behind it; None for these when the sample is committed.

@@ -32,7 +32,7 @@ from hv_batch.job.events import (
 )
 from hv_batch.job.samples import Sample
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport
-from hv_batch.runtime.decoders import DecoderActor
+from hv_batch.runtime.decoders import DecoderActor, DecodeTask
 from hv_batch.runtime.encoders import EncoderActor
 from hv_batch.runtime.failures import classify, is_device_fault, worker_survives
 from hv_batch.runtime.placement import elsewhere
@@ -183,9 +183,10 @@ def start_failure(failure: Failure) -> Failure:
     return replace(failure, kind=FailureClass.INFRA, message=f"it did not start: {failure.message}")
 
 
-def decoded(worker: WorkerId, node: str | None) -> Event:
-    """What the answer to a decode means: it is committed, or waits on the disk of `node`."""
-    return TaskDone(worker) if node is None else Spooled(worker, node)
+def decoded(worker: WorkerId, items: Sequence[InFlight], nodes: Sequence[str | None]) -> Event:
+    """What the answer to a decode means: each is committed, or waits on the disk of its one of `nodes`."""
+    spooled = {item.sample.key: node for item, node in zip(items, nodes, strict=True) if node is not None}
+    return Spooled(worker, next(iter(spooled.values())), tuple(spooled)) if spooled else TaskDone(worker)
 
 
 class EncoderWorker(PoolWorker):
@@ -208,19 +209,20 @@ class EncoderWorker(PoolWorker):
 
 class DecoderWorker(PoolWorker):
     def run(self, items: Sequence[InFlight], _stage: Stage) -> None:
-        (item,) = items
-        ref = self._actor.decode.remote(item.sample, item.latents, item.stages, item.history)
-        self._watch(ref, lambda ref: self._decoded(ref, item))
+        tasks = [DecodeTask(item.sample, item.stages, item.history) for item in items]
+        ref = self._actor.decode.remote(tasks, *(item.latents for item in items))
+        self._watch(ref, lambda ref: self._decoded(ref, items))
 
-    def _decoded(self, ref: ray.ObjectRef, item: InFlight) -> list[Event]:
+    def _decoded(self, ref: ray.ObjectRef, items: Sequence[InFlight]) -> list[Event]:
         try:
-            node = ray.get(ref)
+            nodes = ray.get(ref)
         except RayError as error:
             if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
-                item.latents = None  # may be what was lost; the next try reads the output root
+                for item in items:
+                    item.latents = None  # may be what was lost; the next try reads the output root
             return self._failed(error)
         self._sick_nodes.worked(self.id.stage, self.nodes)
-        return [decoded(self.id, node)]
+        return [decoded(self.id, items, nodes)]
 
 
 def start_encoder(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import scheduler
+from hv_batch.job import flow
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Abort,
@@ -52,9 +52,10 @@ MIB = 2**20
 BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
 
 
-def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False, ranks=(1,)):
+def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False, ranks=(1,), parcel=1):
     """With `lodging`, encoders and decoders stand on what the groups have; without decoders, groups decode. There are
-    `groups` of the largest size; `ranks` are those of a group of each size, largest first.
+    `groups` of the largest size; `ranks` are those of a group of each size, largest first. Quick samples are denoised,
+    and decoded by decoders, up to `parcel` at a time.
     """
     share = {"task_timeout_s": STALL_S, "result_bytes": result_bytes}
     lanes = [
@@ -71,9 +72,11 @@ def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, 
     return {
         Stage.ENCODE: StageLimits(workers=encoders, lodges=lodging, batch=batch, ahead=batch, **share),
         Stage.DENOISE: StageLimits(
-            workers=groups, ahead=sum(lane.ahead for lane in lanes), lanes=tuple(lanes), **share
+            workers=groups, batch=parcel, ahead=sum(lane.ahead for lane in lanes), lanes=tuple(lanes), **share
         ),
-        Stage.DECODE: StageLimits(workers=decoders, lodges=lodging, ahead=ahead, task_timeout_s=STALL_S),
+        Stage.DECODE: StageLimits(
+            workers=decoders, lodges=lodging, batch=parcel if decoders else 1, ahead=ahead, task_timeout_s=STALL_S
+        ),
     }
 
 
@@ -160,7 +163,7 @@ class World:
                 self.released.append(worker)
             case Checkpoint(worker):
                 assert worker.stage is Stage.DENOISE
-                assert [self.at[key] for key in self.running[worker]] == [Stage.DENOISE]
+                assert {self.at[key] for key in self.running[worker]} == {Stage.DENOISE}
                 self.checkpoints.append(worker)
             case Run(worker, keys, stage):
                 self.idle.remove(worker)
@@ -244,7 +247,7 @@ class World:
         gone = Counter(self.committed) + Counter(self.quarantined)
         assert all(count == 1 for count in gone.values()), "a sample went twice"
         assert not self.spooled.keys() & (gone.keys() | self.at.keys()), "in two places"
-        assert self.scheduler.spooled() == len(self.spooled) <= scheduler.SPOOLED_AT_MOST
+        assert self.scheduler.spooled() == len(self.spooled) <= flow.SPOOLED_AT_MOST
         assert len(self.at) <= self.scheduler.window
         assert self.ranks() <= max(lane.ranks * lane.workers for lane in self.stages[Stage.DENOISE].sizes)
         if not (self.finish or self.abort):
@@ -261,7 +264,8 @@ class World:
             begun_elsewhere = sum(1 for admitted in self.plan if admitted.stage is stage)
             running = {key for task in self.running.values() for key in task}
             waiting = [key for key, place in self.at.items() if place is stage and key not in running]
-            assert len(waiting) <= self.stages[stage].ahead + self.stages[stage].workers + begun_elsewhere
+            room = (self.stages[stage].ahead + self.stages[stage].workers) * self.stages[stage].batch
+            assert len(waiting) <= room + begun_elsewhere
 
     # What the world may answer --------------------------------------------------------------------------------------
 
@@ -287,13 +291,15 @@ class World:
         self.feed(TaskDone(worker, weights))
 
     def spool(self, worker):
-        """The output root is away, and the video of a decode waits on a disk."""
-        (key,) = self.running.pop(worker)
+        """The output root is away for every other video of a decode, and these wait on a disk."""
+        keys = self.running.pop(worker)
         self.idle.add(worker)
-        self.unload(key, Stage.DENOISE)
-        del self.at[key]
-        self.spooled[key] = True
-        self.feed(Spooled(worker, "node"))
+        for key in keys:
+            self.unload(key, Stage.DENOISE)
+            del self.at[key]
+        self.spooled.update((key, True) for key in keys[::2])
+        self.committed.extend(keys[1::2])
+        self.feed(Spooled(worker, "node", keys[::2]))
 
     def publish(self, key):
         del self.spooled[key]
@@ -370,13 +376,15 @@ def test_every_history_ends_with_each_sample_gone_once(data):
         result_bytes=data.draw(st.sampled_from([1, 8 * MIB, 20 * MIB, math.inf])),
         lodging=data.draw(st.booleans()),
         ranks=data.draw(st.sampled_from([(1,), (1,), (8,), (2, 1), (8, 1), (8, 4, 2)])),
+        parcel=data.draw(st.integers(1, 4)),
     )
     begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
     lanes = st.integers(0, len(stages[Stage.DENOISE].sizes) - 1)
+    works = st.sampled_from([(64,), (128,)])
     world = World(
         stages,
         [
-            Admitted(f"s{i}", stage, MIB * data.draw(st.integers(1, 16)), data.draw(lanes))
+            Admitted(f"s{i}", stage, MIB * data.draw(st.integers(1, 16)), data.draw(lanes), data.draw(works))
             for i, stage in enumerate(begins)
         ],
         embedding_bytes={f"s{i}": MIB * data.draw(st.integers(1, 8)) for i in range(len(begins))},
@@ -514,6 +522,56 @@ def test_a_failed_batch_is_tried_one_by_one():
     assert world.quarantined == ["s1"]
     assert len(world.quarantines[0].failures) == RETRIES.poison
     assert sorted(world.committed) == ["s0", "s2"]
+
+
+def denoise_tasks(world, seconds):
+    """Run to the end, and what each denoise took, in order. Each sample's takes so long, by its work; else no time."""
+    work = {begun.key: begun.work for begun in world.plan}
+    tasks = []
+    while not (world.finish or world.abort):
+        if world.starting:
+            world.ready(world.starting[0])
+            continue
+        worker, keys = next(iter(world.running.items()))
+        if worker.stage is Stage.DENOISE:
+            tasks.append(keys)
+            world.tick(sum(seconds[work[key]] for key in keys))
+        world.done(worker)
+    return tasks
+
+
+def test_quick_samples_travel_together():
+    """Stations: once a kind of sample is known to be quick, groups share out what waits, and each takes several; slow
+    ones, and kinds that nobody knows yet, go one by one. Nothing is rendered twice or left.
+    """
+    quick, slow = (64,), (720,)
+    plan = [Admitted(f"s{i:02}", work=slow if i % 10 == 9 else quick) for i in range(60)]
+    world = World(limits(groups=1, batch=8, parcel=16), plan)
+    tasks = denoise_tasks(world, {quick: 0.1, slow: 9.0})
+    assert sorted(world.committed) == [begun.key for begun in plan]
+    assert set(world.runs.values()) == {1}
+    alone = [keys[0] for keys in tasks if len(keys) == 1]
+    assert {begun.key for begun in plan if begun.work == slow} <= set(alone)
+    assert max(map(len, tasks)) == 5, "half a second's worth"
+    assert len(tasks[0]) == len(tasks[1]) == 1, "nothing is known before a worker's second task"
+
+
+def test_a_parcel_that_is_lost_charges_nobody():
+    """P5: its samples are tried again alone, so that the one to blame is found; the others are committed."""
+    world = World(limits(groups=1, batch=8, parcel=16), plan_of(40))
+    seen = []
+
+    def bad(worker, keys):
+        if worker.stage is Stage.DENOISE and "s20" in keys:
+            seen.append(len(keys))
+            return "lost", FailureClass.INFRA
+        return None
+
+    drive(world, bad)
+    assert seen[0] > 1, "it was in no parcel"
+    assert seen[1:] == [1] * RETRIES.infra
+    assert world.quarantined == ["s20"]
+    assert len(world.committed) == 39
 
 
 def test_one_group_that_never_starts_ends_the_run():
@@ -683,7 +741,7 @@ def test_a_lost_spool_costs_a_render_and_charges_nobody(stage, denoises):
 
 def test_the_driver_keeps_account_of_so_many_spooled_videos(monkeypatch):
     """P7: beyond that, decodes wait as they do when the disks are full."""
-    monkeypatch.setattr(scheduler, "SPOOLED_AT_MOST", 5)
+    monkeypatch.setattr(flow, "SPOOLED_AT_MOST", 5)
     world = World(limits(groups=2, decoders=2), plan_of(30))
     for _ in range(200):
         decodes = [worker for worker in world.running if worker.stage is Stage.DECODE]
