@@ -23,6 +23,7 @@ def engine(
     rounds: Annotated[int, typer.Option(min=1, help="how often hv_batch and diffusers take turns")] = 3,
     stage: Annotated[list[str] | None, typer.Option(help="text, dit or vae; repeat it; default: all")] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="let hv_batch compute the DiT's products in FP8")] = False,
+    attention: Annotated[str, typer.Option(help="of hv_batch's DiT: sdpa, cudnn, flash or math")] = "sdpa",
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Time text encoding, one DiT step and the tiled VAE decode, with random weights, next to diffusers.
@@ -39,7 +40,7 @@ def engine(
         torch.set_num_threads(threads)
     place = find_device(device)
     preset = preset or ("720p" if place.type == "cuda" else "mid")
-    reports = bench_engine(preset, place, stage or list(STAGES), rounds, fp8)
+    reports = bench_engine(preset, place, stage or list(STAGES), rounds, fp8=fp8, attention=attention)
     if as_json:
         found = {"machine": describe(place), "preset": preset, "stages": [report.to_dict() for report in reports]}
         print(json.dumps(found, indent=1))

@@ -11,6 +11,7 @@ import torch
 from hv_batch.bench.measure import Probe, Times, Work, measure_matmul_peak, median_ratio, probe, time_in_turns
 from hv_batch.bench.presets import PRESETS, Preset
 from hv_batch.bench.stages import STAGES, Stage, has_diffusers
+from hv_batch.engine.attention import KERNELS
 from hv_batch.protocol import UserError
 
 
@@ -67,17 +68,18 @@ HEADER = f"{'':13}{'best s':>9}{'median s':>9}{'GFLOP':>11}{'GFLOP/s':>10}{'of p
 
 
 def bench_engine(
-    preset: str, device: torch.device, stages: Sequence[str], rounds: int, fp8: bool = False
+    preset: str, device: torch.device, stages: Sequence[str], rounds: int, *, fp8: bool = False, attention: str = "sdpa"
 ) -> Iterator[StageReport]:
-    """Report on each stage as soon as it is timed, the DiT's with FP8 products if `fp8`.
+    """Report on each stage as soon as it is timed, the DiT's with FP8 products if `fp8`, and with that kernel.
 
     Raises UserError for a name that is not known at once, and on the way when hv_batch itself does not fit into the
     device's memory.
     """
     choose("preset", preset, PRESETS)
+    choose("attention", attention, KERNELS)
     for name in stages:
         choose("stage", name, STAGES)
-    sizes = replace(PRESETS[preset], fp8=fp8)
+    sizes = replace(PRESETS[preset], fp8=fp8, attention=attention)
     return (_time_stage(name, sizes, rounds, device) for name in stages)
 
 

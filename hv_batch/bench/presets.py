@@ -42,6 +42,7 @@ class Preset:
     dit_dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float16
     fp8: bool = False  # the products of the DiT's blocks, of hv_batch only
+    attention: str = "sdpa"  # the DiT's kernel, of hv_batch only
 
 
 _FP32: dict[str, Any] = {"text_dtype": torch.float32, "dit_dtype": torch.float32, "vae_dtype": torch.float32}

@@ -71,7 +71,7 @@ def text_stage(preset: Preset, device: torch.device) -> Stage:
 def dit_stage(preset: Preset, device: torch.device) -> Stage:
     """One forward pass with embedded guidance, without classifier-free guidance. The text is padded to 256 tokens."""
     config, dtype = preset.dit, preset.dit_dtype
-    model = _random(lambda: HYVideoDiT(config), device, dtype)
+    model = _random(lambda: HYVideoDiT(config, preset.attention), device, dtype)
     if preset.fp8:
         multiply_in_fp8_(model, device)
     latents = torch.randn(1, LATENT_CHANNELS, *preset.dit_latents, device=device).to(dtype)
@@ -114,7 +114,8 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
     frames, rows, columns = preset.dit_latents
     tokens = frames * rows * columns // 4  # patches of 1 x 2 x 2
     products = ", FP8 products" if preset.fp8 else ""
-    size = f"{tokens:,} tokens, text {preset.text_tokens} of {MAX_TEXT_TOKENS}, {_millions(model)}{products}"
+    text = f"text {preset.text_tokens} of {MAX_TEXT_TOKENS}"
+    size = f"{tokens:,} tokens, {text}, {_millions(model)}, {preset.attention} attention{products}"
     return Stage(size, dtype, ours, _if_installed(theirs))
 
 

@@ -66,6 +66,7 @@ KERNELS: dict[str, Kernel] = {
     "cudnn": attend_cudnn,
     "flash": attend_flash,
 }
+HALF_ONLY = ("cudnn", "flash")  # know bf16 and fp16 alone
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from hv_batch.engine.attention import KERNELS, choose_kernel
+from hv_batch.engine.attention import HALF_ONLY, KERNELS, choose_kernel
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.denoiser import HunyuanDecoder, HunyuanDenoiser
 from hv_batch.engine.digests import revision, text_revision, vae_revision
@@ -114,6 +114,11 @@ class HunyuanVideo:
             _choice(option, value, PRECISIONS)
         self._fp8 = _choice("fp8", fp8, FP8_MODES)
         self._attention = _choice("attention", attention, KERNELS)
+        if attention in HALF_ONLY and precision == "fp32":
+            raise UserError(
+                f"engine option attention: {attention} computes in half precision only, and precision is fp32; choose "
+                "precision bf16 or fp16, or attention sdpa."
+            )
         self._sequence_parallel = _choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
         if not isinstance(flow_reverse, bool):
             raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true, false.")

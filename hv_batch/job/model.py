@@ -58,6 +58,7 @@ class ModelShape:
     fp8: bool = False
     offload: bool = False
     step_cache: bool = False
+    attention: str = "sdpa"
 
     @property
     def dit_bytes(self) -> int:
@@ -106,6 +107,7 @@ class ModelShape:
             fp8=options.get("fp8", "none") != "none",
             offload=options.get("offload", "none") != "none",
             step_cache=options.get("step_cache", 0) > 0,
+            attention=options.get("attention", "sdpa"),
             **precisions,
         )
 

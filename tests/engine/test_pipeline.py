@@ -285,6 +285,7 @@ def test_importing_the_engine_loads_no_heavy_library():
         ({"vae_precision": ["fp16"]}, r"vae_precision: \['fp16'\] is not allowed"),
         ({"text_encoder_precision": None}, "text_encoder_precision: None is not allowed"),
         ({"attention": "sage"}, "attention: 'sage' is not allowed; allowed are math, sdpa, cudnn, flash"),
+        ({"attention": "cudnn", "precision": "fp32"}, "attention: cudnn computes in half precision only"),
         ({"load_key": "state"}, "load_key: 'state' is not allowed; allowed are module, ema"),
         ({"dit": {"hidden": 64}}, "dit: unknown 'hidden'; allowed are in_channels.*hidden_size"),
         ({"dit": {"hidden_size": 100}}, "hidden_size"),

@@ -58,12 +58,13 @@ def test_offloading_keeps_two_blocks_on_the_device():
     assert torch.cuda.memory_allocated() - before <= 1.05 * (rest + streamer.device_bytes)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "cudnn"])
 @pytest.mark.parametrize("size", [(9, 68, 120), (33, 90, 160)], ids=str)
-def test_the_memory_of_a_forward(size):
+def test_the_memory_of_a_forward(size, attention):
     """`dit_activations` against the allocator's peak at the released width."""
     options = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 1}
     with torch.device("cuda"):
-        model = HYVideoDiT(DiTConfig(**options)).bfloat16().requires_grad_(False)
+        model = HYVideoDiT(DiTConfig(**options), attention).bfloat16().requires_grad_(False)
     given = inputs(model.config, size)
     model(**given)
     torch.cuda.reset_peak_memory_stats()

@@ -53,7 +53,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
     assert bill("demo_cpu.yaml") == (0, 2)
     assert bill("720p_8gpu.yaml")[0] == 10
-    assert bill("mixed_shapes.yaml")[0] == 10
+    assert bill("mixed_shapes.yaml")[0] == 8
     assert bill("throughput_1gpu.yaml")[0] == 8
     assert bill("fake_gpus_8rank.yaml") == (8, 1)
 
