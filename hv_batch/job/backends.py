@@ -277,7 +277,7 @@ def _remove(path: str) -> None:
 
 def _links(path: Path, name: str) -> bool:
     """Whether the file has a second name now; it has not where that lies on another disk. Spares a copy, and on ext4 a
-    removed file, for each of which every new one is slower for half a minute.
+    removed file, for each of which every new one is slower for minutes.
     """
     try:
         os.link(path, name)

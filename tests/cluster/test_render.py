@@ -181,7 +181,7 @@ def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
 def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks):
     """P5: when all ranks refuse a sample alike, the gang keeps its weights and renders the next one."""
     config, output = write_config(tmp_path, marks), tmp_path / "out"
-    code, text = render(config, write_manifest(tmp_path, ["good 0", "bad !nan", "good 1"]), output, ray_head[0])
+    code, text = render(config, write_manifest(tmp_path, ["good 0", "bad !nan-denoise", "good 1"]), output, ray_head[0])
     assert code == 3, text
     assert set(records(output)) == {"s00", "s02"}
     assert len((marks / "join-0-of-2").read_text().splitlines()) == 1, "the group was built once"
