@@ -209,7 +209,8 @@ def test_a_part_that_was_not_released_is_refused(flag):
         (["--ulysses-degree", "0"], "--ulysses-degree is 0"),
         (["--cfg-degree", "2"], "--cfg-degree is 2 with --cfg-scale 1.0: half of the ranks would compute nothing"),
         (["--cfg-degree", "3"], "argument --cfg-degree: invalid choice: 3"),
-        (["--attention", "cudnn"], "attention 'cudnn' needs cuDNN, a CUDA device and half precision"),
+        (["--attention", "cudnn"], "attention: cudnn computes in half precision only, and precision is fp32"),
+        (["--attention", "cudnn", "--precision", "bf16"], "attention 'cudnn' needs cuDNN, a CUDA device and half"),
         (["--ulysses-degree", "3"], "ulysses_degree 3 does not divide the model's 8 attention heads"),
         (["--cfg-scale", "nan"], "--cfg-scale is nan, allowed is a number from 1 (off) to 100"),
         (["--embedded-cfg-scale", "-1"], "--embedded-cfg-scale is -1.0"),
@@ -220,7 +221,7 @@ def test_a_part_that_was_not_released_is_refused(flag):
         (["--colour"], "unrecognized arguments: --colour"),
         (["--model-base", "nowhere"], "nowhere is not a folder | The layout is"),
         (["--use-fp8"], "holds no FP8 weights"),
-        (["--attention", "flash"], "attention 'flash' needs the flash-attn package"),
+        (["--attention", "flash", "--precision", "bf16"], "attention 'flash' needs the flash-attn package"),
         (["--from-latents", "nowhere.safetensors"], "nowhere.safetensors is not there"),
     ],
 )
