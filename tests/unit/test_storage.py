@@ -74,6 +74,35 @@ def test_put_file_stores_the_bytes(any_store, tmp_path):
     assert list(any_store.list("data")) == ["data/shard-00000/a-12345678.mp4"]
 
 
+@pytest.mark.parametrize("is_final", [False, True])
+def test_a_stored_file_outlives_its_source(any_store, tmp_path, is_final):
+    """P1: scratch files go as soon as they are stored, and one that is not final may even be written to again."""
+    source = tmp_path / "media.mp4"
+    source.write_bytes(b"first")
+    any_store.put_file("data/a.mp4", source, is_final=is_final)
+    if not is_final:
+        source.write_bytes(b"again")
+    source.unlink()
+    assert any_store.get("data/a.mp4") == b"first"
+    assert list(any_store.list("data")) == ["data/a.mp4"]
+
+
+def test_a_final_file_of_another_disk_is_copied(tmp_path, monkeypatch):
+    """P1: where a file cannot have a second name, the object is a copy of it."""
+    source, store = tmp_path / "media.mp4", Store(str(tmp_path / "root"))
+    source.write_bytes(b"bytes")
+    store.put_file("data/linked.mp4", source, is_final=True)
+    assert source.stat().st_nlink == 2
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    store.put_file("data/copied.mp4", source, is_final=True)
+    assert source.stat().st_nlink == 2
+    assert store.get("data/linked.mp4") == store.get("data/copied.mp4") == b"bytes"
+
+
 def test_empty_objects_exist(any_store):
     """Design 4: `_SUCCESS` is empty and still there."""
     any_store.put("_SUCCESS", b"")
