@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hv_batch.job.architecture import VAEShape
 from hv_batch.job.memory import MAX_TEXT_TOKENS, count_tokens
 from hv_batch.job.model import ITEMSIZE, ModelShape
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
+from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
 
 if TYPE_CHECKING:
     from hv_batch.job.samples import Sample
@@ -29,6 +29,10 @@ class Work:
     steps: int
     branches: int  # 2 with classifier-free guidance
 
+    @classmethod
+    def of(cls, params: SamplingParams) -> Work:
+        return cls(params.shape, params.num_inference_steps, 2 if params.uses_cfg else 1)
+
     @property
     def tokens(self) -> int:
         return count_tokens(self.shape)
@@ -41,14 +45,7 @@ class Work:
 
 def count_work(samples: Iterable[Sample]) -> Counter[Work]:
     """The samples of each kind of work; as many entries as kinds, however long the manifest (P7)."""
-    return Counter(
-        Work(
-            sample.params.shape,
-            sample.params.num_inference_steps,
-            2 if sample.params.uses_cfg else 1,
-        )
-        for sample in samples
-    )
+    return Counter(Work.of(sample.params) for sample in samples)
 
 
 def forward_flops(model: ModelShape, tokens: int) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from hv_batch.job.errors import Failure
 
-# What the time that a sample takes at a station depends on: height, width, frames, steps, branches of guidance.
-Work = tuple[int, ...]
+if TYPE_CHECKING:
+    from hv_batch.job.cost import Work
 
 
 class Stage(IntEnum):
@@ -43,7 +44,7 @@ class Admitted:
     stage: Stage = Stage.ENCODE
     latent_bytes: int = 0  # that its latents will take in the object store
     lane: int = 0  # the size of the groups that denoise it
-    work: Work = ()
+    work: Work | None = None  # what the time that it takes at a station depends on
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,16 @@ beside what else its worker has made (freight.py). Queues are measured in tasks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from hv_batch.job.events import Stage, Work, WorkerId
+from hv_batch.job.events import Stage, WorkerId
 from hv_batch.job.freight import Freight
 from hv_batch.job.limits import StageLimits
 from hv_batch.job.parcels import Parcels
 from hv_batch.job.queues import Queues
+
+if TYPE_CHECKING:
+    from hv_batch.job.cost import Work
 
 SPOOLED_AT_MOST = 10_000  # videos on the disks of nodes, of which the driver keeps account
 
@@ -32,7 +36,7 @@ class Flow:
         """Most samples at the stations: what these hold while every queue is full, of quick ones if any."""
         return sum(self._holds(stage, self._limits[stage].batch) for stage in Stage)
 
-    def measure(self, stage: Stage, work: Sequence[Work], seconds: float) -> None:
+    def measure(self, stage: Stage, work: Sequence[Work | None], seconds: float) -> None:
         """A task took so many seconds for each of its samples."""
         if stage is not Stage.ENCODE:
             self._parcels.measure(stage, work, seconds)

@@ -13,8 +13,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from hv_batch.job.events import Stage, Work
+from hv_batch.job.events import Stage
+
+if TYPE_CHECKING:
+    from hv_batch.job.cost import Work
 
 PARCEL_S = 0.5  # nobody at a terminal notices, and no step checkpoint would be worth writing
 PARCEL = 32  # samples, at most: what a task costs is then a small part of what even the quickest do
@@ -27,10 +31,10 @@ class Parcels:
     """Of all stations but the text encoders, whose batches are for their GPUs."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[Stage, Work], float] = {}
+        self._seconds: dict[tuple[Stage, Work | None], float] = {}
         self._recent: dict[Stage, deque[float]] = {}
 
-    def measure(self, stage: Stage, work: Sequence[Work], seconds: float) -> None:
+    def measure(self, stage: Stage, work: Sequence[Work | None], seconds: float) -> None:
         """A task took so many seconds for each of its samples. One of unequal samples tells nothing of any."""
         self._recent.setdefault(stage, deque(maxlen=RECENT)).append(seconds)
         if len(set(work)) == 1:
@@ -39,7 +43,7 @@ class Parcels:
             if len(self._seconds) > MOST_KINDS:
                 del self._seconds[next(iter(self._seconds))]  # measured longest ago
 
-    def fitting(self, stage: Stage, work: Iterable[Work]) -> int:
+    def fitting(self, stage: Stage, work: Iterable[Work | None]) -> int:
         """How many of these samples, in order, one task should take: at least one, if there is any."""
         seconds, count = 0.0, 0
         for each in work:

@@ -6,10 +6,14 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from hv_batch.job.errors import Failure
-from hv_batch.job.events import Stage, Work
+from hv_batch.job.events import Stage
 from hv_batch.job.freight import Freight
+
+if TYPE_CHECKING:
+    from hv_batch.job.cost import Work
 
 STATIONS = tuple(Stage)  # to walk over an enum takes ten times as long
 
@@ -20,7 +24,7 @@ class _Sample:
     lane: int
     order: int  # of its admission
     latent_bytes: int
-    work: Work
+    work: Work | None
     solo: bool = False  # was in a batch that failed: from now on it runs alone
     failures: list[Failure] = field(default_factory=list)
 
@@ -82,10 +86,10 @@ class Queues:
         """What the sample has been charged with; the caller may add to it."""
         return self._samples[key].failures
 
-    def work(self, key: str) -> Work:
+    def work(self, key: str) -> Work | None:
         return self._samples[key].work
 
-    def admit(self, key: str, stage: Stage, latent_bytes: int, lane: int, work: Work) -> None:
+    def admit(self, key: str, stage: Stage, latent_bytes: int, lane: int, work: Work | None) -> None:
         assert key not in self._samples, f"sample {key} admitted twice"
         self._admitted += 1
         self._enter(key, _Sample(stage, lane, self._admitted, latent_bytes, work))

@@ -15,6 +15,7 @@ from functools import partial
 import ray
 
 from hv_batch.job.columns import Kind
+from hv_batch.job.cost import Work
 from hv_batch.job.errors import Failure
 from hv_batch.job.events import (
     Abort,
@@ -299,7 +300,7 @@ class Driver:
                 params, lane = found.sample.params, self._context.sizes.lane(found.sample.params.shape)
                 item = InFlight(found.sample, earlier=found.earlier, has_steps=found.has_steps)
                 self._items[found.sample.key] = item
-                work = (*params.shape, params.num_inference_steps, 1 + params.uses_cfg)
+                work = Work.of(params)
                 self._events.append(Admitted(found.sample.key, found.stage, params.latent_bytes, lane, work))
 
     def _start(self, worker: WorkerId, lane: int) -> Worker:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import flow
+from hv_batch.job.cost import Work
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Abort,
@@ -380,7 +381,7 @@ def test_every_history_ends_with_each_sample_gone_once(data):
     )
     begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
     lanes = st.integers(0, len(stages[Stage.DENOISE].sizes) - 1)
-    works = st.sampled_from([(64,), (128,)])
+    works = st.sampled_from([Work((64, 64, 1), 2, 1), Work((128, 128, 1), 2, 1)])
     world = World(
         stages,
         [
@@ -544,7 +545,7 @@ def test_quick_samples_travel_together():
     """Stations: once a kind of sample is known to be quick, groups share out what waits, and each takes several; slow
     ones, and kinds that nobody knows yet, go one by one. Nothing is rendered twice or left.
     """
-    quick, slow = (64,), (720,)
+    quick, slow = Work((64, 64, 1), 2, 1), Work((720, 1280, 129), 50, 1)
     plan = [Admitted(f"s{i:02}", work=slow if i % 10 == 9 else quick) for i in range(60)]
     world = World(limits(groups=1, batch=8, parcel=16), plan)
     tasks = denoise_tasks(world, {quick: 0.1, slow: 9.0})

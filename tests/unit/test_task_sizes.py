@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.job import parcels
+from hv_batch.job.cost import Work
 from hv_batch.job.events import Stage
 from hv_batch.job.parcels import PARCEL, PARCEL_S, Parcels
 
-KINDS = [(64, 64, 1), (128, 128, 1), (720, 1280, 129)]
+KINDS = [Work(shape, 50, 1) for shape in ((64, 64, 1), (128, 128, 1), (720, 1280, 129))]
 SECONDS = st.floats(0.0, 2 * PARCEL_S)
 TASKS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, PARCEL), SECONDS), max_size=20)
 
@@ -66,5 +67,5 @@ def test_no_more_kinds_are_remembered_than_a_driver_can_hold(monkeypatch):
     monkeypatch.setattr(parcels, "MOST_KINDS", 3)
     known = Parcels()
     for width in range(10):
-        known.measure(Stage.DENOISE, [(width,)], 0.01)
-    assert [known.fitting(Stage.DENOISE, [(width,)] * 2) for width in range(10)] == [1] * 7 + [2] * 3
+        known.measure(Stage.DENOISE, [Work((16, width, 1), 50, 1)], 0.01)
+    assert [known.fitting(Stage.DENOISE, [Work((16, width, 1), 50, 1)] * 2) for width in range(10)] == [1] * 7 + [2] * 3
