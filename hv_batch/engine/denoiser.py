@@ -29,7 +29,7 @@ class HunyuanDenoiser:
         model: HYVideoDiT,
         mesh: SequenceMesh,
         device: torch.device,
-        recipe: Recipe = Recipe(),  # noqa: B008
+        recipe: Recipe = Recipe(),
         decoder: HunyuanDecoder | None = None,
     ) -> None:
         self._model = model

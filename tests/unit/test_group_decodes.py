@@ -9,7 +9,7 @@ from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Stage, WorkerPlaced
 from hv_batch.job.limits import stage_limits
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S
-from tests.unit.test_scheduler import RETRIES, World, limits, plan_of
+from tests.unit.scheduler_world import RETRIES, World, limits, plan_of
 from tests.unit.test_staffing import advance, pass_time
 
 

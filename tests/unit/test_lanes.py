@@ -7,7 +7,7 @@ import pytest
 from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Admitted, Stage
 from hv_batch.job.lanes import LOAD_S, PATIENCE_S
-from tests.unit.test_scheduler import World, limits
+from tests.unit.scheduler_world import World, limits
 from tests.unit.test_staffing import pass_time
 
 LARGE, SMALL = 0, 1  # lanes

@@ -20,7 +20,7 @@ from hv_batch.job.sizes import choose_sizes, fixed_plan
 from hv_batch.protocol import UserError
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.placement import group_bundles, least_bill
-from tests.unit.test_scheduler import World, limits, plan_of
+from tests.unit.scheduler_world import World, limits, plan_of
 from tests.unit.test_staffing import advance
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,7 +14,7 @@ from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Beat, Stage
 from hv_batch.job.limits import StageLimits, most_workers, stage_limits
 from hv_batch.job.pools import HEADROOM, RECENT, SHRINK_AFTER_S, SPARE, Pools
-from tests.unit.test_scheduler import RETRIES, STALL_S, World, limits, plan_of
+from tests.unit.scheduler_world import RETRIES, STALL_S, World, limits, plan_of
 
 
 def auto_pools(groups=8, most=16):

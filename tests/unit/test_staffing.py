@@ -11,7 +11,7 @@ from hv_batch.job.events import Admitted, Beat, Finish, Stage, TaskDone, WorkerL
 from hv_batch.job.limits import StageLimits
 from hv_batch.job.slots import GIVE_UP_S, LAST_CHECKPOINT_S
 from hv_batch.job.staffing import MAKE_ROOM_EVERY_S, STARVED_AFTER_S
-from tests.unit.test_scheduler import STALL_S, World, limits, plan_of
+from tests.unit.scheduler_world import STALL_S, World, limits, plan_of
 
 
 def advance(world, until):
