@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from hv_batch import operate
+from hv_batch import __version__, operate
 from hv_batch.bench.commands import app as bench_app
 from hv_batch.job.config import load_config
 from hv_batch.job.inputs import public_text
@@ -26,6 +26,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hv_batch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """What precedes every command."""
+
 
 app.add_typer(weights_app, name="weights")
 app.add_typer(bench_app, name="bench")

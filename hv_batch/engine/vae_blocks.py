@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hv_batch.engine.vae_kernels import Stride, convolve, layout, mix_channels, norm_silu_pad, normalise, pad
+from hv_batch.engine.vae_kernels import LAYOUT, Stride, convolve, mix_channels, norm_silu_pad, normalise, pad
 
 NORM_EPS = 1e-6  # of every GroupNorm of the released model
 CORNERS = tuple(product((0, 1), repeat=2))  # which of the doubled rows and columns: even or odd
@@ -69,7 +69,7 @@ class UpsampleCausal3D(nn.Module):
         kernels, front = self._kernels_in_time(frames)
         x = pad(x, front)
         doubled = (batch, channels, len(kernels) * (frames - 1) + 1, 2 * height, 2 * width)
-        out = torch.empty(doubled, dtype=x.dtype, device=x.device, memory_format=layout(x))
+        out = torch.empty(doubled, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
         bias = self.conv.conv.bias
         for t, kernel in enumerate(kernels):
             weight = torch.cat([_merge_taps(_merge_taps(kernel, 3, h), 4, w) for h, w in CORNERS])

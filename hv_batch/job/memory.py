@@ -116,7 +116,7 @@ def encoder_footprint(model: ModelShape) -> Footprint:
 
 def decoder_footprint(model: ModelShape, shape: Shape) -> Footprint:
     """The VAE, decoding tile by tile."""
-    return Footprint(model.vae_bytes, decode_activations(model, shape, copies=True))
+    return Footprint(model.vae_bytes, decode_activations(model, shape))
 
 
 def rank_footprint(model: ModelShape, shape: Shape, ulysses: int, ring: int, *, decodes: bool) -> Footprint:
@@ -128,12 +128,8 @@ def rank_footprint(model: ModelShape, shape: Shape, ulysses: int, ring: int, *, 
     return Footprint(denoiser.weights + decoder.weights, max(denoiser.activations, decoder.activations))
 
 
-def decode_activations(model: ModelShape, shape: Shape, *, copies: bool) -> int:
-    """Bytes while the largest tile of a video is decoded.
-
-    With `copies` those too that cuDNN makes within a convolution, of what goes in and what comes out: it computes with
-    channels last.
-    """
+def decode_activations(model: ModelShape, shape: Shape) -> int:
+    """Bytes while the largest tile of a video is decoded."""
     height, width, frames = shape
     tile, item = model.tile, ITEMSIZE[model.vae_precision]
     latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
@@ -146,10 +142,7 @@ def decode_activations(model: ModelShape, shape: Shape, *, copies: bool) -> int:
     narrow, before = model.vae.block_out_channels[:2]
     front = 2 if tile_frames > 1 else 0
     padding = (tile_frames + front) * (tall + 2) * (broad + 2) / (tile_frames * tall * broad)
-    first, later = (1 + padding) * before + narrow, before + (3 + padding) * narrow
-    if copies:
-        first, later = first + padding * before + narrow, later + (padding + 1) * narrow
-    channels = max(first, later)
+    channels = max((1 + padding) * before + narrow, before + (3 + padding) * narrow)
     decoding = channels * tile_frames * tall * broad * item
     # Frames of a temporal tile: being put together, and the tile before in the hands of the caller.
     frames_held = 3 * tile_frames * height * width * item

@@ -39,10 +39,10 @@ PLAIN = {
 }
 LIMIT = 16_000_000  # bytes of weights in the package
 # Options that compute the same decode another way, and how near (PSNR, dB) its frames must be to those of float32.
-# Last, of how many latent frames: CPUs without instructions for bfloat16 take minutes for all of them.
+# Last, of how many latent frames: CPUs without instructions for bfloat16 take half a minute for two.
 DECODES = {
     "fp16": ({"vae_precision": "fp16"}, 58, 9),
-    "bf16": ({"vae_precision": "bf16"}, 35, 2),
+    "bf16": ({"vae_precision": "bf16"}, 35, 1),
     "tiled": ({"vae_tile": {"spatial_px": 96}}, 42, 9),
 }
 # The same for whole videos.
@@ -176,7 +176,7 @@ def test_a_resumed_trajectory_draws_the_same_picture(trained, told, reference):
 
 
 ACCURACY = {
-    "videos": (6, 33, 0.9),
+    "videos": (3, 33, 0.9),
     "pictures": (12, 1, 0.9),
     "200 videos": (200, 33, 0.95),
 }

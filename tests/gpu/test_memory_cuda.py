@@ -75,14 +75,16 @@ def test_the_memory_of_a_forward(size, attention):
     assert dit_activations(shape, size[0] * size[1] * size[2] // 4, 1, 1, text=40) == pytest.approx(peak, rel=TOLERANCE)
 
 
-def test_the_memory_of_a_decode():
-    """`decode_activations`, with the copies that cuDNN makes, against the allocator's peak."""
+@pytest.mark.parametrize("latents", [(17, 40, 40), (33, 68, 120), (9, 48, 72)], ids=str)
+def test_the_memory_of_a_decode(latents):
+    """`decode_activations` against the allocator's peak."""
+    frames, height, width = latents
     with torch.device("cuda"):
         vae = CausalVAE(VAEConfig()).half().requires_grad_(False).eval()
-    latents = (17, 40, 40)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for _chunk in decode_streaming(vae, torch.randn(1, 16, *latents), TileGeometry()):
         pass
     peak = torch.cuda.max_memory_allocated() - before
-    assert decode_activations(ModelShape(), (320, 320, 65), copies=True) == pytest.approx(peak, rel=TOLERANCE)
+    shape = (8 * height, 8 * width, 4 * (frames - 1) + 1)
+    assert decode_activations(ModelShape(), shape) == pytest.approx(peak, rel=0.03)

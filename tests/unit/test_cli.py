@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hv_batch import __version__
 from hv_batch.cli import main
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.inputs import public_text, public_url, public_values
@@ -46,6 +47,11 @@ def refused(config, manifest, output, *overrides):
     assert stderr.startswith("error: ") or "\nerror: " in stderr
     assert not (output / "run.json").exists(), "a refused run must not claim its output root"
     return stderr
+
+
+def test_the_version_is_that_of_the_package():
+    """The number that every record carries."""
+    assert hv_batch("--version") == (0, f"hv_batch {__version__}\n", "")
 
 
 def test_every_bad_row_is_told_at_once(good, tmp_path):
