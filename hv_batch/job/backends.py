@@ -14,6 +14,8 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,7 @@ class LocalDisk:
         try:
             _make_folder(folder)
             yield draft
-            _flush_folder(folder)
+            _names_in(folder).flush()
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -298,6 +300,33 @@ def _make_folder(folder: str) -> None:
         if not os.path.isdir(folder):  # else another writer was faster
             raise
     _flush_folder(above)
+
+
+class _Names:
+    """Those in one folder, which threads make durable together: whoever comes while the folder is being flushed waits
+    for that to end, and then one flush does for all who waited.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._turn = threading.Lock()
+        self._ticket = count()
+        self._flushed = 0  # all with a ticket below
+
+    def flush(self) -> None:
+        """Return when every name that was given before this call is on the disk."""
+        ticket = next(self._ticket)
+        with self._turn:
+            if ticket < self._flushed:
+                return
+            begun = next(self._ticket)
+            _flush_folder(self._folder)
+            self._flushed = begun
+
+
+@lru_cache(1024)  # folders in use; one that is forgotten meanwhile is flushed once more than it must be
+def _names_in(folder: str) -> _Names:
+    return _Names(folder)
 
 
 def _flush_folder(folder: str) -> None:

@@ -28,6 +28,9 @@ from hv_batch.runtime.failures import classify
 from hv_batch.runtime.sealing import seal
 from hv_batch.runtime.workers import Watch
 
+# Complete shards that must wait for each worker that seals, before another joins in: its start takes a second of CPU.
+SHARDS_A_SEALER = 4
+
 
 class Errands:
     """`watch` takes references to wait for, `say` a line for people."""
@@ -48,11 +51,12 @@ class Errands:
         self._watch = watch
         self._say = say
         self._waiting: deque[Callable[[], None]] = deque()
+        self._to_seal: deque[Sealable] = deque()
         self._sealing = 0
 
     @property
     def are_owed(self) -> bool:
-        return bool(self._sealing or self._waiting)
+        return bool(self._waiting or self._to_seal or self._sealing)
 
     def add(self, act: Callable[[], None]) -> None:
         self._waiting.append(act)
@@ -63,7 +67,6 @@ class Errands:
 
     def run(self) -> None:
         """What can be done now. Raises UserError when the output root has not answered for too long."""
-        self._take_seals()
         while self._waiting and not self._outage.pauses(time.monotonic()):
             try:
                 self._waiting[0]()
@@ -71,10 +74,10 @@ class Errands:
                 self._outage.met(error, time.monotonic())
             else:
                 self._waiting.popleft()
-                self._take_seals()  # a quarantine may have been the last of its shard
-
-    def _take_seals(self) -> None:
-        self._waiting.extend(partial(self._seal, sealable) for sealable in self._plan.take_sealable())
+        self._to_seal.extend(self._plan.take_sealable())
+        if not self._outage.pauses(time.monotonic()):
+            while self._to_seal and len(self._to_seal) >= SHARDS_A_SEALER * self._sealing:
+                self._seal(self._to_seal.popleft())
 
     def _seal(self, sealable: Sealable) -> None:
         self._sealing += 1
@@ -90,7 +93,7 @@ class Errands:
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else None
             if isinstance(cause, StorageUnavailableError):
-                self.add(partial(self._seal, sealable))
+                self._to_seal.appendleft(sealable)
                 self._outage.met(cause, time.monotonic())
             else:
                 # Nothing is lost: the records are there, and the next run of the same command seals the shard.
