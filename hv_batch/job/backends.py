@@ -95,8 +95,9 @@ class LocalDisk:
     def put_file(self, key: str, path: Path, *, is_final: bool) -> None:
         final = self._path(key)
         with self._draft(final, path.stat().st_size) as draft:
-            if not (is_final and _links(path, draft)):
-                shutil.copyfile(path, draft)
+            if is_final and _becomes(path, final):
+                return
+            shutil.copyfile(path, draft)
             _flush(draft)
             os.replace(draft, final)
 
@@ -277,12 +278,13 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _links(path: Path, name: str) -> bool:
-    """Whether the file has a second name now; it has not where that lies on another disk. Spares a copy, and on ext4 a
-    removed file, for each of which every new one is slower for minutes.
+def _becomes(path: Path, final: str) -> bool:
+    """Whether the file has a second name now; it has not where that is taken, or on another disk. Spares a copy, and on
+    ext4 a removed file, for each of which every new one is slower for minutes.
     """
+    _flush(str(path))
     try:
-        os.link(path, name)
+        os.link(path, final)
     except OSError:
         return False
     return True

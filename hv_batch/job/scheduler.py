@@ -134,8 +134,7 @@ class Scheduler:
         if any(isinstance(action, Abort) for action in actions):
             self._over = True
             return actions
-        # A thousand ranks beat hundreds of times a second, and nothing follows from it.
-        return actions if isinstance(event, Beat) else actions + self._next_actions(now)
+        return actions if self._changes_nothing(event) else actions + self._next_actions(now)
 
     # Events -----------------------------------------------------------------------------------------------------------
 
@@ -164,6 +163,13 @@ class Scheduler:
                 if worker := self._staff.find(event.worker):
                     return self._hear(worker, event, now) + self._part_with(worker, now)
         return []
+
+    def _changes_nothing(self, event: Event) -> bool:
+        """A thousand ranks beat hundreds of times a second; and samples come many at a time, of which the last counts,
+        and the first where nothing else is in flight.
+        """
+        is_one_more = isinstance(event, Admitted) and self._asked > 0 and len(self._queues) > 1
+        return is_one_more or isinstance(event, Beat)
 
     def _checkpoints(self) -> list[Action]:
         """What is denoised now may outlast the drain, or the patience of whoever asked for it (P4)."""

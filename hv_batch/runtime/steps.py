@@ -68,7 +68,7 @@ class StepWriter:
         self._store, self._sample, self._identity = store, sample, identity
         self._every = every
         self._asked = asked
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="steps")
+        self._thread: ThreadPoolExecutor | None = None  # most denoises write none
         self._is_due = False
         self._writing: Future[None] | None = None
         self.failed = 0  # writes that did not succeed
@@ -79,7 +79,8 @@ class StepWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown()
+        if self._thread:
+            self._thread.shutdown()
 
     def after_step(self, done: int, read: Callable[[], np.ndarray] | None) -> None:
         """Begin a write if one is due; the ranks wait for nothing but the copy to host memory.
@@ -95,6 +96,7 @@ class StepWriter:
         if self._writing and not self._writing.done():
             return
         self._asked.clear()
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="steps")
         self._writing = self._thread.submit(self._write, StepState(done, read()))
 
     def _write(self, state: StepState) -> None:

@@ -87,6 +87,16 @@ def test_a_stored_file_outlives_its_source(any_store, tmp_path, is_final):
     assert list(any_store.list("data")) == ["data/a.mp4"]
 
 
+def test_a_final_file_takes_the_place_of_a_damaged_one(tmp_path):
+    """P1: a repair renders the same name again; whoever reads sees one or the other, whole."""
+    source, store = tmp_path / "media.mp4", Store(str(tmp_path / "root"))
+    source.write_bytes(b"bytes")
+    store.put("data/a.mp4", b"dam")
+    store.put_file("data/a.mp4", source, is_final=True)
+    assert store.get("data/a.mp4") == b"bytes"
+    assert list((tmp_path / "root" / "data").iterdir()) == [tmp_path / "root" / "data" / "a.mp4"], "and no draft"
+
+
 def test_a_final_file_of_another_disk_is_copied(tmp_path, monkeypatch):
     """P1: where a file cannot have a second name, the object is a copy of it."""
     source, store = tmp_path / "media.mp4", Store(str(tmp_path / "root"))
@@ -99,7 +109,7 @@ def test_a_final_file_of_another_disk_is_copied(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     store.put_file("data/copied.mp4", source, is_final=True)
-    assert source.stat().st_nlink == 2
+    assert source.stat().st_nlink == 2, "but not a third name"
     assert store.get("data/linked.mp4") == store.get("data/copied.mp4") == b"bytes"
 
 
