@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from hv_batch.job import storage
-from hv_batch.job.backends import LocalDisk
+from hv_batch.job.disk import LocalDisk
 from hv_batch.job.storage import Store
 from hv_batch.protocol import NotFiniteError
 
@@ -71,26 +71,27 @@ class FakeEngine:
         """
         if self.root_goes_away:
             storage.PAUSES_S = ()
-            LocalDisk.put_file = self._going_away(LocalDisk.put_file)
+            LocalDisk.adopt = self._going_away(LocalDisk.adopt)
         for prefix in self.dies_after:
-            for name in ("create", "put", "put_file"):
+            for name in ("create", "put", "put_file", "adopt"):
                 setattr(LocalDisk, name, self._dying(getattr(LocalDisk, name), prefix))
 
     def _dying(self, act, prefix):
-        def wrapped(disk, key, *args, **options):
-            result = act(disk, key, *args, **options)
-            if key.startswith(prefix) and self.first(f"died-after-{prefix.replace('/', '')}"):
+        def wrapped(disk, what, *args):
+            result = act(disk, what, *args)
+            keys = [what] if isinstance(what, str) else what
+            if any(key.startswith(prefix) for key in keys) and self.first(f"died-after-{prefix.replace('/', '')}"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
         return wrapped
 
     def _going_away(self, act):
-        def wrapped(disk, key, *args, **options):
+        def wrapped(disk, files):
             if (self.marks / "away").exists():
-                self.mark("refused", key)
+                self.mark("refused", " ".join(files))
                 raise ConnectionError("the output root is away")
-            return act(disk, key, *args, **options)
+            return act(disk, files)
 
         return wrapped
 
@@ -283,22 +284,24 @@ class CrashingStore(Store):
         self.when = when
         self.acts = []
 
-    def put_new(self, key, data):
-        return self._act("put_new", key, lambda: super(CrashingStore, self).put_new(key, data))
+    def put_new_all(self, objects):
+        return self._act("put_new", objects, lambda: super(CrashingStore, self).put_new_all(objects))
 
-    def put(self, key, data):
-        return self._act("put", key, lambda: super(CrashingStore, self).put(key, data))
+    def put_all(self, objects):
+        return self._act("put", objects, lambda: super(CrashingStore, self).put_all(objects))
 
-    def put_file(self, key, path, *, is_final=False):
-        put = super().put_file
-        return self._act("put_file", key, lambda: put(key, path, is_final=is_final))
+    def put_file(self, key, path):
+        return self._act("put_file", [key], lambda: super(CrashingStore, self).put_file(key, path))
+
+    def put_finished(self, files):
+        return self._act("put_file", files, lambda: super(CrashingStore, self).put_finished(files))
 
     def delete(self, key):
-        return self._act("delete", key, lambda: super(CrashingStore, self).delete(key))
+        return self._act("delete", [key], lambda: super(CrashingStore, self).delete(key))
 
-    def _act(self, name, key, act):
+    def _act(self, name, keys, act):
         dies = len(self.acts) == self.at
-        self.acts.append(f"{name} {key}")
+        self.acts.append(f"{name} {' '.join(keys)}")
         if dies and self.when == "before":
             raise Crash
         result = act()

@@ -130,15 +130,24 @@ def commit(store: Store, record: Mapping[str, Any]) -> bool:
 
     True when the commit record of this sample is now `record`, False when another one was there first.
     """
-    shard, key = record["shard"], record["key"]
-    data = encode_line(record)
-    target = layout.commit_key(shard, key)
-    # A put whose acknowledgement was lost is repeated and then finds itself: that record is ours all the same.
-    is_ours = store.put_new(target, data) or store.get(target) == data
-    quarantined = layout.quarantine_key(shard, key)
-    if store.exists(quarantined):  # looking first spares versioned buckets a delete marker for every sample
-        store.delete(quarantined)
-    return is_ours
+    return commit_all(store, [record])[0]
+
+
+def commit_all(store: Store, records: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """As `commit`, of each record."""
+    objects = {layout.commit_key(record["shard"], record["key"]): encode_line(record) for record in records}
+    created = dict(zip(objects, store.put_new_all(objects), strict=True))
+
+    def is_ours(record: Mapping[str, Any]) -> bool:
+        target = layout.commit_key(record["shard"], record["key"])
+        # A put whose acknowledgement was lost is repeated and then finds itself: that record is ours all the same.
+        is_ours = created[target] or store.get(target) == objects[target]
+        quarantined = layout.quarantine_key(record["shard"], record["key"])
+        if store.exists(quarantined):  # looking first spares versioned buckets a delete marker for every sample
+            store.delete(quarantined)
+        return is_ours
+
+    return store.each(is_ours, records)
 
 
 def quarantine(store: Store, record: Mapping[str, Any]) -> bool:

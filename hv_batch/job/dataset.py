@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -80,8 +80,7 @@ def seal_shard(
     key = layout.metadata_key(shard)
     if store.exists(key):
         return False
-    with ThreadPoolExecutor(store.readers, thread_name_prefix="seal") as pool:
-        records = list(pool.map(lambda sample: _terminal_record(store, shard, sample), keys_in_order))
+    records = store.each(partial(_terminal_record, store, shard), keys_in_order)
     committed = [record for record in records if record is not None]
     table = metadata_table(committed, extra_kinds or {})
     # All before the seal: whoever finds a sealed shard finds these.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +41,32 @@ def sample_identity(sample: Sample, fingerprint: str) -> str:
     return hashlib.sha256(encode_line({"params": sample.params.to_dict(), "fingerprint": fingerprint})).hexdigest()
 
 
-def put_latents(
-    store: Store, sample: Sample, latents: np.ndarray, identity: str, stages: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Keep the final latents, so that a failure from here on never repeats the denoise (P4).
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """What is to be kept of one sample."""
 
-    `latents` [C, T, h, w] are stored as float32, with the reports of the `stages` that led to them. Raises ValueError
-    when their shape is not the sample's.
+    sample: Sample
+    latents: np.ndarray  # [C, T, h, w]
+    identity: str
+    stages: Mapping[str, Mapping[str, Any]]  # the reports of the stages behind them
+
+
+def put_latents(store: Store, denoised: Sequence[Denoised]) -> None:
+    """Keep final latents, as float32, so that a failure from here on never repeats the denoise (P4).
+
+    Raises ValueError when their shape is not the sample's.
     """
-    tensor = _checked(sample, latents)
-    facts = {"schema": LATENTS_SCHEMA, "identity": identity, "sha256": _digest(tensor), "stages": json.dumps(stages)}
-    store.put(layout.latent_key(sample.shard, sample.key), save({"latents": tensor}, metadata=facts))
+    objects = {}
+    for each in denoised:
+        tensor = _checked(each.sample, each.latents)
+        facts = {
+            "schema": LATENTS_SCHEMA,
+            "identity": each.identity,
+            "sha256": _digest(tensor),
+            "stages": json.dumps(each.stages),
+        }
+        objects[layout.latent_key(each.sample.shard, each.sample.key)] = save({"latents": tensor}, metadata=facts)
+    store.put_all(objects)
 
 
 def get_latents(store: Store, sample: Sample, identity: str) -> StoredLatents | None:

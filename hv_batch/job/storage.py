@@ -7,6 +7,10 @@ Two of them carry the promises (design.md section 4):
   with a hidden file that is hard-linked to its name once it is complete, because `open("x")` shows a half-written file.
 - `put` and `put_file` replace atomically.
 
+Their forms for many at a time (`put_new_all`, `put_all`, `put_finished`) keep the same promises, object by object: when
+they return all are stored, and when they raise any of them may be. A disk is flushed once for all, and an object store
+is sent many requests at once.
+
 Transient errors are retried here and nowhere else. What is left surfaces as the built-in exception that says it: no
 space, no permission, not found, or StorageUnavailableError when the retries did not help. Credentials come from where
 each store's own tools look for them; a `Store` holds nothing but its URL, so it can be pickled to any worker.
@@ -17,7 +21,8 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -25,14 +30,17 @@ from typing import TypeVar
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
-from hv_batch.job.backends import LocalDisk, PutIfAbsent, Remote
+from hv_batch.job.disk import LocalDisk
 from hv_batch.job.inputs import public_url
 from hv_batch.job.leftovers import Leftover, find_leftovers, remove_leftover
+from hv_batch.job.put_if_absent import PutIfAbsent
+from hv_batch.job.remote import Remote
 from hv_batch.job.store_errors import StorageUnavailableError, is_transient, raise_translated
 from hv_batch.protocol import UserError
 
 __all__ = ["Leftover", "PutIfAbsent", "StorageUnavailableError", "Store"]
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 # Pauses between four tries: they ride out a throttled prefix or a dropped connection. A longer outage is left to the
@@ -68,6 +76,16 @@ class Store:
         """
         return 4 if self._is_local else 16
 
+    def each(self, act: Callable[[A], T], items: Iterable[A]) -> list[T]:
+        """What `act`, which asks this store something small, makes of each item: side by side where an answer takes
+        long, and all of them before anything is raised.
+        """
+        items = list(items)
+        if self._is_local or len(items) < 2:
+            return [act(item) for item in items]
+        with ThreadPoolExecutor(self.readers, thread_name_prefix="store") as pool:
+            return list(pool.map(act, items))
+
     @cached_property
     def _backend(self) -> LocalDisk | Remote:
         return LocalDisk(self.url) if self._is_local else Remote(self.url, self._role)
@@ -77,22 +95,50 @@ class Store:
 
         False may also follow a write of ours whose acknowledgement was lost. Who must know compares what is stored.
         """
-        path = _checked(key)
+        return self.put_new_all({key: data})[0]
+
+    def put_new_all(self, objects: Mapping[str, bytes]) -> list[bool]:
         # The look beforehand saves the upload in the common case, and narrows the race where a server ignores the
         # condition of the write that follows.
-        return self._retry(lambda: not self._backend.exists(path) and self._backend.create(path, data), len(data))
+        backend, data = self._backend, {_checked(key): content for key, content in objects.items()}
+        if isinstance(backend, Remote):
+            return self.each(lambda key: not self.exists(key) and self._create(key, data[key]), data)
+
+        def create() -> list[bool]:
+            absent = {key: content for key, content in data.items() if not backend.exists(key)}
+            created = dict(zip(absent, backend.create(absent), strict=True))
+            return [created.get(key, False) for key in data]
+
+        return self._retry(create, sum(map(len, data.values())))
+
+    def _create(self, key: str, data: bytes) -> bool:
+        backend = self._backend
+        if isinstance(backend, Remote):
+            return self._retry(lambda: backend.create(key, data), len(data))
+        return self._retry(lambda: backend.create({key: data})[0], len(data))
 
     def put(self, key: str, data: bytes) -> None:
-        path = _checked(key)
-        self._retry(lambda: self._backend.put(path, data), len(data))
+        self.put_all({key: data})
 
-    def put_file(self, key: str, path: Path, *, is_final: bool = False) -> None:
-        """Upload a file of any size. The name should hold a hash of its bytes: then writing it twice is harmless.
+    def put_all(self, objects: Mapping[str, bytes]) -> None:
+        backend, data = self._backend, {_checked(key): content for key, content in objects.items()}
+        if isinstance(backend, Remote):
+            self.each(lambda key: self._retry(lambda: backend.put(key, data[key]), len(data[key])), data)
+        else:
+            self._retry(lambda: backend.put(data), sum(map(len, data.values())))
 
-        A file that `is_final`, to which nobody writes any more, may become the object itself, with a second name.
-        """
+    def put_file(self, key: str, path: Path) -> None:
+        """Upload a file of any size. The name should hold a hash of its bytes: then writing it twice is harmless."""
         target = _checked(key)
-        self._retry(lambda: self._backend.put_file(target, path, is_final=is_final), path.stat().st_size)
+        self._retry(lambda: self._backend.put_file(target, path), path.stat().st_size)
+
+    def put_finished(self, files: Mapping[str, Path]) -> None:
+        """As `put_file`, of files to which nobody writes any more: they may become the objects, with a second name."""
+        backend, paths = self._backend, {_checked(key): path for key, path in files.items()}
+        if isinstance(backend, Remote):
+            self.each(lambda key: self.put_file(key, paths[key]), paths)
+        else:
+            self._retry(lambda: backend.adopt(paths), sum(path.stat().st_size for path in paths.values()))
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
@@ -143,8 +189,8 @@ class Store:
         """
         key = f".probe-{uuid.uuid4().hex}"
         try:
-            created = self._retry(lambda: self._backend.create(key, b"first"))
-            created_again = self._retry(lambda: self._backend.create(key, b"second"))
+            created = self._create(key, b"first")
+            created_again = self._create(key, b"second")
             kept = self.get(key) == b"first"
             self.delete(key)
         except UserError:

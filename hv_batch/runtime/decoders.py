@@ -6,7 +6,6 @@ Frames never leave the actor that decoded them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,7 @@ from hv_batch.job.errors import Failure
 from hv_batch.job.samples import Sample
 from hv_batch.protocol import Decoder
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch
-from hv_batch.runtime.publishing import Publisher, scratch_folder
-
-# Of quick samples, while the next is decoded. To publish one is to wait for the output root six times, and little else.
-PUBLISHING_AT_ONCE = 4
+from hv_batch.runtime.publishing import Made, Publisher, scratch_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,6 @@ class DecoderActor:
     def __init__(self, context: RunContext, name: str) -> None:
         self._context = context
         self._publisher = Publisher(context, name)
-        self._pool = ThreadPoolExecutor(PUBLISHING_AT_ONCE, thread_name_prefix="publish")
 
     def node_id(self) -> str:
         """Ray's id of the node it stands on; the first answer says that it does."""
@@ -56,25 +51,25 @@ class DecoderActor:
 
         The answers are the id of this node where a video waits on its disk, else None.
         """
-        publishing: list[Future[str | None] | None] = []
+        made: dict[int, Made] = {}
+        answers: list[str | None] = [None] * len(tasks)
         with scratch_folder() as folder:
             try:
-                for task, own in zip(tasks, latents, strict=True):
-                    publishing.append(self._decode(task, own, Path(folder)))
-            finally:
-                wait(filter(None, publishing))  # whatever becomes of the others, this is to be seen through
-        return [answer.result() if answer else None for answer in publishing]
+                for number, (task, own) in enumerate(zip(tasks, latents, strict=True)):
+                    if not self._publisher.is_committed(task.sample):
+                        made[number] = self._decode(task, own, Path(folder))
+            finally:  # whatever becomes of the others
+                for number, answer in zip(made, self._publisher.publish(list(made.values())), strict=True):
+                    answers[number] = answer
+        return answers
 
-    def _decode(self, task: DecodeTask, latents: np.ndarray | None, folder: Path) -> Future[str | None] | None:
-        """None where the sample is committed already."""
-        publisher, sample, stages = self._publisher, task.sample, task.stages
-        if publisher.is_committed(sample):
-            return None
+    def _decode(self, task: DecodeTask, latents: np.ndarray | None, folder: Path) -> Made:
+        sample, stages = task.sample, task.stages
         if latents is None:
-            latents, stages = publisher.stored(sample)
+            latents, stages = self._publisher.stored(sample)
         with stopwatch() as decoding:
-            media = publisher.write(sample, self._decoder.decode(latents), folder)
-        return self._pool.submit(publisher.publish, sample, media, decoding.seconds, stages, task.failures)
+            media = self._publisher.write(sample, self._decoder.decode(latents), folder)
+        return Made(sample, media, decoding.seconds, stages, task.failures)
 
     @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
     def progress(self) -> LifeSign:

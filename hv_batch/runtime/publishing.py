@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,33 @@ def sweep_scratch(folder: Path) -> None:
         with suppress(OSError):  # another decoder of this node sweeps too
             if time.time() - path.stat().st_mtime > SCRATCH_AGE_S:
                 shutil.rmtree(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A video that is to be committed."""
+
+    sample: Sample
+    media: MediaInfo
+    seconds: float  # that its decode took
+    stages: Stages  # behind it
+    failures: Sequence[Failure]
+
+    @property
+    def file(self) -> str:
+        """Its key in the output root."""
+        return layout.media_key(self.sample.shard, self.sample.key, self.media.sha256, self.media.suffix)
+
+    @property
+    def poster_file(self) -> str | None:
+        poster = self.media.poster
+        return layout.poster_key(self.sample.shard, self.sample.key, poster.sha256) if poster else None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """All that belong to it, by their keys."""
+        poster = {self.poster_file: self.media.poster.path} if self.media.poster and self.poster_file else {}
+        return {self.file: self.media.path} | poster
 
 
 class Publisher:
@@ -107,46 +135,41 @@ class Publisher:
                 raise NodeError(f"no space for temporary files in {folder.parent}: {error}") from error
             raise
 
-    def publish(
-        self, sample: Sample, media: MediaInfo, seconds: float, stages: Stages, failures: Sequence[Failure]
-    ) -> str | None:
-        """Commit what took `seconds` to decode, unless another has (P1), and return None.
+    def publish(self, made: Sequence[Made]) -> list[str | None]:
+        """Commit each of what was decoded, unless another has (P1).
 
-        Where the output root does not answer, leave it in the spool and return the id of this node. Raises
-        StorageUnavailableError where there is no room for it either.
+        The answers are None, or the id of this node where the output root did not answer and the video waits in the
+        spool. Raises StorageUnavailableError where there is no room for it either.
         """
-        poster = media.poster
-        file = layout.media_key(sample.shard, sample.key, media.sha256, media.suffix)
-        poster_file = layout.poster_key(sample.shard, sample.key, poster.sha256) if poster else None
-        files = {file: media.path} | ({poster_file: poster.path} if poster and poster_file else {})
-
-        def record(details: Mapping[str, Any]) -> dict[str, Any]:
-            report = StageReport(seconds, ray.util.get_node_ip_address(), self._name, details)
-            return commits.commit_record(
-                sample,
-                file=file,
-                poster=poster_file,
-                media=media,
-                stages={name: report.to_dict() for name, report in {**stages, "decode": report}.items()},
-                failures=[failure.to_dict() for failure in failures],
-                fingerprint=self._context.fingerprint,
-                versions=self._context.versions,
-            )
-
         try:
             if self._is_away():
                 raise StorageUnavailableError("the output root did not answer a moment ago")
             with self._noting_outages():
                 with stopwatch() as uploading:
-                    for name, path in files.items():
-                        self._context.store.put_file(name, path, is_final=True)
-                commits.commit(self._context.store, record({"upload_seconds": round(uploading.seconds, 3)}))
-                self._clear(sample)
+                    self._context.store.put_finished({name: path for one in made for name, path in one.files.items()})
+                seconds = round(uploading.seconds / max(1, len(made)), 3)
+                commits.commit_all(
+                    self._context.store, [self._record(one, {"upload_seconds": seconds}) for one in made]
+                )
+                self._context.store.each(self._clear, [one.sample for one in made])
         except StorageUnavailableError:
-            if not self._spool.keep(record({"spooled": True}), files):
+            if not all([self._spool.keep(self._record(one, {"spooled": True}), one.files) for one in made]):
                 raise
-            return ray.get_runtime_context().get_node_id()
-        return None
+            return [ray.get_runtime_context().get_node_id()] * len(made)
+        return [None] * len(made)
+
+    def _record(self, made: Made, details: Mapping[str, Any]) -> dict[str, Any]:
+        report = StageReport(made.seconds, ray.util.get_node_ip_address(), self._name, details)
+        return commits.commit_record(
+            made.sample,
+            file=made.file,
+            poster=made.poster_file,
+            media=made.media,
+            stages={name: stage.to_dict() for name, stage in {**made.stages, "decode": report}.items()},
+            failures=[failure.to_dict() for failure in made.failures],
+            fingerprint=self._context.fingerprint,
+            versions=self._context.versions,
+        )
 
     def _is_away(self) -> bool:
         return time.monotonic() < self._away_until

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,16 @@ import numpy as np
 import ray
 
 from hv_batch.job.errors import Failure
-from hv_batch.job.latents import put_latents, sample_identity
+from hv_batch.job.latents import Denoised, put_latents, sample_identity
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.samples import Sample
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, ParallelPlan, RankPlace, StepState
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.devices import await_free_memory
-from hv_batch.runtime.publishing import Publisher, Stages, scratch_folder
+from hv_batch.runtime.publishing import Made, Publisher, Stages, scratch_folder
 from hv_batch.runtime.recording import Recording, record
 from hv_batch.runtime.steps import Pace, StepWriter, read_steps
-
-STORING_AT_ONCE = 4  # final latents of quick samples, while the next is denoised
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,6 @@ class RankActor:
         self._name = name
         self._pace = Pace()
         self._checkpoint_asked = Event()
-        self._pool = ThreadPoolExecutor(STORING_AT_ONCE, thread_name_prefix="latents")
         self._publisher = Publisher(context, name)  # of rank 0, where the group decodes
         self._recording: Recording | Exception | None = None
 
@@ -122,18 +118,17 @@ class RankActor:
             for task, texts, resume in each:
                 self._assist(task.sample, texts, resume)
             return None
-        latents, reports, storing = [], [], list[Future[None]]()
+        denoised, reports = list[Denoised](), list[StageReport]()
         try:
             for task, texts, resume in each:
-                own, report, stored = self._denoise(task, texts, resume)
-                latents.append(own)
+                own, report = self._denoise(task, texts, resume)
+                denoised.append(own)
                 reports.append(report)
-                storing.append(stored)
-        finally:
-            wait(storing)  # whatever becomes of the others: none may land once its sample's last word is spoken
-        for stored in storing:
-            stored.result()
-        return *latents, reports
+        finally:  # whatever becomes of the others
+            # An output root that does not answer is no reason to lose a denoise: the latents also travel by reference.
+            with suppress(StorageUnavailableError):
+                put_latents(self._context.store, denoised)
+        return *(own.latents for own in denoised), reports
 
     def _assist(self, sample: Sample, embeddings: tuple[Any, Any], resume: StepState | None) -> None:
         positive, negative = embeddings
@@ -142,8 +137,7 @@ class RankActor:
 
     def _denoise(
         self, task: DenoiseTask, embeddings: tuple[Any, Any], resume: StepState | None
-    ) -> tuple[np.ndarray, StageReport, Future[None]]:
-        """The latents, the report, and when the two are in the output root."""
+    ) -> tuple[Denoised, StageReport]:
         context, sample = self._context, task.sample
         positive, negative = embeddings
         identity = sample_identity(sample, context.fingerprint)
@@ -164,12 +158,7 @@ class RankActor:
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
         reports = {name: stage.to_dict() for name, stage in {**task.stages, "denoise": report}.items()}
-        return latents, report, self._pool.submit(self._store, sample, latents, identity, reports)
-
-    def _store(self, sample: Sample, latents: np.ndarray, identity: str, reports: Mapping[str, Any]) -> None:
-        # An output root that does not answer is no reason to lose a denoise: the latents also travel by reference.
-        with suppress(StorageUnavailableError):
-            put_latents(self._context.store, sample, latents, identity, reports)
+        return Denoised(sample, latents, identity, reports), report
 
     def find_latents(self, sample: Sample, stages: Stages | None) -> tuple[np.ndarray | None, Stages | None]:
         """Rank 0: what is to be decoded, and the reports behind it; None for these when the sample is committed.
@@ -199,7 +188,8 @@ class RankActor:
         with self._folder:
             if isinstance(recording, Exception):
                 raise recording
-            return self._publisher.publish(sample, recording.media, recording.seconds, stages, failures)
+            made = Made(sample, recording.media, recording.seconds, stages, failures)
+            return self._publisher.publish([made])[0]
 
     @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
     def progress(self) -> LifeSign:

@@ -20,7 +20,7 @@ from hv_batch.job import commits, layout, report, runs
 from hv_batch.job.config import MediaConfig
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.events import Stage
-from hv_batch.job.latents import StoredLatents, drop_latents, get_latents, put_latents, sample_identity
+from hv_batch.job.latents import Denoised, StoredLatents, drop_latents, get_latents, put_latents, sample_identity
 from hv_batch.job.plan import Passed, Pending, Plan
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
@@ -108,7 +108,7 @@ def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, 
         denoised[sample.key] += 1
         drawn = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
         stored = StoredLatents(drawn.astype(np.float32), {"denoise": {"seconds": 1.25}})
-        put_latents(store, sample, stored.latents, identity, stored.stages)
+        put_latents(store, [Denoised(sample, stored.latents, identity, stored.stages)])
     with tempfile.TemporaryDirectory() as folder:
         path, suffix, info = media(sample, stored.latents, Path(folder))
         file = layout.media_key(sample.shard, sample.key, info.sha256, suffix)

@@ -29,7 +29,7 @@ from hv_batch.job.commits import (
     scan_shard,
 )
 from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.latents import put_latents
+from hv_batch.job.latents import Denoised, put_latents
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.protocol import SamplingParams
@@ -158,7 +158,7 @@ def test_a_committed_sample_is_never_quarantined(any_store, monkeypatch):
     """P1: late news of a failure does not take a video away, and writes nothing, not even for a moment."""
     commit(any_store, a_commit())
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put_new", None)
+        patch.setattr(Store, "put_new_all", None)
         assert not quarantine(any_store, a_quarantine())
     assert scan_shard(any_store, 17) == ShardState(frozenset({SAMPLE.key}), frozenset(), frozenset(), False)
     assert not any_store.exists(layout.quarantine_key(17, SAMPLE.key))
@@ -192,6 +192,9 @@ class TurnTaking:
                 return getattr(self._store, name)(*args)
 
         return act
+
+    def each(self, act, items):
+        return [act(item) for item in items]
 
     def _next(self) -> str | None:
         while self._schedule and self._schedule[0] in self._finished:
@@ -239,7 +242,7 @@ def test_scan_tells_a_shard_apart_from_its_neighbours(any_store):
         commit(any_store, a_commit(dataclasses.replace(SAMPLE, shard=shard, key=keys["committed"])))
         quarantine(any_store, a_quarantine(dataclasses.replace(SAMPLE, shard=shard, key=keys["quarantined"])))
     with_latents = dataclasses.replace(SAMPLE, shard=1, key=keys["latents"])
-    put_latents(any_store, with_latents, np.zeros(PARAMS.latent_shape, np.float32), "identity", STAGES)
+    put_latents(any_store, [Denoised(with_latents, np.zeros(PARAMS.latent_shape, np.float32), "identity", STAGES)])
     any_store.put(layout.metadata_key(10), b"parquet")
     assert scan_shard(any_store, 1) == ShardState(
         frozenset({"a"}), frozenset({"b.json"}), frozenset({"c.d"}), sealed=False

@@ -17,7 +17,7 @@ from small_runs import COMPARED, everything, run_small, some_samples
 from hv_batch.job import layout
 from hv_batch.job.dataset import unseal_shard
 from hv_batch.job.garbage import Kind, find_garbage, remove
-from hv_batch.job.latents import put_latents, sample_identity
+from hv_batch.job.latents import Denoised, put_latents, sample_identity
 from hv_batch.job.storage import Store
 from hv_batch.job.verification import Picture, verify
 from hv_batch.protocol import UserError
@@ -33,7 +33,7 @@ def store(tmp_path) -> Store:
 
 def keep_latents(store: Store, sample) -> None:
     latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
-    put_latents(store, sample, latents.astype(np.float32), sample_identity(sample, FINGERPRINT), {})
+    put_latents(store, [Denoised(sample, latents.astype(np.float32), sample_identity(sample, FINGERPRINT), {})])
 
 
 def test_a_clean_root_has_no_garbage(store):

@@ -14,7 +14,7 @@ from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import commit, quarantine
 from hv_batch.job.config import RunConfig
 from hv_batch.job.events import Stage
-from hv_batch.job.latents import put_latents, put_steps
+from hv_batch.job.latents import Denoised, put_latents, put_steps
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.plan import Passed, Pending, Plan
 from hv_batch.job.storage import Store
@@ -39,7 +39,7 @@ def test_a_sample_goes_on_where_the_last_run_left_it(any_store):
     new, begun, rendered = index
     put_steps(any_store, begun, StepState(2, LATENTS), "identity")
     put_steps(any_store, rendered, StepState(2, LATENTS), "identity")
-    put_latents(any_store, rendered, LATENTS, "identity", STAGES)
+    put_latents(any_store, [Denoised(rendered, LATENTS, "identity", STAGES)])
     assert list(Plan(any_store, index)) == [
         Pending(new, Stage.ENCODE, has_steps=False),
         Pending(begun, Stage.ENCODE, has_steps=True),

@@ -1,0 +1,131 @@
+"""An output root anywhere else that fsspec reaches: object stores, and the memory of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
+
+from hv_batch.job.inputs import public_url
+from hv_batch.job.put_if_absent import PutIfAbsent
+from hv_batch.job.store_errors import http_status
+from hv_batch.protocol import UserError
+
+# Stores whose fsspec driver turns mode="create" into a conditional write that the server judges.
+CONDITIONAL_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+
+# What s3fs sends of a large object at a time: at most 64 MiB of a worker's memory, and a dropped connection repeats one
+# part. Ordinary videos stay below two parts and go in one request.
+PART_BYTES = 16 * 2**20
+PARTS_AT_ONCE = 4
+MAX_PARTS = 10_000  # of one S3 object
+
+# Where nobody judges the condition, at least the threads of one process take turns. fsspec's memory needs that of every
+# act that changes what a listing walks over.
+_TURN = threading.RLock()
+
+
+class Remote:
+    """Any other fsspec file system."""
+
+    def __init__(self, url: str, role: str) -> None:
+        protocol = get_protocol(url)
+        self.is_conditional = protocol in CONDITIONAL_PROTOCOLS
+        self.is_s3 = protocol in ("s3", "s3a")
+        self.claim = PutIfAbsent.CONDITIONAL_PUT if self.is_conditional else PutIfAbsent.UNSAFE
+        # Listings change under us from other machines. Drivers outside the list may not know the option, so there the
+        # cache is emptied before every look.
+        options: dict[str, Any] = {"use_listings_cache": False} if self.is_conditional else {}
+        try:
+            self.fs, self.root = url_to_fs(url, **options)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"The {role} {public_url(url)} cannot be opened: {error}. Local paths and every URL that fsspec knows "
+                "are allowed; s3://, gs:// and az:// need the extra of that store: pip install 'hv_batch[s3]', [gcs] "
+                "or [azure]."
+            ) from error
+        self.turn: Any = contextlib.nullcontext() if self.is_conditional else _TURN
+        self.memory_turn: Any = _TURN if protocol == "memory" else contextlib.nullcontext()
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with self.turn:
+            try:
+                if not self.is_conditional:
+                    self._make_folder(path)
+                    if self.exists(key):
+                        return False
+                self.fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # Servers other than AWS word the refusal in their own way; its number is the same.
+                if http_status(error) == 412:
+                    return False
+                raise
+        return True
+
+    def put(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with self.memory_turn:
+            self._make_folder(path)
+            self.fs.pipe_file(path, data)
+
+    def put_file(self, key: str, path: Path) -> None:
+        target = self._path(key)
+        options: dict[str, Any] = {}
+        if self.is_s3:
+            part_bytes = max(PART_BYTES, -(-path.stat().st_size // MAX_PARTS))
+            options = {"chunksize": part_bytes, "max_concurrency": PARTS_AT_ONCE}
+        with self.memory_turn:
+            self._make_folder(target)
+            self.fs.put_file(str(path), target, **options)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.fs.cat_file(self._path(key)))
+
+    def get_file(self, key: str, path: Path) -> None:
+        self.fs.get_file(self._path(key), str(path))
+
+    def exists(self, key: str) -> bool:
+        self._forget_listings()
+        # Not fs.exists: drivers answer False there to any error, which would look like a sample that is not committed.
+        try:
+            return bool(self.fs.info(self._path(key))["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+    def list(self, prefix: str) -> list[str]:
+        self._forget_listings()
+        # The generic walk leaves out folders it cannot read unless told otherwise; the stores' own never do.
+        options = {} if self.is_conditional else {"on_error": "raise"}
+        try:
+            with self.memory_turn:
+                paths = self.fs.find(self._path(prefix), **options)
+        except FileNotFoundError:
+            return []
+        return [path.removeprefix(self.root).lstrip("/") for path in paths]
+
+    def modified(self, key: str) -> float:
+        self._forget_listings()
+        written: float = self.fs.modified(self._path(key)).timestamp()
+        return written
+
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self.memory_turn:
+            self.fs.rm_file(self._path(key))
+
+    def _path(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def _forget_listings(self) -> None:
+        if not self.is_conditional:
+            self.fs.invalidate_cache()
+
+    def _make_folder(self, path: str) -> None:
+        if not self.is_conditional:  # object stores have no folders, and s3fs would try to create the bucket
+            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
