@@ -53,10 +53,11 @@ class DecoderActor:
         """
         made: dict[int, Made] = {}
         answers: list[str | None] = [None] * len(tasks)
+        committed = self._context.store.each(self._publisher.is_committed, [task.sample for task in tasks])
         with scratch_folder() as folder:
             try:
                 for number, (task, own) in enumerate(zip(tasks, latents, strict=True)):
-                    if not self._publisher.is_committed(task.sample):
+                    if not committed[number]:
                         made[number] = self._decode(task, own, Path(folder))
             finally:  # whatever becomes of the others
                 for number, answer in zip(made, self._publisher.publish(list(made.values())), strict=True):
