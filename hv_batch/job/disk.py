@@ -188,10 +188,9 @@ def _flush_folder(folder: str) -> None:
 def _flush_all(paths: Collection[str]) -> None:
     """Make the bytes of files survive a power cut."""
     if len(paths) > 1 and hasattr(os, "posix_fadvise"):
-        for (
-            path
-        ) in paths:  # sets all off: each flush below then finds its bytes written, and waits for the journal alone
-            with _opened(path) as descriptor:
+        # Sets all of them off. Each flush below then finds its bytes written, and waits for the journal alone.
+        for path in paths:
+            with _opened(path) as descriptor, contextlib.suppress(OSError):  # no more than a hint
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     for path in paths:
         _flush(path)
