@@ -8,10 +8,17 @@ from typing import Any
 
 import boto3
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from hv_batch.job import storage
 from hv_batch.job.storage import Store
 from tests.s3_server import S3Server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _empty_memory() -> None:
+    """fsspec's memory is that of the whole process, and each listing walks over all that other modules left there."""
+    MemoryFileSystem.store.clear()
 
 
 @pytest.fixture(scope="session")
