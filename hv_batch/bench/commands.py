@@ -53,7 +53,9 @@ def engine(
 
 @app.command()
 def job(
-    samples: Annotated[int, typer.Option(min=2, help="to render")] = 4000,
+    samples: Annotated[
+        int, typer.Option(min=2, help="to render; of far fewer, the pace is that of queues that fill")
+    ] = 4000,
     groups: Annotated[int, typer.Option(min=1, help="denoise groups of one rank")] = 2,
     decoders: Annotated[int, typer.Option(min=1, help="VAE decoders")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="of a denoise")] = 1,

@@ -50,18 +50,15 @@ class LocalDisk:
 
     def put_file(self, key: str, path: Path) -> None:
         with self._drafts([key], path.stat().st_size) as names:
-            self._copy_all([path], names)
+            _copy_all([path], names)
 
     def adopt(self, files: Mapping[str, Path]) -> None:
         """Store finished files, which get a second name where they can: that spares a copy."""
         with self._drafts(files, sum(path.stat().st_size for path in files.values())) as names:
             _flush_all([str(path) for path in files.values()])
-            left = [
-                (path, draft, final)
-                for path, (draft, final) in zip(files.values(), names.items(), strict=True)
-                if not _links(path, final)
-            ]
-            self._copy_all([path for path, _, _ in left], {draft: final for _, draft, final in left})
+            drafts = zip(files.values(), names, strict=True)
+            left = {draft: path for path, draft in drafts if not _links(path, names[draft])}
+            _copy_all(left.values(), {draft: names[draft] for draft in left})
 
     def get(self, key: str) -> bytes:
         return Path(self._path(key)).read_bytes()
@@ -114,13 +111,6 @@ class LocalDisk:
         finally:
             _remove_all(names)
 
-    def _copy_all(self, paths: Collection[Path], names: Mapping[str, str]) -> None:
-        for path, draft in zip(paths, names, strict=True):
-            shutil.copyfile(path, draft)
-        _flush_all(names)
-        for draft, final in names.items():
-            os.replace(draft, final)
-
     def _link(self, draft: str, final: str) -> bool:
         try:
             os.link(draft, final)
@@ -142,6 +132,14 @@ def _write_all(names: Collection[str], contents: Iterable[bytes]) -> None:
         with open(name, "xb") as file:
             file.write(content)
     _flush_all(names)
+
+
+def _copy_all(paths: Iterable[Path], names: Mapping[str, str]) -> None:
+    for path, draft in zip(paths, names, strict=True):
+        shutil.copyfile(path, draft)
+    _flush_all(names)
+    for draft, final in names.items():
+        os.replace(draft, final)
 
 
 def _remove_all(paths: Iterable[str]) -> None:

@@ -78,7 +78,7 @@ class Store:
 
     def each(self, act: Callable[[A], T], items: Iterable[A]) -> list[T]:
         """What `act`, which asks this store something small, makes of each item: side by side where an answer takes
-        long, and all of them before anything is raised.
+        long. Nothing is under way any more when it returns or raises.
         """
         items = list(items)
         if self._is_local or len(items) < 2:

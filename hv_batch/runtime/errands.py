@@ -1,7 +1,7 @@
 """The driver's own acts on the output root: quarantine records, seals, and what others ask of it.
 
-They are done in order, between two turns of the driver's loop. Where the root does not answer, that act and all behind
-it wait: there is nobody else to try them again.
+They are done in order, between two turns of the driver's loop; shards are sealed elsewhere, in an order of their own.
+Where the root does not answer, that act and all behind it wait: there is nobody else to try them again.
 """
 
 from __future__ import annotations

@@ -193,5 +193,5 @@ class Publisher:
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for one video, named so that `sweep_scratch` finds it."""
+    """A folder for the videos of a task, named so that `sweep_scratch` finds it."""
     return tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-")

@@ -1,0 +1,77 @@
+"""Who seals, and when; the sealing itself is replaced by a list of what was begun."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from hv_batch.job.outage import Outage
+from hv_batch.job.plan import Sealable
+from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.runtime import errands
+from hv_batch.runtime.errands import SHARDS_A_SEALER, Errands
+
+
+class Sealers:
+    """`begun` are the shards in the order their seals began; of those under way, the test says how each ends."""
+
+    def __init__(self, monkeypatch, shards):
+        self.begun, self.waiting = [], {}
+        plan = SimpleNamespace(take_sealable=self._take)
+        context = SimpleNamespace(store=None, config=SimpleNamespace(output=SimpleNamespace(webdataset=False)))
+        self._complete = [Sealable(shard, ("key",)) for shard in range(shards)]
+        self._now, self._error = 0.0, None
+        monkeypatch.setattr(errands, "seal", SimpleNamespace(remote=self._seal))
+        monkeypatch.setattr(errands, "ray", SimpleNamespace(get=self._get))
+        monkeypatch.setattr(errands, "time", SimpleNamespace(monotonic=lambda: self._now))
+        self.errands = Errands(context, plan, {}, Outage(lambda _: None), self.waiting.__setitem__, lambda _: None)
+
+    def _take(self):
+        complete, self._complete = self._complete, []
+        return complete
+
+    def _seal(self, _store, shard, *_):
+        self.begun.append(shard)
+        return shard
+
+    def _get(self, _ref):
+        if self._error:
+            raise self._error
+
+    def end(self, shard, error=None):
+        self._error = error and RayTaskError("seal", "", error)
+        self.waiting.pop(shard)(shard)
+        self.errands.run()
+
+    def pass_time(self, seconds):
+        self._now += seconds
+        self.errands.run()
+
+
+@pytest.mark.parametrize(("shards", "at_once"), [(1, 1), (SHARDS_A_SEALER, 1), (SHARDS_A_SEALER + 1, 2), (14, 3)])
+def test_sealers_are_as_many_as_what_waits_is_worth(monkeypatch, shards, at_once):
+    """Speed: one process goes on sealing; another is started only where four shards wait for each that does."""
+    sealers = Sealers(monkeypatch, shards)
+    sealers.errands.run()
+    assert len(sealers.waiting) == at_once
+    while sealers.waiting:
+        assert sealers.errands.are_owed
+        sealers.end(next(iter(sealers.waiting)))
+    assert sealers.begun == list(range(shards))
+    assert not sealers.errands.are_owed
+
+
+def test_a_shard_that_met_an_outage_is_sealed_after_it(monkeypatch):
+    """P5: it waits with all behind it, and is the first that is tried again."""
+    sealers = Sealers(monkeypatch, 3)
+    sealers.errands.run()
+    sealers.end(0, StorageUnavailableError("away"))
+    assert sealers.begun == [0]
+    assert sealers.errands.are_owed
+    sealers.pass_time(3600 * 24)
+    for shard in (0, 1, 2):
+        sealers.end(shard)
+    assert sealers.begun == [0, 0, 1, 2]
+    assert not sealers.errands.are_owed
