@@ -9,16 +9,15 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hv_batch.job.blocks import Judged, judge_block
-from hv_batch.job.columns import Kind, join, learn
+from hv_batch.job.columns import Kind, learn
 from hv_batch.job.formats import MAX_LINE_BYTES, Written
 from hv_batch.job.inputs import shorten
 from hv_batch.job.manifest import Chunk
@@ -28,9 +27,6 @@ from hv_batch.protocol import MAX_SEED, FieldProblem
 
 MAX_REPORTED = 1000  # problems told in full; a manifest with more is broken as a whole
 MAX_COLUMNS = 1000  # further columns of a manifest: each is one of the metadata, and held while the run goes on
-
-BLOCK_ROWS = 1024  # judged together: enough to forget what a block costs, and few to look at again for one bad row
-WORTH_A_BLOCK = 8  # fewer rows of the same columns are judged sooner one by one
 
 PART_SCHEMA = pa.schema(
     {
@@ -71,24 +67,9 @@ def describe(problem: FieldProblem) -> str:
 def judge_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int) -> Verdict:
     """Judge every row of a chunk (P6). `defaults` and `cfg_degree` (of `parallel`) are the config's."""
     found = _Findings()
-    for names, group in groupby(chunk.rows(), key=_names):
-        while block := list(islice(group, BLOCK_ROWS)):
-            found.verdict.rows += len(block)
-            numbers, rows = zip(*block, strict=True)
-            is_worth_it = len(block) >= WORTH_A_BLOCK and len(found.verdict.extra_kinds) + len(names) <= MAX_COLUMNS
-            judged = judge_block(names, rows, defaults, cfg_degree) if names and is_worth_it else None
-            if judged:
-                found.add_block(numbers, judged)
-                continue
-            for number, written in block:
-                found.add_row(number, written, defaults, cfg_degree)
+    for number, written in chunk.rows():
+        found.add_row(number, written, defaults, cfg_degree)
     return found.close(chunk.offset)
-
-
-def _names(numbered: tuple[int, Written]) -> tuple[str, ...]:
-    """The columns of a row; none of one that cannot be read."""
-    _, written = numbered
-    return () if isinstance(written, FieldProblem) else tuple(written)
 
 
 class _Findings:
@@ -100,6 +81,7 @@ class _Findings:
 
     def add_row(self, number: int, written: Written, defaults: Mapping[str, Any], cfg_degree: int) -> None:
         verdict = self.verdict
+        verdict.rows += 1
         if isinstance(written, FieldProblem):
             verdict.report(number, written)
             return
@@ -119,16 +101,6 @@ class _Findings:
             learn(verdict.extra_kinds, row.extra)
             for name in row.extra:
                 verdict.extra_rows.setdefault(name, number)
-
-    def add_block(self, numbers: Sequence[int], judged: Judged) -> None:
-        verdict = self.verdict
-        lists: tuple[Sequence[Any], ...] = (numbers, judged.keys, judged.ids, judged.videos, judged.contents)
-        for column, values in zip(self._columns.values(), lists, strict=True):
-            column += values
-        verdict.shapes.update(judged.shapes)
-        for name, kind in judged.kinds.items():
-            verdict.extra_kinds[name] = join(verdict.extra_kinds.get(name, Kind.NULL), kind)
-            verdict.extra_rows.setdefault(name, numbers[judged.firsts[name]])
 
     def close(self, offset: int) -> Verdict:
         """The verdict, with rows numbered over all files, of which those before have `offset`."""

@@ -57,7 +57,7 @@ ROW_RULES: Mapping[str, Rule] = {
 }
 KNOWN_COLUMNS = ("id", *ROW_RULES)
 WHOLE_COLUMNS = ("height", "width", "num_frames", "num_inference_steps", "seed", "num_videos", "fps")
-WHOLE_OR_ID = frozenset({*WHOLE_COLUMNS, "id"})
+_WHOLE_OR_ID = frozenset({*WHOLE_COLUMNS, "id"})
 REAL_COLUMNS = ("guidance_scale", "cfg_scale", "guidance_rescale", "flow_shift")
 
 # Fields on a grid, as (first allowed value, distance to the next): a refusal names the neighbours, and the choice stays
@@ -109,17 +109,17 @@ def read_row(number: int, written: Mapping[str, Any]) -> Row:
             values[name] = value = normalise(name, value)
             if allowed := find_fault(name, value):
                 found.append(FieldProblem(name, value, allowed))
-        elif fits_json(value):
+        elif _fits_json(value):
             extra[name] = value
         # NaN is how data frames write a missing number; in a column of ours it is refused, in the user's it is left out
         elif value == value:
             found.append(FieldProblem(name, value, EXTRA_ALLOWED))
     if "prompt" not in values:
         found.append(FieldProblem("prompt", None, ROW_RULES["prompt"][1]))
-    if row_id is not None and not is_id(row_id):
+    if row_id is not None and not _is_id(row_id):
         found.append(FieldProblem("id", row_id, ID_ALLOWED))
         row_id = None
-    key = hash_text(_CANONICAL.encode({**values, **extra})) if row_id is None else make_key(row_id)
+    key = _hash_text(_CANONICAL.encode({**values, **extra})) if row_id is None else make_key(row_id)
     return Row(number=number, key=key, id=row_id, values=values, extra=extra, problems=tuple(found))
 
 
@@ -127,7 +127,7 @@ EXTRA_ALLOWED = f"a value that JSON can hold, nested at most {MAX_DEPTH} deep: n
 ID_ALLOWED = f"a text that is not blank, of at most {MAX_TEXT_CHARS} characters, or a whole number"
 
 
-def is_id(value: Any) -> bool:
+def _is_id(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT_CHARS and bool(value.strip())
 
 
@@ -147,7 +147,7 @@ def normalise(name: str, value: Any) -> Any:
     kind = type(value)  # exactly: True is an int to isinstance
     if kind is str:
         return value.strip() if name == "prompt" else value  # spec section 1
-    if kind is float and name in WHOLE_OR_ID and value.is_integer() and abs(value) < MAX_EXACT:
+    if kind is float and name in _WHOLE_OR_ID and value.is_integer() and abs(value) < MAX_EXACT:
         value, kind = int(value), int
     if kind is int and name == "id":
         return str(value) if abs(value) < 10**MAX_DIGITS else value
@@ -170,7 +170,7 @@ def parse_text(name: str, text: str) -> Any:
     return float(text) if REAL_NUMBER.fullmatch(text.strip()) else text
 
 
-def fits_json(value: Any, depth: int = MAX_DEPTH) -> bool:
+def _fits_json(value: Any, depth: int = MAX_DEPTH) -> bool:
     if isinstance(value, str | bool):
         return True
     if isinstance(value, int):
@@ -178,13 +178,13 @@ def fits_json(value: Any, depth: int = MAX_DEPTH) -> bool:
     if isinstance(value, float):
         return abs(value) < math.inf
     if isinstance(value, list):
-        return depth > 0 and all(fits_json(below, depth - 1) for below in value)
+        return depth > 0 and all(_fits_json(below, depth - 1) for below in value)
     if isinstance(value, dict):
-        return depth > 0 and all(isinstance(name, str) and fits_json(value[name], depth - 1) for name in value)
+        return depth > 0 and all(isinstance(name, str) and _fits_json(value[name], depth - 1) for name in value)
     return value is None
 
 
-def hash_text(canonical: str) -> str:
+def _hash_text(canonical: str) -> str:
     """The key of a row without an id, from its content as canonical JSON."""
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
