@@ -232,14 +232,6 @@ class TextEncoder(Protocol):
         """One embedding a prompt, each the same bits whatever else is in the batch; `image` picks the template."""
         ...
 
-    def pack(self, embedding: Any) -> Mapping[str, np.ndarray]:
-        """An embedding of this encoder as arrays, to be kept in a cache."""
-        ...
-
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Embedding:
-        """What was packed, bit for bit. Raises ValueError for arrays that no embedding was packed into."""
-        ...
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepState:
@@ -315,12 +307,6 @@ class Engine(Protocol):
         ...
 
     def text_encoder(self, device: Device) -> TextEncoder: ...
-
-    def text_identity(self, device: Device) -> dict[str, Any]:
-        """JSON-able facts that the bits of an embedding depend on, besides its prompt and template: the weights and
-        tokenizers of the text encoder, precisions, what computes. Asked where the encoder runs.
-        """
-        ...
 
     def host_rendezvous(self, host: str, world_size: int) -> str:
         """Rank 0 only: open the meeting point of a group on a free port of `host` and return its address."""

@@ -108,9 +108,6 @@ class FakeEngine:
         self.mark_gpus("encoder")
         return FakeEncoder(self)
 
-    def text_identity(self, device):
-        return {"fake": self.revision}
-
     def host_rendezvous(self, host, world_size):
         return f"{host}:0"
 
@@ -181,15 +178,6 @@ class FakeEncoder:
             self.engine.misbehave("encode", prompt)
             self.engine.mark("encoded", prompt)
         return [FakeEmbedding(prompt, len(prompt.split())) for prompt in prompts]
-
-    def pack(self, embedding):
-        return {"text": np.frombuffer(embedding.text.encode(), np.uint8)}
-
-    def unpack(self, arrays):
-        if arrays.keys() != {"text"}:
-            raise ValueError(f"not a packed embedding: {sorted(arrays)}")
-        text = arrays["text"].tobytes().decode()
-        return FakeEmbedding(text, len(text.split()))
 
 
 class FakeDenoiser:

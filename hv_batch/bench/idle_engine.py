@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +49,6 @@ class IdleEngine:
     def text_encoder(self, _device: Device) -> IdleEncoder:
         return IdleEncoder()
 
-    def text_identity(self, _device: Device) -> dict[str, Any]:
-        return {"engine": "idle"}
-
     def host_rendezvous(self, host: str, _world_size: int) -> str:
         return host
 
@@ -65,12 +62,6 @@ class IdleEngine:
 class IdleEncoder:
     def encode(self, prompts: Sequence[str], *, image: bool) -> list[IdleEmbedding]:
         return [IdleEmbedding()] * len(prompts)
-
-    def pack(self, _embedding: IdleEmbedding) -> dict[str, np.ndarray]:
-        return {}
-
-    def unpack(self, _arrays: Mapping[str, np.ndarray]) -> IdleEmbedding:
-        return IdleEmbedding()
 
 
 @dataclass(frozen=True, slots=True)

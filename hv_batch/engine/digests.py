@@ -43,11 +43,6 @@ def vae_revision(tree: CheckpointTree) -> dict[str, str]:
     return _digests(_vae_files(tree))
 
 
-def text_revision(tree: CheckpointTree) -> dict[str, str]:
-    """That of the text encoders and their tokenizers alone, which other checkpoints may share."""
-    return _digests(_text_files(tree))
-
-
 def digest_file(digest: Any, name: str, path: Path) -> None:
     """Add a file to a hashlib digest: `name`, its size, and its bytes or blocks of them, as `revision` says."""
     size = path.stat().st_size

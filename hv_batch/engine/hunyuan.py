@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,13 +20,13 @@ import torch
 from hv_batch.engine.attention import HALF_ONLY, KERNELS, choose_kernel
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.denoiser import HunyuanDecoder, HunyuanDenoiser
-from hv_batch.engine.digests import revision, text_revision, vae_revision
+from hv_batch.engine.digests import revision, vae_revision
 from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
-from hv_batch.engine.text import TextTowers, template_identity
+from hv_batch.engine.text import TextTowers
 from hv_batch.engine.vae_tiling import TileGeometry
 from hv_batch.engine.weights import FP8_MODES, load_dit, load_vae, verify
 from hv_batch.engine.xfuser_attention import XfuserAttention, check_xfuser, find_uneven
@@ -199,18 +198,6 @@ class HunyuanVideo:
             llama_tokenizer=self._tree.tokenizer,
             clip_tokenizer=self._tree.tokenizer_2,
         )
-
-    def text_identity(self, device: Device) -> dict[str, Any]:
-        """What the bits of an embedding depend on. Instruction sets and GPUs of other kinds sum in other orders."""
-        return {
-            "weights": text_revision(self._tree),
-            "templates": template_identity(),
-            **{name: self._precisions[name] for name in ("text_encoder_precision", "text_encoder_precision_2")},
-            "computed_on": torch.cuda.get_device_name()
-            if device == "cuda"
-            else torch.backends.cpu.get_cpu_capability(),
-            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
-        }
 
     def host_rendezvous(self, host: str, world_size: int) -> str:
         """Rank 0 only: open the group's meeting point on a free port of `host` and return its address."""

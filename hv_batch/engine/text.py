@@ -12,13 +12,12 @@ Three things are easy to get wrong, and change every picture when they are:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -81,11 +80,6 @@ class TextEmbedding:
     pooled: torch.Tensor  # [D2]
     num_tokens: int
     tokens_lost: int
-
-
-def template_identity() -> dict[str, Any]:
-    """What is put around a prompt and cut off it, as it enters the identity of an embedding."""
-    return {"video": asdict(VIDEO_TEMPLATE), "image": asdict(IMAGE_TEMPLATE), "max_tokens": MAX_TEXT_TOKENS}
 
 
 def missing_text_files(
@@ -181,20 +175,6 @@ class TextTowers:
         distinct = {prompt: self._encode_one(prompt, template) for prompt in dict.fromkeys(stripped)}
         return [distinct[prompt] for prompt in stripped]
 
-    def pack(self, embedding: TextEmbedding) -> dict[str, np.ndarray]:
-        """States [tokens, D], the pooled vector [D2] and both counts, as arrays; bfloat16, which numpy lacks, as the
-        uint16 of its bits.
-        """
-        counts = np.array([embedding.num_tokens, embedding.tokens_lost], np.int64)
-        return {"states": _to_array(embedding.states), "pooled": _to_array(embedding.pooled), "counts": counts}
-
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> TextEmbedding:
-        """Raises ValueError for arrays that `pack` does not give."""
-        if arrays.keys() != {"states", "pooled", "counts"} or arrays["counts"].shape != (2,):
-            raise ValueError(f"not a packed embedding: {sorted(arrays)}")
-        num_tokens, tokens_lost = arrays["counts"].tolist()
-        return TextEmbedding(_to_tensor(arrays["states"]), _to_tensor(arrays["pooled"]), num_tokens, tokens_lost)
-
     def _encode_one(self, prompt: str, template: PromptTemplate) -> TextEmbedding:
         prompt_ids = self._plain_ids(prompt)
         limit = template.crop_start + MAX_TEXT_TOKENS
@@ -256,15 +236,6 @@ class TextTowers:
             split_special_tokens=split_special_tokens,
             verbose=False,  # else long prompts warn; `tokens_lost` reports them
         ).input_ids
-
-
-def _to_array(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).contiguous().numpy()
-
-
-def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor
 
 
 # transformers takes seconds to import, and `missing_text_files` does without: so it is imported where it is used.

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from hv_batch.job.config_text import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
 from hv_batch.job.gpus import GPUS
 from hv_batch.job.inputs import open_input, shorten
+from hv_batch.job.retired_keys import replace_retired
 from hv_batch.job.rows import find_fault
 from hv_batch.job.size_rules import find_faults, most_ranks
 from hv_batch.job.sizes import parallel_identity
@@ -155,9 +156,6 @@ class EncodersConfig(_Section):
     """CPUs that Ray reserves for an actor."""
     batch_size: Count = 8
     """Prompts of one call. Does not change the embeddings."""
-    cache: str | None = None
-    """Folder or URL that keeps embeddings (2 MB each at most) for other runs with the same text encoders; null: none.
-    Nothing removes old ones. Does not change the embeddings."""
     placement: Literal["pool", "colocated"] = "pool"
     """pool: with GPUs of their own. colocated: on the GPUs of the denoise groups, each of which keeps the share `gpus`
     free for one; with colocated decoders, together less than half. No more are started than a group has GPUs for."""
@@ -328,7 +326,8 @@ class RunConfig(_Section):
 def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The config behind a fsspec URL, changed by overrides such as `groups.count=4`.
 
-    An override's value is one YAML scalar, or a quoted or flow value ("...", [...], {...}).
+    An override's value is one YAML scalar, or a quoted or flow value ("...", [...], {...}). Keys and values of earlier
+    versions are accepted with a warning on stderr (`hv_batch.job.retired_keys`).
     Raises UserError naming every problem at once.
     """
     with open_input("config", url) as file:
@@ -351,7 +350,7 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
             found.append(str(error))
     config = None
     try:
-        config = RunConfig.model_validate(values)
+        config = RunConfig.model_validate(replace_retired(values))
     except ValidationError as invalid:
         found += [explain(RunConfig, details) for details in invalid.errors(include_url=False)]
     if config is None or found:

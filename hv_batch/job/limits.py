@@ -51,9 +51,9 @@ class RetryLimits:
         }[kind]
 
 
-# Of an `auto` pool, for each group. Encoding is a small part of a denoise, even of an image; where it takes longer, the
-# embedding cache is slow. A decode may take longer than a denoise of few steps on eight GPUs; where it takes more than
-# twice as long, uploads or disks are slow. More GPUs would only wait with the others.
+# Of an `auto` pool, for each group. Encoding is a small part of a denoise, even of an image. A decode may take longer
+# than a denoise of few steps on eight GPUs; if it takes more than twice as long, uploads or disks are slow, and more
+# decoders would only wait with the others.
 MOST_A_GROUP = {Stage.ENCODE: 1, Stage.DECODE: 2}
 
 

@@ -34,7 +34,7 @@ def aggregate(store: Store) -> dict[str, Any]:
 
     `stages` are seconds, as sum and as mean over the committed samples that report the stage. `denoise_gpu_seconds` are
     the denoise seconds times the ranks of each one's group, null on a CPU. `embeddings` counts the prompts that were
-    encoded for the committed samples, and those that memory or the cache still held. `failures` counts quarantined
+    encoded for the committed samples, and those that an encoder still held in memory. `failures` counts quarantined
     samples by class, `retries` the failed tries of samples that were committed all the same.
     """
     run, status = read_run(store), read_status(store)

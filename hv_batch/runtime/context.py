@@ -31,7 +31,6 @@ class RunContext:
     fingerprint: str
     versions: Mapping[str, str]
     sizes: GroupSizes
-    cache: Store | None = None  # of prompt embeddings
 
 
 def build_engine(path: str, options: Mapping[str, Any]) -> Engine:

@@ -1,7 +1,6 @@
-"""Each prompt is encoded once: what memory or the cache still holds is not computed again.
+"""Each distinct prompt is encoded once while the actor remembers it.
 
-Rows with several videos, and the negative prompt that most rows share, come back within moments; the same manifest
-with other seeds comes back the next night.
+The videos of one row, and the negative prompt that most rows share, need the same embedding within moments.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hv_batch.job.embedding_cache import EmbeddingCache
 from hv_batch.protocol import Embedding, TextEncoder
 
 REMEMBERED = 64  # embeddings of at most 2 MB: the samples in flight and then some
@@ -25,11 +23,10 @@ class Text:
 
 
 class Embedder:
-    """`count` grows with every text that was embedded, by whatever way."""
+    """`count` is the number of texts embedded so far, encoded or remembered."""
 
-    def __init__(self, encoder: TextEncoder, cache: EmbeddingCache | None) -> None:
+    def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._cache = cache
         self._memory: OrderedDict[Text, Embedding] = OrderedDict()
         self.count = 0
 
@@ -38,7 +35,7 @@ class Embedder:
         found: dict[Text, Embedding] = {}
         missing: list[Text] = []
         for text in sorted(set(texts)):
-            embedding = self._recall(text)
+            embedding = self._memory.get(text)
             if embedding is None:
                 missing.append(text)
             else:
@@ -55,21 +52,7 @@ class Embedder:
             self._memory.popitem(last=False)
         return found, frozenset(missing)
 
-    def _recall(self, text: Text) -> Embedding | None:
-        if text in self._memory:
-            return self._memory[text]
-        if self._cache is None:
-            return None
-        arrays = self._cache.get(text.prompt, image=text.is_image)
-        try:
-            return None if arrays is None else self._encoder.unpack(arrays)
-        except ValueError:  # whole, but not what this version packs
-            return None
-
     def _encode(self, texts: list[Text], is_image: bool) -> dict[Text, Embedding]:
         embeddings = self._encoder.encode([text.prompt for text in texts], image=is_image)
         self.count += len(texts)
-        if self._cache is not None:
-            for text, embedding in zip(texts, embeddings, strict=True):
-                self._cache.put(text.prompt, image=is_image, arrays=self._encoder.pack(embedding))
         return dict(zip(texts, embeddings, strict=True))

@@ -8,7 +8,6 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
-from hv_batch.job.embedding_cache import EmbeddingCache
 from hv_batch.protocol import SamplingParams
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch
 from hv_batch.runtime.embedder import Embedder, Text
@@ -29,10 +28,7 @@ class EncoderActor:
 
     def load(self) -> None:
         """Not in __init__: an exception here keeps its type on the way to the driver."""
-        engine, device = self._context.engine, self._context.config.parallel.device
-        encoder, store = engine.text_encoder(device), self._context.cache
-        cache = EmbeddingCache(store, engine.text_identity(device)) if store else None
-        self._embedder = Embedder(encoder, cache)
+        self._embedder = Embedder(self._context.engine.text_encoder(self._context.config.parallel.device))
 
     def encode(self, samples: Sequence[SamplingParams]) -> tuple[Any, ...]:
         """One (positive, negative or None) pair for each of `samples`, then the reports; each its own Ray object."""

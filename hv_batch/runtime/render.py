@@ -160,10 +160,6 @@ def _prepare(
         _check_engine(engine, config)
     with _collected(found):
         check_encoder(config.media)
-    cache = Store(config.encoders.cache, "embedding cache") if config.encoders.cache else None
-    with _collected(found):
-        if cache:
-            cache.probe()
     with _collected(found):
         index = _read_manifest(config, manifest, store, spool, progress)
         plan = Plan(store, index, selection, keep_latents=config.output.keep_latents)
@@ -183,7 +179,7 @@ def _prepare(
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         progress.say(f"warning: {warning}")
     state = inspect_run(store, document)
-    context = RunContext(config, engine, store, fingerprint(identity), versions, sizes, cache)
+    context = RunContext(config, engine, store, fingerprint(identity), versions, sizes)
     return _Job(context, index, plan, document, state)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
@@ -195,3 +196,18 @@ def test_a_resume_takes_over_from_a_driver_that_hangs(undisturbed, ray_head, tmp
     assert code == 0, text
     assert dataset(output) == dataset(undisturbed)
     assert not (output / "lease.json").exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on(ray_head, tmp_path, marks):
+    """P2: `resume` of a root whose run.json holds a removed key renders what is left, with one warning."""
+    manifest, output = write_manifest(tmp_path, PROMPTS[:2]), tmp_path / "out"
+    code, text = render(write_config(tmp_path, marks), manifest, output, ray_head[0], "--limit", "1")
+    assert code == 0, text
+    run = json.loads((output / "run.json").read_text())
+    run["config"]["encoders"]["cache"] = "/shared/embeddings"
+    (output / "run.json").write_text(json.dumps(run))
+    code, text = hv_batch("resume", output, "--address", ray_head[0])
+    assert code == 0, text
+    assert text.count("warning: the config key encoders.cache is ignored") == 1
+    assert count(marks, "denoised") == dict.fromkeys(PROMPTS[:2], 1)
+    assert (output / "_SUCCESS").exists()

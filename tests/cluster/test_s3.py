@@ -71,7 +71,7 @@ def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3,
         marks,
         {"step_seconds": 0.1},
         groups={"gpus_per_rank": 0, "cpus_per_rank": 0.1},
-        encoders={"cache": f"s3://{BUCKET}/embeddings", "batch_size": 1},
+        encoders={"batch_size": 1},
         output={"shard_size": 2, "webdataset": True},
         media={"codec": "h265", "poster": True},
         retries={"poison": 1},
@@ -107,4 +107,3 @@ def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3,
     assert json.loads(found["run/summary.json"])["embeddings"] == {"encoded": 3, "recalled": 1}
     assert SECRET not in text
     assert [key for key, data in found.items() if SECRET.encode() in data] == []
-    assert json.loads(found["run/run.json"])["config"]["encoders"]["cache"] == f"s3://{BUCKET}/embeddings"

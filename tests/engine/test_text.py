@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
-from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.text import IMAGE_TEMPLATE, MAX_TEXT_TOKENS, VIDEO_TEMPLATE, PromptTemplate, TextTowers
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
@@ -255,37 +254,3 @@ def test_a_tokenizer_that_cuts_the_template_otherwise_is_refused(model_base, tmp
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"94 tokens.* 95"):
         load(base)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_an_embedding_is_packed_and_unpacked_bit_for_bit(model_base, dtype):
-    """P3: what a cache gives back is what was encoded; numpy has no bfloat16, and loses nothing of it all the same."""
-    towers = load(model_base, dtype)
-    (fresh,) = towers.encode([PROMPT], image=False)
-    arrays = towers.pack(fresh)
-    back = towers.unpack({name: array.copy() for name, array in arrays.items()})
-    assert (back.states.dtype, back.pooled.dtype) == (dtype, dtype)
-    assert torch.equal(back.states, fresh.states)
-    assert torch.equal(back.pooled, fresh.pooled)
-    assert (back.num_tokens, back.tokens_lost) == (fresh.num_tokens, fresh.tokens_lost)
-    with pytest.raises(ValueError, match="not a packed embedding"):
-        towers.unpack({"states": arrays["states"]})
-
-
-def test_the_identity_of_embeddings_covers_what_they_depend_on(model_base, tmp_path):
-    """P3: the towers' weights, tokenizers and precisions, and nothing of the DiT or the VAE; JSON holds it."""
-    base = HunyuanVideo(model_base=model_base).text_identity("cpu")
-    assert json.loads(json.dumps(base)) == base
-    assert HunyuanVideo(model_base=model_base, precision="fp32", fp8="matmul").text_identity("cpu") == base
-    for change in ({"text_encoder_precision": "bf16"}, {"text_encoder_precision_2": "fp32"}):
-        assert HunyuanVideo(model_base=model_base, **change).text_identity("cpu") != base
-    for number, name in enumerate(("text_encoder/model.safetensors", "text_encoder_2/tokenizer_config.json")):
-        other = tmp_path / str(number)
-        shutil.copytree(model_base, other)
-        whole = (other / name).read_bytes()
-        (other / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert HunyuanVideo(model_base=other).text_identity("cpu") != base, name
-    vae = tmp_path / "0" / "hunyuan-video-t2v-720p" / "vae" / "config.json"
-    before = HunyuanVideo(model_base=tmp_path / "0").text_identity("cpu")
-    vae.write_text(vae.read_text() + " ")
-    assert HunyuanVideo(model_base=tmp_path / "0").text_identity("cpu") == before

@@ -95,7 +95,7 @@ def test_gpu_time_counts_each_group_by_its_size(store):
 
 
 def test_aggregate_counts_what_was_encoded_once(store):
-    """Embedding cache: prompts encoded and prompts recalled, over the committed samples."""
+    """summary.json: counts of prompts encoded and of prompts that an encoder remembered, over the committed samples."""
     open_root(store, 3)
     for number, (encoded, recalled) in enumerate([(1, 1), (0, 2)], start=1):
         stages = {"encode": {"seconds": 0.1, "encoded": encoded, "recalled": recalled}}
