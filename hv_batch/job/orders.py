@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from hv_batch.job.config import RunConfig
 from hv_batch.job.inputs import MASK
+from hv_batch.job.retired_keys import replace_retired
 from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
@@ -16,13 +17,16 @@ def read_orders(output: str) -> tuple[RunConfig, str | list[str]]:
     there is no run, or its run.json does not hold everything.
     """
     run = read_run(Store(output))
-    if _is_masked(run["config"]):
+    config = run["config"]
+    if isinstance(config, dict):
+        config = replace_retired(config)
+    if _is_masked(config):
         raise UserError(
             f"The run at {output} was begun with a secret in its config, which is not kept in its run.json. Give the "
             "secret by the environment, or resume with the command that began the run."
         )
     try:
-        return RunConfig.model_validate(run["config"]), run["manifest"]["url"]
+        return RunConfig.model_validate(config), run["manifest"]["url"]
     except ValidationError as error:
         raise UserError(
             f"The config in the run.json of {output} is not one of this version of hv_batch: {error}. Resume with the "

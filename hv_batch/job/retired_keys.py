@@ -1,0 +1,63 @@
+"""Config keys and values of earlier versions that are still accepted, in configs, overrides and run.json files.
+
+A key or value goes through these tables before a config is validated, so the models of `hv_batch.job.config` never see
+it and the identity of a run does not depend on it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+# Dotted key -> what the user should do. The key is ignored, whatever its value.
+REMOVED_KEYS: Mapping[str, str] = {}
+
+# Dotted key -> retired text -> (the value that replaces it, what the user should do).
+RETIRED_VALUES: Mapping[str, Mapping[str, tuple[Any, str]]] = {
+    "decoders.placement": {
+        "colocated": (
+            "pool",
+            "decoders need GPUs of their own; set pool, or group to decode on the denoise groups' GPUs",
+        ),
+    },
+}
+
+
+def replace_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config's `values` without removed keys and with retired values replaced.
+
+    Prints one warning to stderr for each key found. A removed key that is null was its default, which every run.json of
+    an earlier version holds, so it gives no warning. Values of removed keys are not printed: they may hold secrets.
+    """
+    current = dict(values)
+    for key, advice in REMOVED_KEYS.items():
+        section, name = _own_section(current, key)
+        if section is not None and section.pop(name) is not None:
+            _warn(f"the config key {key} is ignored: {advice}")
+    for key, replacements in RETIRED_VALUES.items():
+        section, name = _own_section(current, key)
+        if section is not None and isinstance(section[name], str) and section[name] in replacements:
+            retired = section[name]
+            section[name], advice = replacements[retired]
+            _warn(f"{key} = {retired} is read as {section[name]}: {advice}")
+    return current
+
+
+def _own_section(values: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+    """The mapping in `values` that holds a dotted key, or None, and the key's last part.
+
+    The mappings on the way are replaced by copies: two sections joined by a YAML alias are one object.
+    """
+    *path, name = key.split(".")
+    section = values
+    for part in path:
+        below = section.get(part)
+        if not isinstance(below, dict):
+            return None, name
+        section[part] = section = dict(below)
+    return (section if name in section else None), name
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
