@@ -18,7 +18,6 @@ from hv_batch.job.cost import Work, count_work, decode_flops, exchange_bytes, fo
 from hv_batch.job.events import Stage
 from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
 from hv_batch.job.limits import most_workers
-from hv_batch.job.lodging import lodging_pools
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import (
     GIB,
@@ -77,7 +76,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         "gpus": _bill(config, sizes, workers),
         "workers": {stage.name.lower(): count for stage, count in sorted(workers.items())},
         "groups_decode": _groups_decode(config),
-        "lodgers": [stage.name.lower() for stage in lodging_pools(config)],
+        "encoders_colocated": config.encoders.is_colocated,
         "estimate": {
             name: _estimate(config, sizes, _seconds(config, sizes, model, work, known), known)
             for name, known in GPUS.items()
@@ -314,9 +313,8 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"GPUs: {bill['groups']:g} for {workers['denoise']} group(s) + {bill['encoders']:g} for {workers['encode']} "
         f"encoder(s) + {bill['decoders']:g} for {workers['decode']} decoder(s) = {bill['total']:g}"
     )
-    if plan["lodgers"]:
-        lodgers = " and ".join(plan["lodgers"])
-        yield f"the GPUs of the groups also {lodgers}, and denoise the slower for it: hours are at least those below"
+    if plan["encoders_colocated"]:
+        yield "encoders share the groups' GPUs and slow down denoising: the hours below are a lower bound"
     if plan["groups_decode"]:
         yield "groups also decode, and do not denoise meanwhile: the hours of both add up"
     yield (

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from hv_batch.engine.dit import DiTConfig
-from hv_batch.engine.vae import VAEConfig
+from hv_batch.architecture import DiTConfig, VAEConfig
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
 
 

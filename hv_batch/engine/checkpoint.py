@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hv_batch.architecture import DIT_CLASS
 from hv_batch.engine import diffusers_layout
 from hv_batch.engine.tensor_files import COPY_AGAIN, INDEX_SUFFIX, shard_files
 from hv_batch.engine.text import missing_text_files
@@ -34,7 +35,6 @@ LAYOUT = (
 )
 
 MODEL = "hunyuan-video-t2v-720p"
-DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as ours: fields of `DiTConfig`
 CONVERTED = "model.safetensors"  # what `hv-batch weights convert` writes, or its index
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hv_batch.architecture import TileGeometry
 from hv_batch.engine import sampler
 from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh
@@ -17,7 +18,7 @@ from hv_batch.engine.self_check import check_decoding, check_group
 from hv_batch.engine.text import TextEmbedding
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_group import decode_in_group
-from hv_batch.engine.vae_tiling import TileGeometry, to_uint8
+from hv_batch.engine.vae_tiling import to_uint8
 from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, OnStep, SamplingParams, StepState
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import choose_kernel
 from hv_batch.engine.dit_blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from hv_batch.engine.embeddings import (
@@ -36,39 +36,6 @@ from hv_batch.protocol import UserError
 ONE_RANK = SequenceMesh.single()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiTConfig:
-    """Width and depth. The defaults are the released model; the field names are those of its config."""
-
-    in_channels: int = 16
-    out_channels: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns
-    hidden_size: int = 3072
-    heads_num: int = 24
-    mlp_width_ratio: float = 4.0
-    mm_double_blocks_depth: int = 20
-    mm_single_blocks_depth: int = 40
-    rope_dim_list: tuple[int, int, int] = (16, 56, 56)  # a head's channels over t, h, w
-    text_states_dim: int = 4096
-    text_states_dim_2: int = 768
-    guidance_embed: bool = True
-    refiner_depth: int = 2
-
-    def __post_init__(self) -> None:
-        """Raises UserError when the widths do not fit together."""
-        if self.hidden_size % self.heads_num:
-            raise UserError(
-                f"DiT config: hidden_size {self.hidden_size} is not a multiple of heads_num {self.heads_num}; "
-                f"choose a width that gives every head the same number of channels."
-            )
-        head_dim = self.hidden_size // self.heads_num
-        if sum(self.rope_dim_list) != head_dim or any(dim % 2 for dim in self.rope_dim_list):
-            raise UserError(
-                f"DiT config: rope_dim_list {list(self.rope_dim_list)} must be three even numbers that add up to the "
-                f"{head_dim} channels of a head (hidden_size {self.hidden_size} / heads_num {self.heads_num})."
-            )
-
-
 class HYVideoDiT(nn.Module):
     """The network. `attention` names the kernel: sdpa, cudnn, flash or math.
 
@@ -81,7 +48,6 @@ class HYVideoDiT(nn.Module):
         self.attention = attention
         self.joint_attention: JointAttention = attend_jointly
         width, heads = config.hidden_size, config.heads_num
-        mlp_width = int(width * config.mlp_width_ratio)
         pt, ph, pw = config.patch_size
 
         self.img_in = PatchEmbed(config.patch_size, config.in_channels, width)
@@ -90,10 +56,10 @@ class HYVideoDiT(nn.Module):
         self.vector_in = MLPEmbedder(config.text_states_dim_2, width)
         self.guidance_in = TimestepEmbedder(width) if config.guidance_embed else None
         self.double_blocks = nn.ModuleList(
-            DoubleStreamBlock(width, heads, mlp_width) for _ in range(config.mm_double_blocks_depth)
+            DoubleStreamBlock(width, heads, config.mlp_width) for _ in range(config.mm_double_blocks_depth)
         )
         self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(width, heads, mlp_width) for _ in range(config.mm_single_blocks_depth)
+            SingleStreamBlock(width, heads, config.mlp_width) for _ in range(config.mm_single_blocks_depth)
         )
         self.final_layer = FinalLayer(width, pt * ph * pw * config.out_channels)
 

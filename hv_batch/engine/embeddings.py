@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from hv_batch.architecture import REFINER_MLP_RATIO, TIMESTEP_WIDTH
 from hv_batch.engine.attention import Kernel
 from hv_batch.engine.dit_blocks import MLP
 
 Grid = tuple[int, int, int]  # tokens along t, h, w
 Rope = tuple[Tensor, Tensor]  # cos and sin, [L, head_dim / 2] float32
 
-TIMESTEP_WIDTH = 256
 TIMESTEP_MAX_PERIOD = 10_000
 ROPE_THETA = 256.0
-REFINER_MLP_RATIO = 4  # the released refiner has it fixed, whatever the blocks' ratio
 
 
 def patchify(latents: Tensor, patch: Grid) -> tuple[Tensor, Grid]:

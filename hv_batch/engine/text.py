@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hv_batch.architecture import MAX_TEXT_TOKENS, SKIPPED_LAYERS
 from hv_batch.engine.tensor_files import open_file, shard_files
 from hv_batch.protocol import UserError
 
-MAX_TEXT_TOKENS = 256  # prompt tokens the DiT was trained with
-SKIPPED_LAYERS = 2  # of the LLaMA tower, from its end
 CLIP_TOKENS = 77  # the position table of CLIP ViT-L/14
 
 TEXT_LAYOUT = """\

@@ -7,12 +7,13 @@ real sizes go through `hv_batch.engine.vae_tiling`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hv_batch.architecture import VAEConfig
 from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, UpBlock
 from hv_batch.engine.vae_kernels import Stride, in_layout, mix_channels, reused_memory
 from hv_batch.protocol import LATENT_CHANNELS, UserError
@@ -37,47 +38,24 @@ _IMPLEMENTED: Mapping[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VAEConfig:
-    """Widths of the VAE; the defaults are the released ones."""
+def parse_vae_config(values: Mapping[str, Any]) -> VAEConfig:
+    """The widths in the content of a checkpoint's vae/config.json; keys that do not shape the network are ignored.
 
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2  # of the encoder; the decoder has one more
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.476986  # latents as the DiT sees them = this * latents as the VAE sees them
-
-    def __post_init__(self) -> None:
-        if len(self.block_out_channels) != len(LEVELS):
+    Raises UserError if the file describes an architecture other than this module's.
+    """
+    for key, implemented in _IMPLEMENTED.items():
+        found = values.get(key, implemented)
+        if found != implemented and list(_as_list(found)) != _as_list(implemented):
             raise UserError(
-                f"VAE config: block_out_channels must be {len(LEVELS)} widths, not {self.block_out_channels}."
+                f"vae/config.json: {key} is {found!r}, but only {implemented!r} is supported. Is this the VAE of "
+                "HunyuanVideo, in the layout it was released in?"
             )
-        if any(width < 1 or width % self.norm_num_groups for width in self.block_out_channels):
-            raise UserError(
-                f"VAE config: every width of block_out_channels {self.block_out_channels} must be a multiple of "
-                f"norm_num_groups ({self.norm_num_groups})."
-            )
-        if self.layers_per_block < 1 or self.scaling_factor <= 0:
-            raise UserError("VAE config: layers_per_block and scaling_factor must be above 0.")
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> VAEConfig:
-        """From the content of a checkpoint's vae/config.json; keys that do not shape the network are ignored.
-
-        Raises UserError if the file describes an architecture other than this module's.
-        """
-        for key, implemented in _IMPLEMENTED.items():
-            found = values.get(key, implemented)
-            if found != implemented and list(_as_list(found)) != _as_list(implemented):
-                raise UserError(
-                    f"vae/config.json: {key} is {found!r}, but only {implemented!r} is supported. Is this the VAE of "
-                    "HunyuanVideo, in the layout it was released in?"
-                )
-        if values.get("shift_factor"):
-            raise UserError(f"vae/config.json: shift_factor is {values['shift_factor']!r}; this VAE has none.")
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        if "block_out_channels" in known:
-            known["block_out_channels"] = tuple(known["block_out_channels"])
-        return cls(**known)
+    if values.get("shift_factor"):
+        raise UserError(f"vae/config.json: shift_factor is {values['shift_factor']!r}; this VAE has none.")
+    known = {name: values[name] for name in (field.name for field in fields(VAEConfig)) if name in values}
+    if "block_out_channels" in known:
+        known["block_out_channels"] = tuple(known["block_out_channels"])
+    return VAEConfig(**known)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -13,16 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hv_batch.architecture import TileGeometry
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_tiling import (
-    TileGeometry,
-    cut_space,
-    cut_time,
-    decode_streaming,
-    tile_pixels,
-    unscale,
-)
+from hv_batch.engine.vae_tiling import cut_space, cut_time, decode_streaming, tile_pixels, unscale
 
 
 def decode_in_group(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: SequenceMesh) -> Iterator[Tensor]:

@@ -15,67 +15,16 @@ A cross-fade overwrites the later tile, and what was cross-faded is used for the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hv_batch.architecture import Axis, TileGeometry
 from hv_batch.engine.vae import PIXEL_CHANNELS, CausalVAE
-from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NotFiniteError, UserError
+from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NotFiniteError
 
 DecodeTiles = Callable[[Sequence[Tensor]], Iterable[Tensor]]  # tiles of latents, in order -> their pixels, in order
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileGeometry:
-    """Tile sizes, and the share of a tile that overlaps the next. The defaults are the official ones."""
-
-    spatial_px: int = 256
-    temporal_frames: int = 64
-    overlap: float = 0.25
-
-    def __post_init__(self) -> None:
-        # Above one half, a tile would overlap the next but one.
-        if not 0.0 <= self.overlap <= 0.5:
-            raise UserError(f"VAE tiling: overlap is {self.overlap}; a number from 0 to 0.5 is allowed.")
-        for field, size, compression in (
-            ("spatial_px", self.spatial_px, SPATIAL_COMPRESSION),
-            ("temporal_frames", self.temporal_frames, TEMPORAL_COMPRESSION),
-        ):
-            if size < compression or size % compression:
-                raise UserError(f"VAE tiling: {field} is {size}; a multiple of {compression} above 0 is allowed.")
-            if not (size / compression * self.overlap).is_integer():
-                # The overlap would be rounded differently in latents and in pixels, and tiles would not meet.
-                raise UserError(
-                    f"VAE tiling: {field} {size} is {size // compression} latents, of which overlap {self.overlap} is "
-                    "not a whole number. Choose an overlap of 0.25 and a size that divides by four latents."
-                )
-
-    @property
-    def space(self) -> Axis:
-        return Axis.of(self.spatial_px, SPATIAL_COMPRESSION, self.overlap)
-
-    @property
-    def time(self) -> Axis:
-        return Axis.of(self.temporal_frames, TEMPORAL_COMPRESSION, self.overlap)
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """The tiling of one axis: `tile` and `stride` in latents, `stride_px` and `fade_px` in pixels or frames."""
-
-    tile: int
-    stride: int
-    stride_px: int
-    fade_px: int
-
-    @classmethod
-    def of(cls, size_px: int, compression: int, overlap: float) -> Axis:
-        tile = size_px // compression
-        overlapping = int(tile * overlap)
-        stride = tile - overlapping
-        return cls(tile, stride, stride * compression, overlapping * compression)
 
 
 def decode_streaming(

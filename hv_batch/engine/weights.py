@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hv_batch.architecture import DiTConfig, VAEConfig
 from hv_batch.engine import diffusers_layout
 from hv_batch.engine.checkpoint import LAYOUT, CheckpointTree, read_json, scales_file
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise, hold_in_fp8
 from hv_batch.engine.tensor_files import ALIGNMENT, StoredTensor, all_tensors, named_tensors, open_file
 from hv_batch.engine.text import weight_file
-from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.engine.vae import CausalVAE, parse_vae_config
 from hv_batch.protocol import UserError
 
 # "none": FP8 weights become weights in the model's dtype when they are loaded; the same numbers, twice the memory.
@@ -142,7 +143,7 @@ def open_vae(tree: CheckpointTree) -> Tensors:
 
 def vae_config(tree: CheckpointTree) -> VAEConfig:
     values = read_json(tree.vae_config)
-    return VAEConfig.from_json(diffusers_layout.released_vae_config(values) if tree.is_diffusers else values)
+    return parse_vae_config(diffusers_layout.released_vae_config(values) if tree.is_diffusers else values)
 
 
 def open_tower(folder: Path, model_types: Collection[str]) -> Tensors:

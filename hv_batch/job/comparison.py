@@ -8,7 +8,6 @@ shard each (P7); where the layouts differ, rows wait until their counterparts co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -19,6 +18,7 @@ from hv_batch.job.dataset import describe_row, read_rows
 from hv_batch.job.runs import find_differences, read_run
 from hv_batch.job.status import plan_size
 from hv_batch.job.storage import Store
+from hv_batch.job.thread_map import map_in_threads
 
 MAX_LINES = 20  # of samples a category in the text
 
@@ -127,15 +127,14 @@ def _judge(result: Comparison, key: str, in_a: Facts, in_b: Facts) -> None:
 
 def _shards(store: Store, run: Mapping[str, Any]) -> Iterator[dict[str, Facts]]:
     """Every terminal sample of a run, a shard at a time."""
-    with ThreadPoolExecutor(store.readers, thread_name_prefix="compare") as pool:
-        for shard in range(plan_size(run)[1]):
-            state = scan_shard(store, shard)
-            facts: dict[str, Facts] = dict.fromkeys(sorted(state.quarantined))
-            rows = _table(store, shard, state.committed) if state.sealed else None
-            if rows is None:
-                read = partial(read_commit, store, shard)
-                rows = [describe_row(record) for record in pool.map(read, sorted(state.committed))]
-            yield facts | {row["key"]: row for row in sorted(rows, key=lambda row: (row["row"], row["video_index"]))}
+    for shard in range(plan_size(run)[1]):
+        state = scan_shard(store, shard)
+        facts: dict[str, Facts] = dict.fromkeys(sorted(state.quarantined))
+        rows = _table(store, shard, state.committed) if state.sealed else None
+        if rows is None:
+            records = map_in_threads(partial(read_commit, store, shard), sorted(state.committed), store.readers)
+            rows = [describe_row(record) for record in records]
+        yield facts | {row["key"]: row for row in sorted(rows, key=lambda row: (row["row"], row["video_index"]))}
 
 
 def _table(store: Store, shard: int, committed: frozenset[str]) -> list[dict[str, Any]] | None:

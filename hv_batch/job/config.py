@@ -157,8 +157,12 @@ class EncodersConfig(_Section):
     batch_size: Count = 8
     """Prompts of one call. Does not change the embeddings."""
     placement: Literal["pool", "colocated"] = "pool"
-    """pool: with GPUs of their own. colocated: on the GPUs of the denoise groups, each of which keeps the share `gpus`
-    free for one; with colocated decoders, together less than half. No more are started than a group has GPUs for."""
+    """pool: with GPUs of their own. colocated: on the GPUs of the denoise groups. Each rank leaves the share `gpus` of
+    its GPU free, which must be less than half. At most one encoder per GPU of a group is started."""
+
+    @property
+    def is_colocated(self) -> bool:
+        return self.placement == "colocated"
 
 
 class DecodersConfig(_Section):
@@ -171,10 +175,10 @@ class DecodersConfig(_Section):
     """GPUs that Ray reserves for an actor."""
     cpus: Cpus = 2.0
     """CPUs that Ray reserves for an actor; the H.264 encoder runs on them."""
-    placement: Literal["pool", "colocated", "group"] = "pool"
-    """pool: actors with GPUs of their own. colocated: actors on the GPUs of the groups, as for encoders. group: the
-    ranks of a group hold the VAE beside the DiT and share out the tiles of what was denoised; rank 0 writes and commits
-    with the CPUs of groups.cpus_per_rank. There are no actors then, and count, gpus and cpus mean nothing."""
+    placement: Literal["pool", "group"] = "pool"
+    """pool: actors with GPUs of their own. group: the ranks of a group hold the VAE beside the DiT and share out the
+    tiles of what was denoised; rank 0 writes and commits with the CPUs of groups.cpus_per_rank. There are no actors
+    then, and count, gpus and cpus mean nothing."""
 
 
 class OutputConfig(_Section):
@@ -283,12 +287,11 @@ class RunConfig(_Section):
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
                 "nothing to place a rank by"
             )
-        shares = {f"{name}.gpus": pool.gpus for name, pool in self._pools() if pool.placement == "colocated"}
-        if any(shares.values()) and (groups.gpus_per_rank < 1 or sum(shares.values()) >= 0.5):
+        share = self.encoders.gpus if self.encoders.is_colocated else 0.0
+        if share > 0 and (groups.gpus_per_rank < 1 or share >= 0.5):
             found.append(
-                f"{' + '.join(shares)} = {sum(shares.values()):g} colocated with ranks of groups.gpus_per_rank = "
-                f"{groups.gpus_per_rank:g}; allowed: together less than 0.5 of ranks with 1, so that no two ranks can "
-                "come to share a GPU"
+                f"encoders.gpus = {share:g} colocated with ranks of groups.gpus_per_rank = {groups.gpus_per_rank:g}; "
+                "allowed: less than 0.5 with groups.gpus_per_rank = 1, so that no two ranks can share a GPU"
             )
         if self.parallel.device == "cuda":
             # Ray hides every GPU from an actor that reserves none; NCCL refuses two ranks of a group on one GPU.

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hv_batch.job.architecture import VAEShape
-from hv_batch.job.memory import MAX_TEXT_TOKENS, count_tokens
+from hv_batch.architecture import MAX_TEXT_TOKENS, Axis, VAEConfig
+from hv_batch.job.memory import count_tokens
 from hv_batch.job.model import ITEMSIZE, ModelShape
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
 
@@ -72,21 +72,20 @@ def count_tiles(model: ModelShape, shape: Shape) -> Counter[Shape]:
     """The tiles of a video, by latent (frames, height, width): the geometry of spec section 5."""
     height, width, frames = shape
     latent = ((frames - 1) // TEMPORAL_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
-    tile = model.tile
+    time, space = model.tile.time, model.tile.space
     in_time = [latent[0]]
-    if latent[0] > tile.frames:
-        stride = tile.frames - int(tile.frames * tile.overlap)
-        in_time = [min(tile.frames + 1, latent[0] - start) for start in range(0, latent[0] - 1, stride)]
-    tiled = max(latent[1:]) > tile.side
-    rows, columns = (_cut(side, tile.side, tile.overlap) if tiled else [side] for side in latent[1:])
+    if latent[0] > time.tile:
+        in_time = [min(time.tile + 1, latent[0] - start) for start in range(0, latent[0] - 1, time.stride)]
+    tiled = max(latent[1:]) > space.tile
+    rows, columns = (_cut(side, space) if tiled else [side] for side in latent[1:])
     return Counter((t, h, w) for t in in_time for h in rows for w in columns)
 
 
-def _cut(side: int, tile: int, overlap: float) -> list[int]:
-    return [min(tile, side - start) for start in range(0, side, tile - int(tile * overlap))]
+def _cut(side: int, axis: Axis) -> list[int]:
+    return [min(axis.tile, side - start) for start in range(0, side, axis.stride)]
 
 
-def tile_flops(vae: VAEShape, tile: Shape) -> float:
+def tile_flops(vae: VAEConfig, tile: Shape) -> float:
     """One tile of latents (frames, height, width) through the decoder, as the engine computes it."""
     frames, height, width = tile
     widths = vae.block_out_channels[::-1]

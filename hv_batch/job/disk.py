@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -181,6 +182,12 @@ def _flush_folder(folder: str) -> None:
     except OSError as error:
         if error.errno not in NO_FOLDER_FLUSH:
             raise
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a local file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush_all(paths: Collection[str]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -24,9 +23,9 @@ from hv_batch.job.index import read_index
 from hv_batch.job.runs import read_run
 from hv_batch.job.status import plan_size
 from hv_batch.job.storage import Leftover, Store
+from hv_batch.job.thread_map import map_in_threads
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
-WINDOW = 1024  # shards queued at once
 
 # A media file and what goes with it: the sample's key, eight digits of the file's hash, a suffix. Nothing else in the
 # folder is ours to judge.
@@ -67,11 +66,8 @@ def find_garbage(store: Store, *, older_than: float) -> Iterator[Garbage]:
     def scan(shard: int) -> list[tuple[Kind, str]]:
         return list(_of_shard(store, shard, has_posters, keeps_latents))
 
-    with ThreadPoolExecutor(SCANNERS, thread_name_prefix="garbage") as pool:
-        for first in range(0, shards, WINDOW):
-            window = range(first, min(first + WINDOW, shards))
-            for found in pool.map(scan, window):
-                yield from _old(store, found, older_than)
+    for found in map_in_threads(scan, range(shards), SCANNERS):
+        yield from _old(store, found, older_than)
     yield from _old(store, [(Kind.PLAN, name) for name in _unnamed_parts(store)], older_than)
     for leftover in store.leftovers():
         if leftover.modified < older_than:

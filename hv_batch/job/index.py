@@ -12,7 +12,6 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +28,7 @@ from hv_batch.job.manifest import Manifest
 from hv_batch.job.parquet import read_parquet
 from hv_batch.job.samples import CheckedRow, ManifestSummary, Sample, make_samples
 from hv_batch.job.storage import Store
+from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError
 
 SCHEMA = "hv_batch/plan/1"
@@ -99,14 +99,17 @@ class Index:
         """
         if store.url == self._store.url:
             return
-        with ThreadPoolExecutor(CARRIERS, thread_name_prefix="index") as pool:
-            list(pool.map(lambda part: store.put(part.name, self._store.get(part.name)), self._parts))
+
+        def copy(part: Part) -> None:
+            store.put(part.name, self._store.get(part.name))
+
+        for _ in map_in_threads(copy, self._parts, CARRIERS):
+            pass
         store.put(layout.INDEX, json.dumps(self._document, indent=1).encode())
 
     def is_whole(self) -> bool:
         """Whether every part is there with the bytes that were written."""
-        with ThreadPoolExecutor(CARRIERS, thread_name_prefix="index") as pool:
-            return all(pool.map(partial(is_whole, self._store), self._parts))
+        return all(map_in_threads(partial(is_whole, self._store), self._parts, CARRIERS))
 
     def _rows(self, part: Part) -> _Rows:
         if self._held is None or self._held[0] is not part:

@@ -10,7 +10,6 @@ from hv_batch.job.config import RunConfig
 from hv_batch.job.errors import FailureClass
 from hv_batch.job.events import Stage
 from hv_batch.job.lanes import Lane
-from hv_batch.job.lodging import lodging_pools
 from hv_batch.job.parcels import PARCEL
 from hv_batch.job.size_rules import most_ranks
 from hv_batch.protocol import ParallelPlan
@@ -20,7 +19,7 @@ from hv_batch.protocol import ParallelPlan
 class StageLimits:
     workers: int  # at most; 0 of DECODE: the groups do its tasks too
     auto: bool = False  # how many of them there should be is learnt from how long tasks take
-    lodges: bool = False  # they stand on what the groups have, so they need no room but a group
+    lodges: bool = False  # they use the groups' resources, so they need none of their own
     batch: int = 1  # samples a task may take; more than one behind the encoders only of quick ones (parcels.py)
     ahead: int  # tasks' worth of samples that may wait here; the station before pauses when its results would exceed it
     task_timeout_s: float  # without a Beat for so long a running task counts as hung
@@ -64,17 +63,19 @@ def most_workers(config: RunConfig, plans: Sequence[ParallelPlan] = (ParallelPla
     most = _pool_sizes(config, most_groups) | {Stage.DENOISE: most_groups}
     if config.decoders.placement == "group":
         most[Stage.DECODE] = 0
-    rooms = {stage: count * groups.count * groups.nodes_per_group for stage, count in lodgers_per_node(config).items()}
-    return {stage: min(count, rooms.get(stage, count)) for stage, count in most.items()}
+    if config.encoders.is_colocated:
+        room = lodgers_per_node(config) * groups.count * groups.nodes_per_group
+        most[Stage.ENCODE] = min(most[Stage.ENCODE], room)
+    return most
 
 
-def lodgers_per_node(config: RunConfig) -> dict[Stage, int]:
-    """How many colocated encoders and decoders find room on a node of a group."""
-    pools, sizes = lodging_pools(config), _pool_sizes(config, config.groups.count)
-    ranks, nodes = most_ranks(config), config.groups.nodes_per_group
-    # Each on a GPU of its own, or one of each kind on a single GPU: so many can be placed in whatever order they come.
-    most = max(1, ranks // nodes // max(1, len(pools)))
-    return {stage: min(most, -(-sizes[stage] // (config.groups.count * nodes))) for stage in pools}
+def lodgers_per_node(config: RunConfig) -> int:
+    """How many colocated encoders a node of a group may hold: at most one for each of the group's GPUs there."""
+    if not config.encoders.is_colocated:
+        return 0
+    groups = config.groups
+    wanted = _pool_sizes(config, groups.count)[Stage.ENCODE]
+    return min(most_ranks(config) // groups.nodes_per_group, -(-wanted // (groups.count * groups.nodes_per_group)))
 
 
 def _pool_sizes(config: RunConfig, groups: int) -> dict[Stage, int]:
@@ -97,12 +98,12 @@ def stage_limits(
     stall_s = config.timeouts.stall_s
     batch = config.encoders.batch_size
     workers, lanes = most_workers(config, plans), tuple(_lanes(config, plans))
-    groups, lodging = workers[Stage.DENOISE], lodging_pools(config)
+    groups = workers[Stage.DENOISE]
     return {
         Stage.ENCODE: StageLimits(
             workers=workers[Stage.ENCODE],
             auto=config.encoders.count == "auto",
-            lodges=Stage.ENCODE in lodging,
+            lodges=config.encoders.is_colocated,
             batch=batch,
             ahead=batch,
             task_timeout_s=stall_s,
@@ -119,7 +120,6 @@ def stage_limits(
         Stage.DECODE: StageLimits(
             workers=workers[Stage.DECODE],
             auto=config.decoders.count == "auto" and workers[Stage.DECODE] > 0,
-            lodges=Stage.DECODE in lodging,
             batch=PARCEL if workers[Stage.DECODE] else 1,  # all ranks of a group decode one video together
             ahead=groups + max(groups, workers[Stage.DECODE]),
             task_timeout_s=stall_s,

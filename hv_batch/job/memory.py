@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hv_batch.architecture import MAX_TEXT_TOKENS
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
 from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, ParallelPlan, Shape, UserError
@@ -25,7 +26,6 @@ GIB = 2**30
 # CUDA context, workspaces of cuBLAS, NCCL's buffers, gaps between the allocator's blocks. Not measured.
 RESERVE_BYTES = 2 * GIB
 
-MAX_TEXT_TOKENS = 256
 TEMPLATE_TOKENS = 95  # of the video template, in front of the prompt while the LLaMA tower reads it
 
 
@@ -132,8 +132,9 @@ def decode_activations(model: ModelShape, shape: Shape) -> int:
     """Bytes while the largest tile of a video is decoded."""
     height, width, frames = shape
     tile, item = model.tile, ITEMSIZE[model.vae_precision]
+    most_frames = tile.time.tile
     latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
-    in_tile = latent_frames if latent_frames <= tile.frames else tile.frames + 1
+    in_tile = latent_frames if latent_frames <= most_frames else most_frames + 1
     tile_frames = (in_tile - 1) * TEMPORAL_COMPRESSION + 1
     tiled = max(height, width) > tile.spatial_px
     tall, broad = (min(side, tile.spatial_px) if tiled else side for side in (height, width))
@@ -146,7 +147,7 @@ def decode_activations(model: ModelShape, shape: Shape) -> int:
     decoding = channels * tile_frames * tall * broad * item
     # Frames of a temporal tile: being put together, and the tile before in the hands of the caller.
     frames_held = 3 * tile_frames * height * width * item
-    whole = frames_held * ((2 if latent_frames > tile.frames else 1) + tile.overlap if tiled else 1)
+    whole = frames_held * ((2 if latent_frames > most_frames else 1) + tile.overlap if tiled else 1)
     return int(decoding + whole)
 
 

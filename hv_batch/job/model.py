@@ -12,46 +12,25 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hv_batch.job.architecture import ClipShape, DiTShape, LlamaShape, VAEShape
-from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
+from hv_batch.protocol import UserError
 
 ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that these numbers are of
 
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
 
-DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as this engine's
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileShape:
-    """The VAE's tiling; fields are named as in the engine's `vae_tile` option."""
-
-    spatial_px: int = 256
-    temporal_frames: int = 64
-    overlap: float = 0.25
-
-    @property
-    def side(self) -> int:
-        """Latents along height or width of a tile."""
-        return self.spatial_px // SPATIAL_COMPRESSION
-
-    @property
-    def frames(self) -> int:
-        """Latent frames of a tile, without the one that it reads in addition."""
-        return self.temporal_frames // TEMPORAL_COMPRESSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """All of it, in the precisions that are computed with."""
 
-    dit: DiTShape = field(default_factory=DiTShape)
-    vae: VAEShape = field(default_factory=VAEShape)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
     llama: LlamaShape = field(default_factory=LlamaShape)
     clip: ClipShape = field(default_factory=ClipShape)
-    tile: TileShape = field(default_factory=TileShape)
+    tile: TileGeometry = field(default_factory=TileGeometry)
     precision: str = "bf16"
     vae_precision: str = "fp16"
     text_encoder_precision: str = "fp16"
@@ -99,11 +78,11 @@ class ModelShape:
             if options.get(name) in ITEMSIZE
         }
         return cls(
-            dit=_shape(DiTShape, {**_dit_beside(base, options.get("dit_weight")), **(options.get("dit") or {})}),
-            vae=_shape(VAEShape, _read_json(base / "hunyuan-video-t2v-720p" / "vae" / "config.json")),
+            dit=_shape(DiTConfig, {**_dit_beside(base, options.get("dit_weight")), **(options.get("dit") or {})}),
+            vae=_shape(VAEConfig, _read_json(base / "hunyuan-video-t2v-720p" / "vae" / "config.json")),
             llama=_shape(LlamaShape, _read_json(base / "text_encoder" / "config.json")),
             clip=_shape(ClipShape, _clip_text(_read_json(base / "text_encoder_2" / "config.json"))),
-            tile=_shape(TileShape, options.get("vae_tile") or {}),
+            tile=_shape(TileGeometry, options.get("vae_tile") or {}),
             fp8=options.get("fp8", "none") != "none",
             offload=options.get("offload", "none") != "none",
             step_cache=options.get("step_cache", 0) > 0,
@@ -113,8 +92,12 @@ class ModelShape:
 
 
 def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The released widths replace values that do not fit together: the engine refuses them, or they are another's."""
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    except (UserError, TypeError, ValueError, ArithmeticError):
+        return kind()
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

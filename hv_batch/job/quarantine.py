@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -23,6 +23,7 @@ from hv_batch.job.commits import decode, encode, read_quarantine, scan_shard
 from hv_batch.job.dataset import unseal_shard
 from hv_batch.job.errors import Failure
 from hv_batch.job.storage import Store
+from hv_batch.job.thread_map import map_in_threads
 
 MAX_GROUPS = 100  # of one class; what does not fit is counted together
 MAX_EXAMPLES = 3
@@ -64,12 +65,11 @@ class Reason:
 
 def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Quarantine records of `shards` in plan order, of all classes or those of `kinds`; one shard in memory."""
-    with ThreadPoolExecutor(store.readers, thread_name_prefix="quarantine") as pool:
-        for shard in shards:
-            keys = scan_shard(store, shard).quarantined
-            found = pool.map(lambda key, shard=shard: _read(store, shard, key), keys)
-            wanted = (record for record in found if record and (not kinds or record["class"] in kinds))
-            yield from sorted(wanted, key=itemgetter("row", "video_index"))
+    for shard in shards:
+        keys = scan_shard(store, shard).quarantined
+        found = map_in_threads(partial(_read, store, shard), keys, store.readers)
+        wanted = (record for record in found if record and (not kinds or record["class"] in kinds))
+        yield from sorted(wanted, key=itemgetter("row", "video_index"))
 
 
 def _read(store: Store, shard: int, key: str) -> dict[str, Any] | None:
@@ -137,8 +137,8 @@ def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]
         return (state.quarantined | taken_back(store, shard)) - state.committed
 
     numbers = list(shards)
-    with ThreadPoolExecutor(store.readers, thread_name_prefix="quarantine") as pool:
-        return {shard: keys for shard, keys in zip(numbers, pool.map(of_shard, numbers), strict=True) if keys}
+    found = map_in_threads(of_shard, numbers, store.readers)
+    return {shard: keys for shard, keys in zip(numbers, found, strict=True) if keys}
 
 
 def taken_back(store: Store, shard: int) -> frozenset[str]:

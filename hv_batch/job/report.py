@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from typing import Any
@@ -23,6 +23,7 @@ from hv_batch.job.runs import read_run
 from hv_batch.job.status import ShardStatus, read_status
 from hv_batch.job.storage import Store
 from hv_batch.job.sums import Sums, read_sums, sum_up
+from hv_batch.job.thread_map import map_in_threads
 
 SCHEMA = "hv_batch/summary/1"
 MAX_CARDS = 500  # a browser copes with that many clips on one page; the dataset itself is for the rest
@@ -86,9 +87,9 @@ def write_report(store: Store, summary: Mapping[str, Any]) -> None:
 
 def _sums(store: Store, shards: Sequence[ShardStatus]) -> Iterator[Sums]:
     """Those of every shard: what sealing it wrote down, where it still holds, else from its records."""
-    with ThreadPoolExecutor(store.readers, thread_name_prefix="sums") as pool:
-        for shard, kept in zip(shards, pool.map(lambda shard: _kept_sums(store, shard), shards), strict=True):
-            yield kept or sum_up(_committed(store, [shard.shard]))
+    kept_sums = map_in_threads(partial(_kept_sums, store), shards, store.readers)
+    for shard, kept in zip(shards, kept_sums, strict=True):
+        yield kept or sum_up(_committed(store, [shard.shard]))
 
 
 def _kept_sums(store: Store, shard: ShardStatus) -> Sums | None:
@@ -99,8 +100,7 @@ def _kept_sums(store: Store, shard: ShardStatus) -> Sums | None:
 
 def _committed(store: Store, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
     """Every commit record of `shards` in plan order, one shard of them in memory."""
-    with ThreadPoolExecutor(store.readers, thread_name_prefix="report") as pool:
-        for shard in shards:
-            keys = scan_shard(store, shard).committed
-            records = pool.map(lambda key, shard=shard: read_commit(store, shard, key), keys)
-            yield from sorted(records, key=itemgetter("row", "video_index"))
+    for shard in shards:
+        keys = scan_shard(store, shard).committed
+        records = map_in_threads(partial(read_commit, store, shard), keys, store.readers)
+        yield from sorted(records, key=itemgetter("row", "video_index"))

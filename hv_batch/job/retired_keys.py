@@ -16,7 +16,14 @@ REMOVED_KEYS: Mapping[str, str] = {
 }
 
 # Dotted key -> retired text -> (the value that replaces it, what the user should do).
-RETIRED_VALUES: Mapping[str, Mapping[str, tuple[Any, str]]] = {}
+RETIRED_VALUES: Mapping[str, Mapping[str, tuple[Any, str]]] = {
+    "decoders.placement": {
+        "colocated": (
+            "pool",
+            "decoders need GPUs of their own; set pool, or group to decode on the denoise groups' GPUs",
+        ),
+    },
+}
 
 
 def replace_retired(values: Mapping[str, Any]) -> dict[str, Any]:

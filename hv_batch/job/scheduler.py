@@ -339,12 +339,12 @@ class Scheduler:
             needed = {stage: sum(bool(worker.task) for worker in self._staff.of(stage)) for stage in Stage}
             needed[Stage.DECODE] += needed[Stage.DENOISE] + self._queues.waiting(Stage.DECODE)
         decode = self._limits[Stage.DECODE]
-        if decode.lodges or not decode.workers:  # groups that decode, or that decoders stand on, are needed as long
-            needed[Stage.DENOISE] = needed[Stage.DECODE]
-        return needed if decode.workers else needed | {Stage.DECODE: 0}
+        if not decode.workers:  # groups decode, so they are needed until the last decode
+            needed |= {Stage.DENOISE: needed[Stage.DECODE], Stage.DECODE: 0}
+        return needed
 
     def _needed_groups(self) -> list[int]:
-        """How many groups of each lane could ever be busy, or have decoders that stand on them be."""
+        """How many groups of each lane could ever be busy."""
         decode, queues = self._limits[Stage.DECODE], self._queues
         needed = []
         for lane in queues.lanes(Stage.DENOISE):
@@ -352,7 +352,7 @@ class Scheduler:
                 coming = queues.yet_to_pass(Stage.DENOISE, lane)
             else:
                 coming = queues.at(Stage.DENOISE, lane) - queues.waiting(Stage.DENOISE, lane)
-            decoding = queues.at(Stage.DECODE, lane) if decode.lodges or not decode.workers else 0
+            decoding = 0 if decode.workers else queues.at(Stage.DECODE, lane)
             needed.append(coming + decoding)
         return needed
 

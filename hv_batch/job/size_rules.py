@@ -86,8 +86,8 @@ def _faults_of_auto(config: RunConfig) -> Iterator[str]:
             f"{auto} with groups.nodes_per_group = {config.groups.nodes_per_group}; allowed: 1, because auto chooses "
             "among groups that fit on one node"
         )
-    if "colocated" in (config.encoders.placement, config.decoders.placement):
+    if config.encoders.is_colocated:
         yield (
-            f"{auto} with encoders or decoders that are colocated; allowed: encoders.placement = pool and "
-            "decoders.placement = pool or group, because how many may lodge with a group depends on its size"
+            f"{auto} with encoders.placement = colocated; allowed: pool, because the number of encoders that a group "
+            "has GPUs for depends on its size"
         )

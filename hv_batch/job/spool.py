@@ -18,7 +18,6 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,11 @@ from typing import Any
 
 from hv_batch.job import commits, layout
 from hv_batch.job.config import OutputConfig
+from hv_batch.job.disk import file_sha256
 from hv_batch.job.latents import drop_what_led_to
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.thread_map import map_in_threads
 
 UPLOADS_AT_ONCE = 4  # of a node: a store that has just come back is asked by all nodes of a cluster
 KEPT_FREE = 2**30  # bytes of the disk that are left to others
@@ -97,8 +98,7 @@ class Spool:
                 return None
 
         names = list(self._local.list(layout.COMMITS)) if self._is_ours() else []
-        with ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="spool") as pool:
-            committed = tuple(key for key in pool.map(publish, names) if key)
+        committed = tuple(key for key in map_in_threads(publish, names, UPLOADS_AT_ONCE) if key)
         return Emptied(committed, "".join(said[:1]))
 
     def sweep(self) -> None:
@@ -131,7 +131,7 @@ class Spool:
             record = commits.decode(self._local.get(name))
             is_ours = record["schema"] == commits.COMMIT_SCHEMA and record["fingerprint"] == self._fingerprint
             is_ours &= name == layout.commit_key(record["shard"], record["key"])
-            digests = {file: _digest(self._folder / file) for file in _files(record)}
+            digests = {file: file_sha256(self._folder / file) for file in _files(record)}
             is_whole = digests[record["file"]] == record["sha256"]
             is_whole &= all(f"-{digest[:8]}." in file for file, digest in digests.items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -171,8 +171,3 @@ def _look(folder: Path) -> Iterator[os.stat_result]:
         for name in (".", *names):
             with suppress(OSError):
                 yield os.lstat(os.path.join(place, name))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

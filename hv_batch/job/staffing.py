@@ -165,7 +165,7 @@ class Staff:
         yield from _release([slot for slot in spare if not slot.placed] + idle[:1], MAKES_ROOM)
 
     def _in_need(self, needed: Mapping[Stage, int]) -> list[Stage]:
-        """The stations whose workers are needed and take room; those that lodge with the groups take none."""
+        """The stations whose workers are needed and take resources of their own; colocated encoders take none."""
         return [stage for stage in Stage if needed[stage] and stage not in self._lodging]
 
     def _waiting(self, stage: Stage) -> list[WorkerSlot]:

@@ -8,7 +8,6 @@ reasons in groups.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +18,10 @@ from hv_batch.job.lease import Holder, is_gone, read_lease
 from hv_batch.job.quarantine import Reason, group_reasons, read_quarantined
 from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
+from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
-WINDOW = 1024  # shards queued at once, so that a run of 40,000 shards does not become 40,000 futures
 MAX_LINES = 100  # of shards in the text table; beyond it only those that need attention are listed
 
 
@@ -176,6 +175,4 @@ def _scan_shards(store: Store, run: Mapping[str, Any], shards: Sequence[int]) ->
             sealed=found.sealed,
         )
 
-    with ThreadPoolExecutor(SCANNERS, thread_name_prefix="status") as pool:
-        for first in range(0, len(shards), WINDOW):
-            yield from pool.map(scan, shards[first : first + WINDOW])
+    return map_in_threads(scan, shards, SCANNERS)

@@ -22,7 +22,6 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -36,6 +35,7 @@ from hv_batch.job.leftovers import Leftover, find_leftovers, remove_leftover
 from hv_batch.job.put_if_absent import PutIfAbsent
 from hv_batch.job.remote import Remote
 from hv_batch.job.store_errors import StorageUnavailableError, is_transient, raise_translated
+from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError
 
 __all__ = ["Leftover", "PutIfAbsent", "StorageUnavailableError", "Store"]
@@ -83,8 +83,7 @@ class Store:
         items = list(items)
         if self._is_local or len(items) < 2:
             return [act(item) for item in items]
-        with ThreadPoolExecutor(self.readers, thread_name_prefix="store") as pool:
-            return list(pool.map(act, items))
+        return list(map_in_threads(act, items, self.readers))
 
     @cached_property
     def _backend(self) -> LocalDisk | Remote:

@@ -14,9 +14,7 @@ removed before the seal would be a pending sample that no run looks for.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from operator import attrgetter
@@ -35,6 +33,7 @@ from hv_batch.job.sealed import check_sealed
 from hv_batch.job.status import Status, read_status
 from hv_batch.job.storage import Store
 from hv_batch.job.sums import sum_up
+from hv_batch.job.thread_map import map_in_threads
 
 READERS = 8  # each holds one whole video: 8 x 50 MB, and a decoder beside it
 
@@ -61,22 +60,21 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     result = Verification(store.url, pending=status.pending, quarantined=status.quarantined)
     result.findings += [*_check_success(status), *_check_plan(store)]
     every = 1 if decodes is None else -(-status.committed // decodes) if decodes else 0
-    with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as pool:
-        for shard in status.shards:
-            keys = sorted(layout.sample_keys(store.list(layout.commit_dir(shard.shard))))
-            numbers = range(result.checked, result.checked + len(keys))
-            decoders = [decode if every and number % every == 0 else None for number in numbers]
-            given_up = layout.sample_keys(store.list(layout.quarantine_dir(shard.shard)))
-            samples = list(pool.map(partial(_check_sample, store, run, shard.shard, given_up), keys, decoders))
-            result.findings += _check_given_up(store, shard.shard)
-            result.checked += len(samples)
-            result.decoded += sum(sample.decoded for sample in samples)
-            result.bytes += sum(sample.bytes for sample in samples)
-            result.findings += [finding for sample in samples for finding in sample.findings]
-            if shard.sealed:
-                result.tables += 1
-                records = [sample.record for sample in samples if sample.record is not None]
-                result.findings += check_sealed(store, shard.shard, records, run)
+    for shard in status.shards:
+        keys = sorted(layout.sample_keys(store.list(layout.commit_dir(shard.shard))))
+        numbers = range(result.checked, result.checked + len(keys))
+        decoders = [decode if every and number % every == 0 else None for number in numbers]
+        given_up = layout.sample_keys(store.list(layout.quarantine_dir(shard.shard)))
+        samples = _check_samples(store, run, shard.shard, given_up, dict(zip(keys, decoders, strict=True)))
+        result.findings += _check_given_up(store, shard.shard)
+        result.checked += len(samples)
+        result.decoded += sum(sample.decoded for sample in samples)
+        result.bytes += sum(sample.bytes for sample in samples)
+        result.findings += [finding for sample in samples for finding in sample.findings]
+        if shard.sealed:
+            result.tables += 1
+            records = [sample.record for sample in samples if sample.record is not None]
+            result.findings += check_sealed(store, shard.shard, records, run)
     return result
 
 
@@ -128,6 +126,17 @@ def _check_plan(store: Store) -> list[Finding]:
     # Without its document the index counts as none, and the same run command writes it anew from the manifest.
     told = f"{len(wrong):,} of {len(parts):,} parts are missing or damaged, as {wrong[0]}" if wrong else ""
     return [Finding(None, None, Fault.PLAN, told, (layout.INDEX,))] if wrong else []
+
+
+def _check_samples(
+    store: Store, run: Mapping[str, Any], shard: int, given_up: frozenset[str], decoders: Mapping[str, Decode | None]
+) -> list[_Checked]:
+    """Each sample of `decoders`, in that order; it is decoded if it has a decoder."""
+
+    def check(key: str) -> _Checked:
+        return _check_sample(store, run, shard, given_up, key, decoders[key])
+
+    return list(map_in_threads(check, decoders, READERS))
 
 
 def _check_sample(

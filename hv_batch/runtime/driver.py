@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import ray
 
@@ -44,7 +43,6 @@ from hv_batch.job.events import (
 )
 from hv_batch.job.inputs import public_url
 from hv_batch.job.limits import retry_limits, stage_limits
-from hv_batch.job.lodging import lodging_pools
 from hv_batch.job.losses import Losses
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
@@ -307,11 +305,16 @@ class Driver:
         if worker.stage is Stage.DENOISE:
             plan = self._context.sizes.plans[lane]
             return DenoiseGroup(worker, plan, self._context, self._watch, self._groups, self._sick_nodes)
-        start = start_encoder if worker.stage is Stage.ENCODE else start_decoder
-        begin = partial(start, worker, self._context)
-        if worker.stage in lodging_pools(self._context.config):
-            return Lodger(worker, self._groups, self._watch, lambda room, watch: begin(watch, self._sick_nodes, room))
-        return begin(self._watch, self._sick_nodes)
+        if worker.stage is Stage.DECODE:
+            return start_decoder(worker, self._context, self._watch, self._sick_nodes)
+        if not self._context.config.encoders.is_colocated:
+            return start_encoder(worker, self._context, self._watch, self._sick_nodes)
+        return Lodger(
+            worker,
+            self._groups,
+            self._watch,
+            lambda room, watch: start_encoder(worker, self._context, watch, self._sick_nodes, room),
+        )
 
     def _group(self, worker: WorkerId) -> DenoiseGroup:
         group = self._workers[worker]

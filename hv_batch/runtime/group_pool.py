@@ -87,9 +87,9 @@ class GroupPool:
         if seats in self._occupied:
             self._occupied.remove(seats)
 
-    def find_room(self, stage: Stage) -> Room | None:
-        """Where fewest lodgers live already."""
-        rooms = (seats.find_room(stage) for seats in sorted(self._occupied, key=lambda seats: seats.lodgers))
+    def find_room(self) -> Room | None:
+        """Room for an encoder, in the group that has the fewest encoders."""
+        rooms = (seats.find_room() for seats in sorted(self._occupied, key=lambda seats: seats.lodgers))
         return next((room for room in rooms if room), None)
 
     def close(self) -> None:

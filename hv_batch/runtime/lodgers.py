@@ -1,8 +1,8 @@
-"""Encoders and decoders that live on the seats of denoise groups (see `hv_batch.job.lodging`).
+"""Encoders that use the GPUs of denoise groups (see `hv_batch.job.lodging`).
 
-A lodger moves in where a group sits, and stays while its ranks are rebuilt. Where the seats are given back it moves
-out, after the task that it runs, and nobody is blamed. Nobody moves in while the ranks are away: Ray could give a
-newcomer what a rank needs.
+A colocated encoder starts in the placement group of a running denoise group and stays while the ranks are rebuilt. If
+the placement group is released, the encoder finishes its task and stops, and no failure is charged. No encoder starts
+while the ranks are absent, because Ray could give it the GPU share that a rank needs.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import Event, Stage, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.seats import Room
-from hv_batch.runtime.workers import DecoderWorker, EncoderWorker, InFlight, Watch
-
-Life = EncoderWorker | DecoderWorker
+from hv_batch.runtime.workers import EncoderWorker, InFlight, Watch
 
 
 class Lodger:
-    """One life of an encoder or decoder; `begin` starts its actor in a room, once there is one."""
+    """One life of an encoder; `begin` starts its actor as soon as a group has room for it."""
 
-    def __init__(self, worker: WorkerId, pool: GroupPool, watch: Watch, begin: Callable[[Room, Watch], Life]) -> None:
+    def __init__(
+        self, worker: WorkerId, pool: GroupPool, watch: Watch, begin: Callable[[Room, Watch], EncoderWorker]
+    ) -> None:
         self.id = worker
         self.nodes: frozenset[str] = frozenset()
         self._pool = pool
         self._watch = watch
         self._begin = begin
         self._room: Room | None = None
-        self._life: Life | None = None
+        self._life: EncoderWorker | None = None
         self._move_in()
 
     def run(self, items: Sequence[InFlight], stage: Stage) -> None:
@@ -54,7 +54,7 @@ class Lodger:
             self._room.leave()
 
     def _move_in(self) -> None:
-        self._room = self._pool.find_room(self.id.stage)
+        self._room = self._pool.find_room()
         if self._room:
             self._life = self._begin(self._room, self._listen)
 

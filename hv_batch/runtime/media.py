@@ -23,6 +23,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from hv_batch.job.config import MediaConfig
+from hv_batch.job.disk import file_sha256
 from hv_batch.runtime.codecs import jpeg_options, video_options
 from hv_batch.runtime.png import encode_png
 
@@ -80,7 +81,7 @@ def write_media(
         else:
             with _Encoder([*raw, *video_options(media), *_output(path)]) as encoder:
                 frames_sha256, frame = _feed(encoder.write, frames, shape, num_frames)
-        sha256, size = _digest(path), path.stat().st_size
+        sha256, size = file_sha256(path), path.stat().st_size
         poster = Poster(poster_path, _write_poster(frame, poster_path, raw)) if poster_path else None
     except BaseException:
         for left in (path, poster_path):
@@ -104,7 +105,7 @@ def _write_poster(frame: np.ndarray, path: Path, raw: Sequence[str]) -> str:
     """The sha256 of the JPEG it writes."""
     with _Encoder([*raw, *jpeg_options(), *_output(path)]) as encoder:
         encoder.write(frame.data.cast("B"))
-    return _digest(path)
+    return file_sha256(path)
 
 
 def _raw_input(height: int, width: int, fps: int) -> list[str]:
@@ -114,11 +115,6 @@ def _raw_input(height: int, width: int, fps: int) -> list[str]:
 
 def _output(path: Path) -> list[str]:
     return [f"file:{path}"]  # a path, whatever is in it
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _feed(

@@ -12,7 +12,6 @@ from ray.autoscaler.sdk import request_resources
 from hv_batch.job.config import DecodersConfig, EncodersConfig, RunConfig
 from hv_batch.job.events import Stage
 from hv_batch.job.limits import lodgers_per_node, most_workers
-from hv_batch.job.lodging import lodging_pools
 from hv_batch.protocol import ParallelPlan, UserError
 
 Bundle = dict[str, float]
@@ -48,11 +47,10 @@ def ranks_per_node(config: RunConfig, plan: ParallelPlan) -> int:
 def group_bundles(config: RunConfig, plan: ParallelPlan) -> list[Bundle]:
     """One bundle a node, with room for its ranks: so the ranks of a node are consecutive whatever Ray chooses.
 
-    Lodgers bring their CPUs; their GPUs are the ranks'.
+    Colocated encoders add their CPUs; they use the ranks' GPUs.
     """
-    ranks, groups, lodgers = ranks_per_node(config, plan), config.groups, lodgers_per_node(config)
-    cpus = groups.cpus_per_rank * ranks
-    cpus += sum(lodgers[stage] * pool.cpus for stage, pool in lodging_pools(config).items())
+    ranks, groups = ranks_per_node(config, plan), config.groups
+    cpus = groups.cpus_per_rank * ranks + lodgers_per_node(config) * config.encoders.cpus
     return [actor_bundle(cpus, groups.gpus_per_rank * ranks)] * groups.nodes_per_group
 
 
@@ -165,11 +163,11 @@ def result_shares(config: RunConfig, plans: Sequence[ParallelPlan]) -> dict[Stag
     by how many of its kind may come together on one node; of the `plans` of groups, largest first, the smallest is the
     one of which most do.
     """
-    nodes, most, lodgers = list(alive_nodes().values()), most_workers(config, plans), lodgers_per_node(config)
+    nodes, most = list(alive_nodes().values()), most_workers(config, plans)
     group, encoder = group_bundles(config, plans[-1])[0], actor_bundle(config.encoders.cpus, config.encoders.gpus)
     of_groups = result_share(group, most[Stage.DENOISE], nodes)
-    if Stage.ENCODE in lodgers:
-        return {Stage.ENCODE: of_groups / lodgers[Stage.ENCODE], Stage.DENOISE: of_groups}
+    if config.encoders.is_colocated:
+        return {Stage.ENCODE: of_groups / lodgers_per_node(config), Stage.DENOISE: of_groups}
     return {Stage.ENCODE: result_share(encoder, most[Stage.ENCODE], nodes), Stage.DENOISE: of_groups}
 
 

@@ -17,7 +17,6 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.events import Stage
 from hv_batch.job.limits import lodgers_per_node
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import elsewhere, group_bundles, ranks_per_node
@@ -42,8 +41,8 @@ class Seats:
         self.used = False  # whether ranks have sat here
         self.occupied = False  # whether ranks sit here now
         self.given_back = False
-        self._rooms = lodgers_per_node(config)  # on each node
-        self._lodgers: Counter[tuple[Stage, int]] = Counter()  # of each kind on each node
+        self._rooms = lodgers_per_node(config)
+        self._lodgers: Counter[int] = Counter()  # colocated encoders on each node, by the index of its bundle
         self._ranks_per_node = ranks_per_node(config, plan)
         bundles = group_bundles(config, plan)
         # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
@@ -73,27 +72,27 @@ class Seats:
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return self._on(rank // self._ranks_per_node)
 
-    def find_room(self, stage: Stage) -> Room | None:
-        """Room for a lodger of that kind, where ranks sit and not enough of its kind live."""
-        nodes = range(len(self._group.bundle_specs)) if self.occupied else ()
-        free = [node for node in nodes if self._lodgers[stage, node] < self._rooms.get(stage, 0)]
-        if not free:
+    def find_room(self) -> Room | None:
+        """Room for an encoder on the node that has the fewest; None if all are full or no ranks sit here."""
+        if not self.occupied:
             return None
-        node = min(free, key=lambda node: sum(self._lodgers[kind, node] for kind in Stage))
-        self._lodgers[stage, node] += 1
-        return Room(self, stage, node, self._on(node))
+        node = min(range(len(self._group.bundle_specs)), key=lambda node: self._lodgers[node])
+        if self._lodgers[node] >= self._rooms:
+            return None
+        self._lodgers[node] += 1
+        return Room(self, node, self._on(node))
 
     @property
     def lodgers(self) -> int:
         return self._lodgers.total()
 
     def leave(self, room: Room) -> None:
-        self._lodgers[room.stage, room.node] -= 1
+        self._lodgers[room.node] -= 1
         if self.given_back:
             self.release()
 
     def release(self) -> None:
-        """Give them back, when the last lodger has left."""
+        """Give them back when the last encoder has left."""
         self.occupied, self.given_back = False, True
         if not self.lodgers:
             remove_placement_group(self._group)
@@ -107,10 +106,9 @@ class Seats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Room:
-    """A lodger's, on one of the nodes of some seats."""
+    """A colocated encoder's, on one of the nodes of some seats."""
 
     seats: Seats
-    stage: Stage
     node: int
     strategy: PlacementGroupSchedulingStrategy
 

@@ -232,10 +232,8 @@ def start_encoder(
     return EncoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
 
 
-def start_decoder(
-    worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes, room: Room | None = None
-) -> DecoderWorker:
-    place = partial(_place, DecoderActor, worker, context, context.config.decoders, room)
+def start_decoder(worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes) -> DecoderWorker:
+    place = partial(_place, DecoderActor, worker, context, context.config.decoders, None)
     return DecoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
 
 

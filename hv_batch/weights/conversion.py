@@ -18,15 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hv_batch.engine.checkpoint import (
-    CONVERTED,
-    DIT_CLASS,
-    LAYOUT,
-    MODEL,
-    CheckpointTree,
-    read_json,
-    scales_file,
-)
+from hv_batch.architecture import DIT_CLASS
+from hv_batch.engine.checkpoint import CONVERTED, LAYOUT, MODEL, CheckpointTree, read_json, scales_file
 from hv_batch.engine.diffusers_layout import released_vae_config
 from hv_batch.engine.digests import digest_file
 from hv_batch.engine.fp8 import FP8, dequantise, quantise

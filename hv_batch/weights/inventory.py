@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint import LAYOUT, MODEL, CheckpointTree, read_json, scales_file
 from hv_batch.engine.digests import revision
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.tensor_files import shard_files
 from hv_batch.engine.text import weight_file
 from hv_batch.engine.weights import (

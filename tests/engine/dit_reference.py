@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.architecture import DiTConfig
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.fp8 import block_linears, hold_in_fp8, quantise
 
 # Released name -> diffusers name, first match wins. `{qkv}` names the parts a fused tensor is split into.

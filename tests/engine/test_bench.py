@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
+from hv_batch.architecture import DiTConfig, VAEConfig
 from hv_batch.bench import stages
 from hv_batch.bench.measure import Times, measure_matmul_peak, median_ratio, probe, time_in_turns
 from hv_batch.bench.presets import PRESETS
 from hv_batch.bench.stages import STAGES
 from hv_batch.cli import app
-from hv_batch.engine.dit import DiTConfig
-from hv_batch.engine.vae import VAEConfig
 from hv_batch.engine.vae_kernels import convolve
 from hv_batch.protocol import UserError
 

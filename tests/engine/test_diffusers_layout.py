@@ -12,9 +12,9 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.digests import revision
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text import TextTowers

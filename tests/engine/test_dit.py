@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.dit_blocks import modulate
 from hv_batch.engine.embeddings import patchify, rope_table, unpatchify
 from hv_batch.protocol import UserError

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine import fp8_matmul
 from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.fp8 import FP8, Fp8Linear, block_linears
 from hv_batch.engine.fp8_matmul import MODULATIONS, Fp8MatmulLinear, can_multiply, multiply_in_fp8_, quantise_rows
 from hv_batch.engine.hunyuan import HunyuanVideo

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.digests import revision
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.fp8 import FP8, Fp8Linear, block_linears, quantise
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.weights import load_dit, verify

@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from hv_batch.architecture import ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
 from hv_batch.engine import vae_kernels
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.step_cache import StepCache
-from hv_batch.engine.vae import CausalVAE, VAEConfig
-from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
-from hv_batch.job.architecture import ClipShape, DiTShape, LlamaShape, VAEShape
+from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae_tiling import decode_streaming
 from hv_batch.job.cost import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
 from hv_batch.job.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
 from hv_batch.job.model import ModelShape
@@ -38,14 +38,6 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def dit_shape(**options: Any) -> DiTShape:
-    return DiTShape(**{name: value for name, value in options.items() if name != "rope_dim_list"})
-
-
-def vae_shape(**options: Any) -> VAEShape:
-    return VAEShape(**{name: value for name, value in options.items() if name != "norm_num_groups"})
-
-
 # ---- parameters
 
 
@@ -54,7 +46,7 @@ def test_dit_parameters(options):
     """Spec section 2: 12.82 B, and exactly the module's for any width; the blocks too, which is what streams."""
     with torch.device("meta"):
         model = HYVideoDiT(DiTConfig(**options))
-    shape = dit_shape(**options)
+    shape = model.config
     assert shape.parameters == parameters(model)
     assert shape.double_block == parameters(model.double_blocks[0])
     assert shape.single_block == parameters(model.single_blocks[0])
@@ -71,8 +63,9 @@ def is_linear(module: nn.Module) -> bool:
 @pytest.mark.parametrize("options", [{}, TOY_VAE], ids=len)
 def test_vae_parameters(options):
     """Spec section 5: 246 M."""
+    config = VAEConfig(**options)
     with torch.device("meta"):
-        assert vae_shape(**options).parameters == parameters(CausalVAE(VAEConfig(**options)))
+        assert config.parameters == parameters(CausalVAE(config))
 
 
 def test_text_tower_parameters():
@@ -122,7 +115,7 @@ def test_activations_at_the_released_width(precision, depth, size):
     """Computed peak against all allocations of a forward at 3072 channels and real sizes, traced on the meta device."""
     options = {"mm_double_blocks_depth": depth[0], "mm_single_blocks_depth": depth[1]}
     peak = traced_forward(options, precision, size, text=256)
-    model = ModelShape(dit=dit_shape(**options), precision=precision)
+    model = ModelShape(dit=DiTConfig(**options), precision=precision)
     assert dit_activations(model, size[0] * size[1] * size[2] // 4, 1, 1) == pytest.approx(peak, rel=TOLERANCE)
 
 
@@ -130,7 +123,7 @@ def test_what_a_step_cache_keeps_at_the_released_width():
     """Of both guidance branches: twice the image tokens each."""
     options = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 1}
     peak = traced_forward(options, "bf16", (20, 60, 106), text=256, caches=[StepCache(0.1), StepCache(0.1)])
-    model, tokens = ModelShape(dit=dit_shape(**options)), 20 * 30 * 53
+    model, tokens = ModelShape(dit=DiTConfig(**options)), 20 * 30 * 53
     plain, caching = (
         denoiser_footprint(replace(model, step_cache=cached), tokens, 1, 1).activations for cached in (False, True)
     )
@@ -157,7 +150,7 @@ def test_offloading_and_fp8_leave_less_on_the_device():
         denoiser_footprint(model, 118_800, 8, 1)
         for model in (ModelShape(), ModelShape(offload=True), ModelShape(fp8=True))
     )
-    dit = DiTShape()
+    dit = DiTConfig()
     assert plain.weights == 2 * dit.parameters
     assert offloaded.weights == 2 * (dit.parameters - dit.blocks) + 2 * 2 * dit.double_block
     assert plain.weights - fp8.weights == pytest.approx(dit.block_linears, rel=0.03)
@@ -239,7 +232,7 @@ def test_activations_and_traffic_of_a_rank(group, u, r, kind, precision):
     """Computed peak and bytes sent against every allocation and collective of real ranks of real groups."""
     measured = [torch.load(group / f"u{u}r{r}-{rank}.pt")[kind, precision] for rank in range(u * r)]
     model = ModelShape(
-        dit=dit_shape(mm_double_blocks_depth=kind[0], mm_single_blocks_depth=kind[1], **GROUP), precision=precision
+        dit=DiTConfig(mm_double_blocks_depth=kind[0], mm_single_blocks_depth=kind[1], **GROUP), precision=precision
     )
     # The least of all ranks and runs: now and then gloo's thread holds a buffer for a moment after its collective.
     peak = min(rank[0] for rank in measured)
@@ -327,7 +320,7 @@ def test_flops_of_a_forward():
         dit = HYVideoDiT(DiTConfig(**options), attention="math").bfloat16()
         args = (torch.empty(1, 16, 5, 64, 64), torch.empty(1), torch.empty(1, 1, 4096), [1], torch.empty(1, 768))
         ops = counted(lambda: dit(*args, torch.empty(1)))
-    assert forward_flops(ModelShape(dit=dit_shape(**options)), 5 * 32 * 32) == pytest.approx(ops, rel=0.02)
+    assert forward_flops(ModelShape(dit=DiTConfig(**options)), 5 * 32 * 32) == pytest.approx(ops, rel=0.02)
 
 
 @pytest.mark.parametrize("options", [{}, TOY_VAE], ids=len)
@@ -336,7 +329,7 @@ def test_flops_of_a_tile(options, tile):
     """All convolutions and products of the decoder, as the engine runs them."""
     vae = vae_on_meta(options, "fp32")
     ops = counted(lambda: vae.decode(torch.empty(1, 16, *tile, device="meta")))
-    assert tile_flops(vae_shape(**options), tile) == pytest.approx(ops, rel=0.03)
+    assert tile_flops(VAEConfig(**options), tile) == pytest.approx(ops, rel=0.03)
 
 
 def test_flops_of_a_video_are_those_of_its_tiles():
@@ -351,4 +344,4 @@ def test_flops_of_a_video_are_those_of_its_tiles():
         list(decode_streaming(vae, torch.empty(1, 16, *latents, device="meta"), TileGeometry()))
         shape = (8 * latents[1], 8 * latents[2], 4 * (latents[0] - 1) + 1)
         assert sorted(count_tiles(ModelShape(), shape).elements()) == sorted(decoded)
-        assert decode_flops(ModelShape(), shape) == pytest.approx(sum(tile_flops(VAEShape(), t) for t in decoded))
+        assert decode_flops(ModelShape(), shape) == pytest.approx(sum(tile_flops(VAEConfig(), t) for t in decoded))

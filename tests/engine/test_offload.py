@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.architecture import DiTConfig
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.parallel import SequenceMesh

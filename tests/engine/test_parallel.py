@@ -19,8 +19,9 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import attend_math, attend_sdpa
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, join_group, leave_group
 from hv_batch.engine.self_check import check_group

@@ -15,7 +15,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.architecture import DiTConfig
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.sampler import trajectory
 from hv_batch.engine.text import TextEmbedding

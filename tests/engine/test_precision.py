@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hv_batch.engine.dit import DiTConfig
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.engine.dit_reference import random_dit, random_inputs

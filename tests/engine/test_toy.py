@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.architecture import DiTConfig
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text import IMAGE_TEMPLATE, VIDEO_TEMPLATE
-from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.engine.vae import CausalVAE, parse_vae_config
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 
 DIT = "hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt"
@@ -63,7 +64,7 @@ def test_weights_fit_the_engine_exactly(model_base):
     dit = HYVideoDiT(DiTConfig(**TOY_DIT))
     dit.load_state_dict(torch.load(model_base / DIT, weights_only=True)["module"])
     config = json.loads((model_base / VAE).with_name("config.json").read_text())
-    vae = CausalVAE(VAEConfig.from_json(config))
+    vae = CausalVAE(parse_vae_config(config))
     vae.load_state_dict(torch.load(model_base / VAE, weights_only=True))
     assert all(torch.isfinite(tensor).all() for model in (dit, vae) for tensor in model.state_dict().values())
 

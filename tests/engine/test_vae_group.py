@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from hv_batch.architecture import TileGeometry, VAEConfig
 from hv_batch.engine.denoiser import HunyuanDecoder
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
-from hv_batch.engine.vae import CausalVAE, VAEConfig
-from hv_batch.engine.vae_tiling import TileGeometry
+from hv_batch.engine.vae import CausalVAE
 from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, ParallelPlan
 from tests.engine.joining import joined
 

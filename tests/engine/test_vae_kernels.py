@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hv_batch.architecture import VAEConfig
 from hv_batch.engine import vae_kernels
-from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_blocks import CausalConv3d, UpsampleCausal3D
 from hv_batch.engine.vae_kernels import convolve, in_layout, mix_channels, norm_silu_pad, normalise, pad
 

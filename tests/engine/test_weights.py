@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine import checkpoint, digests
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.digests import revision
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.weights import load_dit, load_vae, verify
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint

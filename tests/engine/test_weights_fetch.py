@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.cli import app
 from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.weights import verify
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint

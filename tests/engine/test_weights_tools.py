@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.cli import app
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.digests import revision
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.tensor_files import stored

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hv_batch.engine.dit import DiTConfig
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.xfuser_attention import PINNED, XfuserAttention, check_xfuser

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
-from hv_batch.engine.dit import DiTConfig
 from hv_batch.engine.parallel import host_store, join_group, leave_group
 from hv_batch.engine.xfuser_attention import XfuserAttention
 from hv_batch.protocol import ParallelPlan, RankPlace

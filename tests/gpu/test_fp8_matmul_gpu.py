@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.architecture import DiTConfig
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.fp8_matmul import Fp8MatmulLinear, can_multiply, multiply_in_fp8_, quantise_rows
 from tests.engine.dit_reference import random_dit, random_inputs
 

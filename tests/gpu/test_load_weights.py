@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.fp8 import block_linears
 from hv_batch.engine.weights import load_dit
 from hv_batch.weights.conversion import Recipe, convert

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hv_batch.engine.dit import DiTConfig, HYVideoDiT
+from hv_batch.architecture import DiTConfig, TileGeometry, VAEConfig
+from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.offload import offload_blocks
-from hv_batch.engine.vae import CausalVAE, VAEConfig
-from hv_batch.engine.vae_tiling import TileGeometry, decode_streaming
-from hv_batch.job.architecture import DiTShape
+from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae_tiling import decode_streaming
 from hv_batch.job.memory import decode_activations, dit_activations
 from hv_batch.job.model import ModelShape
 from tests.engine.dit_reference import random_dit, random_inputs
@@ -71,7 +71,7 @@ def test_the_memory_of_a_forward(size, attention):
     before = torch.cuda.memory_allocated()
     model(**given)
     peak = torch.cuda.max_memory_allocated() - before
-    shape = ModelShape(dit=DiTShape(**options))
+    shape = ModelShape(dit=DiTConfig(**options))
     assert dit_activations(shape, size[0] * size[1] * size[2] // 4, 1, 1, text=40) == pytest.approx(peak, rel=TOLERANCE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hv_batch.engine.dit import DiTConfig
+from hv_batch.architecture import DiTConfig
 from hv_batch.engine.vae_kernels import norm_silu_pad
 from hv_batch.toy.checkpoint import TOY_DIT
 from tests.engine.dit_reference import random_dit, random_inputs

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hv_batch.architecture import VAEConfig
 from hv_batch.engine import vae_kernels
-from hv_batch.engine.vae import CausalVAE, VAEConfig
+from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_kernels import in_layout, pad
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -53,7 +53,7 @@ BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, Failure
 
 
 def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False, ranks=(1,), parcel=1):
-    """With `lodging`, encoders and decoders stand on what the groups have; without decoders, groups decode. There are
+    """With `lodging`, encoders use the groups' resources; without decoders, groups decode. There are
     `groups` of the largest size; `ranks` are those of a group of each size, largest first. Quick samples are denoised,
     and decoded by decoders, up to `parcel` at a time.
     """
@@ -75,7 +75,7 @@ def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, 
             workers=groups, batch=parcel, ahead=sum(lane.ahead for lane in lanes), lanes=tuple(lanes), **share
         ),
         Stage.DECODE: StageLimits(
-            workers=decoders, lodges=lodging, batch=parcel if decoders else 1, ahead=ahead, task_timeout_s=STALL_S
+            workers=decoders, batch=parcel if decoders else 1, ahead=ahead, task_timeout_s=STALL_S
         ),
     }
 
@@ -207,7 +207,6 @@ class World:
     def will_come(self, key, stage):
         """Whether a sample in flight still needs who works at the station; a drain begins nothing but decodes."""
         decodes = stage is self.staffed(Stage.DECODE)
-        decodes |= stage is Stage.DENOISE and self.stages[Stage.DECODE].lodges  # under the decoders
         if self.stopped_at is None:
             return decodes or self.at[key] <= stage
         if not decodes or self.at[key] is Stage.ENCODE:

@@ -1,4 +1,4 @@
-"""Encoders and decoders on the GPUs of groups: how many there are, what they leave, and when they move out."""
+"""Encoders on the GPUs of denoise groups: how many there are, what they leave to the ranks, and when they stop."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from hv_batch.protocol import UserError
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.placement import group_bundles, least_bill
 from tests.unit.scheduler_world import World, limits, plan_of
-from tests.unit.test_staffing import advance
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-WORKER = WorkerId(Stage.DECODE, 0, 0)
+WORKER = WorkerId(Stage.ENCODE, 0, 0)
 LODGING = {"placement": "colocated", "gpus": 0.2}
 
 
-def config_of(ranks=8, groups=1, encoders=1, decoders=1, nodes=1):
+def config_of(ranks=8, groups=1, encoders=1, nodes=1):
     return RunConfig.model_validate(
         {
             "parallel": {"ulysses_degree": 1, "ring_degree": ranks},
             "groups": {"count": groups, "nodes_per_group": nodes},
             "encoders": {"count": encoders, **LODGING},
-            "decoders": {"count": decoders, **LODGING},
+            "decoders": {"placement": "group"},
         }
     )
 
@@ -46,16 +45,16 @@ def problems_of(config, shapes):
     return memory_problems(config, choose_sizes(config, shapes).by_shape)
 
 
-def test_a_group_brings_the_room_for_its_lodgers():
-    """decoders.placement: colocated: one node of eight GPUs renders; a rank keeps what the lodgers leave."""
+def test_a_group_reserves_the_resources_of_its_encoders():
+    """encoders.placement: colocated: one node of eight GPUs renders; a rank gets the rest of its GPU."""
     config = config_of()
     assert (
         least_bill(config, fixed_plan(config))
         == [group_bundles(config, fixed_plan(config))]
-        == [[{"CPU": 8.0 + 1.0 + 2.0, "GPU": 8.0}]]
+        == [[{"CPU": 8.0 + 1.0, "GPU": 8.0}]]
     )
-    assert rank_gpus(config) == 0.6
-    assert [limit.lodges for limit in stage_limits(config, {}).values()] == [True, False, True]
+    assert rank_gpus(config) == 0.8
+    assert [limit.lodges for limit in stage_limits(config, {}).values()] == [True, False, False]
 
 
 def test_one_node_of_eight_gpus_is_enough():
@@ -69,53 +68,45 @@ def test_one_node_of_eight_gpus_is_enough():
 POOLS = st.integers(1, 20) | st.just("auto")
 
 
-@given(st.integers(1, 8), st.integers(1, 4), POOLS, POOLS, st.integers(1, 2))
-def test_every_lodger_finds_a_gpu_whatever_comes_first(ranks, groups, encoders, decoders, nodes):
-    """Property: on a node there are no more lodgers than GPUs, or one of each kind on the only GPU; the rest of the
-    pools' counts is not waited for.
+@given(st.integers(1, 8), st.integers(1, 4), POOLS, st.integers(1, 2))
+def test_every_colocated_encoder_finds_a_gpu(ranks, groups, encoders, nodes):
+    """Property: a node holds at least one encoder and at most one for each GPU; the run does not wait for the rest of
+    encoders.count.
     """
-    config = config_of(ranks * nodes, groups, encoders, decoders, nodes)
+    config = config_of(ranks * nodes, groups, encoders, nodes)
     on_node = lodgers_per_node(config)
-    assert sum(on_node.values()) <= ranks or set(on_node.values()) == {1}
-    most, rooms = most_workers(config), groups * nodes
-    for stage, wanted in ((Stage.ENCODE, encoders), (Stage.DECODE, decoders)):
-        assert 1 <= most[stage] <= rooms * on_node[stage]
-        assert wanted == "auto" or most[stage] <= wanted
+    assert 1 <= on_node <= ranks
+    wanted = groups if encoders == "auto" else encoders
+    assert most_workers(config)[Stage.ENCODE] == min(wanted, groups * nodes * on_node)
 
 
-@pytest.mark.parametrize("override", ["encoders.gpus=0.3", "decoders.gpus=1", "groups.gpus_per_rank=0.9"])
+@pytest.mark.parametrize("override", ["encoders.gpus=0.5", "encoders.gpus=1", "groups.gpus_per_rank=0.9"])
 def test_shares_that_let_two_ranks_meet_on_a_gpu_are_refused(tmp_path, override):
     """P6: NCCL wants a GPU a rank, and Ray puts two ranks of half a GPU each onto one."""
     path = tmp_path / "config.yaml"
-    path.write_text(
-        "parallel: {ulysses_degree: 1}\n"
-        "encoders: {placement: colocated, gpus: 0.2}\n"
-        "decoders: {placement: colocated, gpus: 0.2}\n"
-    )
+    path.write_text("parallel: {ulysses_degree: 1}\nencoders: {placement: colocated, gpus: 0.49}\n")
     assert load_config(str(path))
-    with pytest.raises(UserError, match=r"encoders.gpus \+ decoders.gpus = .* together less than 0.5"):
+    with pytest.raises(UserError, match=r"encoders.gpus = .* colocated with .* less than 0.5"):
         load_config(str(path), [override])
 
 
 # What the scheduler does about it -------------------------------------------------------------------------------------
 
 
-def test_groups_do_not_wait_for_lodgers_nor_leave_before_them():
-    """Elastic: lodgers need no room, so groups are asked for without them; the last decode keeps the group under it."""
-    world = World(limits(groups=3, decoders=2, lodging=True), plan_of(7), has_room=False)
+def test_groups_do_not_wait_for_colocated_encoders():
+    """Elastic: colocated encoders need no resources of their own, so the second group is requested without them."""
+    world = World(limits(groups=3, decoders=0, lodging=True), plan_of(7), has_room=False)
     world.feed(WorkerPlaced(world.starting[0]))
     assert sum(worker.stage is Stage.DENOISE for worker in world.starting) == 3
     world.has_room = True
-    advance(world, lambda world: len(world.committed) == 6)
-    assert {worker.stage for worker in (*world.idle, *world.running)} == {Stage.DENOISE, Stage.DECODE}
     world.calm_down()
     assert len(world.committed) == 7
 
 
-def test_stored_latents_of_lodgers_need_a_group():
-    """P4: a resume with nothing left to denoise starts a group all the same, for the decoders to stand on."""
+def test_stored_latents_need_no_group_for_pool_decoders():
+    """P4: a resume with nothing left to denoise starts decoders alone, even if the encoders are colocated."""
     world = World(limits(groups=2, lodging=True), plan_of(1, Stage.DECODE))
-    assert [worker.stage for worker in world.starting] == [Stage.DENOISE, Stage.DECODE]
+    assert [worker.stage for worker in world.starting] == [Stage.DECODE]
     world.calm_down()
     assert world.committed == ["s0"]
 
@@ -139,14 +130,14 @@ class Life:
 
 
 class House:
-    """Seats, a pool that knows of them, and one lodger."""
+    """Seats, a pool that holds them, and one colocated encoder."""
 
     def __init__(self, room=True):
         self.seats = SimpleNamespace(occupied=True, given_back=False)
         self.room = SimpleNamespace(seats=self.seats, leave=lambda: setattr(self, "left", True))
         self.heard, self.left, self.life = [], False, None
         self.has_room = room
-        pool = SimpleNamespace(find_room=lambda stage: self.room if self.has_room else None)
+        pool = SimpleNamespace(find_room=lambda: self.room if self.has_room else None)
         self.lodger = Lodger(WORKER, pool, lambda ref, then: self.heard.extend(then(ref)), self.begin)
 
     def begin(self, _room, watch):
@@ -159,7 +150,7 @@ def preempted(events):
     return isinstance(event, WorkerLost) and event.failure.kind is FailureClass.PREEMPTED
 
 
-def test_a_lodger_waits_for_a_group():
+def test_an_encoder_waits_for_a_group():
     """It starts in the first room that there is, and does nothing before."""
     house = House(room=False)
     assert house.lodger.poll(0.0) == []
@@ -172,8 +163,8 @@ def test_a_lodger_waits_for_a_group():
     assert house.lodger.nodes == {"node"}
 
 
-def test_a_lodger_stays_while_its_group_is_rebuilt():
-    """P5: a group that is lost costs the decoder beside it nothing."""
+def test_an_encoder_stays_while_its_group_is_rebuilt():
+    """P5: a lost group does not stop the encoder on its GPUs."""
     house = House()
     house.life.tell(WorkerPlaced(WORKER))
     house.seats.occupied = False
@@ -197,7 +188,7 @@ def test_who_comes_while_the_ranks_are_away_is_turned_out(when):
     assert house.left
 
 
-def test_a_lodger_moves_out_after_its_task_when_the_seats_are_given_back():
+def test_an_encoder_stops_after_its_task_when_the_placement_group_is_released():
     """P5: it gets no further task; what becomes of it then is PREEMPTED, whatever its end looks like."""
     house = House()
     house.life.tell(WorkerPlaced(WORKER))

@@ -332,13 +332,16 @@ def test_the_tree_tells_the_widths_that_the_options_do_not(tmp_path):
     assert model.llama.hidden_size == 64
     assert model.clip.hidden_size == 32
     beside = base / "hunyuan-video-t2v-720p" / "transformers" / "config.json"
-    beside.write_text('{"_class_name": "HYVideoDiT", "hidden_size": 128, "heads_num": 8}')
-    model = ModelShape.from_options({"model_base": str(base), "dit": {"heads_num": 4}})
+    beside.write_text('{"_class_name": "HYVideoDiT", "hidden_size": 128, "heads_num": 8, "rope_dim_list": [8, 4, 4]}')
+    heads = {"heads_num": 4, "rope_dim_list": [16, 8, 8]}
+    model = ModelShape.from_options({"model_base": str(base), "dit": heads})
     assert (model.dit.hidden_size, model.dit.heads_num) == (128, 4)
     elsewhere = {"model_base": "nowhere", "dit_weight": str(beside.with_name("weights.pt"))}
     assert ModelShape.from_options(elsewhere).dit.hidden_size == 128
     beside.write_text('{"_class_name": "Another", "hidden_size": 64}')
     assert ModelShape.from_options({"model_base": str(base)}).dit.hidden_size == 3072
+    unfit = {"model_base": str(base), "dit": {"hidden_size": 64, "heads_num": 0}}
+    assert ModelShape.from_options(unfit).dit == RELEASED.dit, "the engine refuses it, or it is another engine's option"
     (base / "text_encoder" / "config.json").write_text("not json")
     assert ModelShape.from_options({"model_base": str(base)}).llama.hidden_size == 4096
 

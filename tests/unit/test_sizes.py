@@ -107,7 +107,7 @@ def test_what_auto_needs_is_told_at_once():
         "model": {"engine": "my.engine:Engine"},
         "parallel": {"gpus_per_group": "auto", "ulysses_degree": 8},
         "groups": {"nodes_per_group": 2},
-        "decoders": {"placement": "colocated", "gpus": 0.3},
+        "encoders": {"placement": "colocated", "gpus": 0.3},
     }
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(values)
@@ -116,7 +116,7 @@ def test_what_auto_needs_is_told_at_once():
         "auto without gpu and gpu_memory_gib; allowed: auto where the config tells",
         "because auto chooses them for every shape",
         "among groups that fit on one node",
-        "how many may lodge with a group depends on its size",
+        "with encoders.placement = colocated; allowed: pool, because the number of encoders",
     ):
         assert expected in str(caught.value)
 

@@ -54,8 +54,8 @@ def test_a_station_without_room_is_told_of_once(nodes):
     assert said[1].endswith("No node here could ever hold it: it begins only when others join.")
 
 
-def test_lodgers_and_stations_that_nobody_needs_are_not_told_of(nodes):
-    """Lodgers wait for a group, which tells of itself; at the tail there may be no decoder because none is needed."""
+def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes):
+    """Colocated encoders wait for a group, which reports its own waiting; at the tail no decoder may be needed."""
     said = []
     watch = RoomWatch(RunConfig.model_validate(CONFIG), said.append)
     for now in (0.0, 2 * SAY_AFTER_S):

@@ -1,6 +1,7 @@
-"""The networks by their numbers: widths, and the parameters that follow. The engine without torch, to plan with.
+"""The networks by their numbers: widths, tile sizes and the parameter counts that follow. Without torch.
 
-The defaults are the released model (spec sections 2, 3 and 5); tests compare every sum with the modules themselves.
+The engine builds its modules from these dataclasses and the cost model computes with them, so there is one set of
+defaults: the released model (spec sections 2, 3 and 5). Tests compare every parameter count with the modules.
 """
 
 from __future__ import annotations
@@ -9,29 +10,48 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
 
+DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as ours: fields of `DiTConfig`
 TIMESTEP_WIDTH = 256  # of the sinusoid in front of the timestep embedders
-REFINER_MLP_RATIO = 4
-SKIPPED_LAYERS = 2  # of the LLaMA tower, which are never loaded
+REFINER_MLP_RATIO = 4  # the released refiner has it fixed, whatever the blocks' ratio
+VAE_LEVELS = 4  # of encoder and decoder
+MAX_TEXT_TOKENS = 256  # prompt tokens the DiT was trained with
+SKIPPED_LAYERS = 2  # of the LLaMA tower, from its end, which are never loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiTShape:
-    """The transformer; fields are named as in the engine's `dit` option."""
+class DiTConfig:
+    """Width and depth of the transformer; fields are named as in its config and in the engine's `dit` option.
+
+    Raises UserError if the widths do not fit together.
+    """
 
     in_channels: int = LATENT_CHANNELS
     out_channels: int = LATENT_CHANNELS
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns
     hidden_size: int = 3072
     heads_num: int = 24
     mlp_width_ratio: float = 4.0
     mm_double_blocks_depth: int = 20
     mm_single_blocks_depth: int = 40
+    rope_dim_list: tuple[int, int, int] = (16, 56, 56)  # a head's channels over t, h, w
     text_states_dim: int = 4096
     text_states_dim_2: int = 768
     guidance_embed: bool = True
     refiner_depth: int = 2
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads_num:
+            raise UserError(
+                f"DiT config: hidden_size {self.hidden_size} is not a multiple of heads_num {self.heads_num}; "
+                f"choose a width that gives every head the same number of channels."
+            )
+        if sum(self.rope_dim_list) != self.head_dim or any(dim % 2 for dim in self.rope_dim_list):
+            raise UserError(
+                f"DiT config: rope_dim_list {list(self.rope_dim_list)} must be three even numbers that add up to the "
+                f"{self.head_dim} channels of a head (hidden_size {self.hidden_size} / heads_num {self.heads_num})."
+            )
 
     @property
     def depth(self) -> int:
@@ -103,11 +123,29 @@ class DiTShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VAEShape:
-    """The causal VAE; fields are named as in its config.json."""
+class VAEConfig:
+    """Widths of the causal VAE; fields are named as in its config.json.
+
+    Raises UserError if the widths do not fit together.
+    """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
+    layers_per_block: int = 2  # of the encoder; the decoder has one more
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.476986  # latents as the DiT sees them = this * latents as the VAE sees them
+
+    def __post_init__(self) -> None:
+        if len(self.block_out_channels) != VAE_LEVELS:
+            raise UserError(
+                f"VAE config: block_out_channels must be {VAE_LEVELS} widths, not {self.block_out_channels}."
+            )
+        if any(width < 1 or width % self.norm_num_groups for width in self.block_out_channels):
+            raise UserError(
+                f"VAE config: every width of block_out_channels {self.block_out_channels} must be a multiple of "
+                f"norm_num_groups ({self.norm_num_groups})."
+            )
+        if self.layers_per_block < 1 or self.scaling_factor <= 0:
+            raise UserError("VAE config: layers_per_block and scaling_factor must be above 0.")
 
     @property
     def parameters(self) -> int:
@@ -124,6 +162,61 @@ class VAEShape:
         middles = 2 * (_resnets(widths[-1], widths[-1], 2) + attention)
         quant = _linear(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS) + _linear(LATENT_CHANNELS, LATENT_CHANNELS)
         return encoder + decoder + resamplers + middles + quant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileGeometry:
+    """Tile sizes of the VAE in pixels and frames, and the share of a tile that overlaps the next.
+
+    Fields are named as in the engine's `vae_tile` option; the defaults are the official ones. Raises UserError if a
+    size or an overlap is not a whole number of latents.
+    """
+
+    spatial_px: int = 256
+    temporal_frames: int = 64
+    overlap: float = 0.25
+
+    def __post_init__(self) -> None:
+        # Above one half, a tile would overlap the next but one.
+        if not 0.0 <= self.overlap <= 0.5:
+            raise UserError(f"VAE tiling: overlap is {self.overlap}; a number from 0 to 0.5 is allowed.")
+        for field, size, compression in (
+            ("spatial_px", self.spatial_px, SPATIAL_COMPRESSION),
+            ("temporal_frames", self.temporal_frames, TEMPORAL_COMPRESSION),
+        ):
+            if size < compression or size % compression:
+                raise UserError(f"VAE tiling: {field} is {size}; a multiple of {compression} above 0 is allowed.")
+            if not (size / compression * self.overlap).is_integer():
+                # The overlap would be rounded differently in latents and in pixels, and tiles would not meet.
+                raise UserError(
+                    f"VAE tiling: {field} {size} is {size // compression} latents, of which overlap {self.overlap} is "
+                    "not a whole number. Choose an overlap of 0.25 and a size that divides by four latents."
+                )
+
+    @property
+    def space(self) -> Axis:
+        return Axis.of(self.spatial_px, SPATIAL_COMPRESSION, self.overlap)
+
+    @property
+    def time(self) -> Axis:
+        return Axis.of(self.temporal_frames, TEMPORAL_COMPRESSION, self.overlap)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The tiling of one axis: `tile` and `stride` in latents, `stride_px` and `fade_px` in pixels or frames."""
+
+    tile: int
+    stride: int
+    stride_px: int
+    fade_px: int
+
+    @classmethod
+    def of(cls, size_px: int, compression: int, overlap: float) -> Axis:
+        tile = size_px // compression
+        overlapping = int(tile * overlap)
+        stride = tile - overlapping
+        return cls(tile, stride, stride * compression, overlapping * compression)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
