@@ -33,8 +33,8 @@ def engine(
     """
     import torch  # with the engine, seconds to import
 
-    from hv_batch.bench.engine import HEADER, bench_engine, describe, find_device, missing_reference
-    from hv_batch.bench.stages import STAGES
+    from hv_batch.bench.engine_stages import HEADER, bench_engine, describe, find_device, missing_reference
+    from hv_batch.bench.stage_workloads import STAGES
 
     if threads:
         torch.set_num_threads(threads)
@@ -75,7 +75,7 @@ def job(
     """Time the job around the model, which only sleeps: committed samples a second, their CPU time, the driver's
     memory, and how long it takes from the command to the first denoise.
     """
-    from hv_batch.bench.job import Load, bench_job
+    from hv_batch.bench.job_throughput import Load, bench_job
     from hv_batch.job.progress import Progress
 
     load = Load(
@@ -108,7 +108,7 @@ def denoise_group(
 
     The model only sleeps. The ranks meet over gloo and make every step together; samples are decoded and committed.
     """
-    from hv_batch.bench.group import bench_idle, bench_rebuild
+    from hv_batch.bench.recovery import bench_idle, bench_rebuild
     from hv_batch.job.progress import Progress
 
     rebuild = bench_rebuild(ranks, kills, Progress()) if kills else None

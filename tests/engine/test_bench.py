@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from hv_batch.architecture import DiTConfig, VAEConfig
-from hv_batch.bench import stages
+from hv_batch.bench import stage_workloads
 from hv_batch.bench.measure import Times, measure_matmul_peak, median_ratio, probe, time_in_turns
 from hv_batch.bench.presets import PRESETS
-from hv_batch.bench.stages import STAGES
+from hv_batch.bench.stage_workloads import STAGES
 from hv_batch.cli import app
 from hv_batch.engine.vae_kernels import convolve
 from hv_batch.protocol import UserError
@@ -65,7 +65,7 @@ def test_stages_can_be_chosen_and_read():
 
 def test_without_diffusers_it_says_so(monkeypatch):
     """diffusers is a dependency of the tests only: without it hv_batch is timed alone, and that is said."""
-    monkeypatch.setattr(stages, "find_spec", lambda _name: None)
+    monkeypatch.setattr(stage_workloads, "find_spec", lambda _name: None)
     output = bench("--rounds", "1", "--stage", "text")
     assert "diffusers is not installed" in output
     assert "hv_batch takes" not in output

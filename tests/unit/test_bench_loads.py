@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from hv_batch.bench import made_up, pace
-from hv_batch.bench.job import Load, _config
-from hv_batch.bench.pace import Meter, MeteredProgress, cpu_seconds
+from hv_batch.bench import synthetic_data, throughput
+from hv_batch.bench.job_throughput import Load, _config
+from hv_batch.bench.throughput import Meter, MeteredProgress, cpu_seconds
 from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import read_commit
 from hv_batch.job.manifest import Manifest
@@ -37,7 +37,7 @@ def test_cpu_time_is_that_of_the_processes_below_this_one():
 def test_a_process_that_ends_takes_nothing_away(monkeypatch):
     """Workers are let go at the end of a run: their times vanish, and one that is new counts from its start."""
     readings = iter([{1: 10.0, 2: 50.0}, {1: 11.0, 3: 0.5}])
-    monkeypatch.setattr(pace, "cpu_seconds", lambda: next(readings))
+    monkeypatch.setattr(throughput, "cpu_seconds", lambda: next(readings))
     meter = Meter()
     meter.read(100)
     assert meter.cpu_ms() is None
@@ -48,7 +48,7 @@ def test_a_process_that_ends_takes_nothing_away(monkeypatch):
 def test_a_run_is_metered_between_its_tenth_and_its_last_tenth(monkeypatch):
     """What an earlier run has committed, and the start of the workers, is not this one's pace."""
     readings = iter([{1: 1.0}, {1: 5.0}])
-    monkeypatch.setattr(pace, "cpu_seconds", lambda: next(readings))
+    monkeypatch.setattr(throughput, "cpu_seconds", lambda: next(readings))
     metered = MeteredProgress(Progress())
     for committed, starting in [(1000, 1), (1020, 1), (1030, 0), (1050, 0), (1090, 0), (1100, 0)]:
         metered.show(
@@ -66,11 +66,11 @@ def test_a_run_is_metered_between_its_tenth_and_its_last_tenth(monkeypatch):
     assert metered.meter.cpu_ms() == pytest.approx(1000 * 4.0 / 60)
 
 
-@pytest.mark.parametrize("form", made_up.FORMATS)
+@pytest.mark.parametrize("form", synthetic_data.FORMATS)
 def test_a_manifest_is_the_same_in_every_format(tmp_path, form):
     """So that formats can be compared."""
     path = tmp_path / f"manifest.{form}"
-    made_up.write_manifest(path, 5)
+    synthetic_data.write_manifest(path, 5)
     rows = [row for _, row in Manifest(str(path)).rows()]
     assert len({row["id"] for row in rows}) == 5
     assert rows[1] == {
@@ -85,13 +85,13 @@ def test_a_made_up_run_is_one_that_a_resume_believes(tmp_path):
     """P2: the rest is pending, and nothing else; sealed shards are what their records say."""
     rows, committed = 600, 520
     manifest, output = tmp_path / "manifest.jsonl", tmp_path / "out"
-    made_up.write_manifest(manifest, rows)
+    synthetic_data.write_manifest(manifest, rows)
     store = Store(str(output))
     index = check_manifest(Manifest(str(manifest)), CONFIG, Store(str(tmp_path / "spool")))
     index.publish(store)
     document = {"identity": {"a": 1}, "config": CONFIG.model_dump(mode="json"), "manifest": {"samples": rows}}
     open_run(store, document)
-    made_up.commit_first(output, manifest, CONFIG, committed)
+    synthetic_data.commit_first(output, manifest, CONFIG, committed)
     plan = Plan(store, index)
     pending = [found.sample.row for found in plan if not isinstance(found, Passed)]
     assert pending == list(range(committed + 1, rows + 1))

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hv_batch.bench.gang_engine import BEGUN, ENDED, JOINED, JOINING, RESUMED, STEP, Note, read_notes, take_note
-from hv_batch.bench.group import (
-    IdleReport,
-    Rebuild,
-    RebuildReport,
-    gang_in_the_middle,
-    idle_shares,
-    rebuilds,
-)
+from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, RESUMED, STEP, Note, read_notes, take_note
+from hv_batch.bench.recovery import IdleReport, Rebuild, RebuildReport, gang_in_the_middle, idle_shares, rebuilds
 
 
 def life(at, pids, begins=BEGUN):

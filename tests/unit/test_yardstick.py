@@ -1,4 +1,4 @@
-"""hv_batch.bench.yardstick: Ray Data is timed with the work that a run does; only the promises are left out."""
+"""hv_batch.bench.ray_data_baseline: Ray Data is timed with the work that a run does; only the promises are left out."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hv_batch.bench import yardstick
-from hv_batch.bench.job import SIDE, Load, _config
+from hv_batch.bench import ray_data_baseline
+from hv_batch.bench.job_throughput import SIDE, Load, _config
 from hv_batch.protocol import UserError, latent_shape
 
 
@@ -16,9 +16,9 @@ def test_the_three_stages_render_every_sample(tmp_path, frames, suffix):
     """The yardstick of the bench: the same engine, the same pixels and files as in a run, one of each for a sample."""
     config = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=frames))
     rows = {"number": np.arange(3), "prompt": np.array(["a", "b", "c"], object)}
-    rows = yardstick._Denoise(config)(yardstick._Encode(config)(rows))
+    rows = ray_data_baseline._Denoise(config)(ray_data_baseline._Encode(config)(rows))
     assert rows["latents"].shape == (3, *latent_shape(SIDE, SIDE, frames))
-    assert len(yardstick._Decode(config, tmp_path)(rows)["end"]) == 3
+    assert len(ray_data_baseline._Decode(config, tmp_path)(rows)["end"]) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{number}{kind}" for number in range(3) for kind in (suffix, ".json")
     )
@@ -31,7 +31,7 @@ def test_the_three_stages_render_every_sample(tmp_path, frames, suffix):
 
 def test_what_ray_data_lacks_is_told_before_anything_starts(monkeypatch):
     """P6: the option needs pandas, which a run does not; the message names it and the remedy."""
-    yardstick.check_ray_data()
-    monkeypatch.setattr(yardstick.importlib.util, "find_spec", lambda name: None if name == "pandas" else name)
+    ray_data_baseline.check_ray_data()
+    monkeypatch.setattr(ray_data_baseline.importlib.util, "find_spec", lambda name: None if name == "pandas" else name)
     with pytest.raises(UserError, match=r"--with-ray-data: Ray Data needs pandas, .* Install it"):
-        yardstick.check_ray_data()
+        ray_data_baseline.check_ray_data()

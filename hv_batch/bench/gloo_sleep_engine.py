@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from hv_batch.bench.idle_engine import IdleDenoiser, IdleEngine
+from hv_batch.bench.sleep_engine import IdleDenoiser, IdleEngine
 from hv_batch.engine.parallel import host_store, join_group
 from hv_batch.protocol import OnStep, RankPlace, SamplingParams, StepState
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hv_batch.bench.pace import MIDDLE, Meter, Pace, per_second
+from hv_batch.bench.throughput import MIDDLE, Meter, Pace, per_second
 from hv_batch.job.config import RunConfig
 from hv_batch.protocol import Engine, ParallelPlan, RankPlace, SamplingParams, UserError
 from hv_batch.runtime.context import build_engine

@@ -1,6 +1,6 @@
 """Time the life of denoise groups: what a killed rank costs, and how long groups stand idle between two samples.
 
-The model sleeps (`hv_batch.bench.gang_engine`); all else is real: Ray and its actors, the scheduler, the meeting of the
+The model sleeps (`hv_batch.bench.gloo_sleep_engine`); all else is real: Ray and its actors, the scheduler, the meeting of the
 ranks over gloo, step checkpoints, kills by SIGKILL, latents, media and commits.
 """
 
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from threading import Event, Thread
 from typing import Any
 
-from hv_batch.bench.gang_engine import BEGUN, ENDED, JOINED, JOINING, STEP, Note, read_notes
-from hv_batch.bench.job import SIDE, rendered
+from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, STEP, Note, read_notes
+from hv_batch.bench.job_throughput import SIDE, rendered
 from hv_batch.job.config import (
     DecodersConfig,
     Defaults,
@@ -215,7 +215,7 @@ def _config(
 ) -> RunConfig:
     options = {"step_seconds": step_seconds, "notes": notes}
     return RunConfig(
-        model=ModelConfig(engine="hv_batch.bench.gang_engine:GangEngine", options=options),
+        model=ModelConfig(engine="hv_batch.bench.gloo_sleep_engine:GangEngine", options=options),
         defaults=Defaults(height=SIDE, width=SIDE, num_frames=frames, num_inference_steps=steps),
         parallel=ParallelConfig(device="cpu", ulysses_degree=ranks),
         groups=GroupsConfig(count=groups, gpus_per_rank=0.0, cpus_per_rank=0.01, checkpoint_every=checkpoint_every),

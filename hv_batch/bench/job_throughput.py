@@ -1,6 +1,6 @@
 """Time the job around the model: committed samples a second with all durability on, and the driver's memory.
 
-The engine sleeps (`hv_batch.bench.idle_engine`); all else is real: Ray, the scheduler, latents that are stored before
+The engine sleeps (`hv_batch.bench.sleep_engine`); all else is real: Ray, the scheduler, latents that are stored before
 they are decoded, media, conditional commits, sealed shards, the report.
 """
 
@@ -21,9 +21,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from hv_batch.bench.made_up import FORMATS, commit_first, write_manifest
-from hv_batch.bench.pace import MeteredProgress, Pace, per_second
-from hv_batch.bench.yardstick import check_ray_data, pace_of_map_batches
+from hv_batch.bench.ray_data_baseline import check_ray_data, pace_of_map_batches
+from hv_batch.bench.synthetic_data import FORMATS, commit_first, write_manifest
+from hv_batch.bench.throughput import MeteredProgress, Pace, per_second
 from hv_batch.job.config import (
     DecodersConfig,
     Defaults,
@@ -198,7 +198,7 @@ def _records_since(begun: float, output: Path, config: RunConfig, committed: int
 
 def _config(load: Load) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(engine="hv_batch.bench.idle_engine:IdleEngine", options={"step_seconds": load.step_seconds}),
+        model=ModelConfig(engine="hv_batch.bench.sleep_engine:IdleEngine", options={"step_seconds": load.step_seconds}),
         defaults=Defaults(height=SIDE, width=SIDE, num_frames=load.frames, num_inference_steps=load.steps),
         parallel=ParallelConfig(device="cpu", ulysses_degree=1),
         groups=GroupsConfig(count=load.groups, gpus_per_rank=0.0, cpus_per_rank=0.1),
