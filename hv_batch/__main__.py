@@ -1,3 +1,3 @@
-from hv_batch.cli import main
+from hv_batch.cli.main import main
 
 main()

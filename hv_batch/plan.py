@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +32,9 @@ from hv_batch.job.memory import (
 from hv_batch.job.model import ENGINE, ModelShape
 from hv_batch.job.pools import whole, workers_needed
 from hv_batch.job.size_rules import GROUP_SIZES, NODE_GPUS
-from hv_batch.job.sizes import GroupSizes, choose_sizes, fixed_plan, shape_name
+from hv_batch.job.sizes import GroupSizes, choose_sizes, fixed_plan
 from hv_batch.job.storage import Store
-from hv_batch.plan_sizes import rank_seconds, report_halves, report_sizes, size_lines
+from hv_batch.plan_sizes import rank_seconds, report_halves, report_sizes
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.context import build_engine
 
@@ -268,87 +268,3 @@ def _group_size(model: ModelShape, work: Counter[Work], gpu: Gpu, ranks: int) ->
 
 def _total(work: Counter[Work], seconds: Any) -> float:
     return sum(count * seconds(kind) for kind, count in work.items())
-
-
-def render_plan(plan: Mapping[str, Any]) -> str:
-    """The plan as tables for people."""
-    return "\n".join(_lines(plan))
-
-
-def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
-    manifest, gpu = plan["manifest"], plan["gpu"]
-    rows, samples, shards = (f"{manifest[count]:,} {count}" for count in ("rows", "samples", "shards"))
-    urls = manifest["url"]
-    yield f"{urls if isinstance(urls, str) else ', '.join(urls)}: {rows}, {samples} in {shards}"
-    yield ""
-    yield f"{'shape':<16}{'steps':>6}{'cfg':>5}{'samples':>10}{'tokens':>10}{'denoise PFLOP':>15}{'decode PFLOP':>14}"
-    for work in plan["work"]:
-        shape = shape_name([work["height"], work["width"], work["num_frames"]])
-        yield (
-            f"{shape:<16}{work['steps']:>6}{'yes' if work['cfg'] else 'no':>5}{work['samples']:>10,}"
-            f"{work['tokens']:>10,}{work['denoise_flops'] / 1e15:>15,.4g}{work['decode_flops'] / 1e15:>14,.4g}"
-        )
-    yield ""
-    yield f"{'model':<16}{'parameters':>14}{'GB':>9}"
-    for part in plan["components"]:
-        streamed = part.get("streamed_from_host")
-        note = f"  of which {streamed / 1e9:.2f} stream from the host" if streamed else ""
-        yield f"{part['name']:<16}{part['parameters']:>14,}{part['bytes'] / 1e9:>9.2f}{note}"
-    yield ""
-    yield f"{'memory, GiB':<16}{'weights':>9}{'activations':>13}{'reserve':>9}{'peak':>8}  at"
-    for stage in plan["memory"]:
-        at = shape_name(stage["shape"]) if stage["shape"] else ""
-        fits = "" if stage["fits"] else f"  DOES NOT FIT into the {gpu['memory_gib']:g} of one {gpu['name']}"
-        weights, activations, reserve, total = (
-            stage[part] / GIB for part in ("weights", "activations", "reserve", "total")
-        )
-        yield f"{stage['stage']:<16}{weights:>9.1f}{activations:>13.1f}{reserve:>9.1f}{total:>8.1f}  {at}{fits}"
-    yield ""
-    yield from _cost_lines(plan)
-
-
-def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
-    gpu, bill, traffic, workers = plan["gpu"], plan["gpus"], plan["traffic"], plan["workers"]
-    yield (
-        f"GPUs: {bill['groups']:g} for {workers['denoise']} group(s) + {bill['encoders']:g} for {workers['encode']} "
-        f"encoder(s) + {bill['decoders']:g} for {workers['decode']} decoder(s) = {bill['total']:g}"
-    )
-    if plan["encoders_colocated"]:
-        yield "encoders share the groups' GPUs and slow down denoising: the hours below are a lower bound"
-    if plan["groups_decode"]:
-        yield "groups also decode, and do not denoise meanwhile: the hours of both add up"
-    yield (
-        f"sent by a rank in a step of {shape_name(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB "
-        f"by Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring; so {traffic['group']} keeps "
-        f"{traffic['efficiency']:.0%} of its {gpu['name']}s' speed"
-    )
-    yield ""
-    yield f"{'estimate':<16}{'hours':>9}{'GPU hours':>11}{'encode':>9}{'denoise':>9}{'decode':>9}"
-    for name, estimate in plan["estimate"].items():
-        stages = estimate["stage_hours"]
-        yield (
-            f"{name.upper():<16}{estimate['hours']:>9.2f}{estimate['gpu_hours']:>11.1f}{stages['encode']:>9.2f}"
-            f"{stages['denoise']:>9.2f}{stages['decode']:>9.2f}{'  (speed assumed)' if estimate['assumed'] else ''}"
-        )
-    yield ""
-    yield from size_lines(plan)
-    yield f"denoising this manifest on {gpu['name']}, by group size:"
-    head = f"{'ranks (u x r)':<16}{'s/sample':>9}{'efficient':>11}{'videos/node/day':>17}"
-    yield f"{head}{'GPU hours':>11}{'GiB/rank':>10}"
-    for size in plan["group_sizes"]:
-        plan_name = f"{size['ranks']} ({size['ulysses_degree']} x {size['ring_degree']})"
-        yield (
-            f"{plan_name:<16}{size['seconds_a_sample']:>9.1f}{size['efficiency']:>11.0%}"
-            f"{size['videos_a_node_a_day']:>17,.0f}{size['gpu_hours']:>11.1f}{size['bytes_a_rank'] / GIB:>10.1f}"
-            f"{'' if size['fits'] else '  does not fit'}"
-        )
-    yield ""
-    yield (
-        f"{gpu['name']}: {gpu['tflops']:g} TFLOP/s dense bf16, of which {gpu['efficiency']:.1%}, fitted to: "
-        f"{gpu['fitted_to']}. Speeds are estimates; memory is computed, with an assumed reserve."
-    )
-    if plan["cudnn_would_save"] > 0:
-        yield (
-            f"model.options.attention=cudnn would denoise this in {plan['cudnn_would_save']:.0%} less time on "
-            f"{gpu['name']}: as exact, other pixels in the last bits."
-        )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from hv_batch.job.config import RunConfig
 from hv_batch.job.cost import Work, plan_ranks
 from hv_batch.job.gpus import Gpu, denoise_seconds
 from hv_batch.job.model import ModelShape
-from hv_batch.job.sizes import GroupSizes, explain_choice, shape_name
+from hv_batch.job.sizes import GroupSizes, explain_choice
 from hv_batch.protocol import ParallelPlan, Shape
 
 HOUR_S = 3600
@@ -61,21 +61,3 @@ def report_halves(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu
 
 def _total(work: Counter[Work], seconds: Callable[[Work], float]) -> float:
     return sum(count * seconds(kind) for kind, count in work.items())
-
-
-def size_lines(plan: Mapping[str, Any]) -> Iterator[str]:
-    """For people; nothing where one size for all was asked for."""
-    if any(size["why"] for size in plan["sizes"]):
-        yield f"{'shape':<16}{'samples':>10}{'s/sample':>10}{'GPU hours':>11}  group"
-        for size in plan["sizes"]:
-            yield (
-                f"{shape_name(size['shape']):<16}{size['samples']:>10,}{size['seconds_a_sample']:>10.1f}"
-                f"{size['gpu_hours']:>11.1f}  {size['ranks']} ({size['group']}), {size['why']}"
-            )
-        yield ""
-    if halves := plan["halves"]:
-        yield (
-            "every row uses guidance: with parallel.cfg_degree=2, half of a group for each branch, denoising would "
-            f"take {halves['gpu_hours']:.1f} GPU hours instead of {halves['instead_of']:.1f}"
-        )
-        yield ""

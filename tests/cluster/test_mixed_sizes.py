@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from hv_batch.demo import shipped, with_model_base
+from hv_batch.cli.demo import shipped, with_model_base
 from hv_batch.job import size_rules
 from hv_batch.job.config import load_config
 from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint

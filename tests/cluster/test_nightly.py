@@ -18,7 +18,7 @@ from tests.cluster.runs import ROOT, dataset, render, write_config, write_manife
 PROMPTS = [f"prompt {i}" for i in range(4)]
 # The patience with a driver of another machine is made for nights.
 QUICK = "from hv_batch.job import lease; lease.STALE_S, lease.LOOK_S = 1.0, 0.2"
-IMPATIENT = ("-c", f"{QUICK}; from hv_batch.cli import main; main()")
+IMPATIENT = ("-c", f"{QUICK}; from hv_batch.cli.main import main; main()")
 
 
 def hv_batch(*arguments, program=("-m", "hv_batch")) -> tuple[int, str, str]:

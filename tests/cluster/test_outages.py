@@ -14,7 +14,9 @@ from tests.cluster.runs import dataset as local_dataset
 from tests.cluster.test_s3 import BUCKET, objects, s3  # noqa: F401  # a fixture
 
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
-IMPATIENT = "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli import main; main()"
+IMPATIENT = (
+    "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
+)
 DEADLINE_S = 180  # a machine that is busy with other things takes its time
 
 # More than the stations hold: without a spool, the groups would have to stop.

@@ -17,7 +17,9 @@ from tests.s3_server import S3Server
 SECRET = "planted-0123456789"
 BUCKET = "nights"
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
-IMPATIENT = "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli import main; main()"
+IMPATIENT = (
+    "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
+)
 DEADLINE_S = 240  # a machine that is busy with other things takes its time
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.cli import app
+from hv_batch.cli.main import app
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.weights import verify
 from hv_batch.protocol import UserError

@@ -13,7 +13,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.cli import app
+from hv_batch.cli.main import app
 from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.digests import revision
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from hv_batch import __version__
-from hv_batch.cli import main
+from hv_batch.cli.main import main
 from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.inputs import public_text, public_url, public_values
 from tests.cluster.runs import write_config, write_manifest

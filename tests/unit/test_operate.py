@@ -12,7 +12,7 @@ from rendered_roots import make_commit, make_sample
 from small_runs import real_media, run_small, some_samples
 from typer.testing import CliRunner
 
-from hv_batch.cli import app
+from hv_batch.cli.main import app
 from hv_batch.job import commits, layout
 from hv_batch.job.inputs import MASK
 from hv_batch.job.lease import LeaseHeldError, held, read_lease, this_process

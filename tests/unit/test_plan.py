@@ -14,7 +14,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.demo import shipped, with_model_base
+from hv_batch.cli.demo import shipped, with_model_base
+from hv_batch.cli.plan import render_plan
 from hv_batch.job.config import load_config
 from hv_batch.job.cost import Work, exchange_bytes, plan_ranks, rank_traffic
 from hv_batch.job.gpus import GPUS, HOST_LINK, decode_seconds, denoise_seconds, find_gpu, forward_seconds
@@ -23,7 +24,7 @@ from hv_batch.job.model import ModelShape
 from hv_batch.job.pools import HEADROOM
 from hv_batch.job.progress import Progress
 from hv_batch.job.sizes import choose_sizes
-from hv_batch.plan import make_plan, render_plan
+from hv_batch.plan import make_plan
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render
 from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rendered_roots import make_failure, make_quarantine, make_sample, open_root
 from small_runs import TRIES, everything, run_small, some_samples
 
+from hv_batch.cli.output_root import parse_shards
 from hv_batch.job import commits, layout
 from hv_batch.job.commits import scan_shard
 from hv_batch.job.errors import Failure, FailureClass
@@ -23,7 +24,6 @@ from hv_batch.job.quarantine import (
 )
 from hv_batch.job.selection import only_failed, parse_selection
 from hv_batch.job.storage import Store
-from hv_batch.operate import parse_shards
 from hv_batch.protocol import UserError
 
 

@@ -11,14 +11,15 @@ from typing import Annotated
 
 import typer
 
-from hv_batch import __version__, operate
-from hv_batch.bench.commands import app as bench_app
+from hv_batch import __version__
+from hv_batch.cli import output_root
+from hv_batch.cli.bench import app as bench_app
+from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config import load_config
 from hv_batch.job.inputs import public_text
 from hv_batch.job.progress import Progress
 from hv_batch.job.selection import parse_selection
 from hv_batch.protocol import UserError
-from hv_batch.weights.commands import app as weights_app
 
 app = typer.Typer(
     help="Render HunyuanVideo datasets: a prompt manifest in, videos and metadata out, on Ray.",
@@ -145,7 +146,7 @@ def demo(
     output: Annotated[str, typer.Option(help="output root: folder or URL; run again, it is resumed")] = "hv_batch_demo",
 ) -> None:
     """Render the shipped manifest with the real architecture at toy width, on a local Ray and this machine's CPU."""
-    from hv_batch.demo import run_demo
+    from hv_batch.cli.demo import run_demo
 
     raise typer.Exit(run_demo(output, Progress()))
 
@@ -166,7 +167,7 @@ def toy(
 )
 def sample(context: typer.Context) -> None:
     """Render one prompt without Ray; takes the flags of the released sample_video.py (--help lists them)."""
-    from hv_batch.sample import main as render_sample
+    from hv_batch.cli.sample import main as render_sample
 
     raise typer.Exit(render_sample(context.args))
 
@@ -180,15 +181,16 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Tell what a run will need and cost: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
+    from hv_batch.cli.plan import render_plan  # the engine takes seconds to import
     from hv_batch.job.gpus import find_gpu
-    from hv_batch.plan import make_plan, render_plan  # the engine takes seconds to import
+    from hv_batch.plan import make_plan  # the engine takes seconds to import
 
     settings = load_config(config, overrides or [])
     found = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
     print(json.dumps(found, indent=1) if as_json else render_plan(found))
 
 
-for operation in (operate.status, operate.verify, operate.retry, operate.gc, operate.diff):
+for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
     app.command()(operation)
 
 
