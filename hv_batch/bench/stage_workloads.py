@@ -23,7 +23,7 @@ from hv_batch.bench.measure import Work
 from hv_batch.bench.presets import Preset, TextWidths
 from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.fp8_matmul import multiply_in_fp8_
-from hv_batch.engine.text import TextTowers
+from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import decode_streaming
 from hv_batch.protocol import LATENT_CHANNELS

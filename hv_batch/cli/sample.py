@@ -24,10 +24,10 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 from hv_batch import __version__
 from hv_batch.cli.sample_files import free_stem, read_latents, shorten, write_latents, write_video
 from hv_batch.cli.sample_flags import MODELS, idle_flags, parse, round_up
+from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import RankFailed
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device, plan_videos
-from hv_batch.engine.reproduce import make_deterministic
 from hv_batch.job.commits import LICENCE_ID
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NotFiniteError, SamplingParams, UserError, problems
 

@@ -24,7 +24,7 @@ from typing import Any
 from hv_batch.architecture import DIT_CLASS
 from hv_batch.engine import diffusers_layout
 from hv_batch.engine.tensor_files import COPY_AGAIN, INDEX_SUFFIX, shard_files
-from hv_batch.engine.text import missing_text_files
+from hv_batch.engine.text_encoders import missing_text_files
 from hv_batch.protocol import UserError
 
 LAYOUT = (

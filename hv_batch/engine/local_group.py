@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.parallel import leave_group
-from hv_batch.engine.reproduce import make_deterministic
 from hv_batch.protocol import Device, ParallelPlan, RankPlace, SamplingParams, UserError
 
 if TYPE_CHECKING:
     from hv_batch.engine.hunyuan import HunyuanVideo
-    from hv_batch.engine.text import TextEmbedding
+    from hv_batch.engine.text_encoders import TextEmbedding
 
 HOST = "127.0.0.1"
 # Of joining, and of each collective: a slow disk may keep one rank reading its 26 GB while the others wait.

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hv_batch.engine.denoiser import HunyuanDecoder, HunyuanDenoiser
+from hv_batch.engine.decoder import HunyuanDecoder
+from hv_batch.engine.denoiser import HunyuanDenoiser
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import LocalGroup
 from hv_batch.protocol import (
@@ -35,7 +36,7 @@ from hv_batch.protocol import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hv_batch.engine.text import TextEmbedding, TextTowers
+    from hv_batch.engine.text_encoders import TextEmbedding, TextTowers
 
 # (steps done, latents [videos, C, T, h, w] in float32); the latents are to be looked at, not changed.
 Callback = Callable[[int, Tensor], None]

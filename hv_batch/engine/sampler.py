@@ -30,7 +30,7 @@ from hv_batch.protocol import NotFiniteError, SamplingParams, StepState
 if TYPE_CHECKING:
     from hv_batch.engine.dit import HYVideoDiT
     from hv_batch.engine.parallel import SequenceMesh
-    from hv_batch.engine.text import TextEmbedding
+    from hv_batch.engine.text_encoders import TextEmbedding
 
 # The model was trained with times 0..1000 and reads both its time and its guidance in that unit.
 TIME_UNIT = 1000.0

@@ -23,7 +23,7 @@ from hv_batch.engine.checkpoint import LAYOUT, CheckpointTree, read_json, scales
 from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise, hold_in_fp8
 from hv_batch.engine.tensor_files import ALIGNMENT, StoredTensor, all_tensors, named_tensors, open_file
-from hv_batch.engine.text import weight_file
+from hv_batch.engine.text_encoders import weight_file
 from hv_batch.engine.vae import CausalVAE, parse_vae_config
 from hv_batch.protocol import UserError
 

@@ -24,7 +24,7 @@ from hv_batch.engine.diffusers_layout import released_vae_config
 from hv_batch.engine.digests import digest_file
 from hv_batch.engine.fp8 import FP8, dequantise, quantise
 from hv_batch.engine.tensor_files import CPU, StoredTensor, shard_files
-from hv_batch.engine.text import weight_file
+from hv_batch.engine.text_encoders import weight_file
 from hv_batch.engine.weights import (
     CLIP_TYPES,
     LLAMA_TYPES,

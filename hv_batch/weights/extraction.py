@@ -13,7 +13,7 @@ from typing import Any
 
 from hv_batch.engine.checkpoint import read_json
 from hv_batch.engine.tensor_files import named_tensors, open_file
-from hv_batch.engine.text import weight_file
+from hv_batch.engine.text_encoders import weight_file
 from hv_batch.engine.weights import LLAMA_TYPES, Tensors
 from hv_batch.protocol import UserError
 from hv_batch.weights.conversion import files_origin, link_or_copy

@@ -15,7 +15,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint import LAYOUT, MODEL, CheckpointTree, read_json, scales_file
 from hv_batch.engine.digests import revision
 from hv_batch.engine.tensor_files import shard_files
-from hv_batch.engine.text import weight_file
+from hv_batch.engine.text_encoders import weight_file
 from hv_batch.engine.weights import (
     CLIP_TYPES,
     LLAMA_TYPES,

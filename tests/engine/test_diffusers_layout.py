@@ -17,7 +17,7 @@ from hv_batch.engine.checkpoint import CheckpointTree
 from hv_batch.engine.digests import revision
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.engine.text import TextTowers
+from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.engine.weights import load_dit, load_vae, vae_config, verify
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint

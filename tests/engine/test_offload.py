@@ -15,7 +15,7 @@ from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.parallel import SequenceMesh
-from hv_batch.engine.text import TextEmbedding
+from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.engine.dit_reference import keep_in_fp8, random_dit, random_inputs

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 
 from hv_batch.cli import sample, sample_files
 from hv_batch.cli.sample_flags import FIXED, idle_flags, parse, round_up
+from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.engine.reproduce import make_deterministic
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 

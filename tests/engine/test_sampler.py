@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hv_batch.engine import sampler
 from hv_batch.engine.parallel import SequenceMesh
-from hv_batch.engine.text import TextEmbedding
+from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import SamplingParams, StepState
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
 from hv_batch.architecture import MAX_TEXT_TOKENS
-from hv_batch.engine.text import IMAGE_TEMPLATE, VIDEO_TEMPLATE, PromptTemplate, TextTowers
+from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, PromptTemplate, TextTowers
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 from hv_batch.toy.tokenizers import LLAMA_SPECIALS

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.engine.text import IMAGE_TEMPLATE, VIDEO_TEMPLATE
+from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from hv_batch.engine.vae import CausalVAE, parse_vae_config
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.engine.text import TextTowers
+from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.training import dit, lean, towers, vae
 from hv_batch.toy.training.labels import CLASSES, labels

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from hv_batch.engine.text import TextTowers
+from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.toy import trained
 from hv_batch.toy.training import dit, towers, vae
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hv_batch.architecture import SKIPPED_LAYERS
-from hv_batch.engine.text import CLIP_TOKENS, IMAGE_TEMPLATE, VIDEO_TEMPLATE
+from hv_batch.engine.text_encoders import CLIP_TOKENS, IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from hv_batch.toy.captions import told_scenes
 from hv_batch.toy.checkpoint import clip_config, clip_names, llama_config, write_tower
 from hv_batch.toy.tokenizers import CAPTION_WORDS, WORDS, write_clip_tokenizer, write_llama_tokenizer
@@ -81,7 +81,7 @@ def _halves(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _LlamaReader(nn.Module):
-    """Captions -> the mean of the states that the DiT gets (see `hv_batch.engine.text`)."""
+    """Captions -> the mean of the states that the DiT gets (see `hv_batch.engine.text_encoders`)."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         super().__init__()
