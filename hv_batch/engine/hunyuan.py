@@ -19,16 +19,16 @@ import torch
 
 from hv_batch.architecture import DiTConfig, TileGeometry
 from hv_batch.engine.attention import HALF_ONLY, KERNELS, choose_kernel
-from hv_batch.engine.checkpoint import CheckpointTree
+from hv_batch.engine.checkpoint.digests import revision, vae_revision
+from hv_batch.engine.checkpoint.loading import FP8_MODES, load_dit, load_vae, verify
+from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.denoiser import HunyuanDenoiser
-from hv_batch.engine.digests import revision, vae_revision
 from hv_batch.engine.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
 from hv_batch.engine.text_encoders import TextTowers
-from hv_batch.engine.weights import FP8_MODES, load_dit, load_vae, verify
 from hv_batch.engine.xfuser_attention import XfuserAttention, check_xfuser, find_uneven
 from hv_batch.protocol import (
     Device,

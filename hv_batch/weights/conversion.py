@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 from hv_batch.architecture import DIT_CLASS
-from hv_batch.engine.checkpoint import CONVERTED, LAYOUT, MODEL, CheckpointTree, read_json, scales_file
-from hv_batch.engine.diffusers_layout import released_vae_config
-from hv_batch.engine.digests import digest_file
-from hv_batch.engine.fp8 import FP8, dequantise, quantise
-from hv_batch.engine.tensor_files import CPU, StoredTensor, shard_files
-from hv_batch.engine.text_encoders import weight_file
-from hv_batch.engine.weights import (
+from hv_batch.engine.checkpoint.diffusers_layout import released_vae_config
+from hv_batch.engine.checkpoint.digests import digest_file
+from hv_batch.engine.checkpoint.loading import (
     CLIP_TYPES,
     LLAMA_TYPES,
     Tensors,
@@ -34,6 +30,10 @@ from hv_batch.engine.weights import (
     open_tower,
     open_vae,
 )
+from hv_batch.engine.checkpoint.tensor_files import CPU, StoredTensor, shard_files
+from hv_batch.engine.checkpoint.text_files import weight_file
+from hv_batch.engine.checkpoint.tree import CONVERTED, LAYOUT, MODEL, CheckpointTree, read_json, scales_file
+from hv_batch.engine.fp8 import FP8, dequantise, quantise
 from hv_batch.protocol import UserError
 from hv_batch.weights.shards import SHARD_BYTES, OnBytes, ignore_bytes, write_file, write_sharded, write_text
 

@@ -11,10 +11,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from hv_batch.engine.checkpoint import read_json
-from hv_batch.engine.tensor_files import named_tensors, open_file
-from hv_batch.engine.text_encoders import weight_file
-from hv_batch.engine.weights import LLAMA_TYPES, Tensors
+from hv_batch.engine.checkpoint.loading import LLAMA_TYPES, Tensors
+from hv_batch.engine.checkpoint.tensor_files import named_tensors, open_file
+from hv_batch.engine.checkpoint.text_files import weight_file
+from hv_batch.engine.checkpoint.tree import read_json
 from hv_batch.protocol import UserError
 from hv_batch.weights.conversion import files_origin, link_or_copy
 from hv_batch.weights.shards import OnBytes, ignore_bytes, write_sharded, write_text

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.checkpoint import LAYOUT, MODEL, CheckpointTree, read_json, scales_file
-from hv_batch.engine.digests import revision
-from hv_batch.engine.tensor_files import shard_files
-from hv_batch.engine.text_encoders import weight_file
-from hv_batch.engine.weights import (
+from hv_batch.engine.checkpoint.digests import revision
+from hv_batch.engine.checkpoint.loading import (
     CLIP_TYPES,
     LLAMA_TYPES,
     Tensors,
@@ -27,6 +24,9 @@ from hv_batch.engine.weights import (
     verify,
     verify_dit,
 )
+from hv_batch.engine.checkpoint.tensor_files import shard_files
+from hv_batch.engine.checkpoint.text_files import weight_file
+from hv_batch.engine.checkpoint.tree import LAYOUT, MODEL, CheckpointTree, read_json, scales_file
 from hv_batch.protocol import UserError
 
 FP8_FILE = "mp_rank_00_model_states_fp8.pt"

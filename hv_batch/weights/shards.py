@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hv_batch.engine.tensor_files import ALIGNMENT, CPU, DTYPE_NAMES, INDEX_SUFFIX, StoredTensor
+from hv_batch.engine.checkpoint.tensor_files import ALIGNMENT, CPU, DTYPE_NAMES, INDEX_SUFFIX, StoredTensor
 from hv_batch.protocol import UserError
 
 SHARD_BYTES = 5 * 10**9  # as the hub's tools cut them

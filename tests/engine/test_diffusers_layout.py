@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.digests import revision
+from hv_batch.engine.checkpoint.digests import revision
+from hv_batch.engine.checkpoint.loading import load_dit, load_vae, vae_config, verify
+from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text_encoders import TextTowers
-from hv_batch.engine.weights import load_dit, load_vae, vae_config, verify
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.engine.dit_reference import reference_model

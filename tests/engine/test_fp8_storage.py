@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.digests import revision
+from hv_batch.engine.checkpoint.digests import revision
+from hv_batch.engine.checkpoint.loading import load_dit, verify
+from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.fp8 import FP8, Fp8Linear, block_linears, quantise
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.weights import load_dit, verify
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.engine.dit_reference import random_inputs

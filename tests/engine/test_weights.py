@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine import checkpoint, digests
-from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.digests import revision
-from hv_batch.engine.weights import load_dit, load_vae, verify
+from hv_batch.engine.checkpoint import digests, tree
+from hv_batch.engine.checkpoint.digests import revision
+from hv_batch.engine.checkpoint.loading import load_dit, load_vae, verify
+from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.engine.dit_reference import random_inputs
@@ -83,7 +83,7 @@ def test_all_missing_files_are_told_at_once(base):
     told = CheckpointTree(base).missing()
     assert len(told) == 3
     assert [name in sentence for name, sentence in zip((DIT, VAE, "text_encoder_2"), told, strict=True)] == [True] * 3
-    assert verify(CheckpointTree(base), CONFIG) == [*told, checkpoint.LAYOUT]
+    assert verify(CheckpointTree(base), CONFIG) == [*told, tree.LAYOUT]
     assert not any("layout" in sentence for sentence in told)
     (sentence,) = CheckpointTree(base / "nowhere").missing()
     assert f"{base / 'nowhere'} is not a folder" in sentence

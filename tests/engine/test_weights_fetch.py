@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.cli.main import app
-from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.weights import verify
+from hv_batch.engine.checkpoint.loading import verify
+from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from hv_batch.weights.fetching import DIFFUSERS, LLAVA, RELEASED, fetch

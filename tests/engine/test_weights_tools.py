@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.cli.main import app
-from hv_batch.engine.checkpoint import CheckpointTree
-from hv_batch.engine.digests import revision
+from hv_batch.engine.checkpoint.digests import revision
+from hv_batch.engine.checkpoint.loading import load_dit, load_vae, verify
+from hv_batch.engine.checkpoint.tensor_files import stored
+from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.tensor_files import stored
 from hv_batch.engine.text_encoders import TextTowers
-from hv_batch.engine.weights import load_dit, load_vae, verify
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from hv_batch.weights import shards

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from hv_batch.engine.diffusers_layout import dit_options, released_dit
-from hv_batch.engine.tensor_files import stored
+from hv_batch.engine.checkpoint.diffusers_layout import dit_options, released_dit
+from hv_batch.engine.checkpoint.tensor_files import stored
 from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit
 from hv_batch.toy.trained import finished_stages, training_folder, write_stages

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hv_batch.engine.checkpoint import LAYOUT, CheckpointTree, scales_file
-from hv_batch.engine.tensor_files import shard_files
+from hv_batch.engine.checkpoint.tensor_files import shard_files
+from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, scales_file
 from hv_batch.protocol import UserError
 
 Files = Iterable[tuple[str, str, Path]]  # part, name in it, path

@@ -11,7 +11,7 @@ model_base/
   text_encoder/                                                     the LLaMA language model and its tokenizer
   text_encoder_2/                                                   CLIP ViT-L/14 and its tokenizer
 
-diffusers' layout is `hv_batch.engine.diffusers_layout`'s; it is recognised by its files.
+diffusers' layout is `hv_batch.engine.checkpoint.tree.diffusers_layout`'s; it is recognised by its files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from hv_batch.architecture import DIT_CLASS
-from hv_batch.engine import diffusers_layout
-from hv_batch.engine.tensor_files import COPY_AGAIN, INDEX_SUFFIX, shard_files
-from hv_batch.engine.text_encoders import missing_text_files
+from hv_batch.engine.checkpoint import diffusers_layout
+from hv_batch.engine.checkpoint.tensor_files import COPY_AGAIN, INDEX_SUFFIX, shard_files
+from hv_batch.engine.checkpoint.text_files import missing_text_files
 from hv_batch.protocol import UserError
 
 LAYOUT = (

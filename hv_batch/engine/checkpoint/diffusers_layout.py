@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hv_batch.engine.tensor_files import StoredTensor, joined
+from hv_batch.engine.checkpoint.tensor_files import StoredTensor, joined
 from hv_batch.protocol import UserError
 
 DIT_CLASS = "HunyuanVideoTransformer3DModel"

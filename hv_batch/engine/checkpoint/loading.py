@@ -1,7 +1,7 @@
 """Checkpoints into modules: opened, refused with the reason, or loaded whole.
 
 Modules are built on the meta device and their tensors come one at a time out of memory-mapped files
-(`hv_batch.engine.tensor_files`). So the host never holds a second copy, a rank on a GPU needs no more of its own host
+(`hv_batch.engine.checkpoint.tree.tensor_files`). So the host never holds a second copy, a rank on a GPU needs no more of its own host
 memory than one tensor, and the ranks of a node read a file from the disk once: what the first has read, the others
 find in the page cache. Every tensor of the file must have its place in the module, by name and shape, and the other way
 round.
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from hv_batch.architecture import DiTConfig, VAEConfig
-from hv_batch.engine import diffusers_layout
-from hv_batch.engine.checkpoint import LAYOUT, CheckpointTree, read_json, scales_file
+from hv_batch.engine.checkpoint import diffusers_layout
+from hv_batch.engine.checkpoint.tensor_files import ALIGNMENT, StoredTensor, all_tensors, named_tensors, open_file
+from hv_batch.engine.checkpoint.text_files import weight_file
+from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, read_json, scales_file
 from hv_batch.engine.dit import HYVideoDiT
 from hv_batch.engine.fp8 import FP8, block_linears, dequantise, hold_in_fp8
-from hv_batch.engine.tensor_files import ALIGNMENT, StoredTensor, all_tensors, named_tensors, open_file
-from hv_batch.engine.text_encoders import weight_file
 from hv_batch.engine.vae import CausalVAE, parse_vae_config
 from hv_batch.protocol import UserError
 
