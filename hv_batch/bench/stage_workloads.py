@@ -21,8 +21,8 @@ from torch import nn
 from hv_batch.architecture import MAX_TEXT_TOKENS, SKIPPED_LAYERS, TileGeometry
 from hv_batch.bench.measure import Work
 from hv_batch.bench.presets import Preset, TextWidths
-from hv_batch.engine.dit import HYVideoDiT
-from hv_batch.engine.fp8_matmul import multiply_in_fp8_
+from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import decode_streaming

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hv_batch.engine import sampler
 from hv_batch.engine.decoder import HunyuanDecoder
-from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.sampler import Recipe
 from hv_batch.engine.self_check import check_group

@@ -24,8 +24,8 @@ from hv_batch.engine.checkpoint.loading import FP8_MODES, load_dit, load_vae, ve
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.denoiser import HunyuanDenoiser
-from hv_batch.engine.fp8_matmul import multiply_in_fp8_
-from hv_batch.engine.offload import offload_blocks
+from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
+from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
 from hv_batch.engine.sampler import NOISES, Recipe
 from hv_batch.engine.text_encoders import TextTowers
@@ -60,7 +60,7 @@ class HunyuanVideo:
     - `precision`, `vae_precision`, `text_encoder_precision`, `text_encoder_precision_2`: "bf16", "fp16" or "fp32"; the
       last is CLIP's and as LLaMA's unless given
     - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same. "matmul"
-      computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.fp8_matmul`
+      computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.dit.model.fp8_matmul`
     - `attention`: the kernel family of the DiT, "sdpa", "cudnn", "flash" or "math"
     - `sequence_parallel`: how the ranks of a group attend together: "native", or "xfuser" for xfuser's long-context
       attention, on GPUs and for sizes whose tokens divide by the ranks; see `hv_batch.engine.xfuser_attention`

@@ -28,7 +28,7 @@ from hv_batch.engine import step_cache
 from hv_batch.protocol import NotFiniteError, SamplingParams, StepState
 
 if TYPE_CHECKING:
-    from hv_batch.engine.dit import HYVideoDiT
+    from hv_batch.engine.dit.model import HYVideoDiT
     from hv_batch.engine.parallel import SequenceMesh
     from hv_batch.engine.text_encoders import TextEmbedding
 

@@ -21,7 +21,7 @@ from hv_batch.engine.vae_tiling import decode_streaming
 from hv_batch.protocol import LATENT_CHANNELS, DeviceError
 
 if TYPE_CHECKING:
-    from hv_batch.engine.dit import HYVideoDiT
+    from hv_batch.engine.dit.model import HYVideoDiT
     from hv_batch.engine.vae import CausalVAE
 
 # A prime number of tokens times 7: no degree but 7 divides it, so shards are padded; at degree 8 and above the last

@@ -33,7 +33,7 @@ from hv_batch.engine.checkpoint.loading import (
 from hv_batch.engine.checkpoint.tensor_files import CPU, StoredTensor, shard_files
 from hv_batch.engine.checkpoint.text_files import weight_file
 from hv_batch.engine.checkpoint.tree import CONVERTED, LAYOUT, MODEL, CheckpointTree, read_json, scales_file
-from hv_batch.engine.fp8 import FP8, dequantise, quantise
+from hv_batch.engine.dit.fp8_storage import FP8, dequantise, quantise
 from hv_batch.protocol import UserError
 from hv_batch.weights.shards import SHARD_BYTES, OnBytes, ignore_bytes, write_file, write_sharded, write_text
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.dit import HYVideoDiT
-from hv_batch.engine.fp8 import block_linears, hold_in_fp8, quantise
+from hv_batch.engine.dit.fp8_storage import block_linears, hold_in_fp8, quantise
+from hv_batch.engine.dit.model import HYVideoDiT
 
 # Released name -> diffusers name, first match wins. `{qkv}` names the parts a fused tensor is split into.
 RENAMES = [

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine import fp8_matmul
 from hv_batch.engine.checkpoint.loading import load_dit
 from hv_batch.engine.checkpoint.tree import CheckpointTree
-from hv_batch.engine.fp8 import FP8, Fp8Linear, block_linears
-from hv_batch.engine.fp8_matmul import MODULATIONS, Fp8MatmulLinear, can_multiply, multiply_in_fp8_, quantise_rows
+from hv_batch.engine.dit import fp8_matmul
+from hv_batch.engine.dit.fp8_matmul import MODULATIONS, Fp8MatmulLinear, can_multiply, multiply_in_fp8_, quantise_rows
+from hv_batch.engine.dit.fp8_storage import FP8, Fp8Linear, block_linears
+from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.offload import offload_blocks
 from hv_batch.protocol import ParallelPlan, RankPlace
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from hv_batch.weights.conversion import Recipe, convert

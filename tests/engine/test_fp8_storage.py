@@ -14,7 +14,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint.digests import revision
 from hv_batch.engine.checkpoint.loading import load_dit, verify
 from hv_batch.engine.checkpoint.tree import CheckpointTree
-from hv_batch.engine.fp8 import FP8, Fp8Linear, block_linears, quantise
+from hv_batch.engine.dit.fp8_storage import FP8, Fp8Linear, block_linears, quantise
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint

@@ -11,9 +11,9 @@ import torch
 import torch.multiprocessing as mp
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.dit.model import HYVideoDiT
+from hv_batch.engine.dit.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
@@ -147,7 +147,7 @@ def test_a_step_that_failed_leaves_nothing_behind():
 
 def test_packing_fills_arenas_of_a_power_of_two(monkeypatch):
     """Pinned memory comes in powers of two, so many tensors share one; a tensor above the arena's size gets its own."""
-    monkeypatch.setattr("hv_batch.engine.offload.ARENA_BYTES", 2**17)
+    monkeypatch.setattr("hv_batch.engine.dit.model.offload.ARENA_BYTES", 2**17)
     model = frozen(config())
     expected = model(**inputs())
     offload_blocks(model, CPU, pinned=True)
@@ -176,7 +176,7 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
 def group(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["hv_batch.engine.offload", "pytest"])
+    context.set_forkserver_preload(["hv_batch.engine.dit.model.offload", "pytest"])
     addresses = {plan: context.Queue() for plan in PLANS}
     mp.start_processes(_rank_main, (folder, addresses), nprocs=2, start_method="forkserver")
     return folder

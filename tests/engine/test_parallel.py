@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import attend_math, attend_sdpa
-from hv_batch.engine.dit import HYVideoDiT
-from hv_batch.engine.offload import offload_blocks
+from hv_batch.engine.dit.model import HYVideoDiT
+from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, join_group, leave_group
 from hv_batch.engine.self_check import check_group
 from hv_batch.protocol import ParallelPlan, RankPlace, UserError
@@ -157,7 +157,7 @@ class Ranks:
             return
         plans = PLANS if (u, r) in PLANS else MORE
         context = mp.get_context("forkserver")  # imports torch once, not once a process
-        context.set_forkserver_preload(["hv_batch.engine.dit", "hypothesis", "pytest"])
+        context.set_forkserver_preload(["hv_batch.engine.dit.model", "hypothesis", "pytest"])
         addresses = {plan: context.Queue() for plan in plans}
         processes = max(u * r for u, r in plans)
         mp.start_processes(_rank_main, (self.folder, addresses), nprocs=processes, start_method="forkserver")

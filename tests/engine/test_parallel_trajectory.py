@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel import SequenceMesh
 from hv_batch.engine.sampler import trajectory
 from hv_batch.engine.text_encoders import TextEmbedding

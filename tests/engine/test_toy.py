@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from hv_batch.engine.vae import CausalVAE, parse_vae_config

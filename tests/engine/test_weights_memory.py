@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.checkpoint.loading import load_dit
 from hv_batch.weights.conversion import Recipe, convert
 

@@ -18,7 +18,7 @@ from hv_batch.engine.checkpoint.digests import revision
 from hv_batch.engine.checkpoint.loading import load_dit, load_vae, verify
 from hv_batch.engine.checkpoint.tensor_files import stored
 from hv_batch.engine.checkpoint.tree import CheckpointTree
-from hv_batch.engine.fp8 import FP8, block_linears, dequantise
+from hv_batch.engine.dit.fp8_storage import FP8, block_linears, dequantise
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.protocol import UserError

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.dit import HYVideoDiT
-from hv_batch.engine.fp8_matmul import Fp8MatmulLinear, can_multiply, multiply_in_fp8_, quantise_rows
+from hv_batch.engine.dit.fp8_matmul import Fp8MatmulLinear, can_multiply, multiply_in_fp8_, quantise_rows
+from hv_batch.engine.dit.model import HYVideoDiT
 from tests.engine.dit_reference import random_dit, random_inputs
 
 pytestmark = pytest.mark.skipif(

@@ -11,8 +11,8 @@ import torch
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint.loading import load_dit
 from hv_batch.engine.checkpoint.tree import CheckpointTree
-from hv_batch.engine.dit import HYVideoDiT
-from hv_batch.engine.fp8 import block_linears
+from hv_batch.engine.dit.fp8_storage import block_linears
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.weights.conversion import Recipe, convert
 from tests.engine.dit_reference import random_inputs
 

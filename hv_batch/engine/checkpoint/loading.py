@@ -22,14 +22,14 @@ from hv_batch.engine.checkpoint import diffusers_layout
 from hv_batch.engine.checkpoint.tensor_files import ALIGNMENT, StoredTensor, all_tensors, named_tensors, open_file
 from hv_batch.engine.checkpoint.text_files import weight_file
 from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, read_json, scales_file
-from hv_batch.engine.dit import HYVideoDiT
-from hv_batch.engine.fp8 import FP8, block_linears, dequantise, hold_in_fp8
+from hv_batch.engine.dit.fp8_storage import FP8, block_linears, dequantise, hold_in_fp8
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.vae import CausalVAE, parse_vae_config
 from hv_batch.protocol import UserError
 
 # "none": FP8 weights become weights in the model's dtype when they are loaded; the same numbers, twice the memory.
 # "storage": they stay FP8 and are dequantised on every use, as released.
-# "matmul": the products of the blocks are FP8 as well, whatever the file holds; see `hv_batch.engine.fp8_matmul`.
+# "matmul": the products of the blocks are FP8 as well, whatever the file holds; see `hv_batch.engine.dit.model.fp8_matmul`.
 FP8_MODES = ("none", "storage", "matmul")
 
 LLAMA_TYPES = ("llama",)  # model_type in the config.json of a text tower

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hv_batch.architecture import REFINER_MLP_RATIO, TIMESTEP_WIDTH
 from hv_batch.engine.attention import Kernel
-from hv_batch.engine.dit_blocks import MLP
+from hv_batch.engine.dit.blocks import MLP
 
 Grid = tuple[int, int, int]  # tokens along t, h, w
 Rope = tuple[Tensor, Tensor]  # cos and sin, [L, head_dim / 2] float32

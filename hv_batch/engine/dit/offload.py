@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hv_batch.engine.dit import HYVideoDiT
+from hv_batch.engine.dit.model import HYVideoDiT
 
 # Where a tensor may start in a buffer: as aligned as the CUDA allocator's own tensors, whatever kernel reads it.
 ALIGNMENT = 512

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import choose_kernel
-from hv_batch.engine.dit_blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
-from hv_batch.engine.embeddings import (
+from hv_batch.engine.dit.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
+from hv_batch.engine.dit.embeddings import (
     MLPEmbedder,
     PatchEmbed,
     TimestepEmbedder,

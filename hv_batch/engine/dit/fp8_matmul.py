@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hv_batch.engine.fp8 import FP8, FP8_MAX, Fp8Linear, block_linears
+from hv_batch.engine.dit.fp8_storage import FP8, FP8_MAX, Fp8Linear, block_linears
 
 ALIGNMENT = 16  # both sides of a weight must be multiples of it for the CUDA kernel
 MODULATIONS = ("img_mod.linear", "txt_mod.linear", "modulation.linear")
