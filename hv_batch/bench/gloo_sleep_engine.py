@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 
 from hv_batch.bench.sleep_engine import IdleDenoiser, IdleEngine
-from hv_batch.engine.parallel import host_store, join_group
+from hv_batch.engine.parallel.process_group import host_store, join_group
 from hv_batch.protocol import OnStep, RankPlace, SamplingParams, StepState
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hv_batch.architecture import TileGeometry
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_group import decode_in_group

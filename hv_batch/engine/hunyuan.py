@@ -26,10 +26,11 @@ from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.denoiser import HunyuanDenoiser
 from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.dit.offload import offload_blocks
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group
+from hv_batch.engine.parallel.process_group import host_store, join_group
+from hv_batch.engine.parallel.sequence import SequenceMesh
+from hv_batch.engine.parallel.xfuser import XfuserAttention, check_xfuser, find_uneven
 from hv_batch.engine.sampler import NOISES, Recipe
 from hv_batch.engine.text_encoders import TextTowers
-from hv_batch.engine.xfuser_attention import XfuserAttention, check_xfuser, find_uneven
 from hv_batch.protocol import (
     Device,
     ParallelPlan,
@@ -63,7 +64,7 @@ class HunyuanVideo:
       computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.dit.model.fp8_matmul`
     - `attention`: the kernel family of the DiT, "sdpa", "cudnn", "flash" or "math"
     - `sequence_parallel`: how the ranks of a group attend together: "native", or "xfuser" for xfuser's long-context
-      attention, on GPUs and for sizes whose tokens divide by the ranks; see `hv_batch.engine.xfuser_attention`
+      attention, on GPUs and for sizes whose tokens divide by the ranks; see `hv_batch.engine.parallel.sequence.xfuser`
     - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
     - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
       dtype of the prompt embedding, for those who reproduce an old seed

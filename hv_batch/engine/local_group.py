@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hv_batch.engine.determinism import make_deterministic
-from hv_batch.engine.parallel import leave_group
+from hv_batch.engine.parallel.process_group import leave_group
 from hv_batch.protocol import Device, ParallelPlan, RankPlace, SamplingParams, UserError
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from hv_batch.protocol import NotFiniteError, SamplingParams, StepState
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit.model import HYVideoDiT
-    from hv_batch.engine.parallel import SequenceMesh
+    from hv_batch.engine.parallel.sequence import SequenceMesh
     from hv_batch.engine.text_encoders import TextEmbedding
 
 # The model was trained with times 0..1000 and reads both its time and its guidance in that unit.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hv_batch.architecture import TileGeometry
-from hv_batch.engine.parallel import SequenceMesh, attend_jointly
+from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.engine.vae_group import decode_in_group
 from hv_batch.engine.vae_tiling import decode_streaming
 from hv_batch.protocol import LATENT_CHANNELS, DeviceError

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 
 REFRESH = 5  # steps
 

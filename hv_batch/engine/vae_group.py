@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hv_batch.architecture import TileGeometry
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import cut_space, cut_time, decode_streaming, tile_pixels, unscale
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch.multiprocessing as mp
 
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.protocol import ParallelPlan, RankPlace
 
 TIMEOUT_S = 120.0  # of a rank that waits for another; a busy machine takes its time

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hv_batch.architecture import ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
 from hv_batch.engine import vae_kernels
 from hv_batch.engine.dit.model import HYVideoDiT
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.step_cache import StepCache
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.engine.vae_tiling import decode_streaming

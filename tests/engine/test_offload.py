@@ -14,7 +14,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import BlockStreamer, StreamedBlock, offload_blocks
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint

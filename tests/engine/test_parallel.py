@@ -23,7 +23,8 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import attend_math, attend_sdpa
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
-from hv_batch.engine.parallel import SequenceMesh, attend_jointly, host_store, join_group, leave_group
+from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
+from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.engine.self_check import check_group
 from hv_batch.protocol import ParallelPlan, RankPlace, UserError
 from tests.engine.dit_reference import keep_in_fp8, random_dit, random_inputs

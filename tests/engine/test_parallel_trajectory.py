@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.model import HYVideoDiT
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampler import trajectory
 from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import ParallelPlan, SamplingParams

@@ -15,7 +15,7 @@ from torch import multiprocessing
 from hv_batch.engine.checkpoint.loading import load_dit, load_vae
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.parallel import leave_group
+from hv_batch.engine.parallel.process_group import leave_group
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampler import initial_noise
 from hv_batch.protocol import (

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.engine import sampler
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import SamplingParams, StepState
 

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampler import Recipe, denoise, trajectory
 from hv_batch.engine.step_cache import REFRESH, can_resume, is_fresh
 from hv_batch.protocol import ParallelPlan, SamplingParams, StepState

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from hv_batch.architecture import TileGeometry, VAEConfig
 from hv_batch.engine.decoder import HunyuanDecoder
-from hv_batch.engine.parallel import SequenceMesh
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
 from hv_batch.engine.vae import CausalVAE
 from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, ParallelPlan

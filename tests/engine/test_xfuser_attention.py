@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.parallel import SequenceMesh
-from hv_batch.engine.xfuser_attention import PINNED, XfuserAttention, check_xfuser
+from hv_batch.engine.parallel.sequence import SequenceMesh
+from hv_batch.engine.parallel.xfuser import PINNED, XfuserAttention, check_xfuser
 from hv_batch.protocol import ParallelPlan, UserError
 from tests.engine.dit_reference import random_dit, random_inputs
 from tests.engine.joining import joined

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
-from hv_batch.engine.parallel import host_store, join_group, leave_group
-from hv_batch.engine.xfuser_attention import XfuserAttention
+from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
+from hv_batch.engine.parallel.xfuser import XfuserAttention
 from hv_batch.protocol import ParallelPlan, RankPlace
 from tests.engine.dit_reference import random_dit, random_inputs
 

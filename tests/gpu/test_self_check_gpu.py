@@ -9,7 +9,8 @@ import torch.multiprocessing as mp
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
-from hv_batch.engine.parallel import SequenceMesh, host_store, join_group, leave_group
+from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_group
 from hv_batch.protocol import ParallelPlan, RankPlace
 from tests.engine.dit_reference import keep_in_fp8, random_dit

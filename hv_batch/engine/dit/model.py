@@ -29,7 +29,7 @@ from hv_batch.engine.dit.embeddings import (
     rope_table,
     unpatchify,
 )
-from hv_batch.engine.parallel import JointAttention, SequenceMesh, attend_jointly
+from hv_batch.engine.parallel.sequence import JointAttention, SequenceMesh, attend_jointly
 from hv_batch.engine.step_cache import StepCache
 from hv_batch.protocol import UserError
 

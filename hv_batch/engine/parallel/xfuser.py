@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hv_batch.engine.attention import Kernel
-from hv_batch.engine.parallel import SequenceMesh, attend_jointly
+from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.protocol import UserError
 
 # The pair that is known to work. xfuser 0.5 to 0.7 import a name from yunchang that no release of it has.
