@@ -24,8 +24,8 @@ from hv_batch.bench.presets import Preset, TextWidths
 from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.text_encoders import TextTowers
-from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_tiling import decode_streaming
+from hv_batch.engine.vae.model import CausalVAE
+from hv_batch.engine.vae.tiling import decode_streaming
 from hv_batch.protocol import LATENT_CHANNELS
 from hv_batch.toy import tokenizers
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from hv_batch.architecture import TileGeometry
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
-from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_group import decode_in_group
-from hv_batch.engine.vae_tiling import to_uint8
+from hv_batch.engine.vae.group_decode import decode_in_group
+from hv_batch.engine.vae.model import CausalVAE
+from hv_batch.engine.vae.tiling import to_uint8
 from hv_batch.protocol import LATENT_CHANNELS
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hv_batch.architecture import TileGeometry
 from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
-from hv_batch.engine.vae_group import decode_in_group
-from hv_batch.engine.vae_tiling import decode_streaming
+from hv_batch.engine.vae.group_decode import decode_in_group
+from hv_batch.engine.vae.tiling import decode_streaming
 from hv_batch.protocol import LATENT_CHANNELS, DeviceError
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit.model import HYVideoDiT
-    from hv_batch.engine.vae import CausalVAE
+    from hv_batch.engine.vae.model import CausalVAE
 
 # A prime number of tokens times 7: no degree but 7 divides it, so shards are padded; at degree 8 and above the last
 # shards are nothing but padding.

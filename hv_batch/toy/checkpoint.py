@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from hv_batch.architecture import DIT_CLASS, DiTConfig, VAEConfig
 from hv_batch.engine.dit.model import HYVideoDiT
-from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.protocol import LATENT_CHANNELS
 from hv_batch.toy import random_weights, tokenizers
 from hv_batch.toy.random_weights import State, dit_state, text_state, vae_state

@@ -15,7 +15,7 @@ from hv_batch.bench.measure import Times, measure_matmul_peak, median_ratio, pro
 from hv_batch.bench.presets import PRESETS
 from hv_batch.bench.stage_workloads import STAGES
 from hv_batch.cli.main import app
-from hv_batch.engine.vae_kernels import convolve
+from hv_batch.engine.vae.kernels import convolve
 from hv_batch.protocol import UserError
 
 CPU = torch.device("cpu")

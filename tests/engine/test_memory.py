@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hv_batch.architecture import ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
-from hv_batch.engine import vae_kernels
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.step_cache import StepCache
-from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_tiling import decode_streaming
+from hv_batch.engine.vae import kernels
+from hv_batch.engine.vae.model import CausalVAE
+from hv_batch.engine.vae.tiling import decode_streaming
 from hv_batch.job.cost import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
 from hv_batch.job.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
 from hv_batch.job.model import ModelShape
@@ -165,7 +165,7 @@ SIZE, TEXT = (3, 32, 32), 40
 TOKENS = 3 * 16 * 16
 KINDS = [(1, 0), (0, 1)]
 PRELOADED = [
-    "hv_batch.engine.vae_tiling",
+    "hv_batch.engine.vae.model.tiling",
     "hv_batch.job.cost",
     "hv_batch.toy.checkpoint",
     "pytest",
@@ -255,7 +255,7 @@ def vae_on_meta(options: dict[str, Any], precision: str) -> CausalVAE:
 @pytest.fixture(autouse=True)
 def _long_chunks(monkeypatch):
     """Norms in fewer chunks than on a device: a tenth of the operations to trace. Their scratch is gone at the peak."""
-    monkeypatch.setattr(vae_kernels, "CACHE_BYTES", 2**28)
+    monkeypatch.setattr(kernels, "CACHE_BYTES", 2**28)
 
 
 def traced_decode(vae: CausalVAE, latents: tuple[int, int, int]) -> int:

@@ -17,7 +17,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
-from hv_batch.engine.vae import CausalVAE, parse_vae_config
+from hv_batch.engine.vae.model import CausalVAE, parse_vae_config
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 
 DIT = "hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt"

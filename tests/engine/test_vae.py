@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hv_batch.architecture import TileGeometry, VAEConfig
-from hv_batch.engine.vae import CausalVAE, parse_vae_config
-from hv_batch.engine.vae_blocks import FrameCausalAttention
-from hv_batch.engine.vae_tiling import decode_streaming, to_uint8
+from hv_batch.engine.vae.blocks import FrameCausalAttention
+from hv_batch.engine.vae.model import CausalVAE, parse_vae_config
+from hv_batch.engine.vae.tiling import decode_streaming, to_uint8
 from hv_batch.protocol import UserError
 from tests.engine.vae_reference import NARROW, relative_error, under_autocast, vae_pair
 

@@ -14,7 +14,7 @@ from hv_batch.architecture import TileGeometry, VAEConfig
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
-from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, ParallelPlan
 from tests.engine.joining import joined
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hv_batch.architecture import VAEConfig
-from hv_batch.engine import vae_kernels
-from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_blocks import CausalConv3d, UpsampleCausal3D
-from hv_batch.engine.vae_kernels import convolve, in_layout, mix_channels, norm_silu_pad, normalise, pad
+from hv_batch.engine.vae import kernels
+from hv_batch.engine.vae.blocks import CausalConv3d, UpsampleCausal3D
+from hv_batch.engine.vae.kernels import convolve, in_layout, mix_channels, norm_silu_pad, normalise, pad
+from hv_batch.engine.vae.model import CausalVAE
 
 NARROW = VAEConfig(block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=8)
 
@@ -45,7 +45,7 @@ def test_norm_silu_and_padding_in_one(batch, size, groups, front, mean, frames_a
     norm, x = random_norm(count, channels), torch.randn(batch, channels, *size) + mean
     expected = pad(F.silu(F.group_norm(x.double(), count, norm.weight.double(), norm.bias.double(), 1e-6)), front)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vae_kernels, "CACHE_BYTES", frames_at_a_time * x[:, :, 0].numel() * 4)
+        patch.setattr(kernels, "CACHE_BYTES", frames_at_a_time * x[:, :, 0].numel() * 4)
         result = norm_silu_pad(norm, x, front)
     assert result.shape == expected.shape
     assert is_channels_last(result)

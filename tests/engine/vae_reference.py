@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 
 from hv_batch.architecture import VAEConfig
-from hv_batch.engine.vae import CausalVAE
+from hv_batch.engine.vae.model import CausalVAE
 
 NARROW = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.vae_kernels import norm_silu_pad
+from hv_batch.engine.vae.kernels import norm_silu_pad
 from hv_batch.toy.checkpoint import TOY_DIT
 from tests.engine.dit_reference import random_dit, random_inputs
 from tests.engine.vae_reference import NARROW, relative_error, vae_pair

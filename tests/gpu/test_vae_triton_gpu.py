@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hv_batch.architecture import VAEConfig
-from hv_batch.engine import vae_kernels
-from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_kernels import in_layout, pad
+from hv_batch.engine.vae import kernels
+from hv_batch.engine.vae.kernels import in_layout, pad
+from hv_batch.engine.vae.model import CausalVAE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -31,7 +31,7 @@ def plainly(norm, x, front):
 
 @pytest.fixture
 def fused():
-    kernels = vae_kernels._gpu_kernels(torch.zeros(1, device="cuda").device)
+    kernels = kernels._gpu_kernels(torch.zeros(1, device="cuda").device)
     assert kernels is not None, "there is no Triton, or no C compiler"
     return kernels
 
@@ -76,13 +76,13 @@ def test_a_decode_is_the_same_without(dtype, monkeypatch, recwarn):
     def without(*_):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr("hv_batch.engine.vae_triton.norm_silu_pad", without)
-    vae_kernels._gpu_kernels.cache_clear()
+    monkeypatch.setattr("hv_batch.engine.vae.model.triton_kernels.norm_silu_pad", without)
+    kernels._gpu_kernels.cache_clear()
     try:
         expected = vae.decode(z)
         assert torch.equal(expected, vae.decode(z))
     finally:
-        vae_kernels._gpu_kernels.cache_clear()
+        kernels._gpu_kernels.cache_clear()
     (warning,) = [w for w in recwarn if "Triton" in str(w.message)]
     assert "Failed to find C compiler" in str(warning.message)
     error = ((result - expected).float().norm() / expected.float().norm()).item()

@@ -24,7 +24,7 @@ from hv_batch.engine.checkpoint.text_files import weight_file
 from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, read_json, scales_file
 from hv_batch.engine.dit.fp8_storage import FP8, block_linears, dequantise, hold_in_fp8
 from hv_batch.engine.dit.model import HYVideoDiT
-from hv_batch.engine.vae import CausalVAE, parse_vae_config
+from hv_batch.engine.vae.model import CausalVAE, parse_vae_config
 from hv_batch.protocol import UserError
 
 # "none": FP8 weights become weights in the model's dtype when they are loaded; the same numbers, twice the memory.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hv_batch.architecture import Axis, TileGeometry
-from hv_batch.engine.vae import PIXEL_CHANNELS, CausalVAE
+from hv_batch.engine.vae.model import PIXEL_CHANNELS, CausalVAE
 from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NotFiniteError
 
 DecodeTiles = Callable[[Sequence[Tensor]], Iterable[Tensor]]  # tiles of latents, in order -> their pixels, in order

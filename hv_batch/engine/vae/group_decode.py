@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hv_batch.architecture import TileGeometry
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.vae import CausalVAE
-from hv_batch.engine.vae_tiling import cut_space, cut_time, decode_streaming, tile_pixels, unscale
+from hv_batch.engine.vae.model import CausalVAE
+from hv_batch.engine.vae.tiling import cut_space, cut_time, decode_streaming, tile_pixels, unscale
 
 
 def decode_in_group(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: SequenceMesh) -> Iterator[Tensor]:

@@ -96,7 +96,7 @@ def norm_silu_pad(norm: nn.GroupNorm, x: Tensor, front: int) -> Tensor:
 def _gpu_kernels(device: torch.device) -> NormSiluPad | None:
     """None, told once, where there is no Triton or no C compiler, without which it starts no kernel."""
     try:
-        from hv_batch.engine.vae_triton import norm_silu_pad as fused
+        from hv_batch.engine.vae.triton_kernels import norm_silu_pad as fused
 
         norm = nn.GroupNorm(1, 1, device=device)
         fused(norm, in_layout(torch.zeros(1, 1, 1, 2, 2, device=device)), 0)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hv_batch.engine.vae_kernels import LAYOUT, Stride, convolve, mix_channels, norm_silu_pad, normalise, pad
+from hv_batch.engine.vae.kernels import LAYOUT, Stride, convolve, mix_channels, norm_silu_pad, normalise, pad
 
 NORM_EPS = 1e-6  # of every GroupNorm of the released model
 CORNERS = tuple(product((0, 1), repeat=2))  # which of the doubled rows and columns: even or odd

@@ -1,7 +1,7 @@
 """The causal 3D VAE "884-16c-hy" (spec section 5): pixels to latents and back, 8x in space and 4x in time.
 
 The module tree and every parameter name are those of the released checkpoint. `CausalVAE.decode` takes a video whole;
-real sizes go through `hv_batch.engine.vae_tiling`.
+real sizes go through `hv_batch.engine.vae.model.tiling`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hv_batch.architecture import VAEConfig
-from hv_batch.engine.vae_blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, UpBlock
-from hv_batch.engine.vae_kernels import Stride, in_layout, mix_channels, reused_memory
+from hv_batch.engine.vae.blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, UpBlock
+from hv_batch.engine.vae.kernels import Stride, in_layout, mix_channels, reused_memory
 from hv_batch.protocol import LATENT_CHANNELS, UserError
 
 PIXEL_CHANNELS = 3
