@@ -14,8 +14,7 @@ from typing import Any
 
 from hv_batch.job.check import check_manifest
 from hv_batch.job.config import RunConfig
-from hv_batch.job.cost import Work, count_work, decode_flops, exchange_bytes, forward_flops, plan_ranks, rank_traffic
-from hv_batch.job.events import Stage
+from hv_batch.job.cost import count_work, decode_flops, exchange_bytes, forward_flops, plan_ranks, rank_traffic
 from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
 from hv_batch.job.limits import most_workers
 from hv_batch.job.manifest import Manifest
@@ -33,7 +32,9 @@ from hv_batch.job.model import ENGINE, ModelShape
 from hv_batch.job.pools import whole, workers_needed
 from hv_batch.job.size_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.sizes import GroupSizes, choose_sizes, fixed_plan
+from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
+from hv_batch.job.workload import Work
 from hv_batch.plan_sizes import rank_seconds, report_halves, report_sizes
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.context import build_engine

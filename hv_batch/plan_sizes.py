@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.cost import Work, plan_ranks
+from hv_batch.job.cost import plan_ranks
 from hv_batch.job.gpus import Gpu, denoise_seconds
 from hv_batch.job.model import ModelShape
 from hv_batch.job.sizes import GroupSizes, explain_choice
+from hv_batch.job.workload import Work
 from hv_batch.protocol import ParallelPlan, Shape
 
 HOUR_S = 3600

@@ -22,9 +22,9 @@ import click
 import typer
 
 from hv_batch.job.comparison import compare
-from hv_batch.job.errors import FailureClass
+from hv_batch.job.failure import FailureClass
 from hv_batch.job.findings import Finding
-from hv_batch.job.gallery import plural
+from hv_batch.job.formatting import plural
 from hv_batch.job.garbage import find_garbage, remove
 from hv_batch.job.lease import held, this_process
 from hv_batch.job.orders import read_orders

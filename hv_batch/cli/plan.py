@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hv_batch.job.memory import GIB
-from hv_batch.job.sizes import shape_name
+from hv_batch.job.workload import shape_name
 
 
 def render_plan(plan: Mapping[str, Any]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Quarantine, Stage
+from hv_batch.job.events import Quarantine
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.limits import RetryLimits
 from hv_batch.job.queues import Queues
+from hv_batch.job.stages import Stage
 
 # A retried denoise is encoded anew: an encoding costs a thousandth of a denoise, and the embedding may have been lost
 # with the node that held it. A retried decode reads the final latents from storage: they were written first (P4).

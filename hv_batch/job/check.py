@@ -26,12 +26,12 @@ import numpy as np
 from hv_batch.job.columns import Kind, join
 from hv_batch.job.config import RunConfig
 from hv_batch.job.index import Index, IndexWriter, read_rows
-from hv_batch.job.inputs import shorten
 from hv_batch.job.judge import MAX_COLUMNS, MAX_REPORTED, Verdict, describe, hash_key, judge_chunk
 from hv_batch.job.manifest import Chunk, Manifest
 from hv_batch.job.rows import KNOWN_COLUMNS
 from hv_batch.job.samples import ManifestSummary, sample_keys
 from hv_batch.job.storage import Store
+from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 
 MAX_PROCESSES = 8  # the reading process could feed twenty, but others want a head node too

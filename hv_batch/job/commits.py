@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hv_batch.job import layout
-from hv_batch.job.inputs import public_url
+from hv_batch.job.redaction import public_url
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from pydantic_core import PydanticCustomError
 
 from hv_batch.job.config_text import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
 from hv_batch.job.gpus import GPUS
-from hv_batch.job.inputs import open_input, shorten
 from hv_batch.job.retired_keys import replace_retired
 from hv_batch.job.rows import find_fault
 from hv_batch.job.size_rules import find_faults, most_ranks
 from hv_batch.job.sizes import parallel_identity
+from hv_batch.job.user_input import open_input, shorten
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device, ParallelPlan, Shape, UserError
 
 Count = Annotated[int, Field(ge=1)]

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from hv_batch.job.inputs import shorten
+from hv_batch.job.user_input import shorten
 
 CROSS_FIELD = "cross_field"  # error type of a check over several values, whose message names them itself
 

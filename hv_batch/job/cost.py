@@ -13,34 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hv_batch.architecture import MAX_TEXT_TOKENS, Axis, VAEConfig
-from hv_batch.job.memory import count_tokens
 from hv_batch.job.model import ITEMSIZE, ModelShape
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
+from hv_batch.job.workload import Work
+from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
 
 if TYPE_CHECKING:
     from hv_batch.job.samples import Sample
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Work:
-    """What decides a sample's cost."""
-
-    shape: Shape
-    steps: int
-    branches: int  # 2 with classifier-free guidance
-
-    @classmethod
-    def of(cls, params: SamplingParams) -> Work:
-        return cls(params.shape, params.num_inference_steps, 2 if params.uses_cfg else 1)
-
-    @property
-    def tokens(self) -> int:
-        return count_tokens(self.shape)
-
-    @property
-    def forwards(self) -> int:
-        """Passes through the DiT."""
-        return self.steps * self.branches
 
 
 def count_work(samples: Iterable[Sample]) -> Counter[Work]:

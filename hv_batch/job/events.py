@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from hv_batch.job.errors import Failure
+from hv_batch.job.failure import Failure
+from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:
-    from hv_batch.job.cost import Work
-
-
-class Stage(IntEnum):
-    """The stations of a sample, in order."""
-
-    ENCODE = 0
-    DENOISE = 1
-    DECODE = 2
+    from hv_batch.job.workload import Work
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hv_batch.job.events import Stage, WorkerId
+from hv_batch.job.events import WorkerId
 from hv_batch.job.freight import Freight
 from hv_batch.job.limits import StageLimits
 from hv_batch.job.parcels import Parcels
 from hv_batch.job.queues import Queues
+from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:
-    from hv_batch.job.cost import Work
+    from hv_batch.job.workload import Work
 
 SPOOLED_AT_MOST = 10_000  # videos on the disks of nodes, of which the driver keeps account
 

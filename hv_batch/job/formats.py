@@ -20,8 +20,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hv_batch.job.inputs import shorten
 from hv_batch.job.rows import parse_text
+from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem
 
 CHUNK_BYTES = 4 << 20  # about 20,000 rows of short prompts: a second's work of one process, and little to hold

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from hv_batch.job.columns import clean_text
+from hv_batch.job.formatting import duration, plural, size
 
 MEDIA_ROOT = "../"  # from report/ to the root that the records' `file` is relative to
 
@@ -197,27 +198,3 @@ def in_path_order(stages: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The stages of a record or a summary, those of the data path first."""
     known = [name for name in STAGE_ORDER if name in stages]
     return [(name, stages[name]) for name in known + sorted(stages.keys() - set(STAGE_ORDER))]
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def duration(seconds: float) -> str:
-    """A length of time at the precision that matters to a reader: `0.42 s`, `12.3 s`, `4.2 min`, `3.2 h`."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:,.1f} h"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as object stores bill them."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:,.3g} {units[0]}"

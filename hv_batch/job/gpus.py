@@ -13,16 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hv_batch.job.cost import (
-    Work,
-    attention_flops,
-    count_tiles,
-    decode_flops,
-    exchange_bytes,
-    linear_flops,
-    rank_traffic,
-)
+from hv_batch.job.cost import attention_flops, count_tiles, decode_flops, exchange_bytes, linear_flops, rank_traffic
 from hv_batch.job.model import ModelShape
+from hv_batch.job.workload import Work
 from hv_batch.protocol import ParallelPlan, UserError
 
 # Bytes/s a rank sends to its group over NVLink, kernel launches and packing included. One figure fits the published

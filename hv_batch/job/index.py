@@ -23,9 +23,9 @@ from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.columns import Kind
 from hv_batch.job.config import RunConfig
-from hv_batch.job.inputs import public_url
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.parquet import read_parquet
+from hv_batch.job.redaction import public_url
 from hv_batch.job.samples import CheckedRow, ManifestSummary, Sample, make_samples
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads

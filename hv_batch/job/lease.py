@@ -32,7 +32,7 @@ from pathlib import Path
 
 from hv_batch.job import layout
 from hv_batch.job.commits import decode, encode
-from hv_batch.job.inputs import public_url
+from hv_batch.job.redaction import public_url
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

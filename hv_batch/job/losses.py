@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hv_batch.job.errors import FailureClass
+from hv_batch.job.failure import FailureClass
 
 
 class Losses:

@@ -17,9 +17,10 @@ from typing import IO, Any
 import pyarrow as pa
 
 from hv_batch.job.formats import Content, NumberedRows, cut_csv, cut_json_lines, cut_parquet
-from hv_batch.job.inputs import public_url, shorten
+from hv_batch.job.redaction import public_url
 from hv_batch.job.rows import parse_text
 from hv_batch.job.sources import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed, find_sources
+from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 
 HASH_BYTES = 1 << 20  # of one read when only hashing: few round trips to an object store, little to hold

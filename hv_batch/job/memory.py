@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from hv_batch.architecture import MAX_TEXT_TOKENS
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
-from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, ParallelPlan, Shape, UserError
+from hv_batch.job.workload import count_tokens
+from hv_batch.protocol import TEMPORAL_COMPRESSION, ParallelPlan, Shape, UserError
 
 if TYPE_CHECKING:
     from hv_batch.job.config import RunConfig
@@ -39,12 +40,6 @@ class Footprint:
     @property
     def total(self) -> int:
         return self.weights + self.activations + RESERVE_BYTES
-
-
-def count_tokens(shape: Shape) -> int:
-    """Image tokens of the DiT."""
-    height, width, frames = shape
-    return ((frames - 1) // TEMPORAL_COMPRESSION + 1) * (height // SIZE_MULTIPLE) * (width // SIZE_MULTIPLE)
 
 
 def denoiser_footprint(model: ModelShape, tokens: int, ulysses: int, ring: int) -> Footprint:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from hv_batch.job.events import Stage
+from hv_batch.job.stages import Stage
 
 # Failures of one kind in a row, of whichever workers of a station. One is bad luck: a port, a passing shortage of
 # memory. Two must be enough: with a third, a sample that met a faulty GPU each time would have used up its tries

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from hv_batch.job.events import Stage
+from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:
-    from hv_batch.job.cost import Work
+    from hv_batch.job.workload import Work
 
 PARCEL_S = 0.5  # nobody at a terminal notices, and no step checkpoint would be worth writing
 PARCEL = 32  # samples, at most: what a task costs is then a small part of what even the quickest do

@@ -13,7 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hv_batch.job.inputs import public_text
+from hv_batch.job.formatting import clock
+from hv_batch.job.redaction import public_text
 
 LINE_EVERY_S = 30.0  # a job log of a night stays under a thousand lines
 DRAW_EVERY_S = 0.2
@@ -116,10 +117,3 @@ def _bar(snapshot: Snapshot, text: str) -> Table:
     row = Table.grid(padding=(0, 1))
     row.add_row(ProgressBar(total=max(1, snapshot.total), completed=snapshot.terminal, width=30), Text(text))
     return row
-
-
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss or mm:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from hv_batch.job.errors import Failure
-from hv_batch.job.events import Stage
+from hv_batch.job.failure import Failure
 from hv_batch.job.freight import Freight
+from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:
-    from hv_batch.job.cost import Work
+    from hv_batch.job.workload import Work
 
 STATIONS = tuple(Stage)  # to walk over an enum takes ten times as long
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from hv_batch.job import gallery, layout
 from hv_batch.job.commits import read_commit, scan_shard
-from hv_batch.job.inputs import public_url
 from hv_batch.job.quarantine import read_quarantined
+from hv_batch.job.redaction import public_url
 from hv_batch.job.runs import read_run
 from hv_batch.job.status import ShardStatus, read_status
 from hv_batch.job.storage import Store

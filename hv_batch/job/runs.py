@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hv_batch.job import layout
 from hv_batch.job.commits import LICENCE_ID, decode, encode
-from hv_batch.job.inputs import public_url
+from hv_batch.job.redaction import public_url
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:

@@ -32,7 +32,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from hv_batch.job.blame import charge, station_gone
-from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Abort,
     Action,
@@ -48,7 +47,6 @@ from hv_batch.job.events import (
     Run,
     Spooled,
     SpoolLost,
-    Stage,
     StopRequested,
     TaskDone,
     TaskFailed,
@@ -58,6 +56,7 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.flow import Flow
 from hv_batch.job.freight import Freight
 from hv_batch.job.limits import RetryLimits, StageLimits
@@ -65,6 +64,7 @@ from hv_batch.job.pools import Pools
 from hv_batch.job.queues import Queues
 from hv_batch.job.slots import LAST_CHECKPOINT_S, Status, WorkerSlot
 from hv_batch.job.staffing import Staff
+from hv_batch.job.stages import Stage
 
 OUTAGE_PAUSE_S = 15.0  # between two tries while the output root does not answer
 OUTAGE_LIMIT_S = 1800.0  # then the run ends; everything that was stored is there for the same command

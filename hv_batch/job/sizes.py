@@ -9,16 +9,17 @@ another order (P3), so a run keeps to the plans that its run.json names, whateve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hv_batch.job.cost import Work, plan_ranks
+from hv_batch.job.cost import plan_ranks
 from hv_batch.job.gpus import denoise_seconds, find_gpu
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.memory import GIB, rank_footprint
 from hv_batch.job.model import ModelShape
 from hv_batch.job.size_rules import DEFAULT_PLAN, GROUP_SIZES
+from hv_batch.job.workload import Work, shape_name
 from hv_batch.protocol import ParallelPlan, Shape, UserError
 
 if TYPE_CHECKING:
@@ -167,11 +168,6 @@ def _misfit(config: RunConfig, model: ModelShape, shape: Shape) -> str:
         f"{GROUP_SIZES[-1]}, and gpu_memory_gib = {config.gpu_memory_gib:g} with {_share(config):g} of a GPU for a "
         "rank; set model.options.offload to blocks, or render it smaller"
     )
-
-
-def shape_name(shape: Sequence[int]) -> str:
-    """As "720x1280x129"."""
-    return "x".join(map(str, shape))
 
 
 def parallel_identity(config: RunConfig, by_shape: Mapping[Shape, ParallelPlan]) -> dict[str, Any]:

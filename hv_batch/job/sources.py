@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from hv_batch.job.inputs import explain_failure
+from hv_batch.job.user_input import explain_failure
 from hv_batch.protocol import UserError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")

@@ -13,9 +13,9 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.commits import scan_shard
-from hv_batch.job.inputs import public_url
 from hv_batch.job.lease import Holder, is_gone, read_lease
 from hv_batch.job.quarantine import Reason, group_reasons, read_quarantined
+from hv_batch.job.redaction import public_url
 from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import Any, NoReturn
 
-from hv_batch.job.inputs import public_text, public_url
+from hv_batch.job.redaction import public_text, public_url
 
 # 409 is S3's answer to two conditional PUTs of one key at the same instant: ask again and learn who won.
 TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})

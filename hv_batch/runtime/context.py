@@ -15,7 +15,7 @@ import ray
 
 from hv_batch.job import layout
 from hv_batch.job.config import RunConfig
-from hv_batch.job.inputs import public_url
+from hv_batch.job.redaction import public_url
 from hv_batch.job.sizes import GroupSizes
 from hv_batch.job.storage import Store
 from hv_batch.protocol import Engine, UserError

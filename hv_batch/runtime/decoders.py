@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from hv_batch.job.errors import Failure
+from hv_batch.job.failure import Failure
 from hv_batch.job.samples import Sample
 from hv_batch.protocol import Decoder
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from hv_batch.job.events import Event, Stage, WorkerId, WorkerLeaving
+from hv_batch.job.events import Event, WorkerId, WorkerLeaving
+from hv_batch.job.stages import Stage
 from hv_batch.runtime.placement import show
 from hv_batch.runtime.workers import Worker
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import ray
 
 from hv_batch.job.columns import Kind
-from hv_batch.job.cost import Work
-from hv_batch.job.errors import Failure
 from hv_batch.job.events import (
     Abort,
     Action,
@@ -32,7 +30,6 @@ from hv_batch.job.events import (
     Resized,
     Run,
     Spooled,
-    Stage,
     StartWorker,
     StopRequested,
     TaskDone,
@@ -41,13 +38,16 @@ from hv_batch.job.events import (
     WorkerId,
     WorkerReady,
 )
-from hv_batch.job.inputs import public_url
+from hv_batch.job.failure import Failure
 from hv_batch.job.limits import retry_limits, stage_limits
 from hv_batch.job.losses import Losses
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
 from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
+from hv_batch.job.stages import Stage
+from hv_batch.job.workload import Work
 from hv_batch.protocol import UserError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.draining import NodeWatch

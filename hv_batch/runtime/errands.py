@@ -16,8 +16,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.columns import Kind
 from hv_batch.job.commits import quarantine, quarantine_record
-from hv_batch.job.errors import Failure
 from hv_batch.job.events import Event
+from hv_batch.job.failure import Failure
 from hv_batch.job.latents import drop_latents, drop_steps
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Plan, Sealable

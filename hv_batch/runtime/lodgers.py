@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Event, Stage, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
+from hv_batch.job.events import Event, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.stages import Stage
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.seats import Room
 from hv_batch.runtime.workers import EncoderWorker, InFlight, Watch

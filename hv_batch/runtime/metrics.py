@@ -11,9 +11,9 @@ import time
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from hv_batch.job.errors import FailureClass
-from hv_batch.job.events import Stage
+from hv_batch.job.failure import FailureClass
 from hv_batch.job.progress import Snapshot
+from hv_batch.job.stages import Stage
 
 SHOW_EVERY_S = 2.0  # Ray forgets a gauge that has not been set for a minute, so an unchanged one is set again
 

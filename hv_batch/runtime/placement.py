@@ -10,8 +10,8 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from hv_batch.job.config import DecodersConfig, EncodersConfig, RunConfig
-from hv_batch.job.events import Stage
 from hv_batch.job.limits import lodgers_per_node, most_workers
+from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan, UserError
 
 Bundle = dict[str, float]

@@ -21,7 +21,7 @@ import numpy as np
 import ray
 
 from hv_batch.job import commits, layout
-from hv_batch.job.errors import Failure
+from hv_batch.job.failure import Failure
 from hv_batch.job.latents import drop_what_led_to, get_latents, sample_identity
 from hv_batch.job.samples import Sample
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from hv_batch.job.errors import Failure
+from hv_batch.job.failure import Failure
 from hv_batch.job.latents import Denoised, put_latents, sample_identity
 from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.samples import Sample

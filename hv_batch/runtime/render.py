@@ -25,14 +25,15 @@ from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.check import check_manifest
 from hv_batch.job.config import RunConfig
+from hv_batch.job.formatting import clock
 from hv_batch.job.index import Index, load_index
-from hv_batch.job.inputs import public_url, public_values
 from hv_batch.job.lease import Lease, held, this_process
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import check_memory
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Plan
-from hv_batch.job.progress import Progress, clock
+from hv_batch.job.progress import Progress
+from hv_batch.job.redaction import public_url, public_values
 from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run, read_run
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S

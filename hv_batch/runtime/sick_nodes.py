@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import ray
 
 from hv_batch.job.config import DecodersConfig, EncodersConfig, RunConfig
-from hv_batch.job.events import Stage
 from hv_batch.job.nodes import NodeHealth
+from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import actor_bundle, alive_nodes, fits, group_bundles
 

@@ -17,12 +17,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.config import DecodersConfig, EncodersConfig
-from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Beat,
     Event,
     Spooled,
-    Stage,
     TaskDone,
     TaskFailed,
     WorkerId,
@@ -30,7 +28,9 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.samples import Sample
+from hv_batch.job.stages import Stage
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport
 from hv_batch.runtime.decoders import DecoderActor, DecodeTask
 from hv_batch.runtime.encoders import EncoderActor

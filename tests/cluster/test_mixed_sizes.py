@@ -10,10 +10,11 @@ import pytest
 from hv_batch.cli.demo import shipped, with_model_base
 from hv_batch.job import size_rules
 from hv_batch.job.config import load_config
-from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint
+from hv_batch.job.memory import GIB, denoiser_footprint
 from hv_batch.job.model import ModelShape
 from hv_batch.job.progress import Progress
 from hv_batch.job.selection import Selection
+from hv_batch.job.workload import count_tokens
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 from tests.cluster.runs import count, records, videos, wait_for, write_config

@@ -8,7 +8,8 @@ import pytest
 import ray
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.events import Stage, WorkerId
+from hv_batch.job.events import WorkerId
+from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.group_pool import KEEP_S, GroupPool
 from hv_batch.runtime.sick_nodes import SickNodes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hv_batch.job import commits, layout, runs
-from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.protocol import SamplingParams

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import pytest
 
 from hv_batch.job import flow
-from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Abort,
     Admit,
@@ -27,7 +26,6 @@ from hv_batch.job.events import (
     Run,
     Spooled,
     SpoolLost,
-    Stage,
     StartWorker,
     StopRequested,
     TaskDone,
@@ -39,12 +37,14 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.freight import ASSUMED_EMBEDDINGS
 from hv_batch.job.lanes import Lane
 from hv_batch.job.limits import RetryLimits, StageLimits
 from hv_batch.job.scheduler import Scheduler
 from hv_batch.job.slots import GIVE_UP_S
 from hv_batch.job.staffing import ANOTHER_SIZE, MAKES_ROOM
+from hv_batch.job.stages import Stage
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
 STALL_S = 50.0

@@ -19,10 +19,10 @@ from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample
 from hv_batch.job import commits, layout, report, runs
 from hv_batch.job.config import MediaConfig
 from hv_batch.job.dataset import seal_shard
-from hv_batch.job.events import Stage
 from hv_batch.job.latents import Denoised, StoredLatents, drop_latents, get_latents, put_latents, sample_identity
 from hv_batch.job.plan import Passed, Pending, Plan
 from hv_batch.job.samples import Sample
+from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.runtime.media import write_media
 

@@ -15,8 +15,8 @@ import pytest
 
 from hv_batch import __version__
 from hv_batch.cli.main import main
-from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.inputs import public_text, public_url, public_values
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.redaction import public_text, public_url, public_values
 from tests.cluster.runs import write_config, write_manifest
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,7 @@ from hv_batch.job.commits import (
     read_quarantine,
     scan_shard,
 )
-from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.latents import Denoised, put_latents
 from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store

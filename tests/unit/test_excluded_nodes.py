@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.job.events import Stage
 from hv_batch.job.nodes import EXCLUDE_AFTER, NodeHealth
+from hv_batch.job.stages import Stage
 
 NODES = ("a", "b", "c", "d")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.errors import FailureClass
-from hv_batch.job.events import Stage, WorkerPlaced
+from hv_batch.job.events import WorkerPlaced
+from hv_batch.job.failure import FailureClass
 from hv_batch.job.limits import stage_limits
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S
+from hv_batch.job.stages import Stage
 from tests.unit.scheduler_world import RETRIES, World, limits, plan_of
 from tests.unit.test_staffing import advance, pass_time
 

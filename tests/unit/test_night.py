@@ -17,7 +17,6 @@ from typing import Literal
 import pytest
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Abort,
     Admit,
@@ -32,7 +31,6 @@ from hv_batch.job.events import (
     ReleaseWorker,
     Resized,
     Run,
-    Stage,
     StartWorker,
     TaskDone,
     TaskFailed,
@@ -43,8 +41,10 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.limits import most_workers, retry_limits, stage_limits
 from hv_batch.job.scheduler import Scheduler
+from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 
 GROUP_GPUS = 8

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from hv_batch.cli.main import app
 from hv_batch.job import commits, layout
-from hv_batch.job.inputs import MASK
 from hv_batch.job.lease import LeaseHeldError, held, read_lease, this_process
+from hv_batch.job.redaction import MASK
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

@@ -9,10 +9,10 @@ from rendered_roots import make_commit, make_sample
 from small_runs import ListedShards
 
 from hv_batch.job import commits, layout
-from hv_batch.job.events import Stage
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
 from hv_batch.job.scheduler import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
+from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import UserError

@@ -13,10 +13,10 @@ from hv_batch.job import layout
 from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import commit, quarantine
 from hv_batch.job.config import RunConfig
-from hv_batch.job.events import Stage
 from hv_batch.job.latents import Denoised, put_latents, put_steps
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.plan import Passed, Pending, Plan
+from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.protocol import StepState
 from tests.unit.test_commits import PARAMS, STAGES, a_commit, a_quarantine

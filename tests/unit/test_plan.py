@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from hv_batch.cli.demo import shipped, with_model_base
 from hv_batch.cli.plan import render_plan
 from hv_batch.job.config import load_config
-from hv_batch.job.cost import Work, exchange_bytes, plan_ranks, rank_traffic
+from hv_batch.job.cost import exchange_bytes, plan_ranks, rank_traffic
 from hv_batch.job.gpus import GPUS, HOST_LINK, decode_seconds, denoise_seconds, find_gpu, forward_seconds
-from hv_batch.job.memory import GIB, count_tokens, denoiser_footprint, memory_problems
+from hv_batch.job.memory import GIB, denoiser_footprint, memory_problems
 from hv_batch.job.model import ModelShape
 from hv_batch.job.pools import HEADROOM
 from hv_batch.job.progress import Progress
 from hv_batch.job.sizes import choose_sizes
+from hv_batch.job.workload import Work, count_tokens
 from hv_batch.plan import make_plan
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.errors import FailureClass
-from hv_batch.job.events import Beat, Stage
+from hv_batch.job.events import Beat
+from hv_batch.job.failure import FailureClass
 from hv_batch.job.limits import StageLimits, most_workers, stage_limits
 from hv_batch.job.pools import HEADROOM, RECENT, SHRINK_AFTER_S, SPARE, Pools
+from hv_batch.job.stages import Stage
 from tests.unit.scheduler_world import RETRIES, STALL_S, World, limits, plan_of
 
 

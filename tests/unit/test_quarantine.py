@@ -13,7 +13,7 @@ from small_runs import TRIES, everything, run_small, some_samples
 from hv_batch.cli.output_root import parse_shards
 from hv_batch.job import commits, layout
 from hv_batch.job.commits import scan_shard
-from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.quarantine import (
     MAX_GROUPS,
     OTHER_REASONS,

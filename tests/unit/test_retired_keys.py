@@ -10,8 +10,8 @@ from rendered_roots import open_root
 from hv_batch.job import layout, retired_keys
 from hv_batch.job.comparison import compare
 from hv_batch.job.config import RunConfig, load_config
-from hv_batch.job.inputs import MASK
 from hv_batch.job.orders import read_orders
+from hv_batch.job.redaction import MASK
 from hv_batch.job.runs import RunState, fingerprint, open_run, read_run
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError

@@ -9,13 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import flow
-from hv_batch.job.cost import Work
-from hv_batch.job.errors import Failure, FailureClass
 from hv_batch.job.events import (
     Admitted,
     Beat,
     Finish,
-    Stage,
     StopRequested,
     TaskDone,
     TaskFailed,
@@ -24,10 +21,13 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.freight import ASSUMED_EMBEDDINGS
 from hv_batch.job.limits import StageLimits
 from hv_batch.job.scheduler import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.slots import MAX_BACKOFF_S
+from hv_batch.job.stages import Stage
+from hv_batch.job.workload import Work
 from tests.unit.scheduler_world import BLAMED, MIB, RETRIES, STALL_S, World, limits, plan_of
 
 

@@ -11,11 +11,11 @@ from hv_batch.job import layout, runs
 from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import quarantine, quarantine_record
 from hv_batch.job.config import RunConfig
-from hv_batch.job.errors import Failure, FailureClass
-from hv_batch.job.events import Stage
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.plan import LOOK_AHEAD, Passed, Plan
 from hv_batch.job.selection import Selection, only_failed, parse_selection
+from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.events import Stage
 from hv_batch.job.nodes import EXCLUDE_AFTER
+from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime import sick_nodes
 from hv_batch.runtime.placement import NODE_LABEL, elsewhere

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hv_batch.job import layout
-from hv_batch.job.errors import Failure, FailureClass
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.latents import get_steps, put_steps
 from hv_batch.job.storage import Store
 from hv_batch.protocol import StepState

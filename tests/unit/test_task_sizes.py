@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.job import parcels
-from hv_batch.job.cost import Work
-from hv_batch.job.events import Stage
 from hv_batch.job.parcels import PARCEL, PARCEL_S, Parcels
+from hv_batch.job.stages import Stage
+from hv_batch.job.workload import Work
 
 KINDS = [Work(shape, 50, 1) for shape in ((64, 64, 1), (128, 128, 1), (720, 1280, 129))]
 SECONDS = st.floats(0.0, 2 * PARCEL_S)

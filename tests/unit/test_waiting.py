@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from hv_batch.job.config import RunConfig
-from hv_batch.job.events import Stage, WorkerId
+from hv_batch.job.events import WorkerId
+from hv_batch.job.stages import Stage
 from hv_batch.runtime import placement, waiting
 from hv_batch.runtime.waiting import SAY_AFTER_S, RoomWatch
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from hv_batch.job.inputs import public_text
+from hv_batch.job.redaction import public_text
 
 MAX_MESSAGE = 2_000  # characters kept of a message or a traceback's tail: enough to debug, bounded in 10 M records
 MAX_TRACEBACK = 8_000

@@ -1,0 +1,43 @@
+"""Removes secrets from URLs, config values and messages before they are shown or stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"  # what is written in place of a secret
+
+
+SECRET_NAMES = re.compile(r"token|secret|passw|credential|(api|access|private|account)_?key", re.I)
+
+
+def public_url(url: str) -> str:
+    """A URL as it may be written down: without the password before its host and the signature after its path."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
+# What stands between "://" and the host, and the query after a path: there is no telling which parameter of which
+# store's query is a signature.
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+
+
+_QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\")\]}>]*")
+
+
+def public_text(text: str) -> str:
+    """A message, traceback or other text as it may be logged: without the passwords and queries of the URLs in it."""
+    return _QUERY.sub(r"\1", _USER_INFO.sub("", text)) if "://" in text else text
+
+
+def public_values(value: Any) -> Any:
+    """A JSON value with everything masked that is named like a secret, or is a URL that holds one."""
+    if isinstance(value, Mapping):
+        return {k: MASK if SECRET_NAMES.search(str(k)) else public_values(v) for k, v in value.items()}
+    if isinstance(value, str):
+        return value if public_text(value) == value else MASK
+    return [public_values(item) for item in value] if isinstance(value, list) else value

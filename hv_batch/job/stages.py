@@ -1,0 +1,13 @@
+"""The three stages of a sample."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Stage(IntEnum):
+    """The stations of a sample, in order."""
+
+    ENCODE = 0
+    DENOISE = 1
+    DECODE = 2

@@ -1,0 +1,41 @@
+"""The quantities that decide what a sample costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, SamplingParams, Shape
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Work:
+    """What decides a sample's cost."""
+
+    shape: Shape
+    steps: int
+    branches: int  # 2 with classifier-free guidance
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Work:
+        return cls(params.shape, params.num_inference_steps, 2 if params.uses_cfg else 1)
+
+    @property
+    def tokens(self) -> int:
+        return count_tokens(self.shape)
+
+    @property
+    def forwards(self) -> int:
+        """Passes through the DiT."""
+        return self.steps * self.branches
+
+
+def count_tokens(shape: Shape) -> int:
+    """Image tokens of the DiT."""
+    height, width, frames = shape
+    return ((frames - 1) // TEMPORAL_COMPRESSION + 1) * (height // SIZE_MULTIPLE) * (width // SIZE_MULTIPLE)
+
+
+def shape_name(shape: Sequence[int]) -> str:
+    """As "720x1280x129"."""
+    return "x".join(map(str, shape))
