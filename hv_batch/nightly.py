@@ -17,7 +17,7 @@ from threading import Event, Timer
 from typing import Any, TextIO
 
 from hv_batch.job import layout
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
 from hv_batch.job.storage import Store

@@ -13,9 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from hv_batch.job.check import check_manifest
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.engine_factory import build_engine
+from hv_batch.job.config.group_rules import GROUP_SIZES, NODE_GPUS
+from hv_batch.job.config.hardware import GPUS, Gpu
+from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.config.sections import ENGINE
 from hv_batch.job.cost import count_work, decode_flops, exchange_bytes, forward_flops, plan_ranks, rank_traffic
-from hv_batch.job.gpus import ENCODE_SECONDS, GPUS, Gpu, decode_seconds, denoise_seconds
+from hv_batch.job.gpus import ENCODE_SECONDS, decode_seconds, denoise_seconds
 from hv_batch.job.limits import most_workers
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.memory import (
@@ -28,16 +32,14 @@ from hv_batch.job.memory import (
     encoder_footprint,
     rank_footprint,
 )
-from hv_batch.job.model import ENGINE, ModelShape
+from hv_batch.job.model import ModelShape
 from hv_batch.job.pools import whole, workers_needed
-from hv_batch.job.size_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.sizes import GroupSizes, choose_sizes, fixed_plan
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.workload import Work
 from hv_batch.plan_sizes import rank_seconds, report_halves, report_sizes
 from hv_batch.protocol import ParallelPlan, UserError
-from hv_batch.runtime.context import build_engine
 
 DAY_S = 86_400
 HOUR_S = 3600

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.hardware import Gpu
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost import plan_ranks
-from hv_batch.job.gpus import Gpu, denoise_seconds
+from hv_batch.job.gpus import denoise_seconds
 from hv_batch.job.model import ModelShape
 from hv_batch.job.sizes import GroupSizes, explain_choice
 from hv_batch.job.workload import Work

@@ -24,14 +24,14 @@ from typing import Any
 from hv_batch.bench.ray_data_baseline import check_ray_data, pace_of_map_batches
 from hv_batch.bench.synthetic_data import FORMATS, commit_first, write_manifest
 from hv_batch.bench.throughput import MeteredProgress, Pace, per_second
-from hv_batch.job.config import (
+from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.config.sections import (
     DecodersConfig,
     Defaults,
     EncodersConfig,
     GroupsConfig,
     ModelConfig,
     ParallelConfig,
-    RunConfig,
 )
 from hv_batch.job.progress import Progress
 from hv_batch.job.selection import Selection

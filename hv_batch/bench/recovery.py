@@ -19,14 +19,14 @@ from typing import Any
 
 from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, STEP, Note, read_notes
 from hv_batch.bench.job_throughput import SIDE, rendered
-from hv_batch.job.config import (
+from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.config.sections import (
     DecodersConfig,
     Defaults,
     EncodersConfig,
     GroupsConfig,
     ModelConfig,
     ParallelConfig,
-    RunConfig,
 )
 from hv_batch.job.progress import Progress
 

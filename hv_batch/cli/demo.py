@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hv_batch.job import layout
-from hv_batch.job.config import RunConfig, load_config
+from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.progress import Progress
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError

@@ -15,7 +15,7 @@ from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
 from hv_batch.cli.weights import app as weights_app
-from hv_batch.job.config import load_config
+from hv_batch.job.config.run_config import load_config
 from hv_batch.job.progress import Progress
 from hv_batch.job.redaction import public_text
 from hv_batch.job.selection import parse_selection
@@ -182,7 +182,7 @@ def plan(
 ) -> None:
     """Tell what a run will need and cost: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
     from hv_batch.cli.plan import render_plan  # the engine takes seconds to import
-    from hv_batch.job.gpus import find_gpu
+    from hv_batch.job.config.hardware import find_gpu
     from hv_batch.plan import make_plan  # the engine takes seconds to import
 
     settings = load_config(config, overrides or [])

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hv_batch.job.config import MediaConfig
+from hv_batch.job.config.sections import MediaConfig
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
 from hv_batch.runtime.media import write_media
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hv_batch.job.rows import parse_text
+from hv_batch.job.config.field_rules import parse_text
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem
 

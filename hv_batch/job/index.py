@@ -22,7 +22,7 @@ import pyarrow as pa
 from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.columns import Kind
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.parquet import read_parquet
 from hv_batch.job.redaction import public_url

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.group_rules import most_ranks
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.lanes import Lane
 from hv_batch.job.parcels import PARCEL
-from hv_batch.job.size_rules import most_ranks
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 

@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from hv_batch.job.config.field_rules import parse_text
 from hv_batch.job.formats import Content, NumberedRows, cut_csv, cut_json_lines, cut_parquet
 from hv_batch.job.redaction import public_url
-from hv_batch.job.rows import parse_text
 from hv_batch.job.sources import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed, find_sources
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hv_batch.architecture import MAX_TEXT_TOKENS
-from hv_batch.job.lodging import rank_gpus
-from hv_batch.job.model import ENGINE, ITEMSIZE, ModelShape
+from hv_batch.job.config.colocation import rank_gpus
+from hv_batch.job.config.sections import ENGINE
+from hv_batch.job.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import count_tokens
 from hv_batch.protocol import TEMPORAL_COMPRESSION, ParallelPlan, Shape, UserError
 
 if TYPE_CHECKING:
-    from hv_batch.job.config import RunConfig
+    from hv_batch.job.config.run_config import RunConfig
 
 GIB = 2**30
 

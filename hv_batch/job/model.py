@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
 from hv_batch.protocol import UserError
 
-ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that these numbers are of
-
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
 
 T = TypeVar("T")

@@ -13,17 +13,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hv_batch.job.config.colocation import rank_gpus
+from hv_batch.job.config.group_rules import DEFAULT_PLAN, GROUP_SIZES
+from hv_batch.job.config.hardware import find_gpu
 from hv_batch.job.cost import plan_ranks
-from hv_batch.job.gpus import denoise_seconds, find_gpu
-from hv_batch.job.lodging import rank_gpus
+from hv_batch.job.gpus import denoise_seconds
 from hv_batch.job.memory import GIB, rank_footprint
 from hv_batch.job.model import ModelShape
-from hv_batch.job.size_rules import DEFAULT_PLAN, GROUP_SIZES
 from hv_batch.job.workload import Work, shape_name
 from hv_batch.protocol import ParallelPlan, Shape, UserError
 
 if TYPE_CHECKING:
-    from hv_batch.job.config import RunConfig
+    from hv_batch.job.config.run_config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

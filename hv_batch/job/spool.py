@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hv_batch.job import commits, layout
-from hv_batch.job.config import OutputConfig
+from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.disk import file_sha256
 from hv_batch.job.latents import drop_what_led_to
 from hv_batch.job.storage import Store

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import imageio_ffmpeg
 
-from hv_batch.job.config import MediaConfig
+from hv_batch.job.config.sections import MediaConfig
 from hv_batch.protocol import UserError
 
 ENCODERS = {"h264": "libx264", "h265": "libx265", "av1": "libsvtav1"}

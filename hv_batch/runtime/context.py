@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +12,7 @@ from typing import Any
 import ray
 
 from hv_batch.job import layout
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.redaction import public_url
 from hv_batch.job.sizes import GroupSizes
 from hv_batch.job.storage import Store
@@ -31,31 +29,6 @@ class RunContext:
     fingerprint: str
     versions: Mapping[str, str]
     sizes: GroupSizes
-
-
-def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
-    """The engine named by import path (`package.module:Name`), constructed from the config's `model.options`.
-
-    Raises UserError when there is no such engine or it refuses the options.
-    """
-    module_name, _, name = path.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"The engine {path} of the config's model.engine cannot be imported: {error}. Give the import path of an "
-            "engine that is installed where the actors run, as package.module:Name."
-        ) from error
-    allowed = [name for name in inspect.signature(factory).parameters if name != "self"]
-    if unknown := [name for name in options if name not in allowed]:
-        raise UserError(
-            f"model.options: the engine {path} does not know {', '.join(map(repr, unknown))}; allowed: "
-            f"{', '.join(allowed)}."
-        )
-    try:
-        return factory(**options)
-    except TypeError as error:  # one that it needs is missing
-        raise UserError(f"model.options: the engine {path} cannot be built: {error}. Add it to the config.") from error
 
 
 def see_output_root(store: Store) -> None:

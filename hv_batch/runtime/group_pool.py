@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import count
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.events import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan

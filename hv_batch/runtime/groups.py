@@ -15,9 +15,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.events import Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.context import RunContext, StageReport

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import ray
 
+from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure
 from hv_batch.job.latents import Denoised, put_latents, sample_identity
-from hv_batch.job.lodging import rank_gpus
 from hv_batch.job.samples import Sample
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, ParallelPlan, RankPlace, StepState

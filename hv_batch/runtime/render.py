@@ -24,7 +24,8 @@ from typing import Any
 from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.check import check_manifest
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.engine_factory import build_engine
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.formatting import clock
 from hv_batch.job.index import Index, load_index
 from hv_batch.job.lease import Lease, held, this_process
@@ -44,7 +45,7 @@ from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
 from hv_batch.runtime.codecs import check_encoder
-from hv_batch.runtime.context import RunContext, build_engine
+from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.driver import Driver, Outcome
 from hv_batch.runtime.placement import Shortage, await_resources
 from hv_batch.runtime.session import ray_session, submission_id

@@ -16,7 +16,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.limits import lodgers_per_node
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import elsewhere, group_bundles, ranks_per_node

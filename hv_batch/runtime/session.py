@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import ray
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.placement import least_bill, total
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 
 import ray
 
-from hv_batch.job.config import DecodersConfig, EncodersConfig, RunConfig
+from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
 from hv_batch.job.nodes import NodeHealth
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan

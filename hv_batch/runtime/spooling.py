@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hv_batch.job import layout
-from hv_batch.job.config import OutputConfig
+from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.events import Event, Published, SpoolLost
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from hv_batch.job.config import DecodersConfig, EncodersConfig
+from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
 from hv_batch.job.events import (
     Beat,
     Event,

@@ -8,8 +8,8 @@ from threading import Thread
 import pytest
 
 from hv_batch.cli.demo import shipped, with_model_base
-from hv_batch.job import size_rules
-from hv_batch.job.config import load_config
+from hv_batch.job.config import group_rules
+from hv_batch.job.config.run_config import load_config
 from hv_batch.job.memory import GIB, denoiser_footprint
 from hv_batch.job.model import ModelShape
 from hv_batch.job.progress import Progress
@@ -68,7 +68,7 @@ def mixed(ray_head, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         # In this process, the double counts as the engine whose costs are known.
-        patch.setattr(size_rules, "ENGINE", "tests.doubles:FakeEngine")
+        patch.setattr(group_rules, "ENGINE", "tests.doubles:FakeEngine")
         helper = Thread(target=let_go, daemon=True)
         helper.start()
         manifest = write_shapes(folder, "mixed", LARGE, SMALL, faults=FAULTS)

@@ -7,7 +7,7 @@ import time
 import pytest
 import ray
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.events import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan

@@ -17,7 +17,7 @@ import numpy as np
 from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
 
 from hv_batch.job import commits, layout, report, runs
-from hv_batch.job.config import MediaConfig
+from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.dataset import seal_shard
 from hv_batch.job.latents import Denoised, StoredLatents, drop_latents, get_latents, put_latents, sample_identity
 from hv_batch.job.plan import Passed, Pending, Plan

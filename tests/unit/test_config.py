@@ -1,4 +1,4 @@
-"""hv_batch.job.config: the run config is complete, strict, and says every problem at once."""
+"""hv_batch.job.config.run_config: the run config is complete, strict, and says every problem at once."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job.config import RunConfig, load_config
+from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.sizes import fixed_plan, plan_for
 from hv_batch.protocol import UserError, problems
 

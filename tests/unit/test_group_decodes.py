@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.events import WorkerPlaced
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.limits import stage_limits

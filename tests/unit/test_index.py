@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hv_batch.job import check, formats, layout
 from hv_batch.job.check import check_manifest
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.index import load_index
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.storage import Store

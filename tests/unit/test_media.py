@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hv_batch.job.config import MediaConfig
+from hv_batch.job.config.sections import MediaConfig
 from hv_batch.protocol import UserError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.media import MediaInfo, write_media
@@ -308,7 +308,7 @@ _WRITES_UNTIL_KILLED = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from hv_batch.job.config import MediaConfig
+from hv_batch.job.config.run_config import MediaConfig
 from hv_batch.runtime.media import write_media
 
 def frames():

@@ -16,7 +16,7 @@ from typing import Literal
 
 import pytest
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.events import (
     Abort,
     Admit,

@@ -12,7 +12,7 @@ import numpy as np
 from hv_batch.job import layout
 from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import commit, quarantine
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.latents import Denoised, put_latents, put_steps
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.plan import Passed, Pending, Plan

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from hv_batch.cli.demo import shipped, with_model_base
 from hv_batch.cli.plan import render_plan
-from hv_batch.job.config import load_config
+from hv_batch.job.config.hardware import GPUS, find_gpu
+from hv_batch.job.config.run_config import load_config
 from hv_batch.job.cost import exchange_bytes, plan_ranks, rank_traffic
-from hv_batch.job.gpus import GPUS, HOST_LINK, decode_seconds, denoise_seconds, find_gpu, forward_seconds
+from hv_batch.job.gpus import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
 from hv_batch.job.memory import GIB, denoiser_footprint, memory_problems
 from hv_batch.job.model import ModelShape
 from hv_batch.job.pools import HEADROOM

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.events import Beat
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.limits import StageLimits, most_workers, stage_limits

@@ -1,4 +1,4 @@
-"""hv_batch.job.retired_keys: configs and output roots of earlier versions go on working."""
+"""hv_batch.job.config.run_config.retired_keys: configs and output roots of earlier versions go on working."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import pytest
 from rendered_roots import open_root
 
-from hv_batch.job import layout, retired_keys
+from hv_batch.job import layout
 from hv_batch.job.comparison import compare
-from hv_batch.job.config import RunConfig, load_config
+from hv_batch.job.config import retired_keys
+from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.orders import read_orders
 from hv_batch.job.redaction import MASK
 from hv_batch.job.runs import RunState, fingerprint, open_run, read_run

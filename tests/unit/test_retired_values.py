@@ -1,13 +1,13 @@
-"""hv_batch.job.retired_keys: configs and output roots of earlier versions stay usable."""
+"""hv_batch.job.config.run_config.retired_keys: configs and output roots of earlier versions stay usable."""
 
 from __future__ import annotations
 
 import pytest
 
 from hv_batch.job import runs
-from hv_batch.job.config import RunConfig, load_config
+from hv_batch.job.config.retired_keys import replace_retired
+from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.orders import read_orders
-from hv_batch.job.retired_keys import replace_retired
 from hv_batch.job.storage import Store
 
 COLOCATED = {"placement": "colocated", "gpus": 0.3}

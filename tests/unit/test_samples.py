@@ -15,9 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.check import check_manifest
-from hv_batch.job.config import RunConfig, load_config
+from hv_batch.job.config.field_rules import MAX_VIDEOS
+from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.manifest import Manifest
-from hv_batch.job.rows import MAX_VIDEOS, make_key, read_row
+from hv_batch.job.rows import make_key, read_row
 from hv_batch.job.samples import derive_seed
 from hv_batch.job.storage import Store
 from hv_batch.protocol import MAX_SEED, FieldProblem, SamplingParams, UserError, problems

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hv_batch.job import layout, runs
 from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import quarantine, quarantine_record
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.plan import LOOK_AHEAD, Passed, Plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.nodes import EXCLUDE_AFTER
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan

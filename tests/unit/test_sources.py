@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hv_batch.job.check import check_manifest
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.storage import Store
 from hv_batch.protocol import FieldProblem, UserError

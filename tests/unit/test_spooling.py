@@ -10,7 +10,7 @@ from ray.exceptions import NodeDiedError, RayTaskError
 from rendered_roots import FINGERPRINT, make_commit, make_sample
 
 from hv_batch.job import commits, layout
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.events import Published, SpoolLost
 from hv_batch.job.outage import Outage
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.events import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime import placement, waiting

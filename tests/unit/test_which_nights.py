@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
-from hv_batch.job.config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.storage import Store
 from hv_batch.nightly import Orders, next_time, stop_in_time, unfinished, which_day
 from hv_batch.protocol import UserError

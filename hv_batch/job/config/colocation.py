@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hv_batch.job.config import RunConfig
+    from hv_batch.job.config.run_config import RunConfig
 
 
 def rank_gpus(config: RunConfig) -> float:

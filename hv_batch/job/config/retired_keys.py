@@ -1,6 +1,6 @@
 """Config keys and values of earlier versions that are still accepted, in configs, overrides and run.json files.
 
-A key or value goes through these tables before a config is validated, so the models of `hv_batch.job.config` never see
+A key or value goes through these tables before a config is validated, so the models of `hv_batch.job.config.run_config` never see
 it and the identity of a run does not depend on it.
 """
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hv_batch.job.model import ENGINE
+from hv_batch.job.config.sections import ENGINE
 from hv_batch.protocol import ParallelPlan
 
 if TYPE_CHECKING:
-    from hv_batch.job.config import RunConfig
+    from hv_batch.job.config.run_config import RunConfig
 
 NODE_GPUS = 8  # of the usual server with any of the GPUs that the cost model knows
 GROUP_SIZES = (1, 2, 4, 8)  # its divisors: groups of these sizes share a node without a rest
