@@ -183,7 +183,7 @@ def plan(
     """Tell what a run will need and cost: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
     from hv_batch.cli.plan import render_plan  # the engine takes seconds to import
     from hv_batch.job.config.hardware import find_gpu
-    from hv_batch.plan import make_plan  # the engine takes seconds to import
+    from hv_batch.job.cost_model.estimate import make_plan  # the engine takes seconds to import
 
     settings = load_config(config, overrides or [])
     found = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hv_batch.job.memory import GIB
+from hv_batch.job.cost_model.memory import GIB
 from hv_batch.job.workload import shape_name
 
 

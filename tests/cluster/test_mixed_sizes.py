@@ -10,8 +10,8 @@ import pytest
 from hv_batch.cli.demo import shipped, with_model_base
 from hv_batch.job.config import group_rules
 from hv_batch.job.config.run_config import load_config
-from hv_batch.job.memory import GIB, denoiser_footprint
-from hv_batch.job.model import ModelShape
+from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
+from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.progress import Progress
 from hv_batch.job.selection import Selection
 from hv_batch.job.workload import count_tokens

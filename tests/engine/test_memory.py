@@ -21,9 +21,9 @@ from hv_batch.engine.step_cache import StepCache
 from hv_batch.engine.vae import kernels
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import decode_streaming
-from hv_batch.job.cost import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
-from hv_batch.job.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
-from hv_batch.job.model import ModelShape
+from hv_batch.job.cost_model.flops import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
+from hv_batch.job.cost_model.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
+from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.protocol import ParallelPlan
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
 from tests.engine.dit_reference import random_dit, random_inputs
@@ -166,7 +166,7 @@ TOKENS = 3 * 16 * 16
 KINDS = [(1, 0), (0, 1)]
 PRELOADED = [
     "hv_batch.engine.vae.model.tiling",
-    "hv_batch.job.cost",
+    "hv_batch.job.cost_model.flops",
     "hv_batch.toy.checkpoint",
     "pytest",
 ]  # once, not by rank

@@ -10,8 +10,8 @@ from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import decode_streaming
-from hv_batch.job.memory import decode_activations, dit_activations
-from hv_batch.job.model import ModelShape
+from hv_batch.job.cost_model.memory import decode_activations, dit_activations
+from hv_batch.job.cost_model.model import ModelShape
 from tests.engine.dit_reference import random_dit, random_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

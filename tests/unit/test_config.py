@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.config.run_config import RunConfig, load_config
-from hv_batch.job.sizes import fixed_plan, plan_for
+from hv_batch.job.cost_model.group_plan import fixed_plan, plan_for
 from hv_batch.protocol import UserError, problems
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hv_batch.job.config.group_rules import DEFAULT_PLAN
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.sizes import fixed_plan
+from hv_batch.job.cost_model.group_plan import fixed_plan
 from hv_batch.protocol import UserError
 from hv_batch.runtime import placement
 from hv_batch.runtime.placement import (

@@ -18,15 +18,16 @@ from hv_batch.cli.demo import shipped, with_model_base
 from hv_batch.cli.plan import render_plan
 from hv_batch.job.config.hardware import GPUS, find_gpu
 from hv_batch.job.config.run_config import load_config
-from hv_batch.job.cost import exchange_bytes, plan_ranks, rank_traffic
-from hv_batch.job.gpus import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
-from hv_batch.job.memory import GIB, denoiser_footprint, memory_problems
-from hv_batch.job.model import ModelShape
+from hv_batch.job.cost_model.estimate import make_plan
+from hv_batch.job.cost_model.flops import exchange_bytes, plan_ranks, rank_traffic
+from hv_batch.job.cost_model.group_plan import choose_sizes
+from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
+from hv_batch.job.cost_model.memory_check import memory_problems
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.speed import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
 from hv_batch.job.pools import HEADROOM
 from hv_batch.job.progress import Progress
-from hv_batch.job.sizes import choose_sizes
 from hv_batch.job.workload import Work, count_tokens
-from hv_batch.plan import make_plan
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render
 from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint

@@ -1,7 +1,7 @@
 """What a run will need and cost, told before it starts: `hv-batch plan`. Needs neither GPUs nor weights.
 
 The numbers come from `hv_batch.job.{model,memory,cost,gpus}`; this module adds them up over a manifest and shows
-them. Hours are estimates: see `hv_batch.job.gpus` for what they are fitted to.
+them. Hours are estimates: see `hv_batch.job.cost_model.speed` for what they are fitted to.
 """
 
 from __future__ import annotations
@@ -18,27 +18,34 @@ from hv_batch.job.config.group_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.config.hardware import GPUS, Gpu
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import ENGINE
-from hv_batch.job.cost import count_work, decode_flops, exchange_bytes, forward_flops, plan_ranks, rank_traffic
-from hv_batch.job.gpus import ENCODE_SECONDS, decode_seconds, denoise_seconds
-from hv_batch.job.limits import most_workers
-from hv_batch.job.manifest import Manifest
-from hv_batch.job.memory import (
+from hv_batch.job.cost_model.flops import (
+    count_work,
+    decode_flops,
+    exchange_bytes,
+    forward_flops,
+    plan_ranks,
+    rank_traffic,
+)
+from hv_batch.job.cost_model.group_plan import GroupSizes, choose_sizes, fixed_plan
+from hv_batch.job.cost_model.group_report import rank_seconds, report_halves, report_sizes
+from hv_batch.job.cost_model.memory import (
     GIB,
     RESERVE_BYTES,
     Footprint,
-    check_memory,
     decoder_footprint,
     denoiser_footprint,
     encoder_footprint,
     rank_footprint,
 )
-from hv_batch.job.model import ModelShape
+from hv_batch.job.cost_model.memory_check import check_memory
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
+from hv_batch.job.limits import most_workers
+from hv_batch.job.manifest import Manifest
 from hv_batch.job.pools import whole, workers_needed
-from hv_batch.job.sizes import GroupSizes, choose_sizes, fixed_plan
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.workload import Work
-from hv_batch.plan_sizes import rank_seconds, report_halves, report_sizes
 from hv_batch.protocol import ParallelPlan, UserError
 
 DAY_S = 86_400

@@ -1,7 +1,7 @@
 """What a sample costs, before it is rendered: operations of each stage, and bytes that ranks send each other.
 
 Pure functions of the model's numbers and of a video's shape (spec section 2). Seconds are the business of
-`hv_batch.job.gpus`.
+`hv_batch.job.cost_model.speed`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hv_batch.architecture import MAX_TEXT_TOKENS, Axis, VAEConfig
-from hv_batch.job.model import ITEMSIZE, ModelShape
+from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import Work
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
 

@@ -11,8 +11,15 @@ weigh more, take somewhat less than predicted.
 from __future__ import annotations
 
 from hv_batch.job.config.hardware import Gpu
-from hv_batch.job.cost import attention_flops, count_tiles, decode_flops, exchange_bytes, linear_flops, rank_traffic
-from hv_batch.job.model import ModelShape
+from hv_batch.job.cost_model.flops import (
+    attention_flops,
+    count_tiles,
+    decode_flops,
+    exchange_bytes,
+    linear_flops,
+    rank_traffic,
+)
+from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.workload import Work
 from hv_batch.protocol import ParallelPlan
 

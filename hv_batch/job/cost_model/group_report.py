@@ -8,10 +8,10 @@ from typing import Any
 
 from hv_batch.job.config.hardware import Gpu
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost import plan_ranks
-from hv_batch.job.gpus import denoise_seconds
-from hv_batch.job.model import ModelShape
-from hv_batch.job.sizes import GroupSizes, explain_choice
+from hv_batch.job.cost_model.flops import plan_ranks
+from hv_batch.job.cost_model.group_plan import GroupSizes, explain_choice
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.workload import Work
 from hv_batch.protocol import ParallelPlan, Shape
 

@@ -2,7 +2,7 @@
 
 A group's ranks send each other what they compute, so of the sizes that fit, the smallest always costs the fewest GPU
 seconds; a larger one buys memory and time. Both are bounds of a choice (`gpu_memory_gib`, `groups.max_sample_minutes`),
-and the cost model (`hv_batch.job.gpus`) decides between what they leave. The choice is made once: another plan sums in
+and the cost model (`hv_batch.job.cost_model.speed`) decides between what they leave. The choice is made once: another plan sums in
 another order (P3), so a run keeps to the plans that its run.json names, whatever a later cost model would choose.
 """
 
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.config.group_rules import DEFAULT_PLAN, GROUP_SIZES
 from hv_batch.job.config.hardware import find_gpu
-from hv_batch.job.cost import plan_ranks
-from hv_batch.job.gpus import denoise_seconds
-from hv_batch.job.memory import GIB, rank_footprint
-from hv_batch.job.model import ModelShape
+from hv_batch.job.cost_model.flops import plan_ranks
+from hv_batch.job.cost_model.memory import GIB, rank_footprint
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.workload import Work, shape_name
 from hv_batch.protocol import ParallelPlan, Shape, UserError
 
