@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from hv_batch.job import layout
 from hv_batch.job.commits import commit_record, encode
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.dataset import seal_shard
+from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.index import load_index
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.runs import read_run

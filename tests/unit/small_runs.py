@@ -18,7 +18,7 @@ from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample
 
 from hv_batch.job import commits, layout, report, runs
 from hv_batch.job.config.sections import MediaConfig
-from hv_batch.job.dataset import seal_shard
+from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.latents import Denoised, StoredLatents, drop_latents, get_latents, put_latents, sample_identity
 from hv_batch.job.plan import Passed, Pending, Plan
 from hv_batch.job.samples import Sample

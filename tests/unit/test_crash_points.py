@@ -17,7 +17,7 @@ from small_runs import run_small as run_plain
 
 from hv_batch.job import layout
 from hv_batch.job.commits import read_commit, scan_shard
-from hv_batch.job.dataset import read_rows
+from hv_batch.job.dataset.seal import read_rows
 from hv_batch.job.findings import Fault, Finding
 from hv_batch.job.quarantine import read_quarantined, release
 from hv_batch.job.storage import Store

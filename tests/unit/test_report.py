@@ -12,7 +12,7 @@ import pytest
 from rendered_roots import make_commit, make_failure, make_quarantine, make_sample, open_root
 
 from hv_batch.job import commits, gallery, layout, report, runs
-from hv_batch.job.dataset import seal_shard
+from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError

@@ -10,7 +10,7 @@ import pytest
 from rendered_roots import make_commit, make_quarantine, make_sample, open_root
 
 from hv_batch.job import commits, layout, lease, status
-from hv_batch.job.dataset import seal_shard
+from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
