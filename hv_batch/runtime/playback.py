@@ -9,7 +9,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 
-from hv_batch.job.verification import Picture
+from hv_batch.job.inspection.verify import Picture
 
 # A frame of 1280x720 takes a core some milliseconds; a decoder that says nothing for so long is stuck.
 DECODE_TIMEOUT_S = 600.0

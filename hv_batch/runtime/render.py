@@ -30,17 +30,17 @@ from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan, recorde
 from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.formatting import clock
 from hv_batch.job.index import Index, load_index
+from hv_batch.job.inspection.status import read_status
+from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.lease import Lease, held, this_process
 from hv_batch.job.manifest import Manifest
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress
 from hv_batch.job.redaction import public_url, public_values
-from hv_batch.job.report import aggregate, write_report
 from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run, read_run
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S
 from hv_batch.job.selection import Selection, only_failed
-from hv_batch.job.status import read_status
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError

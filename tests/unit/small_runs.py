@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
 
-from hv_batch.job import commits, layout, report, runs
+from hv_batch.job import commits, layout, runs
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.dataset.seal import seal_shard
+from hv_batch.job.inspection import summary
 from hv_batch.job.latents import Denoised, StoredLatents, drop_latents, get_latents, put_latents, sample_identity
 from hv_batch.job.plan import Passed, Pending, Plan
 from hv_batch.job.samples import Sample
@@ -82,8 +83,8 @@ def run_small(
                 plan.committed(found.sample)
         for sealable in plan.take_sealable():
             seal_shard(store, sealable.shard, sealable.keys, webdataset=adorned)
-    summary = report.aggregate(store)
-    report.write_report(store, summary)
+    summary = summary.aggregate(store)
+    summary.write_report(store, summary)
     runs.finish_run(store, summary)
 
 

@@ -12,9 +12,9 @@ from small_runs import everything, run_small, some_samples
 from test_crash_points import NAMED, POISON, crash_and_resume, number_of
 
 from hv_batch.job import layout, storage
-from hv_batch.job.garbage import find_garbage
+from hv_batch.job.inspection.garbage import find_garbage
+from hv_batch.job.inspection.verify import Picture, verify
 from hv_batch.job.storage import PutIfAbsent, Store
-from hv_batch.job.verification import Picture, verify
 from tests.cloud_servers import GcsServer, azurite
 
 pytestmark = pytest.mark.slow

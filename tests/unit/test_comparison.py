@@ -9,7 +9,7 @@ from rendered_roots import make_commit, make_quarantine, make_sample, open_root
 from small_runs import run_small, some_samples
 
 from hv_batch.job import commits, runs
-from hv_batch.job.comparison import compare
+from hv_batch.job.inspection.diff import compare
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

@@ -12,8 +12,8 @@ from small_runs import run_small, some_samples
 from test_operate import files, hv_batch
 
 from hv_batch.job import layout, runs
+from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.plan import Passed, Plan
-from hv_batch.job.report import aggregate
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from tests.unit.small_runs import ListedShards

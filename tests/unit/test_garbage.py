@@ -16,10 +16,10 @@ from small_runs import COMPARED, everything, run_small, some_samples
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.seal import unseal_shard
-from hv_batch.job.garbage import Kind, find_garbage, remove
+from hv_batch.job.inspection.garbage import Kind, find_garbage, remove
+from hv_batch.job.inspection.verify import Picture, verify
 from hv_batch.job.latents import Denoised, put_latents, sample_identity
 from hv_batch.job.storage import Store
-from hv_batch.job.verification import Picture, verify
 from hv_batch.protocol import UserError
 
 SAMPLES = some_samples(6)

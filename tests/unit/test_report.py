@@ -11,9 +11,10 @@ from urllib.parse import unquote, urljoin
 import pytest
 from rendered_roots import make_commit, make_failure, make_quarantine, make_sample, open_root
 
-from hv_batch.job import commits, gallery, layout, report, runs
+from hv_batch.job import commits, layout, runs
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
+from hv_batch.job.inspection import gallery, summary
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
@@ -66,7 +67,7 @@ def test_aggregate_adds_up(store):
     commits.commit(store, make_commit(make_sample(6), failures=[lost, lost]))
     commits.quarantine(store, make_quarantine(make_sample(7)))
     commits.quarantine(store, make_quarantine(make_sample(9), make_failure(FailureClass.GPU_OOM)))
-    summary = report.aggregate(store)
+    summary = summary.aggregate(store)
     assert (summary["samples"], summary["committed"], summary["quarantined"], summary["pending"]) == (9, 3, 2, 4)
     assert (summary["shards"], summary["shards_sealed"]) == (3, 0)
     assert summary["stages"]["denoise"] == {"seconds": 40.0, "mean_seconds": 13.333}
@@ -83,7 +84,7 @@ def test_aggregate_adds_up(store):
 def test_gpu_time_counts_every_rank(key, ranks):
     """Also of roots that were begun before there was a cfg_degree."""
     parallel = {"device": "cuda", "ulysses_degree": 2, "ring_degree": 1, **key}
-    assert report._gpu_seconds({"identity": {"parallel": parallel}}, {"": 10_000}) == 10.0 * ranks
+    assert summary._gpu_seconds({"identity": {"parallel": parallel}}, {"": 10_000}) == 10.0 * ranks
 
 
 def test_gpu_time_counts_each_group_by_its_size(store):
@@ -91,7 +92,7 @@ def test_gpu_time_counts_each_group_by_its_size(store):
     open_root(store, 3, device="cuda")
     for number, told in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
         commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **told}}))
-    assert report.aggregate(store)["denoise_gpu_seconds"] == 10.0 * (8 + 1 + 2)
+    assert summary.aggregate(store)["denoise_gpu_seconds"] == 10.0 * (8 + 1 + 2)
 
 
 def test_aggregate_counts_what_was_encoded_once(store):
@@ -100,15 +101,15 @@ def test_aggregate_counts_what_was_encoded_once(store):
     for number, (encoded, recalled) in enumerate([(1, 1), (0, 2)], start=1):
         stages = {"encode": {"seconds": 0.1, "encoded": encoded, "recalled": recalled}}
         commits.commit(store, make_commit(make_sample(number), stages=stages))
-    assert report.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}
+    assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}
     commits.commit(store, make_commit(make_sample(3)))
-    assert report.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, "one that tells nothing"
+    assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, "one that tells nothing"
 
 
 def test_aggregate_without_gpus_claims_no_gpu_time(store):
     """A CPU run reports no GPU seconds rather than a wrong number."""
     open_root(store, 1)
-    assert report.aggregate(store)["denoise_gpu_seconds"] is None
+    assert summary.aggregate(store)["denoise_gpu_seconds"] is None
 
 
 def rich_root(store, seals):
@@ -118,7 +119,7 @@ def rich_root(store, seals):
     for number in (1, 2, 3, 5, 6, 8, 9):
         sample = make_sample(number, num_frames=1 if number % 4 == 2 else 17)
         stages = {"encode": {"seconds": 0.001 * number}, "denoise": {"seconds": 1 / number}} if number != 3 else {}
-        stages = {name: {"seconds": round(report["seconds"], 3)} for name, report in stages.items()}
+        stages = {name: {"seconds": round(summary["seconds"], 3)} for name, summary in stages.items()}
         record = make_commit(sample, stages=stages, failures=[lost] * (number % 3))
         commits.commit(store, record | {"fps": (24, 25, 30)[number % 3]})
     commits.quarantine(store, make_quarantine(make_sample(4)))
@@ -134,33 +135,33 @@ def test_the_sums_of_sealed_shards_give_the_same_summary(tmp_path, seals):
     store, unsealed = Store(str(tmp_path / "a")), Store(str(tmp_path / "b"))
     rich_root(store, seals)
     rich_root(unsealed, ())
-    assert report.aggregate(store) == report.aggregate(unsealed) | {"shards_sealed": len(seals)}
+    assert summary.aggregate(store) == summary.aggregate(unsealed) | {"shards_sealed": len(seals)}
 
 
 def test_records_of_a_sealed_shard_are_not_read_again(store, monkeypatch):
     """P7: the end of a long run reads one object a shard."""
     rich_root(store, (0, 1, 2))
-    expected = report.aggregate(store)
-    monkeypatch.setattr(report, "read_commit", None)
-    assert report.aggregate(store) == expected
+    expected = summary.aggregate(store)
+    monkeypatch.setattr(summary, "read_commit", None)
+    assert summary.aggregate(store) == expected
 
 
 @pytest.mark.parametrize("sums", [b"", b"{}", b'{"schema": "hv_batch/sums/0"}', None])
 def test_sums_that_cannot_be_used_are_made_again(store, sums):
     """P2: lost, damaged or of another version: the records say it."""
     rich_root(store, (0, 1, 2))
-    expected = report.aggregate(store)
+    expected = summary.aggregate(store)
     store.delete(layout.sums_key(1))
     if sums is not None:
         store.put(layout.sums_key(1), sums)
-    assert report.aggregate(store) == expected
+    assert summary.aggregate(store) == expected
 
 
 def test_a_commit_after_the_seal_is_counted(store):
     """P1: a sample that was given up and committed late counts once, as committed."""
     rich_root(store, (0, 1, 2))
     commits.commit(store, make_commit(make_sample(4)))
-    summary = report.aggregate(store)
+    summary = summary.aggregate(store)
     assert (summary["committed"], summary["quarantined"]) == (8, 1)
     assert summary["media"]["bytes"] == 8000
 
@@ -168,7 +169,7 @@ def test_a_commit_after_the_seal_is_counted(store):
 def test_aggregate_needs_a_run(store):
     """P6: a wrong path is said so."""
     with pytest.raises(UserError):
-        report.aggregate(store)
+        summary.aggregate(store)
 
 
 def test_page_shows_videos_in_plan_order_from_beside_it(store):
@@ -177,7 +178,7 @@ def test_page_shows_videos_in_plan_order_from_beside_it(store):
     records = [make_commit(make_sample(n, num_frames=1 if n == 3 else 17)) for n in (5, 3, 2, 1, 4)]
     for record in records:
         commits.commit(store, record)
-    report.write_report(store, report.aggregate(store))
+    summary.write_report(store, summary.aggregate(store))
     page = read_page(store)
     media = [a["src"] for tag, a in page.elements if tag in ("video", "img")]
     files = [record["file"] for record in sorted(records, key=lambda record: record["row"])]
@@ -196,7 +197,7 @@ def test_page_shows_posters_where_there_are_some(store):
     poster = layout.poster_key(0, "s001", "ab" * 32)
     for record in (make_commit(make_sample(1), poster=poster), make_commit(make_sample(2))):
         commits.commit(store, record)
-    report.write_report(store, report.aggregate(store))
+    summary.write_report(store, summary.aggregate(store))
     assert [video.get("poster") for video in read_page(store).all("video")] == [f"../{poster}", None]
 
 
@@ -207,7 +208,7 @@ def test_hostile_texts_stay_text(store):
     failure = make_failure(FailureClass.POISON, HOSTILE, HOSTILE)
     bad = make_quarantine(make_sample(2, prompt=HOSTILE), failure)
     commits.quarantine(store, bad | {"id": HOSTILE})
-    report.write_report(store, report.aggregate(store))
+    summary.write_report(store, summary.aggregate(store))
     page = read_page(store)
     assert len(page.all("script")) == 1
     assert len(page.all("img")) == 1
@@ -222,7 +223,7 @@ def test_page_tells_failures_totals_and_licence(store):
     open_root(store, 3)
     commits.commit(store, make_commit(make_sample(1)))
     commits.quarantine(store, make_quarantine(make_sample(2)))
-    report.write_report(store, report.aggregate(store))
+    summary.write_report(store, summary.aggregate(store))
     words = " ".join(read_page(store).words)
     for expected in ("s002", "POISON, 2 tries", "not finite", "1 sample pending", "European Union"):
         assert expected in words
@@ -231,20 +232,20 @@ def test_page_tells_failures_totals_and_licence(store):
 def test_page_of_a_run_that_has_nothing_yet(store):
     """The report can be made at any moment."""
     open_root(store, 3)
-    report.write_report(store, report.aggregate(store))
+    summary.write_report(store, summary.aggregate(store))
     assert "No sample is committed yet." in read_page(store).words
 
 
 def test_gallery_is_capped_with_a_note(store, monkeypatch):
     """P7: a long run makes a page of bounded size that says what it leaves out."""
-    monkeypatch.setattr(report, "MAX_CARDS", 3)
-    monkeypatch.setattr(report, "MAX_FAILED", 1)
+    monkeypatch.setattr(summary, "MAX_CARDS", 3)
+    monkeypatch.setattr(summary, "MAX_FAILED", 1)
     open_root(store, 8)
     for number in range(1, 6):
         commits.commit(store, make_commit(make_sample(number)))
     for number in (6, 7):
         commits.quarantine(store, make_quarantine(make_sample(number)))
-    report.write_report(store, report.aggregate(store))
+    summary.write_report(store, summary.aggregate(store))
     page = read_page(store)
     assert len(page.all("video")) == 3
     words = " ".join(page.words)

@@ -8,9 +8,9 @@ import pytest
 from rendered_roots import open_root
 
 from hv_batch.job import layout
-from hv_batch.job.comparison import compare
 from hv_batch.job.config import retired_keys
 from hv_batch.job.config.run_config import RunConfig, load_config
+from hv_batch.job.inspection.diff import compare
 from hv_batch.job.orders import read_orders
 from hv_batch.job.redaction import MASK
 from hv_batch.job.runs import RunState, fingerprint, open_run, read_run

@@ -17,11 +17,11 @@ from rendered_roots import make_quarantine
 from small_runs import everything, real_media, run_small, some_samples
 
 from hv_batch.job import commits, layout
-from hv_batch.job.findings import Fault
-from hv_batch.job.report import aggregate, write_report
-from hv_batch.job.status import read_status
+from hv_batch.job.inspection.findings import Fault
+from hv_batch.job.inspection.status import read_status
+from hv_batch.job.inspection.summary import aggregate, write_report
+from hv_batch.job.inspection.verify import remove_faults, verify
 from hv_batch.job.storage import Store
-from hv_batch.job.verification import remove_faults, verify
 from hv_batch.runtime.playback import decode_media
 
 SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]

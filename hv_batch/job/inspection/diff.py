@@ -15,8 +15,8 @@ from typing import Any
 
 from hv_batch.job.commits import read_commit, scan_shard
 from hv_batch.job.dataset.seal import describe_row, read_rows
+from hv_batch.job.inspection.status import plan_size
 from hv_batch.job.runs import find_differences, read_run
-from hv_batch.job.status import plan_size
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads
 
