@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from threading import Event
 
+from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
-from hv_batch.job.selection import Selection
 from hv_batch.runtime.render import ExitCode, render
 
 

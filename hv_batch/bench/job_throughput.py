@@ -33,8 +33,8 @@ from hv_batch.job.config.sections import (
     ModelConfig,
     ParallelConfig,
 )
+from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.progress import Progress
-from hv_batch.job.selection import Selection
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.runtime.session import ray_session

@@ -16,9 +16,9 @@ from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
 from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config.run_config import load_config
+from hv_batch.job.manifest.selection import parse_selection
 from hv_batch.job.progress import Progress
 from hv_batch.job.redaction import public_text
-from hv_batch.job.selection import parse_selection
 from hv_batch.protocol import UserError
 
 app = typer.Typer(

@@ -22,7 +22,7 @@ from hv_batch.job.redaction import public_url
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
-    from hv_batch.job.samples import Sample
+    from hv_batch.job.manifest.samples import Sample
     from hv_batch.job.storage import Store
 
 COMMIT_SCHEMA = "hv_batch/commit/1"

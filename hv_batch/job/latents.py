@@ -21,7 +21,7 @@ from hv_batch.job.commits import encode_line
 from hv_batch.protocol import StepState
 
 if TYPE_CHECKING:
-    from hv_batch.job.samples import Sample
+    from hv_batch.job.manifest.samples import Sample
     from hv_batch.job.storage import Store
 
 LATENTS_SCHEMA = "hv_batch/latents/1"

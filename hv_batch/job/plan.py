@@ -18,11 +18,11 @@ from typing import TypeVar
 from hv_batch.job import layout
 from hv_batch.job.commits import ShardState, scan_shard
 from hv_batch.job.failure import Failure
-from hv_batch.job.index import Index
 from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
+from hv_batch.job.manifest.index import Index
+from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.manifest.selection import Selection, count_selected
 from hv_batch.job.quarantine import earlier_failures, read_quarantined, release, taken_back
-from hv_batch.job.samples import Sample
-from hv_batch.job.selection import Selection, count_selected
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError

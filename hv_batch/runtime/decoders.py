@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from hv_batch.job.failure import Failure
-from hv_batch.job.samples import Sample
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.protocol import Decoder
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch
 from hv_batch.runtime.publishing import Made, Publisher, scratch_folder

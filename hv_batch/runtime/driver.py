@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import ray
 
-from hv_batch.job.columns import Kind
 from hv_batch.job.events import (
     Abort,
     Action,
@@ -41,6 +40,7 @@ from hv_batch.job.events import (
 from hv_batch.job.failure import Failure
 from hv_batch.job.limits import retry_limits, stage_limits
 from hv_batch.job.losses import Losses
+from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.outage import Outage
 from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
 from hv_batch.job.progress import Progress, Snapshot

@@ -23,7 +23,7 @@ import ray
 from hv_batch.job import commits, layout
 from hv_batch.job.failure import Failure
 from hv_batch.job.latents import drop_what_led_to, get_latents, sample_identity
-from hv_batch.job.samples import Sample
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S
 from hv_batch.job.spool import Spool
 from hv_batch.job.store_errors import StorageUnavailableError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hv_batch.job.samples import Sample
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.protocol import NotFiniteError
 from hv_batch.runtime.context import stopwatch
 from hv_batch.runtime.media import MediaInfo

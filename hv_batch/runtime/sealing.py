@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
-from hv_batch.job.columns import Kind
 from hv_batch.job.dataset.seal import seal_shard
+from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
 

@@ -20,8 +20,8 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.events import Event, Published, SpoolLost
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.outage import Outage
-from hv_batch.job.samples import Sample
 from hv_batch.job.spool import Emptied, Spool
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store

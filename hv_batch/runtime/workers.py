@@ -29,7 +29,7 @@ from hv_batch.job.events import (
     WorkerReady,
 )
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.samples import Sample
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport
 from hv_batch.runtime.decoders import DecoderActor, DecodeTask

@@ -12,8 +12,8 @@ from hv_batch.job.config import group_rules
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.progress import Progress
-from hv_batch.job.selection import Selection
 from hv_batch.job.workload import count_tokens
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import write_toy_checkpoint

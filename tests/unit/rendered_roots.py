@@ -8,7 +8,7 @@ from typing import Any
 
 from hv_batch.job import commits, layout, runs
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.samples import Sample
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.protocol import SamplingParams
 

@@ -21,8 +21,8 @@ from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import summary
 from hv_batch.job.latents import Denoised, StoredLatents, drop_latents, get_latents, put_latents, sample_identity
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.plan import Passed, Pending, Plan
-from hv_batch.job.samples import Sample
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.runtime.media import write_media

@@ -11,10 +11,10 @@ import pytest
 from hv_batch.bench import synthetic_data, throughput
 from hv_batch.bench.job_throughput import Load, _config
 from hv_batch.bench.throughput import Meter, MeteredProgress, cpu_seconds
-from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import read_commit
 from hv_batch.job.inspection.verify_seal import check_sealed
-from hv_batch.job.manifest import Manifest
+from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.plan import Passed, Plan
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.runs import open_run

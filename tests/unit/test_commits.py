@@ -30,7 +30,7 @@ from hv_batch.job.commits import (
 )
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.latents import Denoised, put_latents
-from hv_batch.job.samples import Sample
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.protocol import SamplingParams
 

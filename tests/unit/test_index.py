@@ -1,4 +1,4 @@
-"""hv_batch.job.index: a run reads its samples from the output root; an index that is not right is as good as none."""
+"""hv_batch.job.manifest.index: a run reads its samples from the output root; an index that is not right is as good as none."""
 
 import json
 import os
@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import check, formats, layout
-from hv_batch.job.check import check_manifest
+from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.index import load_index
-from hv_batch.job.manifest import Manifest
+from hv_batch.job.manifest import check, formats
+from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.index import load_index
+from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
@@ -124,7 +125,7 @@ def test_equal_hashes_are_compared_as_keys(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"row 201: id = .SHOT-3.; allowed: .* row 4 has it") as caught:
         check_manifest(write(tmp_path / "m.jsonl", rows), config_of(), memory())
     assert "has 1 problem(s) in 201 row(s)" in str(caught.value)
-    monkeypatch.setattr("hv_batch.job.judge.hash_key", lambda key: bytes(8))  # every two keys collide
+    monkeypatch.setattr("hv_batch.job.manifest.row_validation.hash_key", lambda key: bytes(8))  # every two keys collide
     monkeypatch.setattr(check, "hash_key", lambda key: bytes(8))
     index = check_manifest(write(tmp_path / "m.jsonl", rows[:-1]), config_of(), memory())
     assert index.summary.samples == 200

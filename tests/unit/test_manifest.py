@@ -1,4 +1,4 @@
-"""hv_batch.job.manifest: rows come lazily, numbered, from any URL; what cannot be read is told, never guessed."""
+"""hv_batch.job.manifest.reader: rows come lazily, numbered, from any URL; what cannot be read is told, never guessed."""
 
 import csv
 import datetime
@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import formats
-from hv_batch.job.formats import MAX_LINE_BYTES
-from hv_batch.job.manifest import Manifest
+from hv_batch.job.manifest import formats
+from hv_batch.job.manifest.formats import MAX_LINE_BYTES
+from hv_batch.job.manifest.reader import Manifest
 from hv_batch.protocol import FieldProblem, UserError
 
 

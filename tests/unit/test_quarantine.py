@@ -14,6 +14,7 @@ from hv_batch.cli.output_root import parse_shards
 from hv_batch.job import commits, layout
 from hv_batch.job.commits import scan_shard
 from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.manifest.selection import only_failed, parse_selection
 from hv_batch.job.quarantine import (
     MAX_GROUPS,
     OTHER_REASONS,
@@ -22,7 +23,6 @@ from hv_batch.job.quarantine import (
     read_quarantined,
     release,
 )
-from hv_batch.job.selection import only_failed, parse_selection
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

@@ -1,4 +1,4 @@
-"""hv_batch.job.samples and rows: safe, unique, stable keys; seeds; and every bad row told before anything starts."""
+"""hv_batch.job.manifest.samples and rows: safe, unique, stable keys; seeds; and every bad row told before anything starts."""
 
 import json
 import re
@@ -14,12 +14,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job.check import check_manifest
 from hv_batch.job.config.field_rules import MAX_VIDEOS
 from hv_batch.job.config.run_config import RunConfig, load_config
-from hv_batch.job.manifest import Manifest
-from hv_batch.job.rows import make_key, read_row
-from hv_batch.job.samples import derive_seed
+from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.reader import Manifest
+from hv_batch.job.manifest.rows import make_key, read_row
+from hv_batch.job.manifest.samples import derive_seed
 from hv_batch.job.storage import Store
 from hv_batch.protocol import MAX_SEED, FieldProblem, SamplingParams, UserError, problems
 from hv_batch.toy.world import SIZES

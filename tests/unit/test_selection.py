@@ -1,4 +1,4 @@
-"""hv_batch.job.selection and plan: which samples a command renders, and what it leaves to others."""
+"""hv_batch.job.manifest.reader.selection and plan: which samples a command renders, and what it leaves to others."""
 
 import json
 import uuid
@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout, runs
-from hv_batch.job.check import check_manifest
 from hv_batch.job.commits import quarantine, quarantine_record
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.manifest import Manifest
+from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.reader import Manifest
+from hv_batch.job.manifest.selection import Selection, only_failed, parse_selection
 from hv_batch.job.plan import LOOK_AHEAD, Passed, Plan
-from hv_batch.job.selection import Selection, only_failed, parse_selection
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError

@@ -1,4 +1,4 @@
-"""hv_batch.job.sources: which files a manifest is, in which order, and that they stay what they are."""
+"""hv_batch.job.manifest.files: which files a manifest is, in which order, and that they stay what they are."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hv_batch.job.check import check_manifest
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.manifest import Manifest
+from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.storage import Store
 from hv_batch.protocol import FieldProblem, UserError
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hv_batch.job.check import check_manifest
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.group_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.config.hardware import GPUS, Gpu
@@ -41,7 +40,8 @@ from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
 from hv_batch.job.limits import most_workers
-from hv_batch.job.manifest import Manifest
+from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.pools import whole, workers_needed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store

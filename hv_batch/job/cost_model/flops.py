@@ -18,7 +18,7 @@ from hv_batch.job.workload import Work
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
 
 if TYPE_CHECKING:
-    from hv_batch.job.samples import Sample
+    from hv_batch.job.manifest.samples import Sample
 
 
 def count_work(samples: Iterable[Sample]) -> Counter[Work]:

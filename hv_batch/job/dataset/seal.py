@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hv_batch.job import layout
-from hv_batch.job.columns import Kind, arrow_column, clean_text, column_names, learn
 from hv_batch.job.commits import LICENCE_ID, encode, read_commit
 from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.shard_totals import sum_up, write_sums
 from hv_batch.job.dataset.webdataset import write_tar
+from hv_batch.job.manifest.extra_columns import Kind, arrow_column, clean_text, column_names, learn
 from hv_batch.job.parquet import read_parquet
 from hv_batch.job.storage import Store
 

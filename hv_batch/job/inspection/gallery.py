@@ -15,8 +15,8 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from hv_batch.job.columns import clean_text
 from hv_batch.job.formatting import duration, plural, size
+from hv_batch.job.manifest.extra_columns import clean_text
 
 MEDIA_ROOT = "../"  # from report/ to the root that the records' `file` is relative to
 

@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow as pa
 
 from hv_batch.job import layout
-from hv_batch.job.columns import Kind
 from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.seal import COLUMNS, metadata_table, read_table
 from hv_batch.job.dataset.shard_totals import read_sums, sum_up
 from hv_batch.job.dataset.webdataset import find_tar_fault
-from hv_batch.job.index import read_index
 from hv_batch.job.inspection.findings import Fault, Finding
+from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.manifest.index import read_index
 from hv_batch.job.parquet import read_parquet
 from hv_batch.job.storage import Store
 from hv_batch.job.user_input import shorten

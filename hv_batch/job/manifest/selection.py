@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS, parse_text
-from hv_batch.job.index import Index
 from hv_batch.job.inspection.status import chosen_shards
+from hv_batch.job.manifest.index import Index
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.quarantine import failed_keys
 from hv_batch.job.runs import read_run
-from hv_batch.job.samples import Sample
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

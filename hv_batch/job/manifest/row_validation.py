@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hv_batch.job.columns import Kind, learn
 from hv_batch.job.config.field_rules import find_fault
-from hv_batch.job.formats import MAX_LINE_BYTES, Written
-from hv_batch.job.manifest import Chunk
-from hv_batch.job.rows import Row, read_row
-from hv_batch.job.samples import sample_keys
+from hv_batch.job.manifest.extra_columns import Kind, learn
+from hv_batch.job.manifest.formats import MAX_LINE_BYTES, Written
+from hv_batch.job.manifest.reader import Chunk
+from hv_batch.job.manifest.rows import Row, read_row
+from hv_batch.job.manifest.samples import sample_keys
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import MAX_SEED, FieldProblem
 

@@ -1,7 +1,7 @@
 """Lazy reading of a manifest: JSON Lines, CSV or Parquet files, from any fsspec URL, in one fixed order.
 
-A manifest is read once, to check it and to write the index that the run reads from (`hv_batch.job.index`). What its
-values may be is `hv_batch.job.rows`.
+A manifest is read once, to check it and to write the index that the run reads from (`hv_batch.job.manifest.index`). What its
+values may be is `hv_batch.job.manifest.rows`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import IO, Any
 import pyarrow as pa
 
 from hv_batch.job.config.field_rules import parse_text
-from hv_batch.job.formats import Content, NumberedRows, cut_csv, cut_json_lines, cut_parquet
+from hv_batch.job.manifest.files import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed, find_sources
+from hv_batch.job.manifest.formats import Content, NumberedRows, cut_csv, cut_json_lines, cut_parquet
 from hv_batch.job.redaction import public_url
-from hv_batch.job.sources import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed, find_sources
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 

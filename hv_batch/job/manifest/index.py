@@ -21,12 +21,12 @@ import pyarrow as pa
 
 from hv_batch import __version__
 from hv_batch.job import layout
-from hv_batch.job.columns import Kind
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.manifest import Manifest
+from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.manifest.reader import Manifest
+from hv_batch.job.manifest.samples import CheckedRow, ManifestSummary, Sample, make_samples
 from hv_batch.job.parquet import read_parquet
 from hv_batch.job.redaction import public_url
-from hv_batch.job.samples import CheckedRow, ManifestSummary, Sample, make_samples
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError

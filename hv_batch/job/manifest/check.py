@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from hv_batch.job.columns import Kind, join
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.index import Index, IndexWriter, read_rows
-from hv_batch.job.judge import MAX_COLUMNS, MAX_REPORTED, Verdict, describe, hash_key, judge_chunk
-from hv_batch.job.manifest import Chunk, Manifest
-from hv_batch.job.samples import ManifestSummary, sample_keys
+from hv_batch.job.manifest.extra_columns import Kind, join
+from hv_batch.job.manifest.index import Index, IndexWriter, read_rows
+from hv_batch.job.manifest.reader import Chunk, Manifest
+from hv_batch.job.manifest.row_validation import MAX_COLUMNS, MAX_REPORTED, Verdict, describe, hash_key, judge_chunk
+from hv_batch.job.manifest.samples import ManifestSummary, sample_keys
 from hv_batch.job.storage import Store
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError

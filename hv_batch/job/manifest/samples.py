@@ -15,7 +15,7 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.protocol import SamplingParams
 
 if TYPE_CHECKING:  # every rank and decoder imports this module, and none needs Arrow
-    from hv_batch.job.columns import Kind
+    from hv_batch.job.manifest.extra_columns import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
