@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hv_batch.job import layout
-from hv_batch.job.commits import commit_record, encode
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.manifest.index import load_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.runs import read_run
+from hv_batch.job.records.commits import commit_record, encode
+from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage import Store
 
 FORMATS = ("jsonl", "jsonl.gz", "parquet")

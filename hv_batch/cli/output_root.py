@@ -26,15 +26,15 @@ from hv_batch.job.formatting import plural
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.findings import Finding
 from hv_batch.job.inspection.garbage import find_garbage, remove
-from hv_batch.job.inspection.status import Status, chosen_shards, read_status
+from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
-from hv_batch.job.lease import held, this_process
 from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
-from hv_batch.job.quarantine import group_reasons, read_quarantined, release
-from hv_batch.job.runs import read_run
+from hv_batch.job.records.lease import held, this_process
+from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
+from hv_batch.job.records.run_document import chosen_shards, read_run
 from hv_batch.job.storage import Store
 
 FOUND = 3

@@ -28,7 +28,7 @@ from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import RankFailed
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device, plan_videos
-from hv_batch.job.commits import LICENCE_ID
+from hv_batch.job.records.commits import LICENCE_ID
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NotFiniteError, SamplingParams, UserError, problems
 
 SCHEMA = "hv_batch/sample/1"

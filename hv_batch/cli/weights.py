@@ -104,7 +104,7 @@ def fetch(
     ] = None,
 ) -> None:
     """Download the weights, pinned to the commits that are recorded when the folder is begun."""
-    from hv_batch.job.runs import licence_notice
+    from hv_batch.job.records.run_document import licence_notice
     from hv_batch.weights import fetching
 
     print(licence_notice(), file=sys.stderr)

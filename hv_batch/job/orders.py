@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.records.run_document import read_run
 from hv_batch.job.redaction import MASK
-from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

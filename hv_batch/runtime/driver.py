@@ -42,8 +42,8 @@ from hv_batch.job.limits import retry_limits, stage_limits
 from hv_batch.job.losses import Losses
 from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.outage import Outage
-from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
 from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
 from hv_batch.job.stages import Stage

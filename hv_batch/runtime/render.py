@@ -25,21 +25,22 @@ from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan, recorded_plans
+from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan
 from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.formatting import clock
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, write_report
-from hv_batch.job.lease import Lease, held, this_process
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.index import Index, load_index
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.manifest.selection import Selection, only_failed
+from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.outage import Outage
-from hv_batch.job.plan import Plan
 from hv_batch.job.progress import Progress
+from hv_batch.job.records.lease import Lease, held, this_process
+from hv_batch.job.records.pending import Plan, only_failed
+from hv_batch.job.records.run_document import RunState, fingerprint, finish_run, inspect_run, open_run, read_run
+from hv_batch.job.records.run_identity import recorded_plans
 from hv_batch.job.redaction import public_url, public_values
-from hv_batch.job.runs import RunState, fingerprint, finish_run, inspect_run, open_run, read_run
 from hv_batch.job.scheduler import OUTAGE_PAUSE_S
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError

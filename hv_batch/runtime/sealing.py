@@ -11,7 +11,7 @@ import ray
 
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.manifest.extra_columns import Kind
-from hv_batch.job.runs import read_run
+from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage import Store
 
 

@@ -22,7 +22,7 @@ from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.outage import Outage
-from hv_batch.job.spool import Emptied, Spool
+from hv_batch.job.records.spool import Emptied, Spool
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError

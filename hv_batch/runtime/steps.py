@@ -18,8 +18,8 @@ from typing import Self
 
 import numpy as np
 
-from hv_batch.job.latents import get_steps, put_steps
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.latents import get_steps, put_steps
 from hv_batch.job.storage import Store
 from hv_batch.protocol import StepState
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from hv_batch.job import commits, layout
-from hv_batch.job.lease import LEASE_SCHEMA, held, this_process
+from hv_batch.job import layout
+from hv_batch.job.records import commits
+from hv_batch.job.records.lease import LEASE_SCHEMA, held, this_process
 from hv_batch.job.storage import Store
 from tests.cluster.runs import ROOT, dataset, render, write_config, write_manifest
 

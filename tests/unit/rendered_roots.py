@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from hv_batch.job import commits, layout, runs
+from hv_batch.job import layout
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records import commits, run_document
 from hv_batch.job.storage import Store
 from hv_batch.protocol import SamplingParams
 
@@ -95,4 +96,4 @@ def open_root(store: Store, samples: int, *, device: str = "cpu", adorned: bool 
         "shards": -(-samples // SHARD_SIZE),
     }
     identity = {"seed": 0, "parallel": config["parallel"]}
-    runs.open_run(store, {"identity": identity, "config": config, "manifest": manifest, "versions": {}})
+    run_document.open_run(store, {"identity": identity, "config": config, "manifest": manifest, "versions": {}})

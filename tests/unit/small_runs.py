@@ -16,13 +16,21 @@ from types import SimpleNamespace
 import numpy as np
 from rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
 
-from hv_batch.job import commits, layout, runs
+from hv_batch.job import layout
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import summary
-from hv_batch.job.latents import Denoised, StoredLatents, drop_latents, get_latents, put_latents, sample_identity
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.plan import Passed, Pending, Plan
+from hv_batch.job.records import commits, run_document
+from hv_batch.job.records.latents import (
+    Denoised,
+    StoredLatents,
+    drop_latents,
+    get_latents,
+    put_latents,
+    sample_identity,
+)
+from hv_batch.job.records.pending import Passed, Pending, Plan
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.runtime.media import write_media
@@ -85,7 +93,7 @@ def run_small(
             seal_shard(store, sealable.shard, sealable.keys, webdataset=adorned)
     summary = summary.aggregate(store)
     summary.write_report(store, summary)
-    runs.finish_run(store, summary)
+    run_document.finish_run(store, summary)
 
 
 def _earlier(found: Pending) -> list[dict]:
@@ -139,7 +147,7 @@ def _put_poster(store: Store, sample: Sample, info: RenderedMedia, folder: Path)
 
 
 def fingerprint(store: Store) -> str:
-    return runs.read_run(store)["fingerprint"]
+    return run_document.read_run(store)["fingerprint"]
 
 
 def digest_media(sample: Sample, latents: np.ndarray, folder: Path) -> tuple[Path, str, RenderedMedia]:

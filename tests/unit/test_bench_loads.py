@@ -11,13 +11,13 @@ import pytest
 from hv_batch.bench import synthetic_data, throughput
 from hv_batch.bench.job_throughput import Load, _config
 from hv_batch.bench.throughput import Meter, MeteredProgress, cpu_seconds
-from hv_batch.job.commits import read_commit
 from hv_batch.job.inspection.verify_seal import check_sealed
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.plan import Passed, Plan
 from hv_batch.job.progress import Progress, Snapshot
-from hv_batch.job.runs import open_run
+from hv_batch.job.records.commits import read_commit
+from hv_batch.job.records.pending import Passed, Plan
+from hv_batch.job.records.run_document import open_run
 from hv_batch.job.storage import Store
 
 CONFIG = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=1))

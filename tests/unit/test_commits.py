@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
-from hv_batch.job.commits import (
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.commits import (
     LICENCE_ID,
     ShardState,
     commit,
@@ -28,9 +30,7 @@ from hv_batch.job.commits import (
     read_quarantine,
     scan_shard,
 )
-from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.latents import Denoised, put_latents
-from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.latents import Denoised, put_latents
 from hv_batch.job.storage import Store
 from hv_batch.protocol import SamplingParams
 

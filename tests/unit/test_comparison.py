@@ -8,8 +8,8 @@ import pytest
 from rendered_roots import make_commit, make_quarantine, make_sample, open_root
 from small_runs import run_small, some_samples
 
-from hv_batch.job import commits, runs
 from hv_batch.job.inspection.diff import compare
+from hv_batch.job.records import commits, run_document
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
@@ -93,11 +93,11 @@ def test_runs_of_different_layout_are_matched_by_key(stores):
     samples = some_samples(6)
     run_small(stores[0], samples)
     moved = [dataclasses.replace(sample, shard=5 - number) for number, sample in enumerate(samples)]
-    identity = runs.read_run(stores[0])["identity"] | {"shard_size": 1}
+    identity = run_document.read_run(stores[0])["identity"] | {"shard_size": 1}
     document = {"identity": identity, "versions": {}}
     document["config"] = {"output": {"shard_size": 1}, "parallel": {"device": "cpu"}}
     document["manifest"] = {"samples": 6}
-    runs.open_run(stores[1], document)
+    run_document.open_run(stores[1], document)
     for sample in moved:
         record = commits.read_commit(stores[0], (sample.row - 1) // 4, sample.key)
         commits.commit(stores[1], record | {"shard": sample.shard})

@@ -16,11 +16,11 @@ from small_runs import TRIES, everything, some_samples
 from small_runs import run_small as run_plain
 
 from hv_batch.job import layout
-from hv_batch.job.commits import read_commit, scan_shard
 from hv_batch.job.dataset.seal import read_rows
 from hv_batch.job.inspection.findings import Fault, Finding
 from hv_batch.job.inspection.verify import Picture, remove_faults, verify
-from hv_batch.job.quarantine import read_quarantined, release
+from hv_batch.job.records.commits import read_commit, scan_shard
+from hv_batch.job.records.quarantine import read_quarantined, release
 from hv_batch.job.storage import Store
 from tests.doubles import Crash, CrashingStore
 

@@ -11,9 +11,10 @@ import pytest
 from small_runs import run_small, some_samples
 from test_operate import files, hv_batch
 
-from hv_batch.job import layout, runs
+from hv_batch.job import layout
 from hv_batch.job.inspection.summary import aggregate
-from hv_batch.job.plan import Passed, Plan
+from hv_batch.job.records import run_document
+from hv_batch.job.records.pending import Passed, Plan
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 from tests.unit.small_runs import ListedShards
@@ -129,4 +130,4 @@ def test_a_run_document_without_its_parts_is_none_of_ours(root):
     """P2: nothing is taken for granted of a root whose run.json lacks what every run.json has."""
     change(manifest=None)(root / layout.RUN)
     with pytest.raises(UserError, match="not written by this program"):
-        runs.read_run(Store(str(root)))
+        run_document.read_run(Store(str(root)))

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rendered_roots import make_commit, make_failure, make_quarantine, make_sample
 
-from hv_batch.job import commits, layout
+from hv_batch.job import layout
 from hv_batch.job.dataset.seal import COLUMNS, seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.manifest.extra_columns import Kind, arrow_column, column_names, join, kind_of, learn
+from hv_batch.job.records import commits
 from hv_batch.job.storage import Store
 
 JSON = st.recursive(

@@ -15,10 +15,10 @@ from rendered_roots import FINGERPRINT
 from small_runs import COMPARED, everything, run_small, some_samples
 
 from hv_batch.job import layout
-from hv_batch.job.dataset.seal import unseal_shard
 from hv_batch.job.inspection.garbage import Kind, find_garbage, remove
 from hv_batch.job.inspection.verify import Picture, verify
-from hv_batch.job.latents import Denoised, put_latents, sample_identity
+from hv_batch.job.records.latents import Denoised, put_latents, sample_identity
+from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

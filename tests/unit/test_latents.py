@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
-from hv_batch.job.latents import (
+from hv_batch.job.records.latents import (
     Denoised,
     checkpointed,
     drop_latents,

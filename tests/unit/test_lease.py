@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hv_batch.job import layout, lease
-from hv_batch.job.commits import encode
-from hv_batch.job.lease import Lease, LeaseHeldError, LeaseLostError, held, is_gone, read_lease, this_process
+from hv_batch.job import layout
+from hv_batch.job.records import lease
+from hv_batch.job.records.commits import encode
+from hv_batch.job.records.lease import Lease, LeaseHeldError, LeaseLostError, held, is_gone, read_lease, this_process
 from hv_batch.job.storage import Store
 
 
@@ -72,7 +73,7 @@ def test_a_killed_driver_of_this_machine_hinders_nobody(tmp_path):
     store = Store(str(tmp_path / "root"))
     script = """
 import os, sys, signal
-from hv_batch.job.lease import held, this_process
+from hv_batch.job.records.lease import held, this_process
 from hv_batch.job.storage import Store
 with held(Store(sys.argv[1]), this_process("run")):
     print("held", flush=True)

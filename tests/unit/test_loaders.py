@@ -18,9 +18,10 @@ import webdataset
 from PIL import Image
 from rendered_roots import make_commit, make_quarantine, make_sample
 
-from hv_batch.job import commits, layout
+from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import SCHEMA as LINEAGE
 from hv_batch.job.dataset.seal import COLUMNS, SCHEMA, seal_shard
+from hv_batch.job.records import commits
 from hv_batch.job.storage import Store
 
 IDENTITY = {"model": {"weights": "ab" * 32}, "parallel": {"ulysses_degree": 8}}

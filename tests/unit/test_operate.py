@@ -13,8 +13,9 @@ from small_runs import real_media, run_small, some_samples
 from typer.testing import CliRunner
 
 from hv_batch.cli.main import app
-from hv_batch.job import commits, layout
-from hv_batch.job.lease import LeaseHeldError, held, read_lease, this_process
+from hv_batch.job import layout
+from hv_batch.job.records import commits
+from hv_batch.job.records.lease import LeaseHeldError, held, read_lease, this_process
 from hv_batch.job.redaction import MASK
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError

@@ -8,9 +8,10 @@ import pytest
 from rendered_roots import make_commit, make_sample
 from small_runs import ListedShards
 
-from hv_batch.job import commits, layout
+from hv_batch.job import layout
 from hv_batch.job.outage import Outage
-from hv_batch.job.plan import Answered, Passed, Plan, Unanswered
+from hv_batch.job.records import commits
+from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
 from hv_batch.job.scheduler import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store

@@ -10,12 +10,12 @@ import fsspec
 import numpy as np
 
 from hv_batch.job import layout
-from hv_batch.job.commits import commit, quarantine
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.latents import Denoised, put_latents, put_steps
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.plan import Passed, Pending, Plan
+from hv_batch.job.records.commits import commit, quarantine
+from hv_batch.job.records.latents import Denoised, put_latents, put_steps
+from hv_batch.job.records.pending import Passed, Pending, Plan
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.protocol import StepState

@@ -11,11 +11,13 @@ from rendered_roots import make_failure, make_quarantine, make_sample, open_root
 from small_runs import TRIES, everything, run_small, some_samples
 
 from hv_batch.cli.output_root import parse_shards
-from hv_batch.job import commits, layout
-from hv_batch.job.commits import scan_shard
+from hv_batch.job import layout
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.manifest.selection import only_failed, parse_selection
-from hv_batch.job.quarantine import (
+from hv_batch.job.manifest.selection import parse_selection
+from hv_batch.job.records import commits
+from hv_batch.job.records.commits import scan_shard
+from hv_batch.job.records.pending import only_failed
+from hv_batch.job.records.quarantine import (
     MAX_GROUPS,
     OTHER_REASONS,
     failed_keys,

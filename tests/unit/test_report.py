@@ -11,10 +11,11 @@ from urllib.parse import unquote, urljoin
 import pytest
 from rendered_roots import make_commit, make_failure, make_quarantine, make_sample, open_root
 
-from hv_batch.job import commits, layout, runs
+from hv_batch.job import layout
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.inspection import gallery, summary
+from hv_batch.job.records import commits, run_document
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
@@ -76,7 +77,7 @@ def test_aggregate_adds_up(store):
     assert summary["media"] == {"bytes": 3000, "frames": 35, "seconds": round(34 / 24, 3)}
     assert summary["failures"] == {"POISON": 1, "GPU_OOM": 1}
     assert summary["retries"] == {"INFRA": 2}
-    runs.finish_run(store, summary)
+    run_document.finish_run(store, summary)
     assert not store.exists(layout.SUCCESS)
 
 

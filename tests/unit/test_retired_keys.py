@@ -12,8 +12,8 @@ from hv_batch.job.config import retired_keys
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.orders import read_orders
+from hv_batch.job.records.run_document import RunState, fingerprint, open_run, read_run
 from hv_batch.job.redaction import MASK
-from hv_batch.job.runs import RunState, fingerprint, open_run, read_run
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hv_batch.job import runs
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.orders import read_orders
+from hv_batch.job.records import run_document
 from hv_batch.job.storage import Store
 
 COLOCATED = {"placement": "colocated", "gpus": 0.3}
@@ -51,7 +51,7 @@ def test_a_run_with_colocated_decoders_can_be_resumed(tmp_path, capsys):
     written = config.model_dump(mode="json")
     written["decoders"]["placement"] = "colocated"
     document = {"identity": config.identity(), "config": written, "manifest": {"url": "prompts.jsonl"}}
-    runs.open_run(Store(str(tmp_path)), document)
+    run_document.open_run(Store(str(tmp_path)), document)
     read, manifest = read_orders(str(tmp_path))
     assert (read, manifest) == (config, "prompts.jsonl")
     assert read.identity() == config.identity()

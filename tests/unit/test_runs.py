@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
-from hv_batch.job.runs import (
+from hv_batch.job.records.run_document import (
     MAX_DIFFERENCES,
     RunState,
     _differences,

@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import layout, runs
-from hv_batch.job.commits import quarantine, quarantine_record
+from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.manifest.selection import Selection, only_failed, parse_selection
-from hv_batch.job.plan import LOOK_AHEAD, Passed, Plan
+from hv_batch.job.manifest.selection import Selection, parse_selection
+from hv_batch.job.records import run_document
+from hv_batch.job.records.commits import quarantine, quarantine_record
+from hv_batch.job.records.pending import LOOK_AHEAD, Passed, Plan, only_failed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
@@ -191,7 +192,7 @@ def test_only_what_failed(index, options, expected):
     """`--failed-only`: of the selection only samples that were given up; others stay as they are, pending ones too."""
     store, samples = memory(), list(index)
     failed = [samples[n] for n in (0, 1, 5, 10)]
-    store.put(layout.RUN, runs.encode(root_of(index)))
+    store.put(layout.RUN, run_document.encode(root_of(index)))
     commit(store, *(sample for sample in samples[:15] if sample not in failed))
     for sample in failed:
         failure = Failure(FailureClass.POISON, "not finite").to_dict()
@@ -211,7 +212,7 @@ def test_only_what_failed(index, options, expected):
 def root_of(index) -> dict:
     facts = {"samples": index.summary.samples}
     config = {"output": {"shard_size": 4}}
-    return {"schema": runs.RUN_SCHEMA, "identity": {}, "fingerprint": "", "manifest": facts, "config": config}
+    return {"schema": run_document.RUN_SCHEMA, "identity": {}, "fingerprint": "", "manifest": facts, "config": config}
 
 
 def test_done_shards_cost_two_requests_and_no_look_at_the_manifest(tmp_path, monkeypatch):

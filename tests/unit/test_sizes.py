@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from hv_batch.job.config.group_rules import GROUP_SIZES
 from hv_batch.job.config.hardware import GPUS
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import choose_sizes, explain_choice, fixed_plan, plan_for, recorded_plans
+from hv_batch.job.cost_model.group_plan import choose_sizes, explain_choice, fixed_plan, plan_for
 from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import denoise_seconds
+from hv_batch.job.records.run_identity import recorded_plans
 from hv_batch.job.workload import Work, count_tokens
 from hv_batch.protocol import ParallelPlan, UserError
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from rendered_roots import FINGERPRINT, RenderedMedia, make_commit, make_sample
 
-from hv_batch.job import commits, layout
-from hv_batch.job import spool as spooling
+from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
-from hv_batch.job.spool import Emptied, Spool
+from hv_batch.job.records import commits
+from hv_batch.job.records import spool as spooling
+from hv_batch.job.records.spool import Emptied, Spool
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from tests.doubles import Crash, CrashingStore

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rendered_roots import make_commit, make_quarantine, make_sample, open_root
 
-from hv_batch.job import commits, layout, lease
+from hv_batch.job import layout
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import status
+from hv_batch.job.records import commits, lease
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 

@@ -16,11 +16,12 @@ import pytest
 from rendered_roots import make_quarantine
 from small_runs import everything, real_media, run_small, some_samples
 
-from hv_batch.job import commits, layout
+from hv_batch.job import layout
 from hv_batch.job.inspection.findings import Fault
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.inspection.verify import remove_faults, verify
+from hv_batch.job.records import commits
 from hv_batch.job.storage import Store
 from hv_batch.runtime.playback import decode_media
 

@@ -30,7 +30,7 @@ from hv_batch.job.config.sections import (
     _Section,
 )
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
-from hv_batch.job.cost_model.group_plan import parallel_identity
+from hv_batch.job.records.run_identity import parallel_identity
 from hv_batch.job.user_input import open_input, shorten
 from hv_batch.protocol import ParallelPlan, Shape, UserError
 

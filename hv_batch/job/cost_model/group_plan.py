@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.config.group_rules import DEFAULT_PLAN, GROUP_SIZES
@@ -169,25 +169,3 @@ def _misfit(config: RunConfig, model: ModelShape, shape: Shape) -> str:
         f"{GROUP_SIZES[-1]}, and gpu_memory_gib = {config.gpu_memory_gib:g} with {_share(config):g} of a GPU for a "
         "rank; set model.options.offload to blocks, or render it smaller"
     )
-
-
-def parallel_identity(config: RunConfig, by_shape: Mapping[Shape, ParallelPlan]) -> dict[str, Any]:
-    """The plan, or that of every shape: resolved, so that neither a default nor a cost model can change a run."""
-    device = {"device": config.parallel.device}
-    if plan := fixed_plan(config):
-        degrees = asdict(plan)
-        if plan.cfg_degree == 1:  # a key that came later: roots of before remain what they were
-            del degrees["cfg_degree"]
-        return device | degrees
-    return device | {"plans": {shape_name(shape): asdict(plan) for shape, plan in by_shape.items()}}
-
-
-def recorded_plans(identity: Mapping[str, Any]) -> dict[Shape, ParallelPlan]:
-    """What `parallel_identity` said of every shape in the identity of a run; nothing where all have one plan."""
-    plans = identity.get("parallel", {}).get("plans", {})
-    return {_read_shape(name): ParallelPlan(**degrees) for name, degrees in plans.items()}
-
-
-def _read_shape(name: str) -> Shape:
-    height, width, frames = map(int, name.split("x"))
-    return height, width, frames

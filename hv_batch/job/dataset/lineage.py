@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hv_batch.job.commits import LICENCE_ID
+from hv_batch.job.records.commits import LICENCE_ID
 
 SCHEMA = "hv_batch/lineage/1"
 

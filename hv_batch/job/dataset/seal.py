@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hv_batch.job import layout
-from hv_batch.job.commits import LICENCE_ID, encode, read_commit
 from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.shard_totals import sum_up, write_sums
 from hv_batch.job.dataset.webdataset import write_tar
 from hv_batch.job.manifest.extra_columns import Kind, arrow_column, clean_text, column_names, learn
 from hv_batch.job.parquet import read_parquet
+from hv_batch.job.records.commits import LICENCE_ID, encode, read_commit
 from hv_batch.job.storage import Store
 
 SCHEMA = "hv_batch/dataset/1"  # of the columns below; in the table's own metadata, beside the identity of the run
@@ -90,18 +90,6 @@ def seal_shard(
         write_tar(store, shard, table.to_pylist())
     facts = {"hv_batch.schema": SCHEMA, "hv_batch.identity": encode(identity or {}), "hv_batch.licence": LICENCE_ID}
     return store.put_new(key, parquet_bytes(table.replace_schema_metadata(facts)))
-
-
-def unseal_shard(store: Store, shard: int) -> None:
-    """Take back the seal of the run and then that of the shard, so that the run command looks at its samples again.
-
-    In this order a crash in between leaves a run that is complete and says it is not, and never one that claims to be
-    finished while a shard is open.
-    """
-    of_shard = (layout.metadata_key, layout.sums_key, layout.lineage_key, layout.tar_key)
-    for key in (layout.SUCCESS, *(key_of(shard) for key_of in of_shard)):
-        if store.exists(key):  # looking first spares versioned buckets a delete marker
-            store.delete(key)
 
 
 def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -> pa.Table:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import decode, encode
+from hv_batch.job.records.commits import decode, encode
 from hv_batch.job.storage import Store
 
 SCHEMA = "hv_batch/sums/1"

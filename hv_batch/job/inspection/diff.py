@@ -13,10 +13,9 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from hv_batch.job.commits import read_commit, scan_shard
 from hv_batch.job.dataset.seal import describe_row, read_rows
-from hv_batch.job.inspection.status import plan_size
-from hv_batch.job.runs import find_differences, read_run
+from hv_batch.job.records.commits import read_commit, scan_shard
+from hv_batch.job.records.run_document import find_differences, plan_size, read_run
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads
 

@@ -18,10 +18,9 @@ from enum import StrEnum
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import read_commit
-from hv_batch.job.inspection.status import plan_size
 from hv_batch.job.manifest.index import read_index
-from hv_batch.job.runs import read_run
+from hv_batch.job.records.commits import read_commit
+from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.storage import Leftover, Store
 from hv_batch.job.thread_map import map_in_threads
 

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import scan_shard
-from hv_batch.job.lease import Holder, is_gone, read_lease
-from hv_batch.job.quarantine import Reason, group_reasons, read_quarantined
+from hv_batch.job.records.commits import scan_shard
+from hv_batch.job.records.lease import Holder, is_gone, read_lease
+from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
+from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
 from hv_batch.job.redaction import public_url
-from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads
-from hv_batch.protocol import UserError
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
 MAX_LINES = 100  # of shards in the text table; beyond it only those that need attention are listed
@@ -137,22 +136,6 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
     given_up = read_quarantined(store, [shard.shard for shard in found if shard.quarantined])
     reasons = tuple(group_reasons(given_up))
     return Status(url=public_url(store.url), finished=finished, shards=found, reasons=reasons, holder=read_lease(store))
-
-
-def chosen_shards(run: Mapping[str, Any], shards: Collection[int] | None) -> Sequence[int]:
-    """`shards` in order, or all of the run. Raises UserError for one that the run does not have."""
-    count = plan_size(run)[1]
-    if shards is None:
-        return range(count)
-    if missing := sorted(shard for shard in shards if shard >= count):
-        raise UserError(f"The run has {count:,} shards, numbered from 0; there is no shard {missing[0]}.")
-    return sorted(shards)
-
-
-def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
-    """(samples, shards) of a run; every shard is full but the last."""
-    samples: int = run["manifest"]["samples"]
-    return samples, -(-samples // run["config"]["output"]["shard_size"])
 
 
 def _tell_holder(holder: Holder) -> str:

@@ -16,13 +16,13 @@ from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import read_commit, scan_shard
 from hv_batch.job.dataset.shard_totals import Sums, read_sums, sum_up
 from hv_batch.job.inspection import gallery
 from hv_batch.job.inspection.status import ShardStatus, read_status
-from hv_batch.job.quarantine import read_quarantined
+from hv_batch.job.records.commits import read_commit, scan_shard
+from hv_batch.job.records.quarantine import read_quarantined
+from hv_batch.job.records.run_document import read_run
 from hv_batch.job.redaction import public_url
-from hv_batch.job.runs import read_run
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads
 

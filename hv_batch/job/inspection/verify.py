@@ -21,17 +21,18 @@ from operator import attrgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import COMMIT_SCHEMA
-from hv_batch.job.commits import decode as decode_record
 from hv_batch.job.dataset.lineage import lineage_table
-from hv_batch.job.dataset.seal import metadata_table, unseal_shard
+from hv_batch.job.dataset.seal import metadata_table
 from hv_batch.job.dataset.shard_totals import sum_up
 from hv_batch.job.inspection.findings import Fault, Finding, Verification
 from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify_seal import check_sealed
 from hv_batch.job.manifest.index import is_whole, read_index
-from hv_batch.job.quarantine import UNREADABLE, read_quarantined
-from hv_batch.job.runs import read_run
+from hv_batch.job.records.commits import COMMIT_SCHEMA
+from hv_batch.job.records.commits import decode as decode_record
+from hv_batch.job.records.quarantine import UNREADABLE, read_quarantined
+from hv_batch.job.records.run_document import read_run
+from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads
 

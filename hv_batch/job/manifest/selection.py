@@ -11,16 +11,12 @@ import json
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS, parse_text
-from hv_batch.job.inspection.status import chosen_shards
 from hv_batch.job.manifest.index import Index
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.quarantine import failed_keys
-from hv_batch.job.runs import read_run
-from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError
 
 # A sample no longer tells of how many videos it is one.
@@ -62,17 +58,6 @@ def parse_selection(limit: int | None = None, where: Sequence[str] = (), shards:
             raise UserError(f"--where {condition}: allowed is column=value, as category=landscape.")
         columns[name] = (*columns.get(name, ()), text)
     return Selection(limit, columns, parse_ranges(shards) if shards is not None else ())
-
-
-def only_failed(store: Store, selection: Selection) -> Selection:
-    """Of a selection, the samples that are quarantined, or were and have not been committed since they were taken back.
-
-    Raises UserError when the root holds no run, or no such shard.
-    """
-    chosen = {shard for shards in selection.shards for shard in shards}
-    found = failed_keys(store, chosen_shards(read_run(store), chosen or None))
-    shards = tuple(range(shard, shard + 1) for shard in found)
-    return replace(selection, shards=shards, failed=frozenset().union(*found.values()))
 
 
 def parse_ranges(shards: str) -> tuple[range, ...]:

@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 from hv_batch.job import layout
-from hv_batch.job.commits import ShardState, scan_shard
 from hv_batch.job.failure import Failure
-from hv_batch.job.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.manifest.index import Index
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.manifest.selection import Selection, count_selected
-from hv_batch.job.quarantine import earlier_failures, read_quarantined, release, taken_back
+from hv_batch.job.records.commits import ShardState, scan_shard
+from hv_batch.job.records.latents import checkpointed, drop_latents, drop_steps
+from hv_batch.job.records.quarantine import earlier_failures, failed_keys, read_quarantined, release, taken_back
+from hv_batch.job.records.run_document import chosen_shards, read_run
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
@@ -267,3 +268,14 @@ def _persist(act: Callable[[], T]) -> Generator[Unanswered | Answered, None, T]:
             if was_away:
                 yield Answered()
             return result
+
+
+def only_failed(store: Store, selection: Selection) -> Selection:
+    """Of a selection, the samples that are quarantined, or were and have not been committed since they were taken back.
+
+    Raises UserError when the root holds no run, or no such shard.
+    """
+    chosen = {shard for shards in selection.shards for shard in shards}
+    found = failed_keys(store, chosen_shards(read_run(store), chosen or None))
+    shards = tuple(range(shard, shard + 1) for shard in found)
+    return replace(selection, shards=shards, failed=frozenset().union(*found.values()))

@@ -19,9 +19,9 @@ from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import decode, encode, read_quarantine, scan_shard
-from hv_batch.job.dataset.seal import unseal_shard
 from hv_batch.job.failure import Failure
+from hv_batch.job.records.commits import decode, encode, read_quarantine, scan_shard
+from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.storage import Store
 from hv_batch.job.thread_map import map_in_threads
 

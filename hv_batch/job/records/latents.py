@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hv_batch.job import layout
-from hv_batch.job.commits import encode_line
+from hv_batch.job.records.commits import encode_line
 from hv_batch.protocol import StepState
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hv_batch.job import commits, layout
+from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.disk import file_sha256
-from hv_batch.job.latents import drop_what_led_to
+from hv_batch.job.records import commits
+from hv_batch.job.records.latents import drop_what_led_to
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.job.thread_map import map_in_threads

@@ -10,13 +10,13 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from hv_batch.job import layout
-from hv_batch.job.commits import LICENCE_ID, decode, encode
+from hv_batch.job.records.commits import LICENCE_ID, decode, encode
 from hv_batch.job.redaction import public_url
 from hv_batch.protocol import UserError
 
@@ -169,3 +169,19 @@ def _clip(text: str, same: int) -> str:
     start = max(0, min(same - MAX_VALUE_CHARS // 2, len(text) - MAX_VALUE_CHARS))
     end = start + MAX_VALUE_CHARS
     return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
+
+
+def chosen_shards(run: Mapping[str, Any], shards: Collection[int] | None) -> Sequence[int]:
+    """`shards` in order, or all of the run. Raises UserError for one that the run does not have."""
+    count = plan_size(run)[1]
+    if shards is None:
+        return range(count)
+    if missing := sorted(shard for shard in shards if shard >= count):
+        raise UserError(f"The run has {count:,} shards, numbered from 0; there is no shard {missing[0]}.")
+    return sorted(shards)
+
+
+def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
+    """(samples, shards) of a run; every shard is full but the last."""
+    samples: int = run["manifest"]["samples"]
+    return samples, -(-samples // run["config"]["output"]["shard_size"])
