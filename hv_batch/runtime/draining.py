@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from hv_batch.job.events import Event, WorkerId, WorkerLeaving
+from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.placement import show
 from hv_batch.runtime.workers import Worker

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 import ray
 
-from hv_batch.job.events import (
+from hv_batch.job.failure import Failure
+from hv_batch.job.losses import Losses
+from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.outage import Outage
+from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
+from hv_batch.job.redaction import public_url
+from hv_batch.job.scheduling.capacity import retry_limits, stage_limits
+from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.messages import (
     Abort,
     Action,
     Admit,
@@ -37,15 +46,7 @@ from hv_batch.job.events import (
     WorkerId,
     WorkerReady,
 )
-from hv_batch.job.failure import Failure
-from hv_batch.job.limits import retry_limits, stage_limits
-from hv_batch.job.losses import Losses
-from hv_batch.job.manifest.extra_columns import Kind
-from hv_batch.job.outage import Outage
-from hv_batch.job.progress import Progress, Snapshot
-from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
-from hv_batch.job.redaction import public_url
-from hv_batch.job.scheduler import OUTAGE_PAUSE_S, Scheduler
+from hv_batch.job.scheduling.scheduler import Scheduler
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Work
 from hv_batch.protocol import UserError

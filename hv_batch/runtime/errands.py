@@ -14,7 +14,6 @@ from functools import partial
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from hv_batch.job.events import Event
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.manifest.samples import Sample
@@ -22,6 +21,7 @@ from hv_batch.job.outage import Outage
 from hv_batch.job.records.commits import quarantine, quarantine_record
 from hv_batch.job.records.latents import drop_latents, drop_steps
 from hv_batch.job.records.pending import Plan, Sealable
+from hv_batch.job.scheduling.messages import Event
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify

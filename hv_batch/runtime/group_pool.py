@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import WorkerId
+from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_cluster

@@ -16,8 +16,16 @@ import ray
 from ray.exceptions import RayError
 
 from hv_batch.job.config.colocation import rank_gpus
-from hv_batch.job.events import Event, TaskDone, TaskFailed, WorkerId, WorkerLost, WorkerPlaced, WorkerReady
 from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling.messages import (
+    Event,
+    TaskDone,
+    TaskFailed,
+    WorkerId,
+    WorkerLost,
+    WorkerPlaced,
+    WorkerReady,
+)
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.context import RunContext, StageReport

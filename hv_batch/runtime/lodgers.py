@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-from hv_batch.job.events import Event, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.seats import Room

@@ -11,7 +11,7 @@ from ray.autoscaler.sdk import request_resources
 
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
-from hv_batch.job.limits import lodgers_per_node, most_workers
+from hv_batch.job.scheduling.capacity import lodgers_per_node, most_workers
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan, UserError
 

@@ -41,7 +41,7 @@ from hv_batch.job.records.pending import Plan, only_failed
 from hv_batch.job.records.run_document import RunState, fingerprint, finish_run, inspect_run, open_run, read_run
 from hv_batch.job.records.run_identity import recorded_plans
 from hv_batch.job.redaction import public_url, public_values
-from hv_batch.job.scheduler import OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError

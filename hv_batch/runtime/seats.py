@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.limits import lodgers_per_node
+from hv_batch.job.scheduling.capacity import lodgers_per_node
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.placement import elsewhere, group_bundles, ranks_per_node
 

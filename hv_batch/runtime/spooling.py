@@ -17,12 +17,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
-from hv_batch.job.events import Event, Published, SpoolLost
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.outage import Outage
 from hv_batch.job.records.spool import Emptied, Spool
+from hv_batch.job.scheduling.messages import Event, Published, SpoolLost
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError

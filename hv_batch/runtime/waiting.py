@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import WorkerId
+from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.placement import SINGLES, alive_nodes, fits, show, show_cluster, single_actors
 from hv_batch.runtime.workers import Worker

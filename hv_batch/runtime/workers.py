@@ -17,7 +17,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
-from hv_batch.job.events import (
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.scheduling.messages import (
     Beat,
     Event,
     Spooled,
@@ -28,8 +30,6 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport
 from hv_batch.runtime.decoders import DecoderActor, DecodeTask

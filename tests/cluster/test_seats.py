@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import WorkerId
+from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.group_pool import KEEP_S, GroupPool

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hv_batch.job import flow
-from hv_batch.job.events import (
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling import backpressure
+from hv_batch.job.scheduling.limits import Lane, RetryLimits, StageLimits
+from hv_batch.job.scheduling.messages import (
     Abort,
     Admit,
     Admitted,
@@ -37,13 +39,10 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.freight import ASSUMED_EMBEDDINGS
-from hv_batch.job.lanes import Lane
-from hv_batch.job.limits import RetryLimits, StageLimits
-from hv_batch.job.scheduler import Scheduler
-from hv_batch.job.slots import GIVE_UP_S
-from hv_batch.job.staffing import ANOTHER_SIZE, MAKES_ROOM
+from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDINGS
+from hv_batch.job.scheduling.scaling import ANOTHER_SIZE, MAKES_ROOM
+from hv_batch.job.scheduling.scheduler import Scheduler
+from hv_batch.job.scheduling.worker_slots import GIVE_UP_S
 from hv_batch.job.stages import Stage
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
@@ -246,7 +245,7 @@ class World:
         gone = Counter(self.committed) + Counter(self.quarantined)
         assert all(count == 1 for count in gone.values()), "a sample went twice"
         assert not self.spooled.keys() & (gone.keys() | self.at.keys()), "in two places"
-        assert self.scheduler.spooled() == len(self.spooled) <= flow.SPOOLED_AT_MOST
+        assert self.scheduler.spooled() == len(self.spooled) <= backpressure.SPOOLED_AT_MOST
         assert len(self.at) <= self.scheduler.window
         assert self.ranks() <= max(lane.ranks * lane.workers for lane in self.stages[Stage.DENOISE].sizes)
         if not (self.finish or self.abort):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import WorkerPlaced
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.limits import stage_limits
-from hv_batch.job.scheduler import OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.capacity import stage_limits
+from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.messages import WorkerPlaced
 from hv_batch.job.stages import Stage
 from tests.unit.scheduler_world import RETRIES, World, limits, plan_of
 from tests.unit.test_staffing import advance, pass_time

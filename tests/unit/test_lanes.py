@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hv_batch.job.events import Admitted
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.lanes import LOAD_S, PATIENCE_S
+from hv_batch.job.scheduling.messages import Admitted
+from hv_batch.job.scheduling.size_classes import LOAD_S, PATIENCE_S
 from hv_batch.job.stages import Stage
 from tests.unit.scheduler_world import World, limits
 from tests.unit.test_staffing import pass_time

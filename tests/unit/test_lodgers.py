@@ -14,9 +14,9 @@ from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan
 from hv_batch.job.cost_model.memory_check import memory_problems
-from hv_batch.job.events import TaskDone, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.limits import lodgers_per_node, most_workers, stage_limits
+from hv_batch.job.scheduling.capacity import lodgers_per_node, most_workers, stage_limits
+from hv_batch.job.scheduling.messages import TaskDone, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import UserError
 from hv_batch.runtime.lodgers import Lodger

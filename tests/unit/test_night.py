@@ -17,7 +17,9 @@ from typing import Literal
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import (
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling.capacity import most_workers, retry_limits, stage_limits
+from hv_batch.job.scheduling.messages import (
     Abort,
     Admit,
     Admitted,
@@ -41,9 +43,7 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.limits import most_workers, retry_limits, stage_limits
-from hv_batch.job.scheduler import Scheduler
+from hv_batch.job.scheduling.scheduler import Scheduler
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 

@@ -12,7 +12,7 @@ from hv_batch.job import layout
 from hv_batch.job.outage import Outage
 from hv_batch.job.records import commits
 from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
-from hv_batch.job.scheduler import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.store_errors import StorageUnavailableError

@@ -25,8 +25,8 @@ from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.memory_check import memory_problems
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
-from hv_batch.job.pools import HEADROOM
 from hv_batch.job.progress import Progress
+from hv_batch.job.scheduling.pool_sizing import HEADROOM
 from hv_batch.job.workload import Work, count_tokens
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import Beat
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.limits import StageLimits, most_workers, stage_limits
-from hv_batch.job.pools import HEADROOM, RECENT, SHRINK_AFTER_S, SPARE, Pools
+from hv_batch.job.scheduling.capacity import most_workers, stage_limits
+from hv_batch.job.scheduling.limits import StageLimits
+from hv_batch.job.scheduling.messages import Beat
+from hv_batch.job.scheduling.pool_sizing import HEADROOM, RECENT, SHRINK_AFTER_S, SPARE, Pools
 from hv_batch.job.stages import Stage
 from tests.unit.scheduler_world import RETRIES, STALL_S, World, limits, plan_of
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import flow
-from hv_batch.job.events import (
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling import backpressure
+from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S, StageLimits
+from hv_batch.job.scheduling.messages import (
     Admitted,
     Beat,
     Finish,
@@ -21,11 +23,8 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.freight import ASSUMED_EMBEDDINGS
-from hv_batch.job.limits import StageLimits
-from hv_batch.job.scheduler import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
-from hv_batch.job.slots import MAX_BACKOFF_S
+from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDINGS
+from hv_batch.job.scheduling.worker_slots import MAX_BACKOFF_S
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Work
 from tests.unit.scheduler_world import BLAMED, MIB, RETRIES, STALL_S, World, limits, plan_of
@@ -409,7 +408,7 @@ def test_a_lost_spool_costs_a_render_and_charges_nobody(stage, denoises):
 
 def test_the_driver_keeps_account_of_so_many_spooled_videos(monkeypatch):
     """P7: beyond that, decodes wait as they do when the disks are full."""
-    monkeypatch.setattr(flow, "SPOOLED_AT_MOST", 5)
+    monkeypatch.setattr(backpressure, "SPOOLED_AT_MOST", 5)
     world = World(limits(groups=2, decoders=2), plan_of(30))
     for _ in range(200):
         decodes = [worker for worker in world.running if worker.stage is Stage.DECODE]

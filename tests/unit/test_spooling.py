@@ -11,11 +11,11 @@ from rendered_roots import FINGERPRINT, make_commit, make_sample
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import Published, SpoolLost
 from hv_batch.job.outage import Outage
 from hv_batch.job.records import commits
 from hv_batch.job.records.spool import Emptied
-from hv_batch.job.scheduler import OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.messages import Published, SpoolLost
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.protocol import UserError

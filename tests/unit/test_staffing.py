@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from hv_batch.job.events import Admitted, Beat, Finish, TaskDone, WorkerLeaving, WorkerPlaced
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.limits import StageLimits
-from hv_batch.job.slots import GIVE_UP_S, LAST_CHECKPOINT_S
-from hv_batch.job.staffing import MAKE_ROOM_EVERY_S, STARVED_AFTER_S
+from hv_batch.job.scheduling.limits import StageLimits
+from hv_batch.job.scheduling.messages import Admitted, Beat, Finish, TaskDone, WorkerLeaving, WorkerPlaced
+from hv_batch.job.scheduling.scaling import MAKE_ROOM_EVERY_S, STARVED_AFTER_S
+from hv_batch.job.scheduling.worker_slots import GIVE_UP_S, LAST_CHECKPOINT_S
 from hv_batch.job.stages import Stage
 from tests.unit.scheduler_world import STALL_S, World, limits, plan_of
 

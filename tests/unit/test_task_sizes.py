@@ -1,12 +1,13 @@
-"""How many samples one task takes: hv_batch.job.parcels."""
+"""How many samples one task takes: hv_batch.job.scheduling.micro_batches."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.job import parcels
-from hv_batch.job.parcels import PARCEL, PARCEL_S, Parcels
+from hv_batch.job.scheduling import micro_batches
+from hv_batch.job.scheduling.limits import PARCEL
+from hv_batch.job.scheduling.micro_batches import PARCEL_S, Parcels
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Work
 
@@ -64,7 +65,7 @@ def test_stations_are_known_one_by_one():
 
 def test_no_more_kinds_are_remembered_than_a_driver_can_hold(monkeypatch):
     """P7: a manifest may have a shape a row; those measured longest ago are forgotten."""
-    monkeypatch.setattr(parcels, "MOST_KINDS", 3)
+    monkeypatch.setattr(micro_batches, "MOST_KINDS", 3)
     known = Parcels()
     for width in range(10):
         known.measure(Stage.DENOISE, [Work((16, width, 1), 50, 1)], 0.01)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.events import WorkerId
+from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime import placement, waiting
 from hv_batch.runtime.waiting import SAY_AFTER_S, RoomWatch

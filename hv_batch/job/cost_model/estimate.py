@@ -39,10 +39,10 @@ from hv_batch.job.cost_model.memory import (
 from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
-from hv_batch.job.limits import most_workers
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.pools import whole, workers_needed
+from hv_batch.job.scheduling.capacity import most_workers
+from hv_batch.job.scheduling.pool_sizing import whole, workers_needed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import Store
 from hv_batch.job.workload import Work

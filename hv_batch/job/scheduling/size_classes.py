@@ -20,24 +20,14 @@ Only one lane: groups come as they are needed, and never make room.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from hv_batch.job.events import WorkerId
-from hv_batch.job.slots import Status, WorkerSlot
+from hv_batch.job.scheduling.limits import Lane
+from hv_batch.job.scheduling.messages import WorkerId
+from hv_batch.job.scheduling.worker_slots import Status, WorkerSlot
 
 LOAD_S = 120.0  # what a group takes until it renders: 26 GB of weights on every rank, and to meet
 PATIENCE_S = 1800.0
 PLACE_S = 30.0  # what is freed for a claim is taken within seconds; if that was too little, more is freed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
-    """The groups of one size."""
-
-    ranks: int  # of a group
-    workers: int  # groups at a time, at most
-    ahead: int  # samples that may wait for its groups
-    name: str = ""  # of the size, for people; empty where there is only one
 
 
 class Lanes:

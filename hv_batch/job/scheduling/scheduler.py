@@ -31,8 +31,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hv_batch.job.blame import charge, station_gone
-from hv_batch.job.events import (
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling.backpressure import Flow
+from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S, RetryLimits, StageLimits
+from hv_batch.job.scheduling.messages import (
     Abort,
     Action,
     Admit,
@@ -56,18 +58,13 @@ from hv_batch.job.events import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.flow import Flow
-from hv_batch.job.freight import Freight
-from hv_batch.job.limits import RetryLimits, StageLimits
-from hv_batch.job.pools import Pools
-from hv_batch.job.queues import Queues
-from hv_batch.job.slots import LAST_CHECKPOINT_S, Status, WorkerSlot
-from hv_batch.job.staffing import Staff
+from hv_batch.job.scheduling.object_store_budget import Freight
+from hv_batch.job.scheduling.pool_sizing import Pools
+from hv_batch.job.scheduling.queues import Queues
+from hv_batch.job.scheduling.retries import charge, station_gone
+from hv_batch.job.scheduling.scaling import Staff
+from hv_batch.job.scheduling.worker_slots import LAST_CHECKPOINT_S, Status, WorkerSlot
 from hv_batch.job.stages import Stage
-
-OUTAGE_PAUSE_S = 15.0  # between two tries while the output root does not answer
-OUTAGE_LIMIT_S = 1800.0  # then the run ends; everything that was stored is there for the same command
 
 
 class Scheduler:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from hv_batch.job.events import ReleaseWorker, StartWorker, WorkerId
-from hv_batch.job.lanes import Lanes
-from hv_batch.job.limits import StageLimits
-from hv_batch.job.pools import Pools
-from hv_batch.job.slots import Status, WorkerSlot
+from hv_batch.job.scheduling.limits import StageLimits
+from hv_batch.job.scheduling.messages import ReleaseWorker, StartWorker, WorkerId
+from hv_batch.job.scheduling.pool_sizing import Pools
+from hv_batch.job.scheduling.size_classes import Lanes
+from hv_batch.job.scheduling.worker_slots import Status, WorkerSlot
 from hv_batch.job.stages import Stage
 
 # Groups are asked for first: only they need many GPUs of one node at once, and a single actor that lands there first

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from hv_batch.job.failure import Failure
-from hv_batch.job.freight import Freight
+from hv_batch.job.scheduling.object_store_budget import Freight
 from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:

@@ -1,54 +1,15 @@
-"""The numbers a scheduler is given: how wide each station is, and how often what may be tried."""
+"""How many workers and queue places a config gives each stage."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from hv_batch.job.config.group_rules import most_ranks
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.failure import FailureClass
-from hv_batch.job.lanes import Lane
-from hv_batch.job.parcels import PARCEL
+from hv_batch.job.scheduling.limits import PARCEL, Lane, RetryLimits, StageLimits
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageLimits:
-    workers: int  # at most; 0 of DECODE: the groups do its tasks too
-    auto: bool = False  # how many of them there should be is learnt from how long tasks take
-    lodges: bool = False  # they use the groups' resources, so they need none of their own
-    batch: int = 1  # samples a task may take; more than one behind the encoders only of quick ones (parcels.py)
-    ahead: int  # tasks' worth of samples that may wait here; the station before pauses when its results would exceed it
-    task_timeout_s: float  # without a Beat for so long a running task counts as hung
-    result_bytes: float = math.inf  # of what one worker has made and is making, as long as the object store holds it
-    lanes: tuple[Lane, ...] = ()  # its workers by size; none: all are alike
-
-    @property
-    def sizes(self) -> tuple[Lane, ...]:
-        return self.lanes or (Lane(ranks=1, workers=self.workers, ahead=self.ahead),)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryLimits:
-    """How many tries a sample has for each class of failure, and how often in a row one worker slot may be lost."""
-
-    poison: int
-    oom: int
-    infra: int
-    preempted: int
-    worker: int
-
-    def tries(self, kind: FailureClass) -> int:
-        return {
-            FailureClass.POISON: self.poison,
-            FailureClass.GPU_OOM: self.oom,
-            FailureClass.INFRA: self.infra,
-            FailureClass.PREEMPTED: self.preempted,
-        }[kind]
-
 
 # Of an `auto` pool, for each group. Encoding is a small part of a denoise, even of an image. A decode may take longer
 # than a denoise of few steps on eight GPUs; if it takes more than twice as long, uploads or disks are slow, and more

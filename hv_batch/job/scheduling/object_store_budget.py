@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from hv_batch.job.events import WorkerId
+from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 
 # Two prompts (classifier-free guidance) of 256 tokens, 4096 wide in bfloat16: the most that the released encoders give.

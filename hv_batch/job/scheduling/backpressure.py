@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hv_batch.job.events import WorkerId
-from hv_batch.job.freight import Freight
-from hv_batch.job.limits import StageLimits
-from hv_batch.job.parcels import Parcels
-from hv_batch.job.queues import Queues
+from hv_batch.job.scheduling.limits import StageLimits
+from hv_batch.job.scheduling.messages import WorkerId
+from hv_batch.job.scheduling.micro_batches import Parcels
+from hv_batch.job.scheduling.object_store_budget import Freight
+from hv_batch.job.scheduling.queues import Queues
 from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from hv_batch.job.events import WorkerId
 from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling.messages import WorkerId
 
 # Three different samples that fail in a row on one worker, though it survives each: its device or its process may be
 # sick, and a rebuild is cheap beside a night of quarantined samples.

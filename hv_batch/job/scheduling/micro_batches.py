@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from hv_batch.job.scheduling.limits import PARCEL
 from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:
     from hv_batch.job.workload import Work
 
 PARCEL_S = 0.5  # nobody at a terminal notices, and no step checkpoint would be worth writing
-PARCEL = 32  # samples, at most: what a task costs is then a small part of what even the quickest do
 RECENT = 16  # tasks that tell what is usual
 FORGET = 0.9  # of what a kind of work took, when it takes less: one lucky task is no promise
 MOST_KINDS = 1000  # of work, that are remembered

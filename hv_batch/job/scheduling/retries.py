@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from hv_batch.job.events import Quarantine
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.limits import RetryLimits
-from hv_batch.job.queues import Queues
+from hv_batch.job.scheduling.limits import RetryLimits
+from hv_batch.job.scheduling.messages import Quarantine
+from hv_batch.job.scheduling.queues import Queues
 from hv_batch.job.stages import Stage
 
 # A retried denoise is encoded anew: an encoding costs a thousandth of a denoise, and the embedding may have been lost

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from hv_batch.job.events import Resized
-from hv_batch.job.limits import StageLimits
+from hv_batch.job.scheduling.limits import StageLimits
+from hv_batch.job.scheduling.messages import Resized
 from hv_batch.job.stages import Stage
 
 # Samples come in bursts, and a pool that is busy all the time never works off what has piled up.
