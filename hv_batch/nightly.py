@@ -20,7 +20,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from hv_batch.job import storage
-from hv_batch.job.disk import LocalDisk
-from hv_batch.job.storage import Store
+from hv_batch.job.storage import store
+from hv_batch.job.storage.local_disk import LocalDisk
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import NotFiniteError
 
 
@@ -70,7 +70,7 @@ class FakeEngine:
         With `root_goes_away` the output root takes no file while there is a mark "away".
         """
         if self.root_goes_away:
-            storage.PAUSES_S = ()
+            store.PAUSES_S = ()
             LocalDisk.adopt = self._going_away(LocalDisk.adopt)
         for prefix in self.dies_after:
             for name in ("create", "put", "put_file", "adopt"):

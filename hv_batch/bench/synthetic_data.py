@@ -19,9 +19,10 @@ from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.manifest.index import load_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.records.commits import commit_record, encode
+from hv_batch.job.records.commits import commit_record
 from hv_batch.job.records.run_document import read_run
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.canonical_json import encode
+from hv_batch.job.storage.store import Store
 
 FORMATS = ("jsonl", "jsonl.gz", "parquet")
 

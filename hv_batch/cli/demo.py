@@ -7,7 +7,7 @@ from pathlib import Path
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.progress import Progress
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import cache_dir

@@ -35,7 +35,7 @@ from hv_batch.job.progress import Progress
 from hv_batch.job.records.lease import held, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
 from hv_batch.job.records.run_document import chosen_shards, read_run
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 FOUND = 3
 

@@ -8,7 +8,7 @@ from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.redaction import MASK
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 

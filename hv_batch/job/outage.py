@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from hv_batch.job.formatting import clock
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import UserError
 
 

@@ -15,7 +15,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.group_plan import GroupSizes
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import Engine, UserError
 
 

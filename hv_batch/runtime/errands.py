@@ -22,7 +22,7 @@ from hv_batch.job.records.commits import quarantine, quarantine_record
 from hv_batch.job.records.latents import drop_latents, drop_steps
 from hv_batch.job.records.pending import Plan, Sealable
 from hv_batch.job.scheduling.messages import Event
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify
 from hv_batch.runtime.sealing import seal

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import DeviceError, UserError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -23,7 +23,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from hv_batch.job.config.sections import MediaConfig
-from hv_batch.job.disk import file_sha256
+from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.runtime.codecs import jpeg_options, video_options
 from hv_batch.runtime.png import encode_png
 

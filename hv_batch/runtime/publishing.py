@@ -27,7 +27,7 @@ from hv_batch.job.records import commits
 from hv_batch.job.records.latents import drop_what_led_to, get_latents, sample_identity
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.failures import DISK_FULL, LatentsGoneError, NodeError

@@ -18,7 +18,7 @@ from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.latents import Denoised, put_latents, sample_identity
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, ParallelPlan, RankPlace, StepState
 from hv_batch.runtime.context import LifeSign, RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.devices import await_free_memory

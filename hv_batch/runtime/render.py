@@ -42,8 +42,8 @@ from hv_batch.job.records.run_document import RunState, fingerprint, finish_run,
 from hv_batch.job.records.run_identity import recorded_plans
 from hv_batch.job.redaction import public_url, public_values
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
-from hv_batch.job.storage import Store
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
 from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext

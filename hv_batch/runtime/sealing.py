@@ -12,7 +12,7 @@ import ray
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.records.run_document import read_run
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it

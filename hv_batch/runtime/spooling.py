@@ -24,8 +24,8 @@ from hv_batch.job.outage import Outage
 from hv_batch.job.records.spool import Emptied, Spool
 from hv_batch.job.scheduling.messages import Event, Published, SpoolLost
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import Store
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.failures import classify

@@ -20,7 +20,7 @@ import numpy as np
 
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.latents import get_steps, put_steps
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 
 # All steps of a denoise take about as long, so one that takes several times longer than any before it hangs, and eight

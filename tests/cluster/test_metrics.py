@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 import yaml
 
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from tests.cluster.runs import ROOT, command, finish, start, write_config, write_manifest
 
 DEADLINE_S = 60

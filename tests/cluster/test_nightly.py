@@ -13,7 +13,7 @@ import pytest
 from hv_batch.job import layout
 from hv_batch.job.records import commits
 from hv_batch.job.records.lease import LEASE_SCHEMA, held, this_process
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from tests.cluster.runs import ROOT, dataset, render, write_config, write_manifest
 
 PROMPTS = [f"prompt {i}" for i in range(4)]

@@ -10,8 +10,8 @@ import boto3
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hv_batch.job import storage
-from hv_batch.job.storage import Store
+from hv_batch.job.storage import store
+from hv_batch.job.storage.store import Store
 from tests.s3_server import S3Server
 
 
@@ -37,7 +37,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # so that the retries seen are ours
-    monkeypatch.setattr(storage, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(store, "PAUSES_S", (0.0, 0.0, 0.0))
     return s3_server
 
 

@@ -10,7 +10,7 @@ from hv_batch.job import layout
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits, run_document
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import SamplingParams
 
 SHARD_SIZE = 4

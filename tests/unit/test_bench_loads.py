@@ -18,7 +18,7 @@ from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.pending import Passed, Plan
 from hv_batch.job.records.run_document import open_run
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 CONFIG = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=1))
 

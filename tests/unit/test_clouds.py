@@ -11,10 +11,11 @@ import pytest
 from small_runs import everything, run_small, some_samples
 from test_crash_points import NAMED, POISON, crash_and_resume, number_of
 
-from hv_batch.job import layout, storage
+from hv_batch.job import layout
 from hv_batch.job.inspection.garbage import find_garbage
 from hv_batch.job.inspection.verify import Picture, verify
-from hv_batch.job.storage import PutIfAbsent, Store
+from hv_batch.job.storage import store
+from hv_batch.job.storage.store import PutIfAbsent, Store
 from tests.cloud_servers import GcsServer, azurite
 
 pytestmark = pytest.mark.slow
@@ -45,14 +46,14 @@ def azure(tmp_path_factory) -> Iterator[str]:
 def gcs_store(gcs: GcsServer, monkeypatch) -> Store:
     gcs.ignores_conditions = False
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.endpoint)
-    monkeypatch.setattr(storage, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(store, "PAUSES_S", (0.0, 0.0, 0.0))
     return Store(f"gs://nights/{uuid.uuid4().hex}/root")
 
 
 @pytest.fixture
 def azure_store(azure: str, monkeypatch) -> Store:
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azure)
-    monkeypatch.setattr(storage, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(store, "PAUSES_S", (0.0, 0.0, 0.0))
     return Store(f"az://nights/{uuid.uuid4().hex}/root")
 
 

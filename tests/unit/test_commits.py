@@ -22,8 +22,6 @@ from hv_batch.job.records.commits import (
     ShardState,
     commit,
     commit_record,
-    decode,
-    encode,
     quarantine,
     quarantine_record,
     read_commit,
@@ -31,7 +29,8 @@ from hv_batch.job.records.commits import (
     scan_shard,
 )
 from hv_batch.job.records.latents import Denoised, put_latents
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import SamplingParams
 
 PARAMS = SamplingParams(

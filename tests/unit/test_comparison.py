@@ -10,7 +10,7 @@ from small_runs import run_small, some_samples
 
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.records import commits, run_document
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 

@@ -21,7 +21,7 @@ from hv_batch.job.inspection.findings import Fault, Finding
 from hv_batch.job.inspection.verify import Picture, remove_faults, verify
 from hv_batch.job.records.commits import read_commit, scan_shard
 from hv_batch.job.records.quarantine import read_quarantined, release
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from tests.doubles import Crash, CrashingStore
 
 SAMPLES = some_samples(6)

@@ -15,7 +15,7 @@ from hv_batch.job import layout
 from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.records import run_document
 from hv_batch.job.records.pending import Passed, Plan
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.unit.small_runs import ListedShards
 

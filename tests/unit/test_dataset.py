@@ -19,7 +19,7 @@ from hv_batch.job.dataset.seal import COLUMNS, seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.manifest.extra_columns import Kind, arrow_column, column_names, join, kind_of, learn
 from hv_batch.job.records import commits
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -9,7 +9,7 @@ from ray.exceptions import RayTaskError
 
 from hv_batch.job.outage import Outage
 from hv_batch.job.records.pending import Sealable
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime import errands
 from hv_batch.runtime.errands import SHARDS_A_SEALER, Errands
 

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError, WorkerCrashedError
 
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import DeviceError, NotFiniteError, UserError
 from hv_batch.runtime.failures import (
     LatentsGoneError,

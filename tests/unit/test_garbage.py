@@ -19,7 +19,7 @@ from hv_batch.job.inspection.garbage import Kind, find_garbage, remove
 from hv_batch.job.inspection.verify import Picture, verify
 from hv_batch.job.records.latents import Denoised, put_latents, sample_identity
 from hv_batch.job.records.seals import unseal_shard
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 SAMPLES = some_samples(6)

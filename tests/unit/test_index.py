@@ -15,7 +15,7 @@ from hv_batch.job.manifest import check, formats
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.index import load_index
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 

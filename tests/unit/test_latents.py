@@ -22,7 +22,7 @@ from hv_batch.job.records.latents import (
     put_steps,
     sample_identity,
 )
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import SamplingParams, StepState
 from tests.unit.test_commits import PARAMS, SAMPLE, STAGES
 

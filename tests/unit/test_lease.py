@@ -14,9 +14,9 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.records import lease
-from hv_batch.job.records.commits import encode
 from hv_batch.job.records.lease import Lease, LeaseHeldError, LeaseLostError, held, is_gone, read_lease, this_process
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.canonical_json import encode
+from hv_batch.job.storage.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_a_killed_driver_of_this_machine_hinders_nobody(tmp_path):
     script = """
 import os, sys, signal
 from hv_batch.job.records.lease import held, this_process
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 with held(Store(sys.argv[1]), this_process("run")):
     print("held", flush=True)
     sys.stdin.read()

@@ -22,7 +22,7 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import SCHEMA as LINEAGE
 from hv_batch.job.dataset.seal import COLUMNS, SCHEMA, seal_shard
 from hv_batch.job.records import commits
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 IDENTITY = {"model": {"weights": "ab" * 32}, "parallel": {"ulysses_degree": 8}}
 

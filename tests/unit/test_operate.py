@@ -17,7 +17,7 @@ from hv_batch.job import layout
 from hv_batch.job.records import commits
 from hv_batch.job.records.lease import LeaseHeldError, held, read_lease, this_process
 from hv_batch.job.redaction import MASK
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 SAMPLES = some_samples(6, height=32, width=32, num_frames=5)

@@ -14,8 +14,8 @@ from hv_batch.job.records import commits
 from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import Store
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 AWAY = StorageUnavailableError("s3://bucket/run: 503")

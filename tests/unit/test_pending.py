@@ -17,7 +17,7 @@ from hv_batch.job.records.commits import commit, quarantine
 from hv_batch.job.records.latents import Denoised, put_latents, put_steps
 from hv_batch.job.records.pending import Passed, Pending, Plan
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 from tests.unit.test_commits import PARAMS, STAGES, a_commit, a_quarantine
 

@@ -25,7 +25,7 @@ from hv_batch.job.records.quarantine import (
     read_quarantined,
     release,
 )
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 

@@ -16,7 +16,7 @@ from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.inspection import gallery, summary
 from hv_batch.job.records import commits, run_document
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'> & $heading ${title} "quoted" \u202e \ud800"""

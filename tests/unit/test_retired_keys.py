@@ -14,7 +14,7 @@ from hv_batch.job.inspection.diff import compare
 from hv_batch.job.orders import read_orders
 from hv_batch.job.records.run_document import RunState, fingerprint, open_run, read_run
 from hv_batch.job.redaction import MASK
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 WARNING = "warning: the config key encoders.cache is ignored: embeddings are no longer shared between runs; remove"

@@ -8,7 +8,7 @@ from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.orders import read_orders
 from hv_batch.job.records import run_document
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 COLOCATED = {"placement": "colocated", "gpus": 0.3}
 

@@ -21,7 +21,7 @@ from hv_batch.job.records.run_document import (
     open_run,
     read_run,
 )
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 DOCUMENT = {

@@ -20,7 +20,7 @@ from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.rows import make_key, read_row
 from hv_batch.job.manifest.samples import derive_seed
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import MAX_SEED, FieldProblem, SamplingParams, UserError, problems
 from hv_batch.toy.world import SIZES
 

@@ -17,7 +17,7 @@ from hv_batch.job.records import run_document
 from hv_batch.job.records.commits import quarantine, quarantine_record
 from hv_batch.job.records.pending import LOOK_AHEAD, Passed, Plan, only_failed
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 

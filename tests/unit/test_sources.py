@@ -13,7 +13,7 @@ import pytest
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import FieldProblem, UserError
 
 

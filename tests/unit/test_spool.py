@@ -17,8 +17,8 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.records import commits
 from hv_batch.job.records import spool as spooling
 from hv_batch.job.records.spool import Emptied, Spool
-from hv_batch.job.storage import Store
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.store import Store
 from tests.doubles import Crash, CrashingStore
 
 AWAY = StorageUnavailableError("s3://bucket/run: 503")

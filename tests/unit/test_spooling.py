@@ -17,7 +17,7 @@ from hv_batch.job.records.spool import Emptied
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.scheduling.messages import Published, SpoolLost
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime import spooling
 

@@ -13,7 +13,7 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import status
 from hv_batch.job.records import commits, lease
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 

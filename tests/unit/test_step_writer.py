@@ -15,7 +15,7 @@ import pytest
 from hv_batch.job import layout
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.records.latents import get_steps, put_steps
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 from hv_batch.runtime import steps
 from hv_batch.runtime.steps import LEAST_PATIENCE_S, OVERDUE, Pace, StepWriter, read_steps

@@ -22,8 +22,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job import disk, remote, storage
-from hv_batch.job.storage import PutIfAbsent, StorageUnavailableError, Store
+from hv_batch.job.storage import local_disk, object_store, store
+from hv_batch.job.storage.store import PutIfAbsent, StorageUnavailableError, Store
 from hv_batch.protocol import UserError
 
 
@@ -193,7 +193,7 @@ def test_keys_that_leave_the_root_are_refused(any_store, key):
 def test_a_key_stays_below_the_root(key):
     """The same for any key: refused, or below the root and not the root itself."""
     try:
-        checked = storage._checked(key)
+        checked = store._checked(key)
     except ValueError:
         return
     assert os.path.normpath(os.path.join("/root", checked)) == f"/root/{checked}"
@@ -277,7 +277,7 @@ def test_threads_take_turns_where_no_server_judges(monkeypatch):
 def python(script: str, *args: object) -> subprocess.Popen:
     """A fresh interpreter that has `Store` at hand."""
     return subprocess.Popen(
-        [sys.executable, "-c", f"import sys\nfrom hv_batch.job.storage import Store\n{script}", *map(str, args)],
+        [sys.executable, "-c", f"import sys\nfrom hv_batch.job.storage.store import Store\n{script}", *map(str, args)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -407,8 +407,10 @@ def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeyp
 def test_the_names_of_new_folders_are_flushed_before_what_is_in_them(tmp_path, monkeypatch):
     """P1: a power cut takes no record away that was said to be there, nor the first one of a shard with its folder."""
     flushed = []
-    flush = disk._flush
-    monkeypatch.setattr(disk, "_flush", lambda path: (flushed.append(os.path.relpath(path, tmp_path)), flush(path)))
+    flush = local_disk._flush
+    monkeypatch.setattr(
+        local_disk, "_flush", lambda path: (flushed.append(os.path.relpath(path, tmp_path)), flush(path))
+    )
     store = Store(str(tmp_path / "root"))
     assert store.put_new("commits/shard-00000/a.json", b"{}")
     folders = [".", "root", "root/commits", "root/commits/shard-00000"]
@@ -496,7 +498,7 @@ def test_probe_refuses_what_cannot_be_opened(url):
 @pytest.fixture
 def large(tmp_path, monkeypatch) -> Path:
     """A file of three parts, of the smallest size that S3 takes."""
-    monkeypatch.setattr(remote, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(object_store, "PART_BYTES", 5 * 2**20)
     path = tmp_path / "large.mp4"
     path.write_bytes(os.urandom(2**20) * 11)
     return path
@@ -535,7 +537,7 @@ def test_credentials_come_from_the_usual_places(s3, s3_store, tmp_path, place):
     fsspec = json.dumps({"s3": {"key": "test", "secret": "test", "endpoint_url": s3.endpoint}})
     (tmp_path / place).parent.mkdir(parents=True)
     (tmp_path / place).write_text(aws if "aws" in place else fsspec)
-    script = "import sys; from hv_batch.job.storage import Store; print(Store(sys.argv[1]).put_new('a', b'1'))"
+    script = "import sys; from hv_batch.job.storage.store import Store; print(Store(sys.argv[1]).put_new('a', b'1'))"
     done = subprocess.run(
         [sys.executable, "-c", script, s3_store.url],
         env=environment | {"HOME": str(tmp_path), "AWS_DEFAULT_REGION": "us-east-1"},

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hv_batch.job import layout
 from hv_batch.job.records.commits import commit_all, read_commit
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from tests.doubles import Crash
 from tests.unit.test_commits import SAMPLE, a_commit
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.nightly import Orders, next_time, stop_in_time, unfinished, which_day
 from hv_batch.protocol import UserError
 

@@ -44,7 +44,7 @@ from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.scheduling.capacity import most_workers
 from hv_batch.job.scheduling.pool_sizing import whole, workers_needed
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import Work
 from hv_batch.protocol import ParallelPlan, UserError
 

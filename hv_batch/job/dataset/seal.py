@@ -27,9 +27,10 @@ from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.shard_totals import sum_up, write_sums
 from hv_batch.job.dataset.webdataset import write_tar
 from hv_batch.job.manifest.extra_columns import Kind, arrow_column, clean_text, column_names, learn
-from hv_batch.job.parquet import read_parquet
-from hv_batch.job.records.commits import LICENCE_ID, encode, read_commit
-from hv_batch.job.storage import Store
+from hv_batch.job.records.commits import LICENCE_ID, read_commit
+from hv_batch.job.storage.canonical_json import encode
+from hv_batch.job.storage.parquet import read_parquet
+from hv_batch.job.storage.store import Store
 
 SCHEMA = "hv_batch/dataset/1"  # of the columns below; in the table's own metadata, beside the identity of the run
 

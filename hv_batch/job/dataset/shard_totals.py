@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.records.commits import decode, encode
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.store import Store
 
 SCHEMA = "hv_batch/sums/1"
 

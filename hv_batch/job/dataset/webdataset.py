@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 
 def write_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:

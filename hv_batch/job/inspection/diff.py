@@ -16,7 +16,7 @@ from typing import Any
 from hv_batch.job.dataset.seal import describe_row, read_rows
 from hv_batch.job.records.commits import read_commit, scan_shard
 from hv_batch.job.records.run_document import find_differences, plan_size, read_run
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 MAX_LINES = 20  # of samples a category in the text

@@ -21,7 +21,7 @@ from hv_batch.job import layout
 from hv_batch.job.manifest.index import read_index
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.run_document import plan_size, read_run
-from hv_batch.job.storage import Leftover, Store
+from hv_batch.job.storage.store import Leftover, Store
 from hv_batch.job.thread_map import map_in_threads
 
 SCANNERS = 16  # listings wait for the store, not for the CPU

@@ -17,7 +17,7 @@ from hv_batch.job.records.lease import Holder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
 from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 SCANNERS = 16  # listings wait for the store, not for the CPU

@@ -23,7 +23,7 @@ from hv_batch.job.records.commits import read_commit, scan_shard
 from hv_batch.job.records.quarantine import read_quarantined
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 SCHEMA = "hv_batch/summary/1"

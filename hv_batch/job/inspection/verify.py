@@ -29,11 +29,11 @@ from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify_seal import check_sealed
 from hv_batch.job.manifest.index import is_whole, read_index
 from hv_batch.job.records.commits import COMMIT_SCHEMA
-from hv_batch.job.records.commits import decode as decode_record
 from hv_batch.job.records.quarantine import UNREADABLE, read_quarantined
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.records.seals import unseal_shard
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.canonical_json import decode as decode_record
+from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 READERS = 8  # each holds one whole video: 8 x 50 MB, and a decoder beside it

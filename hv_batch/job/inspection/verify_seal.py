@@ -20,8 +20,8 @@ from hv_batch.job.dataset.webdataset import find_tar_fault
 from hv_batch.job.inspection.findings import Fault, Finding
 from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.manifest.index import read_index
-from hv_batch.job.parquet import read_parquet
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.parquet import read_parquet
+from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
 
 Record = Mapping[str, Any]

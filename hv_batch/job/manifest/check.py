@@ -30,7 +30,7 @@ from hv_batch.job.manifest.index import Index, IndexWriter, read_rows
 from hv_batch.job.manifest.reader import Chunk, Manifest
 from hv_batch.job.manifest.row_validation import MAX_COLUMNS, MAX_REPORTED, Verdict, describe, hash_key, judge_chunk
 from hv_batch.job.manifest.samples import ManifestSummary, sample_keys
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 

@@ -25,9 +25,9 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import CheckedRow, ManifestSummary, Sample, make_samples
-from hv_batch.job.parquet import read_parquet
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.parquet import read_parquet
+from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError
 

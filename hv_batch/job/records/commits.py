@@ -11,7 +11,6 @@ steps can leave both behind; `scan_shard` then counts the sample as committed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hv_batch.job import layout
 from hv_batch.job.redaction import public_url
+from hv_batch.job.storage.canonical_json import decode, encode, encode_line
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
     from hv_batch.job.manifest.samples import Sample
-    from hv_batch.job.storage import Store
+    from hv_batch.job.storage.store import Store
 
 COMMIT_SCHEMA = "hv_batch/commit/1"
 QUARANTINE_SCHEMA = "hv_batch/quarantine/1"
@@ -197,30 +197,6 @@ def scan_shard(store: Store, shard: int, *, sealed: bool | None = None) -> Shard
     if sealed is None:
         sealed = store.exists(layout.metadata_key(shard))
     return ShardState(committed, quarantined - committed, latents, sealed)
-
-
-def encode(record: Mapping[str, Any]) -> bytes:
-    """Canonical JSON: equal records are equal bytes. Raises ValueError for NaN and infinities, which are not JSON.
-
-    Text stays readable; a lone surrogate, which UTF-8 cannot hold, becomes the JSON escape it came from.
-    """
-    return _bytes(json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def encode_line(record: Mapping[str, Any]) -> bytes:
-    """As `encode`, in one line: what is written for every sample, and read by machines. Python's fast encoder does no
-    other.
-    """
-    return _bytes(json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False))
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")
-
-
-def decode(data: bytes) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(data)
-    return record
 
 
 def _describe(sample: Sample) -> dict[str, Any]:

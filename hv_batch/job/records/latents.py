@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hv_batch.job import layout
-from hv_batch.job.records.commits import encode_line
+from hv_batch.job.storage.canonical_json import encode_line
 from hv_batch.protocol import StepState
 
 if TYPE_CHECKING:
     from hv_batch.job.manifest.samples import Sample
-    from hv_batch.job.storage import Store
+    from hv_batch.job.storage.store import Store
 
 LATENTS_SCHEMA = "hv_batch/latents/1"
 STEPS_SCHEMA = "hv_batch/steps/1"

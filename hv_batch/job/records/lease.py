@@ -31,9 +31,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hv_batch.job import layout
-from hv_batch.job.records.commits import decode, encode
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 LEASE_SCHEMA = "hv_batch/lease/1"

@@ -25,8 +25,8 @@ from hv_batch.job.records.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.records.quarantine import earlier_failures, failed_keys, read_quarantined, release, taken_back
 from hv_batch.job.records.run_document import chosen_shards, read_run
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import Store
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.store import Store
 
 T = TypeVar("T")
 

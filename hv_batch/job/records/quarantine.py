@@ -20,9 +20,10 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.failure import Failure
-from hv_batch.job.records.commits import decode, encode, read_quarantine, scan_shard
+from hv_batch.job.records.commits import read_quarantine, scan_shard
 from hv_batch.job.records.seals import unseal_shard
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 MAX_GROUPS = 100  # of one class; what does not fit is counted together

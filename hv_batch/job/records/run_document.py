@@ -16,12 +16,13 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from hv_batch.job import layout
-from hv_batch.job.records.commits import LICENCE_ID, decode, encode
+from hv_batch.job.records.commits import LICENCE_ID
 from hv_batch.job.redaction import public_url
+from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
-    from hv_batch.job.storage import Store
+    from hv_batch.job.storage.store import Store
 
 RUN_SCHEMA = "hv_batch/run/1"
 

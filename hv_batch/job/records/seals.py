@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hv_batch.job import layout
-from hv_batch.job.storage import Store
+from hv_batch.job.storage.store import Store
 
 
 def unseal_shard(store: Store, shard: int) -> None:

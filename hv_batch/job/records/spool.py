@@ -25,11 +25,11 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
-from hv_batch.job.disk import file_sha256
 from hv_batch.job.records import commits
 from hv_batch.job.records.latents import drop_what_led_to
-from hv_batch.job.storage import Store
-from hv_batch.job.store_errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.local_disk import file_sha256
+from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 UPLOADS_AT_ONCE = 4  # of a node: a store that has just come back is asked by all nodes of a cluster

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hv_batch.job.disk import LocalDisk
-from hv_batch.job.remote import Remote
+from hv_batch.job.storage.local_disk import LocalDisk
+from hv_batch.job.storage.object_store import Remote
 
 HIDDEN = (".draft-", ".probe-")
 S3_PROTOCOLS = frozenset({"s3", "s3a"})

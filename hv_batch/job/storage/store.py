@@ -29,12 +29,12 @@ from typing import TypeVar
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
-from hv_batch.job.disk import LocalDisk
-from hv_batch.job.leftovers import Leftover, find_leftovers, remove_leftover
-from hv_batch.job.put_if_absent import PutIfAbsent
 from hv_batch.job.redaction import public_url
-from hv_batch.job.remote import Remote
-from hv_batch.job.store_errors import StorageUnavailableError, is_transient, raise_translated
+from hv_batch.job.storage.errors import StorageUnavailableError, is_transient, raise_translated
+from hv_batch.job.storage.incomplete_writes import Leftover, find_leftovers, remove_leftover
+from hv_batch.job.storage.local_disk import LocalDisk
+from hv_batch.job.storage.object_store import Remote
+from hv_batch.job.storage.put_if_absent import PutIfAbsent
 from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError
 

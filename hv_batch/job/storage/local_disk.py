@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from hv_batch.job.put_if_absent import PutIfAbsent
+from hv_batch.job.storage.put_if_absent import PutIfAbsent
 
 # What link(2) says on file systems that have no hard links (FAT, many FUSE mounts of object stores).
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})

@@ -10,9 +10,9 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
-from hv_batch.job.put_if_absent import PutIfAbsent
 from hv_batch.job.redaction import public_url
-from hv_batch.job.store_errors import http_status
+from hv_batch.job.storage.errors import http_status
+from hv_batch.job.storage.put_if_absent import PutIfAbsent
 from hv_batch.protocol import UserError
 
 # Stores whose fsspec driver turns mode="create" into a conditional write that the server judges.
