@@ -19,8 +19,8 @@ import numpy as np
 from hv_batch.bench.throughput import MIDDLE, Meter, Pace, per_second
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.media.writer import write_media
 from hv_batch.protocol import Engine, ParallelPlan, RankPlace, SamplingParams, UserError
-from hv_batch.runtime.media import write_media
 
 Rows = dict[str, np.ndarray]  # a batch as Ray Data hands it over: equally long columns
 

@@ -90,7 +90,7 @@ def verify(
 
     With --repair the exit code is that of the rendering: 0 when all is as it should be again.
     """
-    from hv_batch.runtime.playback import decode_media
+    from hv_batch.media.probe import decode_media
 
     store = Store(output)
     with _changing(store, "verify", remove or repair, steal) as still_ours:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hv_batch.job.config.sections import MediaConfig
+from hv_batch.media.writer import write_media
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
-from hv_batch.runtime.media import write_media
 
 FPS = 24  # of the release, like the names
 PROMPT_CHARS = 100  # of a prompt in a file name

@@ -28,10 +28,10 @@ from hv_batch.job.records.latents import drop_what_led_to, get_latents, sample_i
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
-from hv_batch.runtime.codecs import check_encoder
+from hv_batch.media.codecs import check_encoder
+from hv_batch.media.writer import MediaInfo, write_media
 from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
 from hv_batch.runtime.failures import DISK_FULL, LatentsGoneError, NodeError
-from hv_batch.runtime.media import MediaInfo, write_media
 
 SCRATCH = "hv_batch-"
 SCRATCH_AGE_S = 6 * 3600.0  # older than any encoding: what is left by a process that was killed

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.media.writer import MediaInfo
 from hv_batch.protocol import NotFiniteError
 from hv_batch.runtime.context import stopwatch
-from hv_batch.runtime.media import MediaInfo
 from hv_batch.runtime.publishing import Publisher
 
 Chunks = Generator[np.ndarray, None, None]

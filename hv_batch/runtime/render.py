@@ -44,8 +44,8 @@ from hv_batch.job.redaction import public_url, public_values
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
+from hv_batch.media.codecs import check_encoder
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
-from hv_batch.runtime.codecs import check_encoder
 from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.driver import Driver, Outcome
 from hv_batch.runtime.placement import Shortage, await_resources

@@ -33,7 +33,7 @@ from hv_batch.job.records.latents import (
 from hv_batch.job.records.pending import Passed, Pending, Plan
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
-from hv_batch.runtime.media import write_media
+from hv_batch.media.writer import write_media
 
 COMPARED = ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards")
 # What a record tells of tries from before its sample was taken back, and the totals of that.

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hv_batch.job.config.sections import MediaConfig
+from hv_batch.media.codecs import check_encoder
+from hv_batch.media.png import encode_png
+from hv_batch.media.writer import MediaInfo, write_media
 from hv_batch.protocol import UserError
-from hv_batch.runtime.codecs import check_encoder
-from hv_batch.runtime.media import MediaInfo, write_media
-from hv_batch.runtime.png import encode_png
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 HEIGHT, WIDTH = 48, 64
@@ -309,7 +309,7 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from hv_batch.job.config.run_config import MediaConfig
-from hv_batch.runtime.media import write_media
+from hv_batch.media.writer import write_media
 
 def frames():
     yield np.zeros((3, 48, 64, 3), np.uint8)

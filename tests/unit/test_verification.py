@@ -23,7 +23,7 @@ from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.inspection.verify import remove_faults, verify
 from hv_batch.job.records import commits
 from hv_batch.job.storage.store import Store
-from hv_batch.runtime.playback import decode_media
+from hv_batch.media.probe import decode_media
 
 SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]
 

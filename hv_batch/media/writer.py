@@ -24,8 +24,8 @@ import numpy as np
 
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.storage.local_disk import file_sha256
-from hv_batch.runtime.codecs import jpeg_options, video_options
-from hv_batch.runtime.png import encode_png
+from hv_batch.media.codecs import jpeg_options, video_options
+from hv_batch.media.png import encode_png
 
 STDERR_LINES = 40  # the end of what ffmpeg says, kept for the error message; the rest is read and dropped
 EXIT_TIMEOUT_S = 600.0  # from the last frame: draining the encoder and moving the index to the front of the file
