@@ -15,8 +15,8 @@ import ray
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.protocol import Decoder
-from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch
-from hv_batch.runtime.publishing import Made, Publisher, scratch_folder
+from hv_batch.runtime.publisher import Made, Publisher, scratch_folder
+from hv_batch.runtime.run_context import LifeSign, RunContext, StageReport, stopwatch
 
 
 @dataclass(frozen=True, slots=True)

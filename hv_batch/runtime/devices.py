@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from hv_batch.runtime.failures import NodeError
+from hv_batch.runtime.classify import NodeError
 
 # Contexts and displays take well below a tenth of a GPU; whatever else computes there takes more.
 FREE_SHARE = 0.9

@@ -50,7 +50,6 @@ from hv_batch.job.scheduling.scheduler import Scheduler
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Work
 from hv_batch.protocol import UserError
-from hv_batch.runtime.context import RunContext
 from hv_batch.runtime.draining import NodeWatch
 from hv_batch.runtime.errands import Errands
 from hv_batch.runtime.group_pool import GroupPool
@@ -58,10 +57,12 @@ from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.metrics import RunMetrics
 from hv_batch.runtime.placement import Shortage, alive_nodes, result_shares
+from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.spooling import Spools
 from hv_batch.runtime.waiting import RoomWatch
-from hv_batch.runtime.workers import InFlight, Worker, start_decoder, start_encoder
+from hv_batch.runtime.worker import InFlight, Worker
+from hv_batch.runtime.workers import start_decoder, start_encoder
 
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
 POLL_S = 1.0  # how often a worker is asked for its progress

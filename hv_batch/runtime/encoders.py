@@ -9,8 +9,8 @@ import ray
 from ray import cloudpickle
 
 from hv_batch.protocol import SamplingParams
-from hv_batch.runtime.context import LifeSign, RunContext, StageReport, stopwatch
 from hv_batch.runtime.embedder import Embedder, Text
+from hv_batch.runtime.run_context import LifeSign, RunContext, StageReport, stopwatch
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)

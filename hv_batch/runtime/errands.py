@@ -23,10 +23,10 @@ from hv_batch.job.records.latents import drop_latents, drop_steps
 from hv_batch.job.records.pending import Plan, Sealable
 from hv_batch.job.scheduling.messages import Event
 from hv_batch.job.storage.errors import StorageUnavailableError
-from hv_batch.runtime.context import RunContext
-from hv_batch.runtime.failures import classify
+from hv_batch.runtime.classify import classify
+from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.sealing import seal
-from hv_batch.runtime.workers import Watch
+from hv_batch.runtime.worker import Watch
 
 # Complete shards that must wait for each worker that seals, before another joins in: its start takes a second of CPU.
 SHARDS_A_SEALER = 4

@@ -28,8 +28,7 @@ from hv_batch.job.scheduling.messages import (
 )
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.context import RunContext, StageReport
-from hv_batch.runtime.failures import (
+from hv_batch.runtime.classify import (
     classify,
     input_was_lost,
     is_collateral,
@@ -41,9 +40,10 @@ from hv_batch.runtime.failures import (
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.placement import alive_nodes, ranks_per_node
 from hv_batch.runtime.ranks import DenoiseTask, RankActor, RankSeat
+from hv_batch.runtime.run_context import RunContext, StageReport
 from hv_batch.runtime.seats import Seats
 from hv_batch.runtime.sick_nodes import SickNodes
-from hv_batch.runtime.workers import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
+from hv_batch.runtime.worker import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
 
 # When a rank fails, its peers' own errors arrive within moments; this is how long they may take to be heard before the
 # most telling one is chosen.

@@ -17,8 +17,8 @@ import numpy as np
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.media.writer import MediaInfo
 from hv_batch.protocol import NotFiniteError
-from hv_batch.runtime.context import stopwatch
-from hv_batch.runtime.publishing import Publisher
+from hv_batch.runtime.publisher import Publisher
+from hv_batch.runtime.run_context import stopwatch
 
 Chunks = Generator[np.ndarray, None, None]
 

@@ -27,9 +27,9 @@ from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime.context import RunContext
-from hv_batch.runtime.failures import classify
-from hv_batch.runtime.workers import Watch
+from hv_batch.runtime.classify import classify
+from hv_batch.runtime.run_context import RunContext
+from hv_batch.runtime.worker import Watch
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated one finds what the first has committed

@@ -8,7 +8,7 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.placement import SINGLES, alive_nodes, fits, show, show_cluster, single_actors
-from hv_batch.runtime.workers import Worker
+from hv_batch.runtime.worker import Worker
 
 # Ray places a single actor within a second, and asks an autoscaler that brings a node for it within some minutes.
 SAY_AFTER_S = 60.0

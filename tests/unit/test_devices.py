@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hv_batch.runtime.classify import NodeError
 from hv_batch.runtime.devices import await_free_memory
-from hv_batch.runtime.failures import NodeError
 
 GIB = 2**30
 

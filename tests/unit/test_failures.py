@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTa
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import DeviceError, NotFiniteError, UserError
-from hv_batch.runtime.failures import (
+from hv_batch.runtime.classify import (
     LatentsGoneError,
     NodeError,
     classify,
@@ -20,7 +20,7 @@ from hv_batch.runtime.failures import (
     most_telling,
     worker_survives,
 )
-from hv_batch.runtime.workers import start_failure
+from hv_batch.runtime.worker import start_failure
 
 
 class OutOfMemoryError(RuntimeError):

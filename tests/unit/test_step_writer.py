@@ -19,7 +19,7 @@ from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 from hv_batch.runtime import steps
 from hv_batch.runtime.steps import LEAST_PATIENCE_S, OVERDUE, Pace, StepWriter, read_steps
-from hv_batch.runtime.workers import InFlight
+from hv_batch.runtime.worker import InFlight
 from tests.unit.test_commits import PARAMS, SAMPLE
 
 STEPS = PARAMS.num_inference_steps

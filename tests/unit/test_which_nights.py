@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.storage.store import Store
-from hv_batch.nightly import Orders, next_time, stop_in_time, unfinished, which_day
 from hv_batch.protocol import UserError
+from hv_batch.runtime.nightly import Orders, next_time, stop_in_time, unfinished, which_day
 
 NOON = datetime(2026, 11, 20, 12, 0)
 

@@ -30,8 +30,8 @@ from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.media.codecs import check_encoder
 from hv_batch.media.writer import MediaInfo, write_media
-from hv_batch.runtime.context import RunContext, StageReport, see_output_root, stopwatch
-from hv_batch.runtime.failures import DISK_FULL, LatentsGoneError, NodeError
+from hv_batch.runtime.classify import DISK_FULL, LatentsGoneError, NodeError
+from hv_batch.runtime.run_context import RunContext, StageReport, see_output_root, stopwatch
 
 SCRATCH = "hv_batch-"
 SCRATCH_AGE_S = 6 * 3600.0  # older than any encoding: what is left by a process that was killed

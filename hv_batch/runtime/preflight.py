@@ -1,0 +1,134 @@
+"""Every check that needs no cluster, before Ray is started."""
+
+from __future__ import annotations
+
+import platform
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from hv_batch import __version__
+from hv_batch.job import layout
+from hv_batch.job.config.engine_factory import build_engine
+from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan
+from hv_batch.job.cost_model.memory_check import check_memory
+from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.index import Index, load_index
+from hv_batch.job.manifest.reader import Manifest
+from hv_batch.job.manifest.selection import Selection
+from hv_batch.job.progress import Progress
+from hv_batch.job.records.pending import Plan
+from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, read_run
+from hv_batch.job.records.run_identity import recorded_plans
+from hv_batch.job.redaction import public_values
+from hv_batch.job.storage.store import Store
+from hv_batch.media.codecs import check_encoder
+from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
+from hv_batch.runtime.run_context import RunContext
+
+# What a record's reader needs to reproduce its bytes.
+RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    context: RunContext
+    index: Index
+    plan: Plan
+    document: dict[str, Any]  # of run.json
+    state: RunState
+
+
+def _prepare(
+    config: RunConfig, manifest: Manifest, store: Store, spool: Store, selection: Selection | None, progress: Progress
+) -> _Job:
+    """Every check that needs no cluster; writes nothing but the probe of the output root.
+
+    Raises UserError that tells what is wrong with the engine, its weights and the manifest, all at once.
+    """
+    found: list[str] = []
+    with _collected(found):
+        engine = build_engine(config.model.engine, config.model.options)
+        _check_engine(engine, config)
+    with _collected(found):
+        check_encoder(config.media)
+    with _collected(found):
+        index = _read_manifest(config, manifest, store, spool, progress)
+        plan = Plan(store, index, selection, keep_latents=config.output.keep_latents)
+    if found:
+        raise UserError("\n".join(found))
+    # Last: they trust the options that the engine has accepted.
+    sizes = choose_sizes(config, index.summary.shapes, _recorded_plans(store))
+    if len(sizes.plans) > 1:
+        told = ", ".join(f"{plan.world_size} for {len(sizes.shapes(plan))} shape(s)" for plan in sizes.plans)
+        progress.say(f"groups of several sizes, in ranks: {told}")
+    check_memory(config, sizes.by_shape)
+    _refuse([fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))], config)
+    versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
+    versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
+    identity = {**config.identity(sizes.by_shape), "model": engine.identity(), "manifest": index.summary.digest}
+    document = _document(identity, config, manifest, index, versions)
+    if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
+        progress.say(f"warning: {warning}")
+    state = inspect_run(store, document)
+    context = RunContext(config, engine, store, fingerprint(identity), versions, sizes)
+    return _Job(context, index, plan, document, state)
+
+
+def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:
+    return recorded_plans(read_run(store)["identity"]) if store.exists(layout.RUN) else {}
+
+
+def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store, progress: Progress) -> Index:
+    """From the index in the output root where it is of this manifest, else checked anew into the spool."""
+    index = load_index(store, manifest, config)
+    if index:
+        progress.say(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")
+        return index
+    index = check_manifest(manifest, config, spool)
+    summary = index.summary
+    progress.say(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
+    for note in summary.warnings:
+        progress.say(f"note: {note}")
+    return index
+
+
+@contextmanager
+def _collected(found: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        found.append(str(error))
+
+
+def _check_engine(engine: Engine, config: RunConfig) -> None:
+    plan = fixed_plan(config)
+    _refuse(engine.check() + (engine.group_problems(plan) if plan else []), config)
+
+
+def _refuse(found: list[str], config: RunConfig) -> None:
+    if found:
+        listing = "\n".join(f"  - {problem}" for problem in found)
+        raise UserError(f"The engine {config.model.engine} cannot render with this config:\n{listing}")
+
+
+def _document(
+    identity: dict[str, Any], config: RunConfig, manifest: Manifest, index: Index, versions: dict[str, str]
+) -> dict[str, Any]:
+    summary = index.summary
+    return {
+        "identity": identity,
+        "config": public_values(config.model_dump(mode="json")),
+        "manifest": {
+            "url": manifest.public_urls,
+            "digest": summary.digest,
+            "rows": summary.rows,
+            "samples": summary.samples,
+            "shards": summary.shards,
+        },
+        "versions": versions,
+    }
