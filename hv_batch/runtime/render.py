@@ -24,7 +24,6 @@ from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
-from hv_batch.job.outage import Outage
 from hv_batch.job.progress import Progress
 from hv_batch.job.records.lease import Lease, held, this_process
 from hv_batch.job.records.pending import Plan, only_failed
@@ -34,7 +33,8 @@ from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime.driver import Driver, Outcome
+from hv_batch.runtime.driver.loop import Driver, Outcome
+from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.placement import Shortage, await_resources
 from hv_batch.runtime.preflight import _Job, _prepare
 from hv_batch.runtime.session import ray_session, submission_id

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayTaskError
 
-from hv_batch.job.outage import Outage
 from hv_batch.job.records.pending import Sealable
 from hv_batch.job.storage.errors import StorageUnavailableError
-from hv_batch.runtime import errands
-from hv_batch.runtime.errands import SHARDS_A_SEALER, Errands
+from hv_batch.runtime.driver import background_tasks
+from hv_batch.runtime.driver.background_tasks import SHARDS_A_SEALER, Errands
+from hv_batch.runtime.driver.outage import Outage
 
 
 class Sealers:
@@ -23,9 +23,9 @@ class Sealers:
         context = SimpleNamespace(store=None, config=SimpleNamespace(output=SimpleNamespace(webdataset=False)))
         self._complete = [Sealable(shard, ("key",)) for shard in range(shards)]
         self._now, self._error = 0.0, None
-        monkeypatch.setattr(errands, "seal", SimpleNamespace(remote=self._seal))
-        monkeypatch.setattr(errands, "ray", SimpleNamespace(get=self._get))
-        monkeypatch.setattr(errands, "time", SimpleNamespace(monotonic=lambda: self._now))
+        monkeypatch.setattr(background_tasks, "seal", SimpleNamespace(remote=self._seal))
+        monkeypatch.setattr(background_tasks, "ray", SimpleNamespace(get=self._get))
+        monkeypatch.setattr(background_tasks, "time", SimpleNamespace(monotonic=lambda: self._now))
         self.errands = Errands(context, plan, {}, Outage(lambda _: None), self.waiting.__setitem__, lambda _: None)
 
     def _take(self):

@@ -9,7 +9,6 @@ from rendered_roots import make_commit, make_sample
 from small_runs import ListedShards
 
 from hv_batch.job import layout
-from hv_batch.job.outage import Outage
 from hv_batch.job.records import commits
 from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
@@ -17,6 +16,7 @@ from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
+from hv_batch.runtime.driver.outage import Outage
 
 AWAY = StorageUnavailableError("s3://bucket/run: 503")
 

@@ -11,7 +11,6 @@ from rendered_roots import FINGERPRINT, make_commit, make_sample
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.outage import Outage
 from hv_batch.job.records import commits
 from hv_batch.job.records.spool import Emptied
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
@@ -19,7 +18,8 @@ from hv_batch.job.scheduling.messages import Published, SpoolLost
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime import spooling
+from hv_batch.runtime.driver import spool_drain
+from hv_batch.runtime.driver.outage import Outage
 
 FIRST, SECOND = make_sample(1), make_sample(2)
 A, B = "a" * 56, "b" * 56  # as Ray names nodes
@@ -31,12 +31,12 @@ class Nodes:
     def __init__(self, monkeypatch, store, **output):
         self.asked = {}
         self.errands, self.told, self.said = [], [], []
-        monkeypatch.setattr(spooling, "empty_spool", SimpleNamespace(options=self._options))
-        monkeypatch.setattr(spooling.ray, "get", self._get)
+        monkeypatch.setattr(spool_drain, "empty_spool", SimpleNamespace(options=self._options))
+        monkeypatch.setattr(spool_drain.ray, "get", self._get)
         config = RunConfig.model_validate({"output": output})
         context = SimpleNamespace(config=config, store=store, fingerprint=FINGERPRINT)
         self.outage = Outage(self.said.append)
-        self.spools = spooling.Spools(
+        self.spools = spool_drain.Spools(
             context, self._watch, self.outage, self.errands.append, self.told.append, self.said.append
         )
 

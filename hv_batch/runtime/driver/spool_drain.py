@@ -20,7 +20,6 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.outage import Outage
 from hv_batch.job.records.spool import Emptied, Spool
 from hv_batch.job.scheduling.messages import Event, Published, SpoolLost
 from hv_batch.job.stages import Stage
@@ -28,6 +27,7 @@ from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.classify import classify
+from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import Watch
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import ray
 
 from hv_batch.job.failure import Failure
-from hv_batch.job.losses import Losses
 from hv_batch.job.manifest.extra_columns import Kind
-from hv_batch.job.outage import Outage
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
 from hv_batch.job.redaction import public_url
@@ -51,15 +49,17 @@ from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Work
 from hv_batch.protocol import UserError
 from hv_batch.runtime.draining import NodeWatch
-from hv_batch.runtime.errands import Errands
+from hv_batch.runtime.driver.background_tasks import Errands
+from hv_batch.runtime.driver.group_losses import Losses
+from hv_batch.runtime.driver.metrics import RunMetrics
+from hv_batch.runtime.driver.outage import Outage
+from hv_batch.runtime.driver.spool_drain import Spools
 from hv_batch.runtime.group_pool import GroupPool
 from hv_batch.runtime.groups import DenoiseGroup
 from hv_batch.runtime.lodgers import Lodger
-from hv_batch.runtime.metrics import RunMetrics
 from hv_batch.runtime.placement import Shortage, alive_nodes, result_shares
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.sick_nodes import SickNodes
-from hv_batch.runtime.spooling import Spools
 from hv_batch.runtime.waiting import RoomWatch
 from hv_batch.runtime.worker import InFlight, Worker
 from hv_batch.runtime.workers import start_decoder, start_encoder

@@ -17,15 +17,15 @@ from ray.exceptions import RayError, RayTaskError
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.extra_columns import Kind
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.outage import Outage
 from hv_batch.job.records.commits import quarantine, quarantine_record
 from hv_batch.job.records.latents import drop_latents, drop_steps
 from hv_batch.job.records.pending import Plan, Sealable
 from hv_batch.job.scheduling.messages import Event
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime.classify import classify
+from hv_batch.runtime.driver.outage import Outage
+from hv_batch.runtime.driver.seal_task import seal
 from hv_batch.runtime.run_context import RunContext
-from hv_batch.runtime.sealing import seal
 from hv_batch.runtime.worker import Watch
 
 # Complete shards that must wait for each worker that seals, before another joins in: its start takes a second of CPU.
