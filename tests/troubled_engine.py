@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.runtime import steps
+from hv_batch.runtime.groups import step_checkpoints
 
 TROUBLED_STEP = 6
 
@@ -27,7 +27,7 @@ class TroubledVideo(HunyuanVideo):
         self.patience_s = patience_s
 
     def join(self, place):
-        steps.LEAST_PATIENCE_S = self.patience_s
+        step_checkpoints.LEAST_PATIENCE_S = self.patience_s
         denoiser = super().join(place)
         denoise = denoiser.denoise
 

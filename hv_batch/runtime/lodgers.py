@@ -15,8 +15,8 @@ import ray
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.group_pool import GroupPool
-from hv_batch.runtime.seats import Room
+from hv_batch.runtime.groups.reservation import Room
+from hv_batch.runtime.groups.reservation_pool import GroupPool
 from hv_batch.runtime.worker import InFlight, Watch
 from hv_batch.runtime.workers import EncoderWorker
 

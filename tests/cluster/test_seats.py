@@ -11,7 +11,7 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.group_pool import KEEP_S, GroupPool
+from hv_batch.runtime.groups.reservation_pool import KEEP_S, GroupPool
 from hv_batch.runtime.sick_nodes import SickNodes
 
 CONFIG = RunConfig.model_validate(

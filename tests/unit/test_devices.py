@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hv_batch.runtime.classify import NodeError
-from hv_batch.runtime.devices import await_free_memory
+from hv_batch.runtime.groups.gpu_memory import await_free_memory
 
 GIB = 2**30
 

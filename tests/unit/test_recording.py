@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hv_batch.protocol import NotFiniteError
-from hv_batch.runtime.recording import Recording, record
+from hv_batch.runtime.groups.group_decode import Recording, record
 from tests.unit.test_commits import SAMPLE
 
 CHUNKS = 4

@@ -54,8 +54,8 @@ from hv_batch.runtime.driver.group_losses import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
 from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.driver.spool_drain import Spools
-from hv_batch.runtime.group_pool import GroupPool
-from hv_batch.runtime.groups import DenoiseGroup
+from hv_batch.runtime.groups.denoise_group import DenoiseGroup
+from hv_batch.runtime.groups.reservation_pool import GroupPool
 from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.placement import Shortage, alive_nodes, result_shares
 from hv_batch.runtime.run_context import RunContext

@@ -15,8 +15,8 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
+from hv_batch.runtime.groups.reservation import Room, Seats
 from hv_batch.runtime.placement import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_cluster
-from hv_batch.runtime.seats import Room, Seats
 from hv_batch.runtime.sick_nodes import SickNodes
 
 # Ray places a group on idle nodes within a second; a sentence about each would be noise.

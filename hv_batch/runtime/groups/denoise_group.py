@@ -37,11 +37,11 @@ from hv_batch.runtime.classify import (
     most_telling,
     worker_survives,
 )
-from hv_batch.runtime.group_pool import GroupPool
+from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankSeat
+from hv_batch.runtime.groups.reservation import Seats
+from hv_batch.runtime.groups.reservation_pool import GroupPool
 from hv_batch.runtime.placement import alive_nodes, ranks_per_node
-from hv_batch.runtime.ranks import DenoiseTask, RankActor, RankSeat
 from hv_batch.runtime.run_context import RunContext, StageReport
-from hv_batch.runtime.seats import Seats
 from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.worker import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
 

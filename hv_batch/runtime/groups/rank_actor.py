@@ -20,11 +20,11 @@ from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.latents import Denoised, put_latents, sample_identity
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import Denoiser, ParallelPlan, RankPlace, StepState
-from hv_batch.runtime.devices import await_free_memory
+from hv_batch.runtime.groups.gpu_memory import await_free_memory
+from hv_batch.runtime.groups.group_decode import Recording, record
+from hv_batch.runtime.groups.step_checkpoints import Pace, StepWriter, read_steps
 from hv_batch.runtime.publisher import Made, Publisher, Stages, scratch_folder
-from hv_batch.runtime.recording import Recording, record
 from hv_batch.runtime.run_context import LifeSign, RunContext, StageReport, see_output_root, stopwatch
-from hv_batch.runtime.steps import Pace, StepWriter, read_steps
 
 
 @dataclass(frozen=True, slots=True)
