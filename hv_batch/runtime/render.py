@@ -35,7 +35,7 @@ from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver.loop import Driver, Outcome
 from hv_batch.runtime.driver.outage import Outage
-from hv_batch.runtime.placement import Shortage, await_resources
+from hv_batch.runtime.nodes.resources import Shortage, await_resources
 from hv_batch.runtime.preflight import _Job, _prepare
 from hv_batch.runtime.session import ray_session, submission_id
 

@@ -15,7 +15,7 @@ import ray
 
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.protocol import ParallelPlan, UserError
-from hv_batch.runtime.placement import least_bill, total
+from hv_batch.runtime.nodes.resources import least_bill, total
 
 # Only embeddings and latents pass through the object store (about 30 MB a sample in flight at 720p), never frames.
 # Ray's own default would take a third of a small machine's memory for it.

@@ -12,7 +12,7 @@ from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.groups.reservation_pool import KEEP_S, GroupPool
-from hv_batch.runtime.sick_nodes import SickNodes
+from hv_batch.runtime.nodes.exclusion import SickNodes
 
 CONFIG = RunConfig.model_validate(
     {"parallel": {"device": "cpu", "ulysses_degree": 2}, "groups": {"cpus_per_rank": 0.0}}

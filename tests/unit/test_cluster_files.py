@@ -17,7 +17,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from hv_batch.cli.main import app
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.cost_model.group_plan import fixed_plan
-from hv_batch.runtime.placement import fits, least_bill
+from hv_batch.runtime.nodes.resources import fits, least_bill
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

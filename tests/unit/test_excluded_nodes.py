@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.job.nodes import EXCLUDE_AFTER, NodeHealth
 from hv_batch.job.stages import Stage
+from hv_batch.runtime.nodes.node_health import EXCLUDE_AFTER, NodeHealth
 
 NODES = ("a", "b", "c", "d")
 

@@ -20,7 +20,7 @@ from hv_batch.job.scheduling.messages import TaskDone, WorkerId, WorkerLeaving, 
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import UserError
 from hv_batch.runtime.lodgers import Lodger
-from hv_batch.runtime.placement import group_bundles, least_bill
+from hv_batch.runtime.nodes.resources import group_bundles, least_bill
 from tests.unit.scheduler_world import World, limits, plan_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -12,8 +12,8 @@ from hv_batch.job.config.group_rules import DEFAULT_PLAN
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.group_plan import fixed_plan
 from hv_batch.protocol import UserError
-from hv_batch.runtime import placement
-from hv_batch.runtime.placement import (
+from hv_batch.runtime.nodes import resources
+from hv_batch.runtime.nodes.resources import (
     SAY_EVERY_S,
     STORE_SHARE,
     Shortage,
@@ -90,8 +90,8 @@ def test_nothing_fits_into_less_than_it_is(needs, nodes):
 def nodes(monkeypatch):
     """What the nodes of a made-up cluster have; a test changes it. Nobody is there to bring others."""
     there = {"node": {"CPU": 64.0, "GPU": 10.0}}
-    monkeypatch.setattr(placement, "alive_nodes", lambda: there)
-    monkeypatch.setattr(placement, "request_resources", lambda bundles: None)
+    monkeypatch.setattr(resources, "alive_nodes", lambda: there)
+    monkeypatch.setattr(resources, "request_resources", lambda bundles: None)
     return there
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.nodes import EXCLUDE_AFTER
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime import sick_nodes
-from hv_batch.runtime.placement import NODE_LABEL, elsewhere
-from hv_batch.runtime.sick_nodes import SickNodes
+from hv_batch.runtime.nodes import exclusion
+from hv_batch.runtime.nodes.exclusion import SickNodes
+from hv_batch.runtime.nodes.node_health import EXCLUDE_AFTER
+from hv_batch.runtime.nodes.resources import NODE_LABEL, elsewhere
 
 PAIR = ParallelPlan(ulysses_degree=2)
 
@@ -19,9 +19,9 @@ PAIR = ParallelPlan(ulysses_degree=2)
 def nodes(monkeypatch):
     """What each node of the cluster has; a test changes it."""
     there = {"a": {"CPU": 8.0, "GPU": 3.0}, "b": {"CPU": 8.0, "GPU": 3.0}}
-    monkeypatch.setattr(sick_nodes, "alive_nodes", lambda: there)
+    monkeypatch.setattr(exclusion, "alive_nodes", lambda: there)
     monkeypatch.setattr(
-        sick_nodes.ray, "nodes", lambda: [{"NodeID": node, "NodeManagerAddress": f"host-{node}"} for node in there]
+        exclusion.ray, "nodes", lambda: [{"NodeID": node, "NodeManagerAddress": f"host-{node}"} for node in there]
     )
     return there
 

@@ -9,8 +9,8 @@ import pytest
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
-from hv_batch.runtime import placement, waiting
-from hv_batch.runtime.waiting import SAY_AFTER_S, RoomWatch
+from hv_batch.runtime.nodes import pending_actors, resources
+from hv_batch.runtime.nodes.pending_actors import SAY_AFTER_S, RoomWatch
 
 CONFIG = {"encoders": {"placement": "colocated", "gpus": 0.3}, "decoders": {"gpus": 1.0, "cpus": 2.0}}
 
@@ -19,8 +19,8 @@ CONFIG = {"encoders": {"placement": "colocated", "gpus": 0.3}, "decoders": {"gpu
 def nodes(monkeypatch):
     """What the nodes have; one CPU of them is free."""
     there = {"a": {"CPU": 16.0, "GPU": 8.0}, "b": {"CPU": 4.0}}
-    monkeypatch.setattr(waiting, "alive_nodes", lambda: there)
-    monkeypatch.setattr(placement.ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(pending_actors, "alive_nodes", lambda: there)
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 1.0})
     return there
 
 

@@ -48,7 +48,6 @@ from hv_batch.job.scheduling.scheduler import Scheduler
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Work
 from hv_batch.protocol import UserError
-from hv_batch.runtime.draining import NodeWatch
 from hv_batch.runtime.driver.background_tasks import Errands
 from hv_batch.runtime.driver.group_losses import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
@@ -57,10 +56,11 @@ from hv_batch.runtime.driver.spool_drain import Spools
 from hv_batch.runtime.groups.denoise_group import DenoiseGroup
 from hv_batch.runtime.groups.reservation_pool import GroupPool
 from hv_batch.runtime.lodgers import Lodger
-from hv_batch.runtime.placement import Shortage, alive_nodes, result_shares
+from hv_batch.runtime.nodes.exclusion import SickNodes
+from hv_batch.runtime.nodes.node_watch import NodeWatch
+from hv_batch.runtime.nodes.pending_actors import RoomWatch
+from hv_batch.runtime.nodes.resources import Shortage, alive_nodes, result_shares
 from hv_batch.runtime.run_context import RunContext
-from hv_batch.runtime.sick_nodes import SickNodes
-from hv_batch.runtime.waiting import RoomWatch
 from hv_batch.runtime.worker import InFlight, Worker
 from hv_batch.runtime.workers import start_decoder, start_encoder
 

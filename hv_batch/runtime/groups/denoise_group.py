@@ -40,9 +40,9 @@ from hv_batch.runtime.classify import (
 from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankSeat
 from hv_batch.runtime.groups.reservation import Seats
 from hv_batch.runtime.groups.reservation_pool import GroupPool
-from hv_batch.runtime.placement import alive_nodes, ranks_per_node
+from hv_batch.runtime.nodes.exclusion import SickNodes
+from hv_batch.runtime.nodes.resources import alive_nodes, ranks_per_node
 from hv_batch.runtime.run_context import RunContext, StageReport
-from hv_batch.runtime.sick_nodes import SickNodes
 from hv_batch.runtime.worker import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
 
 # When a rank fails, its peers' own errors arrive within moments; this is how long they may take to be heard before the

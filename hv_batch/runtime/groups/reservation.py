@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.capacity import lodgers_per_node
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.placement import elsewhere, group_bundles, ranks_per_node
+from hv_batch.runtime.nodes.resources import elsewhere, group_bundles, ranks_per_node
 
 # What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
 # quicker built anew than waited for.

@@ -16,8 +16,8 @@ from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.groups.reservation import Room, Seats
-from hv_batch.runtime.placement import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_cluster
-from hv_batch.runtime.sick_nodes import SickNodes
+from hv_batch.runtime.nodes.exclusion import SickNodes
+from hv_batch.runtime.nodes.resources import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_cluster
 
 # Ray places a group on idle nodes within a second; a sentence about each would be noise.
 FIRST_WORD_S = 5.0

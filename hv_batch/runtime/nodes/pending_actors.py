@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.placement import SINGLES, alive_nodes, fits, show, show_cluster, single_actors
+from hv_batch.runtime.nodes.resources import SINGLES, alive_nodes, fits, show, show_cluster, single_actors
 from hv_batch.runtime.worker import Worker
 
 # Ray places a single actor within a second, and asks an autoscaler that brings a node for it within some minutes.

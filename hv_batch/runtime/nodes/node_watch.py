@@ -10,7 +10,7 @@ import ray
 
 from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.placement import show
+from hv_batch.runtime.nodes.resources import show
 from hv_batch.runtime.worker import Worker
 
 # A spot notice comes 30 s (Kubernetes) to 120 s (AWS) ahead; asking costs the head node a few milliseconds.

@@ -13,10 +13,10 @@ import ray
 
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
-from hv_batch.job.nodes import NodeHealth
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.placement import actor_bundle, alive_nodes, fits, group_bundles
+from hv_batch.runtime.nodes.node_health import NodeHealth
+from hv_batch.runtime.nodes.resources import actor_bundle, alive_nodes, fits, group_bundles
 
 _NAMES = {Stage.ENCODE: "encoders", Stage.DENOISE: "groups", Stage.DECODE: "decoders"}
 
