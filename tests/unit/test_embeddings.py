@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hv_batch.runtime.embedder import REMEMBERED, Embedder, Text
+from hv_batch.runtime.pools.prompt_encoder import REMEMBERED, Embedder, Text
 from tests.doubles import FakeEmbedding
 
 

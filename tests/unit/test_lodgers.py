@@ -19,8 +19,8 @@ from hv_batch.job.scheduling.capacity import lodgers_per_node, most_workers, sta
 from hv_batch.job.scheduling.messages import TaskDone, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import UserError
-from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.nodes.resources import group_bundles, least_bill
+from hv_batch.runtime.pools.colocated_worker import Lodger
 from tests.unit.scheduler_world import World, limits, plan_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"

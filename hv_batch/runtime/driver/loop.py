@@ -55,14 +55,14 @@ from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.driver.spool_drain import Spools
 from hv_batch.runtime.groups.denoise_group import DenoiseGroup
 from hv_batch.runtime.groups.reservation_pool import GroupPool
-from hv_batch.runtime.lodgers import Lodger
 from hv_batch.runtime.nodes.exclusion import SickNodes
 from hv_batch.runtime.nodes.node_watch import NodeWatch
 from hv_batch.runtime.nodes.pending_actors import RoomWatch
 from hv_batch.runtime.nodes.resources import Shortage, alive_nodes, result_shares
+from hv_batch.runtime.pools.colocated_worker import Lodger
+from hv_batch.runtime.pools.pool_worker import start_decoder, start_encoder
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import InFlight, Worker
-from hv_batch.runtime.workers import start_decoder, start_encoder
 
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
 POLL_S = 1.0  # how often a worker is asked for its progress

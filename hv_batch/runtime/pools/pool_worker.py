@@ -28,11 +28,11 @@ from hv_batch.job.scheduling.messages import (
 )
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.classify import classify, is_device_fault, worker_survives
-from hv_batch.runtime.decoders import DecoderActor, DecodeTask
-from hv_batch.runtime.encoders import EncoderActor
 from hv_batch.runtime.groups.reservation import Room
 from hv_batch.runtime.nodes.exclusion import SickNodes
 from hv_batch.runtime.nodes.resources import elsewhere
+from hv_batch.runtime.pools.decoder_actor import DecoderActor, DecodeTask
+from hv_batch.runtime.pools.encoder_actor import EncoderActor
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
 

@@ -9,7 +9,7 @@ import ray
 from ray import cloudpickle
 
 from hv_batch.protocol import SamplingParams
-from hv_batch.runtime.embedder import Embedder, Text
+from hv_batch.runtime.pools.prompt_encoder import Embedder, Text
 from hv_batch.runtime.run_context import LifeSign, RunContext, StageReport, stopwatch
 
 

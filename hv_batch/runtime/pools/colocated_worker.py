@@ -17,8 +17,8 @@ from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving, Wor
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.groups.reservation import Room
 from hv_batch.runtime.groups.reservation_pool import GroupPool
+from hv_batch.runtime.pools.pool_worker import EncoderWorker
 from hv_batch.runtime.worker import InFlight, Watch
-from hv_batch.runtime.workers import EncoderWorker
 
 
 class Lodger:
