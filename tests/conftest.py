@@ -7,3 +7,5 @@ from hypothesis import settings
 # No test judges by the clock: on a busy machine an example of a millisecond takes a second now and then.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+pytest_plugins = ["tests.support.stores"]

@@ -61,10 +61,10 @@ class HunyuanVideo:
     - `precision`, `vae_precision`, `text_encoder_precision`, `text_encoder_precision_2`: "bf16", "fp16" or "fp32"; the
       last is CLIP's and as LLaMA's unless given
     - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same. "matmul"
-      computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.dit.model.fp8_matmul`
+      computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.dit.fp8_matmul`
     - `attention`: the kernel family of the DiT, "sdpa", "cudnn", "flash" or "math"
     - `sequence_parallel`: how the ranks of a group attend together: "native", or "xfuser" for xfuser's long-context
-      attention, on GPUs and for sizes whose tokens divide by the ranks; see `hv_batch.engine.parallel.sequence.xfuser`
+      attention, on GPUs and for sizes whose tokens divide by the ranks; see `hv_batch.engine.parallel.xfuser`
     - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
     - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
       dtype of the prompt embedding, for those who reproduce an old seed

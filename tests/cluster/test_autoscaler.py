@@ -7,8 +7,8 @@ import json
 import pytest
 import ray
 
-from tests.cluster.conftest import free_port, started_head
-from tests.cluster.runs import (
+from tests.support.ray_head import free_port, started_head
+from tests.support.runs import (
     PROMPTS,
     command,
     count,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cluster.runs import (
+from tests.support.runs import (
     PROMPTS,
     command,
     count,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cluster.runs import ROOT
+from tests.support.repository import ROOT
 
 
 @pytest.mark.slow

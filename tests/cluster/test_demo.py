@@ -14,7 +14,7 @@ import pytest
 from hv_batch.toy.accuracy import shares
 from hv_batch.toy.scorer import score
 from hv_batch.toy.world import Camera, Motion, Pattern, Scene, Shape, Size, Thing
-from tests.cluster.runs import dataset, finish, records, start, table
+from tests.support.runs import dataset, finish, records, start, table
 
 DEADLINE_S = 240
 

@@ -12,9 +12,9 @@ import ray
 from ray.util.placement_group import placement_group
 
 from hv_batch.toy.checkpoint import write_toy_checkpoint
-from tests.cluster.runs import (
+from tests.support.repository import ROOT
+from tests.support.runs import (
     PROMPTS,
-    ROOT,
     command,
     count,
     finish,

@@ -12,7 +12,8 @@ import time
 import pytest
 
 from hv_batch.toy.checkpoint import write_toy_checkpoint
-from tests.cluster.runs import ROOT, count, records, render, write_config, write_manifest
+from tests.support.repository import ROOT
+from tests.support.runs import count, records, render, write_config, write_manifest
 
 TIMEOUT_S = 120
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from hv_batch.job.storage.store import Store
-from tests.cluster.runs import ROOT, command, finish, start, write_config, write_manifest
+from tests.support.repository import ROOT
+from tests.support.runs import command, finish, start, write_config, write_manifest
 
 DEADLINE_S = 60
 

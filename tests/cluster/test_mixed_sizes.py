@@ -17,7 +17,7 @@ from hv_batch.job.progress import Progress
 from hv_batch.job.workload import count_tokens
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import write_toy_checkpoint
-from tests.cluster.runs import count, records, videos, wait_for, write_config
+from tests.support.runs import count, records, videos, wait_for, write_config
 
 SMALL, LARGE = (64, 64, 9), (128, 64, 9)
 FAULTS = ("!hold-denoise", "!kill-denoise-once", "", "")
@@ -68,7 +68,7 @@ def mixed(ray_head, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         # In this process, the double counts as the engine whose costs are known.
-        patch.setattr(group_rules, "ENGINE", "tests.doubles:FakeEngine")
+        patch.setattr(group_rules, "ENGINE", "tests.support.doubles:FakeEngine")
         helper = Thread(target=let_go, daemon=True)
         helper.start()
         manifest = write_shapes(folder, "mixed", LARGE, SMALL, faults=FAULTS)

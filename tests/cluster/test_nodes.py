@@ -13,7 +13,7 @@ import pytest
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 
-from tests.cluster.runs import (
+from tests.support.runs import (
     command,
     count,
     dataset,

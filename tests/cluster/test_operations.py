@@ -10,17 +10,7 @@ import time
 
 import pytest
 
-from tests.cluster.runs import (
-    command,
-    count,
-    dataset,
-    finish,
-    records,
-    render,
-    start,
-    write_config,
-    write_manifest,
-)
+from tests.support.runs import command, count, dataset, finish, records, render, start, write_config, write_manifest
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 # With all that a run may write, so that there is more to be left half done.

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.runs import count, finish, start, write_config, write_manifest
-from tests.cluster.runs import dataset as local_dataset
-from tests.cluster.test_s3 import BUCKET, objects, s3  # noqa: F401  # a fixture
+from tests.support.runs import count, finish, start, write_config, write_manifest
+from tests.support.runs import dataset as local_dataset
+from tests.support.s3_runs import BUCKET, objects, s3  # noqa: F401  # a fixture
 
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
 IMPATIENT = (

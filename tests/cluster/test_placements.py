@@ -11,8 +11,8 @@ from collections import defaultdict
 import pytest
 
 from hv_batch.toy.checkpoint import write_toy_checkpoint
-from tests.cluster.runs import (
-    ROOT,
+from tests.support.repository import ROOT
+from tests.support.runs import (
     command,
     count,
     dataset,

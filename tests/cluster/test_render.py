@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.cluster.runs import (
+from tests.support.runs import (
     PROMPTS,
     command,
     count,

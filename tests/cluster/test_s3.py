@@ -11,39 +11,14 @@ import boto3
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cluster.runs import finish, start, write_config
-from tests.s3_server import S3Server
+from tests.support.runs import finish, start, write_config
+from tests.support.s3_runs import BUCKET, SECRET, objects
 
-SECRET = "planted-0123456789"
-BUCKET = "nights"
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
 IMPATIENT = (
     "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
 )
 DEADLINE_S = 240  # a machine that is busy with other things takes its time
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    server = S3Server()
-    for name, value in {
-        "AWS_ENDPOINT_URL": server.endpoint,
-        "AWS_ACCESS_KEY_ID": "user",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
-    yield server
-    server.stop()
-
-
-def objects() -> dict[str, bytes]:
-    client = boto3.client("s3")
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
-    keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
-    return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
 
 def run(config, manifest: str):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.cluster.runs import (
+from tests.support.runs import (
     command,
     count,
     dataset,

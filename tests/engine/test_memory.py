@@ -26,9 +26,9 @@ from hv_batch.job.cost_model.memory import decode_activations, denoiser_footprin
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.protocol import ParallelPlan
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
-from tests.engine.dit_reference import random_dit, random_inputs
-from tests.engine.joining import joined
-from tests.engine.live_bytes import LiveBytes
+from tests.support.dit_reference import random_dit, random_inputs
+from tests.support.live_bytes import LiveBytes
+from tests.support.rank_processes import joined
 
 TOLERANCE = 0.05  # of the measured peak, either way
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -165,7 +165,7 @@ SIZE, TEXT = (3, 32, 32), 40
 TOKENS = 3 * 16 * 16
 KINDS = [(1, 0), (0, 1)]
 PRELOADED = [
-    "hv_batch.engine.vae.model.tiling",
+    "hv_batch.engine.vae.tiling",
     "hv_batch.job.cost_model.flops",
     "hv_batch.toy.checkpoint",
     "pytest",

@@ -157,7 +157,7 @@ def test_the_video_is_that_of_the_reference_pipeline(toy, pipeline, cfg_scale):
     from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
     from diffusers import HunyuanVideoPipeline as ReferencePipeline
 
-    from tests.engine.dit_reference import reference_model
+    from tests.support.dit_reference import reference_model
 
     params = replace(PARAMS, cfg_scale=cfg_scale)
     tree, cpu = CheckpointTree(toy), torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
-from tests.engine.dit_reference import random_dit, random_inputs
+from tests.support.dit_reference import random_dit, random_inputs
 
 PASS = {"bf16": 0.02, "fp16": 0.0025}  # one forward of one network
 TRAJECTORY = {"bf16": 0.03, "fp16": 0.004}

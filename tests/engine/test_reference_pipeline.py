@@ -17,7 +17,7 @@ from hv_batch.engine.sampler import initial_noise
 from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from hv_batch.protocol import SamplingParams
 from hv_batch.toy.checkpoint import write_toy_checkpoint
-from tests.engine.dit_reference import reference_model
+from tests.support.dit_reference import reference_model
 
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
 PROMPTS = ["A cat walks on the grass, realistic.", "a cat and a dog walk along the beach, " * 60, "é 中文 {} 1234567"]

@@ -15,9 +15,9 @@ from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampler import Recipe, denoise, trajectory
 from hv_batch.engine.step_cache import REFRESH, can_resume, is_fresh
 from hv_batch.protocol import ParallelPlan, SamplingParams, StepState
-from tests.engine.dit_reference import random_dit
-from tests.engine.joining import joined
-from tests.engine.test_parallel_trajectory import CONFIG, CPU, _text
+from tests.support.dit_reference import random_dit
+from tests.support.rank_processes import joined
+from tests.support.trajectories import CONFIG, CPU, _text
 
 STEPS = 14
 PARAMS = SamplingParams(

@@ -14,7 +14,7 @@ from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
 from hv_batch.engine.parallel.xfuser import XfuserAttention
 from hv_batch.protocol import ParallelPlan, RankPlace
-from tests.engine.dit_reference import random_dit, random_inputs
+from tests.support.dit_reference import random_dit, random_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

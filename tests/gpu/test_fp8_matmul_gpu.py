@@ -8,7 +8,7 @@ import torch
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.fp8_matmul import Fp8MatmulLinear, can_multiply, multiply_in_fp8_, quantise_rows
 from hv_batch.engine.dit.model import HYVideoDiT
-from tests.engine.dit_reference import random_dit, random_inputs
+from tests.support.dit_reference import random_dit, random_inputs
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not can_multiply(torch.device("cuda")), reason="needs a GPU that multiplies FP8"

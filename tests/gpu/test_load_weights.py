@@ -14,7 +14,7 @@ from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.dit.fp8_storage import block_linears
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.weights.conversion import Recipe, convert
-from tests.engine.dit_reference import random_inputs
+from tests.support.dit_reference import random_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -12,7 +12,7 @@ from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import decode_streaming
 from hv_batch.job.cost_model.memory import decode_activations, dit_activations
 from hv_batch.job.cost_model.model import ModelShape
-from tests.engine.dit_reference import random_dit, random_inputs
+from tests.support.dit_reference import random_dit, random_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

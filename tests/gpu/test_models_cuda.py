@@ -8,8 +8,8 @@ import torch
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.vae.kernels import norm_silu_pad
 from hv_batch.toy.checkpoint import TOY_DIT
-from tests.engine.dit_reference import random_dit, random_inputs
-from tests.engine.vae_reference import NARROW, relative_error, vae_pair
+from tests.support.dit_reference import random_dit, random_inputs
+from tests.support.vae_reference import NARROW, relative_error, vae_pair
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

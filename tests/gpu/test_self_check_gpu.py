@@ -13,7 +13,7 @@ from hv_batch.engine.parallel.process_group import host_store, join_group, leave
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_group
 from hv_batch.protocol import ParallelPlan, RankPlace
-from tests.engine.dit_reference import keep_in_fp8, random_dit
+from tests.support.dit_reference import keep_in_fp8, random_dit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -1,7 +1,7 @@
 """Checkpoints into modules: opened, refused with the reason, or loaded whole.
 
 Modules are built on the meta device and their tensors come one at a time out of memory-mapped files
-(`hv_batch.engine.checkpoint.tree.tensor_files`). So the host never holds a second copy, a rank on a GPU needs no more of its own host
+(`hv_batch.engine.checkpoint.tensor_files`). So the host never holds a second copy, a rank on a GPU needs no more of its own host
 memory than one tensor, and the ranks of a node read a file from the disk once: what the first has read, the others
 find in the page cache. Every tensor of the file must have its place in the module, by name and shape, and the other way
 round.
@@ -29,7 +29,7 @@ from hv_batch.protocol import UserError
 
 # "none": FP8 weights become weights in the model's dtype when they are loaded; the same numbers, twice the memory.
 # "storage": they stay FP8 and are dequantised on every use, as released.
-# "matmul": the products of the blocks are FP8 as well, whatever the file holds; see `hv_batch.engine.dit.model.fp8_matmul`.
+# "matmul": the products of the blocks are FP8 as well, whatever the file holds; see `hv_batch.engine.dit.fp8_matmul`.
 FP8_MODES = ("none", "storage", "matmul")
 
 LLAMA_TYPES = ("llama",)  # model_type in the config.json of a text tower

@@ -11,7 +11,7 @@ model_base/
   text_encoder/                                                     the LLaMA language model and its tokenizer
   text_encoder_2/                                                   CLIP ViT-L/14 and its tokenizer
 
-diffusers' layout is `hv_batch.engine.checkpoint.tree.diffusers_layout`'s; it is recognised by its files.
+diffusers' layout is `hv_batch.engine.checkpoint.diffusers_layout`'s; it is recognised by its files.
 """
 
 from __future__ import annotations

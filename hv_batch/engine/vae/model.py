@@ -1,7 +1,7 @@
 """The causal 3D VAE "884-16c-hy" (spec section 5): pixels to latents and back, 8x in space and 4x in time.
 
 The module tree and every parameter name are those of the released checkpoint. `CausalVAE.decode` takes a video whole;
-real sizes go through `hv_batch.engine.vae.model.tiling`.
+real sizes go through `hv_batch.engine.vae.tiling`.
 """
 
 from __future__ import annotations

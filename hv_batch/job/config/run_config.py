@@ -120,7 +120,7 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The config behind a fsspec URL, changed by overrides such as `groups.count=4`.
 
     An override's value is one YAML scalar, or a quoted or flow value ("...", [...], {...}). Keys and values of earlier
-    versions are accepted with a warning on stderr (`hv_batch.job.config.run_config.retired_keys`).
+    versions are accepted with a warning on stderr (`hv_batch.job.config.retired_keys`).
     Raises UserError naming every problem at once.
     """
     with open_input("config", url) as file:

@@ -5,7 +5,7 @@ many live as there is room and work for (see staffing.py); a worker is an encode
 counts as one worker) or a decoder actor. Without decoders, idle groups decode what groups have denoised, which comes
 before any further denoise.
 
-Invariants, which tests/unit/test_scheduler.py checks after every step of generated histories:
+Invariants, which tests/job/scheduling/test_scheduler.py checks after every step of generated histories:
 
 - Every admitted sample is in exactly one place: waiting at one station, in exactly one running task, set aside (its
   video waits on the disk of a node for an output root that does not answer), or gone.

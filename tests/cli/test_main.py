@@ -1,0 +1,193 @@
+"""The command line where no Ray is needed: every refusal is one clear text, exit code 1, and no traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from hv_batch import __version__
+from hv_batch.cli.main import main
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.redaction import public_text, public_url, public_values
+from tests.support.repository import ROOT
+from tests.support.runs import write_config, write_manifest
+
+
+def hv_batch(*arguments):
+    """Exit code, stdout and stderr of a command in this process: to import all of it anew each time takes a minute."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    command = patch.object(sys, "argv", ["hv-batch", *map(str, arguments)])
+    environment = patch.dict(os.environ, {"RAY_ADDRESS": ""})
+    with command, environment, chdir(ROOT), redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+    if isinstance(code, str):  # Python's own way with it, when it ends the process
+        print(code, file=stderr)
+        code = 1
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+@pytest.fixture
+def good(tmp_path):
+    """(config, manifest, output root) of a run that would go."""
+    (tmp_path / "marks").mkdir()
+    config = write_config(tmp_path, tmp_path / "marks")
+    return config, write_manifest(tmp_path, ["a prompt"]), tmp_path / "out"
+
+
+def refused(config, manifest, output, *overrides):
+    code, _, stderr = hv_batch("run", "--config", config, "--manifest", manifest, "--output", output, *overrides)
+    assert code == 1
+    assert stderr.startswith("error: ") or "\nerror: " in stderr
+    assert not (output / "run.json").exists(), "a refused run must not claim its output root"
+    return stderr
+
+
+def test_the_version_is_that_of_the_package():
+    """The number that every record carries."""
+    command = [sys.executable, "-m", "hv_batch", "--version"]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == f"hv_batch {__version__}\n"
+
+
+def test_every_bad_row_is_told_at_once(good, tmp_path):
+    """P6: row number, field, value and what is allowed, for all rows in one go."""
+    manifest = tmp_path / "bad.jsonl"
+    rows = [{"prompt": "ok"}, {"prompt": "x", "height": 100}, {"prompt": ""}, {"prompt": "y", "num_frames": 8}]
+    manifest.write_text("\n".join(map(json.dumps, rows)) + "\n{not json\n")
+    text = refused(good[0], manifest, good[2])
+    for expected in ("row 2: height = 100", "row 3: prompt", "row 4: num_frames = 8", "row 5", "multiple of 16"):
+        assert expected in text
+
+
+def test_unknown_config_keys_are_errors(good):
+    """P6: a misspelt key is named with the nearest known one."""
+    assert "groups.cuont" in refused(*good, "groups.cuont=2")
+
+
+def test_a_missing_weight_file_names_path_and_layout(good, tmp_path):
+    """P6: the path expected and the layout of the tree."""
+    text = refused(
+        ROOT / "configs" / "720p_8gpu.yaml", good[1], good[2], f"model.options.model_base={tmp_path / 'ckpts'}"
+    )
+    assert f"model_base {tmp_path / 'ckpts'}" in text
+    assert "hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt" in text
+    assert "text_encoder_2/" in text
+
+
+def test_heads_that_do_not_split_are_told(good):
+    """P6: an impossible parallel plan is refused before Ray is touched."""
+    assert "does not divide 24" in refused(*good, "parallel.ulysses_degree=5")
+
+
+def test_an_engine_that_is_not_there_is_told(good):
+    """P6: the import path of the engine is in the message."""
+    assert "tests.support.doubles:NoEngine" in refused(*good, "model.engine=tests.support.doubles:NoEngine")
+
+
+def test_an_unwritable_output_is_told(good, tmp_path):
+    """P6: found by trying, before anything is rendered."""
+    (tmp_path / "file").write_text("in the way")
+    assert "is a file, or lies below one" in refused(good[0], good[1], tmp_path / "file" / "out")
+
+
+def test_config_weights_and_manifest_are_told_together(good, tmp_path):
+    """P6: what is wrong with the plan does not hide what is wrong with the rows."""
+    manifest = tmp_path / "bad.jsonl"
+    manifest.write_text('{"prompt": ""}\n')
+    text = refused(good[0], manifest, good[2], "parallel.ulysses_degree=5")
+    assert "does not divide 24" in text
+    assert "row 1: prompt" in text
+
+
+def test_an_unknown_engine_option_is_told_with_the_known_ones(good):
+    """P6: as for every other key of the config."""
+    text = refused(*good, "model.options.surprise=1")
+    assert "'surprise'" in text
+    assert "step_seconds" in text
+
+
+def test_an_address_where_nothing_answers_is_told(good):
+    """P6: within seconds, and not in the words of a network library."""
+    code, _, stderr = hv_batch(
+        "run", "--config", good[0], "--manifest", good[1], "--output", good[2], "--address", "127.0.0.1:9"
+    )
+    assert code == 1
+    assert "No Ray cluster answers at 127.0.0.1:9" in stderr
+
+
+def test_secrets_do_not_reach_run_json_or_messages(good):
+    """Safe: passwords in URLs and options named like secrets are masked."""
+    url = "sftp://user:p@ss@host/dir/x.parquet?X-Signature=abc"
+    assert public_url(url) == "sftp://host/dir/x.parquet"
+    masked = public_values({"options": {"hub_token": "t", "load_key": "module"}, "cache": url, "row": [url, 1]})
+    assert masked == {"options": {"hub_token": "***", "load_key": "module"}, "cache": "***", "row": ["***", 1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("GET https://u:p@s:s@host:9/a/b.mp4?sig=x&t=1 failed", "GET https://host:9/a/b.mp4 failed"),
+        ("('s3://b/k?versionId=1', 'ftp://u:p@h')", "('s3://b/k', 'ftp://h')"),
+        ("mail a@b.org, is it there? s3://bucket/a@b/c", "mail a@b.org, is it there? s3://bucket/a@b/c"),
+        ("no URL: a?b=c user:password@host", "no URL: a?b=c user:password@host"),
+    ],
+)
+def test_messages_lose_the_secrets_of_their_urls_and_nothing_else(text, public):
+    """Safe: what drivers of stores say in their errors is logged and recorded without passwords and signatures."""
+    assert public_text(text) == public
+    assert Failure(FailureClass.INFRA, text, text).to_dict()["message"] == public
+    assert Failure(FailureClass.INFRA, text, text).to_dict()["traceback"] == public
+
+
+@pytest.mark.parametrize("role", ["config", "manifest"])
+def test_a_refused_command_shows_no_secret(good, monkeypatch, role):
+    """Safe: whatever is wrong with a URL, its password is not in the answer."""
+    url = "http://user:planted-1@127.0.0.1:9/x.jsonl?X-Amz-Signature=planted-2"
+    files = {"config": good[0], "manifest": good[1], "output": good[2], role: url}
+    options = [f"--{name}={value}" for name, value in files.items()]
+    monkeypatch.setattr(sys, "argv", ["hv-batch", "run", *options])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert "http://127.0.0.1:9/x.jsonl" in str(caught.value)
+    assert "planted" not in str(caught.value)
+
+
+def test_a_missing_manifest_is_told(good, tmp_path):
+    """P6: the path is in the message."""
+    assert "nowhere.jsonl" in refused(good[0], tmp_path / "nowhere.jsonl", good[2])
+
+
+def test_several_manifests_and_a_selection_are_options(good, tmp_path):
+    """P6: bad rows of all files are told together, a selection of what is not there by what would be allowed."""
+    for name in ("b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text('{"prompt": ""}\n')
+    text = refused(good[0], good[1], good[2], "--manifest", tmp_path / "b.jsonl", "--manifest", f"{tmp_path}/c.*")
+    assert f"{tmp_path}/b.jsonl: row 1: prompt" in text
+    assert f"{tmp_path}/c.jsonl: row 1: prompt" in text
+    assert "the column colour, which the manifest does not have" in refused(*good, "--where", "colour=red")
+    assert "allowed are 0 to 0" in refused(*good, "--shards", "1-3")
+
+
+def test_status_of_something_else_is_told(tmp_path):
+    """`hv-batch status` of a folder that is no output root is an error, not an empty table."""
+    code, _, stderr = hv_batch("status", tmp_path)
+    assert code == 1
+    assert "run.json" in stderr
+
+
+def test_toy_writes_a_checkpoint_and_prints_its_path(tmp_path):
+    """What the configs' comments tell the user to run."""
+    code, stdout, _ = hv_batch("toy", tmp_path)
+    assert code == 0
+    assert (Path(stdout.strip()) / "hunyuan-video-t2v-720p" / "vae" / "config.json").is_file()

@@ -1,0 +1,179 @@
+"""The operator's commands as they are typed: what they print, what they change, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from hv_batch.job import layout
+from hv_batch.job.records import commits
+from hv_batch.job.records.lease import LeaseHeldError, held, read_lease, this_process
+from hv_batch.job.redaction import MASK
+from hv_batch.job.storage.store import Store
+from hv_batch.protocol import UserError
+from tests.support.cli_calls import files, hv_batch
+from tests.support.rendered_roots import make_commit, make_sample
+from tests.support.small_runs import real_media, run_small, some_samples
+
+SAMPLES = some_samples(6, height=32, width=32, num_frames=5)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> Path:
+    """A finished root with four real videos and two samples given up."""
+    root = tmp_path_factory.mktemp("rendered") / "root"
+    run_small(Store(str(root)), SAMPLES, poison={"s003", "s005"}, media=real_media)
+    return root
+
+
+@pytest.fixture
+def root(rendered, tmp_path) -> str:
+    """A copy of it to change."""
+    return str(shutil.copytree(rendered, tmp_path / "root"))
+
+
+def test_verify_says_what_is_wrong_and_mends_it(root):
+    """Exit codes: 0 sound, 3 faults, whether they were removed or not; looking changes nothing."""
+    assert hv_batch("verify", root, "--deep")[0] == 0
+    (media,) = Path(root).glob("data/*/s002-*")
+    media.unlink()
+    before = files(root)
+    code, text = hv_batch("verify", root)
+    assert code == 3
+    assert "s002: media missing" in text
+    assert files(root) == before
+    code, text = hv_batch("verify", root, "--json", "--remove")
+    assert code == 3
+    assert json.loads(text)["faults"] == {"media missing": 1}
+    run_small(Store(root), SAMPLES, poison={"s003", "s005"}, media=real_media)
+    assert hv_batch("verify", root, "--deep")[0] == 0
+
+
+def test_repair_renders_again_what_was_wrong(root, monkeypatch):
+    """P2: what is wrong goes, and the run goes on in the shards concerned by what its run.json tells, without a lease
+    in the way; the exit code is the run's. Where nothing is wrong, nothing is rendered.
+    """
+    calls = []
+
+    def render(config, manifest, output, *, selection, **options):
+        calls.append((config.output.shard_size, manifest, output, selection.shards, options["address"]))
+        assert read_lease(Store(root)) is None
+        run_small(Store(root), SAMPLES, poison={"s003", "s005"}, media=real_media)
+        return 3
+
+    monkeypatch.setattr("hv_batch.resume.render", render)
+    assert hv_batch("verify", root, "--repair") == (0, hv_batch("verify", root)[1])
+    assert not calls
+    before = files(root)
+    (media,) = Path(root).glob("data/shard-00001/s006-*")
+    media.write_bytes(b"?")
+    code, text = hv_batch("verify", root, "--repair", "--address", "10.0.0.1:6379")
+    assert code == 3
+    assert "s006: media size" in text
+    assert calls == [(4, "/nights/<b>prompts</b>.jsonl", root, (range(1, 2),), "10.0.0.1:6379")]
+    assert files(root).keys() == before.keys()
+    assert media.read_bytes() == before[str(media)]
+    Path(root, layout.SUCCESS).touch()
+    Path(root, "plan").mkdir(exist_ok=True)
+    Path(root, layout.INDEX).write_text("?")
+    assert hv_batch("verify", root, "--repair")[0] == 3
+    assert calls[1][3] == (), "the run as a whole"
+
+
+def test_what_nobody_could_render_again_is_not_removed(root):
+    """P2: a run whose run.json lacks a secret is not taken apart by a command that could not put it together."""
+    run = json.loads(Path(root, layout.RUN).read_text())
+    run["config"]["model"]["options"] = {"model_base": MASK}
+    Path(root, layout.RUN).write_text(json.dumps(run))
+    (media,) = Path(root).glob("data/*/s002-*")
+    media.unlink()
+    before = files(root)
+    with pytest.raises(UserError, match="begun with a secret"):
+        hv_batch("verify", root, "--repair")
+    assert files(root) == before
+
+
+def test_retry_first_says_what_it_would_do(root):
+    """P2: nothing is changed without --yes; with it the run command has something to do."""
+    before = files(root)
+    code, text = hv_batch("retry", root, "--class", "POISON")
+    assert code == 0
+    assert "2  POISON" in text
+    assert "2 samples would be taken back" in text
+    assert files(root) == before
+    assert "no such sample" in hv_batch("retry", root, "--class", "GPU_OOM")[1]
+    code, text = hv_batch("retry", root, "--shards", "0", "--yes")
+    assert "1 sample pending again" in text
+    assert not Path(root, layout.SUCCESS).exists()
+    assert "1 quarantined, 1 pending; 1 of 2 shards sealed" in hv_batch("status", root)[1]
+    assert read_lease(Store(root)) is None
+
+
+def test_gc_first_says_what_it_would_do(root):
+    """P1: a dry run, then the removal; what is young stays."""
+    orphan = Path(root, "data", "shard-00000", "s001-0a1b2c3d.mp4")
+    orphan.write_bytes(b"of the slower of two")
+    assert "nothing to remove" in hv_batch("gc", root)[1]
+    code, text = hv_batch("gc", root, "--min-age-hours", "0")
+    assert code == 0
+    assert "media   data/shard-00000/s001-0a1b2c3d.mp4\n1 media would be removed" in text
+    assert orphan.exists()
+    (line,) = hv_batch("gc", root, "--min-age-hours", "0", "--yes", "--json")[1].splitlines()
+    assert json.loads(line)["removed"]
+    assert not orphan.exists()
+
+
+@pytest.mark.parametrize(
+    "command", [("retry", "--yes"), ("gc", "--yes"), ("verify", "--remove"), ("verify", "--repair")]
+)
+def test_what_changes_a_root_waits_for_its_driver(root, command):
+    """P1: while a driver renders, nothing is taken from under it; looking is always allowed."""
+    name, flag = command
+    with held(Store(root), this_process("run", "raysubmit_9")):
+        before = files(root)
+        with pytest.raises(LeaseHeldError, match="raysubmit_9"):
+            hv_batch(name, root, flag)
+        assert hv_batch(name, root)[0] == 0
+        assert files(root) == before
+
+
+@pytest.mark.parametrize("command", [("retry", "--yes"), ("gc", "--yes"), ("verify", "--repair"), ("status",)])
+def test_a_path_that_is_no_root_stays_as_it_is(tmp_path, command):
+    """P6: a mistyped path is said so, and does not become a folder with a lease in it."""
+    name, *flags = command
+    with pytest.raises(UserError, match="is not an output root"):
+        hv_batch(name, str(tmp_path / "nothing"), *flags)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_diff_tells_by_its_exit_code(root, rendered):
+    """Exit codes: 0 when every sample is equal, 3 otherwise."""
+    other = str(rendered)
+    assert hv_batch("diff", root, other)[0] == 0
+    commits.commit(Store(root), make_commit(make_sample(3)))
+    code, text = hv_batch("diff", root, other, "--json")
+    assert code == 3
+    assert json.loads(text)["quarantined_in_b"] == ["s003"]
+
+
+def test_watching_ends_with_the_run(root, monkeypatch):
+    """`status --watch` looks again until the run is finished, and finishes it in this test between two looks."""
+    Path(root, layout.SUCCESS).unlink()
+    monkeypatch.setattr(time, "sleep", lambda _: Path(root, layout.SUCCESS).touch())
+    code, text = hv_batch("status", root, "--watch")
+    assert code == 0
+    assert text.count(": not finished") == 1
+    assert text.count(": finished") == 1
+
+
+def test_status_for_machines(root):
+    """`--json` has the reasons and the shards asked for."""
+    found = json.loads(hv_batch("status", root, "--shards", "1", "--json")[1])
+    assert [shard["shard"] for shard in found["shards"]] == [1]
+    assert found["reasons"] == [
+        {"class": "POISON", "message": "latents of step # are not finite", "samples": 1, "examples": ["s005"]}
+    ]

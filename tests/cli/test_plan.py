@@ -1,0 +1,459 @@
+"""`hv-batch plan`: what it adds up over a manifest, what its speeds are fitted to, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hv_batch.cli.demo import shipped, with_model_base
+from hv_batch.cli.plan import render_plan
+from hv_batch.job.config.hardware import GPUS, find_gpu
+from hv_batch.job.config.run_config import load_config
+from hv_batch.job.cost_model.estimate import make_plan
+from hv_batch.job.cost_model.flops import exchange_bytes, plan_ranks, rank_traffic
+from hv_batch.job.cost_model.group_plan import choose_sizes
+from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
+from hv_batch.job.cost_model.memory_check import memory_problems
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.speed import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
+from hv_batch.job.progress import Progress
+from hv_batch.job.scheduling.pool_sizing import HEADROOM
+from hv_batch.job.workload import Work, count_tokens
+from hv_batch.protocol import ParallelPlan, UserError
+from hv_batch.runtime.render import render
+from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint
+from tests.support.repository import ROOT
+
+RELEASED = ModelShape()
+IN_GROUP = {"placement": "group"}
+HD = Work((720, 1280, 129), 50, 1)
+SQUARE = Work((960, 960, 129), 50, 1)
+DECODE_S = 115  # of the released code, which decodes on every rank: what its series extrapolate to at infinitely many
+
+
+# ---- speeds
+
+PUBLISHED = [  # spec section 9: GPU, work, {ranks: seconds}
+    ("h100", HD, {1: 1904, 2: 930, 4: 514, 8: 338}),
+    ("h20", HD, {1: 6639, 2: 3401, 4: 1763, 8: 941}),
+    ("h100", SQUARE, {1: 1735, 2: 934, 3: 645, 6: 367}),
+    ("a100", HD, {1: 3000}),
+]
+
+
+@pytest.mark.parametrize(("gpu", "work", "series"), PUBLISHED)
+def test_the_published_series_are_met(gpu, work, series):
+    """Efficiencies and link speed are fitted, and the fit holds within 13 % for every figure it was made from."""
+    for ranks, seconds in series.items():
+        predicted = denoise_seconds(GPUS[gpu], RELEASED, work, ParallelPlan(ulysses_degree=ranks)) + DECODE_S
+        assert predicted == pytest.approx(seconds, rel=0.13), ranks
+
+
+def test_the_published_speedup_without_decoding_is_met():
+    """H800, DiT only: 1625 s to 225 s on eight."""
+    work = Work((720, 1280, 125), 50, 1)
+    alone, eight = (denoise_seconds(GPUS["h100"], RELEASED, work, ParallelPlan(ulysses_degree=n)) for n in (1, 8))
+    assert alone / eight == pytest.approx(1625 / 225, rel=0.1)
+
+
+@pytest.mark.parametrize(("shape", "seconds"), [((544, 960, 129), 4.81), ((720, 1280, 129), 9.00)])
+def test_the_timed_decodes_are_met(shape, seconds):
+    """`hv-batch bench engine --stage vae` on an H100."""
+    assert decode_seconds(GPUS["h100"], RELEASED, Work(shape, 50, 1)) == pytest.approx(seconds, rel=0.03)
+
+
+@given(st.sampled_from(sorted(GPUS)), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 33))
+def test_more_ranks_are_never_slower_nor_superlinear(gpu, ulysses, ring, scale):
+    """What every choice of a group rests on: time falls with ranks, and no rank does more than its share."""
+    tokens = 3600 * scale
+    alone = forward_seconds(GPUS[gpu], RELEASED, tokens, 1, 1)
+    group = forward_seconds(GPUS[gpu], RELEASED, tokens, ulysses, ring)
+    assert group >= alone / (ulysses * ring) * 0.999
+    smaller, larger = (denoiser_footprint(RELEASED, tokens, u, 1).total for u in (8, 1))
+    assert smaller < larger
+
+
+def test_the_published_efficiency_of_eight_is_met():
+    """Spec section 9: 5.64 times one H100, in runs that also decode, on every rank; denoising alone loses less."""
+    alone, eight = (denoise_seconds(GPUS["h100"], RELEASED, HD, ParallelPlan(ulysses_degree=n)) for n in (1, 8))
+    assert (alone + DECODE_S) / (eight + DECODE_S) == pytest.approx(5.64, rel=0.05)
+    assert 0.9 < alone / eight / 8 < 1
+
+
+@given(st.sampled_from(sorted(GPUS)), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 33))
+def test_halves_of_a_group_exchange_velocities_only(gpu, ulysses, ring, scale):
+    """Two branches on two halves: the time of one branch on one half, and of one velocity on the wire a step."""
+    work = Work((16 * 60 * scale, 16 * 60, 1), 50, 2)
+    half = ParallelPlan(ulysses_degree=ulysses, ring_degree=ring)
+    whole = replace(half, cfg_degree=2)
+    seconds = {plan: denoise_seconds(GPUS[gpu], RELEASED, work, plan) for plan in (half, whole)}
+    wire = 50 * exchange_bytes(RELEASED, work.tokens) / GPUS[gpu].link
+    assert seconds[whole] == pytest.approx(seconds[half] / 2 + wire)
+    assert exchange_bytes(RELEASED, 118_800) == 118_800 * 64 * 2
+
+
+# Seconds of a step with "sdpa" and with "cudnn", on one GPU (PyTorch 2.11, 2026-11-26): `hv-batch bench engine`.
+STEPS_SEEN = [
+    ("h100", (720, 1280, 129), 33.49, 22.40),
+    ("h100", (544, 960, 129), 11.81, 8.17),
+    ("h200", (544, 960, 129), 11.49, 8.04),
+]
+
+
+@pytest.mark.parametrize(("gpu", "shape", "sdpa", "cudnn"), STEPS_SEEN)
+def test_the_steps_that_were_timed_are_met(gpu, shape, sdpa, cudnn):
+    """Own timings, which nothing was fitted to but the speed of cuDNN's attention."""
+    step = Work(shape, 1, 1)
+    for name, seen in (("sdpa", sdpa), ("cudnn", cudnn)):
+        predicted = denoise_seconds(GPUS[gpu], replace(RELEASED, attention=name), step, ParallelPlan())
+        assert predicted == pytest.approx(seen, rel=0.15), name
+
+
+def test_streaming_weights_bounds_a_short_step():
+    """Offloaded, a step takes at least as long as 25 GB take to arrive; a long one hides them."""
+    gpu, offloaded = GPUS["h100"], ModelShape(offload=True)
+    arrival = offloaded.streamed_bytes / HOST_LINK
+    assert forward_seconds(gpu, offloaded, 3600, 1, 1) == arrival > forward_seconds(gpu, RELEASED, 3600, 1, 1)
+    assert forward_seconds(gpu, offloaded, 118_800, 1, 1) == forward_seconds(gpu, RELEASED, 118_800, 1, 1) > arrival
+
+
+def test_ranks_are_planned_for_ulysses_first():
+    """Design section 5: the Ulysses degree divides the heads; what it cannot take goes to the ring."""
+    assert [plan_ranks(24, ranks) for ranks in (1, 2, 4, 8, 16, 5)] == [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (1, 5)]
+    assert rank_traffic(RELEASED, 118_800, 1, 1).total == 0
+
+
+def test_an_unknown_gpu_is_told_with_those_that_are_known():
+    """P6."""
+    assert find_gpu("h100").name == "H100"
+    with pytest.raises(UserError, match=r"known are H100, H200, A100, H20, L40S"):
+        find_gpu("RTX 9090")
+
+
+# ---- the plan of a manifest
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    rows = [
+        {"prompt": "a", "num_videos": 3},
+        {"prompt": "b", "height": 544, "width": 960, "num_inference_steps": 30},
+        {"prompt": "c", "height": 544, "width": 960, "num_inference_steps": 30},
+        {"prompt": "d", "height": 544, "width": 960, "num_inference_steps": 30, "cfg_scale": 3.0},
+        {"prompt": "e", "num_frames": 1},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def config():
+    return load_config(str(shipped("720p_8gpu.yaml")))
+
+
+def test_a_plan_counts_samples_by_what_they_cost(config, manifest):
+    """Samples of one shape, number of steps and guidance are one line; guidance doubles the operations."""
+    plan = make_plan(config, manifest, GPUS["h100"])
+    assert plan["manifest"]["samples"] == 7
+    counted = [(w["height"], w["num_frames"], w["steps"], w["cfg"], w["samples"], w["tokens"]) for w in plan["work"]]
+    assert counted == [
+        (544, 129, 30, False, 2, 67_320),
+        (544, 129, 30, True, 1, 67_320),
+        (720, 1, 50, False, 1, 3_600),
+        (720, 129, 50, False, 3, 118_800),
+    ]
+    plain, guided, _, hd = (work["denoise_flops"] for work in plan["work"])
+    assert guided == 2 * plain
+    assert hd == pytest.approx(50 * 12e15, rel=0.01)
+
+
+def test_a_plan_adds_up(config, manifest):
+    """GPUs are those that are reserved, hours those of the slowest stage, and the text round-trips through JSON."""
+    plan = make_plan(config, manifest, GPUS["h100"])
+    assert plan == json.loads(json.dumps(plan))
+    assert plan["gpus"] == {"groups": 8, "encoders": 1, "decoders": 1, "total": 10}
+    estimate = plan["estimate"]["h100"]
+    assert estimate["slowest"] == "denoise"
+    assert estimate["hours"] == max(estimate["stage_hours"].values())
+    assert estimate["gpu_hours"] == pytest.approx(10 * estimate["hours"])
+    eight = plan["group_sizes"][-1]
+    assert (eight["ranks"], eight["ulysses_degree"]) == (8, 8)
+    assert eight["seconds_a_sample"] * 7 / 3600 == pytest.approx(estimate["stage_hours"]["denoise"])
+    assert eight["gpu_hours"] == pytest.approx(8 * estimate["stage_hours"]["denoise"])
+    videos = [size["videos_a_node_a_day"] for size in plan["group_sizes"]]
+    assert videos == sorted(videos, reverse=True), "small groups give throughput (spec section 9)"
+    (rank,) = [stage for stage in plan["memory"] if stage["stage"] == "denoise rank"]
+    assert rank["shape"] == [720, 1280, 129]
+    assert rank["total"] == denoiser_footprint(RELEASED, count_tokens((720, 1280, 129)), 8, 1).total
+
+
+def test_a_plan_sizes_auto_pools_as_a_run_would(config, manifest):
+    """Stations: with `count: auto` the bill and the hours are those of the pools that the predicted times call for."""
+    groups = config.groups.model_copy(update={"count": 40})
+    pools = {name: getattr(config, name).model_copy(update={"count": "auto"}) for name in ("encoders", "decoders")}
+    plan = make_plan(config.model_copy(update={"groups": groups, **pools}), manifest, GPUS["h100"])
+    fixed = make_plan(config.model_copy(update={"groups": groups}), manifest, GPUS["h100"])
+    hours = fixed["estimate"]["h100"]["stage_hours"]
+    decoders = math.ceil(HEADROOM * hours["decode"] / hours["denoise"])
+    assert decoders > 1
+    assert plan["workers"] == {"encode": 1, "denoise": 40, "decode": decoders}
+    assert plan["gpus"] == {"groups": 320, "encoders": 1, "decoders": decoders, "total": 321 + decoders}
+    assert plan["estimate"]["h100"]["stage_hours"]["decode"] == pytest.approx(hours["decode"] / decoders)
+    assert f"{decoders} for {decoders} decoder(s)" in render_plan(plan)
+
+
+def test_groups_that_decode_add_up_their_hours(config, manifest):
+    """decoders.placement: group: no GPUs for decoders, the VAE beside the DiT, and no denoise during a decode."""
+    plan = make_plan(config, manifest, GPUS["h100"])
+    inside = make_plan(
+        config.model_copy(update={"decoders": config.decoders.model_copy(update=IN_GROUP)}),
+        manifest,
+        GPUS["h100"],
+    )
+    assert inside["gpus"] == {"groups": 8, "encoders": 1, "decoders": 0, "total": 9}
+    hours, apart = (each["estimate"]["h100"]["stage_hours"] for each in (inside, plan))
+    assert inside["estimate"]["h100"]["hours"] == hours["denoise"] + hours["decode"]
+    assert hours["denoise"] == apart["denoise"]
+    assert apart["decode"] / 8 <= hours["decode"] < apart["decode"] / 4, "the last round of tiles is not full"
+    assert [stage["stage"] for stage in inside["memory"]] == ["text encoder", "group rank"]
+    rank, before = inside["memory"][1], plan["memory"][1]
+    assert rank["weights"] == before["weights"] + RELEASED.vae_bytes
+    assert rank["activations"] == max(before["activations"], plan["memory"][2]["activations"])
+    assert "the hours of both add up" in render_plan(inside)
+
+
+def test_a_plan_knows_halves_of_groups(config, tmp_path):
+    """P6: with cfg_degree 2 a rank passes through the DiT once a step; a row without guidance is refused by number."""
+    manifest = tmp_path / "guided.jsonl"
+    manifest.write_text('{"prompt": "a", "cfg_scale": 3.0}\n')
+    shared = config.parallel.model_copy(update={"cfg_degree": 2})
+    whole, halves = (
+        make_plan(config.model_copy(update={"parallel": parallel}), str(manifest), GPUS["h100"])
+        for parallel in (config.parallel.model_copy(update={"gpus_per_group": 4}), shared)
+    )
+    assert (halves["gpus"]["groups"], whole["gpus"]["groups"]) == (8, 4)
+    assert halves["memory"] == whole["memory"]
+    assert halves["traffic"]["ulysses_bytes_a_step"] == whole["traffic"]["ulysses_bytes_a_step"] / 2
+    assert (halves["traffic"]["exchange_bytes_a_step"], whole["traffic"]["exchange_bytes_a_step"]) == (15_206_400, 0)
+    assert halves["traffic"]["group"] == "CFG 2 x Ulysses 4 x ring 1"
+    hours = [plan["estimate"]["h100"]["stage_hours"]["denoise"] for plan in (whole, halves)]
+    assert hours[0] / hours[1] == pytest.approx(2, rel=0.001)
+    assert "CFG 2 x Ulysses 4 x ring 1 keeps 95% of its H100s' speed" in render_plan(halves)
+    manifest.write_text('{"prompt": "a", "cfg_scale": 3.0}\n{"prompt": "b"}\n')
+    with pytest.raises(
+        UserError, match=r"row 2: cfg_scale = 1\.0; allowed: above 1, because with parallel\.cfg_degree"
+    ):
+        make_plan(config.model_copy(update={"parallel": shared}), str(manifest), GPUS["h100"])
+
+
+def test_a_plan_tells_which_shape_gets_which_size(manifest):
+    """Sizes: with auto, the group of every shape and why; hours are those of all ranks, GPUs those of the largest."""
+    auto = ["parallel.gpus_per_group=auto", "gpu=H100", "gpu_memory_gib=79.6", "groups.max_sample_minutes=10"]
+    config = load_config(str(shipped("720p_8gpu.yaml")), auto)
+    plan = make_plan(config, manifest, GPUS["h100"])
+    assert plan == json.loads(json.dumps(plan))
+    assert [(size["shape"][2], size["samples"], size["ranks"]) for size in plan["sizes"]] == [
+        (129, 3, 1),
+        (1, 1, 1),
+        (129, 3, 4),
+    ]
+    assert plan["gpus"]["groups"] == 4
+    hours = sum(size["gpu_hours"] for size in plan["sizes"])
+    assert plan["estimate"]["h100"]["stage_hours"]["denoise"] == pytest.approx(hours / 4)
+    assert plan["halves"] is None, "not every row has guidance"
+    text = render_plan(plan)
+    assert "4 (Ulysses 4 x ring 1), smaller ones take longer than 10 min" in text
+    assert "1 (Ulysses 1 x ring 1), the cheapest" in text
+
+
+def test_a_plan_tells_what_a_faster_kernel_would_save(manifest):
+    """Kind to users: a third of the GPU hours is one option away, where it is known to be faster and can run."""
+
+    def saving(gpu: str, *overrides: str) -> tuple[float, str]:
+        plan = make_plan(load_config(str(shipped("720p_8gpu.yaml")), overrides), manifest, GPUS[gpu])
+        return plan["cudnn_would_save"], render_plan(plan).splitlines()[-1]
+
+    share, line = saving("h100", "model.options.attention=sdpa")
+    assert 0.2 < share < 0.35
+    assert line.startswith(f"model.options.attention=cudnn would denoise this in {share:.0%} less time on H100")
+    for gpu, overrides in (
+        ("h100", ()),
+        ("a100", ("model.options.attention=sdpa",)),
+        ("h100", ("model.options.attention=sdpa", "model.options.precision=fp32")),
+    ):
+        share, line = saving(gpu, *overrides)
+        assert share == 0, (gpu, overrides)
+        assert "cudnn" not in line
+
+
+def test_a_plan_proposes_halves(config, tmp_path):
+    """Sizes: where every row uses guidance, what cfg_degree 2 would cost, if it is less."""
+    manifest = tmp_path / "guided.jsonl"
+    manifest.write_text('{"prompt": "a", "cfg_scale": 3.0}\n')
+    plan = make_plan(config, str(manifest), GPUS["h100"])
+    assert plan["halves"]["gpu_hours"] < plan["halves"]["instead_of"]
+    assert "with parallel.cfg_degree=2" in render_plan(plan)
+    single = load_config(str(shipped("throughput_1gpu.yaml")))
+    assert make_plan(single, str(manifest), GPUS["h100"])["halves"] is None, "one rank has no halves"
+
+
+def test_sizes_that_the_chosen_attention_cannot_share_are_refused(config, tmp_path):
+    """P6: xfuser's attention would attend to padding; by shape, before anything starts."""
+    manifest = tmp_path / "square.jsonl"
+    manifest.write_text('{"prompt": "a", "height": 720, "width": 720}\n{"prompt": "b"}\n')
+    xfuser = config.model.model_copy(update={"options": {**config.model.options, "sequence_parallel": "xfuser"}})
+    with pytest.raises(UserError, match=r"^720x720x129: 66825 image tokens do not divide by 8 ranks"):
+        make_plan(config.model_copy(update={"model": xfuser}), str(manifest), GPUS["h100"])
+
+
+def test_options_of_the_model_are_counted(manifest):
+    """Offloading, FP8-less precision and group size change what a rank holds."""
+
+    def rank(*overrides: str) -> float:
+        plan = make_plan(load_config(str(shipped("720p_8gpu.yaml")), overrides), manifest, GPUS["h100"])
+        return plan["memory"][1]["weights"] / 1e9
+
+    assert rank() == pytest.approx(25.6, abs=0.1)
+    assert rank("model.options.precision=fp32", "model.options.attention=sdpa") == pytest.approx(51.3, abs=0.1)
+    assert rank("model.options.offload=blocks") == rank("model.options.offload=mapped") == pytest.approx(2.1, abs=0.1)
+
+
+def test_the_tree_tells_the_widths_that_the_options_do_not(tmp_path):
+    """A plan for another checkpoint is made with that checkpoint's VAE and towers."""
+    base = write_toy_checkpoint(tmp_path)
+    model = ModelShape.from_options({"model_base": str(base)})
+    assert model.vae.block_out_channels == TOY_VAE["block_out_channels"]
+    assert model.llama.hidden_size == 64
+    assert model.clip.hidden_size == 32
+    beside = base / "hunyuan-video-t2v-720p" / "transformers" / "config.json"
+    beside.write_text('{"_class_name": "HYVideoDiT", "hidden_size": 128, "heads_num": 8, "rope_dim_list": [8, 4, 4]}')
+    heads = {"heads_num": 4, "rope_dim_list": [16, 8, 8]}
+    model = ModelShape.from_options({"model_base": str(base), "dit": heads})
+    assert (model.dit.hidden_size, model.dit.heads_num) == (128, 4)
+    elsewhere = {"model_base": "nowhere", "dit_weight": str(beside.with_name("weights.pt"))}
+    assert ModelShape.from_options(elsewhere).dit.hidden_size == 128
+    beside.write_text('{"_class_name": "Another", "hidden_size": 64}')
+    assert ModelShape.from_options({"model_base": str(base)}).dit.hidden_size == 3072
+    unfit = {"model_base": str(base), "dit": {"hidden_size": 64, "heads_num": 0}}
+    assert ModelShape.from_options(unfit).dit == RELEASED.dit, "the engine refuses it, or it is another engine's option"
+    (base / "text_encoder" / "config.json").write_text("not json")
+    assert ModelShape.from_options({"model_base": str(base)}).llama.hidden_size == 4096
+
+
+def test_the_text_says_what_the_plan_says(config, manifest):
+    """For people: every table, and that speeds are estimates."""
+    text = render_plan(make_plan(config, manifest, GPUS["l40s"]))
+    for expected in ("7 samples", "118,800", "12,821,012,544", "= 10", "19.2 GB by Ulysses", "(speed assumed)"):
+        assert expected in text
+    assert "estimates" in text
+    offloaded = config.model.model_copy(update={"options": {**config.model.options, "offload": "blocks"}})
+    text = render_plan(make_plan(config.model_copy(update={"model": offloaded}), manifest, GPUS["l40s"]))
+    assert "24.92 stream from the host" in text
+
+
+def test_what_does_not_fit_the_gpu_asked_about_is_marked(manifest):
+    """720p in fp32 on one L40S needs more memory than there is."""
+    in_fp32 = ["parallel.ulysses_degree=1", "model.options.precision=fp32", "model.options.attention=sdpa"]
+    config = load_config(str(shipped("throughput_1gpu.yaml")), in_fp32)
+    plan = make_plan(config, manifest, GPUS["l40s"])
+    assert [stage["fits"] for stage in plan["memory"]] == [True, False, True]
+    assert "DOES NOT FIT into the 45 of one L40S" in render_plan(plan)
+
+
+def test_another_engine_has_no_known_costs(config, manifest):
+    """P6: no numbers are made up for a model that is not this one."""
+    other = config.model.model_copy(update={"engine": "tests.support.doubles:Double"})
+    with pytest.raises(UserError, match=r"costs of the engine tests.support.doubles:Double are not known"):
+        make_plan(config.model_copy(update={"model": other}), manifest, GPUS["h100"])
+
+
+# ---- refusing what cannot fit
+
+
+def problems_of(config, shapes):
+    return memory_problems(config, choose_sizes(config, shapes).by_shape)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_every_reason(manifest):
+    """P6: too little GPU memory is found before a GPU is taken; each shape and stage with the remedy."""
+    config = load_config(str(shipped("throughput_1gpu.yaml")), ["gpu_memory_gib=24"])
+    found = problems_of(config, [(720, 1280, 129), (720, 1280, 1)])
+    subjects = ("720x1280x1 needs", "720x1280x129 needs", "the text encoders need")
+    assert [line.startswith(subject) for line, subject in zip(found, subjects, strict=True)] == [True] * 3
+    assert any("offload to blocks" in line for line in found)
+    assert any("encoders.gpus" in line for line in found)
+    with pytest.raises(UserError, match=r"does not fit into GPU memory:\n  - "):
+        make_plan(config, manifest, GPUS["h100"])
+
+
+def test_a_run_that_cannot_fit_claims_no_output_root(manifest, tmp_path):
+    """P6: `hv-batch run` refuses it as the plan does, before Ray starts and before anything is written."""
+    base = write_toy_checkpoint(tmp_path)
+    shares = ("groups.gpus_per_rank=1", "encoders.gpus=1", "decoders.gpus=1")
+    overrides = ["gpu_memory_gib=1", "parallel.device=cuda", *shares]
+    config = with_model_base(load_config(str(shipped("demo_cpu.yaml")), overrides), base)
+    with pytest.raises(UserError, match="does not fit into GPU memory"):
+        render(config, manifest, str(tmp_path / "out"), address=None, progress=Progress())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fits_and_a_memory_unknown_are_let_through():
+    """Nothing is refused on a guess: without the key, on a CPU, or for another engine there is no judgement."""
+    shapes = [(720, 1280, 129)]
+    path = str(shipped("720p_8gpu.yaml"))
+    assert problems_of(load_config(path), shapes) == []
+    assert problems_of(load_config(path, ["gpu_memory_gib=79.6"]), shapes) == []
+    assert problems_of(load_config(path, ["gpu_memory_gib=1", "model.engine=a:B"]), shapes) == []
+    small = load_config(path, ["gpu_memory_gib=1"])
+    assert len(problems_of(small, shapes)) == 3
+    inside = problems_of(small.model_copy(update={"decoders": small.decoders.model_copy(update=IN_GROUP)}), shapes)
+    assert ["decode" in line for line in inside] == [False, False], "no decoder stands by itself"
+    on_cpu = small.model_copy(update={"parallel": small.parallel.model_copy(update={"device": "cpu"})})
+    assert problems_of(on_cpu, shapes) == []
+
+
+def test_the_limit_is_the_computed_peak():
+    """The refusal is neither early nor late."""
+    need = denoiser_footprint(RELEASED, 118_800, 8, 1).total / GIB
+    for memory, refused in ((need - 0.01, True), (need + 0.01, False)):
+        config = load_config(str(shipped("720p_8gpu.yaml")), [f"gpu_memory_gib={memory}"])
+        assert bool(problems_of(config, [(720, 1280, 129)])) is refused
+
+
+def test_the_command_runs_without_weights_or_gpus(tmp_path):
+    """`hv-batch plan`: exit code 0 and JSON on stdout; a bad manifest is refused as `run` refuses it."""
+    base = write_toy_checkpoint(tmp_path)
+    config = with_model_base(load_config(str(shipped("demo_cpu.yaml"))), base)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "height": 100}\n')
+
+    def plan(name):
+        arguments = ["--config", tmp_path / "config.yaml", "--manifest", tmp_path / name, "--json", "--gpu", "h20"]
+        return subprocess.run(
+            [sys.executable, "-m", "hv_batch", "plan", *map(str, arguments)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+
+    done = plan("good.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["gpu"]["name"] == "H20"
+    assert found["work"][0]["tokens"] == 9 * 8 * 8
+    refused = plan("bad.jsonl")
+    assert refused.returncode == 1
+    assert "row 1: height = 100" in refused.stderr
+    assert "Traceback" not in refused.stderr

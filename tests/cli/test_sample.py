@@ -1,0 +1,398 @@
+"""`hv-batch sample` on the toy checkpoint: the released flags, the files, and every refusal in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from hv_batch.cli import sample, sample_files
+from hv_batch.cli.sample_flags import FIXED, idle_flags, parse, round_up
+from hv_batch.engine.determinism import make_deterministic
+from hv_batch.engine.pipeline import HunyuanVideoPipeline
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, UserError
+from hv_batch.toy.checkpoint import write_toy_checkpoint
+from tests.support.repository import ROOT
+
+PROMPT = "A cat walks on the grass, realistic style."
+FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
+IN_FP32 = [f"--{flag}=fp32" for flag in ("precision", "vae-precision", "text-encoder-precision")]
+IN_FP32.append("--text-encoder-precision-2=fp32")
+SMALL = ["--video-size", "32", "48", "--video-length", "5", "--infer-steps", "2", "--device", "cpu", *IN_FP32]
+
+# As printed in the README of the release, from the first flag on.
+RELEASED_COMMANDS = [
+    '--video-size 720 1280 --video-length 129 --infer-steps 50 --prompt "P" --flow-reverse --use-cpu-offload '
+    "--save-path ./results",
+    '--video-size 1280 720 --video-length 129 --infer-steps 50 --prompt "P" --flow-reverse --seed 42 '
+    "--ulysses-degree 8 --ring-degree 1 --save-path ./results",
+    '--dit-weight fp8.pt --video-size 1280 720 --video-length 129 --infer-steps 50 --prompt "P" --seed 42 '
+    "--embedded-cfg-scale 6.0 --flow-shift 7.0 --flow-reverse --use-cpu-offload --use-fp8 --save-path ./results",
+]
+
+# Every flag of the released parser but --prompt, with its default there (spec section 1, and the names of its parts).
+RELEASED_DEFAULTS = {
+    "model": "HYVideo-T/2-cfgdistill",
+    "latent_channels": 16,
+    "precision": "bf16",
+    "rope_theta": 256,
+    "vae": "884-16c-hy",
+    "vae_precision": "fp16",
+    "vae_tiling": True,
+    "text_encoder": "llm",
+    "text_encoder_precision": "fp16",
+    "text_states_dim": 4096,
+    "text_len": 256,
+    "tokenizer": "llm",
+    "prompt_template": "dit-llm-encode",
+    "prompt_template_video": "dit-llm-encode-video",
+    "hidden_state_skip_layer": 2,
+    "apply_final_norm": False,
+    "text_encoder_2": "clipL",
+    "text_encoder_precision_2": "fp16",
+    "text_states_dim_2": 768,
+    "tokenizer_2": "clipL",
+    "text_len_2": 77,
+    "denoise_type": "flow",
+    "flow_shift": 7.0,
+    "flow_solver": "euler",
+    "model_base": "ckpts",
+    "load_key": "module",
+    "use_cpu_offload": False,
+    "batch_size": 1,
+    "infer_steps": 50,
+    "save_path": "./results",
+    "save_path_suffix": "",
+    "name_suffix": "",
+    "num_videos": 1,
+    "video_size": (720, 1280),
+    "video_length": 129,
+    "seed": None,
+    "neg_prompt": None,
+    "cfg_scale": 1.0,
+    "embedded_cfg_scale": 6.0,
+    "use_fp8": False,
+    "reproduce": False,
+    "ulysses_degree": 1,
+    "ring_degree": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(base):
+    return HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32)
+
+
+@pytest.fixture
+def render(base, tmp_path, capsys):
+    """Run the command; returns (files it named, what it said)."""
+
+    def run(*flags, small=SMALL):
+        where = ["--model-base", str(base), "--save-path", str(tmp_path / "out")]
+        assert sample.main([*small, *where, *map(str, flags)]) == 0
+        said = capsys.readouterr()
+        return [Path(line) for line in said.out.splitlines()], said.err
+
+    return run
+
+
+def record_of(file):
+    return json.loads(file.with_name(file.stem + ".json").read_text())
+
+
+def digest(frames):
+    return hashlib.sha256(frames.tobytes()).hexdigest()
+
+
+def frames_of(pipeline, **choice):
+    small = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
+    return pipeline(PROMPT, **{**small, **choice})
+
+
+def test_a_released_command_renders(base, pipeline, tmp_path):
+    """Spec section 1: pasted behind `hv-batch sample`; the file has the released name, its record the parameters, and
+    its frames are those of the Python API."""
+    command = [sys.executable, "-m", "hv_batch", "sample", "--model-base", str(base), *SMALL, "--prompt", PROMPT]
+    command += ["--flow-reverse", "--seed", "42", "--save-path", str(tmp_path / "results")]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True, check=True
+    )
+    (video,) = map(Path, done.stdout.splitlines())
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-\d\d:\d\d:\d\d_seed42_{re.escape(PROMPT)}\.mp4", video.name)
+    assert sorted(video.parent.iterdir()) == sorted([video, video.with_name(video.stem + ".json")])
+    meta = next(imageio_ffmpeg.read_frames(str(video)))
+    assert (meta["size"], meta["fps"]) == ((48, 32), 24.0)
+    record = record_of(video)
+    assert record["frames_sha256"] == digest(frames_of(pipeline, seed=42))
+    assert record["params"]["prompt"] == PROMPT
+    assert record["engine"] == pipeline.engine.identity()
+    assert record["text"] == {"num_tokens": 10, "tokens_lost": 0}
+
+
+@pytest.mark.parametrize("command", RELEASED_COMMANDS)
+def test_the_released_commands_are_understood(command):
+    """Spec section 1: every flag of the release's own README."""
+    options = parse(command.replace('"', "").split())
+    assert options.prompt == ["P"]
+    assert options.flow_reverse
+    assert sorted(options.video_size) == [720, 1280]
+
+
+def test_every_released_flag_is_there_with_its_default():
+    """Spec section 1. `--dit-weight` follows `--model-base`; `--flow-reverse` is on, without it no picture appears."""
+    options = vars(parse(["--prompt", "P"]))
+    assert {name: options[name] for name in RELEASED_DEFAULTS} == RELEASED_DEFAULTS
+    everything = []
+    for name, value in RELEASED_DEFAULTS.items():
+        flag = "--" + name.replace("_", "-")
+        if name == "apply_final_norm":
+            continue
+        if isinstance(value, bool):
+            everything.append(flag)
+        elif value not in (None, ""):
+            everything += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    idle = ["--seed-type", "auto", "--model-resolution", "540p", "--disable-autocast", "--linear-schedule-end", "25"]
+    idle.append("--use-linear-quadratic-schedule")
+    told = parse([*everything, *idle, "--prompt", "P"])
+    assert told.use_fp8
+    assert told.reproduce
+    assert set(idle_flags(told)) == {flag for flag in idle if flag.startswith("--")}
+    assert idle_flags(parse(["--prompt", "P"])) == []
+
+
+@pytest.mark.parametrize("flag", FIXED)
+def test_a_part_that_was_not_released_is_refused(flag):
+    """P6: a flag that would change pixels is never accepted and then ignored."""
+    value, reason = FIXED[flag]
+    other = value + 1 if isinstance(value, int) else "other"
+    with pytest.raises(UserError, match=re.escape(reason)):
+        parse([flag, str(other), "--prompt", "P"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--video-size", "0"], "--video-size is 0; height and width must be above 0"),
+        (["--video-size", "-720", "1280"], "--video-size is -720 1280"),
+        (["--video-size", "1", "2", "3"], "allowed are one number for both sides, or height and width"),
+        (["--video-size", "99999"], "height of --video-size is 100000, allowed is a multiple of 16"),
+        (["--video-size", "big"], "argument --video-size: invalid int value: 'big'"),
+        (["--video-length", "128"], "--video-length is 128, allowed is 4n + 1"),
+        (["--video-length", "0"], "--video-length is 0"),
+        (["--infer-steps", "0"], "--infer-steps is 0"),
+        (["--seed", "-1"], "--seed is -1, allowed is a whole number from 0"),
+        (["--seed", str(2**63 - 1), "--num-videos", "2"], f"seed is {2**63}"),
+        (["--seed", "x"], "--seed: invalid int value"),
+        (["--prompt", "  "], "--prompt is '', allowed is a text that is not blank"),
+        (["--prompt", "caf\udce9"], "prompt is not valid Unicode text"),
+        (["--num-videos", "0"], "--num-videos is 0"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--ulysses-degree", "0"], "--ulysses-degree is 0"),
+        (["--cfg-degree", "2"], "--cfg-degree is 2 with --cfg-scale 1.0: half of the ranks would compute nothing"),
+        (["--cfg-degree", "3"], "argument --cfg-degree: invalid choice: 3"),
+        (["--attention", "cudnn"], "attention: cudnn computes in half precision only, and precision is fp32"),
+        (["--attention", "cudnn", "--precision", "bf16"], "attention 'cudnn' needs cuDNN, a CUDA device and half"),
+        (["--ulysses-degree", "3"], "ulysses_degree 3 does not divide the model's 8 attention heads"),
+        (["--cfg-scale", "nan"], "--cfg-scale is nan, allowed is a number from 1 (off) to 100"),
+        (["--embedded-cfg-scale", "-1"], "--embedded-cfg-scale is -1.0"),
+        (["--flow-shift", "nan"], "--flow-shift is nan"),
+        (["--guidance-rescale", "2"], "--guidance-rescale is 2.0"),
+        (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
+        (["--apply-final-norm"], "the model was trained without it"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--model-base", "nowhere"], "nowhere is not a folder | The layout is"),
+        (["--use-fp8"], "holds no FP8 weights"),
+        (["--attention", "flash", "--precision", "bf16"], "attention 'flash' needs the flash-attn package"),
+        (["--from-latents", "nowhere.safetensors"], "nowhere.safetensors is not there"),
+    ],
+)
+def test_bad_input_is_one_clear_line(base, tmp_path, flags, told):
+    """P6: what, where and what is allowed, before anything is loaded."""
+    known = [] if "--prompt" in flags else ["--prompt", PROMPT]
+    where = ["--model-base", str(base), "--save-path", str(tmp_path)]
+    with pytest.raises(UserError) as refusal:
+        sample.main([*SMALL, *where, *known, *flags])
+    assert told in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_overflow_end_in_one_line(base, tmp_path):
+    """P6: no traceback, and what to try."""
+    transformers = base / "hunyuan-video-t2v-720p" / "transformers"
+    shutil.copytree(transformers, tmp_path / "nan")
+    (file,) = (tmp_path / "nan").glob("*.pt")
+    content = torch.load(file, weights_only=True)
+    content["module"]["final_layer.linear.bias"].fill_(torch.nan)
+    torch.save(content, file)
+    flags = ["--model-base", str(base), "--dit-weight", str(file), "--save-path", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"latents are not finite after step 1 of 2.*wider --precision"):
+        sample.main([*SMALL, *flags, "--prompt", PROMPT])
+
+
+def test_a_missing_prompt_and_a_launcher_are_told(monkeypatch):
+    """P6: torchrun would start every rank several times over."""
+    with pytest.raises(UserError, match="--prompt is missing"):
+        parse([])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=r"started it 8 times\. Run it once, without torchrun"):
+        sample.main(["--prompt", PROMPT])
+
+
+def test_an_unusable_save_path_is_told(base, tmp_path):
+    """P6: found before the model is loaded."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        sample.main([*SMALL, "--model-base", str(base), "--prompt", PROMPT, "--save-path", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize(
+    ("given", "rounded"), [((720, 1280), (720, 1280)), ((545, 961), (560, 976)), ((100,), (112, 112)), ((1,), (16, 16))]
+)
+def test_sizes_are_rounded_up(given, rounded):
+    """Spec section 1: each side to a multiple of 16; one value means both."""
+    assert round_up(given) == rounded
+
+
+def test_an_image_of_a_rounded_size(render, pipeline):
+    """Spec section 1: one frame is a PNG; the rounding is said."""
+    (image,), said = render("--prompt", PROMPT, "--seed", 7, "--video-length", 1, "--video-size", 30, 40)
+    assert image.suffix == ".png"
+    assert "size 30x40 is rounded up to multiples of 16: 32x48" in said
+    assert record_of(image)["frames_sha256"] == digest(frames_of(pipeline, seed=7, num_frames=1))
+
+
+def test_several_videos_and_a_batch(render, pipeline):
+    """Spec section 1: video i has seed + i, and no pixel depends on the batch; two prompts have the same seeds."""
+    videos, _ = render("--prompt", PROMPT, "--prompt", "dark", "--seed", 5, "--num-videos", 2, "--batch-size", 3)
+    records = [record_of(video) for video in videos]
+    assert [(r["params"]["prompt"], r["params"]["seed"]) for r in records] == [
+        (prompt, seed) for prompt in (PROMPT, "dark") for seed in (5, 6)
+    ]
+    assert [r["frames_sha256"] for r in records[:2]] == [digest(frames_of(pipeline, seed=seed)) for seed in (5, 6)]
+    assert len({r["frames_sha256"] for r in records}) == 4
+
+
+def test_latents_can_be_decoded_later(render, pipeline):
+    """`--latents-only`, then `--from-latents`: the pixels and the record of the direct way."""
+    flags = ("--prompt", PROMPT, "--seed", 9, "--cfg-scale", 3, "--guidance-rescale", 0.5)
+    (latents,), _ = render(*flags, "--latents-only")
+    with safe_open(latents, framework="np") as file:
+        assert file.get_tensor("latents").shape == (16, 2, 4, 6)
+        assert json.loads(file.metadata()["record"])["params"]["cfg_scale"] == 3.0
+    (video,), _ = render("--from-latents", latents, "--name-suffix", "later")
+    assert video.name.endswith(f"_seed9_{PROMPT}_later.mp4")
+    record = record_of(video)
+    expected = frames_of(pipeline, seed=9, cfg_scale=3.0, guidance_rescale=0.5)
+    assert record["frames_sha256"] == digest(expected)
+    assert record["params"]["negative_prompt"] == DEFAULT_NEGATIVE_PROMPT  # none was given
+    assert record["engine"] == pipeline.engine.identity()
+    (other,), _ = render("--from-latents", latents, "--vae-precision", "bf16")
+    assert record_of(other)["engine"] == {**record["engine"], "vae_precision": "bf16"}
+    assert record_of(other)["frames_sha256"] != digest(expected)
+
+
+def test_strange_latents_are_refused(base, tmp_path):
+    """P6: not a file of latents, or of another model's."""
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    save_file({"latents": np.zeros((4, 2, 4, 6), np.float32)}, tmp_path / "four.safetensors")
+    save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
+    for name, told in (("text", "is not a .safetensors file"), ("four", r"\[4, 2, 4, 6\]"), ("other", "latents")):
+        with pytest.raises(UserError, match=told):
+            sample.main(["--model-base", str(base), "--from-latents", str(tmp_path / f"{name}.safetensors")])
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_told(render):
+    """Spec 3.1: rendered with 256 tokens; the number of tokens lost is said and recorded."""
+    (image,), said = render("--prompt", "cat " * 300, "--seed", 1, "--video-length", 1, "--infer-steps", 1)
+    assert "is 300 tokens long, of which the model reads 256: the last 44 are lost" in said
+    assert record_of(image)["text"] == {"num_tokens": 256, "tokens_lost": 44}
+    assert len(image.name.encode()) <= 255
+
+
+def test_a_drawn_seed_is_told(render):
+    """Spec section 1: without --seed a random one, which the user must be able to give again."""
+    (image,), said = render("--prompt", "{} <|eot_id|>", "--video-length", 1, "--infer-steps", 1)
+    (seed,) = re.findall(r"^seed (\d+)$", said, re.MULTILINE)
+    assert f"_seed{seed}_{{}} <|eot_id|>.png" in image.name
+
+
+def test_folder_and_names_take_their_suffixes(render, tmp_path):
+    """Spec section 1, `--save-path-suffix` and `--name-suffix`."""
+    (image,), _ = render("--prompt", "x", "--video-length", 1, "--infer-steps", 1, "--save-path-suffix", "b")
+    assert image.parent == tmp_path / "out_b"
+
+
+hostile = st.text(max_size=300) | st.text("/.\n\0\u202e🎈é<>|", max_size=300)
+
+
+@settings(max_examples=50, deadline=None)
+@example(prompt="🎈" * 100, suffix="")
+@example(prompt="🎈" * 100, suffix="🎈" * 300)
+@given(prompt=hostile.filter(lambda text: not re.search("[\ud800-\udfff]", text)), suffix=hostile)
+def test_names_are_safe_whatever_the_prompt(tmp_path_factory, prompt, suffix):
+    """A prompt is data: it cannot leave the folder, break the terminal, or be too long for the file system."""
+    folder = tmp_path_factory.mktemp("names")
+    suffix = re.sub("[\ud800-\udfff]", "", suffix)
+    stem = sample_files.free_stem(folder, f"seed1_{sample_files.shorten(prompt)}", suffix)
+    path = stem.with_name(stem.name + ".safetensors")
+    path.touch()
+    assert path.parent == folder
+    assert path.name.isprintable()
+    again = sample_files.free_stem(folder, f"seed1_{sample_files.shorten(prompt)}", suffix)
+    assert again != stem
+    assert len(again.with_name(again.name + ".safetensors").name.encode()) <= 255
+
+
+@pytest.fixture
+def nondeterministic(monkeypatch):
+    """Puts the process back as it was."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.usefixtures("nondeterministic")
+def test_reproduce_leaves_nothing_to_chance(render, pipeline):
+    """`--reproduce`: every kernel the engine uses has a deterministic form, and on the CPU it gives the same bits."""
+    (video,), _ = render("--prompt", PROMPT, "--seed", 3, "--reproduce")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert record_of(video)["frames_sha256"] == digest(frames_of(pipeline, seed=3))
+    make_deterministic(1)
+    drawn = torch.rand(1), np.random.rand()
+    make_deterministic(1)
+    assert drawn == (torch.rand(1), np.random.rand())
+
+
+def test_options_reach_the_engine(render):
+    """Spec section 1: flags that choose something are in the record, which is what the pixels depend on."""
+    flags = ("--noise", "official", "--no-vae-tiling", "--no-flow-reverse", "--attention", "math")
+    (image,), _ = render("--prompt", "x", "--video-length", 1, "--infer-steps", 1, *flags)
+    engine = record_of(image)["engine"]
+    assert (engine["noise"], engine["flow_reverse"], engine["attention"]) == ("official", False, "math")
+    assert engine["vae_tile"]["spatial_px"] == 8192
+    assert engine["text_encoder_precision_2"] == "fp32"

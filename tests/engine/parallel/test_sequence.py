@@ -1,0 +1,280 @@
+"""The sequence-parallel DiT on real process groups, against one rank.
+
+Processes join group after group, run every case twice and write what they got; the tests read that. The sizes
+are chosen to be awkward: token counts that no degree divides, shards that are padding only, a ring chunk that is
+padding only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hv_batch.architecture import DiTConfig
+from hv_batch.engine.attention import attend_math, attend_sdpa
+from hv_batch.engine.dit.model import HYVideoDiT
+from hv_batch.engine.dit.offload import offload_blocks
+from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
+from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
+from hv_batch.engine.self_check import check_group
+from hv_batch.protocol import ParallelPlan, RankPlace, UserError
+from tests.support.dit_reference import keep_in_fp8, random_dit, random_inputs
+from tests.support.rank_processes import joined
+
+CONFIG = DiTConfig(
+    hidden_size=96,
+    heads_num=12,  # divisible by every Ulysses degree below
+    mm_double_blocks_depth=2,
+    mm_single_blocks_depth=2,
+    rope_dim_list=(2, 4, 2),
+    text_states_dim=16,
+    text_states_dim_2=8,
+)
+PADDED = 12
+DAMAGED_LINEAR = "single_blocks.0.linear2"
+
+
+@dataclass(frozen=True)
+class Case:
+    size: tuple[int, int, int]  # latents T, h, w
+    text_lengths: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+CASES = [
+    Case((1, 2, 2), (1,)),  # one image token: every other shard is padding
+    Case((1, 2, 4), (7,)),  # two tokens: at a ring of 3 or 4, chunks of padding only
+    Case((1, 2, 10), (PADDED,)),  # five tokens
+    Case((3, 6, 10), (7,)),  # 45 tokens: odd, and no degree below divides it but 3
+    Case((2, 4, 6), (PADDED,)),
+    Case((3, 6, 10), (7, PADDED)),  # classifier-free guidance: two items, two text lengths
+    Case((1, 14, 2), (1, PADDED)),
+    Case((3, 6, 10), (7,), torch.bfloat16),
+]
+PLANS = [(2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4)]  # (Ulysses degree, ring degree)
+MORE = [  # every other way to share the twelve heads and the keys over up to eight ranks
+    (u, r) for u in (1, 2, 3, 4, 6) for r in range(1, 9) if 1 < u * r <= 8 and (u, r) not in PLANS
+]
+EVERY_PLAN = [*PLANS, *(pytest.param(u, r, marks=pytest.mark.slow) for u, r in MORE)]
+
+
+@cache
+def _model(dtype: torch.dtype) -> HYVideoDiT:
+    return random_dit(CONFIG, seed=1).to(dtype)
+
+
+def _forward(case: Case, mesh: SequenceMesh) -> torch.Tensor:
+    inputs = random_inputs(CONFIG, case.size, list(case.text_lengths), seed=2, padded=PADDED)
+    return _model(case.dtype)(**inputs, mesh=mesh)
+
+
+def _attend(mesh: SequenceMesh) -> torch.Tensor:
+    """Joint attention of 5 text and 9 image tokens; this rank's rows."""
+    qkv = torch.randn(5 + 9, 3, 12, 8, generator=torch.Generator().manual_seed(3))
+    start, stop = mesh.span(9)
+    image = torch.cat((qkv[5:], torch.full((8, 3, 12, 8), float("nan"))))[start:stop]
+    return attend_jointly(torch.cat((qkv[:5], image)), 5, 9, mesh, attend_sdpa)
+
+
+def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:
+    torch.set_num_threads(1)
+    for u, r in addresses:
+        if rank >= u * r:
+            continue
+        with joined(rank, ParallelPlan(ulysses_degree=u, ring_degree=r), addresses[u, r]) as mesh:
+            runs = {case: (_forward(case, mesh), _forward(case, mesh)) for case in CASES}
+            torch.save((runs, _attend(mesh)), folder / f"u{u}r{r}-{rank}.pt")
+            (folder / f"checks-u{u}r{r}-{rank}.json").write_text(json.dumps(_self_checks(mesh)))
+
+
+def _self_checks(mesh: SequenceMesh) -> dict[str, str]:
+    """What the self-check complains of: with good weights, wherever and however they are held, and with a copy of them
+    that is damaged on the last rank.
+    """
+    models = {"float32": _model(torch.float32), "bfloat16": _model(torch.bfloat16)}
+    models |= {"offloaded": _own_model(), "mapped": _own_model(), "FP8": _own_model(), "FP8 offloaded": _own_model()}
+    models |= {"damaged": random_dit(CONFIG, seed=1), "FP8 weights": _own_model(), "FP8 scale": _own_model()}
+    for name, model in models.items():
+        if name.startswith("FP8"):
+            keep_in_fp8(model)
+    if mesh.rank == mesh.size - 1:
+        next(models["damaged"].single_blocks.parameters()).data.mul_(1.05)
+        held = models["FP8 weights"].get_submodule(DAMAGED_LINEAR)
+        held.weight.data = held.weight.data.flip(0)
+        models["FP8 scale"].get_submodule(DAMAGED_LINEAR).scale.mul_(1.5)
+    for name in ("offloaded", "mapped", "FP8 offloaded"):
+        offload_blocks(models[name], torch.device("cpu"), pinned=name != "mapped")
+    complaints = {}
+    for name, model in models.items():
+        try:
+            check_group(model, mesh, torch.device("cpu"))
+        except RuntimeError as error:
+            complaints[name] = str(error)
+    return complaints
+
+
+def _own_model() -> HYVideoDiT:
+    return random_dit(CONFIG, seed=1).bfloat16().requires_grad_(False)
+
+
+def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankPlace:
+    return RankPlace(
+        rank=rank,
+        local_rank=rank,
+        plan=ParallelPlan(ulysses_degree=u, ring_degree=r),
+        device="cpu",
+        address=address,
+        timeout_s=timeout_s,
+    )
+
+
+class Ranks:
+    """What every rank of every plan returned, one file each; plans that only slow tests ask for are run for these."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.ran: list[tuple[int, int]] = []
+
+    def load(self, u: int, r: int):
+        self._run(u, r)
+        return [torch.load(self.folder / f"u{u}r{r}-{rank}.pt", weights_only=False) for rank in range(u * r)]
+
+    def complaints(self, u: int, r: int) -> list[dict[str, str]]:
+        """What the self-check told on each rank, by model."""
+        self._run(u, r)
+        return [json.loads((self.folder / f"checks-u{u}r{r}-{rank}.json").read_text()) for rank in range(u * r)]
+
+    def _run(self, u: int, r: int) -> None:
+        if (u, r) in self.ran:
+            return
+        plans = PLANS if (u, r) in PLANS else MORE
+        context = mp.get_context("forkserver")  # imports torch once, not once a process
+        context.set_forkserver_preload(["hv_batch.engine.dit.model", "hypothesis", "pytest"])
+        addresses = {plan: context.Queue() for plan in plans}
+        processes = max(u * r for u, r in plans)
+        mp.start_processes(_rank_main, (self.folder, addresses), nprocs=processes, start_method="forkserver")
+        self.ran += plans
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Ranks:
+    return Ranks(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[Case, torch.Tensor]:
+    return {case: _forward(case, SequenceMesh.single()) for case in CASES}
+
+
+@pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_group_equals_one_rank(ranks, single, u, r, case):
+    """Design section 5: every size works at every degree, exactly but for float rounding (P3: measured, not hidden)."""
+    runs, _ = ranks.load(u, r)[0]
+    tolerance = 1e-4 if case.dtype is torch.float32 else 0.1 * single[case].abs().max().item()
+    assert single[case].std() > 0.1
+    assert (runs[case][0] - single[case]).abs().max().item() <= tolerance
+
+
+@pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
+def test_every_rank_returns_the_same_bits_every_time(ranks, u, r):
+    """P3: same plan, same bytes; and the sampler may run replicated, because no rank's velocity differs."""
+    loaded = [runs for runs, _ in ranks.load(u, r)]
+    for case in CASES:
+        outputs = list(itertools.chain.from_iterable(runs[case] for runs in loaded))
+        assert all(torch.equal(outputs[0], other) for other in outputs[1:]), case
+
+
+@pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
+def test_attention_rows(ranks, u, r):
+    """The text rows are one set of bits on all ranks, and NaN in the padding reaches no true row."""
+    qkv = torch.randn(5 + 9, 3, 12, 8, generator=torch.Generator().manual_seed(3))
+    expected, _ = attend_math(*qkv.unbind(1))
+    outputs = [attended for _, attended in ranks.load(u, r)]
+    assert all(torch.equal(outputs[0][:5], attended[:5]) for attended in outputs[1:])
+    assembled = torch.cat([outputs[0][:5], *(attended[5:] for attended in outputs)])[:14]
+    assert (assembled - expected.flatten(1)).abs().max().item() <= 1e-5
+
+
+@pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
+def test_a_group_proves_itself(ranks, u, r):
+    """Design section 5: healthy ranks agree with themselves in every precision, with weights on the device or streamed,
+    in 16 bits or 8; a damaged copy is seen by some rank.
+    """
+    complaints = ranks.complaints(u, r)
+    assert {name for found in complaints for name in found} == {"damaged", "FP8 weights", "FP8 scale"}
+    for damage in ("damaged", "FP8 weights", "FP8 scale"):
+        told = next(found[damage] for found in complaints if damage in found)
+        assert "deviates from what rank" in told
+        assert f"Ulysses {u} x ring {r}" in told
+
+
+def test_weights_that_give_no_numbers_are_refused():
+    """Design section 5: a rank of its own has nobody to compare with, but does not render what is not finite."""
+    model = random_dit(CONFIG, seed=1)
+    check_group(model, SequenceMesh.single(), torch.device("cpu"))
+    next(model.single_blocks.parameters()).data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        check_group(model, SequenceMesh.single(), torch.device("cpu"))
+
+
+@given(st.integers(1, 4000), st.integers(1, 8), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_shards_partition_the_tokens(length, u, r):
+    """Equal shards, in rank order, cover the tokens; pads (fewer than the ranks) sit at the very end."""
+    meshes = [SequenceMesh(rank=rank, ulysses_degree=u, ring_degree=r) for rank in range(u * r)]
+    spans = [mesh.span(length) for mesh in meshes]
+    assert spans[0][0] == 0
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    assert 0 <= spans[-1][1] - length < u * r
+    tokens = torch.arange(length).unsqueeze(1)
+    assert torch.equal(torch.cat([mesh.shard(tokens) for mesh in meshes])[:length], tokens)
+    chunks = meshes[0].chunk_lengths(length)
+    assert sum(chunks) == length
+    for mesh in meshes:
+        true_rows = sum(
+            max(0, min(stop, length) - start)
+            for (start, stop), other in zip(spans, meshes, strict=True)
+            if other.ring_index == mesh.ring_index
+        )
+        assert chunks[mesh.ring_index] == true_rows
+
+
+def test_one_rank_needs_no_group():
+    """A group of one joins at once and leaves no process group behind."""
+    assert join_group(_place(0, 1, 1, "nowhere:1", 1.0)) == SequenceMesh.single()
+    assert not torch.distributed.is_initialized()
+    leave_group()
+
+
+def test_a_missing_rank_is_an_error_not_a_hang():
+    """P5: a rank that never comes makes the others fail at their timeout, so that the group can be rebuilt."""
+    address = host_store("127.0.0.1", 2)
+    with pytest.raises(RuntimeError):
+        join_group(_place(0, 2, 1, address, 1.0))
+    leave_group()
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_groups_on_one_host_meet_apart():
+    """Two groups of one node get two addresses, each on a port the system chose (no bind-close-publish race)."""
+    addresses = {host_store("127.0.0.1", 2), host_store("127.0.0.1", 2)}
+    assert len(addresses) == 2
+    leave_group()
+
+
+def test_heads_that_do_not_split_are_refused():
+    """P6: a Ulysses degree that does not divide the heads is refused before any collective, naming the setting."""
+    inputs = random_inputs(CONFIG, (1, 2, 2), [1], seed=0, padded=1)
+    mesh = SequenceMesh(rank=0, ulysses_degree=5, ring_degree=1)
+    with pytest.raises(UserError, match="ulysses_degree"):
+        random_dit(CONFIG, seed=0)(**inputs, mesh=mesh)

@@ -1,0 +1,107 @@
+"""hv_batch.job.config.retired_keys: configs and output roots of earlier versions go on working."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hv_batch.job import layout
+from hv_batch.job.config import retired_keys
+from hv_batch.job.config.run_config import RunConfig, load_config
+from hv_batch.job.inspection.diff import compare
+from hv_batch.job.orders import read_orders
+from hv_batch.job.records.run_document import RunState, fingerprint, open_run, read_run
+from hv_batch.job.redaction import MASK
+from hv_batch.job.storage.store import Store
+from hv_batch.protocol import UserError
+from tests.support.rendered_roots import open_root
+
+WARNING = "warning: the config key encoders.cache is ignored: embeddings are no longer shared between runs; remove"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(text=""):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write_config
+
+
+@pytest.mark.parametrize("value", ["s3://key:secret@bucket/embeddings", "''", "3", "{folder: x}"])
+def test_a_removed_key_is_ignored_with_one_warning(write, capsys, value):
+    """P2: a config or command line of an earlier version is accepted, and its value, maybe a secret, is not printed."""
+    assert load_config(write(f"encoders: {{cache: {value!r}, count: 2}}")).encoders.count == 2
+    from_file = capsys.readouterr().err
+    assert load_config(write(), [f"encoders.cache={value}"]) == RunConfig()
+    from_override = capsys.readouterr().err
+    for text in (from_file, from_override):
+        assert text.startswith(WARNING)
+        assert text.count("\n") == 1
+        assert "secret" not in text
+
+
+def test_a_removed_key_that_is_null_gives_no_warning(write, capsys):
+    """P2: null was the default; it never asked for anything."""
+    assert load_config(write("encoders: {cache: null}")) == RunConfig()
+    assert load_config(write(), ["encoders.cache=null"]) == RunConfig()
+    assert capsys.readouterr().err == ""
+
+
+def test_only_the_removed_key_is_accepted(write, capsys):
+    """P6: the same name elsewhere is still an unknown key, also in a section that a YAML alias shares."""
+    with pytest.raises(UserError, match=r"decoders\.cache: unknown key"):
+        load_config(write("decoders: &same {cache: x}\nencoders: *same\n"))
+    with pytest.raises(UserError, match="encoders = 5; allowed: a mapping"):
+        load_config(write("encoders: 5"))
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_retired_value_is_replaced_with_one_warning(write, capsys, monkeypatch):
+    """P2: a value that was renamed is read as its successor; other values of the key are left alone."""
+    table = {"decoders.placement": {"separate": ("pool", "write pool")}}
+    monkeypatch.setattr(retired_keys, "RETIRED_VALUES", table)
+    assert load_config(write("decoders: {placement: separate}")).decoders.placement == "pool"
+    assert capsys.readouterr().err == "warning: decoders.placement = separate is read as pool: write pool\n"
+    assert load_config(write(), ["decoders.placement=separate"]) == RunConfig()
+    assert capsys.readouterr().err.count("\n") == 1
+    assert load_config(write("decoders: {placement: group}")).decoders.placement == "group"
+    for unknown in ("[separate]", "Separate"):
+        with pytest.raises(UserError, match=r"decoders\.placement"):
+            load_config(write(f"decoders: {{placement: {unknown}}}"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("value", "warnings"), [(None, 0), ("/shared/embeddings", 1), (MASK, 1)])
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path, capsys, value, warnings):
+    """P2: its run.json may hold a removed key, with a masked secret too; the run is the same and can be resumed."""
+    store, config = Store(str(tmp_path)), RunConfig()
+    written = config.model_dump(mode="json")
+    written["encoders"]["cache"] = value
+    manifest = {"url": "prompts.jsonl", "rows": 1, "samples": 1, "shards": 1}
+    old = {"identity": config.identity(), "config": written, "manifest": manifest, "versions": {}}
+    assert open_run(store, old) is RunState.NEW
+    recorded, _ = read_orders(str(tmp_path))
+    assert recorded == config
+    assert capsys.readouterr().err.count(WARNING) == warnings
+    new = {**old, "identity": recorded.identity(), "config": recorded.model_dump(mode="json")}
+    assert open_run(store, new) is RunState.RESUMED
+
+
+def test_a_removed_key_is_no_difference_between_runs(tmp_path):
+    """P3: `diff` compares what changes pixels, which a removed key does not."""
+    stores = [Store(str(tmp_path / name)) for name in "ab"]
+    for store in stores:
+        open_root(store, 4)
+    run = read_run(stores[0])
+    run["config"]["encoders"] = {"cache": "/shared/embeddings"}
+    stores[0].put(layout.RUN, json.dumps(run).encode())
+    assert compare(*stores).identity == []
+
+
+def test_the_fingerprint_of_a_config_is_that_of_earlier_versions():
+    """P2: a root of an earlier version is resumed only if the identity of its config is the same to the byte."""
+    expected = "21ade442c2aeec577e9277e327aac1c52403977744f3c9ca9b01f691cb333414"
+    assert fingerprint(RunConfig().identity()) == expected

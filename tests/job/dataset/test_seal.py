@@ -1,0 +1,194 @@
+"""Sealing a shard into a dataset: promises P1, P2, P3 and design section 4."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hv_batch.job import layout
+from hv_batch.job.dataset.seal import COLUMNS, seal_shard
+from hv_batch.job.failure import FailureClass
+from hv_batch.job.manifest.extra_columns import Kind, arrow_column, column_names, join, kind_of, learn
+from hv_batch.job.records import commits
+from hv_batch.job.storage.store import Store
+from tests.support.rendered_roots import make_commit, make_failure, make_quarantine, make_sample
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+KINDS = st.sampled_from(list(Kind))
+NAMES = st.sampled_from(["id", "file_name", "extra_file_name", "video", "a_file_names", "topic", "extra_id", "Id", ""])
+
+
+def read_table(store: Store, shard: int = 0):
+    return pq.read_table(io.BytesIO(store.get(layout.metadata_key(shard))))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "root"))
+
+
+def test_sealed_shard_reads_back_in_plan_order(store):
+    """Design 4: one row a committed video, our columns typed, then the user's own."""
+    samples = [make_sample(n, extra={"topic": f"t{n}", "score": n / 2}) for n in (1, 2, 3)]
+    for sample in reversed(samples):
+        assert commits.commit(store, make_commit(sample))
+    assert seal_shard(store, 0, [s.key for s in samples])
+    table = read_table(store)
+    assert table.column_names == ["file_name", *COLUMNS, "score", "topic"]
+    rows = table.to_pylist()
+    assert [row["id"] for row in rows] == ["s001", "s002", "s003"]
+    assert rows[1]["seed"] == 1002
+    assert rows[1]["topic"] == "t2"
+    assert rows[1]["score"] == 1.0
+    assert (rows[1]["height"], rows[1]["width"], rows[1]["num_frames"]) == (128, 96, 17)
+    record = commits.read_commit(store, 0, "s002")
+    assert layout.media_dir(0) + rows[1]["file_name"] == record["file"]
+
+
+def test_second_seal_is_a_no_op(store):
+    """P1: a sealed shard is never written again, and its records are not even read again."""
+    commits.commit(store, make_commit(make_sample(1)))
+    assert seal_shard(store, 0, ["s001"])
+    before = store.get(layout.metadata_key(0))
+    store.delete(layout.commit_key(0, "s001"))
+    assert not seal_shard(store, 0, ["s001"])
+    assert store.get(layout.metadata_key(0)) == before
+
+
+@pytest.mark.parametrize("backend", ["disk", "memory"])
+def test_bytes_do_not_depend_on_how_the_night_went(tmp_path, backend):
+    """P2: other completion order, timings, attempts, versions and dates seal the very same bytes."""
+    samples = [make_sample(n, extra={"topic": n}) for n in range(1, 5)]
+    sealed = []
+    for night in range(2):
+        url = f"memory://{tmp_path.name}/{night}" if backend == "memory" else str(tmp_path / str(night))
+        store = Store(url)
+        for sample in random.Random(night).sample(samples, len(samples)):
+            reports = {"denoise": {"seconds": 1.0 + night, "node": str(night)}}
+            failed = [make_failure(FailureClass.INFRA)] * night
+            record = make_commit(sample, stages=reports, failures=failed, versions={"ray": str(night)})
+            commits.commit(store, record | {"created_at": f"2026-01-0{night + 1}"})
+        assert seal_shard(store, 0, [s.key for s in samples])
+        sealed.append(store.get(layout.metadata_key(0)))
+    assert sealed[0] == sealed[1]
+
+
+def test_quarantined_sample_is_absent(store):
+    """P5: the rest of a shard is a good dataset; a commit that came late wins (P1)."""
+    for number in (1, 3):
+        commits.commit(store, make_commit(make_sample(number)))
+    commits.quarantine(store, make_quarantine(make_sample(2)))
+    store.put(layout.quarantine_key(0, "s003"), commits.encode(make_quarantine(make_sample(3))))
+    assert seal_shard(store, 0, ["s001", "s002", "s003"])
+    assert read_table(store)["id"].to_pylist() == ["s001", "s003"]
+
+
+def test_pending_sample_stops_the_seal(store):
+    """P1: a shard seals only when every sample is terminal; the error names the one that is not."""
+    commits.commit(store, make_commit(make_sample(1)))
+    with pytest.raises(ValueError, match="'s002' is still pending"):
+        seal_shard(store, 0, ["s001", "s002"])
+    assert not store.exists(layout.metadata_key(0))
+
+
+def test_shard_without_any_video_seals_without_a_row_group(store):
+    """Design 4: the Hugging Face loader asks the first row group for its size, and fails on 0."""
+    commits.quarantine(store, make_quarantine(make_sample(1)))
+    assert seal_shard(store, 0, ["s001"])
+    table = pq.ParquetFile(io.BytesIO(store.get(layout.metadata_key(0))))
+    assert table.metadata.num_rows == 0
+    assert table.metadata.num_row_groups == 0
+    assert table.schema_arrow.names[0] == "file_name"
+
+
+def test_all_shards_share_one_schema(store):
+    """Design 4: a loader refuses shards of different schemas, so the kinds of the whole manifest decide in each."""
+    extras = [{"score": 1}, {"score": 2}, {"score": 3}, {"score": 4}, {"score": 0.5, "topic": "sea"}, {"mix": [1]}]
+    samples = [make_sample(number, extra=extra) for number, extra in enumerate(extras, start=1)]
+    kinds: dict[str, Kind] = {}
+    for sample in samples:
+        learn(kinds, sample.extra)
+        commits.commit(store, make_commit(sample))
+    for shard, members in itertools.groupby(samples, key=lambda sample: sample.shard):
+        assert seal_shard(store, shard, [sample.key for sample in members], kinds)
+    first, second = read_table(store, 0), read_table(store, 1)
+    assert first.schema == second.schema
+    assert first["score"].to_pylist() == [1.0, 2.0, 3.0, 4.0]
+    assert second["topic"].to_pylist() == ["sea", None]
+    assert second["mix"].to_pylist() == [None, "[1]"]
+
+
+def test_clashing_columns_keep_both_values(store):
+    """A user's column with the name of one of ours is carried under another name; ours is not touched."""
+    extra = {"seed_note": "x", "sha256": "mine", "file_name": "old.mp4", "video": "v", "source_file_name": "a.mov"}
+    commits.commit(store, make_commit(make_sample(1, extra=extra)))
+    assert seal_shard(store, 0, ["s001"])
+    row = read_table(store).to_pylist()[0]
+    assert row["file_name"].startswith("s001-")
+    assert row["sha256"] != "mine"
+    assert row["extra_sha256"] == "mine"
+    assert row["extra_file_name_value"] == "old.mp4"
+    assert row["extra_video"] == "v"
+    assert row["source_file_name_value"] == "a.mov"
+    assert row["seed_note"] == "x"
+
+
+def test_text_that_utf8_cannot_hold_does_not_stop_the_seal(store):
+    """P5: JSON can spell a lone surrogate; one such prompt must not keep a shard from sealing."""
+    commits.commit(store, make_commit(make_sample(1, prompt="a \ud800 bird", extra={"\udfff": "\ud800"})))
+    assert seal_shard(store, 0, ["s001"])
+    assert read_table(store)["prompt"].to_pylist() == ["a ? bird"]
+
+
+@given(KINDS, KINDS, KINDS)
+def test_join_does_not_depend_on_order(a, b, c):
+    """P2: a column's kind is the same whatever the order in which its values are seen."""
+    assert join(a, b) == join(b, a)
+    assert join(a, join(b, c)) == join(join(a, b), c)
+    assert join(a, a) == a
+
+
+@given(st.lists(JSON, max_size=6))
+def test_column_gives_back_every_value(values):
+    """Metadata: further columns are carried into the metadata untouched, whatever mixture they hold."""
+    kinds: dict[str, Kind] = {}
+    for value in values:
+        learn(kinds, {"c": value})
+    kind = kinds.get("c", Kind.NULL)
+    read = arrow_column(values, kind).to_pylist()
+    if kind is Kind.JSON:
+        read = [None if text is None else json.loads(text) for text in read]
+    assert read == values
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(2**53, Kind.INT), (2**53 + 1, Kind.LONG), (2**63, Kind.JSON), (True, Kind.BOOL), ([], Kind.JSON)],
+)
+def test_kind_of_edges(value, kind):
+    """No whole number is bent: beyond float64's exact range and beyond int64 the kind changes."""
+    assert kind_of(value) is kind
+
+
+@given(st.lists(NAMES, unique=True))
+def test_column_names_are_unique_and_mean_nothing_else(names):
+    """Design 4: no user's column becomes one of ours, another user's, or a media path to a dataset loader."""
+    taken = ["file_name", *COLUMNS]
+    named = column_names(names, taken)
+    columns = list(named.values())
+    assert len({*columns, *taken}) == len(columns) + len(taken)
+    assert not any(column.endswith(("_file_name", "_file_names")) or column == "video" for column in columns)
+    assert named.get("topic", "topic") == "topic"
+    assert named == column_names(reversed(names), taken)

@@ -1,0 +1,279 @@
+"""The numbers of summary.json and the gallery page."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urljoin
+
+import pytest
+
+from hv_batch.job import layout
+from hv_batch.job.dataset.seal import seal_shard
+from hv_batch.job.failure import FailureClass
+from hv_batch.job.inspection import gallery, summary
+from hv_batch.job.records import commits, run_document
+from hv_batch.job.storage.store import Store
+from hv_batch.protocol import UserError
+from tests.support.rendered_roots import make_commit, make_failure, make_quarantine, make_sample, open_root
+
+HOSTILE = """<script>alert("x")</script><img src=x onerror='y'> & $heading ${title} "quoted" \u202e \ud800"""
+VOID = {"meta", "img", "input", "br", "link"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, and whether every one is closed in order."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(markup)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def read_page(store: Store) -> Page:
+    page = Page(store.get(layout.REPORT).decode("utf-8"))
+    assert page.open == []
+    return page
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request, tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "root") if request.param == "disk" else f"memory://{tmp_path.name}")
+
+
+def test_aggregate_adds_up(store):
+    """Summary: counts, seconds by stage as sum and mean, GPU seconds, media, failures and retries by class."""
+    open_root(store, 9, device="cuda")
+    lost = make_failure(FailureClass.INFRA)
+    commits.commit(store, make_commit(make_sample(1)))
+    commits.commit(store, make_commit(make_sample(2, num_frames=1), stages={"denoise": {"seconds": 20.0}}))
+    commits.commit(store, make_commit(make_sample(6), failures=[lost, lost]))
+    commits.quarantine(store, make_quarantine(make_sample(7)))
+    commits.quarantine(store, make_quarantine(make_sample(9), make_failure(FailureClass.GPU_OOM)))
+    totals = summary.aggregate(store)
+    assert (totals["samples"], totals["committed"], totals["quarantined"], totals["pending"]) == (9, 3, 2, 4)
+    assert (totals["shards"], totals["shards_sealed"]) == (3, 0)
+    assert totals["stages"]["denoise"] == {"seconds": 40.0, "mean_seconds": 13.333}
+    assert totals["stages"]["decode"] == {"seconds": 4.0, "mean_seconds": 2.0}
+    assert totals["denoise_gpu_seconds"] == 80.0
+    assert totals["media"] == {"bytes": 3000, "frames": 35, "seconds": round(34 / 24, 3)}
+    assert totals["failures"] == {"POISON": 1, "GPU_OOM": 1}
+    assert totals["retries"] == {"INFRA": 2}
+    run_document.finish_run(store, totals)
+    assert not store.exists(layout.SUCCESS)
+
+
+@pytest.mark.parametrize(("key", "ranks"), [({}, 2), ({"cfg_degree": 1}, 2), ({"cfg_degree": 2}, 4)])
+def test_gpu_time_counts_every_rank(key, ranks):
+    """Also of roots that were begun before there was a cfg_degree."""
+    parallel = {"device": "cuda", "ulysses_degree": 2, "ring_degree": 1, **key}
+    assert summary._gpu_seconds({"identity": {"parallel": parallel}}, {"": 10_000}) == 10.0 * ranks
+
+
+def test_gpu_time_counts_each_group_by_its_size(store):
+    """Groups of several sizes: a record tells the ranks of its group; one of before does not, and had the run's."""
+    open_root(store, 3, device="cuda")
+    for number, told in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
+        commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **told}}))
+    assert summary.aggregate(store)["denoise_gpu_seconds"] == 10.0 * (8 + 1 + 2)
+
+
+def test_aggregate_counts_what_was_encoded_once(store):
+    """summary.json: counts of prompts encoded and of prompts that an encoder remembered, over the committed samples."""
+    open_root(store, 3)
+    for number, (encoded, recalled) in enumerate([(1, 1), (0, 2)], start=1):
+        stages = {"encode": {"seconds": 0.1, "encoded": encoded, "recalled": recalled}}
+        commits.commit(store, make_commit(make_sample(number), stages=stages))
+    assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}
+    commits.commit(store, make_commit(make_sample(3)))
+    assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, "one that tells nothing"
+
+
+def test_aggregate_without_gpus_claims_no_gpu_time(store):
+    """A CPU run reports no GPU seconds rather than a wrong number."""
+    open_root(store, 1)
+    assert summary.aggregate(store)["denoise_gpu_seconds"] is None
+
+
+def rich_root(store, seals):
+    """Nine samples in three shards, with everything a summary counts; `seals` says which shards are sealed."""
+    open_root(store, 9, device="cuda")
+    lost = make_failure(FailureClass.INFRA)
+    for number in (1, 2, 3, 5, 6, 8, 9):
+        sample = make_sample(number, num_frames=1 if number % 4 == 2 else 17)
+        stages = {"encode": {"seconds": 0.001 * number}, "denoise": {"seconds": 1 / number}} if number != 3 else {}
+        stages = {name: {"seconds": round(stage["seconds"], 3)} for name, stage in stages.items()}
+        record = make_commit(sample, stages=stages, failures=[lost] * (number % 3))
+        commits.commit(store, record | {"fps": (24, 25, 30)[number % 3]})
+    commits.quarantine(store, make_quarantine(make_sample(4)))
+    commits.quarantine(store, make_quarantine(make_sample(7), make_failure(FailureClass.GPU_OOM)))
+    keys = [[f"s{number:03d}" for number in range(first, min(first + 4, 10))] for first in (1, 5, 9)]
+    for shard in seals:
+        assert seal_shard(store, shard, keys[shard])
+
+
+@pytest.mark.parametrize("seals", itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in range(4)))
+def test_the_sums_of_sealed_shards_give_the_same_summary(tmp_path, seals):
+    """P7: whichever shards are sealed, the summary equals the one made of every record, digit for digit."""
+    store, unsealed = Store(str(tmp_path / "a")), Store(str(tmp_path / "b"))
+    rich_root(store, seals)
+    rich_root(unsealed, ())
+    assert summary.aggregate(store) == summary.aggregate(unsealed) | {"shards_sealed": len(seals)}
+
+
+def test_records_of_a_sealed_shard_are_not_read_again(store, monkeypatch):
+    """P7: the end of a long run reads one object a shard."""
+    rich_root(store, (0, 1, 2))
+    expected = summary.aggregate(store)
+    monkeypatch.setattr(summary, "read_commit", None)
+    assert summary.aggregate(store) == expected
+
+
+@pytest.mark.parametrize("sums", [b"", b"{}", b'{"schema": "hv_batch/sums/0"}', None])
+def test_sums_that_cannot_be_used_are_made_again(store, sums):
+    """P2: lost, damaged or of another version: the records say it."""
+    rich_root(store, (0, 1, 2))
+    expected = summary.aggregate(store)
+    store.delete(layout.sums_key(1))
+    if sums is not None:
+        store.put(layout.sums_key(1), sums)
+    assert summary.aggregate(store) == expected
+
+
+def test_a_commit_after_the_seal_is_counted(store):
+    """P1: a sample that was given up and committed late counts once, as committed."""
+    rich_root(store, (0, 1, 2))
+    commits.commit(store, make_commit(make_sample(4)))
+    totals = summary.aggregate(store)
+    assert (totals["committed"], summary["quarantined"]) == (8, 1)
+    assert summary["media"]["bytes"] == 8000
+
+
+def test_aggregate_needs_a_run(store):
+    """P6: a wrong path is said so."""
+    with pytest.raises(UserError):
+        summary.aggregate(store)
+
+
+def test_page_shows_videos_in_plan_order_from_beside_it(store):
+    """Design 4: relative sources that resolve to the media keys; an image is an image; nothing from elsewhere."""
+    open_root(store, 5)
+    records = [make_commit(make_sample(n, num_frames=1 if n == 3 else 17)) for n in (5, 3, 2, 1, 4)]
+    for record in records:
+        commits.commit(store, record)
+    summary.write_report(store, summary.aggregate(store))
+    page = read_page(store)
+    media = [a["src"] for tag, a in page.elements if tag in ("video", "img")]
+    files = [record["file"] for record in sorted(records, key=lambda record: record["row"])]
+    assert [unquote(urljoin("http://h/report/index.html", src)) for src in media] == [f"http://h/{f}" for f in files]
+    assert len(page.all("img")) == 1
+    assert all({"muted", "loop", "autoplay", "playsinline", "controls"} <= a.keys() for a in page.all("video"))
+    links = [v for _, a in page.elements for k, v in a.items() if k in ("src", "href") and v]
+    assert all(link.startswith("../data/") for link in links)
+    assert not page.all("link")
+    assert "http" not in store.get(layout.REPORT).decode()
+
+
+def test_page_shows_posters_where_there_are_some(store):
+    """Design 4: the picture that `media.poster` wrote stands in until a video plays."""
+    open_root(store, 2)
+    poster = layout.poster_key(0, "s001", "ab" * 32)
+    for record in (make_commit(make_sample(1), poster=poster), make_commit(make_sample(2))):
+        commits.commit(store, record)
+    summary.write_report(store, summary.aggregate(store))
+    assert [video.get("poster") for video in read_page(store).all("video")] == [f"../{poster}", None]
+
+
+def test_hostile_texts_stay_text(store):
+    """Prompts, ids, columns and errors come from outside: they are shown, never interpreted."""
+    open_root(store, 2)
+    commits.commit(store, make_commit(make_sample(1, prompt=HOSTILE, num_frames=1, extra={HOSTILE: HOSTILE})))
+    failure = make_failure(FailureClass.POISON, HOSTILE, HOSTILE)
+    bad = make_quarantine(make_sample(2, prompt=HOSTILE), failure)
+    commits.quarantine(store, bad | {"id": HOSTILE})
+    summary.write_report(store, summary.aggregate(store))
+    page = read_page(store)
+    assert len(page.all("script")) == 1
+    assert len(page.all("img")) == 1
+    assert not [a for _, a in page.elements if "onerror" in a]
+    shown = HOSTILE.replace("\ud800", "?")
+    assert page.all("img")[0]["alt"] == shown
+    assert "".join(page.words).count(shown) == 7
+
+
+def test_page_tells_failures_totals_and_licence(store):
+    """P5: each quarantined sample with its reason; spec section 10: the licence where users see it."""
+    open_root(store, 3)
+    commits.commit(store, make_commit(make_sample(1)))
+    commits.quarantine(store, make_quarantine(make_sample(2)))
+    summary.write_report(store, summary.aggregate(store))
+    words = " ".join(read_page(store).words)
+    for expected in ("s002", "POISON, 2 tries", "not finite", "1 sample pending", "European Union"):
+        assert expected in words
+
+
+def test_page_of_a_run_that_has_nothing_yet(store):
+    """The report can be made at any moment."""
+    open_root(store, 3)
+    summary.write_report(store, summary.aggregate(store))
+    assert "No sample is committed yet." in read_page(store).words
+
+
+def test_gallery_is_capped_with_a_note(store, monkeypatch):
+    """P7: a long run makes a page of bounded size that says what it leaves out."""
+    monkeypatch.setattr(summary, "MAX_CARDS", 3)
+    monkeypatch.setattr(summary, "MAX_FAILED", 1)
+    open_root(store, 8)
+    for number in range(1, 6):
+        commits.commit(store, make_commit(make_sample(number)))
+    for number in (6, 7):
+        commits.quarantine(store, make_quarantine(make_sample(number)))
+    summary.write_report(store, summary.aggregate(store))
+    page = read_page(store)
+    assert len(page.all("video")) == 3
+    words = " ".join(page.words)
+    assert "The first 3 of 5 are shown" in words
+    assert "The first 1 of 2." in words
+
+
+def test_template_has_no_placeholder_left_over():
+    """The page's own script and style must not collide with the template's placeholders."""
+    template = (Path(gallery.__file__).parent / "report_page.html").read_text("utf-8")
+    names = re.findall(r"\$(\w*)", template)
+    assert all(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.42, "0.42 s"), (12.34, "12.3 s"), (250, "4.2 min"), (11520, "3.2 h"), (5999, "100.0 min")],
+)
+def test_durations_are_told_at_a_useful_precision(seconds, shown):
+    """Report: a reader sees two or three digits of any length of time."""
+    assert gallery.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(999, "999 B"), (1500, "1.5 kB"), (357_000_000, "357 MB"), (5e15, "5e+03 TB")]
+)
+def test_sizes_are_told_in_decimal_units(count, shown):
+    """Report: sizes as object stores bill them."""
+    assert gallery.size(count) == shown

@@ -1,0 +1,340 @@
+"""`verify` finds what is wrong with a root, and nothing else; `--remove` lets the run command mend it (P1, P2)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hv_batch.job import layout
+from hv_batch.job.inspection.findings import Fault
+from hv_batch.job.inspection.status import read_status
+from hv_batch.job.inspection.summary import aggregate, write_report
+from hv_batch.job.inspection.verify import remove_faults, verify
+from hv_batch.job.records import commits
+from hv_batch.job.storage.store import Store
+from hv_batch.media.probe import decode_media
+from tests.support.rendered_roots import make_quarantine
+from tests.support.small_runs import everything, real_media, run_small, some_samples
+
+SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> Path:
+    """A finished root with five real videos, their posters and an image, in two shards with a tar each."""
+    root = tmp_path_factory.mktemp("rendered") / "root"
+    run_small(Store(str(root)), SAMPLES, media=real_media, adorned=True)
+    return root
+
+
+@pytest.fixture
+def root(rendered, tmp_path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(rendered, tmp_path / "root"))
+
+
+def media_of(root: Path, key: str) -> Path:
+    (path,) = root.glob(f"data/*/{key}-*")
+    return path
+
+
+def poster_of(root: Path, key: str) -> Path:
+    (path,) = root.glob(f"posters/*/{key}-*")
+    return path
+
+
+def record_of(root: Path, key: str) -> Path:
+    (path,) = root.glob(f"commits/*/{key}.json")
+    return path
+
+
+def change_record(root: Path, sample: str, values: dict) -> None:
+    path = record_of(root, sample)
+    path.write_bytes(commits.encode(commits.decode(path.read_bytes()) | values))
+
+
+def rewrite_media(root: Path, key: str, data: bytes) -> None:
+    """Other bytes and a record that agrees with them, so that only decoding can tell."""
+    media_of(root, key).write_bytes(data)
+    change_record(root, key, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+
+
+def change_table(root: Path, change) -> None:
+    path = root / layout.metadata_key(0)
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def test_a_sound_root(rendered):
+    """P1: everything is read, everything decodes, nothing is wrong; a sample of decodes is spread over the run."""
+    found = verify(Store(str(rendered)), decode_media, decodes=None)
+    assert found.findings == []
+    assert (found.checked, found.decoded, found.tables, found.pending, found.quarantined) == (6, 6, 2, 0, 0)
+    assert found.bytes == sum(path.stat().st_size for path in rendered.glob("data/*/s*"))
+    assert verify(Store(str(rendered)), decode_media, decodes=2).decoded == 2
+    assert verify(Store(str(rendered)), decode_media, decodes=0).decoded == 0
+    assert verify(Store(str(rendered)), decode_media, decodes=None, shards=[1]).checked == 2
+
+
+def cut(root):
+    path = media_of(root, "s002")
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(root):
+    path = media_of(root, "s002")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+FAULTS = {
+    Fault.MISSING: lambda root: media_of(root, "s002").unlink(),
+    Fault.SIZE: cut,
+    Fault.HASH: flip,
+    Fault.UNDECODABLE: lambda root: rewrite_media(root, "s002", half(media_of(root, "s002").read_bytes())),
+    Fault.GEOMETRY: lambda root: rewrite_media(root, "s002", media_of(root, "s006").read_bytes()),
+    Fault.RECORD: lambda root: record_of(root, "s002").write_bytes(b'{"schema": "hv_batch/commit/1"'),
+    Fault.TWO_RECORDS: lambda root: Store(str(root)).put(
+        layout.quarantine_key(0, "s002"), commits.encode(make_quarantine(SAMPLES[1]))
+    ),
+    Fault.TABLE: lambda root: change_table(root, lambda table: table.slice(1)),
+    Fault.POSTER: lambda root: poster_of(root, "s002").unlink(),
+    Fault.LINEAGE: lambda root: (root / layout.lineage_key(0)).unlink(),
+    Fault.SUMS: lambda root: (root / layout.sums_key(0)).write_bytes((root / layout.sums_key(1)).read_bytes()),
+    Fault.TAR: lambda root: (root / layout.tar_key(0)).unlink(),
+}
+
+
+ONLY_DECODING_TELLS = {Fault.UNDECODABLE, Fault.GEOMETRY}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found_and_mended(rendered, root, fault):
+    """P1, P2: it is named with its sample, repair removes only that, and the same run leaves the root as it was."""
+    FAULTS[fault](root)
+    store = Store(str(root))
+    found = verify(store, decode_media, decodes=None if fault in ONLY_DECODING_TELLS else 0)
+    told = {finding.fault for finding in found.findings}
+    # A record whose hash was changed no longer agrees with its table, and one that is gone leaves a row behind.
+    assert fault in told
+    assert told <= {fault, Fault.TABLE}
+    assert all(finding.key in ("s002", None) for finding in found.findings)
+    assert fault.value in found.render()
+    remove_faults(store, found.findings)
+    denoised = Counter()
+    run_small(store, SAMPLES, media=real_media, denoised=denoised, adorned=True)
+    assert set(denoised) <= {"s002"}
+    assert verify(store, decode_media, decodes=0).findings == []
+    assert everything(store) == everything(Store(str(rendered)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schema": "hv_batch/commit/0"},
+        {"key": "s003"},
+        {"shard": 1},
+        {"fingerprint": "e" * 64},
+        {"file": "data/shard-00000/../../../outside"},
+        {"file": "data/shard-00001/s002-00000000.mp4"},
+        {"file": 3},
+        {"params": {}},
+        {"bytes": "many"},
+        {"stages": None},
+        {"poster": "data/shard-00000/s002-00000000.jpg"},
+    ],
+)
+def test_a_record_of_something_else(root, values):
+    """P1: a record of another sample or run, or that points elsewhere, is told; no other file is touched."""
+    change_record(root, "s002", values)
+    found = verify(Store(str(root)), decode_media, decodes=0)
+    (wrong,) = [finding for finding in found.findings if finding.fault is Fault.RECORD]
+    assert (wrong.key, wrong.removes) == ("s002", ("commits/shard-00000/s002.json",))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda table: table.set_column(table.column_names.index("seed"), "seed", pa.array([1, 2, 3, 4])), "seed = 1"),
+        (lambda table: pa.concat_tables([table.slice(0, 3), table.slice(0, 1)]), "have no row, as s004"),
+        (lambda table: table.drop_columns(["sha256"]), "sha256"),
+        (lambda table: table.slice(0, 0), "4 committed samples have no row"),
+    ],
+)
+def test_a_table_that_says_otherwise(root, change, said):
+    """P1: the dataset that users load is that of the records."""
+    change_table(root, change)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.TABLE
+    assert said in wrong.details
+
+
+def test_a_table_that_is_none(root):
+    """P1: the same for a file that never was one."""
+    (root / layout.metadata_key(0)).write_bytes(b"PAR1 no")
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.TABLE
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda root: poster_of(root, "s002").write_bytes(b"another picture"),
+        lambda root: change_record(root, "s002", {"poster": None}),
+    ],
+)
+def test_a_poster_of_something_else(root, spoil):
+    """P1: a poster is the bytes that its name tells, and every video of such a run has one."""
+    spoil(root)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert (wrong.key, wrong.fault) == ("s002", Fault.POSTER)
+
+
+def another_lineage(root: Path) -> None:
+    path = root / layout.lineage_key(0)
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index("attempts"), "attempts", pa.array([9, 1, 1, 1])), path)
+
+
+@pytest.mark.parametrize("spoil", [another_lineage, lambda root: (root / layout.lineage_key(0)).write_bytes(b"PAR1")])
+def test_a_lineage_that_says_otherwise(root, spoil):
+    """Lineage: the table of tries, times and places is that of the records."""
+    spoil(root)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.LINEAGE
+
+
+def rewrite_tar(root: Path, change) -> None:
+    """The tar with its members (name, bytes) changed by `change`."""
+    path = root / layout.tar_key(0)
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w") as tar:
+        for name, data in change(members):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda members: members[:-1], "s004.json is expected where it has its end"),
+        (lambda members: members[2:], "s001.mp4 is expected where it has s002.mp4"),
+        (lambda members: [*members, ("s009.json", b"{}")], "s009.json is of no sample"),
+        (lambda members: [(name, data + b"x") for name, data in members], "s001.mp4 has other bytes"),
+        (lambda members: [(name, data.replace(b"heron", b"goose")) for name, data in members], "s001.json has other"),
+    ],
+)
+def test_a_tar_of_something_else(root, change, said):
+    """P1: those who train from the tars get the samples of the table, in its order and byte for byte."""
+    rewrite_tar(root, change)
+    (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert wrong.fault is Fault.TAR
+    assert said in wrong.details
+
+
+@pytest.mark.parametrize("size", [0, 5, 700, 10_300])
+def test_half_a_tar(root, size):
+    """P1: a tar that was cut short is told, wherever it was cut."""
+    path = root / layout.tar_key(0)
+    path.write_bytes(path.read_bytes()[:size])
+    assert [finding.fault for finding in verify(Store(str(root)), decode_media, decodes=0).findings] == [Fault.TAR]
+
+
+def write_index(root: Path, extra_kinds: dict[str, str]) -> Path:
+    """An index of one part, which is returned."""
+    digest = hashlib.sha256(b"rows").hexdigest()
+    part = root / layout.index_part(0, digest)
+    part.parent.mkdir(exist_ok=True)
+    part.write_bytes(b"rows")
+    named = {"name": f"plan/{part.name}", "sha256": digest, "rows": 6, "samples": 6}
+    (root / layout.INDEX).write_text(json.dumps({"parts": [named], "summary": {"extra_kinds": extra_kinds}}))
+    return part
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [Path.unlink, lambda part: part.write_bytes(b"other"), lambda part: (part.parent / "index.json").write_text("{}")],
+)
+def test_a_checked_manifest_that_is_damaged(root, spoil):
+    """P2: what a resume could not use is told while the manifest may still be there; without it the next one checks
+    the manifest anew, and the dataset stays as it is."""
+    store = Store(str(root))
+    spoil(write_index(root, {}))
+    found = verify(store, decode_media, decodes=0).findings
+    assert [(finding.fault, finding.shard) for finding in found] == [(Fault.PLAN, None)]
+    remove_faults(store, found)
+    assert verify(store, decode_media, decodes=0).findings == []
+    assert store.exists(layout.SUCCESS)
+
+
+def test_the_manifests_own_columns_are_held_against_the_records(root):
+    """P1: a further column that was changed, or lost, is told where the plan tells its type."""
+    write_index(root, {"topic": "text"})
+    (first, _) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert first.fault is Fault.TABLE
+    assert "the columns ['topic']" in first.details
+    change_table(root, lambda table: table.append_column("topic", pa.array(["geese"] * table.num_rows)))
+    (first, _) = verify(Store(str(root)), decode_media, decodes=0).findings
+    assert 'the row of s001 says topic = "geese", its record null' in first.details
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b"\xff", b'{"class": "POISON"}'])
+def test_a_quarantine_record_that_cannot_be_read(tmp_path, data):
+    """P1, P5: its sample counts as given up wherever that is counted, is told, and mended by being rendered again."""
+    store = Store(str(tmp_path / "root"))
+    run_small(store, SAMPLES, poison={"s001"}, media=real_media)
+    store.put(layout.quarantine_key(0, "s001"), data)
+    assert "its quarantine record cannot be read" in read_status(store).render()
+    assert aggregate(store)["failures"] == {"(unreadable)": 1}
+    write_report(store, aggregate(store))
+    (wrong,) = verify(store, decode_media, decodes=0).findings
+    assert (wrong.key, wrong.fault) == ("s001", Fault.RECORD)
+    remove_faults(store, [wrong])
+    run_small(store, SAMPLES, media=real_media)
+    found = verify(store, decode_media, decodes=0)
+    assert (found.findings, found.checked) == ([], 6)
+
+
+def test_a_run_that_counts_as_finished_and_is_not(root):
+    """P2: a pending sample that no run command would look for is told, and repair lets them look."""
+    store = Store(str(root))
+    for key in (layout.commit_key(1, "s005"), layout.metadata_key(1)):
+        store.delete(key)
+    (wrong,) = verify(store, decode_media, decodes=0).findings
+    assert wrong.fault is Fault.SUCCESS
+    remove_faults(store, [wrong])
+    run_small(store, SAMPLES, media=real_media, adorned=True)
+    assert verify(store, decode_media, decodes=0).findings == []
+
+
+def test_hostile_prompts_are_no_fault(tmp_path):
+    """P1: text that UTF-8 cannot hold is cleaned in the table, and that is as it should be."""
+    store = Store(str(tmp_path / "root"))
+    run_small(store, some_samples(2, prompt="a \ud800 bird", extra={"\udfff": "\ud800"}))
+    assert verify(store, decode_media, decodes=0).findings == []
+
+
+def test_pending_and_quarantined_samples_are_no_faults(tmp_path):
+    """P2: verify judges what is there; what is missing the run command renders."""
+    store = Store(str(tmp_path / "root"))
+    run_small(store, SAMPLES, poison={"s001"}, media=real_media)
+    store.delete(layout.commit_key(1, "s005"))
+    found = verify(store, decode_media, decodes=0, shards=[0])
+    assert (found.findings, found.quarantined) == ([], 1)
+    found = verify(store, decode_media, decodes=0)
+    assert (found.pending, [finding.fault for finding in found.findings]) == (1, [Fault.SUCCESS, Fault.TABLE])

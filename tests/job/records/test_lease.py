@@ -1,0 +1,241 @@
+"""Who is writing to an output root, and how a second one is told (P1, P2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from hv_batch.job import layout
+from hv_batch.job.records import lease
+from hv_batch.job.records.lease import Lease, LeaseHeldError, LeaseLostError, held, is_gone, read_lease, this_process
+from hv_batch.job.storage.canonical_json import encode
+from hv_batch.job.storage.store import Store
+from tests.support.repository import ROOT
+
+
+@pytest.fixture(autouse=True)
+def no_heartbeat(monkeypatch):
+    """Beats come when a test calls for them, not when the clock does."""
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 3600.0)
+
+
+def never(seconds):
+    raise AssertionError("nothing had to be waited for")
+
+
+def elsewhere(**changes):
+    """A holder on a machine that cannot be seen from here."""
+    return dataclasses.replace(this_process("run", "raysubmit_1"), host="node-7", machine="another", **changes)
+
+
+def put(store, holder):
+    store.put(layout.LEASE, lease._encode(holder))
+
+
+def test_the_lease_is_there_while_it_is_held(any_store):
+    """P1: an operator reads who writes here; a clean end leaves nothing behind."""
+    me = this_process("run", "raysubmit_1")
+    with held(any_store, me, wait=never):
+        found = read_lease(any_store)
+        assert (found.token, found.pid, found.job) == (me.token, os.getpid(), "raysubmit_1")
+        assert is_gone(found) is False
+    assert read_lease(any_store) is None
+
+
+def test_a_failed_run_releases_too(any_store):
+    """P2: after any error the same command goes on at once."""
+    with pytest.raises(ZeroDivisionError), held(any_store, this_process("run"), wait=never):
+        raise ZeroDivisionError
+    with held(any_store, this_process("run"), wait=never) as mine:
+        assert mine is not None
+
+
+def test_the_second_is_told_about_the_first(any_store):
+    """P1: host, process, job, since and last heartbeat, at once on the same machine; the first notices nothing."""
+    first = this_process("run", "raysubmit_1")
+    with held(any_store, first, wait=never) as mine:
+        with pytest.raises(LeaseHeldError) as caught, held(any_store, this_process("run"), wait=never):
+            pass
+        for fact in (first.host, str(os.getpid()), "raysubmit_1", first.since, first.beat_at, "--steal"):
+            assert fact in str(caught.value)
+        mine.beat()
+        mine.check()
+
+
+def test_a_killed_driver_of_this_machine_hinders_nobody(tmp_path):
+    """P2: SIGKILL, then the same command: its process is gone, so nothing is waited for."""
+    store = Store(str(tmp_path / "root"))
+    script = """
+import os, sys, signal
+from hv_batch.job.records.lease import held, this_process
+from hv_batch.job.storage.store import Store
+with held(Store(sys.argv[1]), this_process("run")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "root")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert driver.stdout.readline() == "held\n"
+    with pytest.raises(LeaseHeldError, match=str(driver.pid)), held(store, this_process("run"), wait=never):
+        pass
+    driver.kill()
+    # Not reaped yet: a zombie is as dead as one that is.
+    os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)
+    with held(store, this_process("run"), wait=never) as mine:
+        assert mine is not None
+    driver.communicate()
+
+
+def test_a_process_id_that_came_round_again_is_somebody_else(any_store):
+    """P2: after a reboot or a long night the number may belong to another process."""
+    put(any_store, dataclasses.replace(this_process("run"), process="1"))
+    with held(any_store, this_process("run"), wait=never) as mine:
+        assert mine is not None
+
+
+def test_a_living_driver_elsewhere_is_recognised_by_its_beat(any_store):
+    """P1: its clock may say anything; what counts is that the beats rise while we look."""
+    theirs = elsewhere(beats=5, beat_at="2001-01-01T00:00:00+00:00")
+    theirs = dataclasses.replace(theirs, beat_at=(datetime.now(UTC) - timedelta(hours=5)).isoformat())
+    put(any_store, theirs)
+    looks = []
+
+    def wait(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            put(any_store, dataclasses.replace(theirs, beats=6))
+        return False
+
+    said = []
+    with (
+        pytest.raises(LeaseHeldError, match="node-7"),
+        held(any_store, this_process("run"), wait=wait, say=said.append),
+    ):
+        pass
+    assert len(looks) == 3
+    assert "node-7" in said[0]
+    assert read_lease(any_store).token == theirs.token
+
+
+def test_a_dead_driver_elsewhere_is_replaced_after_a_minute(any_store):
+    """P2: no beat for as long as six would take, whatever the clocks say (this one is ahead of ours)."""
+    put(any_store, elsewhere(beat_at=(datetime.now(UTC) + timedelta(days=2)).isoformat()))
+    waited = []
+    with held(any_store, this_process("run"), wait=lambda s: waited.append(s) or False) as mine:
+        assert sum(waited) == lease.STALE_S
+        mine.beat()
+        mine.check()
+
+
+def test_a_stop_while_waiting_is_heard(any_store):
+    """Exit codes: SIGTERM is answered before anything is begun, and the lease stays theirs."""
+    theirs = elsewhere()
+    put(any_store, theirs)
+    with held(any_store, this_process("run"), wait=lambda _: True) as mine:
+        assert mine is None
+    assert read_lease(any_store).token == theirs.token
+
+
+@pytest.mark.parametrize("beat_at", ["2001-01-01T00:00:00+00:00", "not a time"])
+def test_only_an_ancient_lease_is_not_watched(any_store, beat_at):
+    """P2: a root that was left for days is taken over at once; a beat that says nothing is watched."""
+    put(any_store, elsewhere(beat_at=beat_at))
+    waited = []
+    with held(any_store, this_process("run"), wait=lambda s: waited.append(s) or False):
+        assert bool(waited) == (beat_at == "not a time")
+
+
+def test_a_stolen_lease_stops_its_holder(any_store):
+    """P1: the first driver learns at its next beat who took over, and leaves the new lease alone."""
+    with held(any_store, this_process("run"), wait=never) as first:
+        thief = this_process("run", "raysubmit_2")
+        with held(any_store, thief, wait=never, steal=True) as second:
+            first.check()
+            first.beat()
+            with pytest.raises(LeaseLostError, match="raysubmit_2"):
+                first.check()
+            first.release()
+            assert read_lease(any_store).token == thief.token
+            second.beat()
+            second.check()
+
+
+def test_of_many_at_once_one_holds(any_store):
+    """P1: an empty root and a stale lease alike end with one holder once everybody has beaten."""
+    put(any_store, dataclasses.replace(this_process("run"), process="1"))
+    taken, barrier = [], threading.Barrier(6)
+
+    def take():
+        barrier.wait()
+        me = this_process("run")
+        try:
+            if lease._take(any_store, me, False, lambda _: None, never):
+                taken.append(Lease(any_store, me))
+        except LeaseHeldError:
+            pass
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in taken:
+        one.beat()
+    lost = 0
+    for one in taken:
+        try:
+            one.check()
+        except LeaseLostError:
+            lost += 1
+    assert len(taken) - lost == 1
+    for one in taken:
+        one.release()
+    assert read_lease(any_store) is None
+
+
+@pytest.mark.parametrize("junk", [b"", b"[]", b"{}", b"null", b"\xff", encode({"token": 1})])
+def test_junk_is_no_lease(any_store, junk):
+    """P2: a file that is none hinders nobody."""
+    any_store.put(layout.LEASE, junk)
+    assert read_lease(any_store) is None
+    with held(any_store, this_process("run"), wait=never):
+        assert read_lease(any_store) is not None
+
+
+def test_a_lease_that_was_deleted_is_put_back(any_store):
+    """P1: somebody tidied up; the holder still holds."""
+    with held(any_store, this_process("run"), wait=never) as mine:
+        any_store.delete(layout.LEASE)
+        mine.beat()
+        mine.check()
+        assert read_lease(any_store) is not None
+
+
+def test_an_outage_does_not_end_the_heartbeat(s3, s3_store, monkeypatch):
+    """P5: beats that fail are tried again; the run has its own patience with a store that is away."""
+    with held(s3_store, this_process("run"), wait=never):
+        pass
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    with held(s3_store, this_process("run"), wait=never) as mine:
+        s3.faults = [503] * 40
+        seen = read_lease_when(s3_store, s3, lambda found: found.beats > 3)
+        mine.check()
+        assert seen.beats > 3
+
+
+def read_lease_when(store, s3, condition):
+    while True:  # ended by the test's own time limit
+        if not s3.faults and (found := read_lease(store)) is not None and condition(found):
+            return found
+        threading.Event().wait(0.01)

@@ -1,0 +1,117 @@
+"""Groups of several sizes: who makes room for whom, and when; every choice seen from outside, by whole schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from hv_batch.job.failure import FailureClass
+from hv_batch.job.scheduling.messages import Admitted
+from hv_batch.job.scheduling.size_classes import LOAD_S, PATIENCE_S
+from hv_batch.job.stages import Stage
+from tests.support.scheduler_world import World, limits, pass_time
+
+LARGE, SMALL = 0, 1  # lanes
+DENOISE_S = 200.0
+
+
+def samples(*lanes):
+    return [Admitted(f"s{i}", lane=lane) for i, lane in enumerate(lanes)]
+
+
+def denoising(world):
+    return {world.sizes[worker]: worker for worker in world.running if worker.stage is Stage.DENOISE}
+
+
+def others_work(world):
+    """Whoever is asked for stands, and whatever is no denoise is done."""
+    for _ in range(1000):
+        busy = [worker for worker in world.running if worker.stage is not Stage.DENOISE]
+        if world.starting:
+            world.ready(world.starting[0])
+        elif busy:
+            world.done(busy[0])
+        else:
+            return
+    pytest.fail("never came to rest")
+
+
+def render_for(world, seconds):
+    """Denoises take DENOISE_S, one after the other."""
+    until = world.now + seconds
+    while world.now < until and not world.finish:
+        others_work(world)
+        pass_time(world, DENOISE_S)
+        for worker in list(world.running):
+            world.done(worker) if worker.stage is Stage.DENOISE else None
+        others_work(world)
+
+
+def test_a_size_with_samples_and_no_group_has_its_turn():
+    """No starvation: while another has an endless supply, a size waits PATIENCE_S and the end of a sample."""
+    world = World(limits(groups=1, ranks=(8, 1)), samples(LARGE, SMALL, *[LARGE] * 40))
+    render_for(world, PATIENCE_S - 2 * DENOISE_S)
+    assert "s1" in world.at, "a group with work of its own is not given up before"
+    assert not world.released
+    render_for(world, 4 * DENOISE_S)
+    assert "s1" in world.committed
+    world.calm_down()
+    assert len(world.committed) == 42
+
+
+def test_a_large_group_is_gathered_from_small_ones():
+    """No starvation: eight groups of one rank go, each at the end of its sample, and are not asked for again."""
+    world = World(limits(groups=1, batch=16, ranks=(8, 1)), samples(*[SMALL] * 8, LARGE, *[SMALL] * 200))
+    others_work(world)
+    assert len(world.groups()) == 8
+    render_for(world, PATIENCE_S + 3 * DENOISE_S)
+    assert "s8" in world.committed
+    world.calm_down()
+    assert len(world.committed) == 209
+
+
+def test_an_idle_group_is_kept_as_long_as_a_load_takes():
+    """No thrashing: a group without samples makes room for another size, but not at once."""
+    world = World(limits(groups=1, ranks=(8, 1)), samples(LARGE, *[SMALL] * 40, *[LARGE] * 40))
+    render_for(world, DENOISE_S)
+    assert "s0" in world.committed
+    assert "s1" in world.at
+    world.tick(LOAD_S - 1.0)
+    assert not world.released
+    world.tick(1.0)
+    (released,) = world.released
+    assert world.sizes[released] == LARGE
+    others_work(world)
+    assert set(denoising(world)) == {SMALL}
+    assert len(world.groups()) == 8, "in the place of one, as many as there is room for"
+    world.calm_down()
+    assert len(world.committed) == 81
+
+
+def test_one_size_never_makes_room():
+    """All groups alike: nobody is let go for another before the tail."""
+    world = World(limits(groups=2, ranks=(8,)), samples(*[LARGE] * 60))
+    render_for(world, PATIENCE_S + 2 * DENOISE_S)
+    assert world.queue
+    assert not world.released
+    world.calm_down()
+    assert len(world.committed) == 60
+
+
+def test_a_size_of_which_no_group_starts_ends_the_run_by_name():
+    """P6: as with a station, its samples could never be rendered; the reason names the size."""
+    world = World(limits(groups=1, ranks=(2, 1)), samples(LARGE, SMALL, SMALL, SMALL))
+    for _ in range(4000):
+        if world.abort or world.finish:
+            break
+        small = [w for w in world.starting if w.stage is Stage.DENOISE and world.sizes[w] == SMALL]
+        if small:
+            world.lost(small[0], FailureClass.INFRA)
+        elif world.starting:
+            world.ready(world.starting[0])
+        elif world.running:
+            world.done(next(iter(world.running)))
+        else:
+            world.tick(30.0)
+    assert world.abort
+    assert "every group of 1 was lost 4 times in a row" in world.abort.failure.message
+    assert "s0" in world.committed

@@ -1,0 +1,117 @@
+"""A crash before and after every act that changes an output root, and the same command again (P1, P2, P4)."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hv_batch.job.records.commits import read_commit
+from hv_batch.job.records.quarantine import read_quarantined
+from hv_batch.job.storage.store import Store
+from tests.support.crash_points import (
+    ACTS,
+    EXPECTED,
+    EXPECTED_BUT_TRIES,
+    NAMED,
+    POISON,
+    SAMPLES,
+    SHARDS,
+    acts_of,
+    crash_and_resume,
+    drive,
+    finished_url,
+    fresh_url,
+    is_sound,
+    mend,
+    number_of,
+    points,
+    run_small,
+    take_back,
+)
+from tests.support.doubles import Crash, CrashingStore
+from tests.support.small_runs import TRIES, everything
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("point", NAMED)
+def test_a_crash_at_a_named_point(tmp_path, point, when):
+    """P1, P2: on a real disk the root ends byte for byte as the undisturbed one, and nothing is paid for twice."""
+    crash_and_resume(str(tmp_path / "root"), [(number_of(NAMED[point]), when)])
+
+
+@pytest.mark.parametrize("point", ["record", "seal"])
+def test_a_crash_on_s3(s3_store, point):
+    """P1, P2: the same where names come by conditional PUT instead of by link."""
+    crash_and_resume(s3_store.url, [(number_of(NAMED[point]), "after")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(4))
+def test_a_crash_at_every_point_on_s3(s3_store, first):
+    """P1, P2: no act is left out there either; in four parts, for a server of one request at a time."""
+    for point in points(len(ACTS))[first::4]:
+        crash_and_resume(f"{s3_store.url}/{point[0]}-{point[1]}", [point])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tmp_path", "s3_store"])
+def test_two_drivers_at_once(request, kind):
+    """P1: where a lease was no help, two runs end as one would have, with one record a sample."""
+    place = request.getfixturevalue(kind)
+    for again in range(2):
+        url = f"{place.url if isinstance(place, Store) else place}/{again}"
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            list(pool.map(drive, [url] * 2))
+        is_sound(Store(url))
+        assert everything(Store(url)) == EXPECTED
+
+
+def test_a_crash_at_every_point():
+    """P1, P2: no act of a run is left out."""
+    for point in points(len(ACTS)):
+        crash_and_resume(fresh_url(), [point])
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.lists(st.tuples(st.integers(0, len(ACTS) - 1), st.sampled_from(["before", "after"])), max_size=4))
+def test_crash_after_crash(crashes):
+    """P2: the resume may be killed as well, as often as you like."""
+    crash_and_resume(fresh_url(), crashes)
+
+
+# What an operator does may be killed too ------------------------------------------------------------------------------
+
+
+def test_a_retry_that_is_killed():
+    """P2, P5: whatever it had done, the run command leaves a sound root, and the retry can be repeated; no try that
+    ended a sample is forgotten."""
+    for at, when in points(acts_of(take_back)):
+        url = finished_url()
+        with pytest.raises(Crash):
+            take_back(CrashingStore(url, at, when))
+        store = Store(url)
+        run_small(store, SAMPLES, poison=POISON)
+        is_sound(store)
+        assert everything(store, ignoring=TRIES) == EXPECTED_BUT_TRIES
+        told = [record["attempts"] for record in read_quarantined(store, SHARDS)]
+        take_back(store)
+        run_small(store, SAMPLES)
+        is_sound(store)
+        assert len(list(store.list("commits"))) == len(SAMPLES)
+        again = [read_commit(store, shard, key)["attempts"] for shard, key in ((0, "s003"), (1, "s005"))]
+        assert again == [attempts + 1 for attempts in told]
+
+
+def test_a_repair_that_is_killed():
+    """P2: the run command renders what was removed and leaves the root as it was, wherever the repair stopped."""
+    for at, when in points(acts_of(mend)):
+        url = finished_url()
+        with pytest.raises(Crash):
+            mend(CrashingStore(url, at, when))
+        run_small(Store(url), SAMPLES, poison=POISON)
+        is_sound(Store(url))
+        assert everything(Store(url)) == EXPECTED

@@ -1,0 +1,87 @@
+"""Rank 0's side of a decode in a group: no fault of a file may leave the other ranks waiting (P5)."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+
+from hv_batch.protocol import NotFiniteError
+from hv_batch.runtime.groups.group_decode import Recording, record
+from tests.support.records import SAMPLE
+
+CHUNKS = 4
+
+
+class Group:
+    """What a denoiser yields on rank 0; `taken` are the chunks that the other ranks got rid of."""
+
+    def __init__(self, fault: Exception | None = None, at: int = 2):
+        self.taken: list[int] = []
+        self.fault, self.at = fault, at
+
+    def _chunks(self):
+        for number in range(CHUNKS):
+            self.taken.append(number)
+            if number == self.at and isinstance(self.fault, RuntimeError):
+                raise self.fault  # a rank is gone
+            yield number
+
+    def decode(self):
+        chunks = self._chunks()
+        try:
+            for number in chunks:
+                if number == self.at and self.fault:
+                    raise self.fault
+                yield np.full((1, 8, 8, 3), number, np.uint8)
+        finally:
+            list(chunks)
+
+
+class Writer:
+    """Stands for the publisher: reads `reads` chunks, then fails, if it is to."""
+
+    def __init__(self, fault: Exception | None = None, reads: int = CHUNKS):
+        self.fault, self.reads = fault, reads
+
+    def write(self, _sample, chunks, _folder):
+        if self.reads == 0:
+            raise self.fault
+        for number, _ in enumerate(chunks, start=1):
+            if self.fault and number == self.reads:
+                raise self.fault
+        return "media"
+
+
+def test_a_file_is_made_of_all_chunks(tmp_path):
+    """The way it should go: the media and how long it took."""
+    group = Group()
+    recording = record(Writer(), SAMPLE, group.decode(), tmp_path)
+    assert isinstance(recording, Recording)
+    assert recording.media == "media"
+    assert group.taken == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("reads", range(CHUNKS + 1))
+def test_what_is_wrong_with_a_file_is_told_when_all_ranks_have_ended(tmp_path, reads):
+    """P5: a full disk before the first chunk, after the last and in between; every tile has been taken."""
+    fault, group = OSError(errno.ENOSPC, "no space"), Group()
+    assert record(Writer(fault, reads), SAMPLE, group.decode(), tmp_path) is fault
+    assert group.taken == [0, 1, 2, 3]
+
+
+def test_frames_that_are_not_finite_are_told_likewise(tmp_path):
+    """P5: rank 0 alone sees them; the group is as good as before."""
+    fault = NotFiniteError("not finite")
+    group = Group(fault)
+    assert record(Writer(), SAMPLE, group.decode(), tmp_path) is fault
+    assert group.taken == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("writer", [Writer(), Writer(OSError(errno.ENOSPC, "no space"), 1)], ids=["well", "disk full"])
+def test_a_rank_that_is_gone_ends_the_group(tmp_path, writer):
+    """P5: whoever is left in a collective cannot be given another sample, whatever else was wrong."""
+    group = Group(RuntimeError("connection closed by peer"))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        record(writer, SAMPLE, group.decode(), tmp_path)

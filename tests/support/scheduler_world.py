@@ -1,0 +1,384 @@
+"""A world around the scheduler: carries out its actions as the runtime would, answers as told, and checks after every
+step the invariants of its docstring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+
+import pytest
+
+from hv_batch.job.failure import Failure, FailureClass
+from hv_batch.job.scheduling import backpressure
+from hv_batch.job.scheduling.limits import Lane, RetryLimits, StageLimits
+from hv_batch.job.scheduling.messages import (
+    Abort,
+    Admit,
+    Admitted,
+    Beat,
+    Checkpoint,
+    Finish,
+    KillWorker,
+    PlanExhausted,
+    Published,
+    Quarantine,
+    ReleaseWorker,
+    Run,
+    Spooled,
+    SpoolLost,
+    StartWorker,
+    StopRequested,
+    TaskDone,
+    TaskFailed,
+    Tick,
+    WorkerId,
+    WorkerLeaving,
+    WorkerLost,
+    WorkerPlaced,
+    WorkerReady,
+)
+from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDINGS
+from hv_batch.job.scheduling.scaling import ANOTHER_SIZE, MAKES_ROOM
+from hv_batch.job.scheduling.scheduler import Scheduler
+from hv_batch.job.scheduling.worker_slots import GIVE_UP_S
+from hv_batch.job.stages import Stage
+
+RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
+STALL_S = 50.0
+MIB = 2**20
+BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
+
+
+def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False, ranks=(1,), parcel=1):
+    """With `lodging`, encoders use the groups' resources; without decoders, groups decode. There are
+    `groups` of the largest size; `ranks` are those of a group of each size, largest first. Quick samples are denoised,
+    and decoded by decoders, up to `parcel` at a time.
+    """
+    share = {"task_timeout_s": STALL_S, "result_bytes": result_bytes}
+    lanes = [
+        Lane(
+            ranks=each,
+            workers=groups * ranks[0] // each,
+            ahead=groups + batch,
+            name=f"group of {each}" if len(ranks) > 1 else "",
+        )
+        for each in ranks
+    ]
+    ahead = (decoders or groups) + 1
+    groups = max(lane.workers for lane in lanes)
+    return {
+        Stage.ENCODE: StageLimits(workers=encoders, lodges=lodging, batch=batch, ahead=batch, **share),
+        Stage.DENOISE: StageLimits(
+            workers=groups, batch=parcel, ahead=sum(lane.ahead for lane in lanes), lanes=tuple(lanes), **share
+        ),
+        Stage.DECODE: StageLimits(
+            workers=decoders, batch=parcel if decoders else 1, ahead=ahead, task_timeout_s=STALL_S
+        ),
+    }
+
+
+@dataclass
+class World:
+    """Carries out actions the way the runtime would, and keeps the books the invariants are checked against."""
+
+    stages: dict[Stage, StageLimits]
+    plan: list[Admitted]
+    drain_timeout_s: float = 100.0
+    has_room: bool = True  # whoever is asked for is placed at once
+    embedding_bytes: dict[str, int] = field(default_factory=dict)
+    now: float = 0.0
+    starting: list[WorkerId] = field(default_factory=list)
+    given_up: set[tuple[Stage, int]] = field(default_factory=set)  # slots that were said to have no further life
+    idle: set[WorkerId] = field(default_factory=set)
+    running: dict[WorkerId, tuple[str, ...]] = field(default_factory=dict)
+    leaving: dict[WorkerId, float] = field(default_factory=dict)
+    checkpoints: list[WorkerId] = field(default_factory=list)
+    released: list[WorkerId] = field(default_factory=list)
+    killed: dict[WorkerId, Failure] = field(default_factory=dict)
+    events: deque = field(default_factory=deque)
+    stopped_at: float | None = None
+    at: dict[str, Stage] = field(default_factory=dict)
+    sizes: dict[WorkerId, int] = field(default_factory=dict)  # the lane of every group that ever was
+    spooled: dict[str, bool] = field(default_factory=dict)  # videos on the disks of nodes; whether latents are stored
+    committed: list[str] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    quarantines: list[Quarantine] = field(default_factory=list)
+    runs: Counter = field(default_factory=Counter)
+    holds: dict[tuple[Stage, int], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))  # by maker, bytes
+    heaviest: int = 0  # of the embeddings that came
+    finish: Finish | None = None
+    abort: Abort | None = None
+
+    def __post_init__(self):
+        self.scheduler = Scheduler(self.stages, RETRIES, self.drain_timeout_s)
+        self.queue = list(self.plan)
+        self.carry_out(self.scheduler.begin())
+        self.work_off()
+
+    def feed(self, event):
+        self.events.append(event)
+        self.work_off()
+
+    def work_off(self):
+        while self.events:
+            event = self.events.popleft()
+            if isinstance(event, Admitted):
+                self.at[event.key] = event.stage
+            if isinstance(event, StopRequested):
+                self.stopped_at = self.now
+            self.carry_out(self.scheduler.step(event, self.now))
+
+    def carry_out(self, actions):
+        for action in actions:
+            assert self.finish is None, f"{action} after the end"
+            assert self.abort is None, f"{action} after the abort"
+            self.carry_out_one(action)
+        self.check([action for action in actions if isinstance(action, ReleaseWorker)])
+
+    def carry_out_one(self, action):
+        match action:
+            case Admit(count):
+                batch, self.queue = self.queue[:count], self.queue[count:]
+                self.events.extend(batch)
+                if len(batch) < count:
+                    self.events.append(PlanExhausted())
+            case StartWorker(worker, lane):
+                self.sizes[worker] = lane
+                assert (worker.stage, worker.slot) not in self.given_up, "what it stood on is gone"
+                self.starting.append(worker)
+                if self.has_room:
+                    self.events.append(WorkerPlaced(worker))
+            case KillWorker(worker, failure, rebuild):
+                if not rebuild and failure.kind is not FailureClass.PREEMPTED and worker not in self.leaving:
+                    self.given_up.add((worker.stage, worker.slot))
+                self.back_in_line(self.running.pop(worker, ()))
+                self.end(worker)
+                self.killed[worker] = failure
+            case ReleaseWorker(worker):
+                assert worker not in self.running, "released in the middle of a task"
+                self.end(worker)
+                self.released.append(worker)
+            case Checkpoint(worker):
+                assert worker.stage is Stage.DENOISE
+                assert {self.at[key] for key in self.running[worker]} == {Stage.DENOISE}
+                self.checkpoints.append(worker)
+            case Run(worker, keys, stage):
+                self.idle.remove(worker)
+                assert worker not in self.leaving, "a task for a worker that leaves"
+                assert all(self.at[key] == stage for key in keys), "ran at the wrong station"
+                assert worker.stage is self.staffed(stage)
+                lanes = {begun.lane for begun in self.plan if begun.key in keys}
+                assert stage is not Stage.DENOISE or lanes == {self.sizes[worker]}, "ran on another size"
+                assert not {k for task in self.running.values() for k in task} & set(keys), "ran twice at once"
+                assert len(keys) <= self.stages[stage].batch
+                self.running[worker] = keys
+                self.runs.update((stage, key) for key in keys)
+                if stage is not Stage.DECODE:
+                    self.load(worker, keys)
+            case Quarantine(key, _):
+                self.unload(key, *Stage)
+                self.quarantined.append(key)
+                self.quarantines.append(action)
+                del self.at[key]
+            case Abort():
+                self.abort = action
+            case Finish():
+                self.finish = action
+
+    def load(self, worker, keys):
+        """What the worker is going to make takes its place beside what it has made; one result always may."""
+        mine, latents = self.holds[worker.stage, worker.slot], {begun.key: begun.latent_bytes for begun in self.plan}
+        coming = {Stage.ENCODE: lambda key: self.heaviest or ASSUMED_EMBEDDINGS, Stage.DENOISE: latents.get}
+        mine.update((key, coming[worker.stage](key)) for key in keys if worker.stage in coming)
+        assert sum(mine.values()) <= self.stages[worker.stage].result_bytes or len(mine) == 1, f"{mine} of {worker}"
+
+    def unload(self, key, *stages):
+        for (stage, _), mine in self.holds.items():
+            if stage in stages:
+                mine.pop(key, None)
+
+    def staffed(self, stage):
+        """The station whose workers do its tasks."""
+        return stage if self.stages[stage].workers else Stage.DENOISE
+
+    def will_come(self, key, stage):
+        """Whether a sample in flight still needs who works at the station; a drain begins nothing but decodes."""
+        decodes = stage is self.staffed(Stage.DECODE)
+        if self.stopped_at is None:
+            return decodes or self.at[key] <= stage
+        if not decodes or self.at[key] is Stage.ENCODE:
+            return False
+        return self.at[key] is Stage.DECODE or any(key in task for task in self.running.values())
+
+    def end(self, worker):
+        self.starting = [other for other in self.starting if other != worker]
+        self.idle.discard(worker)
+        self.leaving.pop(worker, None)
+
+    def check_released(self, action):
+        """A station with work keeps, or asks for, somebody, and a size of groups one of its own, unless another size
+        took the place; and all make room for the first group.
+        """
+        stage, lane = action.worker.stage, self.sizes[action.worker]
+        left = [w for w in (*self.starting, *self.idle, *self.running) if w.stage is stage]
+        if action.reason == ANOTHER_SIZE:
+            assert left, "released for nobody"
+            return
+        if action.reason == MAKES_ROOM and stage is not Stage.DENOISE and set(self.groups()) <= set(self.starting):
+            return
+        coming = [begun for begun in self.plan if begun.key in self.at and self.will_come(begun.key, stage)]
+        if stage is Stage.DENOISE:
+            left = [worker for worker in left if self.sizes[worker] == lane]
+            coming = [begun for begun in coming if begun.lane == lane]
+        assert left or not coming, "released what is needed"
+
+    def groups(self):
+        return [w for w in (*self.starting, *self.idle, *self.running) if w.stage is Stage.DENOISE]
+
+    def ranks(self):
+        return sum(self.stages[Stage.DENOISE].sizes[self.sizes[group]].ranks for group in self.groups())
+
+    def check(self, released):
+        """The invariants that hold after every step; `released` are those who have just been let go."""
+        gone = Counter(self.committed) + Counter(self.quarantined)
+        assert all(count == 1 for count in gone.values()), "a sample went twice"
+        assert not self.spooled.keys() & (gone.keys() | self.at.keys()), "in two places"
+        assert self.scheduler.spooled() == len(self.spooled) <= backpressure.SPOOLED_AT_MOST
+        assert len(self.at) <= self.scheduler.window
+        assert self.ranks() <= max(lane.ranks * lane.workers for lane in self.stages[Stage.DENOISE].sizes)
+        if not (self.finish or self.abort):
+            assert self.scheduler.in_flight() == self.at
+            for action in released:
+                self.check_released(action)
+            for worker, until in self.leaving.items():
+                assert worker in self.running, "kept though it leaves and has nothing to finish"
+                assert self.now < until - GIVE_UP_S, "kept until its node was gone"
+        for (stage, _), mine in self.holds.items():
+            if stage is Stage.DENOISE:
+                assert sum(mine.values()) <= self.stages[stage].result_bytes or len(mine) == 1
+        for stage in (Stage.DENOISE, Stage.DECODE):
+            begun_elsewhere = sum(1 for admitted in self.plan if admitted.stage is stage)
+            running = {key for task in self.running.values() for key in task}
+            waiting = [key for key, place in self.at.items() if place is stage and key not in running]
+            room = (self.stages[stage].ahead + self.stages[stage].workers) * self.stages[stage].batch
+            assert len(waiting) <= room + begun_elsewhere
+
+    # What the world may answer --------------------------------------------------------------------------------------
+
+    def ready(self, worker):
+        self.starting.remove(worker)
+        self.idle.add(worker)
+        self.feed(WorkerReady(worker))
+
+    def done(self, worker):
+        keys = self.running.pop(worker)
+        self.idle.add(worker)
+        for key in keys:
+            self.unload(key, Stage(self.at[key] - 1) if self.at[key] else None)
+            if self.at[key] is Stage.DECODE:
+                self.committed.append(key)
+                del self.at[key]
+            else:
+                self.at[key] = Stage(self.at[key] + 1)
+        weights = tuple(self.embedding_bytes.get(key, 1) for key in keys if worker.stage is Stage.ENCODE)
+        if weights:
+            self.heaviest = max(self.heaviest, *weights)
+            self.holds[worker.stage, worker.slot].update(zip(keys, weights, strict=True))
+        self.feed(TaskDone(worker, weights))
+
+    def spool(self, worker):
+        """The output root is away for every other video of a decode, and these wait on a disk."""
+        keys = self.running.pop(worker)
+        self.idle.add(worker)
+        for key in keys:
+            self.unload(key, Stage.DENOISE)
+            del self.at[key]
+        self.spooled.update((key, True) for key in keys[::2])
+        self.committed.extend(keys[1::2])
+        self.feed(Spooled(worker, "node", keys[::2]))
+
+    def publish(self, key):
+        del self.spooled[key]
+        self.committed.append(key)
+        self.feed(Published(key))
+
+    def lose_spooled(self, key, stage):
+        del self.spooled[key]
+        self.at[key] = stage
+        self.feed(SpoolLost(key, stage))
+
+    def back_in_line(self, keys):
+        for key in keys:
+            if key in self.at and self.at[key] is not Stage.DECODE:
+                self.unload(key, Stage.ENCODE, Stage.DENOISE)
+            if key in self.at and self.at[key] is Stage.DENOISE:
+                self.at[key] = Stage.ENCODE
+
+    def failed(self, worker, kind):
+        keys = self.running.pop(worker)
+        self.idle.add(worker)
+        self.back_in_line(keys)
+        self.feed(TaskFailed(worker, Failure(kind, "failed")))
+
+    def lost(self, worker, kind):
+        self.feed(WorkerLost(worker, Failure(kind, "lost")))
+
+    def leave(self, worker, seconds):
+        self.leaving[worker] = self.now + seconds
+        self.feed(WorkerLeaving(worker, self.now + seconds))
+
+    def tick(self, seconds):
+        self.now += seconds
+        self.feed(Tick())
+
+    def idle_away(self, seconds, until):
+        """Let time pass without anything hanging, until `until()` holds."""
+        end = self.now + seconds
+        while self.now < end and not until():
+            for worker in self.running:
+                self.feed(Beat(worker))
+            self.tick(1.0)
+
+    def calm_down(self, limit=10_000):
+        """Everything works from now on."""
+        for _ in range(limit):
+            if self.finish or self.abort:
+                return
+            if self.starting:
+                self.ready(self.starting[0])
+            elif self.running:
+                self.done(next(iter(self.running)))
+            elif self.spooled:
+                self.publish(next(iter(self.spooled)))
+            else:
+                self.tick(1.0)
+        pytest.fail(f"no end: {self.at} waiting, {self.running} running")
+
+
+def plan_of(count, stage=Stage.ENCODE):
+    return [Admitted(f"s{i}", stage) for i in range(count)]
+
+
+def advance(world, until):
+    """Let everything work until `until(world)` holds."""
+    for _ in range(1000):
+        if until(world):
+            return
+        if world.starting:
+            world.ready(world.starting[0])
+        elif world.running:
+            world.done(next(iter(world.running)))
+        else:
+            world.tick(1.0)
+    pytest.fail("never came to it")
+
+
+def pass_time(world, seconds):
+    """Without anything hanging."""
+    while seconds > 0:
+        for worker in world.running:
+            world.feed(Beat(worker))
+        world.tick(min(seconds, 0.5 * STALL_S))
+        seconds -= 0.5 * STALL_S

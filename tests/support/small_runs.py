@@ -1,0 +1,193 @@
+"""A whole run in one thread: the real job layer, without Ray and without a model.
+
+It does what the driver and its workers do to the output root, in their order: scan, latents, media, record, seal,
+summary, `_SUCCESS`. What a sample's pixels are follows from its seed alone (P3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from hv_batch.job import layout
+from hv_batch.job.config.sections import MediaConfig
+from hv_batch.job.dataset.seal import seal_shard
+from hv_batch.job.inspection import summary
+from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records import commits, run_document
+from hv_batch.job.records.latents import (
+    Denoised,
+    StoredLatents,
+    drop_latents,
+    get_latents,
+    put_latents,
+    sample_identity,
+)
+from hv_batch.job.records.pending import Passed, Pending, Plan
+from hv_batch.job.stages import Stage
+from hv_batch.job.storage.store import Store
+from hv_batch.media.writer import write_media
+from tests.support.rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
+
+COMPARED = ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards")
+# What a record tells of tries from before its sample was taken back, and the totals of that.
+TRIES = frozenset({"history", "attempts", "retries"})
+
+WriteMedia = Callable[[Sample, np.ndarray, Path], tuple[Path, str, RenderedMedia]]
+
+
+def some_samples(count: int = 6, **changes) -> list[Sample]:
+    return [make_sample(number, **changes) for number in range(1, count + 1)]
+
+
+class ListedShards:
+    """What a plan asks of an index, over samples at hand."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._shards: dict[int, list[Sample]] = {}
+        for sample in samples:
+            self._shards.setdefault(sample.shard, []).append(sample)
+        self.shards = max(self._shards) + 1
+        self.summary = SimpleNamespace(samples=len(samples), extra_kinds={})
+
+    def size(self, shard: int) -> int:
+        return len(self._shards.get(shard, ()))
+
+    def samples(self, shard: int) -> list[Sample]:
+        return self._shards.get(shard, [])
+
+
+def run_small(
+    store: Store,
+    samples: Sequence[Sample],
+    *,
+    poison: Collection[str] = (),
+    denoised: Counter | None = None,
+    media: WriteMedia | None = None,
+    adorned: bool = False,
+) -> None:
+    """What one call of the run command does. `denoised` counts by key; the samples of `poison` are given up.
+
+    `adorned` makes posters and tars as well.
+    """
+    open_root(store, len(samples), adorned=adorned)
+    if store.exists(layout.SUCCESS):
+        return
+    plan = Plan(store, ListedShards(samples))
+    for found in plan:
+        if not isinstance(found, Passed):
+            counts = denoised if denoised is not None else Counter()
+            if found.sample.key in poison:
+                _give_up(store, found)
+                plan.quarantined(found.sample)
+            else:
+                _render(store, found, counts, media or digest_media, adorned)
+                plan.committed(found.sample)
+        for sealable in plan.take_sealable():
+            seal_shard(store, sealable.shard, sealable.keys, webdataset=adorned)
+    totals = summary.aggregate(store)
+    summary.write_report(store, totals)
+    run_document.finish_run(store, totals)
+
+
+def _earlier(found: Pending) -> list[dict]:
+    return [failure.to_dict() for failure in found.earlier]
+
+
+def _give_up(store: Store, found: Pending) -> None:
+    sample = found.sample
+    failures = [*_earlier(found), make_failure(message=f"latents of step {sample.row} are not finite")]
+    commits.quarantine(
+        store, commits.quarantine_record(sample, failures=failures, fingerprint=FINGERPRINT, versions={})
+    )
+    drop_latents(store, sample.shard, sample.key)
+
+
+def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, adorned: bool) -> None:
+    sample = found.sample
+    identity = sample_identity(sample, FINGERPRINT)
+    stored = get_latents(store, sample, identity) if found.stage is Stage.DECODE else None
+    if stored is None:
+        denoised[sample.key] += 1
+        drawn = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
+        stored = StoredLatents(drawn.astype(np.float32), {"denoise": {"seconds": 1.25}})
+        put_latents(store, [Denoised(sample, stored.latents, identity, stored.stages)])
+    with tempfile.TemporaryDirectory() as folder:
+        path, suffix, info = media(sample, stored.latents, Path(folder))
+        file = layout.media_key(sample.shard, sample.key, info.sha256, suffix)
+        poster = _put_poster(store, sample, info, Path(folder)) if adorned and suffix == ".mp4" else None
+        store.put_file(file, path)
+    record = commits.commit_record(
+        sample,
+        file=file,
+        poster=poster,
+        media=info,
+        stages={**stored.stages, "decode": {"seconds": 0.5}},
+        failures=_earlier(found),
+        fingerprint=fingerprint(store),
+        versions={},
+    )
+    commits.commit(store, record)
+    drop_latents(store, sample.shard, sample.key)
+
+
+def _put_poster(store: Store, sample: Sample, info: RenderedMedia, folder: Path) -> str:
+    """No picture, but it follows from the frames."""
+    path = folder / "poster.jpg"
+    path.write_bytes(info.frames_sha256.encode())
+    key = layout.poster_key(sample.shard, sample.key, hashlib.sha256(path.read_bytes()).hexdigest())
+    store.put_file(key, path)
+    return key
+
+
+def fingerprint(store: Store) -> str:
+    return run_document.read_run(store)["fingerprint"]
+
+
+def digest_media(sample: Sample, latents: np.ndarray, folder: Path) -> tuple[Path, str, RenderedMedia]:
+    """A file that is no video but depends on the latents, at no cost."""
+    data = hashlib.sha256(latents.tobytes()).digest() * 8
+    path = folder / "media.mp4"
+    path.write_bytes(data)
+    params, digest = sample.params, hashlib.sha256(data).hexdigest()
+    return path, ".mp4", RenderedMedia(len(data), digest, digest[::-1], params.num_frames, params.height, params.width)
+
+
+def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30) -> tuple[Path, str, RenderedMedia]:
+    """A real video or image, made by ffmpeg."""
+    params = sample.params
+    levels = (127 + 40 * np.tanh(latents.mean(axis=(0, 2, 3)) * 10)).astype(np.uint8)
+    shape = (params.height, params.width, 3)
+    frames = (np.full((1 if i == 0 else 4, *shape), level, np.uint8) for i, level in enumerate(levels))
+    info = write_media(
+        frames,
+        folder / "media",
+        height=params.height,
+        width=params.width,
+        num_frames=params.num_frames,
+        fps=sample.fps,
+        media=MediaConfig(crf=crf, preset="ultrafast", threads=1),
+    )
+    return info.path, info.suffix, info
+
+
+def everything(store: Store, *, ignoring: Collection[str] = ()) -> dict[str, bytes | dict]:
+    """A whole root as P2 and P3 promise it: media, tables and summary byte for byte, records without their dates.
+
+    `ignoring` are further fields of records, sums and summary.
+    """
+    found: dict[str, bytes | dict] = {}
+    unlike = {"created_at", *ignoring}
+    keys = [key for folder in COMPARED for key in store.list(folder)] + [layout.SUMMARY, layout.SUCCESS]
+    for key in keys:
+        data = store.get(key) if store.exists(key) else b"(absent)"
+        found[key] = data
+        if key.endswith(".json") and data != b"(absent)" and (ignoring or key != layout.SUMMARY):
+            found[key] = {name: value for name, value in commits.decode(data).items() if name not in unlike}
+    return found

@@ -1,0 +1,29 @@
+"""Small models and texts for tests of whole trajectories."""
+
+from __future__ import annotations
+
+import torch
+
+from hv_batch.architecture import DiTConfig
+from hv_batch.engine.text_encoders import TextEmbedding
+
+CONFIG = DiTConfig(
+    hidden_size=48,
+    heads_num=8,
+    mm_double_blocks_depth=1,
+    mm_single_blocks_depth=1,
+    rope_dim_list=(2, 2, 2),
+    text_states_dim=16,
+    text_states_dim_2=8,
+    refiner_depth=1,
+)
+
+
+CPU = torch.device("cpu")
+
+
+def _text(length: int) -> TextEmbedding:
+    """One prompt for each length, wherever it is used."""
+    draw = torch.Generator().manual_seed(length)
+    states = torch.randn(length, CONFIG.text_states_dim, generator=draw)
+    return TextEmbedding(states, torch.randn(CONFIG.text_states_dim_2, generator=draw), length, 0)
