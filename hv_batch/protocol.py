@@ -57,7 +57,7 @@ def latent_shape(height: int, width: int, num_frames: int) -> tuple[int, int, in
     )
 
 
-class NotFiniteError(ValueError):
+class NonFiniteError(ValueError):
     """Latents or frames that are not finite: an overflow of the precision, or broken weights."""
 
 
@@ -197,7 +197,7 @@ class ParallelPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlace:
+class RankSpec:
     """Where one rank of a denoise group stands.
 
     `address` is what `Engine.host_rendezvous` returned on rank 0. `local_rank` indexes the GPUs that the ranks of this
@@ -268,7 +268,7 @@ class Denoiser(Protocol):
         """Final latents, float32, shaped `params.latent_shape`, equal on every rank.
 
         `on_step` is called after each of the `num_inference_steps` steps. With `resume`, only the steps after it are
-        made, and the result is the same bits. Raises NotFiniteError when it is not finite, and DeviceError where that
+        made, and the result is the same bits. Raises NonFiniteError when it is not finite, and DeviceError where that
         is no fault of the sample.
         """
         ...
@@ -277,7 +277,7 @@ class Denoiser(Protocol):
         """What `Decoder.decode` yields for equal latents, bit for bit, on rank 0; nothing on the others, which must be
         iterated all the same.
 
-        Rank 0 may raise NotFiniteError, or be closed before its end: then it first takes whatever the other ranks are
+        Rank 0 may raise NonFiniteError, or be closed before its end: then it first takes whatever the other ranks are
         still to send, so that these end as ever and the group can go on. After any other error it cannot.
         """
         ...
@@ -312,7 +312,7 @@ class Engine(Protocol):
         """Rank 0 only: open the meeting point of a group on a free port of `host` and return its address."""
         ...
 
-    def join(self, place: RankPlace) -> Denoiser:
+    def join(self, place: RankSpec) -> Denoiser:
         """Load this rank's model and join its group; blocks until every rank has."""
         ...
 

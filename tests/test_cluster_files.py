@@ -17,7 +17,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from hv_batch.cli.main import app
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.cost_model.group_plan import fixed_plan
-from hv_batch.runtime.nodes.resources import fits, least_bill
+from hv_batch.runtime.nodes.resources import can_place, minimum_resources
 from tests.support.repository import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -58,7 +58,7 @@ def hv_batch_command(entrypoint):
 
 
 def as_many_as_asked(config):
-    group, *pools = least_bill(config, fixed_plan(config))
+    group, *pools = minimum_resources(config, fixed_plan(config))
     return [group] * config.groups.count + pools
 
 
@@ -67,8 +67,8 @@ def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
     """P6: nobody finds out from a cluster that waits for ever that the example was wrong."""
     job = job_of(name)
     config = ordered(hv_batch_command(job["entrypoint"]))
-    assert fits(as_many_as_asked(config), list(pods(job)))
-    assert not fits([*as_many_as_asked(config), least_bill(config, fixed_plan(config))[0]], list(pods(job)))
+    assert can_place(as_many_as_asked(config), list(pods(job)))
+    assert not can_place([*as_many_as_asked(config), minimum_resources(config, fixed_plan(config))[0]], list(pods(job)))
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 143])
@@ -97,7 +97,7 @@ def test_ray_up_accepts_its_file():
     assert len(nodes) == cluster["max_workers"]
     command = " ".join(re.findall(r"^# +(.*)$", (CLUSTER / "ray-up-aws.yaml").read_text(), re.MULTILINE))
     command = re.search(r"hv-batch run .*groups\.count=\d+", command.replace("\\", ""))[0]
-    assert fits(as_many_as_asked(ordered(command)), nodes)
+    assert can_place(as_many_as_asked(ordered(command)), nodes)
 
 
 def test_the_image_is_built_from_what_there_is():

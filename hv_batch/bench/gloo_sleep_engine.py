@@ -1,4 +1,4 @@
-"""An idle engine whose groups are real gangs: the ranks meet over gloo, make every step together, and note when.
+"""An idle engine whose groups are real groups: the ranks meet over gloo, make every step together, and note when.
 
 The notes are for whoever measures on this machine: one file a process, appended to line by line, so that what a killed
 rank has noted is there.
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from hv_batch.bench.sleep_engine import IdleDenoiser, IdleEngine
+from hv_batch.bench.sleep_engine import IdleDenoiser, SleepEngine
 from hv_batch.engine.parallel.process_group import host_store, join_group
-from hv_batch.protocol import OnStep, RankPlace, SamplingParams, StepState
+from hv_batch.protocol import OnStep, RankSpec, SamplingParams, StepState
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine
@@ -33,7 +33,7 @@ ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class TimedEvent:
     at: float  # seconds of time.monotonic, which all processes of a Linux machine share
     what: str
     rank: int
@@ -46,14 +46,14 @@ def take_note(folder: str, what: str, rank: int) -> None:
         file.write(json.dumps([time.monotonic(), what, rank, pid]) + "\n")
 
 
-def read_notes(folder: str) -> list[Note]:
+def read_notes(folder: str) -> list[TimedEvent]:
     """All that was noted, in the order of time."""
     lines = (line for path in Path(folder).glob("*.jsonl") for line in path.read_text().splitlines())
-    return sorted((Note(*json.loads(line)) for line in lines), key=lambda note: note.at)
+    return sorted((TimedEvent(*json.loads(line)) for line in lines), key=lambda note: note.at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GangEngine(IdleEngine):
+class GlooSleepEngine(SleepEngine):
     """Satisfies `hv_batch.protocol.Engine`; `notes` is the folder to note in."""
 
     notes: str
@@ -61,7 +61,7 @@ class GangEngine(IdleEngine):
     def host_rendezvous(self, host: str, world_size: int) -> str:
         return host_store(host, world_size)
 
-    def join(self, place: RankPlace) -> GangDenoiser:
+    def join(self, place: RankSpec) -> GangDenoiser:
         take_note(self.notes, JOINING, place.rank)
         join_group(place)
         return GangDenoiser(self.step_seconds, place.rank, self.notes, place)
@@ -72,7 +72,7 @@ class GangDenoiser(IdleDenoiser):
     """One rank."""
 
     notes: str
-    place: RankPlace
+    place: RankSpec
 
     def self_check(self) -> None:
         self._meet()
@@ -104,4 +104,4 @@ class GangDenoiser(IdleDenoiser):
 
 
 if TYPE_CHECKING:
-    _: type[Engine] = GangEngine
+    _: type[Engine] = GlooSleepEngine

@@ -23,7 +23,7 @@ from typing import Any
 
 from hv_batch.bench.ray_data_baseline import check_ray_data, pace_of_map_batches
 from hv_batch.bench.synthetic_data import FORMATS, commit_first, write_manifest
-from hv_batch.bench.throughput import MeteredProgress, Pace, per_second
+from hv_batch.bench.throughput import MeteredProgress, Throughput, per_second
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import (
     DecodersConfig,
@@ -65,11 +65,11 @@ class Load:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobReport:
     load: Load
-    pace: Pace  # of commits
+    pace: Throughput  # of commits
     first_denoise_s: float  # from the command to the first denoise: manifest, Ray and workers
     groups_busy: float  # share of the groups' time between the first commit and the last
     driver_mb: float  # peak resident memory of the driver's process
-    ray_data: Pace | None = None  # what `yardstick` finds; None where it was not asked for
+    ray_data: Throughput | None = None  # what `yardstick` finds; None where it was not asked for
 
     def render(self) -> str:
         load = self.load
@@ -117,7 +117,7 @@ def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) ->
     span = ends[-1] - ends[0]
     return JobReport(
         load=load,
-        pace=Pace(per_second(ends), metered.meter.cpu_ms()),
+        pace=Throughput(per_second(ends), metered.meter.cpu_ms()),
         first_denoise_s=min(record.begin for record in records) - begun,
         groups_busy=(len(ends) - 1) * load.steps * load.step_seconds / (load.groups * span),
         driver_mb=driver_mb,
@@ -125,7 +125,7 @@ def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) ->
     )
 
 
-def _time_ray_data(load: Load, folder: Path) -> Pace:
+def _time_ray_data(load: Load, folder: Path) -> Throughput:
     config, output = _config(load), folder / "ray_data"
     output.mkdir()
     with ray_session(config, ParallelPlan(), "local"):
@@ -198,7 +198,9 @@ def _records_since(begun: float, output: Path, config: RunConfig, committed: int
 
 def _config(load: Load) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(engine="hv_batch.bench.sleep_engine:IdleEngine", options={"step_seconds": load.step_seconds}),
+        model=ModelConfig(
+            engine="hv_batch.bench.sleep_engine:SleepEngine", options={"step_seconds": load.step_seconds}
+        ),
         defaults=Defaults(height=SIDE, width=SIDE, num_frames=load.frames, num_inference_steps=load.steps),
         parallel=ParallelConfig(device="cpu", ulysses_degree=1),
         groups=GroupsConfig(count=load.groups, gpus_per_rank=0.0, cpus_per_rank=0.1),

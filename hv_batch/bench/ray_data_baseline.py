@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from hv_batch.bench.throughput import MIDDLE, Meter, Pace, per_second
+from hv_batch.bench.throughput import MIDDLE, Meter, Throughput, per_second
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.media.writer import write_media
-from hv_batch.protocol import Engine, ParallelPlan, RankPlace, SamplingParams, UserError
+from hv_batch.protocol import Engine, ParallelPlan, RankSpec, SamplingParams, UserError
 
 Rows = dict[str, np.ndarray]  # a batch as Ray Data hands it over: equally long columns
 
@@ -34,7 +34,7 @@ def check_ray_data() -> None:
         )
 
 
-def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: Path) -> Pace:
+def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: Path) -> Throughput:
     """At which it writes samples into `folder`. Ray must have been started.
 
     One actor encodes, `config.groups.count` denoise, `decoders` decode.
@@ -55,7 +55,7 @@ def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: 
         seconds.append(row["end"])
         if len(seconds) in [int(share * samples) for share in MIDDLE]:
             meter.read(len(seconds))
-    return Pace(per_second(seconds), meter.cpu_ms())
+    return Throughput(per_second(seconds), meter.cpu_ms())
 
 
 def _pool(actors: int, cpus: float, *arguments: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class _Encode:
 
 class _Denoise:
     def __init__(self, config: RunConfig) -> None:
-        place = RankPlace(
+        place = RankSpec(
             rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=config.timeouts.start_s
         )
         self._denoiser = _engine(config).join(place)

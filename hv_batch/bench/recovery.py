@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from threading import Event, Thread
 from typing import Any
 
-from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, STEP, Note, read_notes
+from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, STEP, TimedEvent, read_notes
 from hv_batch.bench.job_throughput import SIDE, rendered
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import (
@@ -76,7 +76,7 @@ class RebuildReport:
 
     def render(self) -> str:
         found = self.to_dict()
-        lines = [f"a gang of {self.ranks} rank(s), one killed {len(self.rebuilds)} times; seconds, least and median:"]
+        lines = [f"a group of {self.ranks} rank(s), one killed {len(self.rebuilds)} times; seconds, least and median:"]
         lines += [f"{'':12}{'took':>16}{'since the kill':>18}"]
         for name in PHASES:
             took, since = (" {:7.2f} {:7.2f}".format(*found[name][column]) for column in ("took", "since_kill"))
@@ -107,7 +107,7 @@ class IdleReport:
 def bench_rebuild(ranks: int, kills: int, progress: Progress) -> RebuildReport:
     """Kill a rank in the middle of each of `kills` samples, another one each time. Raises UserError as a run does."""
     with tempfile.TemporaryDirectory(prefix="hv_batch-notes-") as notes:
-        witness, killer = Witness(progress), Killer(notes, ranks, kills)
+        witness, killer = LogObserver(progress), RankKiller(notes, ranks, kills)
         config = _config(notes, STEP_SECONDS, STEPS, ranks=ranks, checkpoint_every=CHECKPOINT_EVERY)
         killer.start()
         try:
@@ -132,8 +132,8 @@ def bench_idle(
     return IdleReport(steps=steps, step_seconds=step_seconds, samples=samples, shares=shares)
 
 
-class Killer(Thread):
-    """Kills one rank of the gang in the middle of each of the first `kills` samples, then sets `done`."""
+class RankKiller(Thread):
+    """Kills one rank of the group in the middle of each of the first `kills` samples, then sets `done`."""
 
     def __init__(self, notes: str, ranks: int, kills: int) -> None:
         super().__init__(daemon=True)
@@ -151,7 +151,7 @@ class Killer(Thread):
                 os.kill(gang[len(self.killed_at) % self._ranks], signal.SIGKILL)
 
 
-class Witness(Progress):
+class LogObserver(Progress):
     """Passes on what the driver says, and remembers when it gave a group up."""
 
     def __init__(self, progress: Progress) -> None:
@@ -165,7 +165,7 @@ class Witness(Progress):
         self._progress.say(text)
 
 
-def gang_in_the_middle(notes: Sequence[Note], sample: int) -> dict[int, int] | None:
+def gang_in_the_middle(notes: Sequence[TimedEvent], sample: int) -> dict[int, int] | None:
     """The pid of each rank, when `sample`, counted from 0, was begun and has made its steps before the kill."""
     begun = [note for note in notes if note.rank == 0 and note.what == BEGUN]
     if len(begun) <= sample:
@@ -177,7 +177,7 @@ def gang_in_the_middle(notes: Sequence[Note], sample: int) -> dict[int, int] | N
 
 
 def rebuilds(
-    notes: Sequence[Note], killed_at: Sequence[float], noticed_at: Sequence[float], ranks: int
+    notes: Sequence[TimedEvent], killed_at: Sequence[float], noticed_at: Sequence[float], ranks: int
 ) -> list[Rebuild]:
     """What each kill has cost: the first notes of every kind after it."""
     found = []
@@ -192,7 +192,7 @@ def rebuilds(
     return found
 
 
-def idle_shares(notes: Sequence[Note]) -> list[float]:
+def idle_shares(notes: Sequence[TimedEvent]) -> list[float]:
     """Of each group of one rank that has rendered more than one sample."""
     shares = []
     for pid in sorted({note.pid for note in notes}):
@@ -215,7 +215,7 @@ def _config(
 ) -> RunConfig:
     options = {"step_seconds": step_seconds, "notes": notes}
     return RunConfig(
-        model=ModelConfig(engine="hv_batch.bench.gloo_sleep_engine:GangEngine", options=options),
+        model=ModelConfig(engine="hv_batch.bench.gloo_sleep_engine:GlooSleepEngine", options=options),
         defaults=Defaults(height=SIDE, width=SIDE, num_frames=frames, num_inference_steps=steps),
         parallel=ParallelConfig(device="cpu", ulysses_degree=ranks),
         groups=GroupsConfig(count=groups, gpus_per_rank=0.0, cpus_per_rank=0.01, checkpoint_every=checkpoint_every),

@@ -15,7 +15,7 @@ from hv_batch.protocol import (
     Device,
     OnStep,
     ParallelPlan,
-    RankPlace,
+    RankSpec,
     SamplingParams,
     Shape,
     StepState,
@@ -32,7 +32,7 @@ class IdleEmbedding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IdleEngine:
+class SleepEngine:
     """Satisfies `hv_batch.protocol.Engine`; a step takes `step_seconds`, all else no time."""
 
     step_seconds: float = 0.0
@@ -52,7 +52,7 @@ class IdleEngine:
     def host_rendezvous(self, host: str, _world_size: int) -> str:
         return host
 
-    def join(self, place: RankPlace) -> IdleDenoiser:
+    def join(self, place: RankSpec) -> IdleDenoiser:
         return IdleDenoiser(self.step_seconds, place.rank)
 
     def decoder(self, _device: Device) -> IdleDecoder:
@@ -103,4 +103,4 @@ class IdleDecoder:
 
 
 if TYPE_CHECKING:
-    _: type[Engine] = IdleEngine
+    _: type[Engine] = SleepEngine

@@ -14,7 +14,7 @@ from hv_batch.job.progress import Progress, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Throughput:
     per_second: float  # samples, in the middle of the run: workers start before, and are let go after
     cpu_ms: float | None  # a sample there, over all processes; None where the system does not tell
 

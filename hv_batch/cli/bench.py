@@ -95,7 +95,7 @@ def job(
 
 @app.command("group")
 def denoise_group(
-    ranks: Annotated[int, typer.Option(min=1, help="of the gang that loses one")] = 4,
+    ranks: Annotated[int, typer.Option(min=1, help="of the group that loses one")] = 4,
     kills: Annotated[int, typer.Option(min=0, help="how often it does; 0: leave this out")] = 5,
     groups: Annotated[int, typer.Option(min=0, help="of one rank, which render side by side; 0: leave this out")] = 8,
     samples: Annotated[int, typer.Option(min=2, help="that each of them renders")] = 6,

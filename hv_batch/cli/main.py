@@ -127,10 +127,10 @@ def nightly(
 
     The exit code is that of the worst night; a failed night does not keep the others from being rendered.
     """
-    from hv_batch.runtime.nightly import Orders, next_time, render_night, which_day
+    from hv_batch.runtime.nightly import NightlyRequest, next_time, render_night, which_day
 
     now = datetime.now()
-    orders = Orders(
+    orders = NightlyRequest(
         config=load_config(config, overrides or []),
         manifest=manifest,
         output=output,

@@ -32,7 +32,7 @@ from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
-from hv_batch.job.records.lease import held, this_process
+from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
 from hv_batch.job.records.run_document import chosen_shards, read_run
 from hv_batch.job.storage.store import Store
@@ -212,7 +212,7 @@ def _changing(store: Store, purpose: str, does: bool, steal: bool) -> Iterator[C
         yield lambda: None
         return
     read_run(store)  # a mistyped path must not become a folder with a lease in it
-    with held(store, this_process(purpose), steal=steal, say=lambda text: print(text, file=sys.stderr)) as lease:
+    with hold_lease(store, this_process(purpose), steal=steal, say=lambda text: print(text, file=sys.stderr)) as lease:
         assert lease is not None, "nobody asked to give up waiting"
         yield lease.check
 

@@ -29,7 +29,7 @@ from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import RankFailed
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device, plan_videos
 from hv_batch.job.records.commits import LICENCE_ID
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NotFiniteError, SamplingParams, UserError, problems
+from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NonFiniteError, SamplingParams, UserError, problems
 
 SCHEMA = "hv_batch/sample/1"
 MAX_RANDOM_SEED = 1_000_000
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     except RankFailed as failed:
         print(f"error: {failed}", file=sys.stderr)
         return 1
-    except NotFiniteError as error:
+    except NonFiniteError as error:
         raise UserError(
             f"This video could not be rendered: {error}. Choose a wider --precision or --vae-precision (fp16 overflows "
             "first, fp32 last), and check the weights with `hv-batch weights check`."

@@ -12,10 +12,10 @@ from hv_batch.engine import sampler
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.sampler import Recipe
+from hv_batch.engine.sampler import SamplingOptions
 from hv_batch.engine.self_check import check_group
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import NotFiniteError, OnStep, SamplingParams, StepState
+from hv_batch.protocol import NonFiniteError, OnStep, SamplingParams, StepState
 
 
 class HunyuanDenoiser:
@@ -26,7 +26,7 @@ class HunyuanDenoiser:
         model: HYVideoDiT,
         mesh: SequenceMesh,
         device: torch.device,
-        recipe: Recipe = Recipe(),
+        recipe: SamplingOptions = SamplingOptions(),
         decoder: HunyuanDecoder | None = None,
     ) -> None:
         self._model = model
@@ -85,7 +85,7 @@ class HunyuanDenoiser:
                 recipe=self._recipe,
                 resume=resume,
             )
-        except NotFiniteError:
+        except NonFiniteError:
             check_group(self._model, self._mesh, self._device)
             raise
         return latents.cpu().numpy()

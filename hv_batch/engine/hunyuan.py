@@ -29,12 +29,12 @@ from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel.process_group import host_store, join_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.parallel.xfuser import XfuserAttention, check_xfuser, find_uneven
-from hv_batch.engine.sampler import NOISES, Recipe
+from hv_batch.engine.sampler import NOISES, SamplingOptions
 from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.protocol import (
     Device,
     ParallelPlan,
-    RankPlace,
+    RankSpec,
     Shape,
     UserError,
     latent_shape,
@@ -126,7 +126,7 @@ class HunyuanVideo:
             raise UserError(
                 f"engine option step_cache: {step_cache!r} is not allowed; allowed is a number from 0 (off) to below 1."
             )
-        self._recipe = Recipe(_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
+        self._recipe = SamplingOptions(_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
         self._offload = _choice("offload", offload, OFFLOADS)
 
     def check(self) -> list[str]:
@@ -204,7 +204,7 @@ class HunyuanVideo:
         """Rank 0 only: open the group's meeting point on a free port of `host` and return its address."""
         return host_store(host, world_size)
 
-    def join(self, place: RankPlace) -> HunyuanDenoiser:
+    def join(self, place: RankSpec) -> HunyuanDenoiser:
         """Load the DiT, then meet the other ranks: so a rank that cannot load fails by itself, with its own reason."""
         device = _claim(place.device, place.local_rank)
         dtype = self._dtype("precision")

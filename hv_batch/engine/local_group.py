@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.parallel.process_group import leave_group
-from hv_batch.protocol import Device, ParallelPlan, RankPlace, SamplingParams, UserError
+from hv_batch.protocol import Device, ParallelPlan, RankSpec, SamplingParams, UserError
 
 if TYPE_CHECKING:
     from hv_batch.engine.hunyuan import HunyuanVideo
@@ -80,7 +80,7 @@ class LocalGroup:
         self._processes: list[Any] = []
         try:
             for rank in range(plan.world_size):
-                place = RankPlace(
+                place = RankSpec(
                     rank=rank,
                     local_rank=rank,
                     plan=plan,
@@ -137,7 +137,7 @@ class LocalGroup:
             link.close()
         self._links, self._processes = [], []
 
-    def _start(self, engine: HunyuanVideo, place: RankPlace, reproduce_seed: int | None) -> None:
+    def _start(self, engine: HunyuanVideo, place: RankSpec, reproduce_seed: int | None) -> None:
         context = get_context("spawn")  # a forked child would inherit threads and a CUDA context that do not survive it
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(engine, place, theirs, reproduce_seed), daemon=True)
@@ -191,7 +191,7 @@ class LocalGroup:
         raise RankFailed(f"rank {first} failed first:\n{cause.told}")
 
 
-def _serve(engine: HunyuanVideo, place: RankPlace, link: Connection, reproduce_seed: int | None) -> None:
+def _serve(engine: HunyuanVideo, place: RankSpec, link: Connection, reproduce_seed: int | None) -> None:
     """One rank: the body of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent answers it
     try:

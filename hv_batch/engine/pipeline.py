@@ -27,7 +27,7 @@ from hv_batch.protocol import (
     DEFAULT_NEGATIVE_PROMPT,
     Device,
     ParallelPlan,
-    RankPlace,
+    RankSpec,
     SamplingParams,
     UserError,
     problems,
@@ -106,7 +106,7 @@ class HunyuanVideoPipeline:
     def _denoiser(self) -> HunyuanDenoiser | LocalGroup:
         if self._plan.world_size > 1:
             return LocalGroup(self.engine, self.device, self._plan, reproduce_seed=self._reproduce_seed)
-        alone = RankPlace(rank=0, local_rank=0, plan=self._plan, device=self.device, address="", timeout_s=0.0)
+        alone = RankSpec(rank=0, local_rank=0, plan=self._plan, device=self.device, address="", timeout_s=0.0)
         return self.engine.join(alone)
 
     @cached_property

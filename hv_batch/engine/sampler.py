@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hv_batch.engine import step_cache
-from hv_batch.protocol import NotFiniteError, SamplingParams, StepState
+from hv_batch.protocol import NonFiniteError, SamplingParams, StepState
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit.model import HYVideoDiT
@@ -52,7 +52,7 @@ def initial_noise(
 def sigmas(steps: int, shift: float, reverse: bool = True) -> Tensor:
     """The noise levels before, between and after `steps` steps: float32 [steps + 1] from 1 down to 0.
 
-    The released model is sampled in this direction (the official `--flow-reverse`); without `reverse` they run from 0
+    The released model is sampled in this direction (the official `--backpressure-reverse`); without `reverse` they run from 0
     to 1, which it was not trained for. A `shift` above 1 spends more of the steps at high noise, where a large picture
     is decided.
     """
@@ -62,7 +62,7 @@ def sigmas(steps: int, shift: float, reverse: bool = True) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class SamplingOptions:
     """How to sample, beside what a user chooses for one video; belongs to the identity of every video (P3)."""
 
     noise: str = "cpu-fp32"  # of NOISES
@@ -88,7 +88,7 @@ class Condition:
     guidance: Tensor | None  # [B], scale * 1000; None for a model without guidance embedding
 
 
-def own_branches(
+def branch_embeddings(
     params: SamplingParams,
     positives: Sequence[TextEmbedding],
     negatives: Sequence[TextEmbedding] | None,
@@ -137,7 +137,7 @@ def predict_velocity(
 ) -> Tensor:
     """The guided velocity at noise level `sigma` for latents [N, C, T, H, W]; same shape, float32.
 
-    `texts` are those of the branches that this rank computes; see `own_branches`. `caches` belong to the same items.
+    `texts` are those of the branches that this rank computes; see `branch_embeddings`. `caches` belong to the same items.
     """
     items = len(texts.lengths)
     inputs = latents.repeat(items // len(latents), 1, 1, 1, 1)
@@ -178,7 +178,7 @@ def trajectory(
     *,
     mesh: SequenceMesh,
     device: torch.device,
-    recipe: Recipe = Recipe(),
+    recipe: SamplingOptions = SamplingOptions(),
     resume: StepState | None = None,
 ) -> Generator[Tensor, None, None]:
     """The latents [N, C, T, H, W] of N videos after each step, float32 on `device`, equal on every rank of `mesh`.
@@ -187,8 +187,8 @@ def trajectory(
     used, and required, exactly when the parameters use CFG. `resume` is what an earlier trajectory of the same
     arguments had reached, its latents [N, C, T, H, W]: the steps after it are made, and are the same bits. Every step
     makes new latents, so those that were given out stay as they are. Whoever stops asking stops the sampling. Raises
-    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs and where `own_branches` does, and
-    NotFiniteError as soon as a step's result is not finite.
+    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs and where `branch_embeddings` does, and
+    NonFiniteError as soon as a step's result is not finite.
     """
     params = batch[0]
     if any(
@@ -196,7 +196,7 @@ def trajectory(
         for other in batch
     ):
         raise ValueError("videos that are denoised side by side may differ in prompts and seed only")
-    texts = condition(model, own_branches(params, positives, negatives, mesh), params.guidance_scale, device)
+    texts = condition(model, branch_embeddings(params, positives, negatives, mesh), params.guidance_scale, device)
     levels = sigmas(params.num_inference_steps, params.flow_shift, recipe.reverse)
     if resume is None:
         latents = _start(batch, positives[0].states.dtype, device, mesh, recipe)
@@ -213,12 +213,16 @@ def trajectory(
         # a step that is reported is done rather than queued. All ranks hold equal latents, so all of them raise.
         if not torch.isfinite(latents).all():
             lost = next(one for one, item in zip(batch, latents, strict=True) if not torch.isfinite(item).all())
-            raise NotFiniteError(_not_finite(step + 1, lost, model.dtype))
+            raise NonFiniteError(_not_finite(step + 1, lost, model.dtype))
         yield latents
 
 
 def _start(
-    batch: Sequence[SamplingParams], text_dtype: torch.dtype, device: torch.device, mesh: SequenceMesh, recipe: Recipe
+    batch: Sequence[SamplingParams],
+    text_dtype: torch.dtype,
+    device: torch.device,
+    mesh: SequenceMesh,
+    recipe: SamplingOptions,
 ) -> Tensor:
     """The initial latents of a batch, float32 on `device`."""
     if recipe.noise == "cpu-fp32":
@@ -229,7 +233,9 @@ def _start(
     return mesh.adopt(drawn).float()
 
 
-def _resumed(batch: Sequence[SamplingParams], state: StepState, device: torch.device, recipe: Recipe) -> Tensor:
+def _resumed(
+    batch: Sequence[SamplingParams], state: StepState, device: torch.device, recipe: SamplingOptions
+) -> Tensor:
     """The latents of `state`, float32 on `device`, copied into memory that is aligned and laid out as torch does it."""
     found, shape = state.latents.shape, (len(batch), *batch[0].latent_shape)
     steps = batch[0].num_inference_steps
@@ -247,7 +253,7 @@ def denoise(
     mesh: SequenceMesh,
     device: torch.device,
     on_step: Callable[[int, Tensor], None],
-    recipe: Recipe = Recipe(),
+    recipe: SamplingOptions = SamplingOptions(),
     resume: StepState | None = None,
 ) -> Tensor:
     """Final latents [C, T, H, W] of one video; see `trajectory`.

@@ -51,7 +51,7 @@ class Snapshot:
         return " · ".join(parts)
 
 
-class Pace:
+class EtaEstimator:
     """The mean pace since the first sample came out: what starting and loading took says nothing about the rest."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Progress:
         self._console = Console(file=self._stream, highlight=False, markup=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._is_terminal() else None
         self._begun = time.monotonic()
-        self._pace = Pace()
+        self._pace = EtaEstimator()
         self._shown: float | None = None
 
     def __enter__(self) -> Progress:

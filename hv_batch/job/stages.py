@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Stage(IntEnum):
-    """The stations of a sample, in order."""
+    """The stages of a sample, in order."""
 
     ENCODE = 0
     DENOISE = 1

@@ -9,7 +9,7 @@ from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, SamplingParam
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Work:
+class Workload:
     """What decides a sample's cost."""
 
     shape: Shape
@@ -17,7 +17,7 @@ class Work:
     branches: int  # 2 with classifier-free guidance
 
     @classmethod
-    def of(cls, params: SamplingParams) -> Work:
+    def of(cls, params: SamplingParams) -> Workload:
         return cls(params.shape, params.num_inference_steps, 2 if params.uses_cfg else 1)
 
     @property

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import imageio_ffmpeg
 
-from hv_batch.job.inspection.verify import Picture
+from hv_batch.job.inspection.verify import MediaShape
 
 # A frame of 1280x720 takes a core some milliseconds; a decoder that says nothing for so long is stuck.
 DECODE_TIMEOUT_S = 600.0
 
 
-def decode_media(data: bytes, suffix: str) -> Picture:
+def decode_media(data: bytes, suffix: str) -> MediaShape:
     """What the file shows. Raises ValueError with ffmpeg's words when it does not decode without an error."""
     # A file, not a pipe: an mp4 whose index is at its end cannot be read from a pipe.
     with tempfile.NamedTemporaryFile(prefix="hv_batch-verify-", suffix=suffix) as file:
@@ -24,7 +24,7 @@ def decode_media(data: bytes, suffix: str) -> Picture:
         return _decode_file(Path(file.name))
 
 
-def _decode_file(path: Path) -> Picture:
+def _decode_file(path: Path) -> MediaShape:
     decode = ["-hide_banner", "-nostdin", "-v", "error", "-xerror", "-threads", "1", "-i", f"file:{path}"]
     # One line a frame with its checksum, after a header that holds the size; nothing is encoded.
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *decode, "-map", "0:v:0", "-f", "framecrc", "pipe:1"]
@@ -40,4 +40,4 @@ def _decode_file(path: Path) -> Picture:
     if not sizes:
         raise ValueError("ffmpeg found no picture in it")
     frames = sum(not line.startswith("#") for line in lines)
-    return Picture(num_frames=frames, height=int(sizes[0][2]), width=int(sizes[0][1]))
+    return MediaShape(num_frames=frames, height=int(sizes[0][2]), width=int(sizes[0][1]))

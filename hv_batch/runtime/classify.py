@@ -23,7 +23,7 @@ COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|socket|pro
 # After one of these a process's CUDA context stays broken: every later task would fail in it.
 DEVICE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|uncorrectable ECC", re.I)
 
-# When several ranks of a gang fail at once, the others' errors are collateral: the most telling one speaks for all.
+# When several ranks of a group fail at once, the others' errors are collateral: the most telling one speaks for all.
 MOST_TELLING = (
     FailureClass.PREEMPTED,
     FailureClass.FATAL,

@@ -50,7 +50,7 @@ class Night:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
+class NightlyRequest:
     """What to render tonight. `manifest` holds PLACE; `output` is the folder that the nights' roots are in."""
 
     config: RunConfig
@@ -71,7 +71,7 @@ class Orders:
         return f"{self.output.rstrip('/')}/{day.isoformat()}"
 
 
-def render_night(orders: Orders, *, address: str | None, progress: Progress, report: TextIO) -> ExitCode:
+def render_night(orders: NightlyRequest, *, address: str | None, progress: Progress, report: TextIO) -> ExitCode:
     """Catch up, render the date, and write the line to `report`. The exit code is that of the worst night."""
     begun, stopped = time.monotonic(), Event()
 
@@ -99,7 +99,7 @@ def render_night(orders: Orders, *, address: str | None, progress: Progress, rep
     return worst
 
 
-def unfinished(orders: Orders) -> Iterator[date]:
+def unfinished(orders: NightlyRequest) -> Iterator[date]:
     """The days before, oldest first, whose run was begun and has not ended. A day without a run is nobody's order."""
     for back in range(orders.catch_up, 0, -1):
         day = orders.day - timedelta(days=back)
@@ -108,7 +108,7 @@ def unfinished(orders: Orders) -> Iterator[date]:
             yield day
 
 
-def _earlier(orders: Orders, progress: Progress) -> list[date]:
+def _earlier(orders: NightlyRequest, progress: Progress) -> list[date]:
     try:
         return list(unfinished(orders))
     except (OSError, UserError) as problem:  # tonight's own attempt will say it in the report

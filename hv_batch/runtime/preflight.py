@@ -21,7 +21,7 @@ from hv_batch.job.manifest.index import Index, load_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.progress import Progress
-from hv_batch.job.records.pending import Plan
+from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import recorded_plans
 from hv_batch.job.redaction import public_values
@@ -35,17 +35,17 @@ RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class PreparedRun:
     context: RunContext
     index: Index
-    plan: Plan
+    plan: PendingSamples
     document: dict[str, Any]  # of run.json
     state: RunState
 
 
-def _prepare(
+def prepare_run(
     config: RunConfig, manifest: Manifest, store: Store, spool: Store, selection: Selection | None, progress: Progress
-) -> _Job:
+) -> PreparedRun:
     """Every check that needs no cluster; writes nothing but the probe of the output root.
 
     Raises UserError that tells what is wrong with the engine, its weights and the manifest, all at once.
@@ -58,7 +58,7 @@ def _prepare(
         check_encoder(config.media)
     with _collected(found):
         index = _read_manifest(config, manifest, store, spool, progress)
-        plan = Plan(store, index, selection, keep_latents=config.output.keep_latents)
+        plan = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
     if found:
         raise UserError("\n".join(found))
     # Last: they trust the options that the engine has accepted.
@@ -76,7 +76,7 @@ def _prepare(
         progress.say(f"warning: {warning}")
     state = inspect_run(store, document)
     context = RunContext(config, engine, store, fingerprint(identity), versions, sizes)
-    return _Job(context, index, plan, document, state)
+    return PreparedRun(context, index, plan, document, state)
 
 
 def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:

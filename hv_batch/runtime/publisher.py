@@ -48,7 +48,7 @@ def sweep_scratch(folder: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class DecodedVideo:
     """A video that is to be committed."""
 
     sample: Sample
@@ -136,7 +136,7 @@ class Publisher:
                 raise NodeError(f"no space for temporary files in {folder.parent}: {error}") from error
             raise
 
-    def publish(self, made: Sequence[Made]) -> list[str | None]:
+    def publish(self, made: Sequence[DecodedVideo]) -> list[str | None]:
         """Commit each of what was decoded, unless another has (P1).
 
         The answers are None, or the id of this node where the output root did not answer and the video waits in the
@@ -159,7 +159,7 @@ class Publisher:
             return [ray.get_runtime_context().get_node_id()] * len(made)
         return [None] * len(made)
 
-    def _record(self, made: Made, details: Mapping[str, Any]) -> dict[str, Any]:
+    def _record(self, made: DecodedVideo, details: Mapping[str, Any]) -> dict[str, Any]:
         report = StageReport(made.seconds, ray.util.get_node_ip_address(), self._name, details)
         return commits.commit_record(
             made.sample,

@@ -1,6 +1,6 @@
 """One whole run, from a checked config to a finished output root: what `hv-batch run` and jobs/render.py call.
 
-Everything that can be found wrong is found in `_prepare`, before Ray is touched (P6); everything that is rendered is
+Everything that can be found wrong is found in `prepare_run`, before Ray is touched (P6); everything that is rendered is
 found again by the same call after a crash (P2).
 """
 
@@ -25,8 +25,8 @@ from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.progress import Progress
-from hv_batch.job.records.lease import Lease, held, this_process
-from hv_batch.job.records.pending import Plan, only_failed
+from hv_batch.job.records.lease import Lease, hold_lease, this_process
+from hv_batch.job.records.pending import PendingSamples, only_failed
 from hv_batch.job.records.run_document import RunState, finish_run, open_run
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
@@ -35,8 +35,8 @@ from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver.loop import Driver, Outcome
 from hv_batch.runtime.driver.outage import Outage
-from hv_batch.runtime.nodes.resources import Shortage, await_resources
-from hv_batch.runtime.preflight import _Job, _prepare
+from hv_batch.runtime.nodes.resources import ResourceShortage, await_resources
+from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.session import ray_session, submission_id
 
 
@@ -72,7 +72,7 @@ def render(
                 if not selection.failed:
                     progress.say(f"nothing to render: no such sample of {public_url(store.url)} was given up")
                     return ExitCode.COMMITTED
-            job = _prepare(config, Manifest(manifest_urls), store, Store(spool), selection, progress)
+            job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection, progress)
             return _render(job, address, progress, stopped, steal)
         except KeyboardInterrupt:
             progress.say("stopped at once; run the same command again to go on")
@@ -83,21 +83,23 @@ def render(
             ) from error
 
 
-def _render(job: _Job, address: str | None, progress: Progress, stopped: Event, steal: bool) -> ExitCode:
+def _render(job: PreparedRun, address: str | None, progress: Progress, stopped: Event, steal: bool) -> ExitCode:
     store = job.context.store
     if job.state is RunState.FINISHED and not job.plan.takes_back:
         progress.say(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
     me = this_process("run", submission_id())
     # Held before Ray is asked for anything: a second driver would wait for GPUs that the first one has.
-    with held(store, me, steal=steal, say=progress.say, wait=stopped.wait) as lease:
+    with hold_lease(store, me, steal=steal, say=progress.say, wait=stopped.wait) as lease:
         if lease is None:
             progress.say("stopped while waiting for the output root; nothing was begun")
             return ExitCode.STOPPED
         return _render_pending(job, address, progress, stopped, lease)
 
 
-def _render_pending(job: _Job, address: str | None, progress: Progress, stopped: Event, lease: Lease) -> ExitCode:
+def _render_pending(
+    job: PreparedRun, address: str | None, progress: Progress, stopped: Event, lease: Lease
+) -> ExitCode:
     config, store, plan = job.context.config, job.context.store, job.plan
     largest = job.context.sizes.largest
 
@@ -109,7 +111,7 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
     kinds = job.index.summary.extra_kinds
     with ray_session(config, largest, address) as local, _stop_signals(stopped), progress:
         patience_s = 0.0 if local else config.timeouts.start_s
-        shortage = Shortage(config, largest, patience_s=patience_s, say=progress.say)
+        shortage = ResourceShortage(config, largest, patience_s=patience_s, say=progress.say)
         if not await_resources(shortage, should_stop):
             progress.say("stopped while waiting for nodes; nothing was begun")
             return ExitCode.STOPPED
@@ -126,10 +128,10 @@ def _render_pending(job: _Job, address: str | None, progress: Progress, stopped:
     return _close(store, plan, outcome, progress, stopped)
 
 
-def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress, stopped: Event) -> ExitCode:
-    tally = plan.tally
-    found = tally.committed_before + tally.quarantined_before
-    told = f"{tally.committed} rendered, {tally.quarantined} quarantined now, {found} were done before"
+def _close(store: Store, plan: PendingSamples, outcome: Outcome, progress: Progress, stopped: Event) -> ExitCode:
+    counts = plan.counts
+    found = counts.committed_before + counts.quarantined_before
+    told = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {found} were done before"
     if outcome.drained:
         # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
         progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
@@ -139,7 +141,7 @@ def _close(store: Store, plan: Plan, outcome: Outcome, progress: Progress, stopp
         progress.say(
             f"finished the selection after {clock(outcome.seconds)}: {told}; {left} samples outside it are left"
         )
-        return ExitCode.QUARANTINED if tally.quarantined_before + tally.quarantined else ExitCode.COMMITTED
+        return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
     # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
     summary = _finish(store, own, Outage(progress.say), stopped)

@@ -44,7 +44,7 @@ def see_output_root(store: Store) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """What one station did for one sample: goes into the commit record."""
+    """What one stage did for one sample: goes into the commit record."""
 
     seconds: float
     node: str
@@ -62,7 +62,7 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
-class LifeSign:
+class ProgressReport:
     """What an actor answers while it works, whatever it is at."""
 
     count: int  # grows with all progress

@@ -15,7 +15,7 @@ import ray
 
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.protocol import ParallelPlan, UserError
-from hv_batch.runtime.nodes.resources import least_bill, total
+from hv_batch.runtime.nodes.resources import minimum_resources, total
 
 # Only embeddings and latents pass through the object store (about 30 MB a sample in flight at 720p), never frames.
 # Ray's own default would take a third of a small machine's memory for it.
@@ -68,7 +68,7 @@ def _connect(address: str) -> None:
 
 def _start_local(config: RunConfig, largest: ParallelPlan) -> None:
     # CPUs are bookkeeping to Ray. A laptop with fewer cores than the config counts runs the same actors, only slower.
-    needed = total([bundle for bundles in least_bill(config, largest) for bundle in bundles]).get("CPU", 0.0)
+    needed = total([bundle for bundles in minimum_resources(config, largest) for bundle in bundles]).get("CPU", 0.0)
     try:
         ray.init(
             address="local",

@@ -11,10 +11,10 @@ from ray.exceptions import RayError
 
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.scheduling.messages import Beat, Event, Spooled, TaskDone, WorkerId, WorkerLost
+from hv_batch.job.scheduling.messages import Event, Heartbeat, Spooled, TaskDone, WorkerId, WorkerLost
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.classify import classify
-from hv_batch.runtime.run_context import LifeSign, StageReport
+from hv_batch.runtime.run_context import ProgressReport, StageReport
 
 Watch = Callable[[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]], None]
 
@@ -61,7 +61,7 @@ class Worker(Protocol):
         ...
 
 
-class Pulse:
+class HeartbeatPoller:
     """Asks one actor for its progress counter, at most one question at a time, and turns changes into beats."""
 
     def __init__(self, worker: WorkerId, actor: Any, watch: Watch) -> None:
@@ -77,11 +77,11 @@ class Pulse:
     def _answered(self, ref: ray.ObjectRef) -> list[Event]:
         self._asking = False
         try:
-            sign: LifeSign = ray.get(ref)
+            sign: ProgressReport = ray.get(ref)
         except RayError as error:
             return [WorkerLost(self._worker, classify(error, str(self._worker)))]
         changed, self.count = sign.count != self.count, sign.count
-        return [Beat(self._worker, sign.patience_s)] if changed else []
+        return [Heartbeat(self._worker, sign.patience_s)] if changed else []
 
 
 def start_failure(failure: Failure) -> Failure:

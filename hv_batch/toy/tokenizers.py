@@ -46,7 +46,7 @@ feather field fire fireworks fish flame floor flower fog food forest fountain fo
 hair hand hat heart hill horse house ice insect island jellyfish kitchen kite lake lamp lantern leaf leaves lightning
 lion machine man market meadow mirror mist monkey moon mountain mouse museum night ocean owl painting panda park path
 people person petal piano planet plant pond portrait rabbit rain rainbow reef river road robot rock roof room rose
-sail sand sea shadow ship shore sky smoke snow space spring square stage star station steam storm stream street summer
+sail sand sea shadow ship shore sky smoke snow space spring square stage star stage steam storm stream street summer
 sun sunflower sunlight sunrise sunset surface sword table tea temple tiger toy track train tree truck tulip umbrella
 valley village violin volcano wall water waterfall wave waves whale wheel window wing winter wolf wood yard
 blooming blowing breaking burns crossing crashing cutting dancing dances dives drifting drifts drinking driving dripping

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, RESUMED, STEP, Note, read_notes, take_note
+from hv_batch.bench.gloo_sleep_engine import (
+    BEGUN,
+    ENDED,
+    JOINED,
+    JOINING,
+    RESUMED,
+    STEP,
+    TimedEvent,
+    read_notes,
+    take_note,
+)
 from hv_batch.bench.recovery import IdleReport, Rebuild, RebuildReport, gang_in_the_middle, idle_shares, rebuilds
 
 
 def life(at, pids, begins=BEGUN):
-    """A gang that joins, and makes four steps of a second."""
-    notes = [Note(at + 0.1 * rank, JOINING, rank, pid) for rank, pid in enumerate(pids)]
-    notes += [Note(at + 0.5 + 0.1 * rank, JOINED, rank, pid) for rank, pid in enumerate(pids)]
-    notes += [Note(at + 1, begins, rank, pid) for rank, pid in enumerate(pids)]
-    notes += [Note(at + 2 + n, STEP, rank, pid) for n in range(4) for rank, pid in enumerate(pids)]
+    """A group that joins, and makes four steps of a second."""
+    notes = [TimedEvent(at + 0.1 * rank, JOINING, rank, pid) for rank, pid in enumerate(pids)]
+    notes += [TimedEvent(at + 0.5 + 0.1 * rank, JOINED, rank, pid) for rank, pid in enumerate(pids)]
+    notes += [TimedEvent(at + 1, begins, rank, pid) for rank, pid in enumerate(pids)]
+    notes += [TimedEvent(at + 2 + n, STEP, rank, pid) for n in range(4) for rank, pid in enumerate(pids)]
     return sorted(notes, key=lambda note: note.at)
 
 
@@ -38,7 +48,7 @@ def test_idle_is_what_lies_between_two_denoises():
     """By group, from its first denoise to the end of its last: what comes before and after is not steady."""
     times = [(10, [(0.0, 10.0), (10.5, 20.0)]), (11, [(3.0, 10.0), (10.0, 13.0), (14.0, 23.0)]), (12, [(0.0, 50.0)])]
     notes = [
-        Note(at, what, 0, pid)
+        TimedEvent(at, what, 0, pid)
         for pid, denoises in times
         for begun, ended in denoises
         for at, what in ((begun, BEGUN), (ended, ENDED))

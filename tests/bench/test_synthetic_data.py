@@ -16,7 +16,7 @@ from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.progress import Progress, Snapshot
 from hv_batch.job.records.commits import read_commit
-from hv_batch.job.records.pending import Passed, Plan
+from hv_batch.job.records.pending import PendingSamples, ShardSkipped
 from hv_batch.job.records.run_document import open_run
 from hv_batch.job.storage.store import Store
 
@@ -92,11 +92,11 @@ def test_a_made_up_run_is_one_that_a_resume_believes(tmp_path):
     document = {"identity": {"a": 1}, "config": CONFIG.model_dump(mode="json"), "manifest": {"samples": rows}}
     open_run(store, document)
     synthetic_data.commit_first(output, manifest, CONFIG, committed)
-    plan = Plan(store, index)
-    pending = [found.sample.row for found in plan if not isinstance(found, Passed)]
+    plan = PendingSamples(store, index)
+    pending = [found.sample.row for found in plan if not isinstance(found, ShardSkipped)]
     assert pending == list(range(committed + 1, rows + 1))
-    assert plan.tally.committed_before == committed
-    assert plan.take_sealable() == []
+    assert plan.counts.committed_before == committed
+    assert plan.take_complete() == []
     records = [read_commit(store, 0, sample.key) for sample in index.samples(0)]
     assert len(records) == CONFIG.output.shard_size
     assert check_sealed(store, 0, records, document) == []

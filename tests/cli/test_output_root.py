@@ -11,7 +11,7 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.records import commits
-from hv_batch.job.records.lease import LeaseHeldError, held, read_lease, this_process
+from hv_batch.job.records.lease import LeaseHeldError, hold_lease, read_lease, this_process
 from hv_batch.job.redaction import MASK
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -133,7 +133,7 @@ def test_gc_first_says_what_it_would_do(root):
 def test_what_changes_a_root_waits_for_its_driver(root, command):
     """P1: while a driver renders, nothing is taken from under it; looking is always allowed."""
     name, flag = command
-    with held(Store(root), this_process("run", "raysubmit_9")):
+    with hold_lease(Store(root), this_process("run", "raysubmit_9")):
         before = files(root)
         with pytest.raises(LeaseHeldError, match="raysubmit_9"):
             hv_batch(name, root, flag)

@@ -26,7 +26,7 @@ from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
 from hv_batch.job.progress import Progress
 from hv_batch.job.scheduling.pool_sizing import HEADROOM
-from hv_batch.job.workload import Work, count_tokens
+from hv_batch.job.workload import Workload, count_tokens
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render
 from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint
@@ -34,8 +34,8 @@ from tests.support.repository import ROOT
 
 RELEASED = ModelShape()
 IN_GROUP = {"placement": "group"}
-HD = Work((720, 1280, 129), 50, 1)
-SQUARE = Work((960, 960, 129), 50, 1)
+HD = Workload((720, 1280, 129), 50, 1)
+SQUARE = Workload((960, 960, 129), 50, 1)
 DECODE_S = 115  # of the released code, which decodes on every rank: what its series extrapolate to at infinitely many
 
 
@@ -59,7 +59,7 @@ def test_the_published_series_are_met(gpu, work, series):
 
 def test_the_published_speedup_without_decoding_is_met():
     """H800, DiT only: 1625 s to 225 s on eight."""
-    work = Work((720, 1280, 125), 50, 1)
+    work = Workload((720, 1280, 125), 50, 1)
     alone, eight = (denoise_seconds(GPUS["h100"], RELEASED, work, ParallelPlan(ulysses_degree=n)) for n in (1, 8))
     assert alone / eight == pytest.approx(1625 / 225, rel=0.1)
 
@@ -67,7 +67,7 @@ def test_the_published_speedup_without_decoding_is_met():
 @pytest.mark.parametrize(("shape", "seconds"), [((544, 960, 129), 4.81), ((720, 1280, 129), 9.00)])
 def test_the_timed_decodes_are_met(shape, seconds):
     """`hv-batch bench engine --stage vae` on an H100."""
-    assert decode_seconds(GPUS["h100"], RELEASED, Work(shape, 50, 1)) == pytest.approx(seconds, rel=0.03)
+    assert decode_seconds(GPUS["h100"], RELEASED, Workload(shape, 50, 1)) == pytest.approx(seconds, rel=0.03)
 
 
 @given(st.sampled_from(sorted(GPUS)), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 33))
@@ -91,7 +91,7 @@ def test_the_published_efficiency_of_eight_is_met():
 @given(st.sampled_from(sorted(GPUS)), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 33))
 def test_halves_of_a_group_exchange_velocities_only(gpu, ulysses, ring, scale):
     """Two branches on two halves: the time of one branch on one half, and of one velocity on the wire a step."""
-    work = Work((16 * 60 * scale, 16 * 60, 1), 50, 2)
+    work = Workload((16 * 60 * scale, 16 * 60, 1), 50, 2)
     half = ParallelPlan(ulysses_degree=ulysses, ring_degree=ring)
     whole = replace(half, cfg_degree=2)
     seconds = {plan: denoise_seconds(GPUS[gpu], RELEASED, work, plan) for plan in (half, whole)}
@@ -111,7 +111,7 @@ STEPS_SEEN = [
 @pytest.mark.parametrize(("gpu", "shape", "sdpa", "cudnn"), STEPS_SEEN)
 def test_the_steps_that_were_timed_are_met(gpu, shape, sdpa, cudnn):
     """Own timings, which nothing was fitted to but the speed of cuDNN's attention."""
-    step = Work(shape, 1, 1)
+    step = Workload(shape, 1, 1)
     for name, seen in (("sdpa", sdpa), ("cudnn", cudnn)):
         predicted = denoise_seconds(GPUS[gpu], replace(RELEASED, attention=name), step, ParallelPlan())
         assert predicted == pytest.approx(seen, rel=0.15), name
@@ -197,7 +197,7 @@ def test_a_plan_adds_up(config, manifest):
 
 
 def test_a_plan_sizes_auto_pools_as_a_run_would(config, manifest):
-    """Stations: with `count: auto` the bill and the hours are those of the pools that the predicted times call for."""
+    """Stages: with `count: auto` the bill and the hours are those of the pools that the predicted times call for."""
     groups = config.groups.model_copy(update={"count": 40})
     pools = {name: getattr(config, name).model_copy(update={"count": "auto"}) for name in ("encoders", "decoders")}
     plan = make_plan(config.model_copy(update={"groups": groups, **pools}), manifest, GPUS["h100"])

@@ -1,4 +1,4 @@
-"""Stations of unequal speed: a slow one slows those before it, or is given more workers where its pool is `auto`."""
+"""Stages of unequal speed: a slow one slows those before it, or is given more workers where its pool is `auto`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_groups_that_had_to_wait_render_the_same(held, ray_head, tmp_path):
 
 @pytest.mark.slow
 def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, marks, expected):
-    """Stations, P3: one decoder that takes several times as long as a denoise is joined by others, which is said with
+    """Stages, P3: one decoder that takes several times as long as a denoise is joined by others, which is said with
     the reason; every sample is committed, and its bytes are the same.
     """
     config = write_config(

@@ -1,4 +1,4 @@
-"""Gangs of the real engine over real gloo, of which one rank raises, dies or hangs."""
+"""Groups of the real engine over real gloo, of which one rank raises, dies or hangs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def submit(dashboard, config, manifest, output, *overrides, flags=()):
 
 @pytest.mark.slow
 def test_the_real_engine_on_eight_ranks(ray_head, tmp_path):
-    """A submitted job renders with a gang of eight ranks, Ulysses 4 x ring 2, on GPUs that Ray only believes in."""
+    """A submitted job renders with a group of eight ranks, Ulysses 4 x ring 2, on GPUs that Ray only believes in."""
     model_base = write_toy_checkpoint(tmp_path / "ckpts")
     manifest = write_manifest(tmp_path, ["a kite over a green hill", "a kettle in the rain"], num_inference_steps=2)
     output = tmp_path / "out"

@@ -12,7 +12,7 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.records import commits
-from hv_batch.job.records.lease import LEASE_SCHEMA, held, this_process
+from hv_batch.job.records.lease import LEASE_SCHEMA, hold_lease, this_process
 from hv_batch.job.storage.store import Store
 from tests.support.repository import ROOT
 from tests.support.runs import dataset, render, write_config, write_manifest
@@ -81,7 +81,7 @@ def test_a_night_and_the_leases_of_others(ray_head, tmp_path, marks):
     left.put(layout.LEASE, commits.encode({"schema": LEASE_SCHEMA, **asdict(gone)}))
     left.delete(layout.SUCCESS)
     partition(tmp_path, "2026-11-19", PROMPTS)
-    with held(Store(str(tmp_path / "nights" / "2026-11-19")), this_process("run", "raysubmit_9")):
+    with hold_lease(Store(str(tmp_path / "nights" / "2026-11-19")), this_process("run", "raysubmit_9")):
         code, line, err = nightly(tmp_path, config, ray_head[0], "--date", "2026-11-19", program=IMPATIENT)
     assert [night["outcome"] for night in line["nights"]] == ["committed", "failed"], err
     assert "node-7" in err

@@ -19,7 +19,7 @@ IMPATIENT = (
 )
 DEADLINE_S = 180  # a machine that is busy with other things takes its time
 
-# More than the stations hold: without a spool, the groups would have to stop.
+# More than the stages hold: without a spool, the groups would have to stop.
 PROMPTS = [f"prompt {i}" for i in range(12)]
 
 pytestmark = pytest.mark.slow

@@ -179,7 +179,7 @@ def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
 
 @pytest.mark.slow
 def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks):
-    """P5: when all ranks refuse a sample alike, the gang keeps its weights and renders the next one."""
+    """P5: when all ranks refuse a sample alike, the group keeps its weights and renders the next one."""
     config, output = write_config(tmp_path, marks), tmp_path / "out"
     code, text = render(config, write_manifest(tmp_path, ["good 0", "bad !nan-denoise", "good 1"]), output, ray_head[0])
     assert code == 3, text
@@ -224,7 +224,7 @@ def test_a_dead_decoder_never_repeats_a_denoise(expected, ray_head, tmp_path, ma
 
 @pytest.mark.slow
 def test_eight_ranks_are_placed_on_fake_gpus(expected, ray_head, tmp_path, marks):
-    """Placement, P3: a gang of eight one-GPU bundles stands where Ray counts eight GPUs, real or not."""
+    """Placement, P3: a group of eight one-GPU bundles stands where Ray counts eight GPUs, real or not."""
     config = write_config(tmp_path, marks, parallel={"ulysses_degree": 4, "ring_degree": 2})
     code, text = render(config, write_manifest(tmp_path, PROMPTS[:2]), tmp_path / "out", ray_head[0])
     assert code == 0, text

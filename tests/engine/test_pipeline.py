@@ -20,9 +20,9 @@ from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampler import initial_noise
 from hv_batch.protocol import (
     DeviceError,
-    NotFiniteError,
+    NonFiniteError,
     ParallelPlan,
-    RankPlace,
+    RankSpec,
     SamplingParams,
     StepState,
     UserError,
@@ -56,7 +56,7 @@ def pipeline(toy):
 
 
 def place(rank, world_size, address):
-    return RankPlace(
+    return RankSpec(
         rank=rank,
         local_rank=rank,
         plan=ParallelPlan(ulysses_degree=world_size, ring_degree=1),
@@ -200,7 +200,7 @@ def test_a_sample_that_overflows_is_told_from_a_broken_device(toy):
     [text] = engine.text_encoder("cpu").encode([PROMPT], image=False)
     denoiser = engine.join(place(0, 1, ""))
     overflowing = replace(text, states=torch.full_like(text.states, float("inf")))
-    with pytest.raises(NotFiniteError, match="not finite after step 1 of 3"):
+    with pytest.raises(NonFiniteError, match="not finite after step 1 of 3"):
         denoiser.denoise(PARAMS, overflowing, None, lambda done, read: None)
     assert np.isfinite(denoiser.denoise(PARAMS, text, None, lambda done, read: None)).all()
     denoiser._model.final_layer.linear.weight.data.fill_(float("nan"))

@@ -11,7 +11,7 @@ import torch
 
 from hv_batch.engine import sampler
 from hv_batch.engine.pipeline import HunyuanVideoPipeline, Interrupted, choose_device, plan_videos
-from hv_batch.engine.sampler import Recipe
+from hv_batch.engine.sampler import SamplingOptions
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 
@@ -182,7 +182,7 @@ def test_the_official_noise_is_drawn_in_the_dtype_of_the_text(base):
     model = official._denoiser._model
     model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     official("a", seed=1, **{**LATENTS, "num_inference_steps": 1})
-    assert recipe == Recipe("official", True)
+    assert recipe == SamplingOptions("official", True)
     assert torch.equal(seen[0], half.float())
 
 

@@ -277,10 +277,10 @@ def test_a_half_without_a_branch_is_refused():
     positives, negatives = [embed(5, 1), embed(4, 3)], [embed(3, 2), embed(2, 4)]
     halves = [SequenceMesh(rank=0, ulysses_degree=1, ring_degree=1, cfg_degree=2, branch=branch) for branch in range(2)]
     guided = replace(PARAMS, cfg_scale=2.0)
-    own = [sampler.own_branches(guided, positives, negatives, half) for half in halves]
+    own = [sampler.branch_embeddings(guided, positives, negatives, half) for half in halves]
     assert own == [negatives, positives]
     with pytest.raises(ValueError, match=r"cfg_degree 2 needs a cfg_scale above 1, not 1\.0"):
-        sampler.own_branches(PARAMS, positives, None, halves[0])
+        sampler.branch_embeddings(PARAMS, positives, None, halves[0])
 
 
 def test_guidance_without_a_negative_embedding_is_refused():

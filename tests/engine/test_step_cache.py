@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.sampler import Recipe, denoise, trajectory
+from hv_batch.engine.sampler import SamplingOptions, denoise, trajectory
 from hv_batch.engine.step_cache import REFRESH, can_resume, is_fresh
 from hv_batch.protocol import ParallelPlan, SamplingParams, StepState
 from tests.support.dit_reference import random_dit
@@ -57,7 +57,7 @@ class Counted:
 
 
 def render(model, threshold, params=PARAMS, on_step=lambda done, latents: None, resume=None):
-    recipe = Recipe(step_cache=threshold)
+    recipe = SamplingOptions(step_cache=threshold)
     texts = (_text(31), _text(12) if params.uses_cfg else None)
     return denoise(
         model, params, *texts, mesh=SequenceMesh.single(), device=CPU, on_step=on_step, recipe=recipe, resume=resume
@@ -96,7 +96,7 @@ def test_what_changes_less_is_left_out():
 
 def test_videos_side_by_side_keep_to_themselves():
     """P3: what one video takes over does not depend on the other beside it."""
-    recipe, mesh, seeds = Recipe(step_cache=SOME), SequenceMesh.single(), (3, 4)
+    recipe, mesh, seeds = SamplingOptions(step_cache=SOME), SequenceMesh.single(), (3, 4)
     batch = [replace(PARAMS, seed=seed) for seed in seeds]
     model, texts = Counted().model, ([_text(31), _text(7)], [_text(12), _text(12)])
     *_, both = trajectory(model, batch, *texts, mesh=mesh, device=CPU, recipe=recipe)
@@ -125,7 +125,9 @@ def _rank_main(rank: int, folder: Path, queues: list[mp.Queue]) -> None:
             continue
         counted, arguments = Counted(), ([PARAMS], [_text(31)], [_text(12)])
         with joined(rank, plan, queue) as mesh:
-            *_, final = trajectory(counted.model, *arguments, mesh=mesh, device=CPU, recipe=Recipe(step_cache=SOME))
+            *_, final = trajectory(
+                counted.model, *arguments, mesh=mesh, device=CPU, recipe=SamplingOptions(step_cache=SOME)
+            )
         torch.save((final[0], counted.passes), folder / f"{plan}-{rank}.pt")
 
 

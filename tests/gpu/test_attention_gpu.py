@@ -13,7 +13,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
 from hv_batch.engine.parallel.xfuser import XfuserAttention
-from hv_batch.protocol import ParallelPlan, RankPlace
+from hv_batch.protocol import ParallelPlan, RankSpec
 from tests.support.dit_reference import random_dit, random_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -49,7 +49,7 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
         address = queue.get()
         queue.put(address)
         mesh = join_group(
-            RankPlace(rank=rank, local_rank=rank, plan=plan, device="cuda", address=address, timeout_s=120.0)
+            RankSpec(rank=rank, local_rank=rank, plan=plan, device="cuda", address=address, timeout_s=120.0)
         )
         model = random_dit(WIDE, seed=1).to("cuda", torch.bfloat16)
         given = random_inputs(WIDE, (3, 8, 8), [7, 12], seed=2, padded=12)  # 48 tokens, texts of two lengths

@@ -12,7 +12,7 @@ from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_group
-from hv_batch.protocol import ParallelPlan, RankPlace
+from hv_batch.protocol import ParallelPlan, RankSpec
 from tests.support.dit_reference import keep_in_fp8, random_dit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -51,7 +51,7 @@ def _rank_main(rank: int, folder, addresses: mp.Queue) -> None:
         addresses.put(address)
     else:
         address = addresses.get()
-    place = RankPlace(
+    place = RankSpec(
         rank=rank, local_rank=rank, plan=ParallelPlan(ulysses_degree=2), device="cuda", address=address, timeout_s=120.0
     )
     mesh, device = join_group(place), torch.device("cuda", rank)

@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTa
 
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.storage.errors import StorageUnavailableError
-from hv_batch.protocol import DeviceError, NotFiniteError, UserError
+from hv_batch.protocol import DeviceError, NonFiniteError, UserError
 from hv_batch.runtime.classify import (
     LatentsGoneError,
     NodeError,
@@ -47,7 +47,7 @@ def raised_by_a_task(cause):
         (ChildProcessError(errno.ECHILD, "ffmpeg was killed by signal 9"), FailureClass.INFRA, True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), FailureClass.INFRA, False),
         (DeviceError("self-check: rank 3 computes values that are not finite"), FailureClass.INFRA, False),
-        (NotFiniteError("latents are not finite after step 3"), FailureClass.POISON, True),
+        (NonFiniteError("latents are not finite after step 3"), FailureClass.POISON, True),
         (NodeError("no space for temporary files"), FailureClass.INFRA, True),
         (TimeoutError("store is slow"), FailureClass.INFRA, True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), FailureClass.INFRA, True),
@@ -99,7 +99,7 @@ def test_preemption_is_its_own_class():
 
 
 def test_collateral_errors_do_not_hide_the_cause():
-    """The survivors of a gang fail with connection errors; the one that raised speaks for all, a preemption first."""
+    """The survivors of a group fail with connection errors; the one that raised speaks for all, a preemption first."""
     infra, poison, preempted = (Failure(kind, kind) for kind in ("INFRA", "POISON", "PREEMPTED"))
     infra, poison, preempted = (Failure(FailureClass(f.kind), f.message) for f in (infra, poison, preempted))
     assert most_telling([infra, poison, infra]) is poison

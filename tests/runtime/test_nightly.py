@@ -14,14 +14,14 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime.nightly import Orders, next_time, stop_in_time, unfinished, which_day
+from hv_batch.runtime.nightly import NightlyRequest, next_time, stop_in_time, unfinished, which_day
 
 NOON = datetime(2026, 11, 20, 12, 0)
 
 
-def orders(output, **changes) -> Orders:
+def orders(output, **changes) -> NightlyRequest:
     values = {"manifest": "p/{date}.jsonl", "day": date(2026, 11, 19), "until": None, "catch_up": 3} | changes
-    return Orders(config=RunConfig(), output=str(output), **values)
+    return NightlyRequest(config=RunConfig(), output=str(output), **values)
 
 
 def test_yesterday_is_the_default():

@@ -10,7 +10,7 @@ from functools import partial
 from hv_batch.job import layout
 from hv_batch.job.dataset.seal import read_rows
 from hv_batch.job.inspection.findings import Fault, Finding
-from hv_batch.job.inspection.verify import Picture, remove_faults, verify
+from hv_batch.job.inspection.verify import MediaShape, remove_faults, verify
 from hv_batch.job.records.commits import scan_shard
 from hv_batch.job.records.quarantine import read_quarantined, release
 from hv_batch.job.storage.store import Store
@@ -110,7 +110,7 @@ def points(acts: int) -> list[tuple[int, str]]:
 
 def is_sound(store: Store) -> None:
     """P1: one record a sample, sealed tables that say the same, and the run finished."""
-    found = verify(store, lambda data, suffix: Picture(17, 128, 96), decodes=None)
+    found = verify(store, lambda data, suffix: MediaShape(17, 128, 96), decodes=None)
     assert found.findings == []
     assert (found.pending, found.tables) == (0, len(SHARDS))
     assert store.exists(layout.SUCCESS)

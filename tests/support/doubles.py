@@ -20,7 +20,7 @@ import ray
 from hv_batch.job.storage import store as store_module
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import NotFiniteError
+from hv_batch.protocol import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class FakeDenoiser:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.rank == 0:
             if fault == "nan" and self.engine.first(fault):
-                raise NotFiniteError("the decoded frames are not finite")
+                raise NonFiniteError("the decoded frames are not finite")
             yield from FakeDecoder(self.engine).decode(latents)
 
     @staticmethod

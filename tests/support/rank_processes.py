@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.protocol import ParallelPlan, RankPlace
+from hv_batch.protocol import ParallelPlan, RankSpec
 
 TIMEOUT_S = 120.0  # of a rank that waits for another; a busy machine takes its time
 
@@ -23,6 +23,6 @@ def joined(rank: int, plan: ParallelPlan, addresses: mp.Queue) -> Iterator[Seque
             addresses.put(address)
     else:
         address = addresses.get()
-    place = RankPlace(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=TIMEOUT_S)
+    place = RankSpec(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=TIMEOUT_S)
     yield join_group(place)
     leave_group()

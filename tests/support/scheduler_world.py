@@ -12,14 +12,14 @@ import pytest
 
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling import backpressure
-from hv_batch.job.scheduling.limits import Lane, RetryLimits, StageLimits
+from hv_batch.job.scheduling.limits import RetryLimits, SizeClass, StageLimits
 from hv_batch.job.scheduling.messages import (
     Abort,
     Admit,
     Admitted,
-    Beat,
     Checkpoint,
     Finish,
+    Heartbeat,
     KillWorker,
     PlanExhausted,
     Published,
@@ -51,14 +51,16 @@ MIB = 2**20
 BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
 
 
-def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, lodging=False, ranks=(1,), parcel=1):
-    """With `lodging`, encoders use the groups' resources; without decoders, groups decode. There are
+def limits(
+    encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, colocated=False, ranks=(1,), micro_batch=1
+):
+    """With `colocated`, encoders use the groups' resources; without decoders, groups decode. There are
     `groups` of the largest size; `ranks` are those of a group of each size, largest first. Quick samples are denoised,
-    and decoded by decoders, up to `parcel` at a time.
+    and decoded by decoders, up to `micro_batch` at a time.
     """
     share = {"task_timeout_s": STALL_S, "result_bytes": result_bytes}
-    lanes = [
-        Lane(
+    size_classes = [
+        SizeClass(
             ranks=each,
             workers=groups * ranks[0] // each,
             ahead=groups + batch,
@@ -67,14 +69,18 @@ def limits(encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, 
         for each in ranks
     ]
     ahead = (decoders or groups) + 1
-    groups = max(lane.workers for lane in lanes)
+    groups = max(size_class.workers for size_class in size_classes)
     return {
-        Stage.ENCODE: StageLimits(workers=encoders, lodges=lodging, batch=batch, ahead=batch, **share),
+        Stage.ENCODE: StageLimits(workers=encoders, is_colocated=colocated, batch=batch, ahead=batch, **share),
         Stage.DENOISE: StageLimits(
-            workers=groups, batch=parcel, ahead=sum(lane.ahead for lane in lanes), lanes=tuple(lanes), **share
+            workers=groups,
+            batch=micro_batch,
+            ahead=sum(size_class.ahead for size_class in size_classes),
+            size_classes=tuple(size_classes),
+            **share,
         ),
         Stage.DECODE: StageLimits(
-            workers=decoders, batch=parcel if decoders else 1, ahead=ahead, task_timeout_s=STALL_S
+            workers=decoders, batch=micro_batch if decoders else 1, ahead=ahead, task_timeout_s=STALL_S
         ),
     }
 
@@ -100,7 +106,7 @@ class World:
     events: deque = field(default_factory=deque)
     stopped_at: float | None = None
     at: dict[str, Stage] = field(default_factory=dict)
-    sizes: dict[WorkerId, int] = field(default_factory=dict)  # the lane of every group that ever was
+    sizes: dict[WorkerId, int] = field(default_factory=dict)  # the size class of every group that ever was
     spooled: dict[str, bool] = field(default_factory=dict)  # videos on the disks of nodes; whether latents are stored
     committed: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
@@ -144,8 +150,8 @@ class World:
                 self.events.extend(batch)
                 if len(batch) < count:
                     self.events.append(PlanExhausted())
-            case StartWorker(worker, lane):
-                self.sizes[worker] = lane
+            case StartWorker(worker, size_class):
+                self.sizes[worker] = size_class
                 assert (worker.stage, worker.slot) not in self.given_up, "what it stood on is gone"
                 self.starting.append(worker)
                 if self.has_room:
@@ -167,10 +173,10 @@ class World:
             case Run(worker, keys, stage):
                 self.idle.remove(worker)
                 assert worker not in self.leaving, "a task for a worker that leaves"
-                assert all(self.at[key] == stage for key in keys), "ran at the wrong station"
+                assert all(self.at[key] == stage for key in keys), "ran at the wrong stage"
                 assert worker.stage is self.staffed(stage)
-                lanes = {begun.lane for begun in self.plan if begun.key in keys}
-                assert stage is not Stage.DENOISE or lanes == {self.sizes[worker]}, "ran on another size"
+                size_classes = {begun.size_class for begun in self.plan if begun.key in keys}
+                assert stage is not Stage.DENOISE or size_classes == {self.sizes[worker]}, "ran on another size"
                 assert not {k for task in self.running.values() for k in task} & set(keys), "ran twice at once"
                 assert len(keys) <= self.stages[stage].batch
                 self.running[worker] = keys
@@ -200,11 +206,11 @@ class World:
                 mine.pop(key, None)
 
     def staffed(self, stage):
-        """The station whose workers do its tasks."""
+        """The stage whose workers do its tasks."""
         return stage if self.stages[stage].workers else Stage.DENOISE
 
     def will_come(self, key, stage):
-        """Whether a sample in flight still needs who works at the station; a drain begins nothing but decodes."""
+        """Whether a sample in flight still needs who works at the stage; a drain begins nothing but decodes."""
         decodes = stage is self.staffed(Stage.DECODE)
         if self.stopped_at is None:
             return decodes or self.at[key] <= stage
@@ -218,10 +224,10 @@ class World:
         self.leaving.pop(worker, None)
 
     def check_released(self, action):
-        """A station with work keeps, or asks for, somebody, and a size of groups one of its own, unless another size
+        """A stage with work keeps, or asks for, somebody, and a size of groups one of its own, unless another size
         took the place; and all make room for the first group.
         """
-        stage, lane = action.worker.stage, self.sizes[action.worker]
+        stage, size_class = action.worker.stage, self.sizes[action.worker]
         left = [w for w in (*self.starting, *self.idle, *self.running) if w.stage is stage]
         if action.reason == ANOTHER_SIZE:
             assert left, "released for nobody"
@@ -230,8 +236,8 @@ class World:
             return
         coming = [begun for begun in self.plan if begun.key in self.at and self.will_come(begun.key, stage)]
         if stage is Stage.DENOISE:
-            left = [worker for worker in left if self.sizes[worker] == lane]
-            coming = [begun for begun in coming if begun.lane == lane]
+            left = [worker for worker in left if self.sizes[worker] == size_class]
+            coming = [begun for begun in coming if begun.size_class == size_class]
         assert left or not coming, "released what is needed"
 
     def groups(self):
@@ -247,7 +253,9 @@ class World:
         assert not self.spooled.keys() & (gone.keys() | self.at.keys()), "in two places"
         assert self.scheduler.spooled() == len(self.spooled) <= backpressure.SPOOLED_AT_MOST
         assert len(self.at) <= self.scheduler.window
-        assert self.ranks() <= max(lane.ranks * lane.workers for lane in self.stages[Stage.DENOISE].sizes)
+        assert self.ranks() <= max(
+            size_class.ranks * size_class.workers for size_class in self.stages[Stage.DENOISE].sizes
+        )
         if not (self.finish or self.abort):
             assert self.scheduler.in_flight() == self.at
             for action in released:
@@ -338,7 +346,7 @@ class World:
         end = self.now + seconds
         while self.now < end and not until():
             for worker in self.running:
-                self.feed(Beat(worker))
+                self.feed(Heartbeat(worker))
             self.tick(1.0)
 
     def calm_down(self, limit=10_000):
@@ -379,6 +387,6 @@ def pass_time(world, seconds):
     """Without anything hanging."""
     while seconds > 0:
         for worker in world.running:
-            world.feed(Beat(worker))
+            world.feed(Heartbeat(worker))
         world.tick(min(seconds, 0.5 * STALL_S))
         seconds -= 0.5 * STALL_S

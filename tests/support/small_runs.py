@@ -22,14 +22,14 @@ from hv_batch.job.inspection import summary
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits, run_document
 from hv_batch.job.records.latents import (
-    Denoised,
+    FinalLatents,
     StoredLatents,
     drop_latents,
     get_latents,
     put_latents,
     sample_identity,
 )
-from hv_batch.job.records.pending import Passed, Pending, Plan
+from hv_batch.job.records.pending import Pending, PendingSamples, ShardSkipped
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.media.writer import write_media
@@ -79,9 +79,9 @@ def run_small(
     open_root(store, len(samples), adorned=adorned)
     if store.exists(layout.SUCCESS):
         return
-    plan = Plan(store, ListedShards(samples))
+    plan = PendingSamples(store, ListedShards(samples))
     for found in plan:
-        if not isinstance(found, Passed):
+        if not isinstance(found, ShardSkipped):
             counts = denoised if denoised is not None else Counter()
             if found.sample.key in poison:
                 _give_up(store, found)
@@ -89,8 +89,8 @@ def run_small(
             else:
                 _render(store, found, counts, media or digest_media, adorned)
                 plan.committed(found.sample)
-        for sealable in plan.take_sealable():
-            seal_shard(store, sealable.shard, sealable.keys, webdataset=adorned)
+        for complete in plan.take_complete():
+            seal_shard(store, complete.shard, complete.keys, webdataset=adorned)
     totals = summary.aggregate(store)
     summary.write_report(store, totals)
     run_document.finish_run(store, totals)
@@ -117,7 +117,7 @@ def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, 
         denoised[sample.key] += 1
         drawn = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
         stored = StoredLatents(drawn.astype(np.float32), {"denoise": {"seconds": 1.25}})
-        put_latents(store, [Denoised(sample, stored.latents, identity, stored.stages)])
+        put_latents(store, [FinalLatents(sample, stored.latents, identity, stored.stages)])
     with tempfile.TemporaryDirectory() as folder:
         path, suffix, info = media(sample, stored.latents, Path(folder))
         file = layout.media_key(sample.shard, sample.key, info.sha256, suffix)

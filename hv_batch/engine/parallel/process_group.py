@@ -7,13 +7,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore
 
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.protocol import ParallelPlan, RankPlace
+from hv_batch.protocol import ParallelPlan, RankSpec
 
 # Rendezvous stores this process serves. A TCPStore dies with its object, and the other ranks' process groups with it.
-_hosted: dict[str, TCPStore] = {}
+_hosted: dict[str, dist.TCPStore] = {}
 
 
 def host_store(host: str, world_size: int) -> str:
@@ -21,13 +20,13 @@ def host_store(host: str, world_size: int) -> str:
 
     The operating system picks the port while the store binds it, so no other process can take it in between.
     """
-    store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, multi_tenant=True)
+    store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, multi_tenant=True)
     address = f"{host}:{store.port}"
     _hosted[address] = store
     return address
 
 
-def join_group(place: RankPlace) -> SequenceMesh:
+def join_group(place: RankSpec) -> SequenceMesh:
     """Join the process group of this rank's denoise group; returns when every rank has.
 
     Raises torch.distributed.DistError (a RuntimeError) when a rank is lost or `timeout_s` passes first.
@@ -38,10 +37,10 @@ def join_group(place: RankPlace) -> SequenceMesh:
         return SequenceMesh.single()
     timeout = timedelta(seconds=place.timeout_s)
     host, port = place.address.rsplit(":", 1)
-    store = TCPStore(host, int(port), place.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    store = dist.TCPStore(host, int(port), place.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
         "nccl" if place.device == "cuda" else "gloo",
-        store=PrefixStore("sequence-parallel", store),
+        store=dist.PrefixStore("sequence-parallel", store),
         rank=place.rank,
         world_size=place.plan.world_size,
         timeout=timeout,

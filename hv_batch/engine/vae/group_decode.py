@@ -25,12 +25,12 @@ def decode_in_group(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mes
     Every rank is called with equal `latents` and geometry.
     """
     if mesh.world_rank == 0:
-        yield from decode_streaming(vae, latents, geometry, _Share(vae, mesh).decode)
+        yield from decode_streaming(vae, latents, geometry, Rank0Tiles(vae, mesh).decode)
     else:
-        _help(vae, latents, geometry, mesh)
+        send_tiles(vae, latents, geometry, mesh)
 
 
-class _Share:
+class Rank0Tiles:
     """Rank 0's side. Tile i of the video is rank i % world_size's: the first of each round is its own."""
 
     def __init__(self, vae: CausalVAE, mesh: SequenceMesh) -> None:
@@ -48,7 +48,7 @@ class _Share:
                 yield pixels
 
 
-def _help(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: SequenceMesh) -> None:
+def send_tiles(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: SequenceMesh) -> None:
     """Decode this rank's tiles. One is on its way to rank 0 while the next is decoded, and no more: rank 0 blends at
     its own pace, and pixels must not pile up here.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hv_batch.architecture import Axis, TileGeometry
 from hv_batch.engine.vae.model import PIXEL_CHANNELS, CausalVAE
-from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NotFiniteError
+from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NonFiniteError
 
 DecodeTiles = Callable[[Sequence[Tensor]], Iterable[Tensor]]  # tiles of latents, in order -> their pixels, in order
 
@@ -137,9 +137,9 @@ def to_uint8(frames: Tensor) -> np.ndarray:
 
     As released: brought to 0 ... 1 in the dtype they come in, then truncated, not rounded.
 
-    Raises NotFiniteError for frames that are not finite, which a cast would turn into plausible black.
+    Raises NonFiniteError for frames that are not finite, which a cast would turn into plausible black.
     """
     if not bool(torch.isfinite(frames).all()):
-        raise NotFiniteError("the decoded frames are not finite")
+        raise NonFiniteError("the decoded frames are not finite")
     unit = (frames[0] * 0.5).add_(0.5).clamp_(0, 1)
     return unit.float().mul_(255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()

@@ -25,9 +25,9 @@ from hv_batch.job.config.sections import (
     OutputConfig,
     ParallelConfig,
     RetriesConfig,
+    Section,
     TimeoutsConfig,
-    _follow_row_rule,
-    _Section,
+    follow_row_rule,
 )
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
 from hv_batch.job.records.run_identity import parallel_identity
@@ -35,7 +35,7 @@ from hv_batch.job.user_input import open_input, shorten
 from hv_batch.protocol import ParallelPlan, Shape, UserError
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """The settings of one run. Every key has a default: the release's values on one node of eight GPUs and two more."""
 
     seed: int = 0
@@ -59,7 +59,7 @@ class RunConfig(_Section):
     @field_validator("seed", mode="before")
     @classmethod
     def _follow_the_rule_of_a_seed(cls, value: Any) -> Any:
-        return _follow_row_rule("seed", value)
+        return follow_row_rule("seed", value)
 
     @field_validator("gpu")
     @classmethod

@@ -30,7 +30,7 @@ Seconds = Annotated[float, Field(gt=0)]
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
 
-def _follow_row_rule(field: str, value: Any) -> Any:
+def follow_row_rule(field: str, value: Any) -> Any:
     allowed = find_fault(field, value)
     if allowed:
         raise ValueError(allowed)
@@ -44,12 +44,12 @@ def _follow_pool_rule(value: Any) -> Any:
     return value
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     # strict: "720" or true is not a height. NaN is never meant.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     engine: str = "hv_batch.engine.hunyuan:HunyuanVideo"
     """Import path of the engine."""
     options: dict[str, Any] = {}
@@ -63,7 +63,7 @@ class ModelConfig(_Section):
         return value
 
 
-class Defaults(_Section):
+class Defaults(Section):
     """What a manifest row leaves out (spec section 1)."""
 
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
@@ -92,10 +92,10 @@ class Defaults(_Section):
     @field_validator("*", mode="before")
     @classmethod
     def _follow_the_rules_of_a_row(cls, value: Any, info: Any) -> Any:
-        return _follow_row_rule(info.field_name, value)
+        return follow_row_rule(info.field_name, value)
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How one video is spread over ranks. Part of its identity: another plan sums in another order."""
 
     device: Device = "cuda"
@@ -120,8 +120,8 @@ class ParallelConfig(_Section):
         raise ValueError("a whole number of at least 1, auto, or null")
 
 
-class GroupsConfig(_Section):
-    """Denoise groups: gangs of ranks that render one sample together."""
+class GroupsConfig(Section):
+    """Denoise groups: groups of ranks that render one sample together."""
 
     count: Count = 1
     """The most groups that render at the same time. The run begins with the first one that finds room and goes on
@@ -144,7 +144,7 @@ class GroupsConfig(_Section):
     that a drain, a lost node or the end of the run has to wait for."""
 
 
-class EncodersConfig(_Section):
+class EncodersConfig(Section):
     """Text-encoder actors. Where they stand changes no embedding."""
 
     count: PoolSize = 1
@@ -165,7 +165,7 @@ class EncodersConfig(_Section):
         return self.placement == "colocated"
 
 
-class DecodersConfig(_Section):
+class DecodersConfig(Section):
     """VAE-decoder actors, which also write and commit the videos. Where they stand changes no byte of these."""
 
     count: PoolSize = 1
@@ -181,7 +181,7 @@ class DecodersConfig(_Section):
     then, and count, gpus and cpus mean nothing."""
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     shard_size: Count = 256
     """Samples of one shard, the unit of layout and metadata. Part of the run's identity: it decides every key."""
     keep_latents: bool = False
@@ -195,7 +195,7 @@ class OutputConfig(_Section):
     """Where they wait: a folder that is local to each node. null: the temporary folder (TMPDIR) there."""
 
 
-class MediaConfig(_Section):
+class MediaConfig(Section):
     """How frames become files. Part of a video's identity."""
 
     codec: Literal["h264", "h265", "av1"] = "h264"
@@ -219,7 +219,7 @@ class MediaConfig(_Section):
         return self
 
 
-class RetriesConfig(_Section):
+class RetriesConfig(Section):
     """Tries of a sample, counting the first, for each class of failure."""
 
     poison: Count = 2
@@ -234,7 +234,7 @@ class RetriesConfig(_Section):
     """Not a sample's: losses in a row, each of another sample, after which a worker slot is given up."""
 
 
-class TimeoutsConfig(_Section):
+class TimeoutsConfig(Section):
     start_s: Seconds = 1800.0
     """From when a worker has its place until it has loaded its weights (26 GB from a cold store take a while). Also how
     long a run waits, doing nothing, for nodes without which it cannot go on, at its start or later."""

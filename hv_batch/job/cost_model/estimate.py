@@ -45,7 +45,7 @@ from hv_batch.job.scheduling.capacity import most_workers
 from hv_batch.job.scheduling.pool_sizing import whole, workers_needed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
-from hv_batch.job.workload import Work
+from hv_batch.job.workload import Workload
 from hv_batch.protocol import ParallelPlan, UserError
 
 DAY_S = 86_400
@@ -105,7 +105,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
     }
 
 
-def _work(model: ModelShape, work: Work, samples: int) -> Report:
+def _work(model: ModelShape, work: Workload, samples: int) -> Report:
     height, width, frames = work.shape
     return {
         "height": height,
@@ -131,7 +131,7 @@ def _components(model: ModelShape) -> list[Report]:
     ]
 
 
-def _memory(config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu) -> list[Report]:
+def _memory(config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu) -> list[Report]:
     """Each kind of worker at the shape that needs most of it."""
     decodes = _groups_decode(config)
     ranks = {kind: _rank(model, kind, sizes.by_shape[kind.shape], decodes=decodes) for kind in work}
@@ -144,11 +144,11 @@ def _memory(config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Count
     return stages
 
 
-def _rank(model: ModelShape, kind: Work, plan: ParallelPlan, *, decodes: bool) -> Footprint:
+def _rank(model: ModelShape, kind: Workload, plan: ParallelPlan, *, decodes: bool) -> Footprint:
     return rank_footprint(model, kind.shape, plan.ulysses_degree, plan.ring_degree, decodes=decodes)
 
 
-def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) -> Report:
+def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Workload | None = None) -> Report:
     return {
         "stage": name,
         "shape": list(work.shape) if work else None,
@@ -160,7 +160,7 @@ def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Work | None = None) 
     }
 
 
-def _traffic(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report:
+def _traffic(sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu) -> Report:
     """Of one rank, for a sample of the shape with most tokens; and what is left of the group's speed by it."""
     kind = max(work, key=lambda kind: kind.tokens)
     alone, together = ParallelPlan(), sizes.by_shape[kind.shape]
@@ -182,7 +182,7 @@ def _traffic(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu
 
 
 def _workers(config: RunConfig, sizes: GroupSizes, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
-    """Of each station, for a manifest that takes so long there; `auto` pools as a run would come to size them. Groups
+    """Of each stage, for a manifest that takes so long there; `auto` pools as a run would come to size them. Groups
     as if all were of the largest size.
     """
     workers = {**most_workers(config, sizes.plans), Stage.DENOISE: config.groups.count}
@@ -207,14 +207,14 @@ def _groups_decode(config: RunConfig) -> bool:
 
 
 def _seconds(
-    config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu
+    config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu
 ) -> dict[Stage, float]:
-    """What one worker of each station would take for the whole manifest; of the groups, one of the largest size, or
+    """What one worker of each stage would take for the whole manifest; of the groups, one of the largest size, or
     smaller ones in its place that find work all the time.
     """
     largest = sizes.largest.world_size
 
-    def decoding(kind: Work) -> float:
+    def decoding(kind: Workload) -> float:
         ranks = sizes.by_shape[kind.shape].world_size
         alone = decode_seconds(gpu, model, kind)
         return decode_seconds(gpu, model, kind, ranks) * ranks / largest if _groups_decode(config) else alone
@@ -244,7 +244,7 @@ def _estimate(config: RunConfig, sizes: GroupSizes, seconds: Mapping[Stage, floa
     }
 
 
-def _cudnn_saves(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu) -> float:
+def _cudnn_saves(sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu) -> float:
     """The part of all denoising that the faster kernel would spare; 0 where it is chosen, or not known to be faster."""
 
     def denoising(model: ModelShape) -> float:
@@ -255,7 +255,7 @@ def _cudnn_saves(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu:
     return 1 - denoising(replace(model, attention="cudnn")) / denoising(model)
 
 
-def _group_size(model: ModelShape, work: Counter[Work], gpu: Gpu, ranks: int) -> Report:
+def _group_size(model: ModelShape, work: Counter[Workload], gpu: Gpu, ranks: int) -> Report:
     """What denoising this manifest costs with groups of so many ranks."""
     ulysses, ring = plan_ranks(model.dit.heads_num, ranks)
     plan = ParallelPlan(ulysses_degree=ulysses, ring_degree=ring)
@@ -276,5 +276,5 @@ def _group_size(model: ModelShape, work: Counter[Work], gpu: Gpu, ranks: int) ->
     }
 
 
-def _total(work: Counter[Work], seconds: Any) -> float:
+def _total(work: Counter[Workload], seconds: Any) -> float:
     return sum(count * seconds(kind) for kind, count in work.items())

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 from hv_batch.architecture import MAX_TEXT_TOKENS, Axis, VAEConfig
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
-from hv_batch.job.workload import Work
+from hv_batch.job.workload import Workload
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
 
 if TYPE_CHECKING:
     from hv_batch.job.manifest.samples import Sample
 
 
-def count_work(samples: Iterable[Sample]) -> Counter[Work]:
+def count_work(samples: Iterable[Sample]) -> Counter[Workload]:
     """The samples of each kind of work; as many entries as kinds, however long the manifest (P7)."""
-    return Counter(Work.of(sample.params) for sample in samples)
+    return Counter(Workload.of(sample.params) for sample in samples)
 
 
 def forward_flops(model: ModelShape, tokens: int) -> float:

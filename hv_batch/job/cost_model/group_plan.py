@@ -20,7 +20,7 @@ from hv_batch.job.cost_model.flops import plan_ranks
 from hv_batch.job.cost_model.memory import GIB, rank_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import denoise_seconds
-from hv_batch.job.workload import Work, shape_name
+from hv_batch.job.workload import Workload, shape_name
 from hv_batch.protocol import ParallelPlan, Shape, UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GroupSizes:
-    """What a run has decided. The plans of its groups, largest first: a lane is a place in this order."""
+    """What a run has decided. The plans of its groups, largest first: a size class is a place in this order."""
 
     plans: tuple[ParallelPlan, ...]
     by_shape: Mapping[Shape, ParallelPlan]
@@ -38,7 +38,7 @@ class GroupSizes:
     def largest(self) -> ParallelPlan:
         return self.plans[0]
 
-    def lane(self, shape: Shape) -> int:
+    def size_class(self, shape: Shape) -> int:
         return self.plans.index(self.by_shape[shape])
 
     def shapes(self, plan: ParallelPlan) -> list[Shape]:
@@ -120,7 +120,7 @@ def _weigh(config: RunConfig, model: ModelShape, shape: Shape) -> list[_Option]:
     """
     cfg, defaults = config.parallel.cfg_degree, config.defaults
     gpu = find_gpu(str(config.gpu))
-    work = Work(shape, defaults.num_inference_steps, 2 if cfg > 1 or defaults.cfg_scale > 1 else 1)
+    work = Workload(shape, defaults.num_inference_steps, 2 if cfg > 1 or defaults.cfg_scale > 1 else 1)
     room = (config.gpu_memory_gib or 0.0) * _share(config) * GIB
     decodes = config.decoders.placement == "group"
     options = []

@@ -12,7 +12,7 @@ from hv_batch.job.cost_model.flops import plan_ranks
 from hv_batch.job.cost_model.group_plan import GroupSizes, explain_choice
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import denoise_seconds
-from hv_batch.job.workload import Work
+from hv_batch.job.workload import Workload
 from hv_batch.protocol import ParallelPlan, Shape
 
 HOUR_S = 3600
@@ -20,13 +20,13 @@ HOUR_S = 3600
 Report = dict[str, Any]
 
 
-def rank_seconds(gpu: Gpu, model: ModelShape, kind: Work, plan: ParallelPlan) -> float:
+def rank_seconds(gpu: Gpu, model: ModelShape, kind: Workload, plan: ParallelPlan) -> float:
     """Of all ranks of a group together, for one sample: what it costs."""
     return denoise_seconds(gpu, model, kind, plan) * plan.world_size
 
 
 def report_sizes(
-    config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu
+    config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu
 ) -> list[Report]:
     """Of every shape, the group that renders it, why that one, and what it costs."""
 
@@ -46,7 +46,7 @@ def report_sizes(
     return [report(shape) for shape in sorted({kind.shape for kind in work})]
 
 
-def report_halves(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu: Gpu) -> Report | None:
+def report_halves(sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu) -> Report | None:
     """What groups of the same sizes would cost in halves, one for each guidance branch; None where that is not to be
     had (a row without guidance, a group that has no halves) or not cheaper.
     """
@@ -61,5 +61,5 @@ def report_halves(sizes: GroupSizes, model: ModelShape, work: Counter[Work], gpu
     return {"gpu_hours": halves / HOUR_S, "instead_of": whole / HOUR_S} if halves < whole else None
 
 
-def _total(work: Counter[Work], seconds: Callable[[Work], float]) -> float:
+def _total(work: Counter[Workload], seconds: Callable[[Workload], float]) -> float:
     return sum(count * seconds(kind) for kind, count in work.items())

@@ -20,7 +20,7 @@ from hv_batch.job.cost_model.flops import (
     rank_traffic,
 )
 from hv_batch.job.cost_model.model import ModelShape
-from hv_batch.job.workload import Work
+from hv_batch.job.workload import Workload
 from hv_batch.protocol import ParallelPlan
 
 # Bytes/s from pinned host memory to one GPU: 80 % of PCIe 4 x16; assumed.
@@ -47,7 +47,7 @@ def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring
     return max(computing + waiting, model.streamed_bytes / HOST_LINK)
 
 
-def denoise_seconds(gpu: Gpu, model: ModelShape, work: Work, plan: ParallelPlan) -> float:
+def denoise_seconds(gpu: Gpu, model: ModelShape, work: Workload, plan: ParallelPlan) -> float:
     """One sample, on a group of that plan; with two guidance branches where the plan shares them out."""
     seconds = work.forwards * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree)
     if plan.cfg_degree == 1:
@@ -55,7 +55,7 @@ def denoise_seconds(gpu: Gpu, model: ModelShape, work: Work, plan: ParallelPlan)
     return seconds / plan.cfg_degree + work.steps * exchange_bytes(model, work.tokens) / gpu.link
 
 
-def decode_seconds(gpu: Gpu, model: ModelShape, work: Work, ranks: int = 1) -> float:
+def decode_seconds(gpu: Gpu, model: ModelShape, work: Workload, ranks: int = 1) -> float:
     """One sample, its tiles dealt out to so many ranks: as long as the one takes that has most of them."""
     tiles = count_tiles(model, work.shape).total()
     share = -(-tiles // ranks) / tiles

@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import lineage_table
-from hv_batch.job.dataset.shard_totals import sum_up, write_sums
+from hv_batch.job.dataset.shard_totals import add_up, write_sums
 from hv_batch.job.dataset.webdataset import write_tar
-from hv_batch.job.manifest.extra_columns import Kind, arrow_column, clean_text, column_names, learn
+from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_text, column_names, merge_types
 from hv_batch.job.records.commits import LICENCE_ID, read_commit
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
@@ -64,7 +64,7 @@ def seal_shard(
     store: Store,
     shard: int,
     keys_in_order: Sequence[str],
-    extra_kinds: Mapping[str, Kind] | None = None,
+    extra_kinds: Mapping[str, ColumnType] | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
     webdataset: bool = False,
@@ -85,7 +85,7 @@ def seal_shard(
     committed = [record for record in records if record is not None]
     table = metadata_table(committed, extra_kinds or {})
     # All before the seal: whoever finds a sealed shard finds these.
-    write_sums(store, shard, sum_up(committed))
+    write_sums(store, shard, add_up(committed))
     store.put(layout.lineage_key(shard), parquet_bytes(lineage_table(committed)))
     if webdataset:
         write_tar(store, shard, table.to_pylist())
@@ -133,11 +133,11 @@ def _terminal_record(store: Store, shard: int, key: str) -> dict[str, Any] | Non
     raise ValueError(f"{layout.shard_name(shard)} cannot be sealed: sample {key!r} is still pending")
 
 
-def metadata_table(records: Sequence[Mapping[str, Any]], extra_kinds: Mapping[str, Kind]) -> pa.Table:
+def metadata_table(records: Sequence[Mapping[str, Any]], extra_kinds: Mapping[str, ColumnType]) -> pa.Table:
     """One row a commit record, in the order given: `file_name`, our columns, then the user's by name."""
     kinds = dict(extra_kinds)
     for record in records:
-        learn(kinds, record["extra"])
+        merge_types(kinds, record["extra"])
     rows = [describe_row(record) for record in records]
     columns = {"file_name": pa.array([row["file_name"] for row in rows], pa.string())}
     for name, (_, dtype) in COLUMNS.items():

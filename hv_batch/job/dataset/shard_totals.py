@@ -22,7 +22,7 @@ _COUNTERS = ("stage_ms", "denoise_ms", "timed", "embeddings", "retries", "frames
 
 
 @dataclass(slots=True)
-class Sums:
+class ShardTotals:
     """Totals over committed samples."""
 
     committed: int = 0
@@ -51,7 +51,7 @@ class Sums:
         if frames > 1:
             self.frames_by_fps[str(record["fps"])] += frames
 
-    def merge(self, other: Sums) -> None:
+    def merge(self, other: ShardTotals) -> None:
         self.committed += other.committed
         self.bytes += other.bytes
         self.frames += other.frames
@@ -66,23 +66,23 @@ class Sums:
         return {"schema": SCHEMA, **numbers, **{name: dict(getattr(self, name)) for name in _COUNTERS}}
 
 
-def sum_up(records: Iterable[Mapping[str, Any]]) -> Sums:
-    sums = Sums()
+def add_up(records: Iterable[Mapping[str, Any]]) -> ShardTotals:
+    sums = ShardTotals()
     for record in records:
         sums.add(record)
     return sums
 
 
-def write_sums(store: Store, shard: int, sums: Sums) -> None:
+def write_sums(store: Store, shard: int, sums: ShardTotals) -> None:
     store.put(layout.sums_key(shard), encode(sums.to_dict()))
 
 
-def read_sums(store: Store, shard: int) -> Sums | None:
+def read_sums(store: Store, shard: int) -> ShardTotals | None:
     """What `write_sums` kept; None when there is nothing, or nothing that this version understands."""
     try:
         values = decode(store.get(layout.sums_key(shard)))
         if values.pop("schema") != SCHEMA:
             return None
-        return Sums(**values | {name: Counter(values[name]) for name in _COUNTERS})
+        return ShardTotals(**values | {name: Counter(values[name]) for name in _COUNTERS})
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

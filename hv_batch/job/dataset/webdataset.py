@@ -42,7 +42,7 @@ def write_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> No
         store.put_file(layout.tar_key(shard), Path(file.name))
 
 
-def find_tar_fault(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
+def check_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What of the tar is not what `write_tar` would write for `rows`; None when nothing. It is read through a file."""
     # A folder, not a file: some drivers remove what they could not fill.
     with tempfile.TemporaryDirectory(prefix="hv_batch-") as folder:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.records.commits import scan_shard
-from hv_batch.job.records.lease import Holder, is_gone, read_lease
+from hv_batch.job.records.lease import LeaseHolder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
 from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
 from hv_batch.job.redaction import public_url
@@ -62,7 +62,7 @@ class Status:
     finished: bool
     shards: tuple[ShardStatus, ...]
     reasons: tuple[Reason, ...] = ()
-    holder: Holder | None = None
+    holder: LeaseHolder | None = None
 
     @property
     def samples(self) -> int:
@@ -138,7 +138,7 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
     return Status(url=public_url(store.url), finished=finished, shards=found, reasons=reasons, holder=read_lease(store))
 
 
-def _tell_holder(holder: Holder) -> str:
+def _tell_holder(holder: LeaseHolder) -> str:
     if is_gone(holder):
         return f"not released by {holder.describe()}, which has ended; the next run takes over"
     return f"held by {holder.describe()}"

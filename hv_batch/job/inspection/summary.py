@@ -16,7 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.dataset.shard_totals import Sums, read_sums, sum_up
+from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_sums
 from hv_batch.job.inspection import gallery
 from hv_batch.job.inspection.status import ShardStatus, read_status
 from hv_batch.job.records.commits import read_commit, scan_shard
@@ -40,7 +40,7 @@ def aggregate(store: Store) -> dict[str, Any]:
     samples by class, `retries` the failed tries of samples that were committed all the same.
     """
     run, status = read_run(store), read_status(store)
-    sums = Sums()
+    sums = ShardTotals()
     for of_shard in _sums(store, status.shards):
         sums.merge(of_shard)
     failures: Counter[str] = Counter()
@@ -86,14 +86,14 @@ def write_report(store: Store, summary: Mapping[str, Any]) -> None:
     store.put(layout.REPORT, gallery.page(name, read_run(store), summary, videos, failed).encode("utf-8"))
 
 
-def _sums(store: Store, shards: Sequence[ShardStatus]) -> Iterator[Sums]:
+def _sums(store: Store, shards: Sequence[ShardStatus]) -> Iterator[ShardTotals]:
     """Those of every shard: what sealing it wrote down, where it still holds, else from its records."""
     kept_sums = map_in_threads(partial(_kept_sums, store), shards, store.readers)
     for shard, kept in zip(shards, kept_sums, strict=True):
-        yield kept or sum_up(_committed(store, [shard.shard]))
+        yield kept or add_up(_committed(store, [shard.shard]))
 
 
-def _kept_sums(store: Store, shard: ShardStatus) -> Sums | None:
+def _kept_sums(store: Store, shard: ShardStatus) -> ShardTotals | None:
     """None for an open shard, and for one whose records have become more or fewer since it was sealed."""
     sums = read_sums(store, shard.shard) if shard.sealed else None
     return sums if sums is not None and sums.committed == shard.committed else None

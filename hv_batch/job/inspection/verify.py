@@ -23,7 +23,7 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.seal import metadata_table
-from hv_batch.job.dataset.shard_totals import sum_up
+from hv_batch.job.dataset.shard_totals import add_up
 from hv_batch.job.inspection.findings import Fault, Finding, Verification
 from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify_seal import check_sealed
@@ -40,7 +40,7 @@ READERS = 8  # each holds one whole video: 8 x 50 MB, and a decoder beside it
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class MediaShape:
     """What a decoder saw of a media file."""
 
     num_frames: int
@@ -49,7 +49,7 @@ class Picture:
 
 
 # Decodes the bytes of a media file with this suffix from end to end; raises ValueError with the reason when it cannot.
-Decode = Callable[[bytes, str], Picture]
+Decode = Callable[[bytes, str], MediaShape]
 
 
 def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collection[int] | None = None) -> Verification:
@@ -184,7 +184,7 @@ def _record_problem(record: Mapping[str, Any], fingerprint: str, shard: int, key
     if poster is not None and f"{poster.rpartition('/')[0]}/" != layout.poster_dir(shard):
         return f"its poster is {poster!r}, not below {layout.poster_dir(shard)}"
     # What a seal makes of it: they raise what the caller tells of a record that lacks something, or holds nonsense.
-    metadata_table([record], {}), lineage_table([record]), sum_up([record])
+    metadata_table([record], {}), lineage_table([record]), add_up([record])
     return None
 
 
@@ -199,7 +199,7 @@ def _media_problem(record: Mapping[str, Any], media: bytes, decode: Decode | Non
         seen = decode(media, f".{record['file'].rpartition('.')[2]}")
     except ValueError as error:
         return Fault.UNDECODABLE, f"{record['file']}: {error}"
-    asked = Picture(**{side: record["params"][side] for side in ("num_frames", "height", "width")})
+    asked = MediaShape(**{side: record["params"][side] for side in ("num_frames", "height", "width")})
     if seen != asked:
         return Fault.GEOMETRY, f"{record['file']} shows {_tell(seen)}, asked were {_tell(asked)}"
     return None
@@ -218,5 +218,5 @@ def _poster_problem(store: Store, record: Mapping[str, Any], run: Mapping[str, A
     return None
 
 
-def _tell(picture: Picture) -> str:
+def _tell(picture: MediaShape) -> str:
     return f"{picture.num_frames} frames of {picture.width}x{picture.height}"

@@ -15,10 +15,10 @@ import pyarrow as pa
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.seal import COLUMNS, metadata_table, read_table
-from hv_batch.job.dataset.shard_totals import read_sums, sum_up
-from hv_batch.job.dataset.webdataset import find_tar_fault
+from hv_batch.job.dataset.shard_totals import add_up, read_sums
+from hv_batch.job.dataset.webdataset import check_tar
 from hv_batch.job.inspection.findings import Fault, Finding
-from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.manifest.index import read_index
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
@@ -72,7 +72,7 @@ def _differences(found: Sequence[Record], expected: Sequence[Record]) -> str:
     return "; ".join(sorted(details)[:3])
 
 
-def _extra_kinds(store: Store) -> Mapping[str, Kind] | None:
+def _extra_kinds(store: Store) -> Mapping[str, ColumnType] | None:
     """Of the manifest's further columns, whose types follow from all of it; None where there is no index to tell."""
     try:
         return read_index(store).extra_kinds
@@ -93,11 +93,11 @@ def _lineage_problem(store: Store, shard: int, records: Sequence[Record]) -> tup
 
 def _sums_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
     found = read_sums(store, shard)  # without them a summary reads the records
-    if found is None or found == sum_up(records):
+    if found is None or found == add_up(records):
         return None
     return Fault.SUMS, f"{layout.sums_key(shard)} says other than the records"
 
 
 def _tar_problem(store: Store, shard: int) -> tuple[Fault, str] | None:
-    problem = find_tar_fault(store, shard, read_table(store, shard).to_pylist())
+    problem = check_tar(store, shard, read_table(store, shard).to_pylist())
     return (Fault.TAR, f"{layout.tar_key(shard)}: {problem}") if problem else None

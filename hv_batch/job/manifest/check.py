@@ -25,10 +25,17 @@ import numpy as np
 
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.manifest.extra_columns import Kind, join
+from hv_batch.job.manifest.extra_columns import ColumnType, common_type
 from hv_batch.job.manifest.index import Index, IndexWriter, read_rows
 from hv_batch.job.manifest.reader import Chunk, Manifest
-from hv_batch.job.manifest.row_validation import MAX_COLUMNS, MAX_REPORTED, Verdict, describe, hash_key, judge_chunk
+from hv_batch.job.manifest.row_validation import (
+    MAX_COLUMNS,
+    MAX_REPORTED,
+    ChunkResult,
+    describe,
+    hash_key,
+    validate_chunk,
+)
 from hv_batch.job.manifest.samples import ManifestSummary, sample_keys
 from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
@@ -69,21 +76,23 @@ def check_manifest(manifest: Manifest, config: RunConfig, spool: Store) -> Index
     return writer.finish(summary, manifest, config)
 
 
-def _judge(chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int) -> Iterator[tuple[Chunk, Verdict]]:
+def _judge(
+    chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int
+) -> Iterator[tuple[Chunk, ChunkResult]]:
     """Verdicts in the order of the chunks, of which few are held at a time."""
     first = list(islice(chunks, INLINE_CHUNKS + 1))
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     if len(first) <= INLINE_CHUNKS or processes == 1:
         for chunk in chain(first, chunks):
-            yield chunk, judge_chunk(chunk, defaults, cfg_degree)
+            yield chunk, validate_chunk(chunk, defaults, cfg_degree)
         return
     # Not by fork: this process has threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, initializer=_follow_parent)
-    waiting: deque[tuple[Chunk, Future[Verdict]]] = deque()
+    waiting: deque[tuple[Chunk, Future[ChunkResult]]] = deque()
     try:
         for chunk in chain(first, chunks):
-            waiting.append((chunk, pool.submit(judge_chunk, chunk, defaults, cfg_degree)))
+            waiting.append((chunk, pool.submit(validate_chunk, chunk, defaults, cfg_degree)))
             if len(waiting) > processes + 1:
                 yield _next_verdict(waiting)
         while waiting:
@@ -97,7 +106,7 @@ def _judge(chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _next_verdict(waiting: deque[tuple[Chunk, Future[Verdict]]]) -> tuple[Chunk, Verdict]:
+def _next_verdict(waiting: deque[tuple[Chunk, Future[ChunkResult]]]) -> tuple[Chunk, ChunkResult]:
     chunk, future = waiting.popleft()
     return chunk, future.result()
 
@@ -127,11 +136,11 @@ class _Check:
     key_hashes: array[int] = field(default_factory=lambda: array("q"))
     shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     first_rows: dict[str, str] = field(default_factory=dict)  # further column -> where it is first seen
-    extra_kinds: dict[str, Kind] = field(default_factory=dict)
+    extra_kinds: dict[str, ColumnType] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)  # of the files that have rows
     sources: list[int] = field(default_factory=list)  # their numbers
 
-    def gather(self, chunk: Chunk, verdict: Verdict) -> None:
+    def gather(self, chunk: Chunk, verdict: ChunkResult) -> None:
         if not self.sources or self.sources[-1] != chunk.source:
             self.sources.append(chunk.source)
             self.offsets.append(chunk.offset)
@@ -143,7 +152,7 @@ class _Check:
         self.shapes.update(verdict.shapes)
         for name, kind in verdict.extra_kinds.items():
             self.first_rows.setdefault(name, f"{self._file(chunk.source)}row {verdict.extra_rows[name]}")
-            self.extra_kinds[name] = join(self.extra_kinds.get(name, Kind.NULL), kind)
+            self.extra_kinds[name] = common_type(self.extra_kinds.get(name, ColumnType.NULL), kind)
         if len(self.extra_kinds) > MAX_COLUMNS:
             where = next(islice(self.first_rows.values(), MAX_COLUMNS, None))
             raise UserError(

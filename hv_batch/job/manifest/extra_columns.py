@@ -2,7 +2,7 @@
 
 Shards seal hours apart and know nothing of each other, yet a dataset loader wants one schema in all of them. So a
 column's kind is a *join* over every value in the manifest: it does not depend on order, a pass over the manifest can
-compute it in constant memory (`learn`), and what no common type holds becomes JSON text instead of being bent into one.
+compute it in constant memory (`merge_types`), and what no common type holds becomes JSON text instead of being bent into one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INT64 = 2**63
 MEDIA_COLUMNS = frozenset({"video", "videos", "image", "images"})
 
 
-class Kind(StrEnum):
+class ColumnType(StrEnum):
     """What all values of one column have in common."""
 
     NULL = "null"  # no value seen
@@ -33,60 +33,60 @@ class Kind(StrEnum):
     JSON = "json"  # lists, objects, larger numbers, and every mixture without a common type
 
 
-ARROW_TYPES: Mapping[Kind, pa.DataType] = {
-    Kind.NULL: pa.string(),
-    Kind.BOOL: pa.bool_(),
-    Kind.INT: pa.int64(),
-    Kind.LONG: pa.int64(),
-    Kind.FLOAT: pa.float64(),
-    Kind.TEXT: pa.string(),
-    Kind.JSON: pa.string(),
+ARROW_TYPES: Mapping[ColumnType, pa.DataType] = {
+    ColumnType.NULL: pa.string(),
+    ColumnType.BOOL: pa.bool_(),
+    ColumnType.INT: pa.int64(),
+    ColumnType.LONG: pa.int64(),
+    ColumnType.FLOAT: pa.float64(),
+    ColumnType.TEXT: pa.string(),
+    ColumnType.JSON: pa.string(),
 }
 
 _WIDER = {
-    frozenset({Kind.INT, Kind.LONG}): Kind.LONG,
-    frozenset({Kind.INT, Kind.FLOAT}): Kind.FLOAT,
+    frozenset({ColumnType.INT, ColumnType.LONG}): ColumnType.LONG,
+    frozenset({ColumnType.INT, ColumnType.FLOAT}): ColumnType.FLOAT,
 }
 
 
-def kind_of(value: Any) -> Kind:
+def column_type(value: Any) -> ColumnType:
     """Kind of one JSON value."""
     match value:
         case None:
-            return Kind.NULL
+            return ColumnType.NULL
         case bool():
-            return Kind.BOOL
+            return ColumnType.BOOL
         case int():
             if -EXACT_FLOAT_INT <= value <= EXACT_FLOAT_INT:
-                return Kind.INT
-            return Kind.LONG if -INT64 <= value < INT64 else Kind.JSON
+                return ColumnType.INT
+            return ColumnType.LONG if -INT64 <= value < INT64 else ColumnType.JSON
         case float():
-            return Kind.FLOAT
+            return ColumnType.FLOAT
         case str():
-            return Kind.TEXT
-    return Kind.JSON
+            return ColumnType.TEXT
+    return ColumnType.JSON
 
 
-def join(one: Kind, other: Kind) -> Kind:
+def common_type(one: ColumnType, other: ColumnType) -> ColumnType:
     """The narrowest kind that holds the values of both: commutative, associative, idempotent."""
-    if one == other or other == Kind.NULL:
+    if one == other or other == ColumnType.NULL:
         return one
-    if one == Kind.NULL:
+    if one == ColumnType.NULL:
         return other
-    return _WIDER.get(frozenset({one, other}), Kind.JSON)
+    return _WIDER.get(frozenset({one, other}), ColumnType.JSON)
 
 
-def learn(kinds: dict[str, Kind], extra: Mapping[str, Any]) -> None:
+def merge_types(kinds: dict[str, ColumnType], extra: Mapping[str, Any]) -> None:
     """Widen `kinds` in place by the extra columns of one manifest row."""
     for name, value in extra.items():
-        kinds[name] = join(kinds.get(name, Kind.NULL), kind_of(value))
+        kinds[name] = common_type(kinds.get(name, ColumnType.NULL), column_type(value))
 
 
-def arrow_column(values: Iterable[Any], kind: Kind) -> pa.Array:
+def arrow_column(values: Iterable[Any], kind: ColumnType) -> pa.Array:
     """Values of a column as Arrow, each exactly what the manifest said; null where it said nothing."""
-    if kind is Kind.JSON:
+    if kind is ColumnType.JSON:
         values = (None if value is None else json.dumps(value, ensure_ascii=False) for value in values)
-    if kind in (Kind.TEXT, Kind.JSON):
+    if kind in (ColumnType.TEXT, ColumnType.JSON):
         values = (None if value is None else clean_text(value) for value in values)
     return pa.array(list(values), ARROW_TYPES[kind])
 

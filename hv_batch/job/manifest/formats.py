@@ -31,8 +31,8 @@ BATCH_ROWS = 256  # Parquet rows that become Python values at a time: a few MB e
 UNREADABLE = "(unreadable)"  # stands for a value that cannot be shown
 PAGE_BYTES = 1 << 20  # read at a time of a Parquet column chunk
 
-Written = dict[str, Any] | FieldProblem
-NumberedRows = Iterator[tuple[int, Written]]
+ParsedRow = dict[str, Any] | FieldProblem
+NumberedRows = Iterator[tuple[int, ParsedRow]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _line_blocks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, rest
 
 
-def _parse_line(line: bytes) -> Written:
+def _parse_line(line: bytes) -> ParsedRow:
     if len(line) > MAX_LINE_BYTES:
         start = line[:100].decode("utf-8", errors="replace")
         return FieldProblem("line", start, f"one JSON object a line, of at most {MAX_LINE_BYTES >> 20} MiB")
@@ -248,7 +248,7 @@ def cut_parquet(file: IO[bytes]) -> Iterator[ArrowRows]:
 _PLAIN = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> list[Written]:
+def _batch_rows(batch: pa.RecordBatch) -> list[ParsedRow]:
     """Where a value cannot become one of Python's (no UTF-8, the year 10000), the batch is tried row by row."""
     try:
         return list(_convert(batch))

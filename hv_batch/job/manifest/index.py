@@ -22,7 +22,7 @@ import pyarrow as pa
 from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import CheckedRow, ManifestSummary, Sample, make_samples
 from hv_batch.job.redaction import public_url
@@ -36,7 +36,7 @@ CARRIERS = 8  # parts copied or checked at a time, each of a few MB
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class IndexPart:
     name: str  # its key in the store
     sha256: str  # of its bytes, hex
     rows: int
@@ -44,11 +44,11 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class IndexManifest:
     """What an output root's own index tells without its config."""
 
-    parts: tuple[Part, ...]
-    extra_kinds: Mapping[str, Kind]  # of the manifest's further columns
+    parts: tuple[IndexPart, ...]
+    extra_kinds: Mapping[str, ColumnType]  # of the manifest's further columns
 
 
 class Index:
@@ -60,10 +60,10 @@ class Index:
         self._document = document
         self._config = config
         self._defaults = config.defaults.model_dump()
-        self._parts = [Part(**part) for part in document["parts"]]
+        self._parts = [IndexPart(**part) for part in document["parts"]]
         ends = np.cumsum([part.samples for part in self._parts])
         self._starts = [0, *ends.tolist()]
-        self._held: tuple[Part, _Rows] | None = None
+        self._held: tuple[IndexPart, _Rows] | None = None
 
     @property
     def shards(self) -> int:
@@ -100,7 +100,7 @@ class Index:
         if store.url == self._store.url:
             return
 
-        def copy(part: Part) -> None:
+        def copy(part: IndexPart) -> None:
             store.put(part.name, self._store.get(part.name))
 
         for _ in map_in_threads(copy, self._parts, CARRIERS):
@@ -111,7 +111,7 @@ class Index:
         """Whether every part is there with the bytes that were written."""
         return all(map_in_threads(partial(is_whole, self._store), self._parts, CARRIERS))
 
-    def _rows(self, part: Part) -> _Rows:
+    def _rows(self, part: IndexPart) -> _Rows:
         if self._held is None or self._held[0] is not part:
             self._held = None  # before the next is read: one is enough to hold
             self._held = (part, _Rows(_read_part(self._store, part)))
@@ -141,11 +141,11 @@ class IndexWriter:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.parts: list[Part] = []
+        self.parts: list[IndexPart] = []
 
     def add(self, data: bytes, rows: int, samples: int) -> None:
         digest = hashlib.sha256(data).hexdigest()
-        part = Part(layout.index_part(len(self.parts), digest), digest, rows, samples)
+        part = IndexPart(layout.index_part(len(self.parts), digest), digest, rows, samples)
         self.store.put(part.name, data)
         self.parts.append(part)
 
@@ -189,17 +189,17 @@ def load_index(store: Store, manifest: Manifest, config: RunConfig) -> Index | N
     return index if index.is_whole() else None
 
 
-def read_index(store: Store) -> Written:
+def read_index(store: Store) -> IndexManifest:
     """Of which parts the index in an output root says to be. Raises FileNotFoundError, and ValueError for no index."""
     try:
         document = json.loads(store.get(layout.INDEX))
-        parts = tuple(Part(**part) for part in document["parts"])
-        return Written(parts, _read_kinds(document["summary"]["extra_kinds"]))
+        parts = tuple(IndexPart(**part) for part in document["parts"])
+        return IndexManifest(parts, _read_kinds(document["summary"]["extra_kinds"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{layout.INDEX} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def is_whole(store: Store, part: Part) -> bool:
+def is_whole(store: Store, part: IndexPart) -> bool:
     """Whether a part is there with the bytes that were written."""
     try:
         return hashlib.sha256(store.get(part.name)).hexdigest() == part.sha256
@@ -228,11 +228,11 @@ def _read_summary(written: Mapping[str, Any], config: RunConfig) -> ManifestSumm
     return ManifestSummary(**fields)
 
 
-def _read_kinds(written: Mapping[str, str]) -> dict[str, Kind]:
-    return {name: Kind(kind) for name, kind in written.items()}
+def _read_kinds(written: Mapping[str, str]) -> dict[str, ColumnType]:
+    return {name: ColumnType(kind) for name, kind in written.items()}
 
 
-def _read_part(store: Store, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+def _read_part(store: Store, part: IndexPart, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         data = store.get(part.name)
     except FileNotFoundError:

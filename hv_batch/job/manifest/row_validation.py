@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hv_batch.job.config.field_rules import find_fault
-from hv_batch.job.manifest.extra_columns import Kind, learn
-from hv_batch.job.manifest.formats import MAX_LINE_BYTES, Written
+from hv_batch.job.manifest.extra_columns import ColumnType, merge_types
+from hv_batch.job.manifest.formats import MAX_LINE_BYTES, ParsedRow
 from hv_batch.job.manifest.reader import Chunk
 from hv_batch.job.manifest.rows import Row, read_row
 from hv_batch.job.manifest.samples import sample_keys
@@ -41,7 +41,7 @@ PART_SCHEMA = pa.schema(
 
 
 @dataclass(slots=True)
-class Verdict:
+class ChunkResult:
     """What one chunk has told."""
 
     rows: int = 0
@@ -50,7 +50,7 @@ class Verdict:
     told: list[str] = field(default_factory=list)  # the first MAX_REPORTED problems, with the row's number in its file
     key_hashes: bytes = b""  # 8 bytes a sample
     shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    extra_kinds: dict[str, Kind] = field(default_factory=dict)
+    extra_kinds: dict[str, ColumnType] = field(default_factory=dict)
     extra_rows: dict[str, int] = field(default_factory=dict)  # further column -> first row in the file
     part: bytes = b""  # of the index, a Parquet file of PART_SCHEMA
 
@@ -65,22 +65,22 @@ def describe(problem: FieldProblem) -> str:
     return f"{problem.field} {value}; allowed: {problem.allowed}"
 
 
-def judge_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int) -> Verdict:
+def validate_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int) -> ChunkResult:
     """Judge every row of a chunk (P6). `defaults` and `cfg_degree` (of `parallel`) are the config's."""
-    found = _Findings()
+    found = ChunkBuilder()
     for number, written in chunk.rows():
         found.add_row(number, written, defaults, cfg_degree)
     return found.close(chunk.offset)
 
 
-class _Findings:
+class ChunkBuilder:
     """What is gathered of a chunk."""
 
     def __init__(self) -> None:
-        self.verdict = Verdict()
+        self.verdict = ChunkResult()
         self._columns: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
 
-    def add_row(self, number: int, written: Written, defaults: Mapping[str, Any], cfg_degree: int) -> None:
+    def add_row(self, number: int, written: ParsedRow, defaults: Mapping[str, Any], cfg_degree: int) -> None:
         verdict = self.verdict
         verdict.rows += 1
         if isinstance(written, FieldProblem):
@@ -99,11 +99,11 @@ class _Findings:
             height, width = given.get("height", defaults["height"]), given.get("width", defaults["width"])
             verdict.shapes[height, width, given.get("num_frames", defaults["num_frames"])] += num_videos
         if len(verdict.extra_kinds) <= MAX_COLUMNS:
-            learn(verdict.extra_kinds, row.extra)
+            merge_types(verdict.extra_kinds, row.extra)
             for name in row.extra:
                 verdict.extra_rows.setdefault(name, number)
 
-    def close(self, offset: int) -> Verdict:
+    def close(self, offset: int) -> ChunkResult:
         """The verdict, with rows numbered over all files, of which those before have `offset`."""
         columns = self._columns
         keys = chain.from_iterable(map(sample_keys, columns["key"], columns["videos"]))

@@ -15,7 +15,7 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.protocol import SamplingParams
 
 if TYPE_CHECKING:  # every rank and decoder imports this module, and none needs Arrow
-    from hv_batch.job.manifest.extra_columns import Kind
+    from hv_batch.job.manifest.extra_columns import ColumnType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class ManifestSummary:
     samples: int
     shards: int
     shapes: Mapping[tuple[int, int, int], int]  # (height, width, frames) -> samples
-    extra_kinds: Mapping[str, Kind]  # further column -> what all its values have in common
+    extra_kinds: Mapping[str, ColumnType]  # further column -> what all its values have in common
     warnings: tuple[str, ...]
 
 

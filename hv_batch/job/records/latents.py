@@ -42,7 +42,7 @@ def sample_identity(sample: Sample, fingerprint: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Denoised:
+class FinalLatents:
     """What is to be kept of one sample."""
 
     sample: Sample
@@ -51,7 +51,7 @@ class Denoised:
     stages: Mapping[str, Mapping[str, Any]]  # the reports of the stages behind them
 
 
-def put_latents(store: Store, denoised: Sequence[Denoised]) -> None:
+def put_latents(store: Store, denoised: Sequence[FinalLatents]) -> None:
     """Keep final latents, as float32, so that a failure from here on never repeats the denoise (P4).
 
     Raises ValueError when their shape is not the sample's.

@@ -54,7 +54,7 @@ class LeaseLostError(UserError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
+class LeaseHolder:
     """One `lease.json`. `machine` and `process` tell whether `pid` means anything here; None where that is unknown."""
 
     token: str
@@ -76,10 +76,10 @@ class Holder:
         )
 
 
-def this_process(purpose: str, job: str | None = None) -> Holder:
+def this_process(purpose: str, job: str | None = None) -> LeaseHolder:
     """This process as a holder, with a token of its own."""
     now = _now()
-    return Holder(
+    return LeaseHolder(
         token=uuid.uuid4().hex,
         purpose=purpose,
         host=socket.gethostname(),
@@ -93,19 +93,19 @@ def this_process(purpose: str, job: str | None = None) -> Holder:
     )
 
 
-def read_lease(store: Store) -> Holder | None:
+def read_lease(store: Store) -> LeaseHolder | None:
     """Who holds the output root, dead or alive; None when nobody does, or the file is not a lease."""
     try:
         values = decode(store.get(layout.LEASE))
     except (FileNotFoundError, ValueError):
         return None
     try:
-        return Holder(**{name: values[name] for name in Holder.__dataclass_fields__})
+        return LeaseHolder(**{name: values[name] for name in LeaseHolder.__dataclass_fields__})
     except (KeyError, TypeError):
         return None
 
 
-def is_gone(holder: Holder) -> bool | None:
+def is_gone(holder: LeaseHolder) -> bool | None:
     """Whether the holder's process has ended; None when it cannot be seen from here."""
     if holder.machine is None or holder.process is None or holder.machine != _machine():
         return None
@@ -119,9 +119,9 @@ def is_gone(holder: Holder) -> bool | None:
 
 
 @contextlib.contextmanager
-def held(
+def hold_lease(
     store: Store,
-    me: Holder,
+    me: LeaseHolder,
     *,
     steal: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -143,7 +143,9 @@ def held(
         lease.release()
 
 
-def _take(store: Store, me: Holder, steal: bool, say: Callable[[str], None], wait: Callable[[float], bool]) -> bool:
+def _take(
+    store: Store, me: LeaseHolder, steal: bool, say: Callable[[str], None], wait: Callable[[float], bool]
+) -> bool:
     """Put our lease where none is, or in the place of one whose holder is gone; False when the wait was given up."""
     while not store.put_new(layout.LEASE, _encode(me)):
         found = read_lease(store)
@@ -162,7 +164,7 @@ def _take(store: Store, me: Holder, steal: bool, say: Callable[[str], None], wai
     return True
 
 
-def _watch(store: Store, found: Holder, say: Callable[[str], None], wait: Callable[[float], bool]) -> bool:
+def _watch(store: Store, found: LeaseHolder, say: Callable[[str], None], wait: Callable[[float], bool]) -> bool:
     """Look on until the holder is known to be dead (True), or told to stop waiting (False); raises when it is alive."""
     say(
         f"{public_url(store.url)} is held by {found.describe()}. Its process cannot be seen from here: watching for at "
@@ -181,7 +183,7 @@ def _watch(store: Store, found: Holder, say: Callable[[str], None], wait: Callab
     return True
 
 
-def _refusal(store: Store, holder: Holder) -> LeaseHeldError:
+def _refusal(store: Store, holder: LeaseHolder) -> LeaseHeldError:
     return LeaseHeldError(
         f"Somebody is writing to {public_url(store.url)}: {holder.describe()}. Two at once would render everything "
         "twice. Wait for it to end, or stop it; if you know that it hangs, run this command with --steal, which makes "
@@ -192,10 +194,10 @@ def _refusal(store: Store, holder: Holder) -> LeaseHeldError:
 class Lease:
     """The lease while it is held. `check` as often as you like: it only looks at what the last heartbeat found."""
 
-    def __init__(self, store: Store, me: Holder) -> None:
+    def __init__(self, store: Store, me: LeaseHolder) -> None:
         self._store = store
         self._me = me
-        self._thief: Holder | None = None
+        self._thief: LeaseHolder | None = None
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)
         self._thread.start()
@@ -234,11 +236,11 @@ class Lease:
                 self.beat()
 
 
-def _encode(holder: Holder) -> bytes:
+def _encode(holder: LeaseHolder) -> bytes:
     return encode({"schema": LEASE_SCHEMA, **asdict(holder)})
 
 
-def _is_ancient(holder: Holder) -> bool:
+def _is_ancient(holder: LeaseHolder) -> bool:
     try:
         return (datetime.now(UTC) - datetime.fromisoformat(holder.beat_at)).total_seconds() > ANCIENT_S
     except (ValueError, TypeError):

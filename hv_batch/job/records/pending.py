@@ -36,7 +36,7 @@ PASSED_AT_ONCE = 16  # sealed shards between two turns of the driver, which has 
 
 
 @dataclass(slots=True)
-class Tally:
+class SampleCounts:
     """Samples by how they stand, over the part of the manifest the plan has come to."""
 
     committed_before: int = 0  # found in the output root
@@ -54,27 +54,27 @@ class Pending:
     """A sample that is to be rendered."""
 
     sample: Sample
-    stage: Stage  # the station at which it begins
+    stage: Stage  # the stage at which it begins
     has_steps: bool  # an earlier run has left a step checkpoint of it
     earlier: tuple[Failure, ...] = ()  # what it had failed of when it was taken back
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class ShardSkipped:
     """A shard with nothing left to render has been looked up, or the last of several."""
 
     shard: int
 
 
 @dataclass(frozen=True, slots=True)
-class Unanswered:
+class StorageDown:
     """The output root does not answer; going on with the iteration asks it again."""
 
     error: StorageUnavailableError
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class StorageUp:
     """After that, it does again."""
 
 
@@ -93,14 +93,14 @@ class _OpenShard:
 
 
 @dataclass(frozen=True, slots=True)
-class Sealable:
+class CompleteShard:
     """A shard whose last sample has become terminal."""
 
     shard: int
     keys: tuple[str, ...]
 
 
-class Plan:
+class PendingSamples:
     """Iterate it for the pending samples; tell it what became of each.
 
     `keep_latents` leaves alone what a crash between a commit and the removal of its latents has left behind. Raises
@@ -110,14 +110,14 @@ class Plan:
     def __init__(
         self, store: Store, index: Index, selection: Selection | None = None, *, keep_latents: bool = False
     ) -> None:
-        self.tally = Tally()
+        self.counts = SampleCounts()
         self._store = store
         self._index = index
         self._selection = selection or Selection()
         self._selected = count_selected(index, self._selection)
         self._keep_latents = keep_latents
         self._open: dict[int, _OpenShard] = {}
-        self._sealable: list[Sealable] = []
+        self._complete: list[CompleteShard] = []
         self._pending = self._walk()
 
     @property
@@ -147,10 +147,10 @@ class Plan:
     def _inside(self, shard: int, everything: list[Sample]) -> list[Sample]:
         return list(islice(filter(self._selection.matches, everything), self._selected[shard]))
 
-    def __iter__(self) -> Iterator[Pending | Passed | Unanswered | Answered]:
+    def __iter__(self) -> Iterator[Pending | ShardSkipped | StorageDown | StorageUp]:
         return self._pending
 
-    def _walk(self) -> Iterator[Pending | Passed | Unanswered | Answered]:
+    def _walk(self) -> Iterator[Pending | ShardSkipped | StorageDown | StorageUp]:
         # One listing for all shards: only what was running when a run ended has a step checkpoint.
         with_steps = yield from _persist(partial(checkpointed, self._store))
         passed = 0
@@ -165,16 +165,16 @@ class Plan:
                 if pending:
                     yield from self._begin(shard, pending, found, with_steps)
                 else:  # it may have to be sealed
-                    yield Passed(shard)
+                    yield ShardSkipped(shard)
             else:
-                self.tally.committed_before += self._selected[shard]
+                self.counts.committed_before += self._selected[shard]
                 passed += 1
                 if passed % PASSED_AT_ONCE == 0:
-                    yield Passed(shard)
+                    yield ShardSkipped(shard)
 
     def _begin(
         self, shard: int, pending: list[Sample], found: _Found, with_steps: frozenset[str]
-    ) -> Iterator[Pending | Unanswered | Answered]:
+    ) -> Iterator[Pending | StorageDown | StorageUp]:
         keys = found.taken_back.intersection(sample.key for sample in pending)
         earlier = yield from _persist(partial(earlier_failures, self._store, shard, keys))
         for sample in pending:
@@ -213,15 +213,15 @@ class Plan:
     def _enter(self, shard: int, state: ShardState, everything: list[Sample], inside: list[Sample]) -> list[Sample]:
         """Take note of a shard that is not done, and return its samples to render."""
         terminal = state.committed | state.quarantined
-        self.tally.committed_before += sum(sample.key in state.committed for sample in inside)
-        self.tally.quarantined_before += sum(sample.key in state.quarantined for sample in inside)
+        self.counts.committed_before += sum(sample.key in state.committed for sample in inside)
+        self.counts.quarantined_before += sum(sample.key in state.quarantined for sample in inside)
         pending = [sample for sample in inside if sample.key not in terminal]
         left = sum(sample.key not in terminal for sample in everything)
         keys = tuple(sample.key for sample in everything) if left == len(pending) else ()
         if pending:
             self._open[shard] = _OpenShard(keys, len(pending))
         elif keys and not state.sealed:
-            self._sealable.append(Sealable(shard, keys))
+            self._complete.append(CompleteShard(shard, keys))
         return pending
 
     def _clear(self, inside: list[Sample], state: ShardState, with_steps: frozenset[str]) -> None:
@@ -234,11 +234,11 @@ class Plan:
                 drop_steps(self._store, sample.shard, sample.key)
 
     def committed(self, sample: Sample) -> None:
-        self.tally.committed += 1
+        self.counts.committed += 1
         self._terminal(sample)
 
     def quarantined(self, sample: Sample) -> None:
-        self.tally.quarantined += 1
+        self.counts.quarantined += 1
         self._terminal(sample)
 
     def _terminal(self, sample: Sample) -> None:
@@ -247,15 +247,15 @@ class Plan:
         if shard.pending == 0:
             del self._open[sample.shard]
             if shard.keys:
-                self._sealable.append(Sealable(sample.shard, shard.keys))
+                self._complete.append(CompleteShard(sample.shard, shard.keys))
 
-    def take_sealable(self) -> list[Sealable]:
+    def take_complete(self) -> list[CompleteShard]:
         """The shards that have become complete since the last call, including those a crash left unsealed."""
-        ready, self._sealable = self._sealable, []
+        ready, self._complete = self._complete, []
         return ready
 
 
-def _persist(act: Callable[[], T]) -> Generator[Unanswered | Answered, None, T]:
+def _persist(act: Callable[[], T]) -> Generator[StorageDown | StorageUp, None, T]:
     """What `act` on the output root returns, however often it takes. An exception would end the iteration for good."""
     was_away = False
     while True:
@@ -263,10 +263,10 @@ def _persist(act: Callable[[], T]) -> Generator[Unanswered | Answered, None, T]:
             result = act()
         except StorageUnavailableError as error:
             was_away = True
-            yield Unanswered(error)
+            yield StorageDown(error)
         else:
             if was_away:
-                yield Answered()
+                yield StorageUp()
             return result
 
 

@@ -28,6 +28,7 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.records import commits
 from hv_batch.job.records.latents import drop_what_led_to
 from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
@@ -38,7 +39,7 @@ STALE_S = 7 * 86400.0  # longer than anybody takes to resume a run that gave up
 
 
 @dataclass(frozen=True, slots=True)
-class Emptied:
+class DrainResult:
     """What became of a spool."""
 
     committed: tuple[str, ...]  # keys of samples that have a record in the output root now, this one or an earlier
@@ -79,12 +80,12 @@ class Spool:
                     return False
                 for name, path in files.items():
                     self._local.put_file(name, path)
-                self._local.put(layout.commit_key(record["shard"], record["key"]), commits.encode(record))
+                self._local.put(layout.commit_key(record["shard"], record["key"]), encode(record))
         except OSError:
             return False
         return True
 
-    def empty(self) -> Emptied:
+    def empty(self) -> DrainResult:
         """Commit what waits here, a few at a time, until the output root does not answer.
 
         What does not prove itself is removed. Raises PermissionError, or OSError of a root that is full.
@@ -100,7 +101,7 @@ class Spool:
 
         names = list(self._local.list(layout.COMMITS)) if self._is_ours() else []
         committed = tuple(key for key in map_in_threads(publish, names, UPLOADS_AT_ONCE) if key)
-        return Emptied(committed, "".join(said[:1]))
+        return DrainResult(committed, "".join(said[:1]))
 
     def sweep(self) -> None:
         """Remove the spools of all runs to which nothing has happened for a week."""
@@ -129,7 +130,7 @@ class Spool:
 
     def _proven(self, name: str) -> dict[str, Any] | None:
         try:
-            record = commits.decode(self._local.get(name))
+            record = decode(self._local.get(name))
             is_ours = record["schema"] == commits.COMMIT_SCHEMA and record["fingerprint"] == self._fingerprint
             is_ours &= name == layout.commit_key(record["shard"], record["key"])
             digests = {file: file_sha256(self._folder / file) for file in _files(record)}

@@ -10,7 +10,7 @@ from hv_batch.job.failure import Failure
 from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:
-    from hv_batch.job.workload import Work
+    from hv_batch.job.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -30,13 +30,13 @@ class WorkerId:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The plan's next sample, and the station at which it begins (DECODE when its final latents are already stored)."""
+    """The plan's next sample, and the stage at which it begins (DECODE when its final latents are already stored)."""
 
     key: str
     stage: Stage = Stage.ENCODE
     latent_bytes: int = 0  # that its latents will take in the object store
-    lane: int = 0  # the size of the groups that denoise it
-    work: Work | None = None  # what the time that it takes at a station depends on
+    size_class: int = 0  # the size of the groups that denoise it
+    work: Workload | None = None  # what the time that it takes at a stage depends on
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class TaskFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """The worker's running task made progress."""
 
     worker: WorkerId
@@ -146,7 +146,7 @@ Event = (
     | Published
     | SpoolLost
     | TaskFailed
-    | Beat
+    | Heartbeat
     | StopRequested
     | Tick
 )
@@ -164,7 +164,7 @@ class Admit:
 @dataclass(frozen=True, slots=True)
 class StartWorker:
     worker: WorkerId
-    lane: int = 0  # of a group, its size
+    size_class: int = 0  # of a group, its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class KillWorker:
 
     worker: WorkerId
     failure: Failure
-    rebuild: bool = False  # the station wants another in its place, and where it stood is fit for that
+    rebuild: bool = False  # the stage wants another in its place, and where it stood is fit for that
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 A task costs its worker and the driver some milliseconds, whatever is in it. That is nothing beside a video, and most of
 the time of a small picture. So samples that are known to be quick are denoised, and decoded, several by one task: no
-more than take PARCEL_S together. A task that is lost, or waited for, is never worth more than that.
+more than take MICRO_BATCH_SECONDS together. A task that is lost, or waited for, is never worth more than that.
 
-What is known is how long samples of equal work (shape, steps, branches of guidance) took last at the station. Until
+What is known is how long samples of equal work (shape, steps, branches of guidance) took last at the stage. Until
 then, and where it was long, a sample travels alone.
 """
 
@@ -15,26 +15,26 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from hv_batch.job.scheduling.limits import PARCEL
+from hv_batch.job.scheduling.limits import MAX_MICRO_BATCH
 from hv_batch.job.stages import Stage
 
 if TYPE_CHECKING:
-    from hv_batch.job.workload import Work
+    from hv_batch.job.workload import Workload
 
-PARCEL_S = 0.5  # nobody at a terminal notices, and no step checkpoint would be worth writing
+MICRO_BATCH_SECONDS = 0.5  # nobody at a terminal notices, and no step checkpoint would be worth writing
 RECENT = 16  # tasks that tell what is usual
 FORGET = 0.9  # of what a kind of work took, when it takes less: one lucky task is no promise
 MOST_KINDS = 1000  # of work, that are remembered
 
 
-class Parcels:
-    """Of all stations but the text encoders, whose batches are for their GPUs."""
+class MicroBatcher:
+    """Of all stages but the text encoders, whose batches are for their GPUs."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[Stage, Work | None], float] = {}
+        self._seconds: dict[tuple[Stage, Workload | None], float] = {}
         self._recent: dict[Stage, deque[float]] = {}
 
-    def measure(self, stage: Stage, work: Sequence[Work | None], seconds: float) -> None:
+    def measure(self, stage: Stage, work: Sequence[Workload | None], seconds: float) -> None:
         """A task took so many seconds for each of its samples. One of unequal samples tells nothing of any."""
         self._recent.setdefault(stage, deque(maxlen=RECENT)).append(seconds)
         if len(set(work)) == 1:
@@ -43,12 +43,12 @@ class Parcels:
             if len(self._seconds) > MOST_KINDS:
                 del self._seconds[next(iter(self._seconds))]  # measured longest ago
 
-    def fitting(self, stage: Stage, work: Iterable[Work | None]) -> int:
+    def fitting(self, stage: Stage, work: Iterable[Workload | None]) -> int:
         """How many of these samples, in order, one task should take: at least one, if there is any."""
         seconds, count = 0.0, 0
         for each in work:
             seconds += self._seconds.get((stage, each), math.inf)
-            if count == PARCEL or (count and seconds > PARCEL_S):
+            if count == MAX_MICRO_BATCH or (count and seconds > MICRO_BATCH_SECONDS):
                 break
             count += 1
         return count
@@ -58,4 +58,4 @@ class Parcels:
         if not (recent := self._recent.get(stage)):
             return 1
         mean = sum(recent) / len(recent)
-        return max(1, int(min(PARCEL, PARCEL_S / mean))) if mean > 0 else PARCEL
+        return max(1, int(min(MAX_MICRO_BATCH, MICRO_BATCH_SECONDS / mean))) if mean > 0 else MAX_MICRO_BATCH

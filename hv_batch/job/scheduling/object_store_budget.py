@@ -1,6 +1,6 @@
-"""What lies in Ray's object stores between the stations, in bytes, by whose work it is.
+"""What lies in Ray's object stores between the stages, in bytes, by whose work it is.
 
-A result stays on the node of the worker that made it until the next station is done with it. So no node's store fills
+A result stays on the node of the worker that made it until the next stage is done with it. So no node's store fills
 if each worker holds back: what it has made and is about to make stays within its share (`StageLimits.result_bytes`).
 One result always gets through, however large: a worker of which nothing is left may make anything.
 
@@ -27,12 +27,12 @@ Maker = tuple[Stage, int]  # the slot, whatever its life
 @dataclass(slots=True)
 class _Load:
     latents: int  # bytes they will have
-    made: dict[Stage, tuple[Maker, int]] = field(default_factory=dict)  # by which station: whose work, and its bytes
+    made: dict[Stage, tuple[Maker, int]] = field(default_factory=dict)  # by which stage: whose work, and its bytes
 
 
-class Freight:
+class ObjectStoreBudget:
     def __init__(self, share: Mapping[Stage, float]) -> None:
-        self._share = share  # bytes, of one worker of each station
+        self._share = share  # bytes, of one worker of each stage
         self._loads: dict[str, _Load] = {}
         self._held: Counter[Maker] = Counter()
         self._heaviest = 0  # of the embeddings that came
@@ -48,7 +48,7 @@ class Freight:
         return fitting if held else max(1, fitting)
 
     def begin(self, worker: WorkerId, keys: Sequence[str]) -> None:
-        """The worker makes the results of its station for these samples."""
+        """The worker makes the results of its stage for these samples."""
         for key in keys:
             self._put(key, (worker.stage, worker.slot), self._expected(worker.stage, key))
 
@@ -59,13 +59,13 @@ class Freight:
         if worker.stage is Stage.ENCODE:
             self._heaviest = max(self._heaviest, *weights, 0)
 
-    def keep(self, key: str, station: Stage | None) -> None:
-        """The sample goes to `station`, or is gone (None): only what was made for this station is still held."""
+    def keep(self, key: str, stage: Stage | None) -> None:
+        """The sample goes to `stage`, or is gone (None): only what was made for this stage is still held."""
         made = self._loads[key].made
-        for stage in [stage for stage in made if station is None or stage + 1 != station]:
+        for stage in [stage for stage in made if stage is None or stage + 1 != stage]:
             maker, weight = made.pop(stage)
             self._held[maker] -= weight
-        if station is None:
+        if stage is None:
             del self._loads[key]
 
     def _put(self, key: str, maker: Maker, weight: int) -> None:

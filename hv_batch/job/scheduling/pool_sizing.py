@@ -82,8 +82,8 @@ class _Pool:
 
 
 @dataclass(slots=True)
-class Pools:
-    """The number of workers that each station may have now: that of its limits, or what was learnt."""
+class PoolSizer:
+    """The number of workers that each stage may have now: that of its limits, or what was learnt."""
 
     limits: Mapping[Stage, StageLimits]
     _sized: dict[Stage, _Pool] = field(init=False)

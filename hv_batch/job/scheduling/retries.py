@@ -1,4 +1,4 @@
-"""What failures cost: a failed task its samples another try or their place in the run, a lost station all of it."""
+"""What failures cost: a failed task its samples another try or their place in the run, a lost stage all of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DE
 GO_BEHIND = (FailureClass.POISON, FailureClass.OUTAGE)
 
 
-def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: RetryLimits) -> Iterator[Quarantine]:
+def charge_failure(queues: Queues, keys: Sequence[str], failure: Failure, retries: RetryLimits) -> Iterator[Quarantine]:
     """Put the samples of a failed task back in line, or out of it when their budget is spent.
 
     The members of a batch are not charged: each is tried again alone. Nor is anybody while the output root is away.
@@ -38,8 +38,8 @@ def charge(queues: Queues, keys: Sequence[str], failure: Failure, retries: Retry
         queues.put_back(key, stage, first=failure.kind not in GO_BEHIND)
 
 
-def station_gone(stage: Stage, failure: Failure, losses: int, size: str = "") -> Failure:
-    """Why the run ends when every worker of a station, or of one size there, was lost so often in a row; `failure` is
+def all_workers_lost(stage: Stage, failure: Failure, losses: int, size: str = "") -> Failure:
+    """Why the run ends when every worker of a stage, or of one size there, was lost so often in a row; `failure` is
     the last loss.
     """
     name = size or {Stage.ENCODE: "text encoder", Stage.DENOISE: "denoise group", Stage.DECODE: "VAE decoder"}[stage]

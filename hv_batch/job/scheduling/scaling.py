@@ -1,15 +1,15 @@
 """Which workers there should be: whom to ask for, in what order, and whom to let go.
 
-A station's number of workers is the most it may have, or what was learnt of an `auto` pool (pools.py). They are asked
+A stage's number of workers is the most it may have, or what was learnt of an `auto` pool (pool_sizing.py). They are asked
 for as soon as there is work for them, and stay asked for while the cluster has no room: that is what an autoscaler
 sees, and a node that joins is used at once. What the rest of the run can never keep busy, or the pool has too many of,
 is let go; who runs a task never is.
 
-On a cluster that is too small for everybody, the first worker of each station comes before the second of any. Groups
-may take what the other stations need, and nodes that are lost may leave these with too few workers, or none: a group
+On a cluster that is too small for everybody, the first worker of each stage comes before the second of any. Groups
+may take what the other stages need, and nodes that are lost may leave these with too few workers, or none: a group
 that waits for decoders renders nothing. So where they are the bottleneck and have waited too long for room, groups that
 stand idle are given up one after the other, and none is asked for, until there is room enough. And where no group has
-found room, idle workers of the other stations leave the nodes on which it may just be they that are in the way.
+found room, idle workers of the other stages leave the nodes on which it may just be they that are in the way.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.scheduling.messages import ReleaseWorker, StartWorker, WorkerId
-from hv_batch.job.scheduling.pool_sizing import Pools
-from hv_batch.job.scheduling.size_classes import Lanes
+from hv_batch.job.scheduling.pool_sizing import PoolSizer
+from hv_batch.job.scheduling.size_classes import SizeClassSlots
 from hv_batch.job.scheduling.worker_slots import Status, WorkerSlot
 from hv_batch.job.stages import Stage
 
@@ -27,7 +27,7 @@ from hv_batch.job.stages import Stage
 # would keep them out.
 START_ORDER = (Stage.DENOISE, Stage.ENCODE, Stage.DECODE)
 
-# What a station without workers waits for a new node before others make room for it: an autoscaler takes minutes to
+# What a stage without workers waits for a new node before others make room for it: an autoscaler takes minutes to
 # bring one, and a group that is let go takes minutes to load again.
 STARVED_AFTER_S = 300.0
 MAKE_ROOM_EVERY_S = 30.0  # what is freed is taken within seconds; if that was too little, more is made
@@ -35,18 +35,18 @@ FAVOUR_S = 120.0  # room that nobody has taken by then was not what they lacked:
 
 FEWER_DO = "fewer keep the groups from waiting"
 NOT_NEEDED = "the rest of the run cannot keep it busy"
-MAKES_ROOM = "another station has waited too long for room"
+MAKES_ROOM = "another stage has waited too long for room"
 ANOTHER_SIZE = "its GPUs are for groups of another size, which have samples and no room"
 
 
-class Staff:
-    """Every worker slot of every station."""
+class WorkerScaling:
+    """Every worker slot of every stage."""
 
-    def __init__(self, limits: Mapping[Stage, StageLimits], pools: Pools) -> None:
+    def __init__(self, limits: Mapping[Stage, StageLimits], pools: PoolSizer) -> None:
         self._pools = pools
-        self._lodging = frozenset(stage for stage in Stage if limits[stage].lodges)
+        self._colocated = frozenset(stage for stage in Stage if limits[stage].is_colocated)
         self._slots = {stage: _make_slots(stage, limits[stage]) for stage in Stage}
-        self.lanes = Lanes(limits[Stage.DENOISE].sizes, self._slots[Stage.DENOISE])
+        self.size_classes = SizeClassSlots(limits[Stage.DENOISE].sizes, self._slots[Stage.DENOISE])
         self._no_group_before = 0.0  # others shall find the room that was made for them
 
     def __iter__(self) -> Iterator[WorkerSlot]:
@@ -57,18 +57,18 @@ class Staff:
         return self._slots[stage]
 
     def idle(self, stage: Stage) -> list[WorkerSlot]:
-        """Who may be given a task of the station: where it has no workers of its own, the groups. In the order in which
+        """Who may be given a task of the stage: where it has no workers of its own, the groups. In the order in which
         they get it: where groups of one size could keep another's idle, in turn.
         """
         slots = self._slots[stage] or self._slots[Stage.DENOISE]
         idle = [slot for slot in slots if slot.status is Status.IDLE]
-        are_mixed = slots is self._slots[Stage.DENOISE] and len(self.lanes) > 1
+        are_mixed = slots is self._slots[Stage.DENOISE] and len(self.size_classes) > 1
         return sorted(idle, key=lambda slot: slot.beat) if are_mixed else idle
 
-    def ready(self, stage: Stage, lane: int) -> int:
-        """How many workers do, or could do, tasks of the station; groups, those of the lane."""
+    def ready(self, stage: Stage, size_class: int) -> int:
+        """How many workers do, or could do, tasks of the stage; groups, those of the size class."""
         slots = self._slots[stage] or self._slots[Stage.DENOISE]
-        return sum(slot.ready for slot in slots if stage is not Stage.DENOISE or slot.lane == lane)
+        return sum(slot.ready for slot in slots if stage is not Stage.DENOISE or slot.size_class == size_class)
 
     def find(self, worker: WorkerId) -> WorkerSlot | None:
         """The slot that lives this life; None when it is over."""
@@ -76,20 +76,20 @@ class Staff:
         return slot if slot.id == worker and slot.alive else None
 
     def given_up(self, stage: Stage) -> int | None:
-        """The lane that is needed and of which no slot will ever start again. A station without sizes is lane 0: it is
+        """The size class that is needed and of which no slot will ever start again. A stage without sizes is size class 0: it is
         given up when as many slots as it may have will never start again, and none else is left.
         """
         if stage is Stage.DENOISE:
-            return self.lanes.given_up()
+            return self.size_classes.given_up()
         slots = self._slots[stage]
         abandoned = sum(slot.status is Status.ABANDONED for slot in slots)
         return 0 if abandoned >= self._pools.most(stage) and not any(slot.alive for slot in slots) else None
 
     def starts(self, needed: Mapping[Stage, int], now: float) -> Iterator[StartWorker]:
-        """Ask for workers, where `needed` says how many of each station could ever be busy."""
+        """Ask for workers, where `needed` says how many of each stage could ever be busy."""
         for stage in START_ORDER:
             if stage is Stage.DENOISE:
-                yield from _start(self.lanes.starts(self.most_groups(needed, now), now), now)
+                yield from _start(self.size_classes.starts(self.most_groups(needed, now), now), now)
                 continue
             absent = [slot for slot in self._absent(stage) if now >= slot.start_at]
             yield from _start(absent[: self._missing(stage, needed) if absent else 0], now)
@@ -125,7 +125,7 @@ class Staff:
         """
         enough = {stage: min(most := self._pools.most(stage), needed.get(stage, most)) for stage in Stage}
         shares = [(self._slots[stage], enough[stage]) for stage in (Stage.ENCODE, Stage.DECODE)]
-        for slots, most in [*shares, *(self.lanes.shares() if needed else ())]:
+        for slots, most in [*shares, *(self.size_classes.shares() if needed else ())]:
             too_many = sum(slot.alive for slot in slots) - most
             if too_many > 0:
                 yield from _release(_spare(slots)[:too_many], NOT_NEEDED if needed else FEWER_DO)
@@ -136,11 +136,11 @@ class Staff:
 
     def trades(self, now: float) -> Iterator[ReleaseWorker]:
         """Let go of groups of one size for those of another, before they get a further sample."""
-        for slot in self.lanes.trades(now):
+        for slot in self.size_classes.trades(now):
             yield from _release([slot], ANOTHER_SIZE)
 
     def make_room(self, needed: Mapping[Stage, int], bottleneck: Stage | None, now: float) -> Iterator[ReleaseWorker]:
-        """Let go of idle workers where another station has none, or is the bottleneck, and waits too long for room."""
+        """Let go of idle workers where another stage has none, or is the bottleneck, and waits too long for room."""
         if not self._waiting(Stage.ENCODE) and not self._waiting(Stage.DECODE):
             self._no_group_before = 0.0
         for stage in self._in_need(needed):
@@ -151,7 +151,7 @@ class Staff:
                 continue
             if stage is not Stage.DENOISE and self.idle(Stage.DENOISE):
                 yield from self._give_up_a_group(stage, now)
-            for other in {Stage.ENCODE, Stage.DECODE} - {stage} - self._lodging if deserted else ():
+            for other in {Stage.ENCODE, Stage.DECODE} - {stage} - self._colocated if deserted else ():
                 # Before a group has its place nobody else is asked for: they come back when it has left them room.
                 spare = _spare(self._slots[other]) if stage is Stage.DENOISE else self._beyond_one(other)
                 yield from _release(spare, MAKES_ROOM)
@@ -166,8 +166,8 @@ class Staff:
         yield from _release([slot for slot in spare if not slot.placed] + idle[:1], MAKES_ROOM)
 
     def _in_need(self, needed: Mapping[Stage, int]) -> list[Stage]:
-        """The stations whose workers are needed and take resources of their own; colocated encoders take none."""
-        return [stage for stage in Stage if needed[stage] and stage not in self._lodging]
+        """The stages whose workers are needed and take resources of their own; colocated encoders take none."""
+        return [stage for stage in Stage if needed[stage] and stage not in self._colocated]
 
     def _waiting(self, stage: Stage) -> list[WorkerSlot]:
         """Who has been asked for and has found no room yet."""
@@ -185,14 +185,14 @@ def _spare(slots: list[WorkerSlot]) -> list[WorkerSlot]:
 
 
 def _make_slots(stage: Stage, limits: StageLimits) -> list[WorkerSlot]:
-    lanes = [lane for lane, size in enumerate(limits.sizes) for _ in range(size.workers)]
-    return [WorkerSlot(WorkerId(stage, slot, 0), lane) for slot, lane in enumerate(lanes)]
+    size_classes = [size_class for size_class, size in enumerate(limits.sizes) for _ in range(size.workers)]
+    return [WorkerSlot(WorkerId(stage, slot, 0), size_class) for slot, size_class in enumerate(size_classes)]
 
 
 def _start(slots: Iterable[WorkerSlot], now: float) -> Iterator[StartWorker]:
     for slot in slots:
         slot.start(now)
-        yield StartWorker(slot.id, slot.lane)
+        yield StartWorker(slot.id, slot.size_class)
 
 
 def _release(slots: list[WorkerSlot], reason: str) -> Iterator[ReleaseWorker]:

@@ -1,27 +1,27 @@
 """The scheduler: a state machine without clock, IO or Ray. `step(event, now)` returns the actions to carry out.
 
-A sample passes three stations: encode, denoise, decode (which also commits). Each station has worker slots, of which as
-many live as there is room and work for (see staffing.py); a worker is an encoder actor, a denoise group (a whole gang
+A sample passes three stages: encode, denoise, decode (which also commits). Each stage has worker slots, of which as
+many live as there is room and work for (see staffing.py); a worker is an encoder actor, a denoise group (a whole group
 counts as one worker) or a decoder actor. Without decoders, idle groups decode what groups have denoised, which comes
 before any further denoise.
 
 Invariants, which tests/job/scheduling/test_scheduler.py checks after every step of generated histories:
 
-- Every admitted sample is in exactly one place: waiting at one station, in exactly one running task, set aside (its
+- Every admitted sample is in exactly one place: waiting at one stage, in exactly one running task, set aside (its
   video waits on the disk of a node for an output root that does not answer), or gone.
 - A sample goes exactly once: committed (its DECODE task done, or its video published) or quarantined (P1). A drain
   leaves the rest to a resume.
-- At most `window` samples are at the stations, and SPOOLED_AT_MOST set aside: a slow decoder slows the groups, it never
-  fills the object store (flow.py, P7).
+- At most `window` samples are at the stages, and SPOOLED_AT_MOST set aside: a slow decoder slows the groups, it never
+  fills the object store (backpressure.py, P7).
 - A failure costs its own sample at most its budget and its worker at most a restart; everything else goes on (P5).
   In particular a batch that fails is tried again sample by sample, and none of its members is charged for it; and
   while the output root does not answer, nobody is.
 - A worker whose node is to be taken away gets no further task. What it runs may finish in time; it writes its step
   checkpoint at once and again near the end, and whatever becomes of it then is PREEMPTED: nobody is blamed (P4, P5).
-- A worker is released only while it runs nothing, and a station with work keeps, or asks for, at least one; but before
+- A worker is released only while it runs nothing, and a stage with work keeps, or asks for, at least one; but before
   the first group has its place, all others make room for it.
-- A sample is denoised by a group of the size that it was admitted with, a lane; groups that live never hold more ranks
-  than the run may have, and no lane starves (lanes.py).
+- A sample is denoised by a group of the size that it was admitted with, a size class; groups that live never hold more ranks
+  than the run may have, and no size class starves (size classes.py).
 - News from an earlier life of a worker changes nothing.
 """
 
@@ -32,17 +32,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.scheduling.backpressure import Flow
+from hv_batch.job.scheduling.backpressure import Backpressure
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S, RetryLimits, StageLimits
 from hv_batch.job.scheduling.messages import (
     Abort,
     Action,
     Admit,
     Admitted,
-    Beat,
     Checkpoint,
     Event,
     Finish,
+    Heartbeat,
     KillWorker,
     PlanExhausted,
     Published,
@@ -58,11 +58,11 @@ from hv_batch.job.scheduling.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.scheduling.object_store_budget import Freight
-from hv_batch.job.scheduling.pool_sizing import Pools
+from hv_batch.job.scheduling.object_store_budget import ObjectStoreBudget
+from hv_batch.job.scheduling.pool_sizing import PoolSizer
 from hv_batch.job.scheduling.queues import Queues
-from hv_batch.job.scheduling.retries import charge, station_gone
-from hv_batch.job.scheduling.scaling import Staff
+from hv_batch.job.scheduling.retries import all_workers_lost, charge_failure
+from hv_batch.job.scheduling.scaling import WorkerScaling
 from hv_batch.job.scheduling.worker_slots import LAST_CHECKPOINT_S, Status, WorkerSlot
 from hv_batch.job.stages import Stage
 
@@ -74,12 +74,12 @@ class Scheduler:
         self._limits = stages
         self._retries = retries
         self._drain_timeout_s = drain_timeout_s
-        self._freight = Freight({stage: limits.result_bytes for stage, limits in stages.items()})
-        self._queues = Queues(self._freight, len(stages[Stage.DENOISE].sizes))
-        self._pools = Pools(stages)
-        self._flow = Flow(stages, self._queues, self._freight)
-        self._staff = Staff(stages, self._pools)
-        # Stations, and sizes of groups, that have had a ready worker: config and weights are right.
+        self._store_budget = ObjectStoreBudget({stage: limits.result_bytes for stage, limits in stages.items()})
+        self._queues = Queues(self._store_budget, len(stages[Stage.DENOISE].sizes))
+        self._pools = PoolSizer(stages)
+        self._backpressure = Backpressure(stages, self._queues, self._store_budget)
+        self._scaling = WorkerScaling(stages, self._pools)
+        # Stages, and sizes of groups, that have had a ready worker: config and weights are right.
         self._proven: set[tuple[Stage, int]] = set()
         self._last_loss: dict[tuple[Stage, int], Failure] = {}
         self._outage_since: float | None = None
@@ -92,8 +92,8 @@ class Scheduler:
 
     @property
     def window(self) -> int:
-        """Most samples at the stations: what these hold while every queue is full, of quick ones if any."""
-        return self._flow.window
+        """Most samples at the stages: what these hold while every queue is full, of quick ones if any."""
+        return self._backpressure.window
 
     def in_flight(self) -> dict[str, Stage]:
         return self._queues.places()
@@ -103,17 +103,21 @@ class Scheduler:
         return self._queues.aside
 
     def at(self, stage: Stage) -> int:
-        """How many samples wait or run at a station."""
+        """How many samples wait or run at a stage."""
         return self._queues.at(stage)
 
     def starting(self) -> int:
         """How many workers are being placed or load."""
-        return sum(slot.status is Status.STARTING for slot in self._staff)
+        return sum(slot.status is Status.STARTING for slot in self._scaling)
 
     def groups_to_come(self, now: float) -> list[int]:
-        """How many groups of each lane will be started as things stand, some perhaps after a pause."""
-        lanes = self._staff.lanes
-        return [0] * len(lanes) if self._over else lanes.to_come(self._staff.most_groups(self._needed(), now))
+        """How many groups of each size class will be started as things stand, some perhaps after a pause."""
+        size_classes = self._scaling.size_classes
+        return (
+            [0] * len(size_classes)
+            if self._over
+            else size_classes.to_come(self._scaling.most_groups(self._needed(), now))
+        )
 
     def failures(self, key: str) -> tuple[Failure, ...]:
         """What an in-flight sample has been charged with so far."""
@@ -137,9 +141,9 @@ class Scheduler:
 
     def _take(self, event: Event, now: float) -> list[Action]:
         match event:
-            case Admitted(key, stage, latent_bytes, lane, work):
+            case Admitted(key, stage, latent_bytes, size_class, work):
                 self._asked = max(0, self._asked - 1)
-                self._queues.admit(key, stage, latent_bytes, lane, work)
+                self._queues.admit(key, stage, latent_bytes, size_class, work)
             case Published(key):
                 self._outage_since, self._decode_at = None, now
                 self._queues.drop(key)
@@ -154,10 +158,10 @@ class Scheduler:
                     return self._checkpoints()
             case Tick():
                 hung = self._find_hung(now)
-                leaving = [action for worker in self._staff for action in self._part_with(worker, now)]
+                leaving = [action for worker in self._scaling for action in self._part_with(worker, now)]
                 return [*hung, *leaving, *self._last_checkpoints(now)]
             case _:
-                if worker := self._staff.find(event.worker):
+                if worker := self._scaling.find(event.worker):
                     return self._hear(worker, event, now) + self._part_with(worker, now)
         return []
 
@@ -166,11 +170,11 @@ class Scheduler:
         and the first where nothing else is in flight.
         """
         is_one_more = isinstance(event, Admitted) and self._asked > 0 and len(self._queues) > 1
-        return is_one_more or isinstance(event, Beat)
+        return is_one_more or isinstance(event, Heartbeat)
 
     def _checkpoints(self) -> list[Action]:
         """What is denoised now may outlast the drain, or the patience of whoever asked for it (P4)."""
-        return [Checkpoint(worker.id) for worker in self._staff.of(Stage.DENOISE) if self._denoises(worker)]
+        return [Checkpoint(worker.id) for worker in self._scaling.of(Stage.DENOISE) if self._denoises(worker)]
 
     def _last_checkpoints(self, now: float) -> list[Action]:
         """Near the end of a drain, of what will not be through by then."""
@@ -189,10 +193,10 @@ class Scheduler:
                 worker.placed = True
             case WorkerReady() if worker.status is Status.STARTING:
                 worker.become_ready(now)
-                self._proven.add((worker.id.stage, worker.lane))
+                self._proven.add((worker.id.stage, worker.size_class))
                 if worker.id.stage is not Stage.ENCODE:  # it has seen the output root
                     self._outage_since = None
-            case Beat(_, patience_s):
+            case Heartbeat(_, patience_s):
                 worker.hear(patience_s, now)
             case TaskDone(_, result_bytes) if worker.task:
                 self._task_done(worker, result_bytes, now)
@@ -210,7 +214,7 @@ class Scheduler:
         if self._queues.place(worker.task[0]) is Stage.DECODE:
             self._outage_since = None
         keys = self._succeed(worker, now)
-        self._freight.arrive(worker.id, keys, result_bytes)
+        self._store_budget.arrive(worker.id, keys, result_bytes)
         for key in keys:
             self._queues.advance(key)
 
@@ -225,7 +229,7 @@ class Scheduler:
         stage, seconds = self._queues.place(worker.task[0]), (now - worker.begun) / len(worker.task)
         self._pools.measure(stage, seconds, first=worker.is_fresh)
         if not worker.is_fresh:
-            self._flow.measure(stage, [self._queues.work(key) for key in worker.task], seconds)
+            self._backpressure.measure(stage, [self._queues.work(key) for key in worker.task], seconds)
         return worker.succeed()
 
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
@@ -238,7 +242,7 @@ class Scheduler:
         return actions
 
     def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float, *, excused: bool = False) -> list[Action]:
-        place, starting = (worker.id.stage, worker.lane), worker.status is Status.STARTING
+        place, starting = (worker.id.stage, worker.size_class), worker.status is Status.STARTING
         if failure.kind is FailureClass.FATAL and starting and place in self._proven:
             # Elsewhere the same config and weights have started, so it is this node that is not right.
             failure = replace(failure, kind=FailureClass.INFRA)
@@ -274,11 +278,11 @@ class Scheduler:
                 self._decode_at = now + OUTAGE_PAUSE_S
             if now - self._outage_since > OUTAGE_LIMIT_S:
                 return [Abort(replace(failure, kind=FailureClass.FATAL))]
-        return list(charge(self._queues, keys, failure, self._retries))
+        return list(charge_failure(self._queues, keys, failure, self._retries))
 
     def _find_hung(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for worker in self._staff:
+        for worker in self._scaling:
             limit = min(self._limits[worker.id.stage].task_timeout_s, worker.patience_s)
             if worker.status is Status.BUSY and now - worker.beat > limit:
                 message = f"no progress for {limit:g} s while working on {', '.join(worker.task)}"
@@ -293,21 +297,21 @@ class Scheduler:
             self._over = True
             return [Finish(drained=self._drain_until is not None and not self._all_done())]
         needed = self._needed()
-        self._staff.lanes.note(self._needed_groups(), now)
+        self._scaling.size_classes.note(self._needed_groups(), now)
         for stage in Stage:
-            if needed[stage] and (lane := self._staff.given_up(stage)) is not None:
+            if needed[stage] and (size_class := self._scaling.given_up(stage)) is not None:
                 self._over = True
-                size, last = self._limits[stage].sizes[lane].name, self._last_loss[stage, lane]
-                return [Abort(station_gone(stage, last, self._retries.worker, size))]
+                size, last = self._limits[stage].sizes[size_class].name, self._last_loss[stage, size_class]
+                return [Abort(all_workers_lost(stage, last, self._retries.worker, size))]
         is_tail = self._exhausted or self._drain_until is not None
         return [
             *self._admissions(),
-            *self._staff.trades(now),
+            *self._scaling.trades(now),
             *self._runs(now),
-            *self._pools.resize(self._staff.placed(Stage.DENOISE), now, may_shrink=not is_tail),
-            *self._staff.surplus(needed if is_tail else {}),
-            *self._staff.make_room(needed, self._bottleneck(), now),
-            *self._staff.starts(needed, now),
+            *self._pools.resize(self._scaling.placed(Stage.DENOISE), now, may_shrink=not is_tail),
+            *self._scaling.surplus(needed if is_tail else {}),
+            *self._scaling.make_room(needed, self._bottleneck(), now),
+            *self._scaling.starts(needed, now),
         ]
 
     def _all_done(self) -> bool:
@@ -316,24 +320,24 @@ class Scheduler:
     def _finished(self, now: float) -> bool:
         if self._drain_until is None:
             return self._all_done()
-        running = any(worker.task for worker in self._staff)
+        running = any(worker.task for worker in self._scaling)
         is_left = running or self._queues.waiting(Stage.DECODE) or self._queues.aside
         return not is_left or now >= self._drain_until
 
     def _admissions(self) -> Iterator[Action]:
         if self._exhausted or self._asked or self._drain_until is not None:
             return
-        if room := self._flow.admissible():
+        if room := self._backpressure.admissible():
             self._asked = room
             yield Admit(room)
 
     def _needed(self) -> dict[Stage, int]:
-        """How many workers of each station could ever be busy with what is in flight."""
+        """How many workers of each stage could ever be busy with what is in flight."""
         if self._drain_until is None:
             needed = {stage: self._queues.yet_to_pass(stage) for stage in Stage}
         else:
             # A drain begins no encoding and no denoise, but what is denoised will be decoded.
-            needed = {stage: sum(bool(worker.task) for worker in self._staff.of(stage)) for stage in Stage}
+            needed = {stage: sum(bool(worker.task) for worker in self._scaling.of(stage)) for stage in Stage}
             needed[Stage.DECODE] += needed[Stage.DENOISE] + self._queues.waiting(Stage.DECODE)
         decode = self._limits[Stage.DECODE]
         if not decode.workers:  # groups decode, so they are needed until the last decode
@@ -341,24 +345,28 @@ class Scheduler:
         return needed
 
     def _needed_groups(self) -> list[int]:
-        """How many groups of each lane could ever be busy."""
+        """How many groups of each size class could ever be busy."""
         decode, queues = self._limits[Stage.DECODE], self._queues
         needed = []
-        for lane in queues.lanes(Stage.DENOISE):
+        for size_class in queues.size_classes(Stage.DENOISE):
             if self._drain_until is None:
-                coming = queues.yet_to_pass(Stage.DENOISE, lane)
+                coming = queues.yet_to_pass(Stage.DENOISE, size_class)
             else:
-                coming = queues.at(Stage.DENOISE, lane) - queues.waiting(Stage.DENOISE, lane)
-            decoding = 0 if decode.workers else queues.at(Stage.DECODE, lane)
+                coming = queues.at(Stage.DENOISE, size_class) - queues.waiting(Stage.DENOISE, size_class)
+            decoding = 0 if decode.workers else queues.at(Stage.DECODE, size_class)
             needed.append(coming + decoding)
         return needed
 
     def _bottleneck(self) -> Stage | None:
-        """The station that keeps groups from working: no decoder takes what they have made, or nobody feeds them."""
-        idle = self._staff.idle(Stage.DENOISE)
+        """The stage that keeps groups from working: no decoder takes what they have made, or nobody feeds them."""
+        idle = self._scaling.idle(Stage.DENOISE)
         has_work = self._queues.waiting(Stage.DENOISE) > 0
-        stuck = has_work and idle and not any(self._flow.may_make(slot.id, Stage.DENOISE, slot.lane) for slot in idle)
-        if self._flow.room_behind(Stage.DENOISE) <= 0 or stuck:
+        stuck = (
+            has_work
+            and idle
+            and not any(self._backpressure.may_make(slot.id, Stage.DENOISE, slot.size_class) for slot in idle)
+        )
+        if self._backpressure.room_behind(Stage.DENOISE) <= 0 or stuck:
             return Stage.DECODE
         return None if has_work else Stage.ENCODE
 
@@ -366,14 +374,14 @@ class Scheduler:
         for stage in sorted(Stage, reverse=True):  # what is nearest to a commit goes first
             if now < self._decode_at if stage is Stage.DECODE else self._drain_until is not None:
                 continue
-            for worker in self._staff.idle(stage) if self._queues.waiting(stage) else ():
-                lane = self._flow.lane_for(stage, worker.lane)
-                if lane is None:
+            for worker in self._scaling.idle(stage) if self._queues.waiting(stage) else ():
+                size_class = self._backpressure.size_class_for(stage, worker.size_class)
+                if size_class is None:
                     continue
-                sharers = self._staff.ready(stage, lane)
-                if not (most := self._flow.task_for(worker.id, stage, lane, sharers)):
+                sharers = self._scaling.ready(stage, size_class)
+                if not (most := self._backpressure.task_for(worker.id, stage, size_class, sharers)):
                     continue
-                worker.run(self._queues.take_batch(stage, lane, most), now)
+                worker.run(self._queues.take_batch(stage, size_class, most), now)
                 if stage is not Stage.DECODE:
-                    self._freight.begin(worker.id, worker.task)
+                    self._store_budget.begin(worker.id, worker.task)
                 yield Run(worker.id, worker.task, stage)

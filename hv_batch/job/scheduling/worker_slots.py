@@ -1,4 +1,4 @@
-"""One worker slot of a station: its lives, its task, and what speaks against it.
+"""One worker slot of a stage: its lives, its task, and what speaks against it.
 
 A failure may be the sample's fault or the worker's. A slot counts each sample once, however often it is tried there, so
 that one sample which kills every worker it meets cannot use up a healthy slot; different samples failing in a row can.
@@ -43,7 +43,7 @@ class WorkerSlot:
     """Changes only by these methods, so that status, task and blame stay consistent."""
 
     id: WorkerId
-    lane: int = 0  # of its station, for all its lives
+    size_class: int = 0  # of its stage, for all its lives
     status: Status = Status.ABSENT
     placed: bool = False  # holds its resources, loaded or not
     asked_at: float = 0.0  # of the start

@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.failure import Failure
-from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import quarantine, quarantine_record
 from hv_batch.job.records.latents import drop_latents, drop_steps
-from hv_batch.job.records.pending import Plan, Sealable
+from hv_batch.job.records.pending import CompleteShard, PendingSamples
 from hv_batch.job.scheduling.messages import Event
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime.classify import classify
@@ -32,14 +32,14 @@ from hv_batch.runtime.worker import Watch
 SHARDS_A_SEALER = 4
 
 
-class Errands:
+class BackgroundTasks:
     """`watch` takes references to wait for, `say` a line for people."""
 
     def __init__(
         self,
         context: RunContext,
-        plan: Plan,
-        extra_kinds: Mapping[str, Kind],
+        plan: PendingSamples,
+        extra_kinds: Mapping[str, ColumnType],
         outage: Outage,
         watch: Watch,
         say: Callable[[str], None],
@@ -51,11 +51,11 @@ class Errands:
         self._watch = watch
         self._say = say
         self._waiting: deque[Callable[[], None]] = deque()
-        self._to_seal: deque[Sealable] = deque()
+        self._to_seal: deque[CompleteShard] = deque()
         self._sealing = 0
 
     @property
-    def are_owed(self) -> bool:
+    def has_pending(self) -> bool:
         return bool(self._waiting or self._to_seal or self._sealing)
 
     def add(self, act: Callable[[], None]) -> None:
@@ -74,18 +74,18 @@ class Errands:
                 self._outage.met(error, time.monotonic())
             else:
                 self._waiting.popleft()
-        self._to_seal.extend(self._plan.take_sealable())
+        self._to_seal.extend(self._plan.take_complete())
         if not self._outage.pauses(time.monotonic()):
             while self._to_seal and len(self._to_seal) >= SHARDS_A_SEALER * self._sealing:
                 self._seal(self._to_seal.popleft())
 
-    def _seal(self, sealable: Sealable) -> None:
+    def _seal(self, complete: CompleteShard) -> None:
         self._sealing += 1
         webdataset = self._context.config.output.webdataset
-        ref = seal.remote(self._context.store, sealable.shard, sealable.keys, self._extra_kinds, webdataset)
-        self._watch(ref, lambda ref: self._sealed(ref, sealable))
+        ref = seal.remote(self._context.store, complete.shard, complete.keys, self._extra_kinds, webdataset)
+        self._watch(ref, lambda ref: self._sealed(ref, complete))
 
-    def _sealed(self, ref: ray.ObjectRef, sealable: Sealable) -> list[Event]:
+    def _sealed(self, ref: ray.ObjectRef, complete: CompleteShard) -> list[Event]:
         self._sealing -= 1
         try:
             ray.get(ref)
@@ -93,7 +93,7 @@ class Errands:
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else None
             if isinstance(cause, StorageUnavailableError):
-                self._to_seal.appendleft(sealable)
+                self._to_seal.appendleft(complete)
                 self._outage.met(cause, time.monotonic())
             else:
                 # Nothing is lost: the records are there, and the next run of the same command seals the shard.

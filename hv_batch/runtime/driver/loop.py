@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import ray
 
 from hv_batch.job.failure import Failure
-from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.progress import Progress, Snapshot
-from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
+from hv_batch.job.records.pending import PendingSamples, ShardSkipped, StorageDown, StorageUp
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduling.capacity import retry_limits, stage_limits
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
@@ -46,20 +46,20 @@ from hv_batch.job.scheduling.messages import (
 )
 from hv_batch.job.scheduling.scheduler import Scheduler
 from hv_batch.job.stages import Stage
-from hv_batch.job.workload import Work
+from hv_batch.job.workload import Workload
 from hv_batch.protocol import UserError
-from hv_batch.runtime.driver.background_tasks import Errands
+from hv_batch.runtime.driver.background_tasks import BackgroundTasks
 from hv_batch.runtime.driver.group_losses import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
 from hv_batch.runtime.driver.outage import Outage
-from hv_batch.runtime.driver.spool_drain import Spools
+from hv_batch.runtime.driver.spool_drain import SpoolDrain
 from hv_batch.runtime.groups.denoise_group import DenoiseGroup
-from hv_batch.runtime.groups.reservation_pool import GroupPool
-from hv_batch.runtime.nodes.exclusion import SickNodes
+from hv_batch.runtime.groups.reservation_pool import ReservationPool
+from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.node_watch import NodeWatch
-from hv_batch.runtime.nodes.pending_actors import RoomWatch
-from hv_batch.runtime.nodes.resources import Shortage, alive_nodes, result_shares
-from hv_batch.runtime.pools.colocated_worker import Lodger
+from hv_batch.runtime.nodes.pending_actors import PendingActorWatch
+from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, result_shares
+from hv_batch.runtime.pools.colocated_worker import ColocatedWorker
 from hv_batch.runtime.pools.pool_worker import start_decoder, start_encoder
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import InFlight, Worker
@@ -91,11 +91,11 @@ class Driver:
     def __init__(
         self,
         context: RunContext,
-        plan: Plan,
+        plan: PendingSamples,
         total: int,
-        extra_kinds: Mapping[str, Kind],
+        extra_kinds: Mapping[str, ColumnType],
         progress: Progress,
-        shortage: Shortage,
+        shortage: ResourceShortage,
         should_stop: Callable[[], bool],
     ) -> None:
         self._context = context
@@ -108,9 +108,9 @@ class Driver:
         config = context.config
         limits = stage_limits(config, result_shares(config, context.sizes.plans), context.sizes.plans)
         self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
-        self._sick_nodes = SickNodes(config, context.sizes.largest, progress.say)
-        self._groups = GroupPool(config, self._sick_nodes, progress.say)
-        self._rooms = RoomWatch(config, progress.say)
+        self._exclusion = NodeExclusion(config, context.sizes.largest, progress.say)
+        self._groups = ReservationPool(config, self._exclusion, progress.say)
+        self._rooms = PendingActorWatch(config, progress.say)
         self._nodes = NodeWatch(limits[Stage.DENOISE].workers, progress.say)
         self._metrics = RunMetrics(public_url(context.store.url))
         self._losses = Losses(on_gpus=config.parallel.device == "cuda")
@@ -122,8 +122,10 @@ class Driver:
         self._events: deque[Event] = deque()
         self._to_admit = 0
         self._outage = Outage(progress.say)
-        self._errands = Errands(context, plan, extra_kinds, self._outage, self._watch, progress.say)
-        self._spools = Spools(context, self._watch, self._outage, self._errands.add, self._events.append, progress.say)
+        self._background_tasks = BackgroundTasks(context, plan, extra_kinds, self._outage, self._watch, progress.say)
+        self._spool_drain = SpoolDrain(
+            context, self._watch, self._outage, self._background_tasks.add, self._events.append, progress.say
+        )
         self._look_at = 0.0  # the plan, which asks the output root, is not asked for samples before
         self._polled = 0.0
         self._ticked = 0.0
@@ -132,7 +134,7 @@ class Driver:
 
     def commit_spooled(self) -> None:
         """Begin with what an earlier life of this run has left on the disks of the cluster's nodes."""
-        self._spools.visit(alive_nodes())
+        self._spool_drain.visit(alive_nodes())
 
     def run(self) -> Outcome:
         """Raises UserError when the run cannot go on. However it ends, its actors and placement groups are gone."""
@@ -142,19 +144,21 @@ class Driver:
             self._work_off()
             # A stop does not wait for what is owed: the next run finds the shard complete and seals it, and tries a
             # sample again that should have been quarantined.
-            while self._end is None or (self._errands.are_owed and not self._end.drained and not self._stop_said):
+            while self._end is None or (
+                self._background_tasks.has_pending and not self._end.drained and not self._stop_said
+            ):
                 self._listen()
                 self._work_off()
-                self._spools.go_on(time.monotonic())
+                self._spool_drain.go_on(time.monotonic())
                 self._show()
-            drained = self._end.drained or self._errands.are_owed
-            return Outcome(drained, time.monotonic() - begun, self._sick_nodes.reasons(), self._losses)
+            drained = self._end.drained or self._background_tasks.has_pending
+            return Outcome(drained, time.monotonic() - begun, self._exclusion.reasons(), self._losses)
         finally:
             for worker in list(self._workers.values()):
                 worker.kill()
             self._groups.close()
             self._shortage.forget()
-            if waiting := self._spools.describe():
+            if waiting := self._spool_drain.describe():
                 self._progress.say(waiting)
 
     # Hearing ----------------------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ class Driver:
             event = self._events.popleft()
             self._note(event)
             self._carry_out(self._scheduler.step(event, time.monotonic()))
-        self._errands.run()
+        self._background_tasks.run()
 
     def _note(self, event: Event) -> None:
         """Keep the driver's own books and tell people what they would want to know."""
@@ -221,7 +225,7 @@ class Driver:
                 for key in task.keys:
                     if key in spooled:
                         self._items[key].latents = None  # makes room in the object store
-                        self._spools.add(node, self._items[key].sample)
+                        self._spool_drain.add(node, self._items[key].sample)
                     else:
                         self._plan.committed(self._items.pop(key).sample)
             case Published(key):
@@ -249,8 +253,8 @@ class Driver:
             match action:
                 case Admit(count):
                     self._to_admit += count
-                case StartWorker(worker, lane):
-                    self._workers[worker] = self._start(worker, lane)
+                case StartWorker(worker, size_class):
+                    self._workers[worker] = self._start(worker, size_class)
                 case KillWorker(worker, failure, rebuild):
                     self._lose(worker, failure)
                     self._workers.pop(worker).kill(rebuild=rebuild)
@@ -267,7 +271,7 @@ class Driver:
                     self._group(worker).checkpoint()
                 case Quarantine(key, failures):
                     item = self._items.pop(key)
-                    self._errands.quarantine(item.sample, (*item.earlier, *failures))
+                    self._background_tasks.quarantine(item.sample, (*item.earlier, *failures))
                 case Abort(failure):
                     if failure.traceback:
                         self._progress.say(failure.traceback)
@@ -279,7 +283,7 @@ class Driver:
                     self._end = action
 
     def _may_admit(self) -> bool:
-        return self._to_admit > 0 and time.monotonic() >= self._look_at and not self._spools.is_visiting
+        return self._to_admit > 0 and time.monotonic() >= self._look_at and not self._spool_drain.is_visiting
 
     def _admit(self) -> None:
         """Feed samples from the plan, but look up at most one finished shard a turn: a resume has thousands."""
@@ -288,34 +292,34 @@ class Driver:
             if found is None:
                 self._to_admit = 0
                 self._events.append(PlanExhausted())
-            elif isinstance(found, Unanswered):
+            elif isinstance(found, StorageDown):
                 self._look_at = time.monotonic() + OUTAGE_PAUSE_S
                 self._outage.met(found.error, time.monotonic())
-            elif isinstance(found, Answered):
+            elif isinstance(found, StorageUp):
                 self._outage.over(time.monotonic())
-            elif isinstance(found, Passed):
+            elif isinstance(found, ShardSkipped):
                 return
             else:
                 self._to_admit -= 1
-                params, lane = found.sample.params, self._context.sizes.lane(found.sample.params.shape)
+                params, size_class = found.sample.params, self._context.sizes.size_class(found.sample.params.shape)
                 item = InFlight(found.sample, earlier=found.earlier, has_steps=found.has_steps)
                 self._items[found.sample.key] = item
-                work = Work.of(params)
-                self._events.append(Admitted(found.sample.key, found.stage, params.latent_bytes, lane, work))
+                work = Workload.of(params)
+                self._events.append(Admitted(found.sample.key, found.stage, params.latent_bytes, size_class, work))
 
-    def _start(self, worker: WorkerId, lane: int) -> Worker:
+    def _start(self, worker: WorkerId, size_class: int) -> Worker:
         if worker.stage is Stage.DENOISE:
-            plan = self._context.sizes.plans[lane]
-            return DenoiseGroup(worker, plan, self._context, self._watch, self._groups, self._sick_nodes)
+            plan = self._context.sizes.plans[size_class]
+            return DenoiseGroup(worker, plan, self._context, self._watch, self._groups, self._exclusion)
         if worker.stage is Stage.DECODE:
-            return start_decoder(worker, self._context, self._watch, self._sick_nodes)
+            return start_decoder(worker, self._context, self._watch, self._exclusion)
         if not self._context.config.encoders.is_colocated:
-            return start_encoder(worker, self._context, self._watch, self._sick_nodes)
-        return Lodger(
+            return start_encoder(worker, self._context, self._watch, self._exclusion)
+        return ColocatedWorker(
             worker,
             self._groups,
             self._watch,
-            lambda room, watch: start_encoder(worker, self._context, watch, self._sick_nodes, room),
+            lambda room, watch: start_encoder(worker, self._context, watch, self._exclusion, room),
         )
 
     def _group(self, worker: WorkerId) -> DenoiseGroup:
@@ -330,12 +334,12 @@ class Driver:
         self._workers[worker].run(items, stage)
 
     def _show(self) -> None:
-        at, tally = self._scheduler.at, self._plan.tally
+        at, counts = self._scheduler.at, self._plan.counts
         snapshot = Snapshot(
             total=self._total,
-            committed=tally.committed_before + tally.committed,
-            quarantined=tally.quarantined_before + tally.quarantined,
-            done_before=tally.committed_before + tally.quarantined_before,
+            committed=counts.committed_before + counts.committed,
+            quarantined=counts.quarantined_before + counts.quarantined,
+            done_before=counts.committed_before + counts.quarantined_before,
             starting=self._scheduler.starting(),
             encoding=at(Stage.ENCODE),
             denoising=at(Stage.DENOISE),

@@ -26,7 +26,7 @@ class RunMetrics:
 
     def __init__(self, run: str) -> None:
         self._samples = Gauge("hv_samples", "Samples of the run, by how they stand.", ("run", "state"))
-        self._in_work = Gauge("hv_samples_in_work", "Samples in flight, by the station they are at.", ("run", "stage"))
+        self._in_work = Gauge("hv_samples_in_work", "Samples in flight, by the stage they are at.", ("run", "stage"))
         self._spooled = Gauge("hv_samples_spooled", "Videos that wait on disks of nodes.", ("run",))
         self._starting = Gauge("hv_workers_starting", "Workers that wait for room or load.", ("run",))
         self._seconds = Histogram("hv_task_seconds", "Time of a task that succeeded.", SECONDS, ("run", "stage"))

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 import ray
 
 from hv_batch.job.dataset.seal import seal_shard
-from hv_batch.job.manifest.extra_columns import Kind
+from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage.store import Store
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
-def seal(store: Store, shard: int, keys: Sequence[str], extra_kinds: Mapping[str, Kind], webdataset: bool) -> None:
+def seal(
+    store: Store, shard: int, keys: Sequence[str], extra_kinds: Mapping[str, ColumnType], webdataset: bool
+) -> None:
     """As `seal_shard`, with the run's own identity."""
     seal_shard(store, shard, keys, extra_kinds, identity=read_run(store)["identity"], webdataset=webdataset)

@@ -20,7 +20,7 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.records.spool import Emptied, Spool
+from hv_batch.job.records.spool import DrainResult, Spool
 from hv_batch.job.scheduling.messages import Event, Published, SpoolLost
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -33,11 +33,11 @@ from hv_batch.runtime.worker import Watch
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated one finds what the first has committed
-def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> Emptied:
+def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainResult:
     return Spool(output, root, fingerprint).empty()
 
 
-class Spools:
+class SpoolDrain:
     """`errand` takes acts on the output root, to be done when that answers; `tell` takes events, `say` a line."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Spools:
             failure = classify(error, f"the spool of node {node}")
             if failure.kind is FailureClass.FATAL:
                 raise UserError(f"The run cannot go on: {failure.message.rstrip('. ')}.") from error
-            emptied = Emptied(())
+            emptied = DrainResult(())
         waiting = self._waiting.get(node, {})
         published = [key for key in emptied.committed if waiting.pop(key, None)]
         if found := len(emptied.committed) - len(published):

@@ -1,7 +1,7 @@
-"""Denoise groups, from the driver's side: a gang that is placed, meets, renders one sample at a time, and goes as one.
+"""Denoise groups, from the driver's side: a group that is placed, meets, renders one sample at a time, and goes as one.
 
 Life cycle: seats -> one actor a rank -> rank 0 opens the meeting point -> all ranks join and prove themselves -> ready.
-The first failure of any rank ends the whole gang (the others would hang in a collective) and leaves the rebuild to the
+The first failure of any rank ends the whole group (the others would hang in a collective) and leaves the rebuild to the
 scheduler (P4, P5). Its seats are kept for that while their nodes are fit; see `group_pool`.
 """
 
@@ -37,13 +37,13 @@ from hv_batch.runtime.classify import (
     most_telling,
     worker_survives,
 )
-from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankSeat
-from hv_batch.runtime.groups.reservation import Seats
-from hv_batch.runtime.groups.reservation_pool import GroupPool
-from hv_batch.runtime.nodes.exclusion import SickNodes
+from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankLocation
+from hv_batch.runtime.groups.reservation import GroupReservation
+from hv_batch.runtime.groups.reservation_pool import ReservationPool
+from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import alive_nodes, ranks_per_node
 from hv_batch.runtime.run_context import RunContext, StageReport
-from hv_batch.runtime.worker import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
+from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
 # When a rank fails, its peers' own errors arrive within moments; this is how long they may take to be heard before the
 # most telling one is chosen.
@@ -66,8 +66,8 @@ class DenoiseGroup:
         plan: ParallelPlan,
         context: RunContext,
         watch: Watch,
-        pool: GroupPool,
-        sick_nodes: SickNodes,
+        pool: ReservationPool,
+        exclusion: NodeExclusion,
     ) -> None:
         self.id = worker
         self.plan = plan
@@ -75,31 +75,31 @@ class DenoiseGroup:
         self._context = context
         self._watch = watch
         self._pool = pool
-        self._sick_nodes = sick_nodes
+        self._exclusion = exclusion
         self._deadline = math.inf  # of the start, once placed: waiting for nodes is not a fault of the group
         self._ready = False
         self._killed = False
         self._seated = False
         self._nodes: list[str] = []
         self._ranks: list[Any] = []
-        self._pulses: list[Pulse] = []
-        self._take_seats()
+        self._pulses: list[HeartbeatPoller] = []
+        self._reserve()
 
     def poll(self, now: float) -> list[Event]:
         if self._ready:
             for pulse in self._pulses:
                 pulse.ask()
         elif not self._ranks:
-            self._pool.waits(self.id, self._seats, now)
-            if not self._pool.worth_keeping(self._seats):
-                self._seats.release()
-                self._take_seats()
-        elif not self._seats.sound(alive_nodes()):
+            self._pool.waits(self.id, self._reservation, now)
+            if not self._pool.worth_keeping(self._reservation):
+                self._reservation.release()
+                self._reserve()
+        elif not self._reservation.sound(alive_nodes()):
             # Actors that were to start on a node that is gone would be waited for until the deadline.
             return [self._lost_at_start("a node of it went while it started")]
         elif now > self._deadline:
             why = "a group did not load and meet in time"
-            excused = self._sick_nodes.start_failed(Stage.DENOISE, self._nodes, why)
+            excused = self._exclusion.start_failed(Stage.DENOISE, self._nodes, why)
             return [self._lost_at_start(self._why_late(), excused)]
         return []
 
@@ -108,54 +108,54 @@ class DenoiseGroup:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         self._pool.ended(self.id)
-        self._pool.vacate(self._seats)
+        self._pool.vacate(self._reservation)
         if rebuild and self._seated:  # else who knows what holds them
-            self._pool.keep(self._seats)
+            self._pool.keep(self._reservation)
         else:
-            self._seats.release()
+            self._reservation.release()
 
     # Starting ---------------------------------------------------------------------------------------------------------
 
-    def _take_seats(self) -> None:
-        self._seats = seats = self._pool.seats(self.id, self.plan)
-        self._watch(seats.ready(), lambda ref: self._placed(ref, seats))
+    def _reserve(self) -> None:
+        self._reservation = reservation = self._pool.reservation(self.id, self.plan)
+        self._watch(reservation.ready(), lambda ref: self._placed(ref, reservation))
 
-    def _placed(self, ref: ray.ObjectRef, seats: Seats) -> list[Event]:
-        if self._killed or seats is not self._seats:
+    def _placed(self, ref: ray.ObjectRef, reservation: GroupReservation) -> list[Event]:
+        if self._killed or reservation is not self._reservation:
             return []
         if error := _error_of(ref):
             return [WorkerLost(self.id, start_failure(classify(error, str(self.id))))]
         config = self._context.config
-        self._nodes = seats.nodes()
+        self._nodes = reservation.nodes()
         self.nodes = frozenset(self._nodes)
         actor_class: Any = RankActor  # ray.remote has replaced the class by its actor factory
         for rank in range(self.plan.world_size):
             actor = actor_class.options(
                 num_cpus=config.groups.cpus_per_rank,
                 num_gpus=rank_gpus(config),
-                scheduling_strategy=seats.strategy(rank),
+                scheduling_strategy=reservation.strategy(rank),
                 runtime_env=SHOW_GPUS if config.parallel.device == "cuda" else HIDE_GPUS,
             ).remote(self._context, self.plan, rank, str(self.id))
             self._ranks.append(actor)
-        patience_s = min(VACATE_S, config.timeouts.start_s) if seats.used else config.timeouts.start_s
+        patience_s = min(VACATE_S, config.timeouts.start_s) if reservation.used else config.timeouts.start_s
         self._deadline = time.monotonic() + patience_s
         # Every rank is asked, so that the death of any is noticed while the group is idle, too.
-        self._pulses = [Pulse(self.id, rank, self._watch) for rank in self._ranks]
+        self._pulses = [HeartbeatPoller(self.id, rank, self._watch) for rank in self._ranks]
         self._pool.placed(self.id)
         address, seated = self._ranks[0].host_rendezvous.remote(), self._ask_all("seat")
         self._when_all({address: 0, **seated}, lambda told: self._meet(address, [told[ref] for ref in seated]))
         return [WorkerPlaced(self.id)]
 
-    def _meet(self, address: ray.ObjectRef, seats: Sequence[RankSeat]) -> list[Event]:
+    def _meet(self, address: ray.ObjectRef, reservation: Sequence[RankLocation]) -> list[Event]:
         self._seated = True
-        self._pool.occupy(self._seats)
+        self._pool.occupy(self._reservation)
         self._deadline = time.monotonic() + self._context.config.timeouts.start_s
-        self._when_all(self._ask_all("join", address, seats), lambda _: self._joined())
+        self._when_all(self._ask_all("join", address, reservation), lambda _: self._joined())
         return []
 
     def _joined(self) -> list[Event]:
         self._ready = True
-        self._sick_nodes.started(Stage.DENOISE, self._nodes)
+        self._exclusion.started(Stage.DENOISE, self._nodes)
         return [WorkerReady(self.id)]
 
     def _ask_all(self, method: str, *arguments: Any) -> dict[ray.ObjectRef, int]:
@@ -220,7 +220,7 @@ class DenoiseGroup:
             for item, own, report in zip(items, latents, answers[reports], strict=True):
                 item.latents = own
                 item.stages["denoise"] = report
-            self._sick_nodes.worked(Stage.DENOISE, self._nodes)
+            self._exclusion.worked(Stage.DENOISE, self._nodes)
             return [TaskDone(self.id)]
 
         self._when_all({reports: 0, **others}, rendered)
@@ -239,8 +239,8 @@ class DenoiseGroup:
             assert error
             failure = classify(error, str(self.id))
             if is_node_fault(error):
-                self._sick_nodes.device_faulted(Stage.DENOISE, self._nodes_of([0]), failure.message)
-            if not worker_survives(error) or not self._pool.good(self._seats):
+                self._exclusion.device_faulted(Stage.DENOISE, self._nodes_of([0]), failure.message)
+            if not worker_survives(error) or not self._pool.good(self._reservation):
                 return WorkerLost(self.id, failure)
             item.latents = given
             return TaskFailed(self.id, failure)
@@ -279,9 +279,9 @@ class DenoiseGroup:
             return self._start_failed(failure, own or range(len(self._ranks)))
         excused = False
         if faulty := [asked[ref] for ref, error in errors.items() if is_device_fault(error)]:
-            excused = self._sick_nodes.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
+            excused = self._exclusion.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
         # Where every rank refused the sample alike (latents that are not finite, an input that was lost), none is left
-        # waiting in a collective: the gang keeps its 26 GB of weights and takes the next sample.
+        # waiting in a collective: the group keeps its 26 GB of weights and takes the next sample.
         refused = in_step and all(f.kind is FailureClass.POISON for f in failures)
         if (refused or all(map(input_was_lost, errors.values()))) and len(errors) == len(asked):
             return TaskFailed(self.id, failure)
@@ -291,7 +291,7 @@ class DenoiseGroup:
         """Because of these ranks; no node is to blame for its end, or for an output root that is away."""
         excused = False
         if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
-            excused = self._sick_nodes.start_failed(Stage.DENOISE, self._nodes_of(ranks), failure.message)
+            excused = self._exclusion.start_failed(Stage.DENOISE, self._nodes_of(ranks), failure.message)
         return WorkerLost(self.id, start_failure(failure), excused)
 
     def _nodes_of(self, ranks: Iterable[int]) -> set[str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.media.writer import MediaInfo
-from hv_batch.protocol import NotFiniteError
+from hv_batch.protocol import NonFiniteError
 from hv_batch.runtime.publisher import Publisher
 from hv_batch.runtime.run_context import stopwatch
 
@@ -24,18 +24,18 @@ Chunks = Generator[np.ndarray, None, None]
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class RecordedDecode:
     media: MediaInfo
     seconds: float  # that decoding took
 
 
-def record(publisher: Publisher, sample: Sample, chunks: Chunks, folder: Path) -> Recording | Exception:
+def record_decode(publisher: Publisher, sample: Sample, chunks: Chunks, folder: Path) -> RecordedDecode | Exception:
     """The media file, or why there is none; raises only what leaves ranks waiting for each other."""
     stream = _Stream(chunks)
     try:
         with stopwatch() as watch:
             media = publisher.write(sample, stream.frames(), folder)
-        return Recording(media, watch.seconds)
+        return RecordedDecode(media, watch.seconds)
     except Exception as error:
         if stream.is_broken:
             raise
@@ -53,7 +53,7 @@ class _Stream:
     def frames(self) -> Iterator[np.ndarray]:
         try:
             yield from self._chunks
-        except (GeneratorExit, NotFiniteError):
+        except (GeneratorExit, NonFiniteError):
             raise
         except Exception:
             self.is_broken = True
@@ -61,6 +61,6 @@ class _Stream:
 
     def finish(self) -> None:
         """Nobody wants the rest, but the other ranks are to end."""
-        with suppress(NotFiniteError):
+        with suppress(NonFiniteError):
             next(self._chunks, None)  # closed before it had begun, it would not know that it was to take anything
             self._chunks.close()

@@ -17,18 +17,18 @@ import ray
 from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.records.latents import Denoised, put_latents, sample_identity
+from hv_batch.job.records.latents import FinalLatents, put_latents, sample_identity
 from hv_batch.job.storage.errors import StorageUnavailableError
-from hv_batch.protocol import Denoiser, ParallelPlan, RankPlace, StepState
+from hv_batch.protocol import Denoiser, ParallelPlan, RankSpec, StepState
 from hv_batch.runtime.groups.gpu_memory import await_free_memory
-from hv_batch.runtime.groups.group_decode import Recording, record
-from hv_batch.runtime.groups.step_checkpoints import Pace, StepWriter, read_steps
-from hv_batch.runtime.publisher import Made, Publisher, Stages, scratch_folder
-from hv_batch.runtime.run_context import LifeSign, RunContext, StageReport, see_output_root, stopwatch
+from hv_batch.runtime.groups.group_decode import RecordedDecode, record_decode
+from hv_batch.runtime.groups.step_checkpoints import StepTimer, StepWriter, read_steps
+from hv_batch.runtime.publisher import DecodedVideo, Publisher, Stages, scratch_folder
+from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport, see_output_root, stopwatch
 
 
 @dataclass(frozen=True, slots=True)
-class RankSeat:
+class RankLocation:
     """Where Ray put a rank: what the ranks of a group need to know of each other before they can meet."""
 
     node: str  # Ray's id: several nodes of a cluster may share an address
@@ -45,40 +45,42 @@ class DenoiseTask:
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
 class RankActor:
-    """One rank. A restarted rank would have no process group, hence no restarts: the driver rebuilds the whole gang."""
+    """One rank. A restarted rank would have no process group, hence no restarts: the driver rebuilds the whole group."""
 
     def __init__(self, context: RunContext, plan: ParallelPlan, rank: int, name: str) -> None:
         self._context = context
         self._plan = plan
         self._rank = rank
         self._name = name
-        self._pace = Pace()
+        self._pace = StepTimer()
         self._checkpoint_asked = Event()
         self._publisher = Publisher(context, name)  # of rank 0, where the group decodes
-        self._recording: Recording | Exception | None = None
+        self._recording: RecordedDecode | Exception | None = None
 
-    def seat(self) -> RankSeat:
+    def location(self) -> RankLocation:
         gpus = tuple(str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
-        return RankSeat(ray.get_runtime_context().get_node_id(), gpus)
+        return RankLocation(ray.get_runtime_context().get_node_id(), gpus)
 
     def host_rendezvous(self) -> str:
         """Rank 0: open the meeting point on a port that is free at this moment, and keep it (no port race)."""
         return self._context.engine.host_rendezvous(ray.util.get_node_ip_address(), self._plan.world_size)
 
-    def join(self, address: str, seats: Sequence[RankSeat]) -> None:
+    def join(self, address: str, reservation: Sequence[RankLocation]) -> None:
         """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
         decodes = self._context.config.decoders.placement == "group"
         if self._rank == 0:
             self._publisher.check() if decodes else see_output_root(self._context.store)
         parallel = self._context.config.parallel
-        neighbours = [rank for rank, seat in enumerate(seats) if seat.node == seats[self._rank].node]
+        neighbours = [
+            rank for rank, location in enumerate(reservation) if location.node == reservation[self._rank].node
+        ]
         if parallel.device == "cuda":
             # Every rank of a node sees the same GPUs in the same order: peer-to-peer copies and NCCL's topology search
             # need to see the neighbours. Takes effect because CUDA starts only in the engine.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for rank in neighbours for gpu in seats[rank].gpus)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for rank in neighbours for gpu in reservation[rank].gpus)
             self._await_own_gpu(neighbours.index(self._rank))
         timeouts = self._context.config.timeouts
-        place = RankPlace(
+        place = RankSpec(
             rank=self._rank,
             local_rank=neighbours.index(self._rank),
             plan=self._plan,
@@ -118,7 +120,7 @@ class RankActor:
             for task, texts, resume in each:
                 self._assist(task.sample, texts, resume)
             return None
-        denoised, reports = list[Denoised](), list[StageReport]()
+        denoised, reports = list[FinalLatents](), list[StageReport]()
         try:
             for task, texts, resume in each:
                 own, report = self._denoise(task, texts, resume)
@@ -137,7 +139,7 @@ class RankActor:
 
     def _denoise(
         self, task: DenoiseTask, embeddings: tuple[Any, Any], resume: StepState | None
-    ) -> tuple[Denoised, StageReport]:
+    ) -> tuple[FinalLatents, StageReport]:
         context, sample = self._context, task.sample
         positive, negative = embeddings
         identity = sample_identity(sample, context.fingerprint)
@@ -158,7 +160,7 @@ class RankActor:
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
         reports = {name: stage.to_dict() for name, stage in {**task.stages, "denoise": report}.items()}
-        return Denoised(sample, latents, identity, reports), report
+        return FinalLatents(sample, latents, identity, reports), report
 
     def find_latents(self, sample: Sample, stages: Stages | None) -> tuple[np.ndarray | None, Stages | None]:
         """Rank 0: what is to be decoded, and the reports behind it; None for these when the sample is committed.
@@ -177,7 +179,7 @@ class RankActor:
         """
         frames = self._denoiser.decode(latents)
         if self._rank == 0:
-            self._recording = record(self._publisher, sample, frames, Path(self._folder.name))
+            self._recording = record_decode(self._publisher, sample, frames, Path(self._folder.name))
         else:
             deque(frames, maxlen=0)
 
@@ -188,12 +190,12 @@ class RankActor:
         with self._folder:
             if isinstance(recording, Exception):
                 raise recording
-            made = Made(sample, recording.media, recording.seconds, stages, failures)
+            made = DecodedVideo(sample, recording.media, recording.seconds, stages, failures)
             return self._publisher.publish([made])[0]
 
     @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
-    def progress(self) -> LifeSign:
-        return LifeSign(self._pace.steps + self._publisher.count, self._pace.patience_s)
+    def progress(self) -> ProgressReport:
+        return ProgressReport(self._pace.steps + self._publisher.count, self._pace.patience_s)
 
     @ray.method(concurrency_group="health")
     def checkpoint(self) -> None:

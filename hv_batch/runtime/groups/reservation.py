@@ -1,6 +1,6 @@
 """The seats of one denoise group: its placement group, which outlives a life of the group while its nodes are fit.
 
-A gang that is rebuilt in the same placement group cannot lose its GPUs to somebody else in between. The placement group
+A group that is rebuilt in the same placement group cannot lose its GPUs to somebody else in between. The placement group
 belongs to this driver, so Ray reclaims it if we are killed.
 """
 
@@ -17,9 +17,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.scheduling.capacity import lodgers_per_node
+from hv_batch.job.scheduling.capacity import colocated_per_node
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.nodes.resources import elsewhere, group_bundles, ranks_per_node
+from hv_batch.runtime.nodes.resources import avoid_nodes, group_bundles, ranks_per_node
 
 # What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
 # quicker built anew than waited for.
@@ -30,7 +30,7 @@ SOUND = ("PENDING", "PREPARED", "CREATED")
 ANSWER_S = 1.0
 
 
-class Seats:
+class GroupReservation:
     """Asked for at once; `ready` tells when Ray has reserved them. `plan` is that of the group that is to sit there,
     `avoid` are ids of nodes that get no seat.
     """
@@ -41,15 +41,15 @@ class Seats:
         self.used = False  # whether ranks have sat here
         self.occupied = False  # whether ranks sit here now
         self.given_back = False
-        self._rooms = lodgers_per_node(config)
-        self._lodgers: Counter[int] = Counter()  # colocated encoders on each node, by the index of its bundle
+        self._rooms = colocated_per_node(config)
+        self._colocated_workers: Counter[int] = Counter()  # colocated encoders on each node, by the index of its bundle
         self._ranks_per_node = ranks_per_node(config, plan)
         bundles = group_bundles(config, plan)
         # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
         # another group needs whole.
         strategy = "STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK"
         self._group: PlacementGroup = placement_group(
-            bundles, strategy=strategy, name=name, bundle_label_selector=[elsewhere(avoid)] * len(bundles)
+            bundles, strategy=strategy, name=name, bundle_label_selector=[avoid_nodes(avoid)] * len(bundles)
         )
 
     def ready(self) -> ray.ObjectRef:
@@ -72,29 +72,29 @@ class Seats:
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return self._on(rank // self._ranks_per_node)
 
-    def find_room(self) -> Room | None:
+    def find_room(self) -> BundleSlot | None:
         """Room for an encoder on the node that has the fewest; None if all are full or no ranks sit here."""
         if not self.occupied:
             return None
-        node = min(range(len(self._group.bundle_specs)), key=lambda node: self._lodgers[node])
-        if self._lodgers[node] >= self._rooms:
+        node = min(range(len(self._group.bundle_specs)), key=lambda node: self._colocated_workers[node])
+        if self._colocated_workers[node] >= self._rooms:
             return None
-        self._lodgers[node] += 1
-        return Room(self, node, self._on(node))
+        self._colocated_workers[node] += 1
+        return BundleSlot(self, node, self._on(node))
 
     @property
-    def lodgers(self) -> int:
-        return self._lodgers.total()
+    def colocated_workers(self) -> int:
+        return self._colocated_workers.total()
 
-    def leave(self, room: Room) -> None:
-        self._lodgers[room.node] -= 1
+    def leave(self, room: BundleSlot) -> None:
+        self._colocated_workers[room.node] -= 1
         if self.given_back:
             self.release()
 
     def release(self) -> None:
         """Give them back when the last encoder has left."""
         self.occupied, self.given_back = False, True
-        if not self.lodgers:
+        if not self.colocated_workers:
             remove_placement_group(self._group)
 
     def _on(self, node: int) -> PlacementGroupSchedulingStrategy:
@@ -105,15 +105,15 @@ class Seats:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Room:
+class BundleSlot:
     """A colocated encoder's, on one of the nodes of some seats."""
 
-    seats: Seats
+    reservation: GroupReservation
     node: int
     strategy: PlacementGroupSchedulingStrategy
 
     def leave(self) -> None:
-        self.seats.leave(self)
+        self.reservation.leave(self)
 
 
 def answers(node: Mapping[str, Any]) -> bool:

@@ -15,9 +15,16 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.groups.reservation import Room, Seats
-from hv_batch.runtime.nodes.exclusion import SickNodes
-from hv_batch.runtime.nodes.resources import SAY_EVERY_S, alive_nodes, fits, group_bundles, show_apart, show_cluster
+from hv_batch.runtime.groups.reservation import BundleSlot, GroupReservation
+from hv_batch.runtime.nodes.exclusion import NodeExclusion
+from hv_batch.runtime.nodes.resources import (
+    SAY_EVERY_S,
+    alive_nodes,
+    can_place,
+    format_bundles,
+    group_bundles,
+    show_cluster,
+)
 
 # Ray places a group on idle nodes within a second; a sentence about each would be noise.
 FIRST_WORD_S = 5.0
@@ -27,23 +34,23 @@ FIRST_WORD_S = 5.0
 KEEP_S = 10.0
 
 
-class GroupPool:
+class ReservationPool:
     """One for all groups of a run."""
 
-    def __init__(self, config: RunConfig, sick_nodes: SickNodes, say: Callable[[str], None]) -> None:
+    def __init__(self, config: RunConfig, exclusion: NodeExclusion, say: Callable[[str], None]) -> None:
         self._config = config
-        self._sick_nodes = sick_nodes
+        self._exclusion = exclusion
         self._say = say
-        self._kept: list[tuple[float, Seats]] = []  # since when
-        self._occupied: list[Seats] = []
+        self._kept: list[tuple[float, GroupReservation]] = []  # since when
+        self._occupied: list[GroupReservation] = []
         self._serial = count()
-        self._waiting: dict[WorkerId, tuple[float, Seats]] = {}  # since when, for what
+        self._waiting: dict[WorkerId, tuple[float, GroupReservation]] = {}  # since when, for what
         self._placed: set[WorkerId] = set()
         self._said: tuple[float, str] = (-math.inf, "")  # when, what
 
     # Seats ------------------------------------------------------------------------------------------------------------
 
-    def seats(self, worker: WorkerId, plan: ParallelPlan) -> Seats:
+    def reservation(self, worker: WorkerId, plan: ParallelPlan) -> GroupReservation:
         """Kept ones of that size where they are still good, else new ones."""
         for since, kept in self._kept_for(plan):
             self._kept.remove((since, kept))
@@ -51,60 +58,63 @@ class GroupPool:
                 return kept
             kept.release()
         name = f"hv-group-{worker.slot}-{next(self._serial)}"
-        return Seats(self._config, plan, name, self._sick_nodes.avoided(Stage.DENOISE))
+        return GroupReservation(self._config, plan, name, self._exclusion.avoided(Stage.DENOISE))
 
-    def good(self, seats: Seats) -> bool:
+    def good(self, reservation: GroupReservation) -> bool:
         """Whether a group may be built there: no node is lost, and none has been excluded since they were asked for."""
-        nodes, excluded = seats.nodes(), self._sick_nodes.excluded
-        fit = excluded.isdisjoint(nodes) if nodes else seats.avoid == excluded
-        return fit and seats.sound(alive_nodes())
+        nodes, excluded = reservation.nodes(), self._exclusion.excluded
+        fit = excluded.isdisjoint(nodes) if nodes else reservation.avoid == excluded
+        return fit and reservation.sound(alive_nodes())
 
-    def worth_keeping(self, pending: Seats) -> bool:
+    def worth_keeping(self, pending: GroupReservation) -> bool:
         """Whether to go on waiting for these, or to ask anew: another group's may have become free meanwhile."""
         return not self._kept_for(pending.plan) and self.good(pending)
 
-    def keep(self, seats: Seats) -> None:
+    def keep(self, reservation: GroupReservation) -> None:
         """For the next group of their size, of whichever slot: bound to its own, they could wait for it for ever."""
-        self._kept.append((time.monotonic(), seats))
+        self._kept.append((time.monotonic(), reservation))
 
     def give_back(self, groups_to_come: Mapping[ParallelPlan, int], now: float) -> None:
         """Let go of seats that nobody will come for: others may wait for exactly these GPUs."""
         for plan, coming in groups_to_come.items():
-            coming += sum(seats.plan == plan for _, seats in self._waiting.values())
+            coming += sum(reservation.plan == plan for _, reservation in self._waiting.values())
             kept = self._kept_for(plan)
-            for since, seats in kept[: max(0, len(kept) - coming)]:
+            for since, reservation in kept[: max(0, len(kept) - coming)]:
                 if now - since > KEEP_S:
-                    self._kept.remove((since, seats))
-                    seats.release()
+                    self._kept.remove((since, reservation))
+                    reservation.release()
 
-    def occupy(self, seats: Seats) -> None:
+    def occupy(self, reservation: GroupReservation) -> None:
         """All ranks of a group sit there."""
-        seats.used = seats.occupied = True
-        self._occupied.append(seats)
+        reservation.used = reservation.occupied = True
+        self._occupied.append(reservation)
 
-    def vacate(self, seats: Seats) -> None:
+    def vacate(self, reservation: GroupReservation) -> None:
         """The ranks are gone, if they had ever sat there."""
-        seats.occupied = False
-        if seats in self._occupied:
-            self._occupied.remove(seats)
+        reservation.occupied = False
+        if reservation in self._occupied:
+            self._occupied.remove(reservation)
 
-    def find_room(self) -> Room | None:
+    def find_room(self) -> BundleSlot | None:
         """Room for an encoder, in the group that has the fewest encoders."""
-        rooms = (seats.find_room() for seats in sorted(self._occupied, key=lambda seats: seats.lodgers))
+        rooms = (
+            reservation.find_room()
+            for reservation in sorted(self._occupied, key=lambda reservation: reservation.colocated_workers)
+        )
         return next((room for room in rooms if room), None)
 
     def close(self) -> None:
         while self._kept:
             self._kept.pop()[1].release()
 
-    def _kept_for(self, plan: ParallelPlan) -> list[tuple[float, Seats]]:
+    def _kept_for(self, plan: ParallelPlan) -> list[tuple[float, GroupReservation]]:
         return [entry for entry in self._kept if entry[1].plan == plan]
 
     # Waiting ----------------------------------------------------------------------------------------------------------
 
-    def waits(self, worker: WorkerId, seats: Seats, now: float) -> None:
+    def waits(self, worker: WorkerId, reservation: GroupReservation, now: float) -> None:
         """Called again and again while a group has no seats; says what all of them wait for, when there is news."""
-        since, _ = self._waiting[worker] = (self._waiting.get(worker, (now, seats))[0], seats)
+        since, _ = self._waiting[worker] = (self._waiting.get(worker, (now, reservation))[0], reservation)
         if now - since < FIRST_WORD_S or now - self._said[0] < SAY_EVERY_S:
             return
         text = self._why_waiting()
@@ -122,14 +132,16 @@ class GroupPool:
 
     def _why_waiting(self) -> str:
         nodes = alive_nodes()
-        usable = [resources for node, resources in nodes.items() if node not in self._sick_nodes.excluded]
-        plans = sorted({seats.plan for _, seats in self._waiting.values()}, key=lambda plan: -plan.world_size)
+        usable = [resources for node, resources in nodes.items() if node not in self._exclusion.excluded]
+        plans = sorted(
+            {reservation.plan for _, reservation in self._waiting.values()}, key=lambda plan: -plan.world_size
+        )
         asked = [group_bundles(self._config, plan) for plan in plans]
-        if fits(asked[:1], usable):
+        if can_place(asked[:1], usable):
             hope = "They begin when others let go of enough, or when nodes join."
         else:
             hope = "The nodes here could never hold one, however idle: they begin only when others join."
         return (
             f"{len(self._placed)} denoise group(s) have their place, {len(self._waiting)} wait for nodes. Each asks "
-            f"for {' or '.join(map(show_apart, asked))}; {show_cluster(list(nodes.values()))}. {hope}"
+            f"for {' or '.join(map(format_bundles, asked))}; {show_cluster(list(nodes.values()))}. {hope}"
         )

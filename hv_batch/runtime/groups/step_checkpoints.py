@@ -29,7 +29,7 @@ OVERDUE = 5.0
 LEAST_PATIENCE_S = 60.0
 
 
-class Pace:
+class StepTimer:
     """Of the denoises of one rank, one after the other; asked from another thread."""
 
     def __init__(self) -> None:

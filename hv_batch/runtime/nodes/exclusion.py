@@ -1,7 +1,7 @@
 """The nodes that this run's GPU actors keep off: asked before an actor is placed, told when one fails, said to people.
 
 What is decided (which node is excluded) is the pure layer's, `job.nodes`. Groups keep off whatever is excluded. Single
-actors do too, as long as the other nodes could host one of each station; else a run whose only spare GPU is on such a
+actors do too, as long as the other nodes could host one of each stage; else a run whose only spare GPU is on such a
 node would wait for ever. Pools without GPUs neither blame nodes nor keep off any.
 """
 
@@ -16,12 +16,12 @@ from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.nodes.node_health import NodeHealth
-from hv_batch.runtime.nodes.resources import actor_bundle, alive_nodes, fits, group_bundles
+from hv_batch.runtime.nodes.resources import actor_bundle, alive_nodes, can_place, group_bundles
 
 _NAMES = {Stage.ENCODE: "encoders", Stage.DENOISE: "groups", Stage.DECODE: "decoders"}
 
 
-class SickNodes:
+class NodeExclusion:
     """One for all actors of a run. Nodes are Ray's ids; `largest` is the plan of its largest group."""
 
     def __init__(self, config: RunConfig, largest: ParallelPlan, say: Callable[[str], None]) -> None:
@@ -42,7 +42,7 @@ class SickNodes:
         return {self._name(node): reason for node, reason in self._health.reasons.items()}
 
     def avoided(self, stage: Stage) -> frozenset[str]:
-        """Where no actor of the station is to be placed now."""
+        """Where no actor of the stage is to be placed now."""
         if self.excluded and stage is Stage.DENOISE and not self._can_spare(self.excluded, stage):
             pardoned = ", ".join(self._name(node) for node in sorted(self._health.pardon()))
             self._say(f"nothing else could host a group any more, so {pardoned} may be used again")
@@ -67,7 +67,7 @@ class SickNodes:
 
     def _can_spare(self, nodes: frozenset[str], stage: Stage) -> bool:
         bill = [self._group] if stage is Stage.DENOISE else [self._group, *self._singles.values()]
-        return fits(bill, [resources for node, resources in alive_nodes().items() if node not in nodes])
+        return can_place(bill, [resources for node, resources in alive_nodes().items() if node not in nodes])
 
     def _tell(
         self, blame: Callable[[Stage, Iterable[str], str], list[str]], stage: Stage, nodes: Iterable[str], why: str

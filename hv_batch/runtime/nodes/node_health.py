@@ -1,7 +1,7 @@
 """Which nodes a run's actors keep off: a node that fails again and again must not have the night's samples (P5).
 
 Only what speaks of the node counts: a worker that did not start there, and a device that faulted. A sample can kill a
-process, so lost ranks and hangs stay with the samples and the slots. Stations are counted apart: a node has several
+process, so lost ranks and hangs stay with the samples and the slots. Stages are counted apart: a node has several
 GPUs, and groups that render on seven of them say nothing of the eighth, under a decoder. Pure bookkeeping: nodes are
 opaque names, and whether a run could do without some is asked of the caller.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from hv_batch.job.stages import Stage
 
-# Failures of one kind in a row, of whichever workers of a station. One is bad luck: a port, a passing shortage of
+# Failures of one kind in a row, of whichever workers of a stage. One is bad luck: a port, a passing shortage of
 # memory. Two must be enough: with a third, a sample that met a faulty GPU each time would have used up its tries
 # (retries.infra: 3).
 EXCLUDE_AFTER = 2
@@ -22,7 +22,7 @@ EXCLUDE_AFTER = 2
 class NodeHealth:
     """What speaks against each node, and which of them are excluded for the rest of the run.
 
-    `can_spare(nodes, stage)` tells whether the station's workers could still be placed without all of `nodes`. A node
+    `can_spare(nodes, stage)` tells whether the stage's workers could still be placed without all of `nodes`. A node
     is excluded only then: a run on its last nodes goes on trying, and ends by the budgets of its samples and slots.
     """
 

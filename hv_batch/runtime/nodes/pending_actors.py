@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.nodes.resources import SINGLES, alive_nodes, fits, show, show_cluster, single_actors
+from hv_batch.runtime.nodes.resources import SINGLES, alive_nodes, can_place, show, show_cluster, single_actors
 from hv_batch.runtime.worker import Worker
 
 # Ray places a single actor within a second, and asks an autoscaler that brings a node for it within some minutes.
 SAY_AFTER_S = 60.0
 
 
-class RoomWatch:
-    """Of the stations that stand by themselves. Groups tell of their own waiting; see `group_pool`."""
+class PendingActorWatch:
+    """Of the stages that stand by themselves. Groups tell of their own waiting; see `group_pool`."""
 
     def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
         self._asked = single_actors(config)
         self._say = say
-        self._since: dict[Stage, float] = {}  # nobody of the station has room, and somebody wants it
+        self._since: dict[Stage, float] = {}  # nobody of the stage has room, and somebody wants it
         self._said: set[Stage] = set()
 
     def look(self, workers: Mapping[WorkerId, Worker], now: float) -> None:
@@ -37,7 +37,7 @@ class RoomWatch:
     def _why_waiting(self, stage: Stage) -> str:
         nodes, bundle = list(alive_nodes().values()), self._asked[stage]
         hope = "It begins when others let go of enough, or when nodes join."
-        if not fits([[bundle]], nodes):
+        if not can_place([[bundle]], nodes):
             hope = "No node here could ever hold it: it begins only when others join."
         return (
             f"{SINGLES[stage]} waits for room, and the samples for it: it asks for one node with {show(bundle)}; "

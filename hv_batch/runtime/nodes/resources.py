@@ -11,7 +11,7 @@ from ray.autoscaler.sdk import request_resources
 
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
-from hv_batch.job.scheduling.capacity import lodgers_per_node, most_workers
+from hv_batch.job.scheduling.capacity import colocated_per_node, most_workers
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan, UserError
 
@@ -36,7 +36,7 @@ def actor_bundle(cpus: float, gpus: float) -> Bundle:
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
 
 
-def elsewhere(avoid: frozenset[str]) -> dict[str, str]:
+def avoid_nodes(avoid: frozenset[str]) -> dict[str, str]:
     """The label selector that keeps a bundle or an actor off these nodes."""
     return {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
 
@@ -51,11 +51,11 @@ def group_bundles(config: RunConfig, plan: ParallelPlan) -> list[Bundle]:
     Colocated encoders add their CPUs; they use the ranks' GPUs.
     """
     ranks, groups = ranks_per_node(config, plan), config.groups
-    cpus = groups.cpus_per_rank * ranks + lodgers_per_node(config) * config.encoders.cpus
+    cpus = groups.cpus_per_rank * ranks + colocated_per_node(config) * config.encoders.cpus
     return [actor_bundle(cpus, groups.gpus_per_rank * ranks)] * groups.nodes_per_group
 
 
-def least_bill(config: RunConfig, largest: ParallelPlan) -> list[list[Bundle]]:
+def minimum_resources(config: RunConfig, largest: ParallelPlan) -> list[list[Bundle]]:
     """The least that renders everything: one group, of the largest plan there is, and an encoder and a decoder where
     these stand by themselves.
 
@@ -76,7 +76,7 @@ def total(bundles: Sequence[Mapping[str, float]]) -> Bundle:
     return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in sorted(names)}
 
 
-def fits(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]]) -> bool:
+def can_place(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]]) -> bool:
     """Whether every bundle finds a node, and those of one inner list different ones.
 
     Largest first into the first node that has room: enough for one group and two single actors.
@@ -94,7 +94,7 @@ def fits(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]])
     return True
 
 
-class Shortage:
+class ResourceShortage:
     """Whether the nodes that there are could not hold the least bill, however idle: said, and told to an autoscaler.
 
     Before a run begins that is all it waits for, and when its nodes are gone, it waits for others in the same way.
@@ -106,14 +106,14 @@ class Shortage:
         self._config, self._largest = config, largest
         self._patience_s = patience_s
         self._say = say
-        self._bill = least_bill(config, largest)
+        self._bill = minimum_resources(config, largest)
         self._since: float | None = None
         self._said = -math.inf
 
     def lasts(self, now: float, *, is_busy: bool = False) -> bool:
         """Raises UserError after `patience_s` of it with nothing to do, with what was asked and what there is."""
         nodes = list(alive_nodes().values())
-        if fits(self._bill, nodes):
+        if can_place(self._bill, nodes):
             self.forget()
             return False
         told = _asked_and_there(self._config, self._largest, nodes)
@@ -137,10 +137,10 @@ class Shortage:
         self._since, self._said = None, -math.inf
 
 
-def await_resources(shortage: Shortage, should_stop: Callable[[], bool]) -> bool:
+def await_resources(shortage: ResourceShortage, should_stop: Callable[[], bool]) -> bool:
     """Wait until the cluster has what the least bill asks for; nothing is reserved.
 
-    False when `should_stop` ended the waiting. Raises UserError as `Shortage.lasts`.
+    False when `should_stop` ended the waiting. Raises UserError as `ResourceShortage.lasts`.
     """
     try:
         while shortage.lasts(time.monotonic()):
@@ -158,7 +158,7 @@ def alive_nodes() -> dict[str, Bundle]:
 
 
 def result_shares(config: RunConfig, plans: Sequence[ParallelPlan]) -> dict[Stage, float]:
-    """Bytes of an object store that the results of one worker may hold, by its station; asked of the cluster as it is.
+    """Bytes of an object store that the results of one worker may hold, by its stage; asked of the cluster as it is.
 
     A worker's results lie where it stands. So each gets its part of the smallest store on which one can stand, divided
     by how many of its kind may come together on one node; of the `plans` of groups, largest first, the smallest is the
@@ -168,7 +168,7 @@ def result_shares(config: RunConfig, plans: Sequence[ParallelPlan]) -> dict[Stag
     group, encoder = group_bundles(config, plans[-1])[0], actor_bundle(config.encoders.cpus, config.encoders.gpus)
     of_groups = result_share(group, most[Stage.DENOISE], nodes)
     if config.encoders.is_colocated:
-        return {Stage.ENCODE: of_groups / lodgers_per_node(config), Stage.DENOISE: of_groups}
+        return {Stage.ENCODE: of_groups / colocated_per_node(config), Stage.DENOISE: of_groups}
     return {Stage.ENCODE: result_share(encoder, most[Stage.ENCODE], nodes), Stage.DENOISE: of_groups}
 
 
@@ -187,11 +187,11 @@ def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
 def _asked_and_there(config: RunConfig, largest: ParallelPlan, nodes: Sequence[Mapping[str, float]]) -> str:
     actors = "".join(f", {SINGLES[stage]} with {show(bundle)}" for stage, bundle in single_actors(config).items())
     there = "; ".join(show_hardware(node) for node in nodes) or "none"
-    ranks, group = largest.world_size, show_apart(group_bundles(config, largest))
+    ranks, group = largest.world_size, format_bundles(group_bundles(config, largest))
     return f"Needed at least: a group of {ranks} rank(s) on {group}{actors}. Nodes there are: {there}."
 
 
-def show_apart(bundles: Sequence[Bundle]) -> str:
+def format_bundles(bundles: Sequence[Bundle]) -> str:
     """As "2 nodes with 4 GPU each"; the bundles are equal."""
     if len(bundles) == 1:
         return f"one node with {show(bundles[0])}"

@@ -15,24 +15,24 @@ import ray
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.groups.reservation import Room
-from hv_batch.runtime.groups.reservation_pool import GroupPool
+from hv_batch.runtime.groups.reservation import BundleSlot
+from hv_batch.runtime.groups.reservation_pool import ReservationPool
 from hv_batch.runtime.pools.pool_worker import EncoderWorker
 from hv_batch.runtime.worker import InFlight, Watch
 
 
-class Lodger:
+class ColocatedWorker:
     """One life of an encoder; `begin` starts its actor as soon as a group has room for it."""
 
     def __init__(
-        self, worker: WorkerId, pool: GroupPool, watch: Watch, begin: Callable[[Room, Watch], EncoderWorker]
+        self, worker: WorkerId, pool: ReservationPool, watch: Watch, begin: Callable[[BundleSlot, Watch], EncoderWorker]
     ) -> None:
         self.id = worker
         self.nodes: frozenset[str] = frozenset()
         self._pool = pool
         self._watch = watch
         self._begin = begin
-        self._room: Room | None = None
+        self._room: BundleSlot | None = None
         self._life: EncoderWorker | None = None
         self._move_in()
 
@@ -44,9 +44,9 @@ class Lodger:
         if self._life is None or self._room is None:
             self._move_in()
             return []
-        if self._room.seats.given_back:
+        if self._room.reservation.given_back:
             return [WorkerLeaving(self.id, math.inf)]
-        if not self.nodes and not self._room.seats.occupied:
+        if not self.nodes and not self._room.reservation.occupied:
             return [self._turned_out()]
         return self._life.poll(now)
 
@@ -66,13 +66,13 @@ class Lodger:
     def _judge(self, event: Event) -> Event:
         assert self._life
         assert self._room
-        seats = self._room.seats
+        reservation = self._room.reservation
         match event:
-            case WorkerPlaced() if not seats.occupied:
+            case WorkerPlaced() if not reservation.occupied:
                 return self._turned_out()
             case WorkerPlaced():
                 self.nodes = self._life.nodes
-            case WorkerLost() if seats.given_back:
+            case WorkerLost() if reservation.given_back:
                 return self._turned_out()
         return event
 

@@ -15,8 +15,8 @@ import ray
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.protocol import Decoder
-from hv_batch.runtime.publisher import Made, Publisher, scratch_folder
-from hv_batch.runtime.run_context import LifeSign, RunContext, StageReport, stopwatch
+from hv_batch.runtime.publisher import DecodedVideo, Publisher, scratch_folder
+from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport, stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class DecoderActor:
 
         The answers are the id of this node where a video waits on its disk, else None.
         """
-        made: dict[int, Made] = {}
+        made: dict[int, DecodedVideo] = {}
         answers: list[str | None] = [None] * len(tasks)
         committed = self._context.store.each(self._publisher.is_committed, [task.sample for task in tasks])
         with scratch_folder() as folder:
@@ -64,14 +64,14 @@ class DecoderActor:
                     answers[number] = answer
         return answers
 
-    def _decode(self, task: DecodeTask, latents: np.ndarray | None, folder: Path) -> Made:
+    def _decode(self, task: DecodeTask, latents: np.ndarray | None, folder: Path) -> DecodedVideo:
         sample, stages = task.sample, task.stages
         if latents is None:
             latents, stages = self._publisher.stored(sample)
         with stopwatch() as decoding:
             media = self._publisher.write(sample, self._decoder.decode(latents), folder)
-        return Made(sample, media, decoding.seconds, stages, task.failures)
+        return DecodedVideo(sample, media, decoding.seconds, stages, task.failures)
 
     @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
-    def progress(self) -> LifeSign:
-        return LifeSign(self._publisher.count)
+    def progress(self) -> ProgressReport:
+        return ProgressReport(self._publisher.count)

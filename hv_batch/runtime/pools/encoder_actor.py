@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from hv_batch.protocol import SamplingParams
 from hv_batch.runtime.pools.prompt_encoder import Embedder, Text
-from hv_batch.runtime.run_context import LifeSign, RunContext, StageReport, stopwatch
+from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport, stopwatch
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
@@ -55,8 +55,8 @@ class EncoderActor:
         return *pairs, reports
 
     @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
-    def progress(self) -> LifeSign:
-        return LifeSign(self._embedder.count if self._embedder else 0)
+    def progress(self) -> ProgressReport:
+        return ProgressReport(self._embedder.count if self._embedder else 0)
 
 
 def _texts(params: SamplingParams) -> list[Text]:

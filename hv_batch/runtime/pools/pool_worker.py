@@ -28,13 +28,13 @@ from hv_batch.job.scheduling.messages import (
 )
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.classify import classify, is_device_fault, worker_survives
-from hv_batch.runtime.groups.reservation import Room
-from hv_batch.runtime.nodes.exclusion import SickNodes
-from hv_batch.runtime.nodes.resources import elsewhere
+from hv_batch.runtime.groups.reservation import BundleSlot
+from hv_batch.runtime.nodes.exclusion import NodeExclusion
+from hv_batch.runtime.nodes.resources import avoid_nodes
 from hv_batch.runtime.pools.decoder_actor import DecoderActor, DecodeTask
 from hv_batch.runtime.pools.encoder_actor import EncoderActor
 from hv_batch.runtime.run_context import RunContext
-from hv_batch.runtime.worker import HIDE_GPUS, InFlight, Pulse, Watch, decoded, start_failure
+from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
 Place = Callable[[frozenset[str]], Any]
 
@@ -43,13 +43,13 @@ class PoolWorker:
     """One encoder or decoder actor; the two differ in what a task is. `place(avoid)` asks Ray for it."""
 
     def __init__(
-        self, worker: WorkerId, place: Place, watch: Watch, start_timeout_s: float, sick_nodes: SickNodes
+        self, worker: WorkerId, place: Place, watch: Watch, start_timeout_s: float, exclusion: NodeExclusion
     ) -> None:
         self.id = worker
         self.nodes: frozenset[str] = frozenset()
         self._place = place
         self._watch = watch
-        self._sick_nodes = sick_nodes
+        self._exclusion = exclusion
         self._ready = False
         self._start_timeout_s = start_timeout_s
         self._deadline = math.inf  # of the start, once placed: waiting for room is not a fault of the worker
@@ -58,12 +58,12 @@ class PoolWorker:
     def poll(self, now: float) -> list[Event]:
         if self._ready:
             self._pulse.ask()
-        elif not self.nodes and self._avoid != self._sick_nodes.avoided(self.id.stage):
+        elif not self.nodes and self._avoid != self._exclusion.avoided(self.id.stage):
             ray.kill(self._actor, no_restart=True)
             self._ask_for_room()
         elif now > self._deadline:
             message = "it did not load within timeouts.start_s"
-            excused = self._sick_nodes.start_failed(self.id.stage, self.nodes, message)
+            excused = self._exclusion.start_failed(self.id.stage, self.nodes, message)
             return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), excused)]
         return []
 
@@ -71,9 +71,9 @@ class PoolWorker:
         ray.kill(self._actor, no_restart=True)
 
     def _ask_for_room(self) -> None:
-        self._avoid = self._sick_nodes.avoided(self.id.stage)
+        self._avoid = self._exclusion.avoided(self.id.stage)
         self._actor = actor = self._place(self._avoid)
-        self._pulse = Pulse(self.id, actor, self._watch)
+        self._pulse = HeartbeatPoller(self.id, actor, self._watch)
         self._watch(actor.node_id.remote(), lambda ref: self._placed(ref) if actor is self._actor else [])
         self._watch(actor.load.remote(), lambda ref: self._loaded(ref) if actor is self._actor else [])
 
@@ -91,20 +91,20 @@ class PoolWorker:
         except RayError as error:
             failure, excused = classify(error, str(self.id)), False
             if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
-                excused = self._sick_nodes.start_failed(self.id.stage, self.nodes, failure.message)
+                excused = self._exclusion.start_failed(self.id.stage, self.nodes, failure.message)
             return [WorkerLost(self.id, start_failure(failure), excused)]
         self._ready = True
-        self._sick_nodes.started(self.id.stage, self.nodes)
+        self._exclusion.started(self.id.stage, self.nodes)
         return [WorkerReady(self.id)]
 
     def _done(self, result_bytes: tuple[int, ...] = ()) -> list[Event]:
-        self._sick_nodes.worked(self.id.stage, self.nodes)
+        self._exclusion.worked(self.id.stage, self.nodes)
         return [TaskDone(self.id, result_bytes)]
 
     def _failed(self, error: RayError) -> list[Event]:
         failure, excused = classify(error, str(self.id)), False
         if is_device_fault(error):
-            excused = self._sick_nodes.device_faulted(self.id.stage, self.nodes, failure.message)
+            excused = self._exclusion.device_faulted(self.id.stage, self.nodes, failure.message)
         return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure, excused)]
 
 
@@ -140,20 +140,20 @@ class DecoderWorker(PoolWorker):
                 for item in items:
                     item.latents = None  # may be what was lost; the next try reads the output root
             return self._failed(error)
-        self._sick_nodes.worked(self.id.stage, self.nodes)
+        self._exclusion.worked(self.id.stage, self.nodes)
         return [decoded(self.id, items, nodes)]
 
 
 def start_encoder(
-    worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes, room: Room | None = None
+    worker: WorkerId, context: RunContext, watch: Watch, exclusion: NodeExclusion, room: BundleSlot | None = None
 ) -> EncoderWorker:
     place = partial(_place, EncoderActor, worker, context, context.config.encoders, room)
-    return EncoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
+    return EncoderWorker(worker, place, watch, context.config.timeouts.start_s, exclusion)
 
 
-def start_decoder(worker: WorkerId, context: RunContext, watch: Watch, sick_nodes: SickNodes) -> DecoderWorker:
+def start_decoder(worker: WorkerId, context: RunContext, watch: Watch, exclusion: NodeExclusion) -> DecoderWorker:
     place = partial(_place, DecoderActor, worker, context, context.config.decoders, None)
-    return DecoderWorker(worker, place, watch, context.config.timeouts.start_s, sick_nodes)
+    return DecoderWorker(worker, place, watch, context.config.timeouts.start_s, exclusion)
 
 
 def _place(
@@ -161,14 +161,14 @@ def _place(
     worker: WorkerId,
     context: RunContext,
     pool: EncodersConfig | DecodersConfig,
-    room: Room | None,
+    room: BundleSlot | None,
     avoid: frozenset[str],
 ) -> Any:
     """In a room on the seats of a group, or wherever Ray finds place but on those nodes."""
     return actor_class.options(
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        label_selector={} if room else elsewhere(avoid),
+        label_selector={} if room else avoid_nodes(avoid),
         scheduling_strategy=room.strategy if room else "DEFAULT",
         runtime_env=HIDE_GPUS if pool.gpus == 0 else {},
     ).remote(context, str(worker))

@@ -19,7 +19,7 @@ from hv_batch.engine.dit.fp8_matmul import MODULATIONS, Fp8MatmulLinear, can_mul
 from hv_batch.engine.dit.fp8_storage import FP8, Fp8Linear, block_linears
 from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.protocol import ParallelPlan, RankPlace
+from hv_batch.protocol import ParallelPlan, RankSpec
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from hv_batch.weights.conversion import Recipe, convert
 from tests.support.dit_reference import random_dit, random_inputs
@@ -224,7 +224,7 @@ def test_weights_of_an_fp8_checkpoint_are_taken_as_they_are(checkpoints):
 def test_the_engine_option_renders(checkpoints):
     """`fp8: matmul` from bf16 weights, through the engine: part of the identity (P3), and close to the run without."""
     base, _ = checkpoints
-    place = RankPlace(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
+    place = RankSpec(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
     engines = {fp8: HunyuanVideo(model_base=base, precision="bf16", fp8=fp8) for fp8 in ("none", "matmul")}
     assert engines["matmul"].check() == []
     assert engines["matmul"].identity()["fp8"] == "matmul"

@@ -16,7 +16,7 @@ from hv_batch.engine.dit.offload import BlockStreamer, StreamedBlock, offload_bl
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import ParallelPlan, RankPlace, SamplingParams
+from hv_batch.protocol import ParallelPlan, RankSpec, SamplingParams
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.support.dit_reference import keep_in_fp8, random_dit, random_inputs
 from tests.support.live_bytes import LiveBytes
@@ -207,7 +207,7 @@ PARAMS = SamplingParams(
     guidance_rescale=0.0,
     flow_shift=7.0,
 )
-ALONE = RankPlace(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
+ALONE = RankSpec(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
 
 
 @pytest.fixture(scope="module")

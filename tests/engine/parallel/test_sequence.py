@@ -26,7 +26,7 @@ from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
 from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.engine.self_check import check_group
-from hv_batch.protocol import ParallelPlan, RankPlace, UserError
+from hv_batch.protocol import ParallelPlan, RankSpec, UserError
 from tests.support.dit_reference import keep_in_fp8, random_dit, random_inputs
 from tests.support.rank_processes import joined
 
@@ -126,8 +126,8 @@ def _own_model() -> HYVideoDiT:
     return random_dit(CONFIG, seed=1).bfloat16().requires_grad_(False)
 
 
-def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankPlace:
-    return RankPlace(
+def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankSpec:
+    return RankSpec(
         rank=rank,
         local_rank=rank,
         plan=ParallelPlan(ulysses_degree=u, ring_degree=r),

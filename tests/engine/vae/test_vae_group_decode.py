@@ -15,7 +15,7 @@ from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
 from hv_batch.engine.vae.model import CausalVAE
-from hv_batch.protocol import LATENT_CHANNELS, NotFiniteError, ParallelPlan
+from hv_batch.protocol import LATENT_CHANNELS, NonFiniteError, ParallelPlan
 from tests.support.rank_processes import joined
 
 TILES = TileGeometry(spatial_px=64, temporal_frames=16)
@@ -44,7 +44,7 @@ def latents_of(size: tuple[int, int, int]) -> np.ndarray:
 def complaint_of(decoder: HunyuanDecoder, latents: np.ndarray) -> str:
     try:
         list(decoder.decode(latents))
-    except NotFiniteError as error:
+    except NonFiniteError as error:
         return str(error)
     return "none"
 

@@ -17,7 +17,7 @@ from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.records.run_identity import recorded_plans
-from hv_batch.job.workload import Work, count_tokens
+from hv_batch.job.workload import Workload, count_tokens
 from hv_batch.protocol import ParallelPlan, UserError
 
 RELEASED = ModelShape()
@@ -65,7 +65,7 @@ def test_degrees_are_chosen_for_a_size(parallel, nodes, plan):
     config = RunConfig.model_validate({"parallel": parallel, "groups": {"nodes_per_group": nodes}})
     assert fixed_plan(config) == ParallelPlan(ulysses_degree=plan[0], ring_degree=plan[1], cfg_degree=plan[2])
     assert plan_for(config, HD) == fixed_plan(config)
-    assert choose_sizes(config, [HD, SD]).lane(SD) == 0
+    assert choose_sizes(config, [HD, SD]).size_class(SD) == 0
 
 
 @pytest.mark.parametrize("parallel", [{}, {"gpus_per_group": 8}, {"ulysses_degree": 8, "gpus_per_group": 8}])
@@ -169,7 +169,7 @@ def test_a_chosen_group_fits_and_none_is_cheaper(shape, gib, gpu, minutes, cfg):
     assert chosen in fitting
     seconds = {
         n: denoise_seconds(
-            GPUS[gpu], RELEASED, Work(shape, 50, cfg), ParallelPlan(ulysses_degree=n // cfg, cfg_degree=cfg)
+            GPUS[gpu], RELEASED, Workload(shape, 50, cfg), ParallelPlan(ulysses_degree=n // cfg, cfg_degree=cfg)
         )
         for n in fitting
     }
@@ -207,11 +207,11 @@ def test_shapes_that_fit_nowhere_are_told_at_once():
 
 
 def test_lanes_are_the_sizes_largest_first():
-    """Each shape finds its lane, and each plan its shapes."""
+    """Each shape finds its size class, and each plan its shapes."""
     sizes = choose_sizes(auto(gpu_memory_gib=32), [IMAGE, HD, SD])
     assert [plan.world_size for plan in sizes.plans] == [2, 1]
     assert sizes.largest.world_size == 2
-    assert [sizes.lane(shape) for shape in (HD, SD, IMAGE)] == [0, 1, 1]
+    assert [sizes.size_class(shape) for shape in (HD, SD, IMAGE)] == [0, 1, 1]
     assert sizes.shapes(sizes.plans[1]) == [SD, IMAGE]
 
 

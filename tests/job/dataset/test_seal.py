@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from hv_batch.job import layout
 from hv_batch.job.dataset.seal import COLUMNS, seal_shard
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.manifest.extra_columns import Kind, arrow_column, column_names, join, kind_of, learn
+from hv_batch.job.manifest.extra_columns import (
+    ColumnType,
+    arrow_column,
+    column_names,
+    column_type,
+    common_type,
+    merge_types,
+)
 from hv_batch.job.records import commits
 from hv_batch.job.storage.store import Store
 from tests.support.rendered_roots import make_commit, make_failure, make_quarantine, make_sample
@@ -26,7 +33,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-KINDS = st.sampled_from(list(Kind))
+KINDS = st.sampled_from(list(ColumnType))
 NAMES = st.sampled_from(["id", "file_name", "extra_file_name", "video", "a_file_names", "topic", "extra_id", "Id", ""])
 
 
@@ -117,9 +124,9 @@ def test_all_shards_share_one_schema(store):
     """Design 4: a loader refuses shards of different schemas, so the kinds of the whole manifest decide in each."""
     extras = [{"score": 1}, {"score": 2}, {"score": 3}, {"score": 4}, {"score": 0.5, "topic": "sea"}, {"mix": [1]}]
     samples = [make_sample(number, extra=extra) for number, extra in enumerate(extras, start=1)]
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, ColumnType] = {}
     for sample in samples:
-        learn(kinds, sample.extra)
+        merge_types(kinds, sample.extra)
         commits.commit(store, make_commit(sample))
     for shard, members in itertools.groupby(samples, key=lambda sample: sample.shard):
         assert seal_shard(store, shard, [sample.key for sample in members], kinds)
@@ -155,31 +162,37 @@ def test_text_that_utf8_cannot_hold_does_not_stop_the_seal(store):
 @given(KINDS, KINDS, KINDS)
 def test_join_does_not_depend_on_order(a, b, c):
     """P2: a column's kind is the same whatever the order in which its values are seen."""
-    assert join(a, b) == join(b, a)
-    assert join(a, join(b, c)) == join(join(a, b), c)
-    assert join(a, a) == a
+    assert common_type(a, b) == common_type(b, a)
+    assert common_type(a, common_type(b, c)) == common_type(common_type(a, b), c)
+    assert common_type(a, a) == a
 
 
 @given(st.lists(JSON, max_size=6))
 def test_column_gives_back_every_value(values):
     """Metadata: further columns are carried into the metadata untouched, whatever mixture they hold."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, ColumnType] = {}
     for value in values:
-        learn(kinds, {"c": value})
-    kind = kinds.get("c", Kind.NULL)
+        merge_types(kinds, {"c": value})
+    kind = kinds.get("c", ColumnType.NULL)
     read = arrow_column(values, kind).to_pylist()
-    if kind is Kind.JSON:
+    if kind is ColumnType.JSON:
         read = [None if text is None else json.loads(text) for text in read]
     assert read == values
 
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(2**53, Kind.INT), (2**53 + 1, Kind.LONG), (2**63, Kind.JSON), (True, Kind.BOOL), ([], Kind.JSON)],
+    [
+        (2**53, ColumnType.INT),
+        (2**53 + 1, ColumnType.LONG),
+        (2**63, ColumnType.JSON),
+        (True, ColumnType.BOOL),
+        ([], ColumnType.JSON),
+    ],
 )
 def test_kind_of_edges(value, kind):
     """No whole number is bent: beyond float64's exact range and beyond int64 the kind changes."""
-    assert kind_of(value) is kind
+    assert column_type(value) is kind
 
 
 @given(st.lists(NAMES, unique=True))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from hv_batch.job import layout
 from hv_batch.job.inspection.garbage import Kind, find_garbage, remove
-from hv_batch.job.inspection.verify import Picture, verify
-from hv_batch.job.records.latents import Denoised, put_latents, sample_identity
+from hv_batch.job.inspection.verify import MediaShape, verify
+from hv_batch.job.records.latents import FinalLatents, put_latents, sample_identity
 from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -33,7 +33,7 @@ def store(tmp_path) -> Store:
 
 def keep_latents(store: Store, sample) -> None:
     latents = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
-    put_latents(store, [Denoised(sample, latents.astype(np.float32), sample_identity(sample, FINGERPRINT), {})])
+    put_latents(store, [FinalLatents(sample, latents.astype(np.float32), sample_identity(sample, FINGERPRINT), {})])
 
 
 def test_a_clean_root_has_no_garbage(store):
@@ -140,7 +140,7 @@ def test_whatever_lies_about_nothing_needed_is_removed(litter, poison):
         remove(store, garbage)
     assert everything(store) == expected
     assert [*store.list("steps"), *store.list("plan")] == []
-    assert verify(store, lambda data, suffix: Picture(17, 128, 96), decodes=None).findings == []
+    assert verify(store, lambda data, suffix: MediaShape(17, 128, 96), decodes=None).findings == []
 
 
 def test_the_parts_of_an_index_are_kept(store):

@@ -113,7 +113,7 @@ def test_it_tells_who_is_writing(store):
     half_rendered(store)
     assert status.read_status(store).to_dict()["holder"] is None
     me = lease.this_process("run", "raysubmit_1")
-    with lease.held(store, me):
+    with lease.hold_lease(store, me):
         assert f"held by `hv-batch run` on {me.host}, process {me.pid}" in status.read_status(store).render()
     store.put(layout.LEASE, commits.encode(dataclasses.asdict(me) | {"process": "1"}))
     found = status.read_status(store)

@@ -15,7 +15,7 @@ from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection, parse_selection
 from hv_batch.job.records import run_document
 from hv_batch.job.records.commits import quarantine, quarantine_record
-from hv_batch.job.records.pending import LOOK_AHEAD, Passed, Plan, only_failed
+from hv_batch.job.records.pending import LOOK_AHEAD, PendingSamples, ShardSkipped, only_failed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -49,11 +49,11 @@ def commit(store, *samples):
 
 
 def pending(plan):
-    return [found.sample.key for found in plan if not isinstance(found, Passed)]
+    return [found.sample.key for found in plan if not isinstance(found, ShardSkipped)]
 
 
 def selected(index, **options):
-    return pending(Plan(memory(), index, parse_selection(**options)))
+    return pending(PendingSamples(memory(), index, parse_selection(**options)))
 
 
 def test_without_options_everything_is_selected(index):
@@ -113,30 +113,30 @@ def test_a_selection_is_the_same_whatever_is_done_already(index):
     store, chosen = memory(), parse_selection(limit=3, where=["kind=dog"])
     samples = list(index)
     commit(store, samples[1], samples[5])
-    plan = Plan(store, index, chosen)
+    plan = PendingSamples(store, index, chosen)
     assert pending(plan) == ["s03"]
-    assert (plan.total, plan.tally.committed_before) == (3, 2)
+    assert (plan.total, plan.counts.committed_before) == (3, 2)
     plan.committed(samples[3])
-    assert plan.take_sealable() == []
+    assert plan.take_complete() == []
 
 
 def test_a_shard_is_sealed_by_whoever_renders_its_last_sample(index):
     """P1: a run over a part seals only shards that are complete as a whole, with all their keys."""
     store, samples = memory(), list(index)
-    plan = Plan(store, index, parse_selection(where=["kind=cat"]))
-    for sample in (found.sample for found in plan if not isinstance(found, Passed)):
+    plan = PendingSamples(store, index, parse_selection(where=["kind=cat"]))
+    for sample in (found.sample for found in plan if not isinstance(found, ShardSkipped)):
         plan.committed(sample)
         commit(store, sample)
-    assert plan.take_sealable() == []
-    rest = Plan(store, index, parse_selection(where=["kind=dog"], shards="1"))
-    for sample in (found.sample for found in rest if not isinstance(found, Passed)):
+    assert plan.take_complete() == []
+    rest = PendingSamples(store, index, parse_selection(where=["kind=dog"], shards="1"))
+    for sample in (found.sample for found in rest if not isinstance(found, ShardSkipped)):
         rest.committed(sample)
         commit(store, sample)
-    (sealable,) = rest.take_sealable()
-    assert (sealable.shard, sealable.keys) == (1, ("s04", "s05", "s06", "s07"))
-    again = Plan(store, index, parse_selection(where=["kind=cat"]))
+    (complete,) = rest.take_complete()
+    assert (complete.shard, complete.keys) == (1, ("s04", "s05", "s06", "s07"))
+    again = PendingSamples(store, index, parse_selection(where=["kind=cat"]))
     assert pending(again) == []
-    assert [found.shard for found in again.take_sealable()] == [1]
+    assert [found.shard for found in again.take_complete()] == [1]
     commit(store, *samples)
 
 
@@ -161,20 +161,20 @@ def test_a_plan_is_what_is_selected_and_not_terminal(done, given_up, waiting, ch
             store.put(key(samples[number].shard, samples[number].key), b"{}")
     selection = Selection(limit=limit, shards=tuple(range(shard, shard + 1) for shard in chosen))
     inside = [number for number in range(22) if number // 4 in chosen][:limit]
-    plan = Plan(store, index, selection)
-    found = [(item.sample.key, item.stage) for item in plan if not isinstance(item, Passed)]
+    plan = PendingSamples(store, index, selection)
+    found = [(item.sample.key, item.stage) for item in plan if not isinstance(item, ShardSkipped)]
     assert found == [
         (f"s{number:02d}", Stage.DECODE if number in waiting else Stage.ENCODE)
         for number in inside
         if number not in done | given_up
     ]
-    assert plan.tally.committed_before == len(done & {*inside})
-    assert plan.tally.quarantined_before == len((given_up - done) & {*inside})
+    assert plan.counts.committed_before == len(done & {*inside})
+    assert plan.counts.quarantined_before == len((given_up - done) & {*inside})
     for key, _ in found:
         plan.committed(samples[int(key[1:])])
     terminal = done | given_up | {*inside}
     whole = {number // 4 for number in inside if {*range(number // 4 * 4, min(22, number // 4 * 4 + 4))} <= terminal}
-    assert {sealable.shard for sealable in plan.take_sealable()} == whole
+    assert {complete.shard for complete in plan.take_complete()} == whole
     left = {key for shard in range(6) for key in map(layout.sample_key, store.list(layout.latent_dir(shard)))}
     assert left == {f"s{number:02d}" for number in waiting - ((done | given_up) & {*inside})}
 
@@ -198,15 +198,15 @@ def test_only_what_failed(index, options, expected):
         failure = Failure(FailureClass.POISON, "not finite").to_dict()
         record = quarantine_record(sample, failures=[failure], fingerprint="", versions={})
         quarantine(store, record)
-    plan = Plan(store, index, only_failed(store, parse_selection(**options)))
+    plan = PendingSamples(store, index, only_failed(store, parse_selection(**options)))
     assert plan.takes_back
     assert plan.take_back() == len(expected)
-    found = [found for found in plan if not isinstance(found, Passed)]
+    found = [found for found in plan if not isinstance(found, ShardSkipped)]
     assert [item.sample.key for item in found] == expected
     assert all([failure.message for failure in item.earlier] == ["not finite"] for item in found)
-    again = Plan(store, index, only_failed(store, parse_selection(**options)))
+    again = PendingSamples(store, index, only_failed(store, parse_selection(**options)))
     assert (again.take_back(), pending(again)) == (0, expected)  # as after a crash
-    assert not Plan(store, index).takes_back
+    assert not PendingSamples(store, index).takes_back
 
 
 def root_of(index) -> dict:
@@ -235,13 +235,13 @@ def test_done_shards_cost_two_requests_and_no_look_at_the_manifest(tmp_path, mon
     looked = []
     whole = index.samples
     monkeypatch.setattr(index, "samples", lambda shard: looked.append(shard) or whole(shard))
-    plan = Plan(store, index)
+    plan = PendingSamples(store, index)
     found = list(plan)
-    assert [item.sample.key for item in found if not isinstance(item, Passed)] == ["s399"]
-    assert plan.tally.committed_before == 399
+    assert [item.sample.key for item in found if not isinstance(item, ShardSkipped)] == ["s399"]
+    assert plan.counts.committed_before == 399
     assert looked == [99]
     assert len(asked) <= 99 * 2 + 6
-    assert sum(isinstance(item, Passed) for item in found) < 10
+    assert sum(isinstance(item, ShardSkipped) for item in found) < 10
 
 
 def test_a_sealed_shard_that_lost_a_record_is_not_taken_for_done(index):
@@ -249,7 +249,7 @@ def test_a_sealed_shard_that_lost_a_record_is_not_taken_for_done(index):
     store, samples = memory(), list(index)
     commit(store, *samples[:3])
     store.put(layout.metadata_key(0), b"")
-    assert pending(Plan(store, index, parse_selection(shards="0"))) == ["s03"]
+    assert pending(PendingSamples(store, index, parse_selection(shards="0"))) == ["s03"]
 
 
 @pytest.mark.slow
@@ -257,7 +257,7 @@ def test_shards_are_looked_up_a_little_ahead(tmp_path):
     """P7: however long the manifest, only so many shards are looked up before their turn."""
     index = index_of(tmp_path, [{"prompt": "a", "id": f"s{n:03d}"} for n in range(300)], shard_size=1)
     store = memory()
-    plan = iter(Plan(store, index))
+    plan = iter(PendingSamples(store, index))
     next(plan)
     commit(store, *list(index)[LOOK_AHEAD + 2 :])
-    assert len([found for found in plan if not isinstance(found, Passed)]) == LOOK_AHEAD + 1
+    assert len([found for found in plan if not isinstance(found, ShardSkipped)]) == LOOK_AHEAD + 1

@@ -24,7 +24,7 @@ from hv_batch.job.records.commits import (
     read_quarantine,
     scan_shard,
 )
-from hv_batch.job.records.latents import Denoised, put_latents
+from hv_batch.job.records.latents import FinalLatents, put_latents
 from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.job.storage.store import Store
 from tests.support.records import FAILURES, PARAMS, SAMPLE, STAGES, a_commit, a_quarantine
@@ -192,7 +192,7 @@ def test_scan_tells_a_shard_apart_from_its_neighbours(any_store):
         commit(any_store, a_commit(dataclasses.replace(SAMPLE, shard=shard, key=keys["committed"])))
         quarantine(any_store, a_quarantine(dataclasses.replace(SAMPLE, shard=shard, key=keys["quarantined"])))
     with_latents = dataclasses.replace(SAMPLE, shard=1, key=keys["latents"])
-    put_latents(any_store, [Denoised(with_latents, np.zeros(PARAMS.latent_shape, np.float32), "identity", STAGES)])
+    put_latents(any_store, [FinalLatents(with_latents, np.zeros(PARAMS.latent_shape, np.float32), "identity", STAGES)])
     any_store.put(layout.metadata_key(10), b"parquet")
     assert scan_shard(any_store, 1) == ShardState(
         frozenset({"a"}), frozenset({"b.json"}), frozenset({"c.d"}), sealed=False

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hv_batch.job import layout
 from hv_batch.job.records.latents import (
-    Denoised,
+    FinalLatents,
     checkpointed,
     drop_latents,
     drop_steps,
@@ -45,7 +45,9 @@ def some_latents() -> np.ndarray:
 def test_latents_come_back_bit_for_bit(any_store):
     """P4: a decode that starts from storage decodes the same latents, and knows what they cost."""
     latents = some_latents()
-    put_latents(any_store, [Denoised(SAMPLE, latents.transpose(0, 1, 3, 2).transpose(0, 1, 3, 2), "identity", STAGES)])
+    put_latents(
+        any_store, [FinalLatents(SAMPLE, latents.transpose(0, 1, 3, 2).transpose(0, 1, 3, 2), "identity", STAGES)]
+    )
     stored = get_latents(any_store, SAMPLE, "identity")
     assert stored.latents.dtype == np.float32
     assert stored.latents.tobytes() == latents.tobytes()
@@ -58,15 +60,15 @@ def test_latents_come_back_bit_for_bit(any_store):
 
 def test_latents_of_another_identity_are_not_ours(any_store):
     """P3: latents of another config or another seed would give another video."""
-    put_latents(any_store, [Denoised(SAMPLE, some_latents(), "identity", STAGES)])
+    put_latents(any_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     assert get_latents(any_store, SAMPLE, "another") is None
 
 
 def test_latents_of_another_shape_are_refused(any_store):
     """P4: on the way in it is an error of the engine, on the way out a reason to denoise again."""
     with pytest.raises(ValueError, match="latents of"):
-        put_latents(any_store, [Denoised(SAMPLE, some_latents()[:, :, :, :4], "identity", STAGES)])
-    put_latents(any_store, [Denoised(SAMPLE, some_latents(), "identity", STAGES)])
+        put_latents(any_store, [FinalLatents(SAMPLE, some_latents()[:, :, :, :4], "identity", STAGES)])
+    put_latents(any_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     taller = dataclasses.replace(SAMPLE, params=dataclasses.replace(PARAMS, height=128))
     assert get_latents(any_store, taller, "identity") is None
 
@@ -77,7 +79,7 @@ def test_damaged_latents_are_not_trusted(data):
     """P4: a truncated or altered file means denoise again, never an exception and never a wrong video."""
     store = Store(f"memory://{uuid.uuid4().hex}")
     key = layout.latent_key(SAMPLE.shard, SAMPLE.key)
-    put_latents(store, [Denoised(SAMPLE, some_latents(), "identity", STAGES)])
+    put_latents(store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     damage(store, key, data)
     stored = get_latents(store, SAMPLE, "identity")
     # The reports of the stages are not hashed: a changed letter there is of no account.
@@ -93,7 +95,7 @@ def test_junk_is_no_latents(any_store, junk):
 
 def test_an_outage_is_not_a_missing_latent(s3, s3_store):
     """P4: if an outage read as "nothing there", a paid denoise would be paid again."""
-    put_latents(s3_store, [Denoised(SAMPLE, some_latents(), "identity", STAGES)])
+    put_latents(s3_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     s3.faults = [503] * 100
     with pytest.raises(ConnectionError):
         get_latents(s3_store, SAMPLE, "identity")
@@ -132,7 +134,7 @@ def test_step_checkpoints_and_final_latents_are_kept_apart(any_store):
     """P4: neither is ever taken for the other."""
     put_steps(any_store, SAMPLE, StepState(1, some_latents()), "identity")
     assert get_latents(any_store, SAMPLE, "identity") is None
-    put_latents(any_store, [Denoised(SAMPLE, some_latents(), "identity", STAGES)])
+    put_latents(any_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     steps, latents = layout.step_key(17, SAMPLE.key), layout.latent_key(17, SAMPLE.key)
     files = any_store.get(steps), any_store.get(latents)
     any_store.put(steps, files[1])

@@ -13,7 +13,15 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.records import lease
-from hv_batch.job.records.lease import Lease, LeaseHeldError, LeaseLostError, held, is_gone, read_lease, this_process
+from hv_batch.job.records.lease import (
+    Lease,
+    LeaseHeldError,
+    LeaseLostError,
+    hold_lease,
+    is_gone,
+    read_lease,
+    this_process,
+)
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from tests.support.repository import ROOT
@@ -41,7 +49,7 @@ def put(store, holder):
 def test_the_lease_is_there_while_it_is_held(any_store):
     """P1: an operator reads who writes here; a clean end leaves nothing behind."""
     me = this_process("run", "raysubmit_1")
-    with held(any_store, me, wait=never):
+    with hold_lease(any_store, me, wait=never):
         found = read_lease(any_store)
         assert (found.token, found.pid, found.job) == (me.token, os.getpid(), "raysubmit_1")
         assert is_gone(found) is False
@@ -50,17 +58,17 @@ def test_the_lease_is_there_while_it_is_held(any_store):
 
 def test_a_failed_run_releases_too(any_store):
     """P2: after any error the same command goes on at once."""
-    with pytest.raises(ZeroDivisionError), held(any_store, this_process("run"), wait=never):
+    with pytest.raises(ZeroDivisionError), hold_lease(any_store, this_process("run"), wait=never):
         raise ZeroDivisionError
-    with held(any_store, this_process("run"), wait=never) as mine:
+    with hold_lease(any_store, this_process("run"), wait=never) as mine:
         assert mine is not None
 
 
 def test_the_second_is_told_about_the_first(any_store):
     """P1: host, process, job, since and last heartbeat, at once on the same machine; the first notices nothing."""
     first = this_process("run", "raysubmit_1")
-    with held(any_store, first, wait=never) as mine:
-        with pytest.raises(LeaseHeldError) as caught, held(any_store, this_process("run"), wait=never):
+    with hold_lease(any_store, first, wait=never) as mine:
+        with pytest.raises(LeaseHeldError) as caught, hold_lease(any_store, this_process("run"), wait=never):
             pass
         for fact in (first.host, str(os.getpid()), "raysubmit_1", first.since, first.beat_at, "--steal"):
             assert fact in str(caught.value)
@@ -87,12 +95,12 @@ with held(Store(sys.argv[1]), this_process("run")):
         cwd=ROOT,
     )
     assert driver.stdout.readline() == "held\n"
-    with pytest.raises(LeaseHeldError, match=str(driver.pid)), held(store, this_process("run"), wait=never):
+    with pytest.raises(LeaseHeldError, match=str(driver.pid)), hold_lease(store, this_process("run"), wait=never):
         pass
     driver.kill()
     # Not reaped yet: a zombie is as dead as one that is.
     os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)
-    with held(store, this_process("run"), wait=never) as mine:
+    with hold_lease(store, this_process("run"), wait=never) as mine:
         assert mine is not None
     driver.communicate()
 
@@ -100,7 +108,7 @@ with held(Store(sys.argv[1]), this_process("run")):
 def test_a_process_id_that_came_round_again_is_somebody_else(any_store):
     """P2: after a reboot or a long night the number may belong to another process."""
     put(any_store, dataclasses.replace(this_process("run"), process="1"))
-    with held(any_store, this_process("run"), wait=never) as mine:
+    with hold_lease(any_store, this_process("run"), wait=never) as mine:
         assert mine is not None
 
 
@@ -120,7 +128,7 @@ def test_a_living_driver_elsewhere_is_recognised_by_its_beat(any_store):
     said = []
     with (
         pytest.raises(LeaseHeldError, match="node-7"),
-        held(any_store, this_process("run"), wait=wait, say=said.append),
+        hold_lease(any_store, this_process("run"), wait=wait, say=said.append),
     ):
         pass
     assert len(looks) == 3
@@ -132,7 +140,7 @@ def test_a_dead_driver_elsewhere_is_replaced_after_a_minute(any_store):
     """P2: no beat for as long as six would take, whatever the clocks say (this one is ahead of ours)."""
     put(any_store, elsewhere(beat_at=(datetime.now(UTC) + timedelta(days=2)).isoformat()))
     waited = []
-    with held(any_store, this_process("run"), wait=lambda s: waited.append(s) or False) as mine:
+    with hold_lease(any_store, this_process("run"), wait=lambda s: waited.append(s) or False) as mine:
         assert sum(waited) == lease.STALE_S
         mine.beat()
         mine.check()
@@ -142,7 +150,7 @@ def test_a_stop_while_waiting_is_heard(any_store):
     """Exit codes: SIGTERM is answered before anything is begun, and the lease stays theirs."""
     theirs = elsewhere()
     put(any_store, theirs)
-    with held(any_store, this_process("run"), wait=lambda _: True) as mine:
+    with hold_lease(any_store, this_process("run"), wait=lambda _: True) as mine:
         assert mine is None
     assert read_lease(any_store).token == theirs.token
 
@@ -152,15 +160,15 @@ def test_only_an_ancient_lease_is_not_watched(any_store, beat_at):
     """P2: a root that was left for days is taken over at once; a beat that says nothing is watched."""
     put(any_store, elsewhere(beat_at=beat_at))
     waited = []
-    with held(any_store, this_process("run"), wait=lambda s: waited.append(s) or False):
+    with hold_lease(any_store, this_process("run"), wait=lambda s: waited.append(s) or False):
         assert bool(waited) == (beat_at == "not a time")
 
 
 def test_a_stolen_lease_stops_its_holder(any_store):
     """P1: the first driver learns at its next beat who took over, and leaves the new lease alone."""
-    with held(any_store, this_process("run"), wait=never) as first:
+    with hold_lease(any_store, this_process("run"), wait=never) as first:
         thief = this_process("run", "raysubmit_2")
-        with held(any_store, thief, wait=never, steal=True) as second:
+        with hold_lease(any_store, thief, wait=never, steal=True) as second:
             first.check()
             first.beat()
             with pytest.raises(LeaseLostError, match="raysubmit_2"):
@@ -209,13 +217,13 @@ def test_junk_is_no_lease(any_store, junk):
     """P2: a file that is none hinders nobody."""
     any_store.put(layout.LEASE, junk)
     assert read_lease(any_store) is None
-    with held(any_store, this_process("run"), wait=never):
+    with hold_lease(any_store, this_process("run"), wait=never):
         assert read_lease(any_store) is not None
 
 
 def test_a_lease_that_was_deleted_is_put_back(any_store):
     """P1: somebody tidied up; the holder still holds."""
-    with held(any_store, this_process("run"), wait=never) as mine:
+    with hold_lease(any_store, this_process("run"), wait=never) as mine:
         any_store.delete(layout.LEASE)
         mine.beat()
         mine.check()
@@ -224,10 +232,10 @@ def test_a_lease_that_was_deleted_is_put_back(any_store):
 
 def test_an_outage_does_not_end_the_heartbeat(s3, s3_store, monkeypatch):
     """P5: beats that fail are tried again; the run has its own patience with a store that is away."""
-    with held(s3_store, this_process("run"), wait=never):
+    with hold_lease(s3_store, this_process("run"), wait=never):
         pass
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
-    with held(s3_store, this_process("run"), wait=never) as mine:
+    with hold_lease(s3_store, this_process("run"), wait=never) as mine:
         s3.faults = [503] * 40
         seen = read_lease_when(s3_store, s3, lambda found: found.beats > 3)
         mine.check()

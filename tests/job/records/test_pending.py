@@ -14,8 +14,8 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.records.commits import commit, quarantine
-from hv_batch.job.records.latents import Denoised, put_latents, put_steps
-from hv_batch.job.records.pending import Passed, Pending, Plan
+from hv_batch.job.records.latents import FinalLatents, put_latents, put_steps
+from hv_batch.job.records.pending import Pending, PendingSamples, ShardSkipped
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
@@ -39,8 +39,8 @@ def test_a_sample_goes_on_where_the_last_run_left_it(any_store):
     new, begun, rendered = index
     put_steps(any_store, begun, StepState(2, LATENTS), "identity")
     put_steps(any_store, rendered, StepState(2, LATENTS), "identity")
-    put_latents(any_store, [Denoised(rendered, LATENTS, "identity", STAGES)])
-    assert list(Plan(any_store, index)) == [
+    put_latents(any_store, [FinalLatents(rendered, LATENTS, "identity", STAGES)])
+    assert list(PendingSamples(any_store, index)) == [
         Pending(new, Stage.ENCODE, has_steps=False),
         Pending(begun, Stage.ENCODE, has_steps=True),
         Pending(rendered, Stage.DECODE, has_steps=True),
@@ -55,7 +55,7 @@ def test_step_checkpoints_of_ended_samples_are_cleared_away(any_store):
     quarantine(any_store, a_quarantine(given_up))
     for sample in (done, given_up, waiting):
         put_steps(any_store, sample, StepState(1, LATENTS), "identity")
-    assert list(Plan(any_store, index)) == [Passed(0), Pending(waiting, Stage.ENCODE, has_steps=True)]
+    assert list(PendingSamples(any_store, index)) == [ShardSkipped(0), Pending(waiting, Stage.ENCODE, has_steps=True)]
     assert list(any_store.list(layout.STEPS)) == [layout.step_key(1, waiting.key)]
 
 
@@ -64,5 +64,5 @@ def test_step_checkpoints_cost_one_listing_a_run(any_store, monkeypatch):
     asked = []
     list_ = any_store.list
     monkeypatch.setattr(any_store, "list", lambda prefix: asked.append(prefix) or list_(prefix))
-    list(Plan(any_store, index_of(4, shard_size=1)))
+    list(PendingSamples(any_store, index_of(4, shard_size=1)))
     assert [prefix for prefix in asked if prefix.startswith(layout.STEPS)] == [layout.STEPS]

@@ -15,7 +15,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.records import commits
 from hv_batch.job.records import spool as spooling
-from hv_batch.job.records.spool import Emptied, Spool
+from hv_batch.job.records.spool import DrainResult, Spool
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from tests.support.doubles import Crash, CrashingStore
@@ -94,8 +94,8 @@ def test_what_waits_is_committed_when_the_root_answers_again(tmp_path, root, set
         assert spool.keep(record, files)
     with monkeypatch.context() as outage:
         go_away(outage, root)
-        assert spool.empty() == Emptied((), str(AWAY))
-    assert spool.empty() == Emptied(("s001", "s002", "s003"))
+        assert spool.empty() == DrainResult((), str(AWAY))
+    assert spool.empty() == DrainResult(("s001", "s002", "s003"))
     assert_committed(root, *videos)
     assert not list(root.list("latents/"))
     assert left_on_disk(settings) == []
@@ -127,7 +127,7 @@ def test_a_death_while_it_is_kept_leaves_a_whole_entry_or_none(tmp_path, root, s
     with pytest.raises(Crash):
         spool.keep(record, files)
     whole = (at, when) == (2, "after")
-    assert Spool(settings, root, FINGERPRINT).empty() == Emptied(("s001",) if whole else ())
+    assert Spool(settings, root, FINGERPRINT).empty() == DrainResult(("s001",) if whole else ())
     assert len(list(root.list(layout.COMMITS))) == whole
     assert spool.keep(record, files), "the next try takes its place"
 
@@ -147,7 +147,7 @@ def test_a_death_while_it_is_committed_is_made_good(tmp_path, root, settings, sp
         spool.empty()
     again = Spool(settings, root, FINGERPRINT)
     is_gone = not list(again._local.list(layout.COMMITS))
-    assert again.empty() == Emptied(() if is_gone else ("s001",))
+    assert again.empty() == DrainResult(() if is_gone else ("s001",))
     assert_committed(root, video)
 
 
@@ -156,7 +156,7 @@ def test_a_record_that_is_there_stays(tmp_path, root, settings, spool):
     other = make_commit(make_sample(1))
     commits.commit(root, other)
     assert spool.keep(*make_video(tmp_path, 1))
-    assert spool.empty() == Emptied(("s001",))
+    assert spool.empty() == DrainResult(("s001",))
     assert commits.read_commit(root, 0, "s001") == other
     assert not list(root.list("data/"))
     assert left_on_disk(settings) == []
@@ -169,7 +169,7 @@ def test_a_damaged_video_is_not_committed(tmp_path, root, spool, damaged, damage
     assert spool.keep(*make_video(tmp_path, 1))
     (path,) = Path(spool._local.url).glob(damaged)
     damage(path)
-    assert spool.empty() == Emptied(())
+    assert spool.empty() == DrainResult(())
     assert not list(root.list(layout.COMMITS))
 
 
@@ -188,7 +188,7 @@ def test_a_record_that_proves_nothing_is_not_committed(tmp_path, root, spool, sp
         "another schema": record | {"schema": "hv_batch/commit/2"},
     }
     spool._local.put(name, spoilt if isinstance(spoilt, bytes) else commits.encode(changed[spoilt]))
-    assert spool.empty() == Emptied(())
+    assert spool.empty() == DrainResult(())
     assert not list(root.list(layout.COMMITS))
     assert not spool._local.exists(name)
 
@@ -196,23 +196,23 @@ def test_a_record_that_proves_nothing_is_not_committed(tmp_path, root, spool, sp
 def test_runs_do_not_see_each_others_videos(tmp_path, root, settings, spool):
     """P2: neither a run of another config nor one of the same into another root."""
     assert spool.keep(*make_video(tmp_path, 1))
-    assert Spool(settings, root, "0" * 64).empty() == Emptied(())
-    assert Spool(settings, Store(str(tmp_path / "elsewhere")), FINGERPRINT).empty() == Emptied(())
-    assert spool.empty() == Emptied(("s001",))
+    assert Spool(settings, root, "0" * 64).empty() == DrainResult(())
+    assert Spool(settings, Store(str(tmp_path / "elsewhere")), FINGERPRINT).empty() == DrainResult(())
+    assert spool.empty() == DrainResult(("s001",))
 
 
 def test_the_cap_holds_for_all_decoders_and_runs_of_a_node(tmp_path, root, settings):
     """P7: however many come at once, a node keeps no more than it may; the others are told that there is no room."""
-    spools = [Spool(settings, root, FINGERPRINT), Spool(settings, root, "0" * 64)]
+    spool_drain = [Spool(settings, root, FINGERPRINT), Spool(settings, root, "0" * 64)]
     videos = [make_video(tmp_path, number) for number in range(1, 21)]
     with ThreadPoolExecutor(8) as pool:
-        kept = list(pool.map(lambda pair: pair[1].keep(*videos[pair[0]]), enumerate(spools * 10)))
+        kept = list(pool.map(lambda pair: pair[1].keep(*videos[pair[0]]), enumerate(spool_drain * 10)))
     disk = Path(settings.spool_folder)
     media = sum(path.stat().st_size for path in disk.rglob("*.[mj]p*") if path.is_file())
     assert 0 < sum(kept) < 10, "records weigh, too"
     assert media <= 10 * SIZE
-    assert not spools[0].has_room(SIZE)
-    assert spools[0].has_room(0) is False, "the next one is expected to be as large as the last"
+    assert not spool_drain[0].has_room(SIZE)
+    assert spool_drain[0].has_room(0) is False, "the next one is expected to be as large as the last"
 
 
 def test_no_room_is_asked_for_twice(tmp_path, root, settings):
@@ -260,7 +260,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, root, settings)
     folder.chmod(0o777)
     spool = Spool(settings, root, FINGERPRINT)
     assert not spool.has_room(1)
-    assert spool.empty() == Emptied(())
+    assert spool.empty() == DrainResult(())
     folder.rmdir()
     folder.symlink_to(tmp_path)
     assert not spool.has_room(1)

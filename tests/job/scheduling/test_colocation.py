@@ -14,12 +14,12 @@ from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan
 from hv_batch.job.cost_model.memory_check import memory_problems
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.scheduling.capacity import lodgers_per_node, most_workers, stage_limits
+from hv_batch.job.scheduling.capacity import colocated_per_node, most_workers, stage_limits
 from hv_batch.job.scheduling.messages import TaskDone, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import UserError
-from hv_batch.runtime.nodes.resources import group_bundles, least_bill
-from hv_batch.runtime.pools.colocated_worker import Lodger
+from hv_batch.runtime.nodes.resources import group_bundles, minimum_resources
+from hv_batch.runtime.pools.colocated_worker import ColocatedWorker
 from tests.support.repository import CONFIGS
 from tests.support.scheduler_world import World, limits, plan_of
 
@@ -49,18 +49,18 @@ def test_a_group_reserves_the_resources_of_its_encoders():
     """encoders.placement: colocated: one node of eight GPUs renders; a rank gets the rest of its GPU."""
     config = config_of()
     assert (
-        least_bill(config, fixed_plan(config))
+        minimum_resources(config, fixed_plan(config))
         == [group_bundles(config, fixed_plan(config))]
         == [[{"CPU": 8.0 + 1.0, "GPU": 8.0}]]
     )
     assert rank_gpus(config) == 0.8
-    assert [limit.lodges for limit in stage_limits(config, {}).values()] == [True, False, False]
+    assert [limit.is_colocated for limit in stage_limits(config, {}).values()] == [True, False, False]
 
 
 def test_one_node_of_eight_gpus_is_enough():
     """configs/720p_one_node.yaml: nothing stands beside the group, and 720p fits."""
     config = load_config(str(CONFIGS / "720p_one_node.yaml"))
-    assert [bundle["GPU"] for bundles in least_bill(config, fixed_plan(config)) for bundle in bundles] == [8.0]
+    assert [bundle["GPU"] for bundles in minimum_resources(config, fixed_plan(config)) for bundle in bundles] == [8.0]
     assert problems_of(config, [(720, 1280, 129), (1280, 720, 129), (720, 1280, 1)]) == []
     assert problems_of(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), "by 0.7 of it"
 
@@ -74,7 +74,7 @@ def test_every_colocated_encoder_finds_a_gpu(ranks, groups, encoders, nodes):
     encoders.count.
     """
     config = config_of(ranks * nodes, groups, encoders, nodes)
-    on_node = lodgers_per_node(config)
+    on_node = colocated_per_node(config)
     assert 1 <= on_node <= ranks
     wanted = groups if encoders == "auto" else encoders
     assert most_workers(config)[Stage.ENCODE] == min(wanted, groups * nodes * on_node)
@@ -95,7 +95,7 @@ def test_shares_that_let_two_ranks_meet_on_a_gpu_are_refused(tmp_path, override)
 
 def test_groups_do_not_wait_for_colocated_encoders():
     """Elastic: colocated encoders need no resources of their own, so the second group is requested without them."""
-    world = World(limits(groups=3, decoders=0, lodging=True), plan_of(7), has_room=False)
+    world = World(limits(groups=3, decoders=0, colocated=True), plan_of(7), has_room=False)
     world.feed(WorkerPlaced(world.starting[0]))
     assert sum(worker.stage is Stage.DENOISE for worker in world.starting) == 3
     world.has_room = True
@@ -105,7 +105,7 @@ def test_groups_do_not_wait_for_colocated_encoders():
 
 def test_stored_latents_need_no_group_for_pool_decoders():
     """P4: a resume with nothing left to denoise starts decoders alone, even if the encoders are colocated."""
-    world = World(limits(groups=2, lodging=True), plan_of(1, Stage.DECODE))
+    world = World(limits(groups=2, colocated=True), plan_of(1, Stage.DECODE))
     assert [worker.stage for worker in world.starting] == [Stage.DECODE]
     world.calm_down()
     assert world.committed == ["s0"]
@@ -133,12 +133,14 @@ class House:
     """Seats, a pool that holds them, and one colocated encoder."""
 
     def __init__(self, room=True):
-        self.seats = SimpleNamespace(occupied=True, given_back=False)
-        self.room = SimpleNamespace(seats=self.seats, leave=lambda: setattr(self, "left", True))
+        self.reservation = SimpleNamespace(occupied=True, given_back=False)
+        self.room = SimpleNamespace(reservation=self.reservation, leave=lambda: setattr(self, "left", True))
         self.heard, self.left, self.life = [], False, None
         self.has_room = room
         pool = SimpleNamespace(find_room=lambda: self.room if self.has_room else None)
-        self.lodger = Lodger(WORKER, pool, lambda ref, then: self.heard.extend(then(ref)), self.begin)
+        self.colocated_worker = ColocatedWorker(
+            WORKER, pool, lambda ref, then: self.heard.extend(then(ref)), self.begin
+        )
 
     def begin(self, _room, watch):
         self.life = Life(watch)
@@ -153,23 +155,23 @@ def preempted(events):
 def test_an_encoder_waits_for_a_group():
     """It starts in the first room that there is, and does nothing before."""
     house = House(room=False)
-    assert house.lodger.poll(0.0) == []
+    assert house.colocated_worker.poll(0.0) == []
     assert house.life is None
-    house.lodger.kill()
+    house.colocated_worker.kill()
     house.has_room = True
-    house.lodger.poll(1.0)
+    house.colocated_worker.poll(1.0)
     house.life.tell(WorkerPlaced(WORKER))
     assert house.heard == [WorkerPlaced(WORKER)]
-    assert house.lodger.nodes == {"node"}
+    assert house.colocated_worker.nodes == {"node"}
 
 
 def test_an_encoder_stays_while_its_group_is_rebuilt():
     """P5: a lost group does not stop the encoder on its GPUs."""
     house = House()
     house.life.tell(WorkerPlaced(WORKER))
-    house.seats.occupied = False
+    house.reservation.occupied = False
     house.life.tell(TaskDone(WORKER))
-    assert house.lodger.poll(0.0) == []
+    assert house.colocated_worker.poll(0.0) == []
     assert house.heard[1:] == [TaskDone(WORKER)]
 
 
@@ -177,13 +179,13 @@ def test_an_encoder_stays_while_its_group_is_rebuilt():
 def test_who_comes_while_the_ranks_are_away_is_turned_out(when):
     """Ray could have given it the share of a rank, which then would find no place."""
     house = House()
-    house.seats.occupied = False
+    house.reservation.occupied = False
     if when == "as it is placed":
         house.life.tell(WorkerPlaced(WORKER))
         assert preempted(house.heard)
     else:
-        assert preempted(house.lodger.poll(0.0))
-    house.lodger.kill()
+        assert preempted(house.colocated_worker.poll(0.0))
+    house.colocated_worker.kill()
     assert house.life.killed
     assert house.left
 
@@ -192,7 +194,7 @@ def test_an_encoder_stops_after_its_task_when_the_placement_group_is_released():
     """P5: it gets no further task; what becomes of it then is PREEMPTED, whatever its end looks like."""
     house = House()
     house.life.tell(WorkerPlaced(WORKER))
-    house.seats.occupied, house.seats.given_back = False, True
-    assert house.lodger.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
+    house.reservation.occupied, house.reservation.given_back = False, True
+    assert house.colocated_worker.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
     house.life.tell(WorkerLost(WORKER, Failure(FailureClass.INFRA, "died")))
     assert preempted(house.heard[1:])

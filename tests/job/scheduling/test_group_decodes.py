@@ -18,7 +18,7 @@ def decoding(world):
 
 
 def test_a_group_decodes_before_it_denoises_again():
-    """Placement group: what is nearest to a commit goes first, and each station sees each sample once."""
+    """Placement group: what is nearest to a commit goes first, and each stage sees each sample once."""
     world = World(limits(groups=1, decoders=0), plan_of(4))
     advance(world, decoding)
     assert world.at["s0"] is Stage.DECODE
@@ -108,7 +108,7 @@ def test_idle_groups_make_no_room_for_decoders_that_do_not_exist():
 
 
 def test_the_config_says_who_decodes():
-    """decoders.placement: group leaves the station without workers, whatever decoders.count says."""
+    """decoders.placement: group leaves the stage without workers, whatever decoders.count says."""
     config = RunConfig.model_validate({"decoders": {"placement": "group", "count": 5}, "groups": {"count": 3}})
     limits_of = stage_limits(config, {})[Stage.DECODE]
     assert limits_of.workers == 0

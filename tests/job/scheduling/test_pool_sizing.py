@@ -13,15 +13,15 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.scheduling.capacity import most_workers, stage_limits
 from hv_batch.job.scheduling.limits import StageLimits
-from hv_batch.job.scheduling.messages import Beat
-from hv_batch.job.scheduling.pool_sizing import HEADROOM, RECENT, SHRINK_AFTER_S, SPARE, Pools
+from hv_batch.job.scheduling.messages import Heartbeat
+from hv_batch.job.scheduling.pool_sizing import HEADROOM, RECENT, SHRINK_AFTER_S, SPARE, PoolSizer
 from hv_batch.job.stages import Stage
 from tests.support.scheduler_world import RETRIES, STALL_S, World, limits, plan_of
 
 
 def auto_pools(groups=8, most=16):
     """Pools whose decoders are learnt."""
-    return Pools(limits(groups=groups) | {Stage.DECODE: auto(most)})
+    return PoolSizer(limits(groups=groups) | {Stage.DECODE: auto(most)})
 
 
 def auto(most):
@@ -158,7 +158,7 @@ class Shift:
             self.ends = {task: end for task, end in self.ends.items() if world.running.get(task[0]) == task[1]}
             (worker, _), end = min(self.ends.items(), key=lambda task: task[1])
             for other in world.running:
-                world.feed(Beat(other))
+                world.feed(Heartbeat(other))
             world.tick(max(0.0, end - world.now))
             world.done(worker)
         return self
@@ -169,7 +169,7 @@ class Shift:
 
 
 def test_decoders_come_when_they_are_needed_and_go_when_they_are_not():
-    """Stations: an `auto` pool begins with one decoder, asks for more when it has seen how long decodes take, and
+    """Stages: an `auto` pool begins with one decoder, asks for more when it has seen how long decodes take, and
     lets go of them, idle ones first, minutes after decodes have become short. Nobody counts as lost.
     """
     world = World(limits(groups=4) | {Stage.DECODE: auto(8)}, plan_of(240))

@@ -13,8 +13,8 @@ from hv_batch.job.scheduling import backpressure
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S, StageLimits
 from hv_batch.job.scheduling.messages import (
     Admitted,
-    Beat,
     Finish,
+    Heartbeat,
     StopRequested,
     TaskDone,
     TaskFailed,
@@ -26,7 +26,7 @@ from hv_batch.job.scheduling.messages import (
 from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDINGS
 from hv_batch.job.scheduling.worker_slots import MAX_BACKOFF_S
 from hv_batch.job.stages import Stage
-from hv_batch.job.workload import Work
+from hv_batch.job.workload import Workload
 from tests.support.scheduler_world import BLAMED, MIB, RETRIES, STALL_S, World, limits, plan_of
 
 
@@ -41,17 +41,17 @@ def test_every_history_ends_with_each_sample_gone_once(data):
         *workers,
         batch=data.draw(st.integers(1, 4)),
         result_bytes=data.draw(st.sampled_from([1, 8 * MIB, 20 * MIB, math.inf])),
-        lodging=data.draw(st.booleans()),
+        colocated=data.draw(st.booleans()),
         ranks=data.draw(st.sampled_from([(1,), (1,), (8,), (2, 1), (8, 1), (8, 4, 2)])),
-        parcel=data.draw(st.integers(1, 4)),
+        micro_batch=data.draw(st.integers(1, 4)),
     )
     begins = data.draw(st.lists(st.sampled_from([Stage.ENCODE, Stage.ENCODE, Stage.DECODE]), max_size=15))
-    lanes = st.integers(0, len(stages[Stage.DENOISE].sizes) - 1)
-    works = st.sampled_from([Work((64, 64, 1), 2, 1), Work((128, 128, 1), 2, 1)])
+    size_classes = st.integers(0, len(stages[Stage.DENOISE].sizes) - 1)
+    works = st.sampled_from([Workload((64, 64, 1), 2, 1), Workload((128, 128, 1), 2, 1)])
     world = World(
         stages,
         [
-            Admitted(f"s{i}", stage, MIB * data.draw(st.integers(1, 16)), data.draw(lanes), data.draw(works))
+            Admitted(f"s{i}", stage, MIB * data.draw(st.integers(1, 16)), data.draw(size_classes), data.draw(works))
             for i, stage in enumerate(begins)
         ],
         embedding_bytes={f"s{i}": MIB * data.draw(st.integers(1, 8)) for i in range(len(begins))},
@@ -208,12 +208,12 @@ def denoise_tasks(world, seconds):
 
 
 def test_quick_samples_travel_together():
-    """Stations: once a kind of sample is known to be quick, groups share out what waits, and each takes several; slow
+    """Stages: once a kind of sample is known to be quick, groups share out what waits, and each takes several; slow
     ones, and kinds that nobody knows yet, go one by one. Nothing is rendered twice or left.
     """
-    quick, slow = Work((64, 64, 1), 2, 1), Work((720, 1280, 129), 50, 1)
+    quick, slow = Workload((64, 64, 1), 2, 1), Workload((720, 1280, 129), 50, 1)
     plan = [Admitted(f"s{i:02}", work=slow if i % 10 == 9 else quick) for i in range(60)]
-    world = World(limits(groups=1, batch=8, parcel=16), plan)
+    world = World(limits(groups=1, batch=8, micro_batch=16), plan)
     tasks = denoise_tasks(world, {quick: 0.1, slow: 9.0})
     assert sorted(world.committed) == [begun.key for begun in plan]
     assert set(world.runs.values()) == {1}
@@ -225,7 +225,7 @@ def test_quick_samples_travel_together():
 
 def test_a_parcel_that_is_lost_charges_nobody():
     """P5: its samples are tried again alone, so that the one to blame is found; the others are committed."""
-    world = World(limits(groups=1, batch=8, parcel=16), plan_of(40))
+    world = World(limits(groups=1, batch=8, micro_batch=16), plan_of(40))
     seen = []
 
     def bad(worker, keys):
@@ -235,14 +235,14 @@ def test_a_parcel_that_is_lost_charges_nobody():
         return None
 
     drive(world, bad)
-    assert seen[0] > 1, "it was in no parcel"
+    assert seen[0] > 1, "it was in no micro-batch"
     assert seen[1:] == [1] * RETRIES.infra
     assert world.quarantined == ["s20"]
     assert len(world.committed) == 39
 
 
 def test_one_group_that_never_starts_ends_the_run():
-    """P6: a station with no worker left is said so instead of waiting for ever."""
+    """P6: a stage with no worker left is said so instead of waiting for ever."""
     world = World(limits(groups=2), plan_of(3))
     while not world.abort:
         groups = [w for w in world.starting if w.stage is Stage.DENOISE]
@@ -484,7 +484,7 @@ def test_a_hung_task_is_given_up_and_retried():
     world.done(next(iter(world.running)))
     (group,) = world.running
     world.tick(STALL_S - 1)
-    world.feed(Beat(group))
+    world.feed(Heartbeat(group))
     world.tick(STALL_S - 1)
     assert group in world.running, "a beat restarts the clock"
     world.tick(2)
@@ -501,7 +501,7 @@ def test_a_step_that_is_overdue_is_a_hang():
     until_denoising(world, groups=1)
     (group,) = denoising(world)
     for patience_s, waited_s in ((math.inf, STALL_S), (2 * STALL_S, STALL_S), (10.0, 10.0)):
-        world.feed(Beat(group, patience_s))
+        world.feed(Heartbeat(group, patience_s))
         world.tick(waited_s)
         assert group in world.running
     world.tick(1.0)
@@ -643,7 +643,7 @@ def test_lost_latents_begin_anew():
 
 
 def test_encoders_take_whole_batches_while_groups_have_work():
-    """Stations: a batch takes hardly longer than one sample, so an encoder waits until a whole one has room; but not
+    """Stages: a batch takes hardly longer than one sample, so an encoder waits until a whole one has room; but not
     while a group has nothing to do.
     """
     world = World(limits(groups=2, batch=4), plan_of(60))

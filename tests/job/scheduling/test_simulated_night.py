@@ -23,10 +23,10 @@ from hv_batch.job.scheduling.messages import (
     Abort,
     Admit,
     Admitted,
-    Beat,
     Checkpoint,
     Event,
     Finish,
+    Heartbeat,
     KillWorker,
     PlanExhausted,
     Quarantine,
@@ -179,11 +179,11 @@ class Night:
             match action:
                 case Admit(wanted):
                     batch = [self.plan.popleft() for _ in range(min(wanted, len(self.plan)))]
-                    self.events.extend(Admitted(key, lane=self.kinds[key]) for key in batch)
+                    self.events.extend(Admitted(key, size_class=self.kinds[key]) for key in batch)
                     if len(batch) < wanted:
                         self.events.append(PlanExhausted())
-                case StartWorker(worker, lane):
-                    life = Life(worker, self.mix[lane].ranks if worker.stage is Stage.DENOISE else 1)
+                case StartWorker(worker, size_class):
+                    life = Life(worker, self.mix[size_class].ranks if worker.stage is Stage.DENOISE else 1)
                     self.lives[worker] = life
                     self.waiting.append(life)
                     self.room = True
@@ -274,7 +274,7 @@ class Night:
     def tick(self) -> None:
         for life in self.lives.values():
             if life.keys:
-                self.events.append(Beat(life.worker))
+                self.events.append(Heartbeat(life.worker))
         self.events.append(Tick())
         self.after(BEAT_S if not self.draining else 5.0, self.tick)
 
@@ -352,7 +352,7 @@ def test_groups_do_not_wait_for_work():
 
 @pytest.mark.parametrize(("decode_s", "ideal"), [(60.0, 2), (169.0, 4), (473.0, 12)])
 def test_an_auto_pool_finds_its_size(decode_s, ideal):
-    """Stations: eight groups wait for less than 2 % of a night whose decoders nobody has counted: the pool finds how
+    """Stages: eight groups wait for less than 2 % of a night whose decoders nobody has counted: the pool finds how
     many it takes, or one more for the headroom, and stays there.
     """
     scene = Scene(samples=800, groups=8, encoders=1, decoders="auto", nodes=8, decode_s=decode_s)

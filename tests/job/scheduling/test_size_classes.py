@@ -10,12 +10,12 @@ from hv_batch.job.scheduling.size_classes import LOAD_S, PATIENCE_S
 from hv_batch.job.stages import Stage
 from tests.support.scheduler_world import World, limits, pass_time
 
-LARGE, SMALL = 0, 1  # lanes
+LARGE, SMALL = 0, 1  # size classes
 DENOISE_S = 200.0
 
 
-def samples(*lanes):
-    return [Admitted(f"s{i}", lane=lane) for i, lane in enumerate(lanes)]
+def samples(*size_classes):
+    return [Admitted(f"s{i}", size_class=size_class) for i, size_class in enumerate(size_classes)]
 
 
 def denoising(world):
@@ -98,7 +98,7 @@ def test_one_size_never_makes_room():
 
 
 def test_a_size_of_which_no_group_starts_ends_the_run_by_name():
-    """P6: as with a station, its samples could never be rendered; the reason names the size."""
+    """P6: as with a stage, its samples could never be rendered; the reason names the size."""
     world = World(limits(groups=1, ranks=(2, 1)), samples(LARGE, SMALL, SMALL, SMALL))
     for _ in range(4000):
         if world.abort or world.finish:

@@ -102,7 +102,7 @@ def test_bytes_are_on_the_disk_before_names_and_names_before_the_answer(act, act
 
 
 def test_a_crash_between_any_two_names(tmp_path, monkeypatch):
-    """P1: whatever part of a parcel was committed, its media are there, and the rest can be committed again."""
+    """P1: whatever part of a micro-batch was committed, its media are there, and the rest can be committed again."""
     records = [{**a_commit(), "key": name, "file": layout.media_key(SHARD, name, "ab" * 32, ".mp4")} for name in NAMES]
     link, seen = os.link, set()
     for survivors in count():

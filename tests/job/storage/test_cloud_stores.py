@@ -11,7 +11,7 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.inspection.garbage import find_garbage
-from hv_batch.job.inspection.verify import Picture, verify
+from hv_batch.job.inspection.verify import MediaShape, verify
 from hv_batch.job.storage.store import PutIfAbsent, Store
 from tests.support.cloud_servers import GcsServer, azurite
 from tests.support.crash_points import NAMED, POISON, crash_and_resume, number_of
@@ -109,7 +109,7 @@ def test_what_a_store_does(store, tmp_path: Path):
 def test_a_run_that_crashes_and_goes_on(store, point):
     """P1, P2: the whole protocol; the root ends byte for byte as on a disk, sound and without garbage."""
     crash_and_resume(store.url, [(number_of(NAMED[point]), "after")])
-    assert verify(store, lambda data, suffix: Picture(17, 128, 96), decodes=None).findings == []
+    assert verify(store, lambda data, suffix: MediaShape(17, 128, 96), decodes=None).findings == []
     assert list(find_garbage(store, older_than=FUTURE)) == []
 
 
@@ -120,9 +120,9 @@ def test_posters_and_tars(store, tmp_path):
     disk = Store(str(tmp_path / "root"))
     run_small(disk, samples, poison=POISON, adorned=True)
     assert everything(store) == everything(disk)
-    assert verify(store, lambda data, suffix: Picture(17, 128, 96), decodes=0).findings == []
+    assert verify(store, lambda data, suffix: MediaShape(17, 128, 96), decodes=0).findings == []
     store.delete(layout.tar_key(0))
-    (wrong,) = verify(store, lambda data, suffix: Picture(17, 128, 96), decodes=0).findings
+    (wrong,) = verify(store, lambda data, suffix: MediaShape(17, 128, 96), decodes=0).findings
     assert "missing" in wrong.details
 
 

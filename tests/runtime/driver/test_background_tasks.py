@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayTaskError
 
-from hv_batch.job.records.pending import Sealable
+from hv_batch.job.records.pending import CompleteShard
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime.driver import background_tasks
-from hv_batch.runtime.driver.background_tasks import SHARDS_A_SEALER, Errands
+from hv_batch.runtime.driver.background_tasks import SHARDS_A_SEALER, BackgroundTasks
 from hv_batch.runtime.driver.outage import Outage
 
 
@@ -19,14 +19,16 @@ class Sealers:
 
     def __init__(self, monkeypatch, shards):
         self.begun, self.waiting = [], {}
-        plan = SimpleNamespace(take_sealable=self._take)
+        plan = SimpleNamespace(take_complete=self._take)
         context = SimpleNamespace(store=None, config=SimpleNamespace(output=SimpleNamespace(webdataset=False)))
-        self._complete = [Sealable(shard, ("key",)) for shard in range(shards)]
+        self._complete = [CompleteShard(shard, ("key",)) for shard in range(shards)]
         self._now, self._error = 0.0, None
         monkeypatch.setattr(background_tasks, "seal", SimpleNamespace(remote=self._seal))
         monkeypatch.setattr(background_tasks, "ray", SimpleNamespace(get=self._get))
         monkeypatch.setattr(background_tasks, "time", SimpleNamespace(monotonic=lambda: self._now))
-        self.errands = Errands(context, plan, {}, Outage(lambda _: None), self.waiting.__setitem__, lambda _: None)
+        self.background_tasks = BackgroundTasks(
+            context, plan, {}, Outage(lambda _: None), self.waiting.__setitem__, lambda _: None
+        )
 
     def _take(self):
         complete, self._complete = self._complete, []
@@ -43,35 +45,35 @@ class Sealers:
     def end(self, shard, error=None):
         self._error = error and RayTaskError("seal", "", error)
         self.waiting.pop(shard)(shard)
-        self.errands.run()
+        self.background_tasks.run()
 
     def pass_time(self, seconds):
         self._now += seconds
-        self.errands.run()
+        self.background_tasks.run()
 
 
 @pytest.mark.parametrize(("shards", "at_once"), [(1, 1), (SHARDS_A_SEALER, 1), (SHARDS_A_SEALER + 1, 2), (14, 3)])
 def test_sealers_are_as_many_as_what_waits_is_worth(monkeypatch, shards, at_once):
     """Speed: one process goes on sealing; another is started only where four shards wait for each that does."""
     sealers = Sealers(monkeypatch, shards)
-    sealers.errands.run()
+    sealers.background_tasks.run()
     assert len(sealers.waiting) == at_once
     while sealers.waiting:
-        assert sealers.errands.are_owed
+        assert sealers.background_tasks.has_pending
         sealers.end(next(iter(sealers.waiting)))
     assert sealers.begun == list(range(shards))
-    assert not sealers.errands.are_owed
+    assert not sealers.background_tasks.has_pending
 
 
 def test_a_shard_that_met_an_outage_is_sealed_after_it(monkeypatch):
     """P5: it waits with all behind it, and is the first that is tried again."""
     sealers = Sealers(monkeypatch, 3)
-    sealers.errands.run()
+    sealers.background_tasks.run()
     sealers.end(0, StorageUnavailableError("away"))
     assert sealers.begun == [0]
-    assert sealers.errands.are_owed
+    assert sealers.background_tasks.has_pending
     sealers.pass_time(3600 * 24)
     for shard in (0, 1, 2):
         sealers.end(shard)
     assert sealers.begun == [0, 0, 1, 2]
-    assert not sealers.errands.are_owed
+    assert not sealers.background_tasks.has_pending

@@ -8,7 +8,7 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.records import commits
-from hv_batch.job.records.pending import Answered, Passed, Plan, Unanswered
+from hv_batch.job.records.pending import PendingSamples, ShardSkipped, StorageDown, StorageUp
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -72,12 +72,12 @@ def test_a_plan_goes_on_where_an_outage_has_stopped_it(tmp_path, monkeypatch, ac
         return real(self, *arguments)
 
     monkeypatch.setattr(Store, act, flaky)
-    plan = Plan(store, ListedShards(samples))
+    plan = PendingSamples(store, ListedShards(samples))
     found = list(plan)
-    assert found[:4] == [Unanswered(AWAY), Unanswered(AWAY), Answered(), Passed(0)]
+    assert found[:4] == [StorageDown(AWAY), StorageDown(AWAY), StorageUp(), ShardSkipped(0)]
     assert [(pending.sample, pending.stage) for pending in found[4:]] == [(s, Stage.ENCODE) for s in samples[4:]]
-    assert plan.tally.committed_before == 4
-    assert [sealable.shard for sealable in plan.take_sealable()] == [0]
+    assert plan.counts.committed_before == 4
+    assert [complete.shard for complete in plan.take_complete()] == [0]
     assert not store.exists(layout.latent_key(0, "s001"))
 
 
@@ -92,7 +92,7 @@ def test_an_outage_does_not_stop_the_run_at_the_end_of_a_shard(tmp_path, monkeyp
         return real(self, prefix)
 
     monkeypatch.setattr(Store, "list", watched)
-    pending = iter(Plan(store, ListedShards(samples)))
+    pending = iter(PendingSamples(store, ListedShards(samples)))
     found = [next(pending)]
     deadline = time.monotonic() + 60
     while sum(prefix.startswith("retried/") for prefix in looked) < 3:

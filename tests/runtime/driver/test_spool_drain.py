@@ -11,7 +11,7 @@ from ray.exceptions import NodeDiedError, RayTaskError
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.records import commits
-from hv_batch.job.records.spool import Emptied
+from hv_batch.job.records.spool import DrainResult
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.scheduling.messages import Published, SpoolLost
 from hv_batch.job.stages import Stage
@@ -30,14 +30,14 @@ class Nodes:
 
     def __init__(self, monkeypatch, store, **output):
         self.asked = {}
-        self.errands, self.told, self.said = [], [], []
+        self.background_tasks, self.told, self.said = [], [], []
         monkeypatch.setattr(spool_drain, "empty_spool", SimpleNamespace(options=self._options))
         monkeypatch.setattr(spool_drain.ray, "get", self._get)
         config = RunConfig.model_validate({"output": output})
         context = SimpleNamespace(config=config, store=store, fingerprint=FINGERPRINT)
         self.outage = Outage(self.said.append)
-        self.spools = spool_drain.Spools(
-            context, self._watch, self.outage, self.errands.append, self.told.append, self.said.append
+        self.spool_drain = spool_drain.SpoolDrain(
+            context, self._watch, self.outage, self.background_tasks.append, self.told.append, self.said.append
         )
 
     def _options(self, scheduling_strategy):
@@ -57,8 +57,8 @@ class Nodes:
         return self.asked.pop(node)(answer)
 
     def do_errands(self):
-        while self.errands:
-            self.errands.pop(0)()
+        while self.background_tasks:
+            self.background_tasks.pop(0)()
         told, self.told[:] = list(self.told), []
         return told
 
@@ -75,89 +75,89 @@ def nodes(monkeypatch, store):
 
 def test_what_a_node_has_committed_is_published(nodes):
     """P1: once for each sample, and there is nothing more to do or to tell."""
-    nodes.spools.add(A, FIRST)
-    nodes.spools.add(B, SECOND)
-    nodes.spools.go_on(0.0)
-    nodes.spools.go_on(0.0)
+    nodes.spool_drain.add(A, FIRST)
+    nodes.spool_drain.add(B, SECOND)
+    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.go_on(0.0)
     assert set(nodes.asked) == {A, B}
-    assert "2 finished videos on the disks of 2 nodes" in nodes.spools.describe()
-    assert nodes.answer(A, Emptied(("s001",))) == [Published("s001")]
-    assert nodes.answer(B, Emptied(("s002",))) == [Published("s002")]
-    nodes.spools.go_on(0.0)
+    assert "2 finished videos on the disks of 2 nodes" in nodes.spool_drain.describe()
+    assert nodes.answer(A, DrainResult(("s001",))) == [Published("s001")]
+    assert nodes.answer(B, DrainResult(("s002",))) == [Published("s002")]
+    nodes.spool_drain.go_on(0.0)
     assert not nodes.asked
-    assert nodes.spools.describe() == ""
+    assert nodes.spool_drain.describe() == ""
 
 
 def test_an_outage_is_waited_for(nodes):
     """P5: nodes are asked again after a pause; what was committed before it went away is published."""
-    nodes.spools.add(A, FIRST)
-    nodes.spools.add(A, SECOND)
-    nodes.spools.go_on(0.0)
-    assert nodes.answer(A, Emptied(("s001",), "503")) == [Published("s001")]
+    nodes.spool_drain.add(A, FIRST)
+    nodes.spool_drain.add(A, SECOND)
+    nodes.spool_drain.go_on(0.0)
+    assert nodes.answer(A, DrainResult(("s001",), "503")) == [Published("s001")]
     assert "does not answer" in nodes.said[0]
-    nodes.spools.go_on(nodes.outage._try_at - 0.1)
+    nodes.spool_drain.go_on(nodes.outage._try_at - 0.1)
     assert not nodes.asked
-    nodes.spools.go_on(nodes.outage._try_at + OUTAGE_PAUSE_S)
-    assert nodes.answer(A, Emptied(("s002",))) == [Published("s002")]
+    nodes.spool_drain.go_on(nodes.outage._try_at + OUTAGE_PAUSE_S)
+    assert nodes.answer(A, DrainResult(("s002",))) == [Published("s002")]
     assert "answers again" in nodes.said[1]
 
 
-@pytest.mark.parametrize("answer", [NodeDiedError("gone"), Emptied(())])
+@pytest.mark.parametrize("answer", [NodeDiedError("gone"), DrainResult(())])
 def test_what_is_gone_goes_on_from_what_the_root_has(nodes, store, answer):
     """P4, P5: with its node, or because it does not prove itself: committed all the same, from its latents, or anew."""
     samples = [FIRST, SECOND, make_sample(3)]
     commits.commit(store, make_commit(FIRST))
     store.put(layout.latent_key(SECOND.shard, SECOND.key), b"latents")
     for sample in samples:
-        nodes.spools.add(A, sample)
-    nodes.spools.go_on(0.0)
+        nodes.spool_drain.add(A, sample)
+    nodes.spool_drain.go_on(0.0)
     assert nodes.answer(A, answer) == []
     assert nodes.do_errands() == [
         Published("s001"),
         SpoolLost("s002", Stage.DECODE),
         SpoolLost("s003", Stage.ENCODE),
     ]
-    assert nodes.spools.describe() == ""
+    assert nodes.spool_drain.describe() == ""
 
 
 def test_what_came_after_the_question_is_not_missed(nodes):
     """P4: a task does not see a video that was kept after it had begun."""
-    nodes.spools.add(A, FIRST)
-    nodes.spools.go_on(0.0)
-    nodes.spools.add(A, SECOND)
-    assert nodes.answer(A, Emptied(("s001",))) == [Published("s001")]
-    assert not nodes.errands
-    nodes.spools.go_on(0.0)
-    assert nodes.answer(A, Emptied(("s002",))) == [Published("s002")]
+    nodes.spool_drain.add(A, FIRST)
+    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.add(A, SECOND)
+    assert nodes.answer(A, DrainResult(("s001",))) == [Published("s001")]
+    assert not nodes.background_tasks
+    nodes.spool_drain.go_on(0.0)
+    assert nodes.answer(A, DrainResult(("s002",))) == [Published("s002")]
 
 
 def test_a_resume_first_commits_what_it_finds(nodes):
     """P2: nothing is begun before every node has been asked, and answered or gone; no outage cuts that short."""
-    nodes.spools.visit([A, B])
-    nodes.spools.go_on(0.0)
-    assert nodes.answer(A, Emptied(("s001", "s002"))) == [], "the plan will find them committed"
+    nodes.spool_drain.visit([A, B])
+    nodes.spool_drain.go_on(0.0)
+    assert nodes.answer(A, DrainResult(("s001", "s002"))) == [], "the plan will find them committed"
     assert "committed 2 videos that an earlier outage had left" in nodes.said[0]
-    assert nodes.spools.is_visiting
-    assert nodes.answer(B, Emptied((), "503")) == []
-    assert nodes.spools.is_visiting
-    nodes.spools.go_on(nodes.outage._try_at)
+    assert nodes.spool_drain.is_visiting
+    assert nodes.answer(B, DrainResult((), "503")) == []
+    assert nodes.spool_drain.is_visiting
+    nodes.spool_drain.go_on(nodes.outage._try_at)
     assert nodes.answer(B, NodeDiedError("gone")) == []
-    assert not nodes.spools.is_visiting
+    assert not nodes.spool_drain.is_visiting
 
 
 def test_without_a_spool_no_node_is_asked(monkeypatch, store):
     """output.spool_gib: 0 is off."""
     nodes = Nodes(monkeypatch, store, spool_gib=0)
-    nodes.spools.visit([A])
-    assert not nodes.spools.is_visiting
+    nodes.spool_drain.visit([A])
+    assert not nodes.spool_drain.is_visiting
 
 
 def test_a_root_that_refuses_ends_the_run(nodes):
     """Design section 6: credentials and full stores are for the user to mend, and the videos stay where they are."""
-    nodes.spools.add(A, FIRST)
-    nodes.spools.go_on(0.0)
+    nodes.spool_drain.add(A, FIRST)
+    nodes.spool_drain.go_on(0.0)
     cause = PermissionError(errno.EACCES, "s3://bucket: denied")
     refused = RayTaskError("empty_spool", "Traceback ...", cause, proctitle="x", pid=1, ip="127.0.0.1")
     with pytest.raises(UserError, match=r"denied.*grant access"):
         nodes.answer(A, refused.as_instanceof_cause())
-    assert "1 finished video on the disks" in nodes.spools.describe()
+    assert "1 finished video on the disks" in nodes.spool_drain.describe()

@@ -7,8 +7,8 @@ import errno
 import numpy as np
 import pytest
 
-from hv_batch.protocol import NotFiniteError
-from hv_batch.runtime.groups.group_decode import Recording, record
+from hv_batch.protocol import NonFiniteError
+from hv_batch.runtime.groups.group_decode import RecordedDecode, record_decode
 from tests.support.records import SAMPLE
 
 CHUNKS = 4
@@ -57,8 +57,8 @@ class Writer:
 def test_a_file_is_made_of_all_chunks(tmp_path):
     """The way it should go: the media and how long it took."""
     group = Group()
-    recording = record(Writer(), SAMPLE, group.decode(), tmp_path)
-    assert isinstance(recording, Recording)
+    recording = record_decode(Writer(), SAMPLE, group.decode(), tmp_path)
+    assert isinstance(recording, RecordedDecode)
     assert recording.media == "media"
     assert group.taken == [0, 1, 2, 3]
 
@@ -67,15 +67,15 @@ def test_a_file_is_made_of_all_chunks(tmp_path):
 def test_what_is_wrong_with_a_file_is_told_when_all_ranks_have_ended(tmp_path, reads):
     """P5: a full disk before the first chunk, after the last and in between; every tile has been taken."""
     fault, group = OSError(errno.ENOSPC, "no space"), Group()
-    assert record(Writer(fault, reads), SAMPLE, group.decode(), tmp_path) is fault
+    assert record_decode(Writer(fault, reads), SAMPLE, group.decode(), tmp_path) is fault
     assert group.taken == [0, 1, 2, 3]
 
 
 def test_frames_that_are_not_finite_are_told_likewise(tmp_path):
     """P5: rank 0 alone sees them; the group is as good as before."""
-    fault = NotFiniteError("not finite")
+    fault = NonFiniteError("not finite")
     group = Group(fault)
-    assert record(Writer(), SAMPLE, group.decode(), tmp_path) is fault
+    assert record_decode(Writer(), SAMPLE, group.decode(), tmp_path) is fault
     assert group.taken == [0, 1, 2, 3]
 
 
@@ -84,4 +84,4 @@ def test_a_rank_that_is_gone_ends_the_group(tmp_path, writer):
     """P5: whoever is left in a collective cannot be given another sample, whatever else was wrong."""
     group = Group(RuntimeError("connection closed by peer"))
     with pytest.raises(RuntimeError, match="closed by peer"):
-        record(writer, SAMPLE, group.decode(), tmp_path)
+        record_decode(writer, SAMPLE, group.decode(), tmp_path)

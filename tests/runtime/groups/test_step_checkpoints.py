@@ -18,7 +18,7 @@ from hv_batch.job.records.latents import get_steps, put_steps
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 from hv_batch.runtime.groups import step_checkpoints
-from hv_batch.runtime.groups.step_checkpoints import LEAST_PATIENCE_S, OVERDUE, Pace, StepWriter, read_steps
+from hv_batch.runtime.groups.step_checkpoints import LEAST_PATIENCE_S, OVERDUE, StepTimer, StepWriter, read_steps
 from hv_batch.runtime.worker import InFlight
 from tests.support.records import PARAMS, SAMPLE
 
@@ -184,7 +184,7 @@ def test_a_rank_tells_when_its_next_step_is_overdue(monkeypatch):
     """
     now = 0.0
     monkeypatch.setattr(step_checkpoints, "time", SimpleNamespace(monotonic=lambda: now))
-    pace, told = Pace(), []
+    pace, told = StepTimer(), []
     for took in ([900.0, 1.0, 40.0, 2.0, 500.0], [3.0, 20.0]):
         with suppress(RuntimeError), pace.of(5) as after_step:
             for done, seconds in enumerate(took, 1):

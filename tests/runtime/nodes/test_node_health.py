@@ -69,7 +69,7 @@ def leaves_enough(nodes, stage):
 
 @given(st.lists(EVENTS, max_size=60))
 def test_only_nodes_that_failed_in_a_row_are_excluded_and_never_all(history):
-    """P5: whatever happens, a node is out exactly when one station failed often enough in a row while others were
+    """P5: whatever happens, a node is out exactly when one stage failed often enough in a row while others were
     left.
     """
     health = NodeHealth(leaves_enough)
@@ -93,7 +93,7 @@ def test_only_nodes_that_failed_in_a_row_are_excluded_and_never_all(history):
 
 
 def test_a_group_that_renders_says_nothing_of_a_decoders_gpu():
-    """P5: stations are counted apart, because they stand on different GPUs of a node."""
+    """P5: stages are counted apart, because they stand on different GPUs of a node."""
     health = NodeHealth(leaves_one)
     for _ in range(EXCLUDE_AFTER):
         health.device_faulted(Stage.DECODE, ["a"], "ECC")

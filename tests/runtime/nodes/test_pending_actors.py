@@ -10,7 +10,7 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes import pending_actors, resources
-from hv_batch.runtime.nodes.pending_actors import SAY_AFTER_S, RoomWatch
+from hv_batch.runtime.nodes.pending_actors import SAY_AFTER_S, PendingActorWatch
 
 CONFIG = {"encoders": {"placement": "colocated", "gpus": 0.3}, "decoders": {"gpus": 1.0, "cpus": 2.0}}
 
@@ -24,7 +24,7 @@ def nodes(monkeypatch):
     return there
 
 
-def station(stage, *placed):
+def stage(stage, *placed):
     return {WorkerId(stage, slot, 0): SimpleNamespace(nodes=frozenset(nodes)) for slot, nodes in enumerate(placed)}
 
 
@@ -33,8 +33,8 @@ def test_a_station_without_room_is_told_of_once(nodes):
     that could ever do; again only when it has had room since.
     """
     said = []
-    watch = RoomWatch(RunConfig.model_validate(CONFIG), said.append)
-    alone, joined = station(Stage.DECODE, ()), station(Stage.DECODE, (), ("a",))
+    watch = PendingActorWatch(RunConfig.model_validate(CONFIG), said.append)
+    alone, joined = stage(Stage.DECODE, ()), stage(Stage.DECODE, (), ("a",))
     for now in (0.0, SAY_AFTER_S - 1.0):
         watch.look(alone, now)
     assert not said
@@ -58,7 +58,7 @@ def test_a_station_without_room_is_told_of_once(nodes):
 def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes):
     """Colocated encoders wait for a group, which reports its own waiting; at the tail no decoder may be needed."""
     said = []
-    watch = RoomWatch(RunConfig.model_validate(CONFIG), said.append)
+    watch = PendingActorWatch(RunConfig.model_validate(CONFIG), said.append)
     for now in (0.0, 2 * SAY_AFTER_S):
-        watch.look(station(Stage.ENCODE, ()), now)
+        watch.look(stage(Stage.ENCODE, ()), now)
     assert not said

@@ -16,10 +16,10 @@ from hv_batch.runtime.nodes import resources
 from hv_batch.runtime.nodes.resources import (
     SAY_EVERY_S,
     STORE_SHARE,
-    Shortage,
-    fits,
+    ResourceShortage,
+    can_place,
     group_bundles,
-    least_bill,
+    minimum_resources,
     result_share,
     total,
 )
@@ -27,12 +27,12 @@ from hv_batch.runtime.nodes.resources import (
 
 def test_a_group_of_eight_wants_one_node():
     """Design section 5: a group's bundles are packed strictly, so eight GPUs over two nodes are not enough."""
-    bill = least_bill(RunConfig(), DEFAULT_PLAN)
+    bill = minimum_resources(RunConfig(), DEFAULT_PLAN)
     assert total(group_bundles(RunConfig(), DEFAULT_PLAN)) == {"CPU": 8.0, "GPU": 8.0}
-    assert fits(bill, [{"CPU": 64, "GPU": 10}])
-    assert fits(bill, [{"CPU": 64, "GPU": 8}, {"CPU": 8, "GPU": 2}])
-    assert not fits(bill, [{"CPU": 64, "GPU": 5}, {"CPU": 64, "GPU": 5}])
-    assert not fits(bill, [{"CPU": 64, "GPU": 8}])
+    assert can_place(bill, [{"CPU": 64, "GPU": 10}])
+    assert can_place(bill, [{"CPU": 64, "GPU": 8}, {"CPU": 8, "GPU": 2}])
+    assert not can_place(bill, [{"CPU": 64, "GPU": 5}, {"CPU": 64, "GPU": 5}])
+    assert not can_place(bill, [{"CPU": 64, "GPU": 8}])
 
 
 def test_a_group_over_two_nodes_wants_two():
@@ -42,9 +42,9 @@ def test_a_group_over_two_nodes_wants_two():
     )
     plan = fixed_plan(config)
     assert group_bundles(config, plan) == [{"CPU": 4.0, "GPU": 4.0}] * 2
-    assert fits(least_bill(config, plan), [{"CPU": 8, "GPU": 5}] * 2)
-    assert not fits(least_bill(config, plan), [{"CPU": 64, "GPU": 16}])
-    assert not fits(least_bill(config, plan), [{"CPU": 64, "GPU": 16}, {"CPU": 64, "GPU": 3}])
+    assert can_place(minimum_resources(config, plan), [{"CPU": 8, "GPU": 5}] * 2)
+    assert not can_place(minimum_resources(config, plan), [{"CPU": 64, "GPU": 16}])
+    assert not can_place(minimum_resources(config, plan), [{"CPU": 64, "GPU": 16}, {"CPU": 64, "GPU": 3}])
 
 
 def test_shares_of_a_gpu_add_up():
@@ -52,12 +52,12 @@ def test_shares_of_a_gpu_add_up():
     config = RunConfig.model_validate(
         {"parallel": {"ulysses_degree": 1}, "encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
     )
-    assert fits(least_bill(config, fixed_plan(config)), [{"CPU": 4, "GPU": 2}])
-    assert not fits(least_bill(config, fixed_plan(config)), [{"CPU": 4, "GPU": 1}])
+    assert can_place(minimum_resources(config, fixed_plan(config)), [{"CPU": 4, "GPU": 2}])
+    assert not can_place(minimum_resources(config, fixed_plan(config)), [{"CPU": 4, "GPU": 1}])
 
 
 def test_who_may_meet_on_a_node_share_its_store():
-    """P7: however Ray places the workers of a station, together they hold a part of the smallest store there."""
+    """P7: however Ray places the workers of a stage, together they hold a part of the smallest store there."""
     small = {"CPU": 64.0, "GPU": 8.0, "object_store_memory": 800.0}
     large = {"CPU": 64.0, "GPU": 16.0, "object_store_memory": 1e4}
     head = {"CPU": 8.0, "object_store_memory": 10.0}
@@ -72,8 +72,8 @@ def test_who_may_meet_on_a_node_share_its_store():
 def test_groups_that_decode_want_no_decoder():
     """decoders.placement: group: nine GPUs are enough, whatever decoders.gpus says, even nothing."""
     config = RunConfig.model_validate({"decoders": {"placement": "group", "gpus": 0.0}})
-    assert len(least_bill(config, fixed_plan(config))) == 2
-    assert fits(least_bill(config, fixed_plan(config)), [{"CPU": 64, "GPU": 9}])
+    assert len(minimum_resources(config, fixed_plan(config))) == 2
+    assert can_place(minimum_resources(config, fixed_plan(config)), [{"CPU": 64, "GPU": 9}])
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=4), st.lists(st.integers(0, 8), max_size=4))
@@ -82,8 +82,8 @@ def test_nothing_fits_into_less_than_it_is(needs, nodes):
     bill = [[{"GPU": float(need)}] for need in needs]
     there = [{"GPU": float(size)} for size in nodes]
     if sum(needs) > sum(nodes):
-        assert not fits(bill, there)
-    assert fits(bill, [{"GPU": float(need)} for need in needs])
+        assert not can_place(bill, there)
+    assert can_place(bill, [{"GPU": float(need)} for need in needs])
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes):
     asks, what there is, and that this will never do.
     """
     said = []
-    shortage = Shortage(RunConfig(), DEFAULT_PLAN, patience_s=100.0, say=said.append)
+    shortage = ResourceShortage(RunConfig(), DEFAULT_PLAN, patience_s=100.0, say=said.append)
     assert not shortage.lasts(0.0)
     nodes["node"]["GPU"] = 7.0
     assert shortage.lasts(200.0, is_busy=True)
