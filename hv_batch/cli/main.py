@@ -107,7 +107,7 @@ def resume(
     steal: Steal = False,
 ) -> None:
     """Render what is left of a run; its config and manifest are those of its run.json. Exit codes are those of run."""
-    from hv_batch.resume import resume as resume_run
+    from hv_batch.runtime.render import resume as resume_run
 
     raise typer.Exit(resume_run(output, address=address, progress=Progress(), manifest=manifest, steal=steal))
 

@@ -30,11 +30,10 @@ from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.manifest.selection import Selection, parse_ranges
-from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
 from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
-from hv_batch.job.records.run_document import chosen_shards, read_run
+from hv_batch.job.records.run_document import chosen_shards, read_run, read_run_config
 from hv_batch.job.storage.store import Store
 
 FOUND = 3
@@ -96,7 +95,7 @@ def verify(
     with _changing(store, "verify", remove or repair, steal) as still_ours:
         found = verify_root(store, decode_media, decodes=None if deep else sample_decode, shards=parse_shards(shards))
         if found.findings and repair:
-            read_orders(output)  # what nobody could render again is not removed
+            read_run_config(output)  # what nobody could render again is not removed
         if remove or repair:
             still_ours()
             remove_faults(store, found.findings)
@@ -194,7 +193,7 @@ def parse_shards(text: str | None) -> list[int] | None:
 
 def _render_again(output: str, findings: Sequence[Finding], address: str | None, steal: bool) -> int:
     """Resume the run in the shards that are no longer whole; all of it where the run was not what it seemed."""
-    from hv_batch.resume import resume  # Ray and the engine take seconds to import
+    from hv_batch.runtime.render import resume  # Ray and the engine take seconds to import
 
     damaged = sorted({finding.shard for finding in findings if finding.shard is not None})
     is_whole = any(finding.shard is None for finding in findings)

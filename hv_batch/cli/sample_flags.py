@@ -7,7 +7,7 @@ Whatever was written after `sample_video.py` can be written after `hv-batch samp
   refused with the reason, rather than rendering with something else than was asked for;
 - `IDLE`: those that the released script reads and then does nothing with. They do nothing here, and that is said.
 
-The one default that differs: `--backpressure-reverse` is on, because the released model only makes pictures with it.
+The one default that differs: `--flow-reverse` is on, because the released model only makes pictures with it.
 """
 
 from __future__ import annotations

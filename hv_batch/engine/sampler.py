@@ -52,7 +52,7 @@ def initial_noise(
 def sigmas(steps: int, shift: float, reverse: bool = True) -> Tensor:
     """The noise levels before, between and after `steps` steps: float32 [steps + 1] from 1 down to 0.
 
-    The released model is sampled in this direction (the official `--backpressure-reverse`); without `reverse` they run from 0
+    The released model is sampled in this direction (the official `--flow-reverse`); without `reverse` they run from 0
     to 1, which it was not trained for. A `shift` above 1 spends more of the steps at high noise, where a large picture
     is decided.
     """

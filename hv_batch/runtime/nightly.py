@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.orders import read_orders
 from hv_batch.job.progress import Progress
+from hv_batch.job.records.run_document import read_run_config
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
@@ -78,7 +78,7 @@ def render_night(orders: NightlyRequest, *, address: str | None, progress: Progr
     def attempt(day: date) -> Night:
         def work() -> ExitCode:
             tonight = orders.config, orders.manifest.replace(PLACE, day.isoformat())
-            config, manifest = tonight if day == orders.day else read_orders(orders.root(day))
+            config, manifest = tonight if day == orders.day else read_run_config(orders.root(day))
             with stop_in_time(orders.until, config.timeouts.drain_s, stopped):
                 return render(config, manifest, orders.root(day), address=address, progress=progress, stopped=stopped)
 

@@ -23,7 +23,7 @@ from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.progress import Progress
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, read_run
-from hv_batch.job.records.run_identity import recorded_plans
+from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.redaction import public_values
 from hv_batch.job.storage.store import Store
 from hv_batch.media.codecs import check_encoder
@@ -70,7 +70,7 @@ def prepare_run(
     _refuse([fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))], config)
     versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
-    identity = {**config.identity(sizes.by_shape), "model": engine.identity(), "manifest": index.summary.digest}
+    identity = {**run_identity(config, sizes.by_shape), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         progress.say(f"warning: {warning}")

@@ -27,7 +27,7 @@ from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.progress import Progress
 from hv_batch.job.records.lease import Lease, hold_lease, this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
-from hv_batch.job.records.run_document import RunState, finish_run, open_run
+from hv_batch.job.records.run_document import RunState, finish_run, open_run, read_run_config
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -201,3 +201,26 @@ def _stop_signals(stopped: Event | None = None) -> Iterator[Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def resume(
+    output: str,
+    *,
+    address: str | None,
+    progress: Progress,
+    manifest: str | None = None,
+    selection: Selection | None = None,
+    steal: bool = False,
+    stopped: Event | None = None,
+) -> ExitCode:
+    """Render what is left of the run at `output`, or of a selection of it, with the config and the manifest it was
+    begun with.
+
+    `manifest` is where the same manifest is now, should it have moved; `steal` as in `render`. Raises UserError when
+    there is no run, or its run.json does not hold everything.
+    """
+    config, recorded = read_run_config(output)
+    urls = manifest or recorded
+    return render(
+        config, urls, output, selection=selection, address=address, progress=progress, steal=steal, stopped=stopped
+    )

@@ -65,7 +65,7 @@ def test_repair_renders_again_what_was_wrong(root, monkeypatch):
         run_small(Store(root), SAMPLES, poison={"s003", "s005"}, media=real_media)
         return 3
 
-    monkeypatch.setattr("hv_batch.resume.render", render)
+    monkeypatch.setattr("hv_batch.runtime.render.render", render)
     assert hv_batch("verify", root, "--repair") == (0, hv_batch("verify", root)[1])
     assert not calls
     before = files(root)

@@ -158,7 +158,7 @@ def test_the_released_commands_are_understood(command):
 
 
 def test_every_released_flag_is_there_with_its_default():
-    """Spec section 1. `--dit-weight` follows `--model-base`; `--backpressure-reverse` is on, without it no picture appears."""
+    """Spec section 1. `--dit-weight` follows `--model-base`; `--flow-reverse` is on, without it no picture appears."""
     options = vars(parse(["--prompt", "P"]))
     assert {name: options[name] for name in RELEASED_DEFAULTS} == RELEASED_DEFAULTS
     everything = []

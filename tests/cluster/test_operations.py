@@ -29,7 +29,9 @@ def files(folder):
 
 def with_quick_heart(arguments):
     """The command, with heartbeats that a test need not wait for."""
-    program = "from hv_batch.job import lease; lease.HEARTBEAT_S = 0.2; from hv_batch.cli.main import main; main()"
+    program = (
+        "from hv_batch.job.records import lease; lease.HEARTBEAT_S = 0.2; from hv_batch.cli.main import main; main()"
+    )
     return [sys.executable, "-c", program, *arguments[3:]]
 
 

@@ -12,12 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.runs import finish, start, write_config
-from tests.support.s3_runs import BUCKET, SECRET, objects
+from tests.support.s3_runs import BUCKET, SECRET, objects, s3  # noqa: F401  # a fixture
 
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
-IMPATIENT = (
-    "from hv_batch.job import scheduler; scheduler.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
-)
+IMPATIENT = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
 DEADLINE_S = 240  # a machine that is busy with other things takes its time
 
 

@@ -7,12 +7,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them unmarked
 
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.protocol import ParallelPlan, RankSpec
 
 # Rendezvous stores this process serves. A TCPStore dies with its object, and the other ranks' process groups with it.
-_hosted: dict[str, dist.TCPStore] = {}
+_hosted: dict[str, TCPStore] = {}
 
 
 def host_store(host: str, world_size: int) -> str:
@@ -20,7 +21,7 @@ def host_store(host: str, world_size: int) -> str:
 
     The operating system picks the port while the store binds it, so no other process can take it in between.
     """
-    store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, multi_tenant=True)
+    store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, multi_tenant=True)
     address = f"{host}:{store.port}"
     _hosted[address] = store
     return address
@@ -37,10 +38,10 @@ def join_group(place: RankSpec) -> SequenceMesh:
         return SequenceMesh.single()
     timeout = timedelta(seconds=place.timeout_s)
     host, port = place.address.rsplit(":", 1)
-    store = dist.TCPStore(host, int(port), place.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    store = TCPStore(host, int(port), place.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
         "nccl" if place.device == "cuda" else "gloo",
-        store=dist.PrefixStore("sequence-parallel", store),
+        store=PrefixStore("sequence-parallel", store),
         rank=place.rank,
         world_size=place.plan.world_size,
         timeout=timeout,

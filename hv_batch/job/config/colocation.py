@@ -5,10 +5,7 @@ All ranks of a group leave the same share of their GPU, because Ray chooses the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.config.run_config import RunConfig
 
 
 def rank_gpus(config: RunConfig) -> float:

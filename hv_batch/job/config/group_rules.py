@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from hv_batch.job.config.sections import ENGINE
+from hv_batch.job.config.sections import ENGINE, EncodersConfig, GroupsConfig, ModelConfig, ParallelConfig
 from hv_batch.protocol import ParallelPlan
-
-if TYPE_CHECKING:
-    from hv_batch.job.config.run_config import RunConfig
 
 NODE_GPUS = 8  # of the usual server with any of the GPUs that the cost model knows
 GROUP_SIZES = (1, 2, 4, 8)  # its divisors: groups of these sizes share a node without a rest
@@ -17,18 +13,24 @@ GROUP_SIZES = (1, 2, 4, 8)  # its divisors: groups of these sizes share a node w
 DEFAULT_PLAN = ParallelPlan(ulysses_degree=8, ring_degree=1)  # 8 divides the released model's 24 heads
 
 
-def most_ranks(config: RunConfig) -> int:
+def most_ranks(parallel: ParallelConfig) -> int:
     """Of the largest group that the config could ask for."""
-    parallel = config.parallel
     if parallel.gpus_per_group == "auto":
         return GROUP_SIZES[-1]
     ulysses, ring = parallel.ulysses_degree or DEFAULT_PLAN.ulysses_degree, parallel.ring_degree or 1
     return parallel.gpus_per_group or ulysses * ring * parallel.cfg_degree
 
 
-def find_faults(config: RunConfig) -> Iterator[str]:
+def find_faults(
+    parallel: ParallelConfig,
+    groups: GroupsConfig,
+    encoders: EncodersConfig,
+    model: ModelConfig,
+    gpu: str | None,
+    gpu_memory_gib: float | None,
+) -> Iterator[str]:
     """What the config's keys about group sizes have against each other, one sentence each."""
-    parallel, nodes = config.parallel, config.groups.nodes_per_group
+    nodes = groups.nodes_per_group
     size, ulysses, ring, cfg = (
         parallel.gpus_per_group,
         parallel.ulysses_degree,
@@ -36,11 +38,11 @@ def find_faults(config: RunConfig) -> Iterator[str]:
         parallel.cfg_degree,
     )
     if size == "auto":
-        yield from _faults_of_auto(config)
+        yield from _faults_of_auto(parallel, groups, encoders, model, gpu, gpu_memory_gib)
         return
-    if config.groups.max_sample_minutes is not None:
+    if groups.max_sample_minutes is not None:
         yield (
-            f"groups.max_sample_minutes = {config.groups.max_sample_minutes:g} with parallel.gpus_per_group = {size}; "
+            f"groups.max_sample_minutes = {groups.max_sample_minutes:g} with parallel.gpus_per_group = {size}; "
             "allowed: together with parallel.gpus_per_group = auto, whose choice it bounds"
         )
     given = (ulysses or 1) * (ring or 1) * cfg
@@ -54,7 +56,7 @@ def find_faults(config: RunConfig) -> Iterator[str]:
         return
     crossing = size // (ulysses or 1) if size and not ring else (ring or 1) * cfg
     if crossing % nodes:
-        yield _factorisations_over_nodes(nodes, most_ranks(config))
+        yield _factorisations_over_nodes(nodes, most_ranks(parallel))
 
 
 def _factorisations_over_nodes(nodes: int, ranks: int) -> str:
@@ -66,27 +68,35 @@ def _factorisations_over_nodes(nodes: int, ranks: int) -> str:
     )
 
 
-def _faults_of_auto(config: RunConfig) -> Iterator[str]:
+def _faults_of_auto(
+    parallel: ParallelConfig,
+    groups: GroupsConfig,
+    encoders: EncodersConfig,
+    model: ModelConfig,
+    gpu: str | None,
+    gpu_memory_gib: float | None,
+) -> Iterator[str]:
     auto = "parallel.gpus_per_group = auto"
-    if config.model.engine != ENGINE:
+    if model.engine != ENGINE:
         yield (
-            f"{auto} with model.engine = {config.model.engine}, whose costs are not known; allowed: a number of GPUs, "
+            f"{auto} with model.engine = {model.engine}, whose costs are not known; allowed: a number of GPUs, "
             f"or auto with {ENGINE}"
         )
-    if config.gpu is None or config.gpu_memory_gib is None:
+    hardware = {"gpu": gpu, "gpu_memory_gib": gpu_memory_gib}
+    if missing := [key for key, value in hardware.items() if value is None]:
         yield (
-            f"{auto} without {' and '.join(key for key in ('gpu', 'gpu_memory_gib') if getattr(config, key) is None)}; "
+            f"{auto} without {' and '.join(missing)}; "
             "allowed: auto where the config tells what the GPUs are, as gpu: H100 and gpu_memory_gib: 79.6"
         )
-    degrees = {"ulysses_degree": config.parallel.ulysses_degree, "ring_degree": config.parallel.ring_degree}
+    degrees = {"ulysses_degree": parallel.ulysses_degree, "ring_degree": parallel.ring_degree}
     if told := " and ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree is not None):
         yield f"{auto} with {told}; allowed: none of both, because auto chooses them for every shape"
-    if config.groups.nodes_per_group > 1:
+    if groups.nodes_per_group > 1:
         yield (
-            f"{auto} with groups.nodes_per_group = {config.groups.nodes_per_group}; allowed: 1, because auto chooses "
+            f"{auto} with groups.nodes_per_group = {groups.nodes_per_group}; allowed: 1, because auto chooses "
             "among groups that fit on one node"
         )
-    if config.encoders.is_colocated:
+    if encoders.is_colocated:
         yield (
             f"{auto} with encoders.placement = colocated; allowed: pool, because the number of encoders that a group "
             "has GPUs for depends on its size"

@@ -6,7 +6,7 @@ misspelt key would otherwise render a night of videos with a default that nobody
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -30,9 +30,8 @@ from hv_batch.job.config.sections import (
     follow_row_rule,
 )
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
-from hv_batch.job.records.run_identity import parallel_identity
 from hv_batch.job.user_input import open_input, shorten
-from hv_batch.protocol import ParallelPlan, Shape, UserError
+from hv_batch.protocol import UserError
 
 
 class RunConfig(Section):
@@ -70,8 +69,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _give_every_actor_what_it_computes_on(self) -> Self:
-        groups, ranks = self.groups, most_ranks(self)
-        found = list(find_faults(self))
+        groups, ranks = self.groups, most_ranks(self.parallel)
+        found = list(find_faults(self.parallel, self.groups, self.encoders, self.model, self.gpu, self.gpu_memory_gib))
         if groups.gpus_per_rank + groups.cpus_per_rank == 0:
             found.append(
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
@@ -99,21 +98,6 @@ class RunConfig(Section):
 
     def _pools(self) -> tuple[tuple[str, EncodersConfig | DecodersConfig], ...]:
         return ("encoders", self.encoders), ("decoders", self.decoders)
-
-    def identity(self, plans: Mapping[Shape, ParallelPlan] | None = None) -> dict[str, Any]:
-        """The part that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3).
-
-        `plans` are those of the manifest's shapes, which with gpus_per_group: auto are part of it.
-        """
-        return {
-            "seed": self.seed,
-            "engine": self.model.engine,
-            "defaults": self.defaults.model_dump(mode="json"),
-            "parallel": parallel_identity(self, plans or {}),
-            "media": self.media.model_dump(mode="json"),
-            "shard_size": self.output.shard_size,
-            "webdataset": self.output.webdataset,
-        }
 
 
 def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -70,7 +70,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         check_memory(config, sizes.by_shape)
         if found := [fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))]:
             raise UserError("; ".join(found))
-        work = count_work(index)
+        work = count_work(sample.params for sample in index)
     workers = _workers(config, sizes, _seconds(config, sizes, model, work, gpu))
     return {
         "manifest": {

@@ -10,20 +10,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hv_batch.architecture import MAX_TEXT_TOKENS, Axis, VAEConfig
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import Workload
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Shape
-
-if TYPE_CHECKING:
-    from hv_batch.job.manifest.samples import Sample
+from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
 
 
-def count_work(samples: Iterable[Sample]) -> Counter[Workload]:
+def count_work(samples: Iterable[SamplingParams]) -> Counter[Workload]:
     """The samples of each kind of work; as many entries as kinds, however long the manifest (P7)."""
-    return Counter(Workload.of(sample.params) for sample in samples)
+    return Counter(map(Workload.of, samples))
 
 
 def forward_flops(model: ModelShape, tokens: int) -> float:

@@ -11,20 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.config.group_rules import DEFAULT_PLAN, GROUP_SIZES
 from hv_batch.job.config.hardware import find_gpu
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.flops import plan_ranks
 from hv_batch.job.cost_model.memory import GIB, rank_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.workload import Workload, shape_name
 from hv_batch.protocol import ParallelPlan, Shape, UserError
-
-if TYPE_CHECKING:
-    from hv_batch.job.config.run_config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from hv_batch.job.config.colocation import rank_gpus
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import ENGINE
 from hv_batch.job.cost_model.memory import GIB, decoder_footprint, encoder_footprint, rank_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.protocol import ParallelPlan, Shape, UserError
-
-if TYPE_CHECKING:
-    from hv_batch.job.config.run_config import RunConfig
 
 
 def check_memory(config: RunConfig, plans: Mapping[Shape, ParallelPlan]) -> None:

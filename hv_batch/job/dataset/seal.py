@@ -72,7 +72,7 @@ def seal_shard(
     """Write the shard's `metadata.parquet` from its commit records, and what goes with it; True when this call did.
 
     `keys_in_order` are all keys of the shard in plan order; quarantined ones are left out of the table. `extra_kinds`
-    are the kinds of the user's columns over the whole manifest, from `columns.learn`; without them a column's type is
+    are the kinds of the user's columns over the whole manifest, from `extra_columns.merge_types`; without them a column's type is
     that of this shard's values, which is right only for a run of one shard. `identity` is that of the run (`run.json`):
     weights, precisions, plan and all else behind the pixels, for whoever is given the table without its root.
 

@@ -13,16 +13,18 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import ValidationError
 
 from hv_batch.job import layout
+from hv_batch.job.config.retired_keys import replace_retired
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.records.commits import LICENCE_ID
-from hv_batch.job.redaction import public_url
+from hv_batch.job.redaction import MASK, public_url
 from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-
-if TYPE_CHECKING:
-    from hv_batch.job.storage.store import Store
 
 RUN_SCHEMA = "hv_batch/run/1"
 
@@ -186,3 +188,31 @@ def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
     """(samples, shards) of a run; every shard is full but the last."""
     samples: int = run["manifest"]["samples"]
     return samples, -(-samples // run["config"]["output"]["shard_size"])
+
+
+def read_run_config(output: str) -> tuple[RunConfig, str | list[str]]:
+    """The config and the manifest's URLs that the run at `output` was begun with. Raises UserError when
+    there is no run, or its run.json does not hold everything.
+    """
+    run = read_run(Store(output))
+    config = run["config"]
+    if isinstance(config, dict):
+        config = replace_retired(config)
+    if _is_masked(config):
+        raise UserError(
+            f"The run at {output} was begun with a secret in its config, which is not kept in its run.json. Give the "
+            "secret by the environment, or resume with the command that began the run."
+        )
+    try:
+        return RunConfig.model_validate(config), run["manifest"]["url"]
+    except ValidationError as error:
+        raise UserError(
+            f"The config in the run.json of {output} is not one of this version of hv_batch: {error}. Resume with the "
+            "version that is named there."
+        ) from error
+
+
+def _is_masked(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_is_masked, value.values()))
+    return any(map(_is_masked, value)) if isinstance(value, list) else value == MASK

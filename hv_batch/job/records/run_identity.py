@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.group_plan import fixed_plan
 from hv_batch.job.workload import shape_name
 from hv_batch.protocol import ParallelPlan, Shape
 
-if TYPE_CHECKING:
-    from hv_batch.job.config.run_config import RunConfig
+
+def run_identity(config: RunConfig, plans: Mapping[Shape, ParallelPlan] | None = None) -> dict[str, Any]:
+    """The part of a config that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3).
+
+    `plans` are those of the manifest's shapes; with gpus_per_group: auto they are part of the identity.
+    """
+    return {
+        "seed": config.seed,
+        "engine": config.model.engine,
+        "defaults": config.defaults.model_dump(mode="json"),
+        "parallel": parallel_identity(config, plans or {}),
+        "media": config.media.model_dump(mode="json"),
+        "shard_size": config.output.shard_size,
+        "webdataset": config.output.webdataset,
+    }
 
 
 def parallel_identity(config: RunConfig, by_shape: Mapping[Shape, ParallelPlan]) -> dict[str, Any]:

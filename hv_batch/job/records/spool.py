@@ -27,8 +27,8 @@ from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.records import commits
 from hv_batch.job.records.latents import drop_what_led_to
-from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads

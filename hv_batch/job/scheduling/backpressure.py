@@ -2,13 +2,12 @@
 
 A stage begins no task whose results the next one has no room for, nor one whose results the object store has none for
 beside what else its worker has made (object_store_budget.py). Queues are measured in tasks. One of several quick samples
-(micro-batches.py) has the room of one: they are as little work, and no queue keeps a worker waiting for their number.
+(micro_batches.py) has the room of one: they are as little work, and no queue keeps a worker waiting for their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.scheduling.messages import WorkerId
@@ -16,9 +15,7 @@ from hv_batch.job.scheduling.micro_batches import MicroBatcher
 from hv_batch.job.scheduling.object_store_budget import ObjectStoreBudget
 from hv_batch.job.scheduling.queues import Queues
 from hv_batch.job.stages import Stage
-
-if TYPE_CHECKING:
-    from hv_batch.job.workload import Workload
+from hv_batch.job.workload import Workload
 
 SPOOLED_AT_MOST = 10_000  # videos on the disks of nodes, of which the driver keeps account
 

@@ -36,7 +36,9 @@ def colocated_per_node(config: RunConfig) -> int:
         return 0
     groups = config.groups
     wanted = _pool_sizes(config, groups.count)[Stage.ENCODE]
-    return min(most_ranks(config) // groups.nodes_per_group, -(-wanted // (groups.count * groups.nodes_per_group)))
+    return min(
+        most_ranks(config.parallel) // groups.nodes_per_group, -(-wanted // (groups.count * groups.nodes_per_group))
+    )
 
 
 def _pool_sizes(config: RunConfig, groups: int) -> dict[Stage, int]:

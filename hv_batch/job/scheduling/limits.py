@@ -13,7 +13,7 @@ class StageLimits:
     workers: int  # at most; 0 of DECODE: the groups do its tasks too
     auto: bool = False  # how many of them there should be is learnt from how long tasks take
     is_colocated: bool = False  # they use the groups' resources, so they need none of their own
-    batch: int = 1  # samples a task may take; more than one behind the encoders only of quick ones (micro-batches.py)
+    batch: int = 1  # samples a task may take; more than one behind the encoders only of quick ones (micro_batches.py)
     ahead: int  # tasks' worth of samples that may wait here; the stage before pauses when its results would exceed it
     task_timeout_s: float  # without a Beat for so long a running task counts as hung
     result_bytes: float = math.inf  # of what one worker has made and is making, as long as the object store holds it

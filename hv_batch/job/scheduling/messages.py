@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hv_batch.job.failure import Failure
 from hv_batch.job.stages import Stage
-
-if TYPE_CHECKING:
-    from hv_batch.job.workload import Workload
+from hv_batch.job.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -13,13 +13,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from hv_batch.job.scheduling.limits import MAX_MICRO_BATCH
 from hv_batch.job.stages import Stage
-
-if TYPE_CHECKING:
-    from hv_batch.job.workload import Workload
+from hv_batch.job.workload import Workload
 
 MICRO_BATCH_SECONDS = 0.5  # nobody at a terminal notices, and no step checkpoint would be worth writing
 RECENT = 16  # tasks that tell what is usual

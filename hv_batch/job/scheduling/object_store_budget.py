@@ -62,8 +62,8 @@ class ObjectStoreBudget:
     def keep(self, key: str, stage: Stage | None) -> None:
         """The sample goes to `stage`, or is gone (None): only what was made for this stage is still held."""
         made = self._loads[key].made
-        for stage in [stage for stage in made if stage is None or stage + 1 != stage]:
-            maker, weight = made.pop(stage)
+        for producer in [producer for producer in made if stage is None or producer + 1 != stage]:
+            maker, weight = made.pop(producer)
             self._held[maker] -= weight
         if stage is None:
             del self._loads[key]

@@ -6,16 +6,13 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from hv_batch.job.failure import Failure
 from hv_batch.job.scheduling.object_store_budget import ObjectStoreBudget
 from hv_batch.job.stages import Stage
+from hv_batch.job.workload import Workload
 
-if TYPE_CHECKING:
-    from hv_batch.job.workload import Workload
-
-STATIONS = tuple(Stage)  # to walk over an enum takes ten times as long
+STAGES = tuple(Stage)  # to walk over an enum takes ten times as long
 
 
 @dataclass(slots=True)
@@ -74,7 +71,7 @@ class Queues:
 
     def yet_to_pass(self, stage: Stage, size_class: int | None = None) -> int:
         """Samples in flight that the stage still has to do with."""
-        return sum(self._at[stage, size_class] for stage in STATIONS[: stage + 1])
+        return sum(self._at[passed, size_class] for passed in STAGES[: stage + 1])
 
     def oldest(self, stage: Stage, size_classes: Iterable[int]) -> int | None:
         """Of these size classes, the one whose next sample has been in flight longest; None where none waits."""

@@ -21,7 +21,7 @@ Invariants, which tests/job/scheduling/test_scheduler.py checks after every step
 - A worker is released only while it runs nothing, and a stage with work keeps, or asks for, at least one; but before
   the first group has its place, all others make room for it.
 - A sample is denoised by a group of the size that it was admitted with, a size class; groups that live never hold more ranks
-  than the run may have, and no size class starves (size classes.py).
+  than the run may have, and no size class starves (size_classes.py).
 - News from an earlier life of a worker changes nothing.
 """
 

@@ -10,8 +10,8 @@ from hv_batch.job import layout
 from hv_batch.job.config import retired_keys
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.inspection.diff import compare
-from hv_batch.job.orders import read_orders
-from hv_batch.job.records.run_document import RunState, fingerprint, open_run, read_run
+from hv_batch.job.records.run_document import RunState, fingerprint, open_run, read_run, read_run_config
+from hv_batch.job.records.run_identity import run_identity
 from hv_batch.job.redaction import MASK
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -81,12 +81,12 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path, capsys, value, warning
     written = config.model_dump(mode="json")
     written["encoders"]["cache"] = value
     manifest = {"url": "prompts.jsonl", "rows": 1, "samples": 1, "shards": 1}
-    old = {"identity": config.identity(), "config": written, "manifest": manifest, "versions": {}}
+    old = {"identity": run_identity(config), "config": written, "manifest": manifest, "versions": {}}
     assert open_run(store, old) is RunState.NEW
-    recorded, _ = read_orders(str(tmp_path))
+    recorded, _ = read_run_config(str(tmp_path))
     assert recorded == config
     assert capsys.readouterr().err.count(WARNING) == warnings
-    new = {**old, "identity": recorded.identity(), "config": recorded.model_dump(mode="json")}
+    new = {**old, "identity": run_identity(recorded), "config": recorded.model_dump(mode="json")}
     assert open_run(store, new) is RunState.RESUMED
 
 
@@ -104,4 +104,4 @@ def test_a_removed_key_is_no_difference_between_runs(tmp_path):
 def test_the_fingerprint_of_a_config_is_that_of_earlier_versions():
     """P2: a root of an earlier version is resumed only if the identity of its config is the same to the byte."""
     expected = "21ade442c2aeec577e9277e327aac1c52403977744f3c9ca9b01f691cb333414"
-    assert fingerprint(RunConfig().identity()) == expected
+    assert fingerprint(run_identity(RunConfig())) == expected

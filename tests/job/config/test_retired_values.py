@@ -6,8 +6,9 @@ import pytest
 
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig, load_config
-from hv_batch.job.orders import read_orders
 from hv_batch.job.records import run_document
+from hv_batch.job.records.run_document import read_run_config
+from hv_batch.job.records.run_identity import run_identity
 from hv_batch.job.storage.store import Store
 
 COLOCATED = {"placement": "colocated", "gpus": 0.3}
@@ -50,9 +51,9 @@ def test_a_run_with_colocated_decoders_can_be_resumed(tmp_path, capsys):
     config = RunConfig.model_validate({"decoders": {"gpus": 0.3}})
     written = config.model_dump(mode="json")
     written["decoders"]["placement"] = "colocated"
-    document = {"identity": config.identity(), "config": written, "manifest": {"url": "prompts.jsonl"}}
+    document = {"identity": run_identity(config), "config": written, "manifest": {"url": "prompts.jsonl"}}
     run_document.open_run(Store(str(tmp_path)), document)
-    read, manifest = read_orders(str(tmp_path))
+    read, manifest = read_run_config(str(tmp_path))
     assert (read, manifest) == (config, "prompts.jsonl")
-    assert read.identity() == config.identity()
+    assert run_identity(read) == run_identity(config)
     assert len(capsys.readouterr().err.splitlines()) == 1

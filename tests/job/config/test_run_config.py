@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.cost_model.group_plan import fixed_plan, plan_for
+from hv_batch.job.records.run_identity import run_identity
 from hv_batch.protocol import UserError, problems
 from tests.support.repository import CONFIGS
 
@@ -220,7 +221,7 @@ def test_identity_is_what_changes_pixels_and_keys():
         "output": {"shard_size": 4},
     }
     for section, values in changing.items():
-        assert RunConfig.model_validate({section: values}).identity() != plain.identity(), section
+        assert run_identity(RunConfig.model_validate({section: values})) != run_identity(plain), section
     free = {
         "groups": {"count": 9},
         "timeouts": {"stall_s": 5},
@@ -230,16 +231,16 @@ def test_identity_is_what_changes_pixels_and_keys():
         "output": {"keep_latents": True},
         "model": {"options": {"model_base": "elsewhere"}},
     }
-    assert RunConfig.model_validate(free).identity() == plain.identity()
-    assert set(plain.identity()) == {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
-    assert json.loads(json.dumps(plain.identity())) == plain.identity()
+    assert run_identity(RunConfig.model_validate(free)) == run_identity(plain)
+    assert set(run_identity(plain)) == {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
+    assert json.loads(json.dumps(run_identity(plain))) == run_identity(plain)
 
 
 def test_a_later_key_is_in_the_identity_where_it_is_used():
     """P2: output roots that were begun before there was a cfg_degree can be resumed; P3: another one cannot."""
-    assert "cfg_degree" not in RunConfig.model_validate({"parallel": {"cfg_degree": 1}}).identity()["parallel"]
+    assert "cfg_degree" not in run_identity(RunConfig.model_validate({"parallel": {"cfg_degree": 1}}))["parallel"]
     halves = RunConfig.model_validate({"parallel": {"cfg_degree": 2}})
-    assert halves.identity()["parallel"]["cfg_degree"] == 2
+    assert run_identity(halves)["parallel"]["cfg_degree"] == 2
     assert fixed_plan(halves).world_size == 2 * fixed_plan(RunConfig()).world_size
     for wrong in (0, 3, True, 1.0):
         with pytest.raises(ValueError, match="cfg_degree"):
@@ -249,7 +250,7 @@ def test_a_later_key_is_in_the_identity_where_it_is_used():
 def test_equal_settings_have_equal_identities():
     """P2: 6 and 6.0 are one guidance scale, or a resume with a reformatted config would be refused."""
     whole = RunConfig.model_validate({"defaults": {"guidance_scale": 6}})
-    assert json.dumps(whole.identity()) == json.dumps(RunConfig().identity())
+    assert json.dumps(run_identity(whole)) == json.dumps(run_identity(RunConfig()))
 
 
 def test_only_the_ring_crosses_nodes(write):
@@ -261,7 +262,7 @@ def test_only_the_ring_crosses_nodes(write):
     text = refusal(write(""), "groups.nodes_per_group=3", *overrides[1:])
     assert "a number of ranks that 3 divides" in text
     config = load_config(write(""), [*overrides[:2], "parallel.ring_degree=2"])
-    assert config.identity() == load_config(write(""), [overrides[1], "parallel.ring_degree=2"]).identity()
+    assert run_identity(config) == run_identity(load_config(write(""), [overrides[1], "parallel.ring_degree=2"]))
 
 
 def test_a_stopped_job_has_time_to_drain():

@@ -16,7 +16,7 @@ from hv_batch.job.cost_model.group_plan import choose_sizes, explain_choice, fix
 from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.speed import denoise_seconds
-from hv_batch.job.records.run_identity import recorded_plans
+from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.workload import Workload, count_tokens
 from hv_batch.protocol import ParallelPlan, UserError
 
@@ -72,8 +72,8 @@ def test_degrees_are_chosen_for_a_size(parallel, nodes, plan):
 def test_the_identity_is_that_of_the_degrees(parallel):
     """P2, P3: however one size is written, roots that were begun before there was a gpus_per_group can be resumed."""
     config = RunConfig.model_validate({"parallel": parallel})
-    assert config.identity()["parallel"] == {"device": "cuda", "ulysses_degree": 8, "ring_degree": 1}
-    assert RunConfig.model_validate(config.model_dump(mode="json")).identity() == config.identity(), (
+    assert run_identity(config)["parallel"] == {"device": "cuda", "ulysses_degree": 8, "ring_degree": 1}
+    assert run_identity(RunConfig.model_validate(config.model_dump(mode="json"))) == run_identity(config), (
         "as resume reads it"
     )
 
@@ -233,12 +233,12 @@ def test_the_identity_names_the_plan_of_every_shape():
     """P3: resolved, not "auto"; and what was recorded can be read back."""
     config = auto(gpu_memory_gib=32)
     sizes = choose_sizes(config, [HD, IMAGE])
-    identity = json.loads(json.dumps(config.identity(sizes.by_shape)))
+    identity = json.loads(json.dumps(run_identity(config, sizes.by_shape)))
     one = {"ring_degree": 1, "cfg_degree": 1}
     plans = {"720x1280x1": {"ulysses_degree": 1, **one}, "720x1280x129": {"ulysses_degree": 2, **one}}
     assert identity["parallel"] == {"device": "cuda", "plans": plans}
     assert recorded_plans(identity) == sizes.by_shape
-    assert recorded_plans(RunConfig().identity()) == {}
+    assert recorded_plans(run_identity(RunConfig())) == {}
 
 
 def test_recorded_plans_outlive_the_cost_model():

@@ -163,8 +163,8 @@ def test_a_commit_after_the_seal_is_counted(store):
     rich_root(store, (0, 1, 2))
     commits.commit(store, make_commit(make_sample(4)))
     totals = summary.aggregate(store)
-    assert (totals["committed"], summary["quarantined"]) == (8, 1)
-    assert summary["media"]["bytes"] == 8000
+    assert (totals["committed"], totals["quarantined"]) == (8, 1)
+    assert totals["media"]["bytes"] == 8000
 
 
 def test_aggregate_needs_a_run(store):

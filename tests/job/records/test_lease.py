@@ -81,9 +81,9 @@ def test_a_killed_driver_of_this_machine_hinders_nobody(tmp_path):
     store = Store(str(tmp_path / "root"))
     script = """
 import os, sys, signal
-from hv_batch.job.records.lease import held, this_process
+from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.storage.store import Store
-with held(Store(sys.argv[1]), this_process("run")):
+with hold_lease(Store(sys.argv[1]), this_process("run")):
     print("held", flush=True)
     sys.stdin.read()
 """
