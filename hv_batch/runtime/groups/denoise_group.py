@@ -206,7 +206,7 @@ class DenoiseGroup:
 
     def _denoise(self, items: Sequence[InFlight]) -> None:
         first = self._ranks[0]
-        tasks = [DenoiseTask(item.sample, item.stages) for item in items]
+        tasks = [DenoiseTask(item.sample, item.stages, item.attempt) for item in items]
         embeddings = [item.embeddings for item in items]
         resumes = [first.read_steps.remote(item.sample) if item.may_resume() else None for item in items]
         for item in items:
