@@ -14,7 +14,10 @@ from tests.support.runs import dataset as local_dataset
 from tests.support.s3_runs import BUCKET, objects
 
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
-IMPATIENT = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
+IMPATIENT = (
+    "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; "
+    "from hv_batch.cli.main import main; main()"
+)
 DEADLINE_S = 180  # a machine that is busy with other things takes its time
 
 # More than the stages hold: without a spool, the groups would have to stop.

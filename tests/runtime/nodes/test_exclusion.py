@@ -51,14 +51,14 @@ def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage, logged
 
 def test_who_got_a_node_excluded_is_told(nodes):
     """P5: the slot that failed there is not given up for it; of the first failure, nobody knows yet whose it was."""
-    sick = NodeExclusion(config(gpus=0.5), PAIR, print)
+    sick = NodeExclusion(config(gpus=0.5), PAIR)
     assert [sick.start_failed(Stage.DENOISE, ["a"], "no device") for _ in range(3)] == [False, True, False]
     assert [sick.device_faulted(Stage.DENOISE, ["b"], "ECC") for _ in range(3)] == [False] * 3, "it cannot be spared"
 
 
 def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
     """P5: a decoder on a CPU has nothing to fear from a node's GPU, and knows nothing of it."""
-    sick = NodeExclusion(config(gpus=0.0), PAIR, print)
+    sick = NodeExclusion(config(gpus=0.0), PAIR)
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
     assert not sick.excluded
@@ -70,7 +70,7 @@ def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
 def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
     """P5: groups leave a node that the decoders cannot do without; once there is room elsewhere, these leave, too."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
-    sick = NodeExclusion(config(gpus=0.5), PAIR, print)
+    sick = NodeExclusion(config(gpus=0.5), PAIR)
     break_down(sick, Stage.DENOISE, "a")
     assert sick.avoided(Stage.DENOISE) == {"a"}
     assert sick.avoided(Stage.DECODE) == frozenset()
