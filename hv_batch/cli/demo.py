@@ -39,7 +39,7 @@ def with_model_base(config: RunConfig, model_base: Path) -> RunConfig:
 
 def shipped(name: str) -> Path:
     """A file of configs/: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
