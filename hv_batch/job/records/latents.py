@@ -125,7 +125,7 @@ def drop_steps(store: Store, shard: int, key: str) -> None:
         store.delete(name)
 
 
-def drop_what_led_to(store: Store, shard: int, key: str, *, keep_latents: bool) -> None:
+def drop_intermediates(store: Store, shard: int, key: str, *, keep_latents: bool) -> None:
     """Remove what nobody needs of a committed sample."""
     drop_steps(store, shard, key)
     if not keep_latents:

@@ -26,7 +26,7 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.records import commits
-from hv_batch.job.records.latents import drop_what_led_to
+from hv_batch.job.records.latents import drop_intermediates
 from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.local_disk import file_sha256
@@ -43,7 +43,7 @@ class DrainResult:
     """What became of a spool."""
 
     committed: tuple[str, ...]  # keys of samples that have a record in the output root now, this one or an earlier
-    away: str = ""  # what was said when the output root did not answer; the rest is still in the spool
+    outage: str = ""  # what was said when the output root did not answer; the rest is still in the spool
 
 
 class Spool:
@@ -65,7 +65,7 @@ class Spool:
         expected = max(num_bytes, self._largest)
         return self._cap_bytes > 0 and self._is_ours() and expected <= self._room()
 
-    def keep(self, record: Mapping[str, Any], files: Mapping[str, Path]) -> bool:
+    def add(self, record: Mapping[str, Any], files: Mapping[str, Path]) -> bool:
         """Take over a video: its commit record, and by their keys in the output root the files that belong to it.
 
         False when there is no room for it, or the disk does not take it for another reason.
@@ -85,7 +85,7 @@ class Spool:
             return False
         return True
 
-    def empty(self) -> DrainResult:
+    def drain(self) -> DrainResult:
         """Commit what waits here, a few at a time, until the output root does not answer.
 
         What does not prove itself is removed. Raises PermissionError, or OSError of a root that is full.
@@ -103,7 +103,7 @@ class Spool:
         committed = tuple(key for key in map_in_threads(publish, names, UPLOADS_AT_ONCE) if key)
         return DrainResult(committed, "".join(said[:1]))
 
-    def sweep(self) -> None:
+    def remove_stale(self) -> None:
         """Remove the spools of all runs to which nothing has happened for a week."""
         for folder in self._base.iterdir() if self._is_ours() else ():
             last_change = max((found.st_mtime for found in _look(folder)), default=math.inf)
@@ -122,7 +122,7 @@ class Spool:
             for file in files:
                 self._root.put_file(file, self._folder / file)
             commits.commit(self._root, commits.dated(record))
-        drop_what_led_to(self._root, shard, key, keep_latents=self._keeps_latents)
+        drop_intermediates(self._root, shard, key, keep_latents=self._keeps_latents)
         self._local.delete(name)  # first: without a record the rest is no entry
         for file in files:
             self._local.delete(file)

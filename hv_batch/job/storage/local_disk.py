@@ -53,7 +53,7 @@ class LocalDisk:
         with self._drafts([key], path.stat().st_size) as names:
             _copy_all([path], names)
 
-    def adopt(self, files: Mapping[str, Path]) -> None:
+    def put_finished(self, files: Mapping[str, Path]) -> None:
         """Store finished files, which get a second name where they can: that spares a copy."""
         with self._drafts(files, sum(path.stat().st_size for path in files.values())) as names:
             _flush_all([str(path) for path in files.values()])

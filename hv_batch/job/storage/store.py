@@ -137,7 +137,7 @@ class Store:
         if isinstance(backend, Remote):
             self.each(lambda key: self.put_file(key, paths[key]), paths)
         else:
-            self._retry(lambda: backend.adopt(paths), sum(path.stat().st_size for path in paths.values()))
+            self._retry(lambda: backend.put_finished(paths), sum(path.stat().st_size for path in paths.values()))
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
