@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import socket
 import threading
@@ -35,6 +36,8 @@ from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
+
+logger = logging.getLogger(__name__)
 
 LEASE_SCHEMA = "hv_batch/lease/1"
 
@@ -127,17 +130,15 @@ def hold_lease(
     me: LeaseHolder,
     *,
     steal: bool = False,
-    say: Callable[[str], None] = lambda _: None,
     wait: Callable[[float], bool] | None = None,
 ) -> Iterator[Lease | None]:
     """Hold the lease for the duration of a `with` statement. A background thread sends the heartbeats.
 
-    `say` is called with a message if the lease must be watched first. `wait` sleeps for a number of seconds and returns
-    whether to stop waiting (`Event.wait`); then None is yielded. Raises LeaseHeldError if the current holder is
-    running, unless `steal`, which replaces it.
+    `wait` sleeps for a number of seconds and returns whether to stop waiting for another holder (`Event.wait`); if it
+    stops, None is yielded. Raises LeaseHeldError if the current holder is running, unless `steal`, which replaces it.
     """
     pause = wait or threading.Event().wait
-    if not _acquire(store, me, steal, say, pause):
+    if not _acquire(store, me, steal, pause):
         yield None
         return
     lease = Lease(store, me)
@@ -147,16 +148,14 @@ def hold_lease(
         lease.release()
 
 
-def _acquire(
-    store: Store, me: LeaseHolder, take_over: bool, say: Callable[[str], None], wait: Callable[[float], bool]
-) -> bool:
+def _acquire(store: Store, me: LeaseHolder, take_over: bool, wait: Callable[[float], bool]) -> bool:
     """Write our lease if there is none or its holder has ended. Returns False if the wait was stopped."""
     while not store.put_new(layout.LEASE, _encode(me)):
         holder = read_lease(store)
         if holder is not None and holder.token == me.token:
             return True  # the acknowledgement of our own put was lost
         if holder is not None and not take_over:
-            if is_gone(holder) is None and not _is_ancient(holder) and not _watch(store, holder, say, wait):
+            if is_gone(holder) is None and not _is_ancient(holder) and not _watch(store, holder, wait):
                 return False
             if is_gone(holder) is False:
                 raise _refusal(store, holder)
@@ -168,14 +167,14 @@ def _acquire(
     return True
 
 
-def _watch(store: Store, holder: LeaseHolder, say: Callable[[str], None], wait: Callable[[float], bool]) -> bool:
+def _watch(store: Store, holder: LeaseHolder, wait: Callable[[float], bool]) -> bool:
     """Watch the heartbeats of a holder on another machine.
 
     Returns True if it has ended and False if the wait was stopped. Raises LeaseHeldError if it is running.
     """
-    say(
-        f"{public_url(store.url)} is held by {holder.describe()}. Its process cannot be seen from here: watching for at "
-        f"most {STALE_S:g} s whether it still beats (--steal does not wait)"
+    logger.warning(
+        f"{public_url(store.url)} is held by {holder.describe()}. Its process is not visible from this machine, so its "
+        f"heartbeats are watched for at most {STALE_S:g} s (--take-over does not wait)"
     )
     watched = 0.0
     while watched < STALE_S:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
 from hv_batch.job.scheduling.capacity import colocated_per_node, most_workers
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan, UserError
+
+logger = logging.getLogger(__name__)
 
 Bundle = dict[str, float]
 
@@ -100,12 +103,9 @@ class ResourceShortage:
     Before a run begins that is all it waits for, and when its nodes are gone, it waits for others in the same way.
     """
 
-    def __init__(
-        self, config: RunConfig, largest: ParallelPlan, *, patience_s: float, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: RunConfig, largest: ParallelPlan, *, patience_s: float) -> None:
         self._config, self._largest = config, largest
         self._patience_s = patience_s
-        self._say = say
         self._bill = minimum_resources(config, largest)
         self._since: float | None = None
         self._said = -math.inf
@@ -127,7 +127,7 @@ class ResourceShortage:
         if self._said == -math.inf or (not is_busy and now - self._said > SAY_EVERY_S):
             self._said = now
             request_resources(bundles=[bundle for bundles in self._bill for bundle in bundles])
-            self._say(f"waiting for nodes: {told}")
+            logger.warning(f"waiting for nodes: {told}")
         return True
 
     def forget(self) -> None:
