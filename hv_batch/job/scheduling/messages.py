@@ -12,14 +12,14 @@ from hv_batch.job.workload import Workload
 
 @dataclass(frozen=True, slots=True, order=True)
 class WorkerId:
-    """One life of one worker. A rebuilt worker has the next `life`, so news of an earlier life is seen to be stale."""
+    """One incarnation of one worker. A rebuilt worker has the next `incarnation`, so stale events are recognised."""
 
     stage: Stage
     slot: int
-    life: int
+    incarnation: int
 
     def __str__(self) -> str:
-        return f"{self.stage.name.lower()}-{self.slot}.{self.life}"
+        return f"{self.stage.name.lower()}-{self.slot}.{self.incarnation}"
 
 
 # Events ---------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class WorkerLost:
 
     worker: WorkerId
     failure: Failure
-    excused: bool = False  # the node has been excluded for it, and the slot's next life is elsewhere
+    counts: bool = True  # towards giving the slot up; False if the node was excluded for this loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Heartbeat:
     """The worker's running task made progress."""
 
     worker: WorkerId
-    patience_s: float = math.inf  # how long it may be silent from now on, where it can tell
+    next_within_s: float = math.inf  # the next heartbeat comes within this time, if the worker can predict it
 
 
 @dataclass(frozen=True, slots=True)

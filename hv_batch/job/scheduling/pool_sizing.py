@@ -37,7 +37,7 @@ def workers_needed(groups: float, denoise_s: float, task_s: float) -> float:
     return groups / denoise_s * task_s * HEADROOM
 
 
-def whole(workers: float, most: int) -> int:
+def worker_count(workers: float, most: int) -> int:
     """Of a pool that needs so many."""
     return min(most, max(1, math.ceil(workers)))
 
@@ -65,7 +65,7 @@ class _Pool:
 
     def resize(self, need: float, now: float, may_shrink: bool) -> bool:
         """Whether the pool is to have another number of workers from now on."""
-        wanted, fewer = whole(need, self.most), whole(need * SPARE, self.most)
+        wanted, fewer = worker_count(need, self.most), worker_count(need * SPARE, self.most)
         if wanted > self.workers:
             self.workers, self.fewer_since = wanted, None
             return True

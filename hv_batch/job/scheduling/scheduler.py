@@ -196,16 +196,16 @@ class Scheduler:
                 self._proven.add((worker.id.stage, worker.size_class))
                 if worker.id.stage is not Stage.ENCODE:  # it has seen the output root
                     self._outage_since = None
-            case Heartbeat(_, patience_s):
-                worker.hear(patience_s, now)
+            case Heartbeat(_, next_within_s):
+                worker.hear(next_within_s, now)
             case TaskDone(_, result_bytes) if worker.task:
                 self._task_done(worker, result_bytes, now)
             case Spooled(keys=spooled) if worker.task:
                 self._set_aside(worker, spooled, now)
             case TaskFailed(_, failure) if worker.task:
                 return self._task_failed(worker, failure, now)
-            case WorkerLost(_, failure, excused):
-                return self._worker_lost(worker, failure, now, excused=excused)
+            case WorkerLost(_, failure, counts):
+                return self._worker_lost(worker, failure, now, counts=counts)
             case WorkerLeaving(_, until_s):
                 worker.leave(until_s, now)
         return []
@@ -241,7 +241,7 @@ class Scheduler:
             actions += self._worker_lost(worker, replace(failure, kind=FailureClass.POISON, message=reason), now)
         return actions
 
-    def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float, *, excused: bool = False) -> list[Action]:
+    def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float, *, counts: bool = True) -> list[Action]:
         place, starting = (worker.id.stage, worker.size_class), worker.status is Status.STARTING
         if failure.kind is FailureClass.FATAL and starting and place in self._proven:
             # Elsewhere the same config and weights have started, so it is this node that is not right.
@@ -250,7 +250,7 @@ class Scheduler:
         if failure.kind is FailureClass.INFRA and is_leaving:
             failure = replace(failure, kind=FailureClass.PREEMPTED)  # a node may go earlier than it was told to
         lost = worker.id
-        keys = worker.lose(failure, now, self._retries.worker, excused=excused)
+        keys = worker.lose(failure, now, self._retries.worker, counts=counts)
         stays = failure.kind is not FailureClass.PREEMPTED and not is_leaving
         actions: list[Action] = [KillWorker(lost, failure, rebuild=stays and worker.status is Status.ABSENT)]
         if failure.kind is FailureClass.OUTAGE:
@@ -283,7 +283,7 @@ class Scheduler:
     def _find_hung(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for worker in self._scaling:
-            limit = min(self._limits[worker.id.stage].task_timeout_s, worker.patience_s)
+            limit = min(self._limits[worker.id.stage].task_timeout_s, worker.next_within_s)
             if worker.status is Status.BUSY and now - worker.beat > limit:
                 message = f"no progress for {limit:g} s while working on {', '.join(worker.task)}"
                 failure = Failure(FailureClass.INFRA, message, where=str(worker.id))

@@ -53,7 +53,7 @@ class WorkerSlot:
     task: tuple[str, ...] = ()
     begun: float = 0.0  # the task
     beat: float = 0.0
-    patience_s: float = math.inf  # how long it may be silent after that, as it says itself
+    next_within_s: float = math.inf  # how long it may be silent after that, as it says itself
     is_fresh: bool = True  # this life has done no task yet
     losses: int = 0  # in a row, each sample counted once
     start_at: float = 0.0
@@ -82,9 +82,9 @@ class WorkerSlot:
         self.task, self.status, self.begun = keys, Status.BUSY, now
         self.hear(math.inf, now)
 
-    def hear(self, patience_s: float, now: float) -> None:
+    def hear(self, next_within_s: float, now: float) -> None:
         """Its task made progress, and will again within this time."""
-        self.beat, self.patience_s = now, patience_s
+        self.beat, self.next_within_s = now, next_within_s
 
     def succeed(self) -> tuple[str, ...]:
         self.losses, self.is_fresh = 0, False
@@ -102,12 +102,12 @@ class WorkerSlot:
         self.status, self.placed, self.ready_at = Status.ABSENT, False, math.inf
         self.leaving_at, self.checkpoint_at, self.is_fresh = None, math.inf, True
         self.suspicious.clear()
-        self.id = WorkerId(self.id.stage, self.id.slot, self.id.life + 1)
+        self.id = WorkerId(self.id.stage, self.id.slot, self.id.incarnation + 1)
 
-    def lose(self, failure: Failure, now: float, max_losses: int, *, excused: bool = False) -> tuple[str, ...]:
+    def lose(self, failure: Failure, now: float, max_losses: int, *, counts: bool = True) -> tuple[str, ...]:
         """End this life for a fault; the keys of the task that ends with it.
 
-        One that is `excused` does not count. So of the losses that it takes to exclude a node one does, and a run in
+        A loss that does not count (`counts`) is free. So of the losses that it takes to exclude a node one does, and a run in
         which no node is right ends all the same.
         """
         # A start that fails has no sample to blame, so each counts; who has stood ready for long has started well.
@@ -116,7 +116,7 @@ class WorkerSlot:
         self.end()
         # A lost batch counts for nobody: its members are tried again alone.
         is_new = is_start if not keys else len(keys) == 1 and keys[0] not in self.blamed
-        if failure.kind is FailureClass.INFRA and is_new and not excused:
+        if failure.kind is FailureClass.INFRA and is_new and counts:
             self.losses += 1
             self.blamed.update(keys)
         if self.losses >= max_losses:

@@ -263,7 +263,7 @@ def test_a_node_that_is_excluded_counts_once(sick):
     for failed_starts in range(2 * sick):
         if not world.abort:
             group = next(worker for worker in world.starting if worker.stage is Stage.DENOISE)
-            world.feed(WorkerLost(group, Failure(FailureClass.INFRA, "no device"), excused=failed_starts % 2 == 1))
+            world.feed(WorkerLost(group, Failure(FailureClass.INFRA, "no device"), counts=failed_starts % 2 == 0))
             world.tick(MAX_BACKOFF_S)
     world.calm_down()
     if sick < RETRIES.worker:
@@ -318,7 +318,7 @@ def test_different_samples_that_kill_a_lone_group_end_the_run():
 def test_a_worker_on_which_everything_fails_is_rebuilt():
     """P5: three different samples that fail in a row on a worker that survives them are a sign against the worker."""
     world = World(limits(groups=1), plan_of(12))
-    drive(world, lambda w, k: ("failed", FailureClass.POISON) if w.stage is Stage.DECODE and w.life == 0 else None)
+    drive(world, lambda w, k: ("failed", FailureClass.POISON) if w.stage is Stage.DECODE and w.incarnation == 0 else None)
     assert world.finish
     assert len(world.quarantined) <= 3, "what had both its tries before the worker fell under suspicion"
     assert len(world.committed) >= 9
@@ -500,8 +500,8 @@ def test_a_step_that_is_overdue_is_a_hang():
     world = World(limits(groups=1), plan_of(2))
     until_denoising(world, groups=1)
     (group,) = denoising(world)
-    for patience_s, waited_s in ((math.inf, STALL_S), (2 * STALL_S, STALL_S), (10.0, 10.0)):
-        world.feed(Heartbeat(group, patience_s))
+    for next_within_s, waited_s in ((math.inf, STALL_S), (2 * STALL_S, STALL_S), (10.0, 10.0)):
+        world.feed(Heartbeat(group, next_within_s))
         world.tick(waited_s)
         assert group in world.running
     world.tick(1.0)
