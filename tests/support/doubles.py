@@ -74,9 +74,9 @@ class FakeEngine:
         """
         if self.root_goes_away:
             store_module.PAUSES_S = ()
-            LocalDisk.adopt = self._going_away(LocalDisk.adopt)
+            LocalDisk.put_finished = self._going_away(LocalDisk.put_finished)
         for prefix in self.dies_after:
-            for name in ("create", "put", "put_file", "adopt"):
+            for name in ("create", "put", "put_file", "put_finished"):
                 setattr(LocalDisk, name, self._dying(getattr(LocalDisk, name), prefix))
 
     def _dying(self, act, prefix):

@@ -42,7 +42,7 @@ from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denois
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.scheduling.capacity import most_workers
-from hv_batch.job.scheduling.pool_sizing import whole, workers_needed
+from hv_batch.job.scheduling.pool_sizing import worker_count, workers_needed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import Workload
@@ -189,7 +189,7 @@ def _workers(config: RunConfig, sizes: GroupSizes, seconds: Mapping[Stage, float
     for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders)):
         if pool.count == "auto":
             needed = workers_needed(config.groups.count, seconds[Stage.DENOISE], seconds[stage])
-            workers[stage] = whole(needed, workers[stage])
+            workers[stage] = worker_count(needed, workers[stage])
     return workers
 
 

@@ -74,13 +74,13 @@ def add_up(records: Iterable[Mapping[str, Any]]) -> ShardTotals:
 
 
 def write_sums(store: Store, shard: int, sums: ShardTotals) -> None:
-    store.put(layout.sums_key(shard), encode(sums.to_dict()))
+    store.put(layout.totals_key(shard), encode(sums.to_dict()))
 
 
 def read_sums(store: Store, shard: int) -> ShardTotals | None:
     """What `write_sums` kept; None when there is nothing, or nothing that this version understands."""
     try:
-        values = decode(store.get(layout.sums_key(shard)))
+        values = decode(store.get(layout.totals_key(shard)))
         if values.pop("schema") != SCHEMA:
             return None
         return ShardTotals(**values | {name: Counter(values[name]) for name in _COUNTERS})

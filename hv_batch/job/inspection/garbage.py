@@ -107,7 +107,7 @@ def _of_shard(store: Store, shard: int, has_posters: bool, keeps_latents: bool) 
             if layout.sample_key(name) in terminal:
                 yield kind, name
     if layout.metadata_key(shard) not in media:
-        for name in (layout.tar_key(shard), layout.lineage_key(shard), layout.sums_key(shard)):
+        for name in (layout.tar_key(shard), layout.lineage_key(shard), layout.totals_key(shard)):
             if store.exists(name) and not store.exists(layout.metadata_key(shard)):  # it may have been sealed meanwhile
                 yield Kind.SEAL, name
 

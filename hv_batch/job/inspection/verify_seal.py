@@ -95,7 +95,7 @@ def _sums_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[
     found = read_sums(store, shard)  # without them a summary reads the records
     if found is None or found == add_up(records):
         return None
-    return Fault.SUMS, f"{layout.sums_key(shard)} says other than the records"
+    return Fault.SUMS, f"{layout.totals_key(shard)} says other than the records"
 
 
 def _tar_problem(store: Store, shard: int) -> tuple[Fault, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hv_batch.job.config import retired_keys
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.records import run_document
@@ -12,6 +13,12 @@ from hv_batch.job.records.run_identity import run_identity
 from hv_batch.job.storage.store import Store
 
 COLOCATED = {"placement": "colocated", "gpus": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def _a_new_process():
+    """Every test begins without printed warnings."""
+    retired_keys._warn.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ FAULTS = {
     Fault.TABLE: lambda root: change_table(root, lambda table: table.slice(1)),
     Fault.POSTER: lambda root: poster_of(root, "s002").unlink(),
     Fault.LINEAGE: lambda root: (root / layout.lineage_key(0)).unlink(),
-    Fault.SUMS: lambda root: (root / layout.sums_key(0)).write_bytes((root / layout.sums_key(1)).read_bytes()),
+    Fault.SUMS: lambda root: (root / layout.totals_key(0)).write_bytes((root / layout.totals_key(1)).read_bytes()),
     Fault.TAR: lambda root: (root / layout.tar_key(0)).unlink(),
 }
 
