@@ -101,7 +101,7 @@ def _render_pending(
     job: PreparedRun, address: str | None, progress: Progress, stopped: Event, lease: Lease
 ) -> ExitCode:
     config, store, plan = job.context.config, job.context.store, job.plan
-    largest = job.context.sizes.largest
+    run = job.context.run
 
     def should_stop() -> bool:
         lease.check()  # raises where the root is another driver's now: a drain would only render what that one renders
@@ -109,9 +109,9 @@ def _render_pending(
 
     progress.say("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
-    with ray_session(config, largest, address) as local, _stop_signals(stopped), progress:
+    with ray_session(run, address) as local, _stop_signals(stopped), progress:
         patience_s = 0.0 if local else config.timeouts.start_s
-        shortage = ResourceShortage(config, largest, patience_s=patience_s, say=progress.say)
+        shortage = ResourceShortage(run, patience_s=patience_s, say=progress.say)
         if not await_resources(shortage, should_stop):
             progress.say("stopped while waiting for nodes; nothing was begun")
             return ExitCode.STOPPED

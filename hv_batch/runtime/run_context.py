@@ -13,7 +13,7 @@ import ray
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import GroupSizes
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import Engine, UserError
@@ -23,12 +23,15 @@ from hv_batch.protocol import Engine, UserError
 class RunContext:
     """One run as its actors see it."""
 
-    config: RunConfig
+    run: ResolvedRun
     engine: Engine
     store: Store
     fingerprint: str
     versions: Mapping[str, str]
-    sizes: GroupSizes
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
 
 
 def see_output_root(store: Store) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.latents import FinalLatents, put_latents, sample_identity
@@ -67,7 +66,7 @@ class RankActor:
 
     def join(self, address: str, reservation: Sequence[RankLocation]) -> None:
         """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
-        decodes = self._context.config.decoders.placement == "group"
+        decodes = self._context.run.groups_decode
         if self._rank == 0:
             self._publisher.check() if decodes else see_output_root(self._context.store)
         parallel = self._context.config.parallel
@@ -95,7 +94,7 @@ class RankActor:
         self._denoiser.self_check()
 
     def _await_own_gpu(self, local_rank: int) -> None:
-        if rank_gpus(self._context.config) < 1:  # others may compute there, too
+        if self._context.run.rank_gpus < 1:  # others may compute there, too
             return
         import torch  # only where there are GPUs: not every engine needs torch
 

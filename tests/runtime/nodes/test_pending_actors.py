@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes import pending_actors, resources
@@ -33,7 +34,7 @@ def test_a_station_without_room_is_told_of_once(nodes):
     that could ever do; again only when it has had room since.
     """
     said = []
-    watch = PendingActorWatch(RunConfig.model_validate(CONFIG), said.append)
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)), said.append)
     alone, joined = stage(Stage.DECODE, ()), stage(Stage.DECODE, (), ("a",))
     for now in (0.0, SAY_AFTER_S - 1.0):
         watch.look(alone, now)
@@ -58,7 +59,7 @@ def test_a_station_without_room_is_told_of_once(nodes):
 def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes):
     """Colocated encoders wait for a group, which reports its own waiting; at the tail no decoder may be needed."""
     said = []
-    watch = PendingActorWatch(RunConfig.model_validate(CONFIG), said.append)
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)), said.append)
     for now in (0.0, 2 * SAY_AFTER_S):
         watch.look(stage(Stage.ENCODE, ()), now)
     assert not said
