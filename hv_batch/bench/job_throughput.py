@@ -23,7 +23,7 @@ from typing import Any
 
 from hv_batch.bench.ray_data_baseline import check_ray_data, pace_of_map_batches
 from hv_batch.bench.synthetic_data import FORMATS, commit_first, write_manifest
-from hv_batch.bench.throughput import MeteredProgress, Throughput, per_second
+from hv_batch.bench.throughput import ProgressMeter, Throughput, attached, per_second
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import (
     DecodersConfig,
@@ -35,7 +35,6 @@ from hv_batch.job.config.sections import (
 )
 from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.manifest.selection import Selection
-from hv_batch.job.progress import Progress
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.runtime.session import ray_session
@@ -92,7 +91,7 @@ class JobReport:
         return asdict(self)
 
 
-def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) -> JobReport:
+def bench_job(load: Load, *, with_ray_data: bool = False) -> JobReport:
     """Render the load into a temporary folder on a local Ray; then, if asked, let Ray Data do the like on another.
 
     Raises UserError as a run does, for a format that is not known, and where Ray Data cannot run.
@@ -101,16 +100,17 @@ def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) ->
         raise UserError(f"--format {load.format}: allowed are {', '.join(FORMATS)}.")
     if with_ray_data:
         check_ray_data()
-    config, metered = _config(load), MeteredProgress(progress)
+    config, meter = _config(load), ProgressMeter()
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         manifest, output = Path(name) / f"manifest.{load.format}", Path(name) / "out"
         _elsewhere(write_manifest, manifest, load.all_rows)
         if load.committed:
-            _run(config, manifest, output, progress, selection=Selection(limit=1))
+            _run(config, manifest, output, selection=Selection(limit=1))
             _elsewhere(commit_first, output, manifest, config, load.committed)
         last = load.committed + load.samples
         begun = time.time()
-        _run(config, manifest, output, metered, selection=Selection(limit=last) if last < load.all_rows else None)
+        with attached(meter):
+            _run(config, manifest, output, selection=Selection(limit=last) if last < load.all_rows else None)
         driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         records = _records_since(begun, output, config, load.committed)
         ray_data = _time_ray_data(load, output.parent) if with_ray_data else None
@@ -118,7 +118,7 @@ def bench_job(load: Load, progress: Progress, *, with_ray_data: bool = False) ->
     span = ends[-1] - ends[0]
     return JobReport(
         load=load,
-        pace=Throughput(per_second(ends), metered.meter.cpu_ms()),
+        pace=Throughput(per_second(ends), meter.meter.cpu_ms()),
         first_denoise_s=min(record.begin for record in records) - begun,
         groups_busy=(len(ends) - 1) * load.steps * load.step_seconds / (load.groups * span),
         driver_mb=driver_mb,
@@ -134,7 +134,7 @@ def _time_ray_data(load: Load, folder: Path) -> Throughput:
 
 
 @contextmanager
-def rendered(config: RunConfig, samples: int, progress: Progress, stopped: Event | None = None) -> Iterator[Path]:
+def rendered(config: RunConfig, samples: int, stopped: Event | None = None) -> Iterator[Path]:
     """The output root of a run on a local Ray, which is removed again. Raises UserError as a run does.
 
     `stopped` ends the run before its last sample.
@@ -142,7 +142,7 @@ def rendered(config: RunConfig, samples: int, progress: Progress, stopped: Event
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         manifest, output = Path(name) / "manifest.jsonl", Path(name) / "out"
         write_manifest(manifest, samples)
-        _run(config, manifest, output, progress, stopped=stopped)
+        _run(config, manifest, output, stopped=stopped)
         yield output
 
 
@@ -150,7 +150,6 @@ def _run(
     config: RunConfig,
     manifest: Path,
     output: Path,
-    progress: Progress,
     *,
     selection: Selection | None = None,
     stopped: Event | None = None,
@@ -162,7 +161,6 @@ def _run(
             str(output),
             selection=selection,
             address="local",
-            progress=progress,
             stopped=stopped,
         )
     ended_well = ExitCode.STOPPED if stopped and stopped.is_set() else ExitCode.COMMITTED

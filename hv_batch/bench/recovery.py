@@ -6,6 +6,7 @@ ranks over gloo, step checkpoints, kills by SIGKILL, latents, media and commits.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, STEP, TimedEvent, read_notes
 from hv_batch.bench.job_throughput import SIDE, rendered
+from hv_batch.bench.throughput import attached
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import (
     DecodersConfig,
@@ -28,7 +30,6 @@ from hv_batch.job.config.sections import (
     ModelConfig,
     ParallelConfig,
 )
-from hv_batch.job.progress import Progress
 
 # Of the samples that are disturbed: short, so that rebuilds are most of the time, with checkpoints before the kill.
 STEPS, STEP_SECONDS, KILL_AFTER, CHECKPOINT_EVERY = 8, 0.1, 4, 1
@@ -104,29 +105,27 @@ class IdleReport:
         )
 
 
-def bench_rebuild(ranks: int, kills: int, progress: Progress) -> RebuildReport:
+def bench_rebuild(ranks: int, kills: int) -> RebuildReport:
     """Kill a rank in the middle of each of `kills` samples, another one each time. Raises UserError as a run does."""
     with tempfile.TemporaryDirectory(prefix="hv_batch-notes-") as notes:
-        witness, killer = LogObserver(progress), RankKiller(notes, ranks, kills)
+        losses, killer = LossObserver(), RankKiller(notes, ranks, kills)
         config = _config(notes, STEP_SECONDS, STEPS, ranks=ranks, checkpoint_every=CHECKPOINT_EVERY)
         killer.start()
         try:
-            with rendered(config, kills + MORE, witness, stopped=killer.done):
+            with attached(losses), rendered(config, kills + MORE, stopped=killer.done):
                 pass
         finally:
             killer.done.set()
             killer.join()
-        found = rebuilds(read_notes(notes), killer.killed_at, witness.noticed_at, ranks)
+        found = rebuilds(read_notes(notes), killer.killed_at, losses.noticed_at, ranks)
     return RebuildReport(ranks, tuple(found))
 
 
-def bench_idle(
-    groups: int, samples: int, steps: int, step_seconds: float, frames: int, progress: Progress
-) -> IdleReport:
+def bench_idle(groups: int, samples: int, steps: int, step_seconds: float, frames: int) -> IdleReport:
     """Let `groups` of one rank render `samples` in all. Raises UserError as a run does."""
     with tempfile.TemporaryDirectory(prefix="hv_batch-notes-") as notes:
         config = _config(notes, step_seconds, steps, groups=groups, frames=frames)
-        with rendered(config, samples, progress):
+        with rendered(config, samples):
             pass
         shares = tuple(idle_shares(read_notes(notes)))
     return IdleReport(steps=steps, step_seconds=step_seconds, samples=samples, shares=shares)
@@ -151,18 +150,16 @@ class RankKiller(Thread):
                 os.kill(gang[len(self.killed_at) % self._ranks], signal.SIGKILL)
 
 
-class LogObserver(Progress):
-    """Passes on what the driver says, and remembers when it gave a group up."""
+class LossObserver(logging.Handler):
+    """Records when the driver reported the loss of a group."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._progress = progress
-        self.noticed_at: list[float] = []
+        self.noticed_at: list[float] = []  # on the monotonic clock
 
-    def say(self, text: str) -> None:
-        if re.match(r"denoise-\S+ with .*: INFRA", text):
+    def emit(self, record: logging.LogRecord) -> None:
+        if re.match(r"denoise-\S+ with .*: INFRA", record.getMessage()):
             self.noticed_at.append(time.monotonic())
-        self._progress.say(text)
 
 
 def gang_in_the_middle(notes: Sequence[TimedEvent], sample: int) -> dict[int, int] | None:

@@ -5,12 +5,15 @@ On a machine that does other things too, the clock says how busy it is; CPU time
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.log_records import PACKAGE
+from hv_batch.job.progress import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +57,37 @@ class Meter:
         return 1000 * taken / (after - before) if now else None
 
 
-class MeteredProgress(Progress):
-    """Passes on what a run says and shows, and meters its middle: workers start before, and are let go after."""
+class ProgressMeter(logging.Handler):
+    """Measures the middle of a run by its progress records: workers start before it, and are released after it."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._progress = progress
-        self._due = list(MIDDLE)  # of what it renders
+        self._due = list(MIDDLE)  # parts of the samples at which to read the meter
         self.meter = Meter()
 
-    def say(self, text: str) -> None:
-        self._progress.say(text)
-
-    def show(self, snapshot: Snapshot) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        snapshot: Snapshot | None = getattr(record, "progress", None)
+        if snapshot is None:
+            return
         rendered, to_render = snapshot.terminal - snapshot.done_before, snapshot.total - snapshot.done_before
         if self._due and rendered >= self._due[0] * to_render and not snapshot.starting:
             del self._due[0]
             self.meter.read(rendered)
-        self._progress.show(snapshot)
+
+
+@contextmanager
+def attached(handler: logging.Handler) -> Iterator[None]:
+    """Give the records of the package to `handler` as well."""
+    logger = logging.getLogger(PACKAGE)
+    level = logger.level
+    logger.addHandler(handler)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def cpu_seconds() -> dict[int, float]:

@@ -76,7 +76,6 @@ def job(
     memory, and how long it takes from the command to the first denoise.
     """
     from hv_batch.bench.job_throughput import Load, bench_job
-    from hv_batch.job.progress import Progress
 
     load = Load(
         samples=samples,
@@ -89,7 +88,7 @@ def job(
         rows=rows,
         format=form,
     )
-    report = bench_job(load, Progress(), with_ray_data=with_ray_data)
+    report = bench_job(load, with_ray_data=with_ray_data)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.render())
 
 
@@ -109,10 +108,9 @@ def denoise_group(
     The model only sleeps. The ranks meet over gloo and make every step together; samples are decoded and committed.
     """
     from hv_batch.bench.recovery import bench_idle, bench_rebuild
-    from hv_batch.job.progress import Progress
 
-    rebuild = bench_rebuild(ranks, kills, Progress()) if kills else None
-    idle = bench_idle(groups, groups * samples, steps, step_seconds, frames, Progress()) if groups else None
+    rebuild = bench_rebuild(ranks, kills) if kills else None
+    idle = bench_idle(groups, groups * samples, steps, step_seconds, frames) if groups else None
     if as_json:
         found = {"rebuild": rebuild and rebuild.to_dict(), "idle": idle and idle.to_dict()}
         print(json.dumps(found, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,11 +11,11 @@ import pytest
 
 from hv_batch.bench import synthetic_data, throughput
 from hv_batch.bench.job_throughput import Load, _config
-from hv_batch.bench.throughput import Meter, MeteredProgress, cpu_seconds
+from hv_batch.bench.throughput import Meter, ProgressMeter, cpu_seconds
 from hv_batch.job.inspection.verify_seal import check_sealed
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.progress import Snapshot
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.pending import PendingSamples, ShardSkipped
 from hv_batch.job.records.run_document import open_run
@@ -49,9 +50,14 @@ def test_a_run_is_metered_between_its_tenth_and_its_last_tenth(monkeypatch):
     """What an earlier run has committed, and the start of the workers, is not this one's pace."""
     readings = iter([{1: 1.0}, {1: 5.0}])
     monkeypatch.setattr(throughput, "cpu_seconds", lambda: next(readings))
-    metered = MeteredProgress(Progress())
+    metered = ProgressMeter()
+
+    def show(snapshot):
+        record = logging.makeLogRecord({"progress": snapshot})
+        metered.emit(record)
+
     for committed, starting in [(1000, 1), (1020, 1), (1030, 0), (1050, 0), (1090, 0), (1100, 0)]:
-        metered.show(
+        show(
             Snapshot(
                 total=1100,
                 committed=committed,

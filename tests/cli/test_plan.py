@@ -24,7 +24,6 @@ from hv_batch.job.cost_model.memory_check import memory_problems
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.cost_model.speed import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
-from hv_batch.job.progress import Progress
 from hv_batch.job.scheduling.pool_sizing import HEADROOM
 from hv_batch.job.workload import Workload, count_tokens
 from hv_batch.protocol import ParallelPlan, UserError
@@ -402,7 +401,7 @@ def test_a_run_that_cannot_fit_claims_no_output_root(manifest, tmp_path):
     overrides = ["gpu_memory_gib=1", "parallel.device=cuda", *shares]
     config = with_model_base(load_config(str(shipped("demo_cpu.yaml")), overrides), base)
     with pytest.raises(UserError, match="does not fit into GPU memory"):
-        render(config, manifest, str(tmp_path / "out"), address=None, progress=Progress())
+        render(config, manifest, str(tmp_path / "out"), address=None)
     assert not (tmp_path / "out").exists()
 
 

@@ -27,7 +27,7 @@ def pool(fleet):
     """Of a run's groups of two GPUs, on a cluster with room for one; all that it keeps ends with the connection."""
     fleet.add_node(gpus=2)
     ray.init(address=fleet.address, log_to_driver=False, logging_level="ERROR")
-    yield ReservationPool(RUN, NodeExclusion(RUN, print), print)
+    yield ReservationPool(RUN, NodeExclusion(RUN))
     ray.shutdown()
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import socket
 import threading
@@ -35,6 +36,8 @@ from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
+
+logger = logging.getLogger(__name__)
 
 LEASE_SCHEMA = "hv_batch/lease/1"
 
@@ -124,16 +127,15 @@ def hold_lease(
     me: LeaseHolder,
     *,
     steal: bool = False,
-    say: Callable[[str], None] = lambda _: None,
     wait: Callable[[float], bool] | None = None,
 ) -> Iterator[Lease | None]:
     """Hold the lease for the length of a `with`; heartbeats come from a thread of its own.
 
-    `say` is told when it has to be waited for. `wait` sleeps so many seconds and tells whether to give up waiting (an
-    `Event.wait`); then None is yielded. Raises LeaseHeldError when a living holder is there; `steal` replaces it.
+    `wait` sleeps so many seconds and returns whether to stop waiting for another holder (an `Event.wait`); then None is
+    yielded. Raises LeaseHeldError when a living holder is there; `steal` replaces it.
     """
     pause = wait or threading.Event().wait
-    if not _take(store, me, steal, say, pause):
+    if not _take(store, me, steal, pause):
         yield None
         return
     lease = Lease(store, me)
@@ -143,16 +145,14 @@ def hold_lease(
         lease.release()
 
 
-def _take(
-    store: Store, me: LeaseHolder, steal: bool, say: Callable[[str], None], wait: Callable[[float], bool]
-) -> bool:
+def _take(store: Store, me: LeaseHolder, steal: bool, wait: Callable[[float], bool]) -> bool:
     """Put our lease where none is, or in the place of one whose holder is gone; False when the wait was given up."""
     while not store.put_new(layout.LEASE, _encode(me)):
         found = read_lease(store)
         if found is not None and found.token == me.token:
             return True  # the answer to our own put was lost
         if found is not None and not steal:
-            if is_gone(found) is None and not _is_ancient(found) and not _watch(store, found, say, wait):
+            if is_gone(found) is None and not _is_ancient(found) and not _watch(store, found, wait):
                 return False
             if is_gone(found) is False:
                 raise _refusal(store, found)
@@ -164,9 +164,9 @@ def _take(
     return True
 
 
-def _watch(store: Store, found: LeaseHolder, say: Callable[[str], None], wait: Callable[[float], bool]) -> bool:
+def _watch(store: Store, found: LeaseHolder, wait: Callable[[float], bool]) -> bool:
     """Look on until the holder is known to be dead (True), or told to stop waiting (False); raises when it is alive."""
-    say(
+    logger.warning(
         f"{public_url(store.url)} is held by {found.describe()}. Its process cannot be seen from here: watching for at "
         f"most {STALE_S:g} s whether it still beats (--steal does not wait)"
     )

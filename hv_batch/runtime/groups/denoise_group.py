@@ -141,7 +141,7 @@ class DenoiseGroup:
         # Every rank is asked, so that the death of any is noticed while the group is idle, too.
         self._pulses = [HeartbeatPoller(self.id, rank, self._watch) for rank in self._ranks]
         self._pool.placed(self.id)
-        address, seated = self._ranks[0].host_rendezvous.remote(), self._ask_all("seat")
+        address, seated = self._ranks[0].host_rendezvous.remote(), self._ask_all("location")
         self._when_all({address: 0, **seated}, lambda told: self._meet(address, [told[ref] for ref in seated]))
         return [WorkerPlaced(self.id)]
 
@@ -205,7 +205,7 @@ class DenoiseGroup:
 
     def _denoise(self, items: Sequence[InFlight]) -> None:
         first = self._ranks[0]
-        tasks = [DenoiseTask(item.sample, item.stages) for item in items]
+        tasks = [DenoiseTask(item.sample, item.stages, item.attempt) for item in items]
         embeddings = [item.embeddings for item in items]
         resumes = [first.read_steps.remote(item.sample) if item.may_resume() else None for item in items]
         for item in items:

@@ -6,9 +6,10 @@ too small for `groups.count` the operator needs one sentence and not one a group
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import count
 
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
@@ -26,6 +27,8 @@ from hv_batch.runtime.nodes.resources import (
     show_cluster,
 )
 
+logger = logging.getLogger(__name__)
+
 # Ray places a group on idle nodes within a second; a sentence about each would be noise.
 FIRST_WORD_S = 5.0
 
@@ -37,10 +40,9 @@ KEEP_S = 10.0
 class ReservationPool:
     """One for all groups of a run."""
 
-    def __init__(self, run: ResolvedRun, exclusion: NodeExclusion, say: Callable[[str], None]) -> None:
+    def __init__(self, run: ResolvedRun, exclusion: NodeExclusion) -> None:
         self._run = run
         self._exclusion = exclusion
-        self._say = say
         self._kept: list[tuple[float, GroupReservation]] = []  # since when
         self._occupied: list[GroupReservation] = []
         self._serial = count()
@@ -119,7 +121,7 @@ class ReservationPool:
             return
         text = self._why_waiting()
         if text != self._said[1]:
-            self._say(text)
+            logger.warning(text)
         self._said = (now, text)
 
     def placed(self, worker: WorkerId) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from ray.autoscaler.sdk import request_resources
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan, UserError
+
+logger = logging.getLogger(__name__)
 
 Bundle = dict[str, float]
 
@@ -92,10 +95,9 @@ class ResourceShortage:
     Before a run begins that is all it waits for, and when its nodes are gone, it waits for others in the same way.
     """
 
-    def __init__(self, run: ResolvedRun, *, patience_s: float, say: Callable[[str], None]) -> None:
+    def __init__(self, run: ResolvedRun, *, patience_s: float) -> None:
         self._run = run
         self._patience_s = patience_s
-        self._say = say
         self._bill = minimum_resources(run)
         self._since: float | None = None
         self._said = -math.inf
@@ -117,7 +119,7 @@ class ResourceShortage:
         if self._said == -math.inf or (not is_busy and now - self._said > SAY_EVERY_S):
             self._said = now
             request_resources(bundles=[bundle for bundles in self._bill for bundle in bundles])
-            self._say(f"waiting for nodes: {told}")
+            logger.warning(f"waiting for nodes: {told}")
         return True
 
     def forget(self) -> None:

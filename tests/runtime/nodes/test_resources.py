@@ -95,17 +95,16 @@ def nodes(monkeypatch):
     return there
 
 
-def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes):
+def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes, logged):
     """P5, P6: when its nodes are gone, and it has had nothing to do for as long as a start may take, a run says what it
     asks, what there is, and that this will never do.
     """
-    said = []
-    shortage = ResourceShortage(resolve_run(RunConfig()), patience_s=100.0, say=said.append)
+    shortage = ResourceShortage(resolve_run(RunConfig()), patience_s=100.0)
     assert not shortage.lasts(0.0)
     nodes["node"]["GPU"] = 7.0
     assert shortage.lasts(200.0, is_busy=True)
     assert shortage.lasts(200.0 + 2 * SAY_EVERY_S, is_busy=True)
-    (line,) = said
+    (line,) = logged
     assert line.startswith("waiting for nodes: Needed at least: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
     assert line.endswith("Nodes there are: 64 CPU + 7 GPU.")
     assert shortage.lasts(300.0, is_busy=True), "decodes that still run are worth waiting for"
