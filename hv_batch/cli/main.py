@@ -140,7 +140,7 @@ def nightly(
     from hv_batch.runtime.nightly import NightlyRequest, next_time, render_night, which_day
 
     now = datetime.now()
-    orders = NightlyRequest(
+    request = NightlyRequest(
         config=load_config(config, overrides or []),
         manifest=manifest,
         output=output,
@@ -149,7 +149,7 @@ def nightly(
         catch_up=catch_up,
     )
     with command_logging(log_settings(log_level, log_format)):
-        code = render_night(orders, address=address, report=sys.stdout)
+        code = render_night(request, address=address, report=sys.stdout)
     raise typer.Exit(code)
 
 
