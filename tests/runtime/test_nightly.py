@@ -33,7 +33,7 @@ def test_yesterday_is_the_default():
 @pytest.mark.parametrize("text", ["20.11.2026", "2026-13-01", "yesterday"])
 def test_a_date_that_is_none_is_refused(text):
     """P6: with the format that is meant."""
-    with pytest.raises(UserError, match="as 2026-11-20"):
+    with pytest.raises(UserError, match="for example 2026-11-20"):
         which_day(text, NOON)
 
 
@@ -63,7 +63,7 @@ def test_a_deadline_is_what_the_clock_on_the_wall_shows(monkeypatch, day, hours)
 @pytest.mark.parametrize("text", ["25:00", "6.30", "", "06:30:00"])
 def test_a_time_that_is_none_is_refused(text):
     """P6: with the format that is meant."""
-    with pytest.raises(UserError, match=r"as 06:30"):
+    with pytest.raises(UserError, match=r"for example 06:30"):
         next_time(text, NOON)
 
 
