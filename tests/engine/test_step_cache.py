@@ -102,7 +102,14 @@ def test_videos_side_by_side_keep_to_themselves():
     *_, both = trajectory(model, batch, *texts, mesh=mesh, device=CPU, options=options)
     for one, params, positive, negative in zip(both, batch, *texts, strict=True):
         alone = denoise(
-            model, params, positive, negative, mesh=mesh, device=CPU, on_step=lambda done, latents: None, options=options
+            model,
+            params,
+            positive,
+            negative,
+            mesh=mesh,
+            device=CPU,
+            on_step=lambda done, latents: None,
+            options=options,
         )
         assert torch.equal(one, alone)
 

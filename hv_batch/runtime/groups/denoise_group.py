@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import (
     Event,
@@ -41,7 +40,7 @@ from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankLocat
 from hv_batch.runtime.groups.reservation import GroupReservation
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
-from hv_batch.runtime.nodes.resources import alive_nodes, ranks_per_node
+from hv_batch.runtime.nodes.resources import alive_nodes
 from hv_batch.runtime.run_context import RunContext, StageReport
 from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
@@ -132,7 +131,7 @@ class DenoiseGroup:
         for rank in range(self.plan.world_size):
             actor = actor_class.options(
                 num_cpus=config.groups.cpus_per_rank,
-                num_gpus=rank_gpus(config),
+                num_gpus=self._context.run.rank_gpus,
                 scheduling_strategy=reservation.strategy(rank),
                 runtime_env=SHOW_GPUS if config.parallel.device == "cuda" else HIDE_GPUS,
             ).remote(self._context, self.plan, rank, str(self.id))
@@ -295,7 +294,7 @@ class DenoiseGroup:
         return WorkerLost(self.id, start_failure(failure), counts)
 
     def _nodes_of(self, ranks: Iterable[int]) -> set[str]:
-        each = ranks_per_node(self._context.config, self.plan)
+        each = self._context.run.ranks_per_node(self.plan)
         return {self._nodes[rank // each] for rank in ranks}
 
 
