@@ -17,7 +17,7 @@ from hv_batch.engine.step_cache import REFRESH, can_resume, is_fresh
 from hv_batch.protocol import ParallelPlan, SamplingParams, StepState
 from tests.support.dit_reference import random_dit
 from tests.support.rank_processes import joined
-from tests.support.trajectories import CONFIG, CPU, _text
+from tests.support.trajectories import CONFIG, CPU, random_text
 
 STEPS = 14
 PARAMS = SamplingParams(
@@ -58,7 +58,7 @@ class Counted:
 
 def render(model, threshold, params=PARAMS, on_step=lambda done, latents: None, resume=None):
     options = SamplingOptions(step_cache=threshold)
-    texts = (_text(31), _text(12) if params.uses_cfg else None)
+    texts = (random_text(31), random_text(12) if params.uses_cfg else None)
     return denoise(
         model, params, *texts, mesh=SequenceMesh.single(), device=CPU, on_step=on_step, options=options, resume=resume
     )
@@ -98,7 +98,7 @@ def test_videos_side_by_side_keep_to_themselves():
     """P3: what one video takes over does not depend on the other beside it."""
     options, mesh, seeds = SamplingOptions(step_cache=SOME), SequenceMesh.single(), (3, 4)
     batch = [replace(PARAMS, seed=seed) for seed in seeds]
-    model, texts = Counted().model, ([_text(31), _text(7)], [_text(12), _text(12)])
+    model, texts = Counted().model, ([random_text(31), random_text(7)], [random_text(12), random_text(12)])
     *_, both = trajectory(model, batch, *texts, mesh=mesh, device=CPU, options=options)
     for one, params, positive, negative in zip(both, batch, *texts, strict=True):
         alone = denoise(
@@ -123,7 +123,7 @@ def _rank_main(rank: int, folder: Path, queues: list[mp.Queue]) -> None:
     for plan, queue in zip(PLANS, queues, strict=True):
         if rank >= plan.world_size:
             continue
-        counted, arguments = Counted(), ([PARAMS], [_text(31)], [_text(12)])
+        counted, arguments = Counted(), ([PARAMS], [random_text(31)], [random_text(12)])
         with joined(rank, plan, queue) as mesh:
             *_, final = trajectory(
                 counted.model, *arguments, mesh=mesh, device=CPU, options=SamplingOptions(step_cache=SOME)

@@ -21,7 +21,7 @@ from hv_batch.engine.sampler import trajectory
 from hv_batch.protocol import ParallelPlan, SamplingParams
 from tests.support.dit_reference import random_dit
 from tests.support.rank_processes import joined
-from tests.support.trajectories import CONFIG, CPU, _text
+from tests.support.trajectories import CONFIG, CPU, random_text
 
 STEPS = 4
 FRAMES = 33  # 9 of latents: as the released 33, one more than a multiple of 8
@@ -97,8 +97,8 @@ def _render(model: HYVideoDiT, case: Case, mesh: SequenceMesh) -> Tensor:
         flow_shift=7.0,
     )
     batch = [replace(params, seed=length) for length in case.texts]
-    negatives = [_text(length) for length in case.negatives] or None
-    *_, final = trajectory(model, batch, [_text(n) for n in case.texts], negatives, mesh=mesh, device=CPU)
+    negatives = [random_text(length) for length in case.negatives] or None
+    *_, final = trajectory(model, batch, [random_text(n) for n in case.texts], negatives, mesh=mesh, device=CPU)
     return final
 
 
