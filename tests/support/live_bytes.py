@@ -1,8 +1,8 @@
 """Measures the peak memory of live tensors, to verify the memory model.
 
-Every storage that an operation allocates is counted until its last tensor is freed, on any device. On the `meta` device,
-which computes nothing, a forward at the released width and size takes one second. Memory that a kernel allocates and
-frees internally is not counted.
+Every storage that an operation allocates is counted until its last tensor is freed, on any device. On the `meta`
+device, which computes nothing, a forward at the released width and size takes one second. Memory that a kernel
+allocates and frees internally is not counted.
 """
 
 from __future__ import annotations
