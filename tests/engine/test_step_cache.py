@@ -145,8 +145,8 @@ def test_all_ranks_skip_the_same_blocks(tmp_path):
     alone = Counted()
     expected = render(alone.model, SOME)
     for plan in PLANS:
-        found = [torch.load(tmp_path / f"{plan}-{rank}.pt", weights_only=True) for rank in range(plan.world_size)]
-        assert all(torch.equal(final, found[0][0]) for final, _ in found), plan
-        assert (found[0][0] - expected).abs().max() <= 1e-4, plan
-        branches = [sum(passes for _, passes in found[:: plan.sequence_degree])]
+        results = [torch.load(tmp_path / f"{plan}-{rank}.pt", weights_only=True) for rank in range(plan.world_size)]
+        assert all(torch.equal(final, results[0][0]) for final, _ in results), plan
+        assert (results[0][0] - expected).abs().max() <= 1e-4, plan
+        branches = [sum(passes for _, passes in results[:: plan.sequence_degree])]
         assert branches == [alone.passes], plan

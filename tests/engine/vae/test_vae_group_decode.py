@@ -95,9 +95,9 @@ def alone() -> list[list[np.ndarray]]:
 def test_a_group_decodes_the_pixels_of_one_decoder(ranks, alone):
     """P3: group decoding changes no bit; only rank 0 yields frames, in the same chunks."""
     chunks = ranks[0][0]
-    for expected, found in zip(alone, chunks, strict=True):
-        assert len(expected) == len(found)
-        assert all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True))
+    for expected, decoded in zip(alone, chunks, strict=True):
+        assert len(expected) == len(decoded)
+        assert all(np.array_equal(one, other) for one, other in zip(expected, decoded, strict=True))
     assert all(rank[0] == [[]] * len(SIZES) for rank in ranks[1:])
 
 
