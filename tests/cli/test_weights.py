@@ -249,7 +249,7 @@ def test_a_config_without_the_defaults_is_completed(toy, tmp_path):
     ("damage", "told"),
     [
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is not there"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "is not there, but model.safetensors.index.json"),
+        (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "does not exist, but model.safetensors.index.json"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "describes no LLaVA with a LLaMA inside"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "holds no LLaVA weights"),
     ],
@@ -287,7 +287,7 @@ def test_what_is_missing_or_damaged_is_told_beside_what_is_there(base):
     found = take_inventory(base)
     assert found.revision is None
     assert {part.name for part in found.parts} == {"LLaMA", "CLIP"}
-    assert any("mp_rank_00_model_states.pt is not there" in problem for problem in found.problems)
+    assert any("mp_rank_00_model_states.pt does not exist" in problem for problem in found.problems)
 
 
 def test_a_dit_of_another_model_is_told_by_its_tensors(base):
