@@ -76,9 +76,9 @@ class FailingEngine:
     def host_rendezvous(self, _host, _world_size):
         return "nowhere"
 
-    def join(self, place):
-        assert place.address == "nowhere"
-        if place.rank == 1:
+    def join(self, spec):
+        assert spec.address == "nowhere"
+        if spec.rank == 1:
             raise ValueError("broken weights")
         time.sleep(600)
 

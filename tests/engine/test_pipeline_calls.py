@@ -178,11 +178,11 @@ def test_the_official_noise_is_drawn_in_the_dtype_of_the_text(base):
         base, device="cpu", **{**FP32, "text_encoder_precision": "fp16"}, noise="official"
     )
     seen = []
-    recipe = official._denoiser._recipe
+    options = official._denoiser._options
     model = official._denoiser._model
     model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     official("a", seed=1, **{**LATENTS, "num_inference_steps": 1})
-    assert recipe == SamplingOptions("official", True)
+    assert options == SamplingOptions("official", True)
     assert torch.equal(seen[0], half.float())
 
 

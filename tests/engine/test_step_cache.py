@@ -57,10 +57,10 @@ class Counted:
 
 
 def render(model, threshold, params=PARAMS, on_step=lambda done, latents: None, resume=None):
-    recipe = SamplingOptions(step_cache=threshold)
+    options = SamplingOptions(step_cache=threshold)
     texts = (_text(31), _text(12) if params.uses_cfg else None)
     return denoise(
-        model, params, *texts, mesh=SequenceMesh.single(), device=CPU, on_step=on_step, recipe=recipe, resume=resume
+        model, params, *texts, mesh=SequenceMesh.single(), device=CPU, on_step=on_step, options=options, resume=resume
     )
 
 
@@ -96,13 +96,20 @@ def test_what_changes_less_is_left_out():
 
 def test_videos_side_by_side_keep_to_themselves():
     """P3: what one video takes over does not depend on the other beside it."""
-    recipe, mesh, seeds = SamplingOptions(step_cache=SOME), SequenceMesh.single(), (3, 4)
+    options, mesh, seeds = SamplingOptions(step_cache=SOME), SequenceMesh.single(), (3, 4)
     batch = [replace(PARAMS, seed=seed) for seed in seeds]
     model, texts = Counted().model, ([_text(31), _text(7)], [_text(12), _text(12)])
-    *_, both = trajectory(model, batch, *texts, mesh=mesh, device=CPU, recipe=recipe)
+    *_, both = trajectory(model, batch, *texts, mesh=mesh, device=CPU, options=options)
     for one, params, positive, negative in zip(both, batch, *texts, strict=True):
         alone = denoise(
-            model, params, positive, negative, mesh=mesh, device=CPU, on_step=lambda done, latents: None, recipe=recipe
+            model,
+            params,
+            positive,
+            negative,
+            mesh=mesh,
+            device=CPU,
+            on_step=lambda done, latents: None,
+            options=options,
         )
         assert torch.equal(one, alone)
 
@@ -126,7 +133,7 @@ def _rank_main(rank: int, folder: Path, queues: list[mp.Queue]) -> None:
         counted, arguments = Counted(), ([PARAMS], [_text(31)], [_text(12)])
         with joined(rank, plan, queue) as mesh:
             *_, final = trajectory(
-                counted.model, *arguments, mesh=mesh, device=CPU, recipe=SamplingOptions(step_cache=SOME)
+                counted.model, *arguments, mesh=mesh, device=CPU, options=SamplingOptions(step_cache=SOME)
             )
         torch.save((final[0], counted.passes), folder / f"{plan}-{rank}.pt")
 

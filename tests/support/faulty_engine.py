@@ -26,9 +26,9 @@ class TroubledVideo(HunyuanVideo):
         self.step_seconds = step_seconds
         self.patience_s = patience_s
 
-    def join(self, place):
+    def join(self, spec):
         step_checkpoints.LEAST_PATIENCE_S = self.patience_s
-        denoiser = super().join(place)
+        denoiser = super().join(spec)
         denoise = denoiser.denoise
 
         def troubled(params, positive, negative, on_step, resume=None):
@@ -36,7 +36,7 @@ class TroubledVideo(HunyuanVideo):
                 time.sleep(self.step_seconds)
                 on_step(done, read)
                 if done == TROUBLED_STEP:
-                    self.misbehave(params.prompt, place.rank)
+                    self.misbehave(params.prompt, spec.rank)
 
             return denoise(params, positive, negative, after_step, resume)
 

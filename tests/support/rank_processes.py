@@ -23,6 +23,6 @@ def joined(rank: int, plan: ParallelPlan, addresses: mp.Queue) -> Iterator[Seque
             addresses.put(address)
     else:
         address = addresses.get()
-    place = RankSpec(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=TIMEOUT_S)
-    yield join_group(place)
+    spec = RankSpec(rank=rank, local_rank=rank, plan=plan, device="cpu", address=address, timeout_s=TIMEOUT_S)
+    yield join_group(spec)
     leave_group()

@@ -89,15 +89,15 @@ class RunConfig(Section):
                     f"groups.gpus_per_rank = {groups.gpus_per_rank} with parallel.device = cuda and {ranks} rank(s) a "
                     "group; allowed: 1, or a fraction above 0 for a group of one rank"
                 )
-            for name, pool in self._pools():
-                if pool.gpus == 0 and pool.placement != "group":
+            shares = {"encoders": self.encoders.gpus}
+            if not self.decoders.is_in_group:
+                shares["decoders"] = self.decoders.gpus
+            for name, gpus in shares.items():
+                if gpus == 0:
                     found.append(f"{name}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1")
         if found:
             raise PydanticCustomError(CROSS_FIELD, "{found}", {"found": "\n  - ".join(found)})
         return self
-
-    def _pools(self) -> tuple[tuple[str, EncodersConfig | DecodersConfig], ...]:
-        return ("encoders", self.encoders), ("decoders", self.decoders)
 
 
 def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -180,6 +180,10 @@ class DecodersConfig(Section):
     tiles of what was denoised; rank 0 writes and commits with the CPUs of groups.cpus_per_rank. There are no actors
     then, and count, gpus and cpus mean nothing."""
 
+    @property
+    def is_in_group(self) -> bool:
+        return self.placement == "group"
+
 
 class OutputConfig(Section):
     shard_size: Count = 256
