@@ -187,7 +187,7 @@ def test_of_many_at_once_one_holds(any_store):
         barrier.wait()
         me = this_process("run")
         try:
-            if lease._take(any_store, me, False, never):
+            if lease._acquire(any_store, me, False, never):
                 taken.append(Lease(any_store, me))
         except LeaseHeldError:
             pass
