@@ -80,7 +80,7 @@ class SleepDenoiser:
         on_step: OnStep,
         resume: StepState | None = None,
     ) -> np.ndarray:
-        """Return random latents of shape `params.latent_shape` that differ by seed, so media files have distinct names."""
+        """Return random latents of `params.latent_shape` that differ by seed, so media files have distinct names."""
         latents = np.random.default_rng(params.seed).random(params.latent_shape, np.float32)
         for step in range(resume.step if resume else 0, params.num_inference_steps):
             time.sleep(self.step_seconds)
