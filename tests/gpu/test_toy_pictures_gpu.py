@@ -8,7 +8,7 @@ import torch
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.toy.accuracy import PROMPTS_SEED
-from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.scorer import score
 from hv_batch.toy.trained import write_trained_checkpoint
 
@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captioned():
     """A scene and its prompt."""
-    return next(told_scenes(PROMPTS_SEED, 33, held_out=True))
+    return next(captioned_scenes(PROMPTS_SEED, 33, held_out=True))
 
 
 def render(base, prompt, options):

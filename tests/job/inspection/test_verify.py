@@ -236,7 +236,10 @@ def rewrite_tar(root: Path, change) -> None:
         (lambda members: members[2:], "it holds s002.mp4 in place of s001.mp4"),
         (lambda members: [*members, ("s009.json", b"{}")], "s009.json belongs to no sample"),
         (lambda members: [(name, data + b"x") for name, data in members], "the sha256 of its member s001.mp4 differs"),
-        (lambda members: [(name, data.replace(b"heron", b"goose")) for name, data in members], "the sha256 of its member s001.json"),
+        (
+            lambda members: [(name, data.replace(b"heron", b"goose")) for name, data in members],
+            "the sha256 of its member s001.json",
+        ),
     ],
 )
 def test_a_tar_of_something_else(root, change, said):
