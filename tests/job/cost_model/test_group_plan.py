@@ -121,8 +121,8 @@ def test_what_auto_needs_is_told_at_once():
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(values)
     for expected in (
-        "whose costs are not known",
-        "auto without gpu and gpu_memory_gib; allowed: auto where the config tells",
+        "which has no cost model",
+        "auto without gpu and gpu_memory_gib; allowed: auto with both keys",
         "because auto chooses them for every shape",
         "among groups that fit on one node",
         "with encoders.placement = colocated; allowed: pool, because the number of encoders",
