@@ -8,4 +8,4 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-pytest_plugins = ["tests.support.stores"]
+pytest_plugins = ["tests.support.logs", "tests.support.s3_runs", "tests.support.stores"]

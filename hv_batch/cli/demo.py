@@ -1,28 +1,30 @@
-"""The demo: the shipped manifest through the whole system, at toy width, on whatever machine this is."""
+"""`hv-batch demo`: render the shipped manifest with the toy model through the complete system on this machine."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig, load_config
-from hv_batch.job.progress import Progress
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import cache_dir
 from hv_batch.toy.trained import write_trained_checkpoint
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "demo_cpu.yaml"
 MANIFEST = "demo_prompts.jsonl"
 
 
-def run_demo(output: str, progress: Progress) -> ExitCode:
-    """Render the demo manifest into `output`, or what is missing of it there, and print where to look."""
+def run_demo(output: str) -> ExitCode:
+    """Render the demo manifest into `output`, or resume it, and print the output root and the gallery."""
     model_base = write_trained_checkpoint(cache_dir())
-    progress.say(f"toy checkpoint, laid out as the released one: {model_base}")
+    logger.info(f"toy checkpoint in the released layout: {model_base}")
     config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
-    code = render(config, [str(shipped(MANIFEST))], output, address="local", progress=progress)
+    code = render(config, [str(shipped(MANIFEST))], output, address="local")
     root = Store(output).url
     print(f"output root: {root}")
     gallery = f"{root}/{layout.REPORT}"
@@ -36,9 +38,9 @@ def with_model_base(config: RunConfig, model_base: Path) -> RunConfig:
 
 
 def shipped(name: str) -> Path:
-    """A file of configs/: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
+    """Return a file of configs/, which is inside an installed package and next to the package in a checkout."""
+    package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"The demo's {name} is missing from this installation; reinstall hv_batch.")
+    raise UserError(f"The file {name} of the demo is missing from this installation. Reinstall hv_batch.")

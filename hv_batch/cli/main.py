@@ -14,10 +14,10 @@ import typer
 from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
+from hv_batch.cli.terminal import LogFormat, LogLevel, command_logging, log_settings
 from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.manifest.selection import parse_selection
-from hv_batch.job.progress import Progress
 from hv_batch.job.redaction import public_text
 from hv_batch.protocol import UserError
 
@@ -50,7 +50,10 @@ app.add_typer(bench_app, name="bench")
 Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
 
 Address = Annotated[str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")]
-Steal = Annotated[bool, typer.Option("--steal", help="take the output root over from a driver that is known to hang")]
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", "--steal", help="replace a driver that holds the output root and is known to hang"),
+]
 Manifests = Annotated[
     list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
 ]
@@ -69,7 +72,9 @@ def run(
         bool, typer.Option("--failed-only", help="only what was quarantined: it is taken back and rendered again")
     ] = False,
     address: Address = None,
-    steal: Steal = False,
+    take_over: TakeOver = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = "text",
 ) -> None:
     """Render what the output root lacks of the manifest, or of a selection of it; the root is that of the whole.
 
@@ -85,18 +90,17 @@ def run(
         )
     settings = load_config(config, overrides or [])
     selection = parse_selection(limit, where or [], shards)
-    raise typer.Exit(
-        render(
+    with command_logging(log_settings(log_level, log_format)):
+        code = render(
             settings,
             manifest,
             output,
             selection=selection,
             address=address,
-            progress=Progress(),
-            steal=steal,
+            steal=take_over,
             failed_only=failed_only,
         )
-    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -104,12 +108,16 @@ def resume(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
     manifest: Annotated[str | None, typer.Option(help="where its manifest is now, should it have moved")] = None,
     address: Address = None,
-    steal: Steal = False,
+    take_over: TakeOver = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = "text",
 ) -> None:
     """Render what is left of a run; its config and manifest are those of its run.json. Exit codes are those of run."""
     from hv_batch.runtime.render import resume as resume_run
 
-    raise typer.Exit(resume_run(output, address=address, progress=Progress(), manifest=manifest, steal=steal))
+    with command_logging(log_settings(log_level, log_format)):
+        code = resume_run(output, address=address, manifest=manifest, steal=take_over)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -122,6 +130,8 @@ def nightly(
     until: Annotated[str | None, typer.Option(help="be done by this local time, as 06:30; default: no limit")] = None,
     catch_up: Annotated[int, typer.Option(min=0, help="days before, whose unfinished runs go first")] = 3,
     address: Address = None,
+    log_level: LogLevel = None,
+    log_format: LogFormat = "text",
 ) -> None:
     """Render the partition of a date after resuming earlier nights, and print one line of JSON about it.
 
@@ -138,17 +148,23 @@ def nightly(
         until=None if until is None else next_time(until, now),
         catch_up=catch_up,
     )
-    raise typer.Exit(render_night(orders, address=address, progress=Progress(), report=sys.stdout))
+    with command_logging(log_settings(log_level, log_format)):
+        code = render_night(orders, address=address, report=sys.stdout)
+    raise typer.Exit(code)
 
 
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="output root: folder or URL; run again, it is resumed")] = "hv_batch_demo",
+    log_level: LogLevel = None,
+    log_format: LogFormat = "text",
 ) -> None:
     """Render the shipped manifest with the real architecture at toy width, on a local Ray and this machine's CPU."""
     from hv_batch.cli.demo import run_demo
 
-    raise typer.Exit(run_demo(output, Progress()))
+    with command_logging(log_settings(log_level, log_format)):
+        code = run_demo(output)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -197,7 +213,8 @@ for operation in (output_root.status, output_root.verify, output_root.retry, out
 def main() -> None:
     """Entry point: errors that the user can mend are one paragraph on stderr, not a traceback."""
     try:
-        app()
+        with command_logging(log_settings(None, "text")):
+            app()
     except UserError as error:
         sys.exit(public_text(f"error: {error}"))
     except OSError as error:

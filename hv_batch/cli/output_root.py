@@ -30,7 +30,6 @@ from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.manifest.selection import Selection, parse_ranges
-from hv_batch.job.progress import Progress
 from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
 from hv_batch.job.records.run_document import chosen_shards, read_run, read_run_config
@@ -45,7 +44,9 @@ SAMPLED_DECODES = 16
 Output = Annotated[str, typer.Argument(help="output root: folder or URL")]
 Json = Annotated[bool, typer.Option("--json", help="for machines")]
 Yes = Annotated[bool, typer.Option("--yes", help="do it; without this the command only says what it would do")]
-Steal = Annotated[bool, typer.Option("--steal", help="although a driver that is known to hang holds the root")]
+Steal = Annotated[
+    bool, typer.Option("--take-over", "--steal", help="although a driver that is known to hang holds the root")
+]
 Shards = Annotated[str | None, typer.Option(help="only these, as 3,17-20", metavar="LIST")]
 
 
@@ -198,7 +199,7 @@ def _render_again(output: str, findings: Sequence[Finding], address: str | None,
     damaged = sorted({finding.shard for finding in findings if finding.shard is not None})
     is_whole = any(finding.shard is None for finding in findings)
     chosen = Selection(shards=() if is_whole else tuple(range(shard, shard + 1) for shard in damaged))
-    return resume(output, address=address, progress=Progress(), selection=chosen, steal=steal)
+    return resume(output, address=address, selection=chosen, steal=steal)
 
 
 @contextmanager
@@ -211,7 +212,7 @@ def _changing(store: Store, purpose: str, does: bool, steal: bool) -> Iterator[C
         yield lambda: None
         return
     read_run(store)  # a mistyped path must not become a folder with a lease in it
-    with hold_lease(store, this_process(purpose), steal=steal, say=lambda text: print(text, file=sys.stderr)) as lease:
+    with hold_lease(store, this_process(purpose), steal=steal) as lease:
         assert lease is not None, "nobody asked to give up waiting"
         yield lease.check
 

@@ -1,26 +1,25 @@
-"""Progress for people: a live bar with an ETA on a terminal, plain lines with a clock time in a log."""
+"""Progress of a run: the numbers, the estimate of the remaining time, and the records that carry both.
+
+A progress record is an ordinary log record with a `Snapshot` in its `progress` attribute. A terminal draws a bar from
+it; a log gets a line of it now and then (`ProgressThrottle`).
+"""
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
-from dataclasses import dataclass
-from typing import TextIO
-
-from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from hv_batch.job.formatting import clock
-from hv_batch.job.redaction import public_text
 
 LINE_EVERY_S = 30.0  # a job log of a night stays under a thousand lines
-DRAW_EVERY_S = 0.2
+RECORD_EVERY_S = 0.2  # what a bar on a terminal needs; the driver's loop turns far more often
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """How far a run is."""
 
@@ -33,26 +32,31 @@ class Snapshot:
     denoising: int
     decoding: int
     spooled: int = 0  # videos on the disks of nodes, while the output root does not answer
+    elapsed_s: float = 0.0
+    eta_s: float | None = None  # None before a second sample is done
 
     @property
     def terminal(self) -> int:
         return self.committed + self.quarantined
 
-    def describe(self, elapsed_s: float, eta_s: float | None) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
         parts = [f"{self.terminal}/{self.total} done"]
         if self.quarantined:
             parts.append(f"{self.quarantined} quarantined")
         if self.starting:
             parts.append(f"{self.starting} workers starting")
-        parts.append(f"in work: {self.encoding} encode, {self.denoising} denoise, {self.decoding} decode")
+        parts.append(f"running: {self.encoding} encode, {self.denoising} denoise, {self.decoding} decode")
         if self.spooled:
-            parts.append(f"{self.spooled} finished wait for the output root")
-        parts.append(f"{clock(elapsed_s)} ETA {'--:--' if eta_s is None else clock(eta_s)}")
+            parts.append(f"{self.spooled} finished, waiting for the output root")
+        parts.append(f"{clock(self.elapsed_s)} ETA {'--:--' if self.eta_s is None else clock(self.eta_s)}")
         return " · ".join(parts)
 
 
 class EtaEstimator:
-    """The mean pace since the first sample came out: what starting and loading took says nothing about the rest."""
+    """The mean rate since the first sample was done: the time of starting and loading says nothing about the rest."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
@@ -69,51 +73,36 @@ class EtaEstimator:
         return (snapshot.total - snapshot.terminal) * (now - since) / (done_here - done_then)
 
 
-class Progress:
-    """Use as a context manager; `show` as often as you like, `say` for events worth a line of their own."""
+class ProgressThrottle(logging.Filter):
+    """Lets one progress record pass every `every_s` seconds, and every other record."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._console = Console(file=self._stream, highlight=False, markup=False)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._is_terminal() else None
+    def __init__(self, every_s: float = LINE_EVERY_S) -> None:
+        super().__init__()
+        self._every_s = every_s
+        self._last: float | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "progress"):
+            return True
+        if self._last is not None and record.created - self._last < self._every_s:
+            return False
+        self._last = record.created
+        return True
+
+
+class ProgressLog:
+    """Emits progress records of a run that begins now, at most one every `RECORD_EVERY_S`."""
+
+    def __init__(self) -> None:
         self._begun = time.monotonic()
-        self._pace = EtaEstimator()
-        self._shown: float | None = None
+        self._eta = EtaEstimator()
+        self._next = 0.0
 
-    def __enter__(self) -> Progress:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line, without the secrets that URLs in it may hold: a job's log is read by more than its owner."""
-        text = public_text(text)
-        if self._live:
-            self._console.print(text)
-        else:
-            print(f"{time.strftime('%H:%M:%S')} {text}", file=self._stream, flush=True)
-
-    def show(self, snapshot: Snapshot) -> None:
+    def log(self, snapshot: Snapshot) -> None:
+        """Call as often as convenient; `elapsed_s` and `eta_s` of the snapshot are filled in here."""
         now = time.monotonic()
-        eta_s = self._pace.eta_s(snapshot, now)
-        if self._shown is not None and now - self._shown < (DRAW_EVERY_S if self._live else LINE_EVERY_S):
+        if now < self._next:
             return
-        self._shown = now
-        text = snapshot.describe(now - self._begun, eta_s)
-        if self._live:
-            self._live.update(_bar(snapshot, text), refresh=True)
-        else:
-            self.say(text)
-
-    def _is_terminal(self) -> bool:
-        return self._console.is_terminal and not self._console.is_dumb_terminal
-
-
-def _bar(snapshot: Snapshot, text: str) -> Table:
-    row = Table.grid(padding=(0, 1))
-    row.add_row(ProgressBar(total=max(1, snapshot.total), completed=snapshot.terminal, width=30), Text(text))
-    return row
+        self._next = now + RECORD_EVERY_S
+        snapshot = replace(snapshot, elapsed_s=now - self._begun, eta_s=self._eta.eta_s(snapshot, now))
+        logger.info("%s", snapshot, extra={"progress": snapshot})

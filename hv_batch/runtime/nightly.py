@@ -7,8 +7,8 @@ tried (P5), and the last word is one line of JSON for a pager to read.
 from __future__ import annotations
 
 import json
+import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,11 +18,12 @@ from typing import Any, TextIO
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.progress import Progress
 from hv_batch.job.records.run_document import read_run_config
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
+
+logger = logging.getLogger(__name__)
 
 PLACE = "{date}"  # in a manifest's URL; becomes 2026-11-20
 
@@ -71,7 +72,7 @@ class NightlyRequest:
         return f"{self.output.rstrip('/')}/{day.isoformat()}"
 
 
-def render_night(orders: NightlyRequest, *, address: str | None, progress: Progress, report: TextIO) -> ExitCode:
+def render_night(orders: NightlyRequest, *, address: str | None, report: TextIO) -> ExitCode:
     """Catch up, render the date, and write the line to `report`. The exit code is that of the worst night."""
     begun, stopped = time.monotonic(), Event()
 
@@ -80,12 +81,12 @@ def render_night(orders: NightlyRequest, *, address: str | None, progress: Progr
             tonight = orders.config, orders.manifest.replace(PLACE, day.isoformat())
             config, manifest = tonight if day == orders.day else read_run_config(orders.root(day))
             with stop_in_time(orders.until, config.timeouts.drain_s, stopped):
-                return render(config, manifest, orders.root(day), address=address, progress=progress, stopped=stopped)
+                return render(config, manifest, orders.root(day), address=address, stopped=stopped)
 
-        progress.say(f"night of {day}: {orders.root(day)}")
-        return _judge(day, orders.root(day), work, stopped, progress)
+        logger.info(f"night of {day}: {orders.root(day)}")
+        return _judge(day, orders.root(day), work, stopped)
 
-    nights = [attempt(day) for day in (*_earlier(orders, progress), orders.day)]
+    nights = [attempt(day) for day in (*_earlier(orders), orders.day)]
     worst = max((code for night in nights for code, name in OUTCOMES.items() if name == night.outcome), key=_badness)
     line = {
         "schema": "hv_batch/night/1",
@@ -108,11 +109,11 @@ def unfinished(orders: NightlyRequest) -> Iterator[date]:
             yield day
 
 
-def _earlier(orders: NightlyRequest, progress: Progress) -> list[date]:
+def _earlier(orders: NightlyRequest) -> list[date]:
     try:
         return list(unfinished(orders))
     except (OSError, UserError) as problem:  # tonight's own attempt will say it in the report
-        progress.say(f"cannot look for unfinished nights: {problem}")
+        logger.warning(f"cannot look for unfinished nights: {problem}")
         return []
 
 
@@ -137,7 +138,7 @@ def next_time(text: str, now: datetime) -> datetime:
     return (today if today > now else today + timedelta(days=1)).astimezone()
 
 
-def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event, progress: Progress) -> Night:
+def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event) -> Night:
     """Do a night's `work`, unless the time is up, and say what became of it."""
     begun = time.monotonic()
     error = None
@@ -145,10 +146,10 @@ def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event,
         code = ExitCode.STOPPED if stopped.is_set() else work()
     except UserError as problem:
         code, error = ExitCode.FATAL, str(problem)
-        progress.say(f"night of {day}: {error}")
-    except Exception as fault:  # noqa: BLE001 - of ours: the other nights and the pager's line must not be lost with it
+        logger.error(f"night of {day}: {error}")
+    except Exception as fault:
         code, error = ExitCode.FATAL, f"{type(fault).__name__}: {fault}"
-        progress.say(traceback.format_exc())
+        logger.exception(f"night of {day} failed")
     return Night(
         date=day.isoformat(),
         output=output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import zlib
 from collections.abc import Iterator, Mapping
@@ -14,13 +15,13 @@ from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan
 from hv_batch.job.cost_model.memory_check import check_memory
+from hv_batch.job.cost_model.resolver import resolve_run
+from hv_batch.job.log_records import add_process_fields, current_settings
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.index import Index, load_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
-from hv_batch.job.progress import Progress
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
@@ -28,7 +29,9 @@ from hv_batch.job.redaction import public_values
 from hv_batch.job.storage.store import Store
 from hv_batch.media.codecs import check_encoder
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
-from hv_batch.runtime.run_context import RunContext
+from hv_batch.runtime.run_context import RunContext, short_id
+
+logger = logging.getLogger(__name__)
 
 # What a record's reader needs to reproduce its bytes.
 RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "numpy")
@@ -44,7 +47,7 @@ class PreparedRun:
 
 
 def prepare_run(
-    config: RunConfig, manifest: Manifest, store: Store, spool: Store, selection: Selection | None, progress: Progress
+    config: RunConfig, manifest: Manifest, store: Store, spool: Store, selection: Selection | None
 ) -> PreparedRun:
     """Every check that needs no cluster; writes nothing but the probe of the output root.
 
@@ -57,25 +60,27 @@ def prepare_run(
     with _collected(found):
         check_encoder(config.media)
     with _collected(found):
-        index = _read_manifest(config, manifest, store, spool, progress)
+        index = _read_manifest(config, manifest, store, spool)
         plan = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
     if found:
         raise UserError("\n".join(found))
     # Last: they trust the options that the engine has accepted.
-    sizes = choose_sizes(config, index.summary.shapes, _recorded_plans(store))
-    if len(sizes.plans) > 1:
-        told = ", ".join(f"{plan.world_size} for {len(sizes.shapes(plan))} shape(s)" for plan in sizes.plans)
-        progress.say(f"groups of several sizes, in ranks: {told}")
-    check_memory(config, sizes.by_shape)
-    _refuse([fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))], config)
+    run = resolve_run(config, index.summary.shapes, _recorded_plans(store))
+    groups = run.groups
+    if len(groups.plans) > 1:
+        told = ", ".join(f"{plan.world_size} for {len(groups.shapes(plan))} shape(s)" for plan in groups.plans)
+        logger.info(f"groups of several sizes, in ranks: {told}")
+    check_memory(run)
+    _refuse([fault for plan in groups.plans for fault in engine.group_problems(plan, groups.shapes(plan))], config)
     versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
-    identity = {**run_identity(config, sizes.by_shape), "model": engine.identity(), "manifest": index.summary.digest}
+    identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
-        progress.say(f"warning: {warning}")
+        logger.warning(warning)
     state = inspect_run(store, document)
-    context = RunContext(config, engine, store, fingerprint(identity), versions, sizes)
+    context = RunContext(run, engine, store, fingerprint(identity), versions, current_settings())
+    add_process_fields(run=short_id(context.fingerprint))
     return PreparedRun(context, index, plan, document, state)
 
 
@@ -83,17 +88,17 @@ def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:
     return recorded_plans(read_run(store)["identity"]) if store.exists(layout.RUN) else {}
 
 
-def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store, progress: Progress) -> Index:
+def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store) -> Index:
     """From the index in the output root where it is of this manifest, else checked anew into the spool."""
     index = load_index(store, manifest, config)
     if index:
-        progress.say(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")
+        logger.info(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")
         return index
     index = check_manifest(manifest, config, spool)
     summary = index.summary
-    progress.say(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
+    logger.info(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
     for note in summary.warnings:
-        progress.say(f"note: {note}")
+        logger.info(f"note: {note}")
     return index
 
 
@@ -106,7 +111,7 @@ def _collected(found: list[str]) -> Iterator[None]:
 
 
 def _check_engine(engine: Engine, config: RunConfig) -> None:
-    plan = fixed_plan(config)
+    plan = resolve_run(config).fixed_plan
     _refuse(engine.check() + (engine.group_problems(plan) if plan else []), config)
 
 

@@ -6,6 +6,7 @@ what led there (latents, step checkpoint). While the output root does not answer
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -22,9 +23,10 @@ import ray
 
 from hv_batch.job import layout
 from hv_batch.job.failure import Failure
+from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits
-from hv_batch.job.records.latents import drop_what_led_to, get_latents, sample_identity
+from hv_batch.job.records.latents import drop_intermediates, get_latents, sample_identity
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -32,6 +34,8 @@ from hv_batch.media.codecs import check_encoder
 from hv_batch.media.writer import MediaInfo, write_media
 from hv_batch.runtime.classify import DISK_FULL, LatentsGoneError, NodeError
 from hv_batch.runtime.run_context import RunContext, StageReport, see_output_root, stopwatch
+
+logger = logging.getLogger(__name__)
 
 SCRATCH = "hv_batch-"
 SCRATCH_AGE_S = 6 * 3600.0  # older than any encoding: what is left by a process that was killed
@@ -88,7 +92,7 @@ class Publisher:
         """Whether this node can publish; raises UserError where it does not see the output root or has no encoder."""
         see_output_root(self._context.store)
         sweep_scratch(Path(tempfile.gettempdir()))
-        self._spool.sweep()
+        self._spool.remove_stale()
         check_encoder(self._context.config.media)  # a node without ffmpeg is found here, not at its first sample
 
     def is_committed(self, sample: Sample) -> bool:
@@ -154,10 +158,17 @@ class Publisher:
                 )
                 self._context.store.each(self._clear, [one.sample for one in made])
         except StorageUnavailableError:
-            if not all([self._spool.keep(self._record(one, {"spooled": True}), one.files) for one in made]):
+            if not all([self._spool.add(self._record(one, {"spooled": True}), one.files) for one in made]):
                 raise
+            self._log(made, "the output root does not answer; kept on this node's disk")
             return [ray.get_runtime_context().get_node_id()] * len(made)
+        self._log(made, "committed")
         return [None] * len(made)
+
+    def _log(self, made: Sequence[DecodedVideo], what: str) -> None:
+        for video in made:
+            with log_fields(sample=video.sample.key, attempt=len(video.failures) + 1):
+                logger.info(f"decoded in {video.seconds:.1f} s; {what}: {video.file}")
 
     def _record(self, made: DecodedVideo, details: Mapping[str, Any]) -> dict[str, Any]:
         report = StageReport(made.seconds, ray.util.get_node_ip_address(), self._name, details)
@@ -185,7 +196,7 @@ class Publisher:
 
     def _clear(self, sample: Sample) -> None:
         keep_latents = self._context.config.output.keep_latents
-        drop_what_led_to(self._context.store, sample.shard, sample.key, keep_latents=keep_latents)
+        drop_intermediates(self._context.store, sample.shard, sample.key, keep_latents=keep_latents)
 
     def _counted(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for chunk in chunks:

@@ -7,6 +7,7 @@ found again by the same call after a crash (P2).
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import tempfile
 import time
@@ -24,7 +25,6 @@ from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
-from hv_batch.job.progress import Progress
 from hv_batch.job.records.lease import Lease, hold_lease, this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
 from hv_batch.job.records.run_document import RunState, finish_run, open_run, read_run_config
@@ -38,6 +38,8 @@ from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.nodes.resources import ResourceShortage, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.session import ray_session, submission_id
+
+logger = logging.getLogger(__name__)
 
 
 class ExitCode(IntEnum):
@@ -54,7 +56,6 @@ def render(
     *,
     selection: Selection | None = None,
     address: str | None,
-    progress: Progress,
     steal: bool = False,
     stopped: Event | None = None,
     failed_only: bool = False,
@@ -70,12 +71,12 @@ def render(
             if failed_only:
                 selection = only_failed(store, selection or Selection())
                 if not selection.failed:
-                    progress.say(f"nothing to render: no such sample of {public_url(store.url)} was given up")
+                    logger.info(f"nothing to render: no such sample of {public_url(store.url)} was given up")
                     return ExitCode.COMMITTED
-            job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection, progress)
-            return _render(job, address, progress, stopped, steal)
+            job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection)
+            return _render(job, address, stopped, steal)
         except KeyboardInterrupt:
-            progress.say("stopped at once; run the same command again to go on")
+            logger.info("stopped at once; run the same command again to go on")
             return ExitCode.STOPPED
         except OSError as error:  # a store that went away, a disk that is full: nothing of ours is broken
             raise UserError(
@@ -83,71 +84,69 @@ def render(
             ) from error
 
 
-def _render(job: PreparedRun, address: str | None, progress: Progress, stopped: Event, steal: bool) -> ExitCode:
+def _render(job: PreparedRun, address: str | None, stopped: Event, steal: bool) -> ExitCode:
     store = job.context.store
     if job.state is RunState.FINISHED and not job.plan.takes_back:
-        progress.say(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
+        logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
     me = this_process("run", submission_id())
     # Held before Ray is asked for anything: a second driver would wait for GPUs that the first one has.
-    with hold_lease(store, me, steal=steal, say=progress.say, wait=stopped.wait) as lease:
+    with hold_lease(store, me, steal=steal, wait=stopped.wait) as lease:
         if lease is None:
-            progress.say("stopped while waiting for the output root; nothing was begun")
+            logger.info("stopped while waiting for the output root; nothing was begun")
             return ExitCode.STOPPED
-        return _render_pending(job, address, progress, stopped, lease)
+        return _render_pending(job, address, stopped, lease)
 
 
-def _render_pending(
-    job: PreparedRun, address: str | None, progress: Progress, stopped: Event, lease: Lease
-) -> ExitCode:
+def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease: Lease) -> ExitCode:
     config, store, plan = job.context.config, job.context.store, job.plan
-    largest = job.context.sizes.largest
+    run = job.context.run
 
     def should_stop() -> bool:
         lease.check()  # raises where the root is another driver's now: a drain would only render what that one renders
         return stopped.is_set()
 
-    progress.say("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
+    logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
-    with ray_session(config, largest, address) as local, _stop_signals(stopped), progress:
+    with ray_session(run, address) as local, _stop_signals(stopped):
         patience_s = 0.0 if local else config.timeouts.start_s
-        shortage = ResourceShortage(config, largest, patience_s=patience_s, say=progress.say)
+        shortage = ResourceShortage(run, patience_s=patience_s)
         if not await_resources(shortage, should_stop):
-            progress.say("stopped while waiting for nodes; nothing was begun")
+            logger.info("stopped while waiting for nodes; nothing was begun")
             return ExitCode.STOPPED
         # Only now is the root claimed: whoever asked for more than there is may ask for something else.
         open_run(store, job.document)
         job.index.publish(store)
         if plan.takes_back:
-            progress.say(f"taken back of the quarantine: {plan.take_back()} samples")
-        driver = Driver(job.context, plan, plan.total, kinds, progress, shortage, should_stop)
+            logger.info(f"taken back of the quarantine: {plan.take_back()} samples")
+        driver = Driver(job.context, plan, plan.total, kinds, shortage, should_stop)
         if job.state is RunState.RESUMED:
             driver.commit_spooled()
         outcome = driver.run()
     lease.check()
-    return _close(store, plan, outcome, progress, stopped)
+    return _close(store, plan, outcome, stopped)
 
 
-def _close(store: Store, plan: PendingSamples, outcome: Outcome, progress: Progress, stopped: Event) -> ExitCode:
+def _close(store: Store, plan: PendingSamples, outcome: Outcome, stopped: Event) -> ExitCode:
     counts = plan.counts
     found = counts.committed_before + counts.quarantined_before
     told = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {found} were done before"
     if outcome.drained:
         # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
-        progress.say(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
+        logger.info(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
         return ExitCode.STOPPED
     if not plan.is_whole and (left := read_status(store).pending):
         # Nothing is summed up: that is for the command which renders the last sample.
-        progress.say(
+        logger.info(
             f"finished the selection after {clock(outcome.seconds)}: {told}; {left} samples outside it are left"
         )
         return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
     # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
-    summary = _finish(store, own, Outage(progress.say), stopped)
-    progress.say(f"finished after {clock(outcome.seconds)}: {told}")
+    summary = _finish(store, own, Outage(), stopped)
+    logger.info(f"finished after {clock(outcome.seconds)}: {told}")
     if groups := outcome.losses.describe():
-        progress.say(f"denoise groups lost on the way: {groups}")
+        logger.info(f"denoise groups lost on the way: {groups}")
     if pending := summary["pending"]:
         raise UserError(
             f"{pending} samples that were rendered have no record in {public_url(store.url)}. Either somebody removes "
@@ -207,7 +206,6 @@ def resume(
     output: str,
     *,
     address: str | None,
-    progress: Progress,
     manifest: str | None = None,
     selection: Selection | None = None,
     steal: bool = False,
@@ -221,6 +219,4 @@ def resume(
     """
     config, recorded = read_run_config(output)
     urls = manifest or recorded
-    return render(
-        config, urls, output, selection=selection, address=address, progress=progress, steal=steal, stopped=stopped
-    )
+    return render(config, urls, output, selection=selection, address=address, steal=steal, stopped=stopped)

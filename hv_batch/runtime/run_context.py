@@ -13,7 +13,8 @@ import ray
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import GroupSizes
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
+from hv_batch.job.log_records import LogSettings, configure_logging
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import Engine, UserError
@@ -23,12 +24,25 @@ from hv_batch.protocol import Engine, UserError
 class RunContext:
     """One run as its actors see it."""
 
-    config: RunConfig
+    run: ResolvedRun
     engine: Engine
     store: Store
     fingerprint: str
     versions: Mapping[str, str]
-    sizes: GroupSizes
+    log: LogSettings = LogSettings()
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    def configure_actor(self, name: str) -> None:
+        """In an actor of this run: log as the driver does, with the run and the actor's name in every record."""
+        configure_logging(self.log, run=short_id(self.fingerprint), worker=name)
+
+
+def short_id(fingerprint: str) -> str:
+    """The run as log records name it."""
+    return fingerprint[:8]
 
 
 def see_output_root(store: Store) -> None:

@@ -39,6 +39,11 @@ class InFlight:
     def history(self) -> tuple[Failure, ...]:
         return (*self.earlier, *self.failures)
 
+    @property
+    def attempt(self) -> int:
+        """Number of the current try, from 1."""
+        return len(self.history) + 1
+
     def may_resume(self) -> bool:
         """Whether to look for a step checkpoint.
 

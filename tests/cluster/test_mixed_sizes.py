@@ -13,7 +13,6 @@ from hv_batch.job.config.run_config import load_config
 from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.manifest.selection import Selection
-from hv_batch.job.progress import Progress
 from hv_batch.job.workload import count_tokens
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import write_toy_checkpoint
@@ -48,7 +47,7 @@ def ranks_of(output):
 def run_fakes(folder, address, name, manifest, values, selection=None):
     config = load_config(str(folder / "config.yaml"), [f"{key}={value}" for key, value in values.items()])
     output = folder / name
-    code = render(config, manifest, str(output), selection=selection, address=address, progress=Progress())
+    code = render(config, manifest, str(output), selection=selection, address=address)
     assert code is ExitCode.COMMITTED
     return output
 
@@ -123,7 +122,7 @@ def test_the_engine_renders_two_sizes_as_two_runs_would(ray_environment, tmp_pat
         overrides = [f"model.options.model_base={base}", *few, *sizes]
         config = load_config(str(shipped("demo_cpu.yaml")), overrides)
         output = tmp_path / name
-        code = render(config, manifest, str(output), selection=selection, address="local", progress=Progress())
+        code = render(config, manifest, str(output), selection=selection, address="local")
         assert code is ExitCode.COMMITTED
         return output
 

@@ -11,10 +11,13 @@ import pytest
 
 from tests.support.runs import count, finish, start, write_config, write_manifest
 from tests.support.runs import dataset as local_dataset
-from tests.support.s3_runs import BUCKET, objects, s3  # noqa: F401  # a fixture
+from tests.support.s3_runs import BUCKET, objects
 
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
-IMPATIENT = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
+IMPATIENT = (
+    "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; "
+    "from hv_batch.cli.main import main; main()"
+)
 DEADLINE_S = 180  # a machine that is busy with other things takes its time
 
 # More than the stages hold: without a spool, the groups would have to stop.
@@ -94,13 +97,13 @@ def assert_undisturbed(undisturbed, folder: Path, marks: Path) -> None:
 
 
 @pytest.mark.parametrize("placement", ["pool", "group"])
-def test_a_run_goes_on_while_its_endpoint_is_stopped(undisturbed, s3, tmp_path, marks, placement):  # noqa: F811
+def test_a_run_goes_on_while_its_endpoint_is_stopped(undisturbed, s3_root, tmp_path, marks, placement):
     """P5, P7, P3: all samples are rendered while the server is down; when it is back all are committed, and the bytes
     are those of an undisturbed run.
     """
-    driver = begin_and_stop_endpoint(s3, tmp_path, marks, placement=placement)
+    driver = begin_and_stop_endpoint(s3_root, tmp_path, marks, placement=placement)
     wait_for(lambda: len(waiting(tmp_path)) == len(PROMPTS), "all videos on the disk", driver)
-    s3.start()
+    s3_root.start()
     code, text = finish(driver)
     assert code == 0, text
     assert "the output root does not answer" in text
@@ -109,13 +112,13 @@ def test_a_run_goes_on_while_its_endpoint_is_stopped(undisturbed, s3, tmp_path, 
     assert_undisturbed(undisturbed, tmp_path, marks)
 
 
-def test_a_resume_commits_what_a_killed_run_left_on_the_disk(undisturbed, s3, tmp_path, marks):  # noqa: F811
+def test_a_resume_commits_what_a_killed_run_left_on_the_disk(undisturbed, s3_root, tmp_path, marks):
     """P2, P4: the driver is killed in the outage; the same command commits its videos and renders nothing."""
-    driver = begin_and_stop_endpoint(s3, tmp_path, marks)
+    driver = begin_and_stop_endpoint(s3_root, tmp_path, marks)
     wait_for(lambda: len(waiting(tmp_path)) == len(PROMPTS), "all videos on the disk", driver)
     driver.kill()
     driver.wait()
-    s3.start()
+    s3_root.start()
     code, text = finish(begin(tmp_path, marks, root_in_bucket(tmp_path)))
     assert code == 0, text
     assert "that an earlier outage had left on the disk of a node" in text
@@ -124,16 +127,16 @@ def test_a_resume_commits_what_a_killed_run_left_on_the_disk(undisturbed, s3, tm
     assert_undisturbed(undisturbed, tmp_path, marks)
 
 
-def test_a_full_spool_makes_the_groups_wait(undisturbed, s3, tmp_path, marks):  # noqa: F811
+def test_a_full_spool_makes_the_groups_wait(undisturbed, s3_root, tmp_path, marks):
     """P7, P5: beyond its cap nothing is written, latents wait, groups stop, nobody is charged; later all is there."""
     cap_bytes = 24_000
-    driver = begin_and_stop_endpoint(s3, tmp_path, marks, spool_gib=cap_bytes / 2**30)
+    driver = begin_and_stop_endpoint(s3_root, tmp_path, marks, spool_gib=cap_bytes / 2**30)
     said = ""
     while "OUTAGE" not in said:  # a decode found neither the root nor room
         said += driver.stdout.readline()
     assert 0 < sum(path.stat().st_size for path in waiting(tmp_path, "*")) <= cap_bytes
     assert len(waiting(tmp_path)) < len(PROMPTS)
-    s3.start()
+    s3_root.start()
     code, text = finish(driver)
     assert code == 0, said + text
     assert_undisturbed(undisturbed, tmp_path, marks)

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.runs import finish, start, write_config
-from tests.support.s3_runs import BUCKET, SECRET, objects, s3  # noqa: F401  # a fixture
+from tests.support.s3_runs import BUCKET, SECRET, objects
 
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
-IMPATIENT = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
+QUICK = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0"
+IMPATIENT = f"{QUICK}; from hv_batch.cli.main import main; main()"
 DEADLINE_S = 240  # a machine that is busy with other things takes its time
 
 
@@ -37,7 +38,7 @@ def read_until(process, words: str, log: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3, tmp_path, marks):
+def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3_root, tmp_path, marks):
     """P5, P2: while the root is away the driver waits, for its own records as well; nothing is rendered twice, every
     sample ends in one record. Neither objects nor log hold a credential, a password or a signature of a URL.
     """
@@ -54,13 +55,13 @@ def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3,
     prompts = ["good 0", "bad !raise-denoise", "good 1", "bad !raise-encode", "good 2", "good 0"]
     rows = "".join(json.dumps({"id": f"s{i}", "prompt": prompt}) + "\n" for i, prompt in enumerate(prompts))
     boto3.client("s3").put_object(Bucket=BUCKET, Key="in/manifest.jsonl", Body=rows.encode(), ACL="public-read")
-    manifest = f"{s3.endpoint}/{BUCKET}/in/manifest.jsonl?X-Amz-Signature={SECRET}"
+    manifest = f"{s3_root.endpoint}/{BUCKET}/in/manifest.jsonl?X-Amz-Signature={SECRET}"
     log: list[str] = []
     driver = run(config, manifest)
     read_until(driver, "with s1: POISON", log)
-    s3.methods, s3.faults = {"GET", "HEAD", "PUT", "DELETE"}, [503] * 10_000
+    s3_root.methods, s3_root.faults = {"GET", "HEAD", "PUT", "DELETE"}, [503] * 10_000
     read_until(driver, "the output root does not answer", log)
-    s3.faults = []
+    s3_root.faults = []
     code, text = finish(driver)
     text = "".join(log) + text
     assert code == 3, text

@@ -12,7 +12,7 @@ SECRET = "planted-0123456789"
 
 
 @pytest.fixture
-def s3(monkeypatch):
+def s3_root(monkeypatch):
     server = S3Server()
     for name, value in {
         "AWS_ENDPOINT_URL": server.endpoint,

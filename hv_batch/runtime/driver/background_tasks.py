@@ -6,6 +6,7 @@ Where the root does not answer, that act and all behind it wait: there is nobody
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -28,12 +29,14 @@ from hv_batch.runtime.driver.seal_task import seal
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import Watch
 
+logger = logging.getLogger(__name__)
+
 # Complete shards that must wait for each worker that seals, before another joins in: its start takes a second of CPU.
 SHARDS_A_SEALER = 4
 
 
 class BackgroundTasks:
-    """`watch` takes references to wait for, `say` a line for people."""
+    """`watch` takes references to wait for."""
 
     def __init__(
         self,
@@ -42,14 +45,12 @@ class BackgroundTasks:
         extra_kinds: Mapping[str, ColumnType],
         outage: Outage,
         watch: Watch,
-        say: Callable[[str], None],
     ) -> None:
         self._context = context
         self._plan = plan
         self._extra_kinds = extra_kinds
         self._outage = outage
         self._watch = watch
-        self._say = say
         self._waiting: deque[Callable[[], None]] = deque()
         self._to_seal: deque[CompleteShard] = deque()
         self._sealing = 0
@@ -97,7 +98,7 @@ class BackgroundTasks:
                 self._outage.met(cause, time.monotonic())
             else:
                 # Nothing is lost: the records are there, and the next run of the same command seals the shard.
-                self._say(f"a shard could not be sealed: {classify(error).message}")
+                logger.warning(f"a shard could not be sealed: {classify(error).message}")
         return []
 
     def _quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
@@ -113,7 +114,7 @@ class BackgroundTasks:
             drop_steps(self._context.store, sample.shard, sample.key)
         self._outage.over(time.monotonic())
         if given_up:
-            self._say(f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}")
+            logger.warning(f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}")
             self._plan.quarantined(sample)
         else:
             self._plan.committed(sample)

@@ -6,6 +6,7 @@ actor or task, and its reference is watched until it is there.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,10 +16,10 @@ import ray
 
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.extra_columns import ColumnType
-from hv_batch.job.progress import Progress, Snapshot
+from hv_batch.job.progress import ProgressLog, Snapshot
 from hv_batch.job.records.pending import PendingSamples, ShardSkipped, StorageDown, StorageUp
 from hv_batch.job.redaction import public_url
-from hv_batch.job.scheduling.capacity import retry_limits, stage_limits
+from hv_batch.job.scheduling.capacity import retry_limits
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.scheduling.messages import (
     Abort,
@@ -64,6 +65,8 @@ from hv_batch.runtime.pools.pool_worker import start_decoder, start_encoder
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import InFlight, Worker
 
+logger = logging.getLogger(__name__)
+
 TICK_S = 0.5  # how long the loop may sleep: the grain of timeouts, signals and progress
 POLL_S = 1.0  # how often a worker is asked for its progress
 
@@ -94,7 +97,6 @@ class Driver:
         plan: PendingSamples,
         total: int,
         extra_kinds: Mapping[str, ColumnType],
-        progress: Progress,
         shortage: ResourceShortage,
         should_stop: Callable[[], bool],
     ) -> None:
@@ -102,16 +104,16 @@ class Driver:
         self._plan = plan
         self._pending = iter(plan)
         self._total = total
-        self._progress = progress
+        self._progress = ProgressLog()
         self._shortage = shortage
         self._should_stop = should_stop
-        config = context.config
-        limits = stage_limits(config, result_shares(config, context.sizes.plans), context.sizes.plans)
+        config, run = context.config, context.run
+        limits = run.stage_limits(result_shares(run))
         self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
-        self._exclusion = NodeExclusion(config, context.sizes.largest, progress.say)
-        self._groups = ReservationPool(config, self._exclusion, progress.say)
-        self._rooms = PendingActorWatch(config, progress.say)
-        self._nodes = NodeWatch(limits[Stage.DENOISE].workers, progress.say)
+        self._exclusion = NodeExclusion(run)
+        self._groups = ReservationPool(run, self._exclusion)
+        self._rooms = PendingActorWatch(run)
+        self._nodes = NodeWatch(limits[Stage.DENOISE].workers)
         self._metrics = RunMetrics(public_url(context.store.url))
         self._losses = Losses(on_gpus=config.parallel.device == "cuda")
         self._items: dict[str, InFlight] = {}
@@ -121,10 +123,10 @@ class Driver:
         self._watched: dict[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]] = {}
         self._events: deque[Event] = deque()
         self._to_admit = 0
-        self._outage = Outage(progress.say)
-        self._background_tasks = BackgroundTasks(context, plan, extra_kinds, self._outage, self._watch, progress.say)
+        self._outage = Outage()
+        self._background_tasks = BackgroundTasks(context, plan, extra_kinds, self._outage, self._watch)
         self._spool_drain = SpoolDrain(
-            context, self._watch, self._outage, self._background_tasks.add, self._events.append, progress.say
+            context, self._watch, self._outage, self._background_tasks.add, self._events.append
         )
         self._look_at = 0.0  # the plan, which asks the output root, is not asked for samples before
         self._polled = 0.0
@@ -159,7 +161,7 @@ class Driver:
             self._groups.close()
             self._shortage.forget()
             if waiting := self._spool_drain.describe():
-                self._progress.say(waiting)
+                logger.warning(waiting)
 
     # Hearing ----------------------------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class Driver:
             time.sleep(TICK_S)
         if self._should_stop() and not self._stop_said:
             self._stop_said = True
-            self._progress.say(
+            logger.info(
                 f"stop requested: finishing what is running, at most {self._context.config.timeouts.drain_s:g} s"
             )
             self._events.append(StopRequested())
@@ -186,7 +188,7 @@ class Driver:
             self._polled = now
             for worker in list(self._workers.values()):
                 self._events.extend(worker.poll(now))
-            to_come = zip(self._context.sizes.plans, self._scheduler.groups_to_come(now), strict=True)
+            to_come = zip(self._context.run.groups.plans, self._scheduler.groups_to_come(now), strict=True)
             self._groups.give_back(dict(to_come), now)
             self._rooms.look(self._workers, now)
             if self._end is None:
@@ -231,7 +233,7 @@ class Driver:
             case Published(key):
                 self._plan.committed(self._items.pop(key).sample)
             case TaskFailed(worker, failure) if worker in self._workers:
-                self._say_failed(worker, self._tasks.pop(worker, None), failure)
+                self._log_failure(worker, self._tasks.pop(worker, None), failure)
 
     def _lose(self, worker: WorkerId, failure: Failure) -> None:
         task = self._tasks.pop(worker, None)
@@ -240,11 +242,15 @@ class Driver:
             seconds = time.monotonic() - task.begun if task else 0.0
             self._losses.add(failure.kind, seconds, self._group(worker).plan.world_size)
             self._metrics.group_lost(failure.kind, seconds)
-        self._say_failed(worker, task, failure)
+        self._log_failure(worker, task, failure)
 
-    def _say_failed(self, worker: WorkerId, task: Task | None, failure: Failure) -> None:
+    def _log_failure(self, worker: WorkerId, task: Task | None, failure: Failure) -> None:
         about = f" with {', '.join(task.keys)}" if task else ""
-        self._progress.say(f"{worker}{about}: {failure.kind.value}: {failure.first_line}")
+        keys = task.keys if task else ()
+        fields: dict[str, object] = {"worker": str(worker)}
+        if keys:
+            fields |= {"sample": ",".join(keys), "attempt": self._items[keys[0]].attempt}
+        logger.warning(f"{worker}{about}: {failure.kind.value}: {failure.first_line}", extra=fields)
 
     # Acting -----------------------------------------------------------------------------------------------------------
 
@@ -260,10 +266,10 @@ class Driver:
                     self._workers.pop(worker).kill(rebuild=rebuild)
                 case ReleaseWorker(worker, reason):
                     self._stood.discard(worker)
-                    self._progress.say(f"{worker} is released: {reason}")
+                    logger.info(f"{worker} is released: {reason}")
                     self._workers.pop(worker).kill()
                 case Resized():
-                    self._progress.say(action.reason)
+                    logger.info(action.reason)
                 case Run(worker, keys, stage):
                     self._tasks[worker] = Task(keys, stage, time.monotonic())
                     self._run(worker, keys, stage)
@@ -274,7 +280,7 @@ class Driver:
                     self._background_tasks.quarantine(item.sample, (*item.earlier, *failures))
                 case Abort(failure):
                     if failure.traceback:
-                        self._progress.say(failure.traceback)
+                        logger.error(failure.traceback)
                     raise UserError(
                         f"The run cannot go on: {failure.message.rstrip('. ')}. What is committed stays; mend this and "
                         "run the same command again to render the rest."
@@ -301,7 +307,7 @@ class Driver:
                 return
             else:
                 self._to_admit -= 1
-                params, size_class = found.sample.params, self._context.sizes.size_class(found.sample.params.shape)
+                params, size_class = found.sample.params, self._context.run.groups.size_class(found.sample.params.shape)
                 item = InFlight(found.sample, earlier=found.earlier, has_steps=found.has_steps)
                 self._items[found.sample.key] = item
                 work = Workload.of(params)
@@ -309,7 +315,7 @@ class Driver:
 
     def _start(self, worker: WorkerId, size_class: int) -> Worker:
         if worker.stage is Stage.DENOISE:
-            plan = self._context.sizes.plans[size_class]
+            plan = self._context.run.groups.plans[size_class]
             return DenoiseGroup(worker, plan, self._context, self._watch, self._groups, self._exclusion)
         if worker.stage is Stage.DECODE:
             return start_decoder(worker, self._context, self._watch, self._exclusion)
@@ -346,5 +352,5 @@ class Driver:
             decoding=at(Stage.DECODE),
             spooled=self._scheduler.spooled(),
         )
-        self._progress.show(snapshot)
+        self._progress.log(snapshot)
         self._metrics.show(snapshot)

@@ -6,19 +6,20 @@ errands of its own (looking shards up, quarantining, sealing), and nobody to try
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 from hv_batch.job.formatting import clock
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import UserError
 
+logger = logging.getLogger(__name__)
+
 
 class Outage:
-    """At most one at a time. `say` prints a line; times are seconds of any monotonic clock."""
+    """At most one at a time; times are seconds of any monotonic clock."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self) -> None:
         self._since: float | None = None
         self._try_at = 0.0
 
@@ -31,7 +32,7 @@ class Outage:
         self._try_at = now + OUTAGE_PAUSE_S
         if self._since is None:
             self._since = now
-            self._say(
+            logger.warning(
                 f"the output root does not answer, trying again every {OUTAGE_PAUSE_S:g} s for at most "
                 f"{clock(OUTAGE_LIMIT_S)}; what is running goes on: {error}"
             )
@@ -44,5 +45,5 @@ class Outage:
     def over(self, now: float) -> None:
         """A try has succeeded."""
         if self._since is not None:
-            self._say(f"the output root answers again, after {clock(now - self._since)}")
+            logger.info(f"the output root answers again, after {clock(now - self._since)}")
         self._since, self._try_at = None, 0.0

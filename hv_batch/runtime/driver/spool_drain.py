@@ -7,6 +7,7 @@ where it is not there either.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -31,10 +32,12 @@ from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import Watch
 
+logger = logging.getLogger(__name__)
+
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated one finds what the first has committed
 def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainResult:
-    return Spool(output, root, fingerprint).empty()
+    return Spool(output, root, fingerprint).drain()
 
 
 class SpoolDrain:
@@ -47,14 +50,12 @@ class SpoolDrain:
         outage: Outage,
         errand: Callable[[Callable[[], None]], None],
         tell: Callable[[Event], None],
-        say: Callable[[str], None],
     ) -> None:
         self._context = context
         self._watch = watch
         self._outage = outage
         self._errand = errand
         self._tell = tell
-        self._say = say
         self._waiting: dict[str, dict[str, Sample]] = {}  # by node, then by key
         self._unvisited: set[str] = set()  # nodes that may have what nobody knows of
         self._asked: set[str] = set()  # nodes with a task
@@ -106,9 +107,9 @@ class SpoolDrain:
         waiting = self._waiting.get(node, {})
         published = [key for key in emptied.committed if waiting.pop(key, None)]
         if found := len(emptied.committed) - len(published):
-            self._say(f"committed {plural(found, 'video')} that an earlier outage had left on the disk of a node")
-        if emptied.away:
-            self._outage.met(StorageUnavailableError(emptied.away), time.monotonic())
+            logger.info(f"committed {plural(found, 'video')} that an earlier outage had left on the disk of a node")
+        if emptied.outage:
+            self._outage.met(StorageUnavailableError(emptied.outage), time.monotonic())
         else:
             if emptied.committed:
                 self._outage.over(time.monotonic())

@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import (
     Event,
@@ -41,7 +40,7 @@ from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankLocat
 from hv_batch.runtime.groups.reservation import GroupReservation
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
-from hv_batch.runtime.nodes.resources import alive_nodes, ranks_per_node
+from hv_batch.runtime.nodes.resources import alive_nodes
 from hv_batch.runtime.run_context import RunContext, StageReport
 from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
@@ -132,7 +131,7 @@ class DenoiseGroup:
         for rank in range(self.plan.world_size):
             actor = actor_class.options(
                 num_cpus=config.groups.cpus_per_rank,
-                num_gpus=rank_gpus(config),
+                num_gpus=self._context.run.rank_gpus,
                 scheduling_strategy=reservation.strategy(rank),
                 runtime_env=SHOW_GPUS if config.parallel.device == "cuda" else HIDE_GPUS,
             ).remote(self._context, self.plan, rank, str(self.id))
@@ -142,7 +141,7 @@ class DenoiseGroup:
         # Every rank is asked, so that the death of any is noticed while the group is idle, too.
         self._pulses = [HeartbeatPoller(self.id, rank, self._watch) for rank in self._ranks]
         self._pool.placed(self.id)
-        address, seated = self._ranks[0].host_rendezvous.remote(), self._ask_all("seat")
+        address, seated = self._ranks[0].host_rendezvous.remote(), self._ask_all("location")
         self._when_all({address: 0, **seated}, lambda told: self._meet(address, [told[ref] for ref in seated]))
         return [WorkerPlaced(self.id)]
 
@@ -206,7 +205,7 @@ class DenoiseGroup:
 
     def _denoise(self, items: Sequence[InFlight]) -> None:
         first = self._ranks[0]
-        tasks = [DenoiseTask(item.sample, item.stages) for item in items]
+        tasks = [DenoiseTask(item.sample, item.stages, item.attempt) for item in items]
         embeddings = [item.embeddings for item in items]
         resumes = [first.read_steps.remote(item.sample) if item.may_resume() else None for item in items]
         for item in items:
@@ -295,7 +294,7 @@ class DenoiseGroup:
         return WorkerLost(self.id, start_failure(failure), counts)
 
     def _nodes_of(self, ranks: Iterable[int]) -> set[str]:
-        each = ranks_per_node(self._context.config, self.plan)
+        each = self._context.run.ranks_per_node(self.plan)
         return {self._nodes[rank // each] for rank in ranks}
 
 

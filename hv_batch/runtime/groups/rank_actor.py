@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure
+from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.latents import FinalLatents, put_latents, sample_identity
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -25,6 +26,8 @@ from hv_batch.runtime.groups.group_decode import RecordedDecode, record_decode
 from hv_batch.runtime.groups.step_checkpoints import StepTimer, StepWriter, read_steps
 from hv_batch.runtime.publisher import DecodedVideo, Publisher, Stages, scratch_folder
 from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport, see_output_root, stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class DenoiseTask:
 
     sample: Sample
     stages: Mapping[str, StageReport]  # behind it
+    attempt: int
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
@@ -51,6 +55,7 @@ class RankActor:
         self._context = context
         self._plan = plan
         self._rank = rank
+        context.configure_actor(f"{name}.rank{rank}")
         self._name = name
         self._pace = StepTimer()
         self._checkpoint_asked = Event()
@@ -67,7 +72,7 @@ class RankActor:
 
     def join(self, address: str, reservation: Sequence[RankLocation]) -> None:
         """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
-        decodes = self._context.config.decoders.placement == "group"
+        decodes = self._context.run.groups_decode
         if self._rank == 0:
             self._publisher.check() if decodes else see_output_root(self._context.store)
         parallel = self._context.config.parallel
@@ -93,9 +98,10 @@ class RankActor:
         )
         self._denoiser: Denoiser = self._context.engine.join(place)
         self._denoiser.self_check()
+        logger.info(f"rank {self._rank} of {self._plan.world_size} is ready")
 
     def _await_own_gpu(self, local_rank: int) -> None:
-        if rank_gpus(self._context.config) < 1:  # others may compute there, too
+        if self._context.run.rank_gpus < 1:  # others may compute there, too
             return
         import torch  # only where there are GPUs: not every engine needs torch
 
@@ -118,12 +124,14 @@ class RankActor:
         each = zip(tasks, embeddings, resumes, strict=True)
         if self._rank != 0:
             for task, texts, resume in each:
-                self._assist(task.sample, texts, resume)
+                with log_fields(sample=task.sample.key, attempt=task.attempt):
+                    self._assist(task.sample, texts, resume)
             return None
         denoised, reports = list[FinalLatents](), list[StageReport]()
         try:
             for task, texts, resume in each:
-                own, report = self._denoise(task, texts, resume)
+                with log_fields(sample=task.sample.key, attempt=task.attempt):
+                    own, report = self._denoise(task, texts, resume)
                 denoised.append(own)
                 reports.append(report)
         finally:  # whatever becomes of the others
@@ -144,6 +152,9 @@ class RankActor:
         positive, negative = embeddings
         identity = sample_identity(sample, context.fingerprint)
         every = context.config.groups.checkpoint_every
+        logger.info(
+            f"denoising {sample.params.num_inference_steps} steps" + (f" from step {resume.step}" if resume else "")
+        )
         with (
             stopwatch() as watch,
             StepWriter(context.store, sample, identity, every, self._checkpoint_asked) as writer,
@@ -155,6 +166,7 @@ class RankActor:
                 writer.after_step(done, read)
 
             latents = self._denoiser.denoise(sample.params, positive, negative, on_step, resume)
+        logger.info(f"denoised in {watch.seconds:.1f} s")
         details: dict[str, Any] = {"group": str(self._plan), "ranks": self._plan.world_size}
         details |= {"resumed_from_step": resume.step} if resume else {}
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
@@ -190,6 +202,7 @@ class RankActor:
         with self._folder:
             if isinstance(recording, Exception):
                 raise recording
+            logger.debug(f"decoded in {recording.seconds:.1f} s")
             made = DecodedVideo(sample, recording.media, recording.seconds, stages, failures)
             return self._publisher.publish([made])[0]
 

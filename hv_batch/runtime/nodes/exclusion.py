@@ -7,29 +7,30 @@ node would wait for ever. Pools without GPUs neither blame nodes nor keep off an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 import ray
 
-from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.stages import Stage
-from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.nodes.node_health import NodeHealth
 from hv_batch.runtime.nodes.resources import actor_bundle, alive_nodes, can_place, group_bundles
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {Stage.ENCODE: "encoders", Stage.DENOISE: "groups", Stage.DECODE: "decoders"}
 
 
 class NodeExclusion:
-    """One for all actors of a run. Nodes are Ray's ids; `largest` is the plan of its largest group."""
+    """One for all actors of a run. Nodes are Ray's ids."""
 
-    def __init__(self, config: RunConfig, largest: ParallelPlan, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, run: ResolvedRun) -> None:
         self._health = NodeHealth(self._can_spare)
-        self._group = group_bundles(config, largest)
+        self._group = group_bundles(run, run.groups.largest)
         pools: dict[Stage, EncodersConfig | DecodersConfig]
-        pools = {Stage.ENCODE: config.encoders, Stage.DECODE: config.decoders}
+        pools = {Stage.ENCODE: run.config.encoders, Stage.DECODE: run.config.decoders}
         self._singles = {stage: [actor_bundle(pool.cpus, pool.gpus)] for stage, pool in pools.items() if pool.gpus}
         self._names: dict[str, str] = {}  # of nodes that were blamed, which may be gone when they are told of
 
@@ -45,7 +46,7 @@ class NodeExclusion:
         """Where no actor of the stage is to be placed now."""
         if self.excluded and stage is Stage.DENOISE and not self._can_spare(self.excluded, stage):
             pardoned = ", ".join(self._name(node) for node in sorted(self._health.pardon()))
-            self._say(f"nothing else could host a group any more, so {pardoned} may be used again")
+            logger.warning(f"nothing else could host a group any more, so {pardoned} may be used again")
         if stage is Stage.DENOISE:
             return self.excluded
         is_sparable = self.excluded and stage in self._singles and self._can_spare(self.excluded, stage)
@@ -77,9 +78,9 @@ class NodeExclusion:
         before, why = self.excluded, why.strip().partition("\n")[0]
         whom = "a group" if stage is Stage.DENOISE else f"a group and the {_NAMES[stage]}"
         for node in blame(stage, nodes, why):
-            self._say(f"{self._name(node)} fails again and again, but no other node could host {whom}: it stays")
+            logger.warning(f"{self._name(node)} fails again and again, but no other node could host {whom}: it stays")
         for node in sorted(self.excluded - before):
-            self._say(f"{self._name(node)} is excluded for the rest of this run: {why}")
+            logger.warning(f"{self._name(node)} is excluded for the rest of this run: {why}")
         return self.excluded != before
 
     def _name(self, node: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import ray
 
@@ -12,6 +13,8 @@ from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes.resources import show
 from hv_batch.runtime.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 # A spot notice comes 30 s (Kubernetes) to 120 s (AWS) ahead; asking costs the head node a few milliseconds.
 LOOK_EVERY_S = 5.0
@@ -29,9 +32,8 @@ def draining_nodes() -> dict[str, float]:
 class NodeWatch:
     """Looks every few seconds what has become of the cluster's nodes."""
 
-    def __init__(self, most_groups: int, say: Callable[[str], None]) -> None:
+    def __init__(self, most_groups: int) -> None:
         self._most_groups = most_groups
-        self._say = say
         self._looked = -math.inf
         self._names: dict[str, str] | None = None  # of the nodes that were alive at the last look
         self._draining: set[str] = set()
@@ -55,14 +57,14 @@ class NodeWatch:
         before = names if self._names is None else self._names
         for node in names.keys() - before.keys():
             hardware = show({name: nodes[node]["Resources"].get(name, 0.0) for name in ("CPU", "GPU")})
-            self._say(f"node {names[node]} has joined with {hardware}: {self._groups(workers)}")
+            logger.info(f"node {names[node]} has joined with {hardware}: {self._groups(workers)}")
         for node in before.keys() - names.keys():
-            self._say(f"node {before[node]} is gone: {self._groups(workers)}")
+            logger.warning(f"node {before[node]} is gone: {self._groups(workers)}")
         for node in draining.keys() - self._draining:
             standing = ", ".join(str(worker) for worker, life in workers.items() if node in life.nodes)
             when = "" if draining[node] == math.inf else f" in {max(0.0, draining[node]):.0f} s"
             what = f"; no new sample for {standing}, unfinished work goes on elsewhere" if standing else ""
-            self._say(f"node {names.get(node, node[:8])} is to be taken away{when}{what}")
+            logger.warning(f"node {names.get(node, node[:8])} is to be taken away{when}{what}")
         self._names, self._draining = names, set(draining)
 
     def _groups(self, workers: Mapping[WorkerId, Worker]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 
-from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes.resources import SINGLES, alive_nodes, can_place, show, show_cluster, single_actors
 from hv_batch.runtime.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 # Ray places a single actor within a second, and asks an autoscaler that brings a node for it within some minutes.
 SAY_AFTER_S = 60.0
@@ -17,9 +20,8 @@ SAY_AFTER_S = 60.0
 class PendingActorWatch:
     """Of the stages that stand by themselves. Groups tell of their own waiting; see `group_pool`."""
 
-    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
-        self._asked = single_actors(config)
-        self._say = say
+    def __init__(self, run: ResolvedRun) -> None:
+        self._asked = single_actors(run)
         self._since: dict[Stage, float] = {}  # nobody of the stage has room, and somebody wants it
         self._said: set[Stage] = set()
 
@@ -32,7 +34,7 @@ class PendingActorWatch:
                 self._said.discard(stage)
             elif now - self._since.setdefault(stage, now) >= SAY_AFTER_S and stage not in self._said:
                 self._said.add(stage)
-                self._say(self._why_waiting(stage))
+                logger.warning(self._why_waiting(stage))
 
     def _why_waiting(self, stage: Stage) -> str:
         nodes, bundle = list(alive_nodes().values()), self._asked[stage]

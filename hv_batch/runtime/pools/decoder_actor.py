@@ -33,6 +33,7 @@ class DecoderActor:
     """Holds the VAE decoder; decodes, encodes to mp4, uploads and commits, one sample after the other."""
 
     def __init__(self, context: RunContext, name: str) -> None:
+        context.configure_actor(name)
         self._context = context
         self._publisher = Publisher(context, name)
 

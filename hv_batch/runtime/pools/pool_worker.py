@@ -32,7 +32,7 @@ from hv_batch.runtime.groups.reservation import BundleSlot
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import avoid_nodes
 from hv_batch.runtime.pools.decoder_actor import DecoderActor, DecodeTask
-from hv_batch.runtime.pools.encoder_actor import EncoderActor
+from hv_batch.runtime.pools.encoder_actor import EncoderActor, EncodeTask
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
@@ -111,7 +111,9 @@ class PoolWorker:
 class EncoderWorker(PoolWorker):
     def run(self, items: Sequence[InFlight], _stage: Stage) -> None:
         call = self._actor.encode.options(num_returns=len(items) + 1)
-        *embeddings, reports = call.remote([item.sample.params for item in items])
+        *embeddings, reports = call.remote(
+            [EncodeTask(item.sample.key, item.attempt, item.sample.params) for item in items]
+        )
         self._watch(reports, lambda ref: self._encoded(ref, items, embeddings))
 
     def _encoded(

@@ -26,9 +26,7 @@ class Sealers:
         monkeypatch.setattr(background_tasks, "seal", SimpleNamespace(remote=self._seal))
         monkeypatch.setattr(background_tasks, "ray", SimpleNamespace(get=self._get))
         monkeypatch.setattr(background_tasks, "time", SimpleNamespace(monotonic=lambda: self._now))
-        self.background_tasks = BackgroundTasks(
-            context, plan, {}, Outage(lambda _: None), self.waiting.__setitem__, lambda _: None
-        )
+        self.background_tasks = BackgroundTasks(context, plan, {}, Outage(), self.waiting.__setitem__)
 
     def _take(self):
         complete, self._complete = self._complete, []

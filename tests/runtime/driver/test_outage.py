@@ -21,24 +21,23 @@ from tests.support.small_runs import ListedShards
 AWAY = StorageUnavailableError("s3://bucket/run: 503")
 
 
-def test_an_outage_is_told_once_and_so_is_its_end():
+def test_an_outage_is_told_once_and_so_is_its_end(logged):
     """P5: a line when it begins, with what to expect, and one when it is over; none for a root that answers."""
-    said: list[str] = []
-    outage = Outage(said.append)
+    outage = Outage()
     outage.over(0.0)
-    assert (said, outage.pauses(0.0)) == ([], False)
+    assert (logged, outage.pauses(0.0)) == ([], False)
     outage.met(AWAY, 1.0)
     outage.met(AWAY, 1.0 + OUTAGE_PAUSE_S)
-    assert len(said) == 1
-    assert "503" in said[0]
+    assert len(logged) == 1
+    assert "503" in logged[0]
     outage.over(100.0)
-    assert said[1:] == ["the output root answers again, after 01:39"]
+    assert logged[1:] == ["the output root answers again, after 01:39"]
     assert not outage.pauses(100.0)
 
 
 def test_tries_are_far_between():
     """P5: a try takes the driver's time, in which it hears no worker."""
-    outage = Outage(lambda _: None)
+    outage = Outage()
     outage.met(AWAY, 10.0)
     assert outage.pauses(10.0 + OUTAGE_PAUSE_S - 0.1)
     assert not outage.pauses(10.0 + OUTAGE_PAUSE_S)
@@ -46,7 +45,7 @@ def test_tries_are_far_between():
 
 def test_an_outage_without_end_ends_the_run():
     """P5: with what was the matter and the remedy; a new outage has its own time."""
-    outage = Outage(lambda _: None)
+    outage = Outage()
     outage.met(AWAY, 0.0)
     outage.met(AWAY, OUTAGE_LIMIT_S)
     outage.over(OUTAGE_LIMIT_S)

@@ -30,14 +30,14 @@ class Nodes:
 
     def __init__(self, monkeypatch, store, **output):
         self.asked = {}
-        self.background_tasks, self.told, self.said = [], [], []
+        self.background_tasks, self.told = [], []
         monkeypatch.setattr(spool_drain, "empty_spool", SimpleNamespace(options=self._options))
         monkeypatch.setattr(spool_drain.ray, "get", self._get)
         config = RunConfig.model_validate({"output": output})
         context = SimpleNamespace(config=config, store=store, fingerprint=FINGERPRINT)
-        self.outage = Outage(self.said.append)
+        self.outage = Outage()
         self.spool_drain = spool_drain.SpoolDrain(
-            context, self._watch, self.outage, self.background_tasks.append, self.told.append, self.said.append
+            context, self._watch, self.outage, self.background_tasks.append, self.told.append
         )
 
     def _options(self, scheduling_strategy):
@@ -88,18 +88,18 @@ def test_what_a_node_has_committed_is_published(nodes):
     assert nodes.spool_drain.describe() == ""
 
 
-def test_an_outage_is_waited_for(nodes):
+def test_an_outage_is_waited_for(nodes, logged):
     """P5: nodes are asked again after a pause; what was committed before it went away is published."""
     nodes.spool_drain.add(A, FIRST)
     nodes.spool_drain.add(A, SECOND)
     nodes.spool_drain.go_on(0.0)
     assert nodes.answer(A, DrainResult(("s001",), "503")) == [Published("s001")]
-    assert "does not answer" in nodes.said[0]
+    assert "does not answer" in logged[0]
     nodes.spool_drain.go_on(nodes.outage._try_at - 0.1)
     assert not nodes.asked
     nodes.spool_drain.go_on(nodes.outage._try_at + OUTAGE_PAUSE_S)
     assert nodes.answer(A, DrainResult(("s002",))) == [Published("s002")]
-    assert "answers again" in nodes.said[1]
+    assert "answers again" in logged[1]
 
 
 @pytest.mark.parametrize("answer", [NodeDiedError("gone"), DrainResult(())])
@@ -131,12 +131,12 @@ def test_what_came_after_the_question_is_not_missed(nodes):
     assert nodes.answer(A, DrainResult(("s002",))) == [Published("s002")]
 
 
-def test_a_resume_first_commits_what_it_finds(nodes):
+def test_a_resume_first_commits_what_it_finds(nodes, logged):
     """P2: nothing is begun before every node has been asked, and answered or gone; no outage cuts that short."""
     nodes.spool_drain.visit([A, B])
     nodes.spool_drain.go_on(0.0)
     assert nodes.answer(A, DrainResult(("s001", "s002"))) == [], "the plan will find them committed"
-    assert "committed 2 videos that an earlier outage had left" in nodes.said[0]
+    assert "committed 2 videos that an earlier outage had left" in logged[0]
     assert nodes.spool_drain.is_visiting
     assert nodes.answer(B, DrainResult((), "503")) == []
     assert nodes.spool_drain.is_visiting

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes import pending_actors, resources
@@ -28,22 +29,21 @@ def stage(stage, *placed):
     return {WorkerId(stage, slot, 0): SimpleNamespace(nodes=frozenset(nodes)) for slot, nodes in enumerate(placed)}
 
 
-def test_a_station_without_room_is_told_of_once(nodes):
+def test_a_station_without_room_is_told_of_once(nodes, logged):
     """P5: groups that wait for a decoder render nothing, so it is told what that one asks, what there is, and whether
     that could ever do; again only when it has had room since.
     """
-    said = []
-    watch = PendingActorWatch(RunConfig.model_validate(CONFIG), said.append)
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     alone, joined = stage(Stage.DECODE, ()), stage(Stage.DECODE, (), ("a",))
     for now in (0.0, SAY_AFTER_S - 1.0):
         watch.look(alone, now)
-    assert not said
+    assert not logged
     watch.look(joined, SAY_AFTER_S)
     watch.look(alone, SAY_AFTER_S + 1.0)
-    assert not said, "one of them had room meanwhile"
+    assert not logged, "one of them had room meanwhile"
     for now in (2 * SAY_AFTER_S + 1.0, 9 * SAY_AFTER_S):
         watch.look(alone, now)
-    assert said == [
+    assert logged == [
         "a decoder waits for room, and the samples for it: it asks for one node with 2 CPU + 1 GPU; the cluster has "
         "20 CPU + 8 GPU on 2 node(s), of which 1 CPU + 0 GPU are free. It begins when others let go of enough, or when "
         "nodes join."
@@ -52,13 +52,12 @@ def test_a_station_without_room_is_told_of_once(nodes):
     del nodes["a"]
     for now in (11 * SAY_AFTER_S, 12 * SAY_AFTER_S):
         watch.look(alone, now)
-    assert said[1].endswith("No node here could ever hold it: it begins only when others join.")
+    assert logged[1].endswith("No node here could ever hold it: it begins only when others join.")
 
 
-def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes):
+def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes, logged):
     """Colocated encoders wait for a group, which reports its own waiting; at the tail no decoder may be needed."""
-    said = []
-    watch = PendingActorWatch(RunConfig.model_validate(CONFIG), said.append)
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     for now in (0.0, 2 * SAY_AFTER_S):
         watch.look(stage(Stage.ENCODE, ()), now)
-    assert not said
+    assert not logged

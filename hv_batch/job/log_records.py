@@ -1,0 +1,142 @@
+"""Logging of a run: the driver and every actor write records of one format.
+
+Modules log through `logging.getLogger(__name__)`. `configure_logging` attaches one handler to the logger of the package,
+in the driver and in each actor. Each record carries the run, worker, sample and attempt that it is about, so a search
+for a sample's key in all logs of a cluster gives its whole history. Secrets are removed by a filter of the handler:
+no formatter ever sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hv_batch.job.redaction import MASK, SECRET_NAMES, public_text
+
+PACKAGE = "hv_batch"
+LEVEL_VARIABLE = "HV_BATCH_LOG_LEVEL"
+FIELDS = ("run", "worker", "sample", "attempt")
+
+Level = Literal["debug", "info", "warning", "error"]
+Format = Literal["text", "json"]
+
+MIN_SECRET_CHARS = 8  # a shorter value of an environment variable may be a common word
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """How a process writes its records; part of the run context, so actors use the driver's."""
+
+    level: Level = "info"
+    format: Format = "text"
+
+
+_process_fields: Mapping[str, Any] = {}
+_settings: LogSettings | None = None  # of this process
+_context_fields: ContextVar[Mapping[str, Any]] = ContextVar("log_fields", default={})  # noqa: B039  # never changed
+
+
+@contextmanager
+def log_fields(**fields: Any) -> Iterator[None]:
+    """Add fields (of `FIELDS`) to all records of this thread within the block."""
+    token = _context_fields.set({**_context_fields.get(), **fields})
+    try:
+        yield
+    finally:
+        _context_fields.reset(token)
+
+
+def configure_logging(settings: LogSettings, handler: logging.Handler | None = None, **fields: Any) -> None:
+    """Write the package's records through `handler` (default: stderr), with these fields in all of them.
+
+    Replaces the handler of an earlier call.
+    """
+    global _process_fields, _settings
+    _process_fields, _settings = fields, settings
+    handler = handler or logging.StreamHandler(sys.stderr)
+    if handler.formatter is None:
+        handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
+    handler.addFilter(_add_fields)
+    handler.addFilter(SecretFilter(os.environ))
+    logger = logging.getLogger(PACKAGE)
+    logger.handlers = [handler]
+    logger.setLevel(settings.level.upper())
+
+
+def current_settings() -> LogSettings:
+    """What this process was configured with, for the processes that it starts."""
+    return _settings or LogSettings()
+
+
+def add_process_fields(**fields: Any) -> None:
+    """Add fields (of `FIELDS`) to all further records of this process."""
+    global _process_fields
+    _process_fields = {**_process_fields, **fields}
+
+
+def _add_fields(record: logging.LogRecord) -> bool:
+    fields = {**_process_fields, **_context_fields.get()}
+    for name in FIELDS:
+        if not hasattr(record, name):
+            setattr(record, name, fields.get(name))
+    return True
+
+
+class SecretFilter(logging.Filter):
+    """Removes secrets from a record: credentials in URLs, and the values of environment variables named like secrets."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        super().__init__()
+        self._values = [
+            value for name, value in environment.items() if SECRET_NAMES.search(name) and len(value) >= MIN_SECRET_CHARS
+        ]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = self._clean(record.getMessage()), ()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        record.exc_text = self._clean(record.exc_text) if record.exc_text else None
+        record.exc_info = None
+        return True
+
+    def _clean(self, text: str) -> str:
+        for value in self._values:
+            text = text.replace(value, MASK)
+        return public_text(text)
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-11-28 12:18:53 INFO message [worker=denoise-0.0 sample=a attempt=1]`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        known = " ".join(f"{name}={value}" for name in FIELDS if (value := getattr(record, name, None)) is not None)
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        line = f"{when} {record.levelname} {record.getMessage()}" + (f" [{known}]" if known else "")
+        return f"{line}\n{record.exc_text}" if record.exc_text else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; `time` is UTC, and `progress` holds the numbers of a progress record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        values: dict[str, Any] = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        values |= {name: value for name in FIELDS if (value := getattr(record, name, None)) is not None}
+        if snapshot := getattr(record, "progress", None):
+            values["progress"] = snapshot.to_dict()
+        if record.exc_text:
+            values["exception"] = record.exc_text
+        return json.dumps(values)
