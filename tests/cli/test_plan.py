@@ -270,7 +270,7 @@ def test_a_plan_tells_which_shape_gets_which_size(manifest):
     assert plan["estimate"]["h100"]["stage_hours"]["denoise"] == pytest.approx(hours / 4)
     assert plan["halves"] is None, "not every row has guidance"
     text = render_plan(plan)
-    assert "4 (Ulysses 4 x ring 1), smaller ones take longer than 10 min" in text
+    assert "4 (Ulysses 4 x ring 1), smaller groups take longer than 10 min" in text
     assert "1 (Ulysses 1 x ring 1), the cheapest" in text
 
 

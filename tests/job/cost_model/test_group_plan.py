@@ -227,9 +227,9 @@ def test_every_choice_is_explained():
     config = auto(gpu_memory_gib=32, groups={"max_sample_minutes": 10})
     slow = auto(gpu="L40S", groups={"max_sample_minutes": 5})
     assert explain_choice(resolve_run(config), IMAGE) == "the cheapest"
-    assert explain_choice(resolve_run(config), HD) == "smaller ones take longer than 10 min"
-    assert explain_choice(resolve_run(slow), HD) == "the fastest, though it takes longer than 5 min"
-    assert explain_choice(resolve_run(auto(gpu_memory_gib=32)), HD) == "smaller ones have not the memory"
+    assert explain_choice(resolve_run(config), HD) == "smaller groups take longer than 10 min"
+    assert explain_choice(resolve_run(slow), HD) == "the fastest, although it takes longer than 5 min"
+    assert explain_choice(resolve_run(auto(gpu_memory_gib=32)), HD) == "smaller groups have too little memory"
     assert explain_choice(resolve_run(RunConfig()), HD) == ""
 
 
