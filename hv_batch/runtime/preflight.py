@@ -93,7 +93,7 @@ def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:
 
 
 def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store) -> Index:
-    """The index in the output root if it is that of this manifest; otherwise, check the manifest and index it in `spool`."""
+    """The index in the output root if it is that of this manifest; otherwise, check and index the manifest."""
     index = load_index(store, manifest, config)
     if index:
         logger.info(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")

@@ -1,4 +1,4 @@
-"""Encoders on the GPUs of denoise groups: how many there are, what they leave to the ranks, and when they stop."""
+"""Encoders on the GPUs of denoise groups: their number, the share that is left to the ranks, and when they stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.repository import CONFIGS
 from tests.support.scheduler_world import World, limits, plan_of
 
 WORKER = WorkerId(Stage.ENCODE, 0, 0)
-LODGING = {"placement": "colocated", "gpus": 0.2}
+COLOCATED = {"placement": "colocated", "gpus": 0.2}
 
 
 def config_of(ranks=8, groups=1, encoders=1, nodes=1):
@@ -30,13 +30,13 @@ def config_of(ranks=8, groups=1, encoders=1, nodes=1):
         {
             "parallel": {"ulysses_degree": 1, "ring_degree": ranks},
             "groups": {"count": groups, "nodes_per_group": nodes},
-            "encoders": {"count": encoders, **LODGING},
+            "encoders": {"count": encoders, **COLOCATED},
             "decoders": {"placement": "group"},
         }
     )
 
 
-# How many, and where --------------------------------------------------------------------------------------------------
+# Number and resources -------------------------------------------------------------------------------------------------
 
 
 def problems_of(config, shapes):
@@ -44,7 +44,7 @@ def problems_of(config, shapes):
 
 
 def test_a_group_reserves_the_resources_of_its_encoders():
-    """encoders.placement: colocated: one node of eight GPUs renders; a rank gets the rest of its GPU."""
+    """encoders.placement: colocated: one node of eight GPUs is enough; a rank gets the rest of its GPU."""
     run = resolve_run(config_of())
     assert minimum_resources(run) == [group_bundles(run, run.groups.largest)] == [[{"CPU": 8.0 + 1.0, "GPU": 8.0}]]
     assert run.rank_gpus == 0.8
@@ -53,11 +53,11 @@ def test_a_group_reserves_the_resources_of_its_encoders():
 
 
 def test_one_node_of_eight_gpus_is_enough():
-    """configs/720p_one_node.yaml: nothing stands beside the group, and 720p fits."""
+    """configs/720p_one_node.yaml: no actor needs a GPU besides the group's, and 720p fits."""
     config = load_config(str(CONFIGS / "720p_one_node.yaml"))
     assert [bundle["GPU"] for bundles in minimum_resources(resolve_run(config)) for bundle in bundles] == [8.0]
     assert problems_of(config, [(720, 1280, 129), (1280, 720, 129), (720, 1280, 1)]) == []
-    assert problems_of(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), "by 0.7 of it"
+    assert problems_of(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), "0.7 of it per rank"
 
 
 POOLS = st.integers(1, 20) | st.just("auto")
@@ -65,8 +65,8 @@ POOLS = st.integers(1, 20) | st.just("auto")
 
 @given(st.integers(1, 8), st.integers(1, 4), POOLS, st.integers(1, 2))
 def test_every_colocated_encoder_finds_a_gpu(ranks, groups, encoders, nodes):
-    """Property: a node holds at least one encoder and at most one for each GPU; the run does not wait for the rest of
-    encoders.count.
+    """Property: a node holds at least one encoder and at most one per GPU; the run does not wait for more, even if
+    encoders.count is higher.
     """
     run = resolve_run(config_of(ranks * nodes, groups, encoders, nodes))
     on_node = run.colocated_per_node
@@ -76,8 +76,8 @@ def test_every_colocated_encoder_finds_a_gpu(ranks, groups, encoders, nodes):
 
 
 @pytest.mark.parametrize("override", ["encoders.gpus=0.5", "encoders.gpus=1", "groups.gpus_per_rank=0.9"])
-def test_shares_that_let_two_ranks_meet_on_a_gpu_are_refused(tmp_path, override):
-    """P6: NCCL wants a GPU a rank, and Ray puts two ranks of half a GPU each onto one."""
+def test_shares_that_let_two_ranks_share_a_gpu_are_refused(tmp_path, override):
+    """P6: NCCL requires a GPU per rank, and Ray places two ranks of half a GPU each on one."""
     path = tmp_path / "config.yaml"
     path.write_text("parallel: {ulysses_degree: 1}\nencoders: {placement: colocated, gpus: 0.49}\n")
     assert load_config(str(path))
@@ -85,7 +85,7 @@ def test_shares_that_let_two_ranks_meet_on_a_gpu_are_refused(tmp_path, override)
         load_config(str(path), [override])
 
 
-# What the scheduler does about it -------------------------------------------------------------------------------------
+# The scheduler -------------------------------------------------------------------------------------
 
 
 def test_groups_do_not_wait_for_colocated_encoders():
@@ -106,15 +106,15 @@ def test_stored_latents_need_no_group_for_pool_decoders():
     assert world.committed == ["s0"]
 
 
-# The life of one ------------------------------------------------------------------------------------------------------
+# Start and stop ------------------------------------------------------------------------------------------------------
 
 
-class Life:
-    """An actor's driver side, that hears what a test tells it."""
+class FakeWorker:
+    """A worker that reports the events of the test."""
 
     def __init__(self, watch):
         self.nodes = frozenset({"node"})
-        self.tell = lambda event: watch("ref", lambda _: [event])
+        self.report = lambda event: watch("ref", lambda _: [event])
         self.killed = False
 
     def poll(self, now):
@@ -124,22 +124,22 @@ class Life:
         self.killed = True
 
 
-class House:
-    """Seats, a pool that holds them, and one colocated encoder."""
+class OneReservation:
+    """A reservation, its pool, and one colocated encoder."""
 
     def __init__(self, room=True):
         self.reservation = SimpleNamespace(occupied=True, given_back=False)
         self.room = SimpleNamespace(reservation=self.reservation, leave=lambda: setattr(self, "left", True))
-        self.heard, self.left, self.life = [], False, None
+        self.events, self.left, self.worker = [], False, None
         self.has_room = room
         pool = SimpleNamespace(find_room=lambda: self.room if self.has_room else None)
         self.colocated_worker = ColocatedWorker(
-            WORKER, pool, lambda ref, then: self.heard.extend(then(ref)), self.begin
+            WORKER, pool, lambda ref, then: self.events.extend(then(ref)), self.begin
         )
 
     def begin(self, _room, watch):
-        self.life = Life(watch)
-        return self.life
+        self.worker = FakeWorker(watch)
+        return self.worker
 
 
 def preempted(events):
@@ -148,48 +148,48 @@ def preempted(events):
 
 
 def test_an_encoder_waits_for_a_group():
-    """It starts in the first room that there is, and does nothing before."""
-    house = House(room=False)
-    assert house.colocated_worker.poll(0.0) == []
-    assert house.life is None
-    house.colocated_worker.kill()
-    house.has_room = True
-    house.colocated_worker.poll(1.0)
-    house.life.tell(WorkerPlaced(WORKER))
-    assert house.heard == [WorkerPlaced(WORKER)]
-    assert house.colocated_worker.nodes == {"node"}
+    """It starts in the first bundle with room, and does nothing before."""
+    scene = OneReservation(room=False)
+    assert scene.colocated_worker.poll(0.0) == []
+    assert scene.worker is None
+    scene.colocated_worker.kill()
+    scene.has_room = True
+    scene.colocated_worker.poll(1.0)
+    scene.worker.report(WorkerPlaced(WORKER))
+    assert scene.events == [WorkerPlaced(WORKER)]
+    assert scene.colocated_worker.nodes == {"node"}
 
 
 def test_an_encoder_stays_while_its_group_is_rebuilt():
     """P5: a lost group does not stop the encoder on its GPUs."""
-    house = House()
-    house.life.tell(WorkerPlaced(WORKER))
-    house.reservation.occupied = False
-    house.life.tell(TaskDone(WORKER))
-    assert house.colocated_worker.poll(0.0) == []
-    assert house.heard[1:] == [TaskDone(WORKER)]
+    scene = OneReservation()
+    scene.worker.report(WorkerPlaced(WORKER))
+    scene.reservation.occupied = False
+    scene.worker.report(TaskDone(WORKER))
+    assert scene.colocated_worker.poll(0.0) == []
+    assert scene.events[1:] == [TaskDone(WORKER)]
 
 
 @pytest.mark.parametrize("when", ["before it is placed", "as it is placed"])
-def test_who_comes_while_the_ranks_are_away_is_turned_out(when):
-    """Ray could have given it the share of a rank, which then would find no place."""
-    house = House()
-    house.reservation.occupied = False
+def test_an_encoder_that_starts_while_the_ranks_are_rebuilt_is_released(when):
+    """Ray could have given it the share of a rank, which then could not be placed."""
+    scene = OneReservation()
+    scene.reservation.occupied = False
     if when == "as it is placed":
-        house.life.tell(WorkerPlaced(WORKER))
-        assert preempted(house.heard)
+        scene.worker.report(WorkerPlaced(WORKER))
+        assert preempted(scene.events)
     else:
-        assert preempted(house.colocated_worker.poll(0.0))
-    house.colocated_worker.kill()
-    assert house.life.killed
-    assert house.left
+        assert preempted(scene.colocated_worker.poll(0.0))
+    scene.colocated_worker.kill()
+    assert scene.worker.killed
+    assert scene.left
 
 
 def test_an_encoder_stops_after_its_task_when_the_placement_group_is_released():
-    """P5: it gets no further task; what becomes of it then is PREEMPTED, whatever its end looks like."""
-    house = House()
-    house.life.tell(WorkerPlaced(WORKER))
-    house.reservation.occupied, house.reservation.given_back = False, True
-    assert house.colocated_worker.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
-    house.life.tell(WorkerLost(WORKER, Failure(FailureClass.INFRA, "died")))
-    assert preempted(house.heard[1:])
+    """P5: it gets no further task, and its loss counts as PREEMPTED, whatever the error is."""
+    scene = OneReservation()
+    scene.worker.report(WorkerPlaced(WORKER))
+    scene.reservation.occupied, scene.reservation.given_back = False, True
+    assert scene.colocated_worker.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
+    scene.worker.report(WorkerLost(WORKER, Failure(FailureClass.INFRA, "died")))
+    assert preempted(scene.events[1:])
