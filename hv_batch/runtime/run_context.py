@@ -80,7 +80,7 @@ class ProgressReport:
     """What an actor answers while it works, whatever it is at."""
 
     count: int  # grows with all progress
-    patience_s: float = math.inf  # within which it will have grown again; inf where nobody knows
+    next_within_s: float = math.inf  # the count grows again within this time; inf if that is not known
 
 
 @dataclass(slots=True)

@@ -42,7 +42,7 @@ from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.scheduling.pool_sizing import whole, workers_needed
+from hv_batch.job.scheduling.pool_sizing import worker_count, workers_needed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import Workload
@@ -187,7 +187,7 @@ def _workers(run: ResolvedRun, seconds: Mapping[Stage, float]) -> dict[Stage, in
     for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders)):
         if pool.count == "auto":
             needed = workers_needed(config.groups.count, seconds[Stage.DENOISE], seconds[stage])
-            workers[stage] = whole(needed, workers[stage])
+            workers[stage] = worker_count(needed, workers[stage])
     return workers
 
 

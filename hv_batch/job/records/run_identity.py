@@ -1,4 +1,4 @@
-"""What makes two runs the same: everything that changes pixels or keys."""
+"""The identity of a run: every part of its config that changes pixels or keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hv_batch.protocol import ParallelPlan, Shape
 
 
 def run_identity(run: ResolvedRun) -> dict[str, Any]:
-    """The part of a config that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3).
+    """The part of a config that changes pixels or keys, as JSON values, without the engine's own `identity()` (P3).
 
-    With gpus_per_group: auto, the plans of the manifest's shapes are part of the identity.
+    With `gpus_per_group: auto`, the plans of the manifest's shapes are part of the identity.
     """
     config = run.config
     return {
@@ -29,18 +29,21 @@ def run_identity(run: ResolvedRun) -> dict[str, Any]:
 
 
 def parallel_identity(run: ResolvedRun) -> dict[str, Any]:
-    """The plan, or that of every shape: resolved, so that neither a default nor a cost model can change a run."""
+    """The resolved parallel plan, or that of each shape.
+
+    It is resolved, so that neither a new default nor a new cost model can change an existing run.
+    """
     device = {"device": run.config.parallel.device}
     if plan := run.fixed_plan:
         degrees = asdict(plan)
-        if plan.cfg_degree == 1:  # a key that came later: roots of before remain what they were
+        if plan.cfg_degree == 1:  # a later key; without it, the identity of older output roots stays the same
             del degrees["cfg_degree"]
         return device | degrees
     return device | {"plans": {shape_name(shape): asdict(plan) for shape, plan in run.groups.by_shape.items()}}
 
 
 def recorded_plans(identity: Mapping[str, Any]) -> dict[Shape, ParallelPlan]:
-    """What `parallel_identity` said of every shape in the identity of a run; nothing where all have one plan."""
+    """The plan of each shape in a run's identity, from `parallel_identity`; empty if all shapes share one plan."""
     plans = identity.get("parallel", {}).get("plans", {})
     return {_read_shape(name): ParallelPlan(**degrees) for name, degrees in plans.items()}
 

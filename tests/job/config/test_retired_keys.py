@@ -25,6 +25,12 @@ def identity_of(config):
     return run_identity(resolve_run(config))
 
 
+@pytest.fixture(autouse=True)
+def _a_new_process():
+    """Every test begins without printed warnings."""
+    retired_keys._warn.cache_clear()
+
+
 @pytest.fixture
 def write(tmp_path):
     def write_config(text=""):
@@ -40,6 +46,7 @@ def test_a_removed_key_is_ignored_with_one_warning(write, capsys, value):
     """P2: a config or command line of an earlier version is accepted, and its value, maybe a secret, is not printed."""
     assert load_config(write(f"encoders: {{cache: {value!r}, count: 2}}")).encoders.count == 2
     from_file = capsys.readouterr().err
+    retired_keys._warn.cache_clear()
     assert load_config(write(), [f"encoders.cache={value}"]) == RunConfig()
     from_override = capsys.readouterr().err
     for text in (from_file, from_override):
@@ -70,6 +77,7 @@ def test_a_retired_value_is_replaced_with_one_warning(write, capsys, monkeypatch
     monkeypatch.setattr(retired_keys, "RETIRED_VALUES", table)
     assert load_config(write("decoders: {placement: separate}")).decoders.placement == "pool"
     assert capsys.readouterr().err == "warning: decoders.placement = separate is read as pool: write pool\n"
+    retired_keys._warn.cache_clear()
     assert load_config(write(), ["decoders.placement=separate"]) == RunConfig()
     assert capsys.readouterr().err.count("\n") == 1
     assert load_config(write("decoders: {placement: group}")).decoders.placement == "group"
@@ -77,6 +85,15 @@ def test_a_retired_value_is_replaced_with_one_warning(write, capsys, monkeypatch
         with pytest.raises(UserError, match=r"decoders\.placement"):
             load_config(write(f"decoders: {{placement: {unknown}}}"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_warning_is_printed_once_per_process(write, capsys):
+    """P2: a resume reads run.json more than once and prints each warning once; other warnings are still printed."""
+    for _ in range(2):
+        load_config(write("encoders: {cache: x}"))
+    assert capsys.readouterr().err.count("\n") == 1
+    load_config(write("encoders: {cache: x}\ndecoders: {placement: colocated}"))
+    assert capsys.readouterr().err.startswith("warning: decoders.placement = colocated is read as pool: ")
 
 
 @pytest.mark.parametrize(("value", "warnings"), [(None, 0), ("/shared/embeddings", 1), (MASK, 1)])

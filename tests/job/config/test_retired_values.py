@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hv_batch.job.config import retired_keys
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.cost_model.resolver import resolve_run
@@ -17,6 +18,12 @@ COLOCATED = {"placement": "colocated", "gpus": 0.3}
 
 def identity_of(config):
     return run_identity(resolve_run(config))
+
+
+@pytest.fixture(autouse=True)
+def _a_new_process():
+    """Every test begins without printed warnings."""
+    retired_keys._warn.cache_clear()
 
 
 @pytest.mark.parametrize(
