@@ -1,7 +1,7 @@
-"""The networks by their numbers: widths, tile sizes and the parameter counts that follow. Without torch.
+"""Widths, tile sizes and parameter counts of the networks. Does not import torch.
 
-The engine builds its modules from these dataclasses and the cost model computes with them, so there is one set of
-defaults: the released model (spec sections 2, 3 and 5). Tests compare every parameter count with the modules.
+The engine builds its modules from these dataclasses, and the cost model computes with them. The defaults are those of
+the released model (spec sections 2, 3 and 5). Tests compare every parameter count with the torch modules.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from itertools import pairwise
 
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
 
-DIT_CLASS = "HYVideoDiT"  # marks a config.json beside the DiT's weights as ours: fields of `DiTConfig`
-TIMESTEP_WIDTH = 256  # of the sinusoid in front of the timestep embedders
-REFINER_MLP_RATIO = 4  # the released refiner has it fixed, whatever the blocks' ratio
-VAE_LEVELS = 4  # of encoder and decoder
-MAX_TEXT_TOKENS = 256  # prompt tokens the DiT was trained with
-SKIPPED_LAYERS = 2  # of the LLaMA tower, from its end, which are never loaded
+DIT_CLASS = "HYVideoDiT"  # `_class_name` of a config.json beside the DiT's weights that holds fields of `DiTConfig`
+TIMESTEP_WIDTH = 256  # width of the sinusoid that feeds the timestep embedders
+REFINER_MLP_RATIO = 4  # constant in the released refiner, independent of the blocks' ratio
+VAE_LEVELS = 4  # levels of the encoder and of the decoder
+MAX_TEXT_TOKENS = 256  # prompt tokens that the DiT was trained with
+SKIPPED_LAYERS = 2  # last layers of the LLaMA tower, which are never loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiTConfig:
-    """Width and depth of the transformer; fields are named as in its config and in the engine's `dit` option.
+    """Width and depth of the transformer. The field names are those of its config and of the engine option `dit`.
 
     Raises UserError if the widths do not fit together.
     """
@@ -45,7 +45,7 @@ class DiTConfig:
         if self.hidden_size % self.heads_num:
             raise UserError(
                 f"DiT config: hidden_size {self.hidden_size} is not a multiple of heads_num {self.heads_num}; "
-                f"choose a width that gives every head the same number of channels."
+                f"choose a width that heads_num divides."
             )
         if sum(self.rope_dim_list) != self.head_dim or any(dim % 2 for dim in self.rope_dim_list):
             raise UserError(
@@ -73,7 +73,7 @@ class DiTConfig:
 
     @property
     def double_block(self) -> int:
-        """Parameters of a double-stream block: the Linears, their biases, and the norms of Q and K."""
+        """Parameters of a double-stream block: the Linears, their biases, and the norms of q and k."""
         return self.double_linears + 2 * (11 * self.hidden_size + self.mlp_width) + 4 * self.head_dim
 
     @property
@@ -91,7 +91,7 @@ class DiTConfig:
 
     @property
     def block_linears(self) -> int:
-        """The weights that FP8 stores in one byte each (spec section 6)."""
+        """Number of weights that an FP8 checkpoint stores in one byte each (spec section 6)."""
         return self.mm_double_blocks_depth * self.double_linears + self.mm_single_blocks_depth * self.single_linears
 
     @property
@@ -111,10 +111,10 @@ class DiTConfig:
         return (
             self.blocks
             + _linear(self.in_channels * patch, width)
-            + 2 * (_linear(self.text_states_dim, width))  # into the refiner, and into its modulation
+            + 2 * (_linear(self.text_states_dim, width))  # into the refiner and into its modulation
             + _linear(width, width)
             + self.refiner_depth * refiner_block
-            + timestep * (3 if self.guidance_embed else 2)  # the model's, the refiner's, the guidance's
+            + timestep * (3 if self.guidance_embed else 2)  # of the model, the refiner and the guidance
             + _linear(self.text_states_dim_2, width)
             + _linear(width, width)
             + _linear(width, patch * self.out_channels)
@@ -124,15 +124,15 @@ class DiTConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VAEConfig:
-    """Widths of the causal VAE; fields are named as in its config.json.
+    """Widths of the causal VAE. The field names are those of its config.json.
 
     Raises UserError if the widths do not fit together.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2  # of the encoder; the decoder has one more
+    layers_per_block: int = 2  # of the encoder; a decoder block has one more
     norm_num_groups: int = 32
-    scaling_factor: float = 0.476986  # latents as the DiT sees them = this * latents as the VAE sees them
+    scaling_factor: float = 0.476986  # latents of the DiT = scaling_factor * latents of the VAE
 
     def __post_init__(self) -> None:
         if len(self.block_out_channels) != VAE_LEVELS:
@@ -149,7 +149,7 @@ class VAEConfig:
 
     @property
     def parameters(self) -> int:
-        """Encoder and decoder: both are loaded, the decoder alone is used."""
+        """Parameters of the encoder and the decoder. Both are loaded; a render uses the decoder only."""
         widths, layers = self.block_out_channels, self.layers_per_block
         reverse = widths[::-1]
         encoder = _conv(3, widths[0]) + _conv(widths[-1], 2 * LATENT_CHANNELS) + 2 * widths[-1]
@@ -166,10 +166,10 @@ class VAEConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileGeometry:
-    """Tile sizes of the VAE in pixels and frames, and the share of a tile that overlaps the next.
+    """Tile sizes of the VAE in pixels and frames, and the fraction of a tile that overlaps the next tile.
 
-    Fields are named as in the engine's `vae_tile` option; the defaults are the official ones. Raises UserError if a
-    size or an overlap is not a whole number of latents.
+    The field names are those of the engine option `vae_tile`. The defaults are those of the release. Raises UserError
+    if a size or an overlap is not a whole number of latents.
     """
 
     spatial_px: int = 256
@@ -177,20 +177,20 @@ class TileGeometry:
     overlap: float = 0.25
 
     def __post_init__(self) -> None:
-        # Above one half, a tile would overlap the next but one.
+        # Above 0.5, a tile would overlap the tile after the next one.
         if not 0.0 <= self.overlap <= 0.5:
-            raise UserError(f"VAE tiling: overlap is {self.overlap}; a number from 0 to 0.5 is allowed.")
+            raise UserError(f"VAE tiling: overlap is {self.overlap}; it must be a number from 0 to 0.5.")
         for field, size, compression in (
             ("spatial_px", self.spatial_px, SPATIAL_COMPRESSION),
             ("temporal_frames", self.temporal_frames, TEMPORAL_COMPRESSION),
         ):
             if size < compression or size % compression:
-                raise UserError(f"VAE tiling: {field} is {size}; a multiple of {compression} above 0 is allowed.")
+                raise UserError(f"VAE tiling: {field} is {size}; it must be a positive multiple of {compression}.")
             if not (size / compression * self.overlap).is_integer():
-                # The overlap would be rounded differently in latents and in pixels, and tiles would not meet.
+                # The overlap would be rounded differently in latents and in pixels, and tiles would not align.
                 raise UserError(
-                    f"VAE tiling: {field} {size} is {size // compression} latents, of which overlap {self.overlap} is "
-                    "not a whole number. Choose an overlap of 0.25 and a size that divides by four latents."
+                    f"VAE tiling: {field} {size} is {size // compression} latents, and an overlap of {self.overlap} "
+                    f"of them is not a whole number. Choose an overlap of 0.25 and a multiple of {4 * compression}."
                 )
 
     @property
@@ -204,7 +204,7 @@ class TileGeometry:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """The tiling of one axis: `tile` and `stride` in latents, `stride_px` and `fade_px` in pixels or frames."""
+    """The tiling of one axis: `tile` and `stride` in latents, `stride_px` and `fade_px` in pixels (or frames)."""
 
     tile: int
     stride: int
@@ -221,7 +221,10 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaShape:
-    """The LLaMA tower as loaded: without its last two layers, its final norm and its head. Named as in config.json."""
+    """The LLaMA text encoder as loaded: without its last two layers, final norm and head.
+
+    The field names are those of its config.json.
+    """
 
     vocab_size: int = 128_320
     hidden_size: int = 4096
@@ -240,7 +243,7 @@ class LlamaShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipShape:
-    """CLIP's text tower. Named as in config.json."""
+    """The CLIP text encoder. The field names are those of its config.json."""
 
     vocab_size: int = 49_408
     hidden_size: int = 768
@@ -265,7 +268,7 @@ def _conv(ins: int, outs: int) -> int:
 
 
 def _resnets(ins: int, outs: int, layers: int) -> int:
-    """`layers` resnets, of which the first changes the width."""
+    """Parameters of `layers` resnets. The first one changes the width from `ins` to `outs`."""
     shortcut = _linear(ins, outs) if ins != outs else 0
     first = 2 * ins + 2 * outs + _conv(ins, outs) + _conv(outs, outs) + shortcut
     return first + (layers - 1) * (4 * outs + 2 * _conv(outs, outs))

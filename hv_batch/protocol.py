@@ -1,14 +1,15 @@
-"""The vocabulary that engine, job and runtime share, and what an engine must be able to do.
+"""The interface of an engine, the sampling parameters and the errors that all layers share.
 
-Plain data and structural types: this module imports neither torch nor Ray nor storage, so every layer may import it.
+This module holds plain data and structural types. It imports neither torch nor Ray nor storage, so every layer may
+import it.
 
-An engine is named in the config by import path (``model.engine``) and built from ``model.options``. Whatever satisfies
-`Engine` can render: the HunyuanVideo engine of this package, another engine, or a test double.
+The config names an engine by import path (``model.engine``); hv_batch builds it from ``model.options``. Any class that
+satisfies `Engine` can render: the HunyuanVideo engine of this package, another engine, or a test double.
 
-    text_encoder().encode(prompts)            -> one embedding a prompt      (opaque to the job)
-    join(place).denoise(params, embeddings)   -> latents, float32 numpy      (every rank of a group takes part)
+    text_encoder().encode(prompts)            -> one embedding per prompt    (opaque to the job)
+    join(spec).denoise(params, embeddings)    -> latents, float32 numpy      (called on every rank of the group)
     decoder().decode(latents)                 -> chunks of frames, uint8     (in order, streamed)
-    join(place).decode(latents)               -> the same chunks on rank 0   (every rank of a group takes part)
+    join(spec).decode(latents)                -> the same chunks on rank 0   (called on every rank of the group)
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ DEFAULT_NEGATIVE_PROMPT = (  # spec section 3.3
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one paragraph: what, where, what is allowed, and the remedy.
+    """An error that the user can fix. The text is one paragraph: what is wrong, where, what is allowed, the remedy.
 
-    Shown without a traceback; the command ends with exit code 1.
+    The command prints it without a traceback and exits with code 1.
     """
 
 
 def latent_shape(height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
-    """(channels, latent frames, latent height, latent width)."""
+    """Return (channels, latent frames, latent height, latent width) of a video of height x width pixels."""
     return (
         LATENT_CHANNELS,
         (num_frames - 1) // TEMPORAL_COMPRESSION + 1,
@@ -58,18 +59,18 @@ def latent_shape(height: int, width: int, num_frames: int) -> tuple[int, int, in
 
 
 class NonFiniteError(ValueError):
-    """Latents or frames that are not finite: an overflow of the precision, or broken weights."""
+    """Latents or frames contain NaN or infinity: the precision overflowed, or the weights are damaged."""
 
 
 class DeviceError(RuntimeError):
-    """A device, a link between two, or one rank's copy of the weights is damaged: no sample is to blame."""
+    """A device, a link between devices, or one rank's copy of the weights is faulty. The sample is not the cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Everything a user chooses that changes the pixels of one video (spec section 1).
+    """All user-chosen values that change the pixels of one video (spec section 1).
 
-    Build one from untrusted values only after `problems` has found nothing.
+    Validate untrusted values with `problems` before you build one.
     """
 
     prompt: str
@@ -85,7 +86,7 @@ class SamplingParams:
     flow_shift: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As `dataclasses.asdict`, which takes ten times as long to find that no value is a container."""
+        """Return the fields as a dict. `dataclasses.asdict` takes ten times as long because it looks for containers."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     @property
@@ -106,13 +107,13 @@ class SamplingParams:
 
     @property
     def latent_bytes(self) -> int:
-        """Of the final latents, which are float32 whatever the model computes in."""
+        """Size of the final latents in bytes. They are float32 in every precision of the model."""
         return 4 * math.prod(self.latent_shape)
 
 
 @dataclass(frozen=True, slots=True)
 class FieldProblem:
-    """One value that cannot be rendered, said so that the user can mend it."""
+    """One invalid value: the field, the value, and a phrase that describes the allowed values."""
 
     field: str
     value: Any
@@ -149,7 +150,7 @@ def _between(low: float, high: float) -> Callable[[Any], bool]:
 
 _SIDE_ALLOWED = f"a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIDE}"
 
-# What each field of SamplingParams may be: one table for manifest rows, config defaults and the Python API.
+# The allowed values of each field of SamplingParams: one table for manifest rows, config defaults and the Python API.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (_prompt, "a text that is not blank"),
     "negative_prompt": (_text, "a text"),
@@ -166,7 +167,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def problems(values: Mapping[str, Any]) -> list[FieldProblem]:
-    """Every given value of `values` that breaks its rule; fields that are absent are not judged."""
+    """Return one `FieldProblem` for each value that breaks its rule. Absent fields are not checked."""
     return [
         FieldProblem(field, values[field], allowed)
         for field, (is_allowed, allowed) in RULES.items()
@@ -176,15 +177,18 @@ def problems(values: Mapping[str, Any]) -> list[FieldProblem]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelPlan:
-    """How one video is spread over the ranks of a group. Part of its identity: another plan sums in another order."""
+    """How one video is divided over the ranks of a group.
 
-    ulysses_degree: int = 1  # ranks that share the attention heads
-    ring_degree: int = 1  # ranks that share the keys
-    cfg_degree: int = 1  # 2: each half of the group computes one branch of classifier-free guidance
+    The plan is part of the video's identity, because another plan sums in another order.
+    """
+
+    ulysses_degree: int = 1  # ranks over which the attention heads are divided
+    ring_degree: int = 1  # ranks over which the keys are divided
+    cfg_degree: int = 1  # 2: each half of the group computes one branch of classifier-free guidance (CFG)
 
     @property
     def sequence_degree(self) -> int:
-        """Ranks that share the tokens of one item."""
+        """Number of ranks over which the tokens of one item are divided."""
         return self.ulysses_degree * self.ring_degree
 
     @property
@@ -198,10 +202,11 @@ class ParallelPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSpec:
-    """Where one rank of a denoise group stands.
+    """The position of one rank in its denoise group.
 
-    `address` is what `Engine.host_rendezvous` returned on rank 0. `local_rank` indexes the GPUs that the ranks of this
-    node see, which all of them see in the same order.
+    `address` is the return value of `Engine.host_rendezvous` on rank 0. `local_rank` indexes the GPUs that are visible
+    to the ranks of this node; all ranks of a node must see them in the same order. `timeout_s` (seconds) bounds joining
+    and each collective.
     """
 
     rank: int
@@ -210,50 +215,55 @@ class RankSpec:
     device: Device
     address: str
     timeout_s: float
-    decodes: bool = False  # `Denoiser.decode` will be called, too
+    decodes: bool = False  # whether `Denoiser.decode` will be called as well
 
 
 class Embedding(Protocol):
-    """One encoded prompt. The job carries it and reads only how much of the prompt the model saw."""
+    """One encoded prompt. The job transports it and reads only these two counts."""
 
     @property
     def num_tokens(self) -> int:
-        """Text tokens that reach the DiT, template excluded."""
+        """Number of prompt tokens that reach the DiT, excluding the template."""
         ...
 
     @property
     def tokens_lost(self) -> int:
-        """Prompt tokens beyond the model's limit."""
+        """Number of prompt tokens beyond the model's limit, which are dropped."""
         ...
 
 
 class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str], *, image: bool) -> Sequence[Embedding]:
-        """One embedding a prompt, each the same bits whatever else is in the batch; `image` picks the template."""
+        """Return one embedding per prompt, in order. `image` selects the image template instead of the video template.
+
+        The bits of an embedding must not depend on the other prompts of the call.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepState:
-    """A denoise between two of its steps, and all that the steps after depend on beside the arguments."""
+    """The state of a denoise between two steps. With the arguments, it determines all later steps."""
 
-    step: int  # steps done, at least 1 and fewer than all
+    step: int  # number of finished steps: at least 1, fewer than all
     latents: np.ndarray  # float32, shaped `SamplingParams.latent_shape`, equal on every rank
 
 
-# (steps done, read): called when a step is done, not when it is queued on a device: a group whose next step takes many
-# times longer than those before counts as hung. `read()` copies the latents of this step to host memory, and may be
-# called only until the return; None in its place after a step that no denoise can be resumed from.
+# Called with (finished steps, read) when a step is finished, not when it is queued on a device: the runtime treats a
+# group as hung if its next step takes many times longer than the previous ones. `read()` copies the latents of this
+# step to host memory and may be called only before the callback returns. `read` is None after a step from which a
+# denoise cannot be resumed.
 OnStep = Callable[[int, "Callable[[], np.ndarray] | None"], None]
 
 
 class Denoiser(Protocol):
-    """One rank of a denoise group: every rank is called with equal arguments at the same time."""
+    """One rank of a denoise group. Every method must be called on all ranks at the same time, with equal arguments."""
 
     def self_check(self) -> None:
-        """Render something small as a group and compare it with what this rank computes alone.
+        """Compute a small input as a group and compare the result with what this rank computes alone.
 
-        Called once, when the group has met. Raises DeviceError when they disagree: such a group must not render.
+        Called once, after all ranks have joined. Raises DeviceError if the results differ by more than rounding; such
+        a group must not render.
         """
         ...
 
@@ -265,55 +275,67 @@ class Denoiser(Protocol):
         on_step: OnStep,
         resume: StepState | None = None,
     ) -> np.ndarray:
-        """Final latents, float32, shaped `params.latent_shape`, equal on every rank.
+        """Return the final latents: float32, shaped `params.latent_shape`, equal on every rank.
 
-        `on_step` is called after each of the `num_inference_steps` steps. With `resume`, only the steps after it are
-        made, and the result is the same bits. Raises NonFiniteError when it is not finite, and DeviceError where that
-        is no fault of the sample.
+        `on_step` is called after each of the `num_inference_steps` steps. With `resume`, only the steps after
+        `resume.step` are computed, and the result has the same bits. Raises NonFiniteError if the latents are not
+        finite because of the sample, and DeviceError if they are not finite because of a faulty device.
         """
         ...
 
     def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
-        """What `Decoder.decode` yields for equal latents, bit for bit, on rank 0; nothing on the others, which must be
-        iterated all the same.
+        """On rank 0, yield the same chunks as `Decoder.decode`, bit for bit. On other ranks, yield nothing.
 
-        Rank 0 may raise NonFiniteError, or be closed before its end: then it first takes whatever the other ranks are
-        still to send, so that these end as ever and the group can go on. After any other error it cannot.
+        The generator must be iterated to its end on the other ranks as well. Rank 0 may raise NonFiniteError, or its
+        generator may be closed early. In both cases rank 0 first receives the tiles that the other ranks still send, so
+        these finish normally and the group stays usable. After any other error the group must be rebuilt.
         """
         ...
 
 
 class Decoder(Protocol):
     def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Frames of latents [C, T, h, w], in order, as uint8 chunks [frames, height, width, 3]."""
+        """Yield the frames of latents [C, T, h, w], in order, as uint8 chunks [frames, height, width, 3].
+
+        Raises NonFiniteError if the decoded frames are not finite.
+        """
         ...
 
 
 class Engine(Protocol):
-    """Built in the driver and pickled to every actor: construction reads no weights and touches no device, and makes
-    relative paths absolute, because actors have another working directory.
+    """Builds the parts of a model: text encoder, denoiser, decoder.
+
+    The driver builds the engine and pickles it to every actor. The constructor must therefore read no weights and touch
+    no device. It must make relative paths absolute, because actors run in another working directory.
     """
 
     def check(self) -> list[str]:
-        """What would stop this engine from loading (a missing weight file, ...), one clear sentence each."""
+        """Return one sentence for each problem that prevents loading, such as a missing weight file; empty if none."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """JSON-able facts of the model that change pixels: weights revision, precisions, tile geometry, ..."""
+        """Return the JSON-serialisable facts of the model that change pixels: weights revision, precisions, tiles."""
         ...
 
     def group_problems(self, plan: ParallelPlan, shapes: Iterable[Shape] = ()) -> list[str]:
-        """Why this engine could not shard itself so, nor render videos of those shapes then; empty when it can."""
+        """Return the reasons why this engine cannot run with `plan`, or cannot render `shapes` with it; empty if none.
+
+        `shapes` are (height, width, frames) in pixels.
+        """
         ...
 
-    def text_encoder(self, device: Device) -> TextEncoder: ...
+    def text_encoder(self, device: Device) -> TextEncoder:
+        """Load the text encoder on `device`."""
+        ...
 
     def host_rendezvous(self, host: str, world_size: int) -> str:
-        """Rank 0 only: open the meeting point of a group on a free port of `host` and return its address."""
+        """Start the rendezvous store of a group on a free port of `host`; return its address. Called on rank 0 only."""
         ...
 
-    def join(self, place: RankSpec) -> Denoiser:
-        """Load this rank's model and join its group; blocks until every rank has."""
+    def join(self, spec: RankSpec) -> Denoiser:
+        """Load this rank's model and join its group. Blocks until every rank has joined."""
         ...
 
-    def decoder(self, device: Device) -> Decoder: ...
+    def decoder(self, device: Device) -> Decoder:
+        """Load the decoder on `device`."""
+        ...

@@ -16,7 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from hv_batch.cli.main import app
 from hv_batch.job.config.run_config import load_config
-from hv_batch.job.cost_model.group_plan import fixed_plan
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.runtime.nodes.resources import can_place, minimum_resources
 from tests.support.repository import ROOT
 
@@ -58,7 +58,7 @@ def hv_batch_command(entrypoint):
 
 
 def as_many_as_asked(config):
-    group, *pools = minimum_resources(config, fixed_plan(config))
+    group, *pools = minimum_resources(resolve_run(config))
     return [group] * config.groups.count + pools
 
 
@@ -68,7 +68,7 @@ def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
     job = job_of(name)
     config = ordered(hv_batch_command(job["entrypoint"]))
     assert can_place(as_many_as_asked(config), list(pods(job)))
-    assert not can_place([*as_many_as_asked(config), minimum_resources(config, fixed_plan(config))[0]], list(pods(job)))
+    assert not can_place([*as_many_as_asked(config), minimum_resources(resolve_run(config))[0]], list(pods(job)))
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 143])

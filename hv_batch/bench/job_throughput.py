@@ -33,8 +33,9 @@ from hv_batch.job.config.sections import (
     ModelConfig,
     ParallelConfig,
 )
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.manifest.selection import Selection
-from hv_batch.protocol import ParallelPlan, UserError
+from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.runtime.session import ray_session
 
@@ -128,7 +129,7 @@ def bench_job(load: Load, *, with_ray_data: bool = False) -> JobReport:
 def _time_ray_data(load: Load, folder: Path) -> Throughput:
     config, output = _config(load), folder / "ray_data"
     output.mkdir()
-    with ray_session(config, ParallelPlan(), "local"):
+    with ray_session(resolve_run(config), "local"):
         return measure_map_batches(config, load.samples, load.decoders, output)
 
 

@@ -133,7 +133,12 @@ def _add_sampling(group: Group) -> None:
     add("--video-size", type=int, nargs="+", default=(720, 1280), metavar="PX", help="height and width, or one value")
     add("--video-length", type=int, default=129, metavar="FRAMES", help="4n + 1 frames; 1 is an image")
     add("--infer-steps", type=int, default=50, metavar="N", help="denoising steps")
-    add("--seed", type=int, metavar="N", help="seed of the first video; video i has seed + i; if omitted: random, logged")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the first video; video i has seed + i; if omitted: random, logged",
+    )
     add("--num-videos", type=int, default=1, metavar="N", help="videos per prompt")
     add("--batch-size", type=int, default=1, metavar="N", help="videos denoised together; does not change the pixels")
     add("--embedded-cfg-scale", type=float, default=6.0, metavar="X", help="embedded guidance")

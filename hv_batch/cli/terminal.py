@@ -1,4 +1,4 @@
-"""Where a command's log records go: a live bar and plain messages on a terminal, one line a record elsewhere."""
+"""Logging of the commands: a live bar and plain messages on a terminal, one line a record otherwise."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from hv_batch.job.progress import ProgressThrottle, Snapshot
 from hv_batch.protocol import UserError
 
 LogLevel = Annotated[
-    str | None, typer.Option("--log-level", help=f"{', '.join(get_args(Level))}; default: {LEVEL_VARIABLE}, else info")
+    str | None, typer.Option("--log-level", help=f"{', '.join(get_args(Level))}; default: ${LEVEL_VARIABLE}, else info")
 ]
-LogFormat = Annotated[str, typer.Option("--log-format", help="text (a bar on a terminal, else lines) or json")]
+LogFormat = Annotated[
+    str, typer.Option("--log-format", help="text (a live bar on a terminal, otherwise lines) or json")
+]
 
 
 def log_settings(level: str | None, format: str) -> LogSettings:
-    """Settings from the flags of a command. Raises UserError for a level or format that does not exist."""
+    """Settings from the flags of a command; without a level flag, from the environment.
+
+    Raises UserError if the level or the format does not exist.
+    """
+    source = "--log-level" if level else f"The environment variable {LEVEL_VARIABLE}"
     level = (level or os.environ.get(LEVEL_VARIABLE) or "info").lower()
     if level not in get_args(Level):
-        raise UserError(
-            f"--log-level (or the environment variable {LEVEL_VARIABLE}) is {level!r}; allowed: "
-            f"{', '.join(get_args(Level))}."
-        )
+        raise UserError(f"{source} is {level!r}; allowed: {', '.join(get_args(Level))}.")
     if format not in get_args(Format):
         raise UserError(f"--log-format is {format!r}; allowed: {', '.join(get_args(Format))}.")
     return LogSettings(level, format)  # type: ignore[arg-type]  # both are checked above
@@ -58,26 +61,42 @@ def command_logging(settings: LogSettings, stream: TextIO | None = None) -> Iter
 
 
 class TerminalHandler(logging.Handler):
-    """Draws progress records as a live bar at the bottom, and prints the message of every other record above it."""
+    """Draws progress records as a live bar in the last line, and prints the message of every other record above it.
+
+    A message removes the bar, and the next progress record draws a new one. So no bar is left when a command prints its
+    last lines, because every run ends with a message.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live: Live | None = None
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         snapshot: Snapshot | None = getattr(record, "progress", None)
-        if snapshot is None:
-            prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            self._console.print(prefix + self.format(record), soft_wrap=True)
+        if snapshot is not None:
+            self._draw(snapshot)
             return
-        self._live.start()
-        self._live.update(_bar(snapshot), refresh=True)
+        self._stop()
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self._console.print(prefix + self.format(record), soft_wrap=True)
 
     def close(self) -> None:
-        self._live.stop()
+        self._stop()
         super().close()
+
+    def _draw(self, snapshot: Snapshot) -> None:
+        if self._live is None:
+            # stdout belongs to the command's output: rich must not redirect it to this console.
+            self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False)
+            self._live.start()
+        self._live.update(_bar(snapshot), refresh=True)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def _bar(snapshot: Snapshot) -> Table:

@@ -1,4 +1,4 @@
-"""The VAE decoder of one process: latents in, uint8 frames out."""
+"""The VAE decoder of one process: converts latents to uint8 frames."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hv_batch.protocol import LATENT_CHANNELS
 
 
 class HunyuanDecoder:
-    """The VAE with its tiling, which the ranks of a mesh share out (satisfies `hv_batch.protocol.Decoder`)."""
+    """The tiled VAE decoder; the ranks of `mesh` divide the tiles (satisfies `hv_batch.protocol.Decoder`)."""
 
     def __init__(self, vae: CausalVAE, geometry: TileGeometry, mesh: SequenceMesh) -> None:
         self._vae = vae
@@ -27,17 +27,18 @@ class HunyuanDecoder:
         self._mesh = mesh
 
     def self_check(self) -> None:
-        """Raises DeviceError where the ranks together decode other pixels than one alone."""
+        """Raise DeviceError if the group decodes other pixels than one rank alone."""
         check_decoding(self._vae, self._mesh)
 
     def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
-        """Frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3]; nothing but on rank 0.
+        """On rank 0, yield the frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3].
 
-        Raises ValueError for latents of another shape, NotFiniteError when the VAE yields such values.
+        On other ranks, yields nothing. Raises ValueError if the shape is wrong, and NonFiniteError if the decoded
+        frames are not finite.
         """
         if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
             raise ValueError(f"latents must be shaped [{LATENT_CHANNELS}, T, h, w], not {list(latents.shape)}")
-        # A copy: what the object store hands out is read-only, which torch.from_numpy warns of.
+        # A copy: arrays from the object store are read-only, and torch.from_numpy warns about read-only arrays.
         z = torch.from_numpy(np.array(latents, np.float32))[None]
         return self._frames(decode_in_group(self._vae, z, self._geometry, self._mesh))
 
@@ -45,5 +46,5 @@ class HunyuanDecoder:
         try:
             yield from map(to_uint8, chunks)
         finally:
-            if self._mesh.world_size > 1:  # what the other ranks still decode is sent here: see Denoiser.decode
+            if self._mesh.world_size > 1:  # receive the tiles that other ranks still send; see Denoiser.decode
                 deque(chunks, maxlen=0)

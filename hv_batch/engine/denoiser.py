@@ -1,4 +1,4 @@
-"""What `HunyuanVideo` hands out loaded: one rank of a group with its model, and the VAE that may be beside it."""
+"""The loaded denoiser: one rank of a group with its DiT, and optionally the VAE for group decoding."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from hv_batch.protocol import NonFiniteError, OnStep, SamplingParams, StepState
 
 
 class HunyuanDenoiser:
-    """One rank of a group with its model (satisfies `hv_batch.protocol.Denoiser`)."""
+    """One rank of a denoise group (satisfies `hv_batch.protocol.Denoiser`)."""
 
     def __init__(
         self,
         model: HYVideoDiT,
         mesh: SequenceMesh,
         device: torch.device,
-        recipe: SamplingOptions = SamplingOptions(),
+        options: SamplingOptions = SamplingOptions(),
         decoder: HunyuanDecoder | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
         self._device = device
-        self._recipe = recipe
+        self._options = options
         self._decoder = decoder
 
     def self_check(self) -> None:
-        """Raises DeviceError where the group's ranks compute another picture than one alone; see `self_check`."""
+        """Raise DeviceError if the group computes another result than one rank alone; see `hv_batch.engine.self_check`.
+
+        Also checks group decoding if the VAE is loaded.
+        """
         check_group(self._model, self._mesh, self._device)
         if self._decoder:
             self._decoder.self_check()
 
     def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
-        """What `HunyuanDecoder.decode` yields, on rank 0; nothing elsewhere."""
-        assert self._decoder, "joined without RankPlace.decodes"
+        """On rank 0, yield the same chunks as `HunyuanDecoder.decode`; on other ranks, yield nothing."""
+        assert self._decoder, "joined without RankSpec.decodes"
         return self._decoder.decode(latents)
 
     def trajectory(
@@ -52,9 +55,9 @@ class HunyuanDenoiser:
         positives: Sequence[TextEmbedding],
         negatives: Sequence[TextEmbedding] | None,
     ) -> Generator[Tensor, None, None]:
-        """The latents of videos that are denoised side by side, after each step; see `sampler.trajectory`."""
+        """Yield the latents of a batch of videos after each step; see `sampler.trajectory`."""
         return sampler.trajectory(
-            self._model, batch, positives, negatives, mesh=self._mesh, device=self._device, recipe=self._recipe
+            self._model, batch, positives, negatives, mesh=self._mesh, device=self._device, options=self._options
         )
 
     def denoise(
@@ -65,13 +68,14 @@ class HunyuanDenoiser:
         on_step: OnStep,
         resume: StepState | None = None,
     ) -> np.ndarray:
-        """Final latents, float32, shaped `params.latent_shape`; see `sampler.denoise`.
+        """Return the final latents: float32, shaped `params.latent_shape`; see `sampler.denoise`.
 
-        Where these are not finite the group proves itself again: raises DeviceError where it fails to.
+        If the latents are not finite, the group repeats its self-check: a failed check raises DeviceError, a passed
+        check means that the sample is the cause, and NonFiniteError propagates.
         """
 
-        def told(done: int, latents: Tensor) -> None:
-            on_step(done, (lambda: latents.cpu().numpy()) if self._recipe.can_resume(done) else None)
+        def report(done: int, latents: Tensor) -> None:
+            on_step(done, (lambda: latents.cpu().numpy()) if self._options.can_resume(done) else None)
 
         try:
             latents = sampler.denoise(
@@ -81,8 +85,8 @@ class HunyuanDenoiser:
                 negative,
                 mesh=self._mesh,
                 device=self._device,
-                on_step=told,
-                recipe=self._recipe,
+                on_step=report,
+                options=self._options,
                 resume=resume,
             )
         except NonFiniteError:

@@ -1,4 +1,4 @@
-"""What in a process could make equal work end in unequal bits, switched off (the official `--reproduce`)."""
+"""Settings that make a process deterministic (the official `--reproduce`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 def make_deterministic(seed: int) -> None:
-    """Seed every generator and refuse every operation without a deterministic kernel; before any work on a GPU.
+    """Seed all generators and make operations without a deterministic kernel raise. Call it before any work on a GPU.
 
-    Nothing here draws from the global generators, so on a CPU this changes no bit. On CUDA it keeps cuBLAS and cuDNN
-    from choosing their kernels by what is fastest at the moment.
+    The engine never draws from the global generators, so this changes no bit on a CPU. On CUDA it prevents cuBLAS and
+    cuDNN from choosing kernels by measured speed.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first cuBLAS handle is created
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,10 +1,11 @@
-"""HunyuanVideo behind the engine protocol: the config's options become towers, a denoiser and a decoder.
+"""The HunyuanVideo engine: builds text encoders, denoiser and decoder from the options of the config.
 
-Building the engine is cheap, so that the driver and every actor can: it settles the options and touches neither weights
-nor devices. Everything that loads is a method, and loads only its own part.
+Constructing the engine is cheap, because the driver and every actor do it: the constructor validates the options and
+reads neither weights nor devices. Each part is loaded by its own method.
 
-P3: on a CPU every part computes with one thread, because the split of a sum over threads is part of its bits. (It is
-also what a small machine needs: spinning OpenMP threads of several processes slow each other down tens of times.)
+P3: on a CPU every part computes with one thread, because the bits of a sum depend on how it is split over threads. One
+thread is also faster on a small machine, where the spinning OpenMP threads of several processes slow each other down
+tens of times.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel.process_group import host_store, join_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.parallel.xfuser import XfuserAttention, check_xfuser, find_uneven
+from hv_batch.engine.parallel.xfuser import XfuserAttention, check_xfuser, uneven_problem
 from hv_batch.engine.sampler import NOISES, SamplingOptions
 from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.protocol import (
@@ -53,28 +54,29 @@ T = TypeVar("T")
 class HunyuanVideo:
     """The engine of this package (satisfies `hv_batch.protocol.Engine`).
 
-    Options, all of them part of a video's identity except paths and `offload`:
+    All options except the paths and `offload` are part of a video's identity:
 
-    - `model_base`: the checkpoint tree (spec section 7); `dit_weight`: another DiT file, or a folder that holds one;
-      `load_key`: which of the file's sets of tensors, "module" or "ema"
-    - `dit`: fields of `DiTConfig` that differ from the released model and from a config.json beside the weights
-    - `precision`, `vae_precision`, `text_encoder_precision`, `text_encoder_precision_2`: "bf16", "fp16" or "fp32"; the
-      last is CLIP's and as LLaMA's unless given
-    - `fp8`: what becomes of FP8 weights (spec section 6), "none" or "storage"; the pixels are the same. "matmul"
-      computes the blocks' products in FP8, from any weights: other pixels; see `hv_batch.engine.dit.fp8_matmul`
-    - `attention`: the kernel family of the DiT, "sdpa", "cudnn", "flash" or "math"
-    - `sequence_parallel`: how the ranks of a group attend together: "native", or "xfuser" for xfuser's long-context
-      attention, on GPUs and for sizes whose tokens divide by the ranks; see `hv_batch.engine.parallel.xfuser`
-    - `vae_tile`: fields of `TileGeometry` that differ from the official tiling
-    - `noise`: "cpu-fp32", which is the same on every device, or "official", the released draw: on the device, in the
-      dtype of the prompt embedding, for those who reproduce an old seed
-    - `flow_reverse`: the direction of sampling; the released model is sampled with it
-    - `step_cache`: steps that change less than this share of what the last computed one did take over its work, as 0.1;
-      see `hv_batch.engine.step_cache`. 0: every step is computed
-    - `offload`: where the weights of the DiT's blocks are. "none": on the device; "blocks": in pinned host memory of
-      every rank; "mapped": in the checkpoint file's pages, which the ranks of a node share
+    - `model_base`: the checkpoint tree (spec section 7). `dit_weight`: another DiT file, or a folder that holds one.
+      `load_key`: the set of tensors to read from the file, "module" or "ema".
+    - `dit`: fields of `DiTConfig` that differ from the released model and from a config.json beside the weights.
+    - `precision`, `vae_precision`, `text_encoder_precision`, `text_encoder_precision_2`: "bf16", "fp16" or "fp32". The
+      last one is for CLIP and defaults to that of LLaMA.
+    - `fp8`: "none" dequantises FP8 weights (spec section 6) at load time, "storage" on every use; both give equal
+      pixels. "matmul" computes the products of the blocks in FP8, from any weights, and gives other pixels; see
+      `hv_batch.engine.dit.fp8_matmul`.
+    - `attention`: the attention kernel of the DiT: "sdpa", "cudnn", "flash" or "math".
+    - `sequence_parallel`: how the ranks of a group compute attention: "native", or "xfuser" for xfuser's long-context
+      attention, which needs GPUs and a token count that the ranks divide; see `hv_batch.engine.parallel.xfuser`.
+    - `vae_tile`: fields of `TileGeometry` that differ from the tiling of the release.
+    - `noise`: "cpu-fp32" draws equal noise on every device. "official" draws as the release does, on the device and in
+      the dtype of the prompt embedding; use it to reproduce an old seed.
+    - `flow_reverse`: the direction of sampling; the released model is sampled with True.
+    - `step_cache`: threshold, such as 0.1, of relative change below which a step reuses the output of the blocks of the
+      last computed step; see `hv_batch.engine.step_cache`. 0 computes every step.
+    - `offload`: where the weights of the DiT's blocks are kept: "none" on the device, "blocks" in pinned host memory of
+      every rank, "mapped" in the memory-mapped checkpoint file, whose pages the ranks of a node share.
 
-    Raises UserError for a value that is not allowed.
+    Raises UserError if a value is not allowed.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class HunyuanVideo:
         step_cache: float = 0.0,
         offload: str = "none",
     ) -> None:
-        # Absolute, because an actor's working folder is not the driver's.
+        # Absolute, because actors run in another working directory than the driver.
         dit_path = None if dit_weight is None else _path("dit_weight", dit_weight)
         self._tree = CheckpointTree(
             _path("model_base", model_base), dit_path, _choice("load_key", load_key, ("module", "ema"))
@@ -121,20 +123,24 @@ class HunyuanVideo:
             )
         self._sequence_parallel = _choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
         if not isinstance(flow_reverse, bool):
-            raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true, false.")
+            raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true and false.")
         if isinstance(step_cache, bool) or not isinstance(step_cache, int | float) or not 0 <= step_cache < 1:
             raise UserError(
-                f"engine option step_cache: {step_cache!r} is not allowed; allowed is a number from 0 (off) to below 1."
+                f"engine option step_cache: {step_cache!r} is not allowed; allowed is a number of at least 0 (off) and "
+                "below 1."
             )
-        self._recipe = SamplingOptions(_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
+        self._sampling = SamplingOptions(_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
         self._offload = _choice("offload", offload, OFFLOADS)
 
     def check(self) -> list[str]:
-        """Missing files, unreadable files and tensors that do not fit, one sentence each; reads no tensor data."""
+        """Return one sentence for each missing file, unreadable file or mismatching tensor; reads no tensor data."""
         return verify(self._tree, self._dit_config, self._fp8)
 
     def identity(self) -> dict[str, Any]:
-        """What of this engine changes pixels (P3). Raises UserError when a file of the checkpoint is missing."""
+        """Return all facts of this engine that change pixels (P3).
+
+        Raises UserError if a file of the checkpoint is missing.
+        """
         return {
             "weights": self._revision,
             "load_key": self._tree.load_key,
@@ -142,16 +148,16 @@ class HunyuanVideo:
             **self._precisions,
             "fp8": self._fp8,
             "attention": self._attention,
-            # Later options, told where they are used: output roots of before remain what they were.
+            # Newer options are listed only if they are used, so that the identity of older output roots stays equal.
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
-            **({"step_cache": self._recipe.step_cache} if self._recipe.step_cache else {}),
+            **({"step_cache": self._sampling.step_cache} if self._sampling.step_cache else {}),
             "vae_tile": _jsonable(asdict(self._geometry)),
-            "noise": self._recipe.noise,
-            "flow_reverse": self._recipe.reverse,
+            "noise": self._sampling.noise,
+            "flow_reverse": self._sampling.reverse,
         }
 
     def decoder_identity(self) -> dict[str, Any]:
-        """What of `identity` the decoder alone decides; the rest of the checkpoint need not be there."""
+        """Return the part of `identity` that belongs to the decoder; needs only the VAE's files of the checkpoint."""
         return {
             "weights": vae_revision(self._tree),
             "vae_precision": self._precisions["vae_precision"],
@@ -163,9 +169,10 @@ class HunyuanVideo:
         return revision(self._tree)
 
     def group_problems(self, plan: ParallelPlan, shapes: Iterable[Shape] = ()) -> list[str]:
-        """Ulysses shares out whole attention heads, so its degree must divide their number; ring takes any.
+        """Return the reasons why the model cannot run with `plan`, or cannot render `shapes` with it; empty if none.
 
-        Natively, every size works with every plan.
+        The Ulysses degree must divide the number of attention heads; the ring degree may be any number. Native sequence
+        parallelism supports every shape with every plan; xfuser needs a token count that the ranks divide.
         """
         return [*self._head_problems(plan), *self._xfuser_problems(plan, shapes)]
 
@@ -173,12 +180,12 @@ class HunyuanVideo:
         if self._sequence_parallel != "xfuser":
             return
         if plan.sequence_degree == 1:
-            yield f"sequence_parallel 'xfuser' has nothing to share out with {plan}; choose 'native'"
+            yield f"sequence_parallel 'xfuser' needs at least two ranks per sequence, not {plan}; choose 'native'"
         pt, ph, pw = self._dit_config.patch_size
         for height, width, frames in sorted(shapes):
             _, t, h, w = latent_shape(height, width, frames)
-            if fault := find_uneven((t // pt) * (h // ph) * (w // pw), plan.sequence_degree):
-                yield f"{height}x{width}x{frames}: {fault}"
+            if problem := uneven_problem((t // pt) * (h // ph) * (w // pw), plan.sequence_degree):
+                yield f"{height}x{width}x{frames}: {problem}"
 
     def _head_problems(self, plan: ParallelPlan) -> list[str]:
         heads = self._dit_config.heads_num
@@ -190,10 +197,11 @@ class HunyuanVideo:
         return [f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; {allowed}"]
 
     def text_encoder(self, device: Device) -> TextTowers:
+        """Load both text encoders on `device`."""
         return TextTowers(
             self._tree.text_encoder,
             self._tree.text_encoder_2,
-            device=_claim(device),
+            device=_select_device(device),
             dtype=self._dtype("text_encoder_precision"),
             clip_dtype=self._dtype("text_encoder_precision_2"),
             llama_tokenizer=self._tree.tokenizer,
@@ -201,75 +209,82 @@ class HunyuanVideo:
         )
 
     def host_rendezvous(self, host: str, world_size: int) -> str:
-        """Rank 0 only: open the group's meeting point on a free port of `host` and return its address."""
+        """Start the rendezvous store of a group on a free port of `host`; return its address. Called on rank 0 only."""
         return host_store(host, world_size)
 
-    def join(self, place: RankSpec) -> HunyuanDenoiser:
-        """Load the DiT, then meet the other ranks: so a rank that cannot load fails by itself, with its own reason."""
-        device = _claim(place.device, place.local_rank)
+    def join(self, spec: RankSpec) -> HunyuanDenoiser:
+        """Load the DiT, and the VAE if `spec.decodes`; then join the group. Blocks until every rank has joined.
+
+        The model is loaded first, so that a rank that cannot load it raises its own error. Raises UserError if the
+        device, the kernel or a file is missing.
+        """
+        device = _select_device(spec.device, spec.local_rank)
         dtype = self._dtype("precision")
-        choose_kernel(self._attention, device, dtype)  # refuses before 26 GB are read
+        choose_kernel(self._attention, device, dtype)  # raises before 26 GB are read
         if self._sequence_parallel == "xfuser":
             check_xfuser(device)
-        vae = load_vae(self._tree, self._dtype("vae_precision"), device) if place.decodes else None
-        home = device if self._offload == "none" else torch.device("cpu")
-        model = load_dit(self._tree, self._dit_config, self._attention, dtype, home, self._fp8)
+        vae = load_vae(self._tree, self._dtype("vae_precision"), device) if spec.decodes else None
+        load_device = device if self._offload == "none" else torch.device("cpu")
+        model = load_dit(self._tree, self._dit_config, self._attention, dtype, load_device, self._fp8)
         if self._fp8 == "matmul":
             multiply_in_fp8_(model, device)
         if self._offload != "none":
             offload_blocks(model, device, pinned=self._offload == "blocks")
-        mesh = SequenceMesh.single() if place.plan.world_size == 1 else join_group(place)
+        mesh = SequenceMesh.single() if spec.plan.world_size == 1 else join_group(spec)
         if self._sequence_parallel == "xfuser":
             model.joint_attention = XfuserAttention(mesh)
         decoder = HunyuanDecoder(vae, self._geometry, mesh) if vae else None
-        return HunyuanDenoiser(model, mesh, device, self._recipe, decoder)
+        return HunyuanDenoiser(model, mesh, device, self._sampling, decoder)
 
     def decoder(self, device: Device) -> HunyuanDecoder:
-        vae = load_vae(self._tree, self._dtype("vae_precision"), _claim(device))
+        """Load the VAE on `device`."""
+        vae = load_vae(self._tree, self._dtype("vae_precision"), _select_device(device))
         return HunyuanDecoder(vae, self._geometry, SequenceMesh.single())
 
     def _dtype(self, option: str) -> torch.dtype:
         return PRECISIONS[self._precisions[option]]
 
 
-def _claim(device: Device, local_rank: int = 0) -> torch.device:
-    """Settle this process on a device. Raises UserError when that GPU is not there."""
+def _select_device(device: Device, local_rank: int = 0) -> torch.device:
+    """Make `device` the current device of this process. Raises UserError if that GPU is not visible."""
     if device == "cpu":
         torch.set_num_threads(1)
         return torch.device("cpu")
-    seen = torch.cuda.device_count()
-    if local_rank >= seen:
+    visible = torch.cuda.device_count()
+    if local_rank >= visible:
         raise UserError(
-            f"device 'cuda' was asked for, but this process sees {seen} GPUs and needs number {local_rank}. "
-            "Set parallel.device to 'cpu', or run where GPUs and a CUDA build of torch are."
+            f"device 'cuda' needs GPU number {local_rank}, but this process sees {visible} GPUs. "
+            "Set parallel.device to 'cpu', or run on a machine that has the GPUs and a CUDA build of torch."
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def _splits(heads: int, ranks: int) -> str:
-    """Every Ulysses x ring of that many ranks."""
+    """List every Ulysses x ring combination of `ranks` ranks that divides the heads."""
     return ", ".join(f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0)
 
 
 def _path(option: str, value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
-        raise UserError(f"engine option {option}: {value!r} is not a path.")
+        raise UserError(f"engine option {option}: {value!r} is not a path; give the path of a file or folder.")
     return Path(value).expanduser().absolute()
 
 
 def _choice(option: str, value: str, allowed: Iterable[str]) -> str:
-    if value not in list(allowed):  # a list: what YAML holds here may be unhashable
+    if value not in list(allowed):  # a list, because a value from YAML may be unhashable
         raise UserError(f"engine option {option}: {value!r} is not allowed; allowed are {', '.join(allowed)}.")
     return value
 
 
-def _from_options(kind: type[T], options: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None) -> T:
-    """A config dataclass from untrusted values over those of `base`, where a YAML list stands for a tuple."""
-    allowed = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+def _from_options(
+    config_class: type[T], options: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None
+) -> T:
+    """Build a config dataclass from `base` updated with the untrusted `options`. YAML lists become tuples."""
+    allowed = [field.name for field in fields(config_class)]  # type: ignore[arg-type]
     if not isinstance(options, Mapping):
         raise UserError(
-            f"engine option {name}: {options!r} should map names to values; names are {', '.join(allowed)}."
+            f"engine option {name}: {options!r} must map names to values; allowed names are {', '.join(allowed)}."
         )
     values = {**(base or {}), **options}
     if unknown := [key for key in values if key not in allowed]:
@@ -277,13 +292,15 @@ def _from_options(kind: type[T], options: Mapping[str, Any], name: str, base: Ma
             f"engine option {name}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}."
         )
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return config_class(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"engine option {name}: {error}") from error
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, so that an identity equals itself after a journey through JSON."""
+    """Convert tuples to lists, so that an identity is equal after a JSON round trip."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

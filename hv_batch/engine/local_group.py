@@ -1,15 +1,16 @@
-"""A denoise group on this machine, one process a rank, without a launcher and without Ray.
+"""A denoise group on this machine with one process per rank, without a launcher and without Ray.
 
     parent                              rank 0                          ranks 1 ...
-      spawn all                           opens the meeting point
-      its address to every rank           joins                           join
+      spawn all ranks                     starts the rendezvous store
+      send its address to every rank      joins                           join
       wait for "ready"
-      job to every rank                   step                            step
-      latents after each step
-      "go on" or "stop" to every rank     next step, or end of the job    next step, or end of the job
+      send a job to every rank            step                            step
+      receive latents after each step
+      send True or False to every rank    next step, or end of the job    next step, or end of the job
 
-The parent answers every step, so that all ranks stop at the same one. The first failure of any rank ends all of them:
-the others would wait in a collective for a peer that is gone. A rank whose parent is gone ends at its next step.
+The parent answers after every step, so that all ranks stop at the same step. The first failure of any rank stops all
+ranks, because the others would wait in a collective for a lost peer. A rank exits at its next step if the parent has
+exited.
 """
 
 from __future__ import annotations
@@ -37,32 +38,32 @@ if TYPE_CHECKING:
     from hv_batch.engine.text_encoders import TextEmbedding
 
 HOST = "127.0.0.1"
-# Of joining, and of each collective: a slow disk may keep one rank reading its 26 GB while the others wait.
+# For joining and for each collective. On a slow disk, one rank may still read its 26 GB while the others wait.
 TIMEOUT_S = 1800.0
-# When a rank fails, its peers' own errors arrive within moments; this is how long they may take to be heard before the
-# earliest is chosen.
-COLLATERAL_S = 0.5
-CLOSE_S = 10.0  # an idle rank ends at once; one that has not by then is busy, and is killed
+# After a rank has failed, its peers report errors of their own shortly afterwards. The parent waits this long for these
+# errors before it raises the earliest one.
+PEER_ERRORS_S = 0.5
+CLOSE_S = 10.0  # an idle rank exits at once; a rank that is still running after this time is killed
 
 
 class RankFailed(RuntimeError):  # noqa: N818
-    """A rank failed, and with it the group; the text has the rank's traceback."""
+    """A rank failed, and the group has been stopped. The text contains the traceback of the rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """The last words of a rank."""
+    """The error that a rank reports to the parent before it exits."""
 
-    at: float  # time.monotonic(), one clock for all processes of a machine
-    told: str  # its traceback, or the text of a UserError
-    is_users: bool
+    at: float  # time.monotonic(), which is one clock for all processes of a machine
+    message: str  # the traceback, or the text of a UserError
+    is_user_error: bool
 
 
 class LocalGroup:
-    """The processes of one plan, which denoise together.
+    """The processes of one parallel plan, which denoise together.
 
-    As with all spawned processes, a script that makes a group needs the `if __name__ == "__main__"` guard. Raises
-    UserError when the degrees do not fit the model or a rank cannot load, RankFailed when one fails.
+    The ranks are spawned processes, so a script that creates a group needs the `if __name__ == "__main__"` guard.
+    Raises UserError if the degrees do not divide the model or a rank cannot load it, and RankFailed if a rank fails.
     """
 
     def __init__(
@@ -73,14 +74,17 @@ class LocalGroup:
         *,
         reproduce_seed: int | None = None,
     ) -> None:
-        """Start all ranks and wait until they have loaded and met; `reproduce_seed` is of `make_deterministic`."""
-        if found := engine.group_problems(plan):
-            raise UserError("The model cannot be shared out like this: " + "; ".join(found) + ".")
+        """Start all ranks and wait until they have loaded the model and joined.
+
+        Each rank calls `make_deterministic` with `reproduce_seed` if it is not None.
+        """
+        if problems := engine.group_problems(plan):
+            raise UserError("The model cannot run with this parallel plan: " + "; ".join(problems) + ".")
         self._links: list[Connection] = []
         self._processes: list[Any] = []
         try:
             for rank in range(plan.world_size):
-                place = RankSpec(
+                spec = RankSpec(
                     rank=rank,
                     local_rank=rank,
                     plan=plan,
@@ -88,10 +92,10 @@ class LocalGroup:
                     address="",
                     timeout_s=TIMEOUT_S,
                 )
-                self._start(engine, place, reproduce_seed)
-            address = self._hear()
-            self._tell(address)
-            self._hear()
+                self._start(engine, spec, reproduce_seed)
+            address = self._receive_from_rank0()
+            self._send_to_all(address)
+            self._receive_from_rank0()
         except BaseException:
             self.kill()
             raise
@@ -102,26 +106,26 @@ class LocalGroup:
         positives: Sequence[TextEmbedding],
         negatives: Sequence[TextEmbedding] | None,
     ) -> Generator[Tensor, None, None]:
-        """The latents of videos that are denoised side by side, after each step, on the CPU; see `sampler.trajectory`.
+        """Yield the latents of a batch of videos after each step, on the CPU; see `sampler.trajectory`.
 
-        Closing the iterator stops all ranks at that step, and the group can be used again. Any error ends the group.
+        Closing the generator stops all ranks at that step, and the group can be used again. Any error stops the group.
         """
-        self._tell((batch, positives, negatives))
+        self._send_to_all((batch, positives, negatives))
         try:
             for _ in range(batch[0].num_inference_steps):
-                yield torch.from_numpy(self._hear())
-                self._tell(True)
-        except GeneratorExit:  # thrown in where the ranks wait for an answer
-            self._tell(False)
+                yield torch.from_numpy(self._receive_from_rank0())
+                self._send_to_all(True)
+        except GeneratorExit:  # raised at the yield, when all ranks wait for an answer
+            self._send_to_all(False)
             raise
         except BaseException:
             self.kill()
             raise
 
     def close(self) -> None:
-        """End the ranks. Safe to call twice, and after a failure."""
+        """Stop the ranks. May be called twice, and after a failure."""
         for link in self._links:
-            with suppress(OSError):  # it has ended already
+            with suppress(OSError):  # the rank has already exited
                 _send(link, None)
         deadline = time.monotonic() + CLOSE_S
         for process in self._processes:
@@ -129,6 +133,7 @@ class LocalGroup:
         self.kill()
 
     def kill(self) -> None:
+        """Kill all ranks at once."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -137,88 +142,92 @@ class LocalGroup:
             link.close()
         self._links, self._processes = [], []
 
-    def _start(self, engine: HunyuanVideo, place: RankSpec, reproduce_seed: int | None) -> None:
-        context = get_context("spawn")  # a forked child would inherit threads and a CUDA context that do not survive it
+    def _start(self, engine: HunyuanVideo, spec: RankSpec, reproduce_seed: int | None) -> None:
+        context = get_context("spawn")  # threads and a CUDA context do not survive a fork
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(engine, place, theirs, reproduce_seed), daemon=True)
+        process = context.Process(target=_serve, args=(engine, spec, theirs, reproduce_seed), daemon=True)
         process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # so that the pipe closes when the process exits
         self._links.append(ours)
         self._processes.append(process)
 
-    def _tell(self, message: Any) -> None:
+    def _send_to_all(self, message: Any) -> None:
         if not self._links:
-            raise RankFailed("this group has ended; make another")
+            raise RankFailed("this group has been stopped after a failure or by close(); create a new one")
         for link in self._links:
-            with suppress(OSError):  # that rank has ended: `_hear` learns why
+            with suppress(OSError):  # that rank has exited; `_receive_from_rank0` raises its error
                 _send(link, message)
 
-    def _hear(self) -> Any:
-        """The next message of rank 0, for the others speak only to say why they end. Raises for the first failure."""
+    def _receive_from_rank0(self) -> Any:
+        """Return the next message of rank 0. The other ranks send failures only. Raises if any rank has failed."""
         while True:
             for link in connection.wait(self._links):
                 assert isinstance(link, Connection)
-                message = _last_words(link)
+                message = _receive_or_none(link)
                 if message is None or isinstance(message, _Failure):
                     self._fail(self._links.index(link), message)
                 return message
 
-    def _fail(self, rank: int, words: _Failure | None) -> NoReturn:
-        """End all ranks and raise for the one that failed first; one that died without a word is the likely cause."""
-        failures = {rank: words}
-        deadline = time.monotonic() + COLLATERAL_S
+    def _fail(self, rank: int, failure: _Failure | None) -> NoReturn:
+        """Stop all ranks and raise the error of the rank that failed first.
+
+        A rank that exited without a report counts as the first, because its exit is the likely cause of the others.
+        """
+        failures = {rank: failure}
+        deadline = time.monotonic() + PEER_ERRORS_S
         while waiting := [link for other, link in enumerate(self._links) if other not in failures]:
             ready = connection.wait(waiting, max(0.0, deadline - time.monotonic()))
             for link in ready:
                 assert isinstance(link, Connection)
-                message = _last_words(link)
+                message = _receive_or_none(link)
                 if message is None or isinstance(message, _Failure):
                     failures[self._links.index(link)] = message
             if not ready:
                 break
-        said_at = {one: last.at if last else 0.0 for one, last in failures.items()}
-        first = min(said_at, key=lambda one: said_at[one])
+        failed_at = {one: report.at if report else 0.0 for one, report in failures.items()}
+        first = min(failed_at, key=lambda one: failed_at[one])
         cause, process = failures[first], self._processes[first]
-        process.join(COLLATERAL_S)
+        process.join(PEER_ERRORS_S)
         self.kill()
         if cause is None:
             raise RankFailed(
-                f"rank {first} died without a word (exit code {process.exitcode}); when that is -9, the machine was "
-                "probably out of memory"
+                f"rank {first} exited without reporting an error (exit code {process.exitcode}); exit code -9 usually "
+                "means that the machine ran out of memory"
             )
-        if cause.is_users:
-            raise UserError(cause.told)
-        raise RankFailed(f"rank {first} failed first:\n{cause.told}")
+        if cause.is_user_error:
+            raise UserError(cause.message)
+        raise RankFailed(f"rank {first} failed first:\n{cause.message}")
 
 
-def _serve(engine: HunyuanVideo, place: RankSpec, link: Connection, reproduce_seed: int | None) -> None:
-    """One rank: the body of its process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent answers it
+def _serve(engine: HunyuanVideo, spec: RankSpec, link: Connection, reproduce_seed: int | None) -> None:
+    """Run one rank: the main function of its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent handles it
     try:
         if reproduce_seed is not None:
             make_deterministic(reproduce_seed)
-        if place.rank == 0:
-            _send(link, engine.host_rendezvous(HOST, place.plan.world_size))
-        denoiser = engine.join(replace(place, address=_receive(link)))
-        if place.rank == 0:  # joining ends for all ranks together
+        if spec.rank == 0:
+            _send(link, engine.host_rendezvous(HOST, spec.plan.world_size))
+        denoiser = engine.join(replace(spec, address=_receive(link)))
+        if spec.rank == 0:  # `join` returns on all ranks at the same time
             _send(link, "ready")
         while (job := _receive(link)) is not None:
             for latents in denoiser.trajectory(*job):
-                if place.rank == 0:
+                if spec.rank == 0:
                     _send(link, latents.cpu().numpy())
                 if not _receive(link):
                     break
         leave_group()
     except (EOFError, BrokenPipeError):
-        return  # the parent is gone
-    except BaseException as error:  # noqa: BLE001  # whatever it was, the parent should say it
-        is_users = isinstance(error, UserError)
-        told = str(error) if is_users else traceback.format_exc()
+        return  # the parent has exited
+    except BaseException as error:  # noqa: BLE001  # the parent must be able to report any error
+        is_user_error = isinstance(error, UserError)
+        message = str(error) if is_user_error else traceback.format_exc()
         with suppress(OSError):
-            _send(link, _Failure(time.monotonic(), told, is_users))
+            _send(link, _Failure(time.monotonic(), message, is_user_error))
 
 
-# Pickled here, because a Connection's own pickling would pass tensors as shared memory, which lives as its sender does.
+# Messages are pickled here, because Connection.send would pass tensors in shared memory, which is freed when the sender
+# exits.
 
 
 def _send(link: Connection, message: Any) -> None:
@@ -229,8 +238,8 @@ def _receive(link: Connection) -> Any:
     return pickle.loads(link.recv_bytes())
 
 
-def _last_words(link: Connection) -> Any:
-    """The next message; None when the process has ended without one."""
+def _receive_or_none(link: Connection) -> Any:
+    """Return the next message, or None if the process has exited without one."""
     try:
         return _receive(link)
     except (EOFError, OSError):

@@ -1,10 +1,11 @@
-"""A prompt in, frames out: the engine without a cluster.
+"""The single-process path from a prompt to frames: the engine without a cluster.
 
     pipeline = HunyuanVideoPipeline.from_pretrained("ckpts")
     frames = pipeline("A cat walks on the grass, realistic.", height=544, width=960, seed=1)
 
-The same three parts that the cluster runs in separate actors run here one after the other, so that equal parameters
-give the frames that a denoise group of as many ranks gives. Each part is loaded when it is first needed.
+The pipeline runs the text encoders, the denoiser and the decoder one after the other; a cluster runs the same parts in
+separate actors. Equal parameters therefore give the same frames as a denoise group with the same parallel plan. Each
+part is loaded on first use.
 """
 
 from __future__ import annotations
@@ -38,19 +39,21 @@ if TYPE_CHECKING:
 
     from hv_batch.engine.text_encoders import TextEmbedding, TextTowers
 
-# (steps done, latents [videos, C, T, h, w] in float32); the latents are to be looked at, not changed.
+# Called with (finished steps, latents [videos, C, T, h, w] in float32). The callback must not modify the latents.
 Callback = Callable[[int, Tensor], None]
 
 
-class Interrupted(Exception):  # noqa: N818  # a wish that was fulfilled, no error
-    """`HunyuanVideoPipeline.interrupt` was called; the pipeline can be used again."""
+class Interrupted(Exception):  # noqa: N818  # requested by the caller, not an error
+    """`HunyuanVideoPipeline.interrupt` was called. The pipeline can be used again."""
 
 
 class HunyuanVideoPipeline:
-    """All parts of one engine on one device, or with its DiT shared out over several processes.
+    """All parts of one engine on one device, or with the DiT divided over several processes.
 
-    With `ulysses_degree` x `ring_degree` x `cfg_degree` above 1, the pipeline starts as many processes (see
-    `LocalGroup`); close it, or use it as a context manager. Raises UserError when the model cannot be loaded.
+    If `ulysses_degree` x `ring_degree` x `cfg_degree` is above 1, the pipeline starts that many processes (see
+    `LocalGroup`). In this case, call `close` or use the pipeline as a context manager. `reproduce_seed` is passed to
+    `make_deterministic` in each of these processes. Raises UserError if the model cannot be loaded or the degrees do
+    not divide it.
     """
 
     def __init__(
@@ -64,13 +67,13 @@ class HunyuanVideoPipeline:
         reproduce_seed: int | None = None,
     ) -> None:
         for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
-            _refuse_choice(name, degree, _is_count(degree), "a whole number above 0")
-        _refuse_choice("cfg_degree", cfg_degree, _is_count(cfg_degree) and cfg_degree <= 2, "1 or 2")
+            _require(name, degree, _is_count(degree), "a whole number above 0")
+        _require("cfg_degree", cfg_degree, _is_count(cfg_degree) and cfg_degree <= 2, "1 or 2")
         plan = ParallelPlan(ulysses_degree=ulysses_degree, ring_degree=ring_degree, cfg_degree=cfg_degree)
-        if found := engine.check():
-            raise UserError("The model cannot be loaded: " + " | ".join(found))
-        if found := engine.group_problems(plan):
-            raise UserError("The model cannot be shared out like this: " + "; ".join(found) + ".")
+        if load_problems := engine.check():
+            raise UserError("The model cannot be loaded: " + " | ".join(load_problems))
+        if plan_problems := engine.group_problems(plan):
+            raise UserError("The model cannot run with this parallel plan: " + "; ".join(plan_problems) + ".")
         self.engine = engine
         self.device = device
         self._plan = plan
@@ -88,7 +91,10 @@ class HunyuanVideoPipeline:
         cfg_degree: int = 1,
         **options: Any,
     ) -> HunyuanVideoPipeline:
-        """From a checkpoint tree; `options` are those of `HunyuanVideo`. "auto" is cuda where it is, else cpu."""
+        """Build a pipeline from a checkpoint tree.
+
+        `options` are those of `HunyuanVideo`. The device "auto" is cuda if available, otherwise cpu.
+        """
         engine = HunyuanVideo(model_base=model_base, **options)
         return cls(
             engine,
@@ -132,14 +138,14 @@ class HunyuanVideoPipeline:
         output: Literal["frames", "latents"] = "frames",
         callback: Callback | None = None,
     ) -> np.ndarray:
-        """The frames of one video, uint8 [num_frames, height, width, 3]; an image is a video of one frame.
+        """Render one or several videos. Returns uint8 frames [num_frames, height, width, 3]; one frame is an image.
 
         With several prompts, several seeds or `num_videos` above 1, the videos are stacked along a first axis, prompt
-        by prompt; `plan_videos` says which seed each has. `batch_size` of them are denoised side by side, which changes
-        no bit of any. `output="latents"` gives float32 latents [16, T, height / 8, width / 8] instead of frames.
+        by prompt; `plan_videos` documents their seeds. `batch_size` videos are denoised in one batch, which changes no
+        bit of any video. `output="latents"` returns float32 latents [16, T, height / 8, width / 8] instead of frames.
 
-        `callback(n, latents)` is called after each denoising step of each batch; what it raises passes through. It, or
-        another thread, may call `interrupt`. Raises UserError for values that cannot be rendered, and Interrupted.
+        `callback(n, latents)` is called after each denoising step of each batch; its exceptions propagate. The callback
+        or another thread may call `interrupt`. Raises UserError for invalid values, and Interrupted after `interrupt`.
         """
         videos = plan_videos(
             prompt,
@@ -155,32 +161,35 @@ class HunyuanVideoPipeline:
             guidance_rescale=guidance_rescale,
             flow_shift=flow_shift,
         )
-        _refuse_choice("output", output, output in ("frames", "latents"), "'frames' or 'latents'")
-        _refuse_choice("batch_size", batch_size, _is_count(batch_size), "a whole number above 0")
-        both = self._plan.cfg_degree == 1 or cfg_scale > 1
-        _refuse_choice("cfg_scale", cfg_scale, both, f"above 1 with cfg_degree {self._plan.cfg_degree}")
+        _require("output", output, output in ("frames", "latents"), "'frames' or 'latents'")
+        _require("batch_size", batch_size, _is_count(batch_size), "a whole number above 0")
+        has_branches = self._plan.cfg_degree == 1 or cfg_scale > 1
+        _require("cfg_scale", cfg_scale, has_branches, f"above 1 with cfg_degree {self._plan.cfg_degree}")
         self._interrupted.clear()
-        done = [
+        results = [
             latents if output == "latents" else np.concatenate(list(self.decode(latents)))
             for latents in self.denoise(videos, batch_size=batch_size, callback=callback)
         ]
         is_one = isinstance(prompt, str) and isinstance(seed, int) and num_videos == 1
-        return done[0] if is_one else np.stack(done)
+        return results[0] if is_one else np.stack(results)
 
     def stream(self, params: SamplingParams, on_step: Callable[[int], None] | None = None) -> Iterator[np.ndarray]:
-        """The frames of one video as chunks [n, height, width, 3], each as soon as it is decoded. Same errors."""
+        """Denoise one video, then yield its frames as uint8 chunks [n, height, width, 3] as they are decoded.
+
+        `on_step(n)` is called after each denoising step. Raises the same errors as `__call__`.
+        """
         callback = None if on_step is None else lambda step, _latents: on_step(step)
         self._interrupted.clear()
         (latents,) = self.denoise([params], callback=callback)
         return self.decode(latents)
 
     def encode(self, videos: Sequence[SamplingParams]) -> dict[str, TextEmbedding]:
-        """The embedding of every prompt, and where CFG is used negative prompt, of videos that are alike in kind.
+        """Return the embedding of every prompt, and with CFG of every negative prompt, keyed by the text.
 
-        Raises UserError for values that cannot be rendered.
+        The videos must be all images or all videos of several frames. Raises UserError for invalid values.
         """
         for params in videos:
-            _refuse_problems(params.to_dict())
+            _require_valid(params.to_dict())
         texts = dict.fromkeys(params.prompt for params in videos)
         texts |= dict.fromkeys(params.negative_prompt for params in videos if params.uses_cfg)
         embeddings = self._text_encoder.encode(list(texts), image=videos[0].is_image)
@@ -194,9 +203,10 @@ class HunyuanVideoPipeline:
         batch_size: int = 1,
         callback: Callback | None = None,
     ) -> Iterator[np.ndarray]:
-        """Final latents [16, T, h, w] of each video in turn; `embeddings` are those of `encode`, made if not given.
+        """Yield the final float32 latents [16, T, h, w] of each video, in order.
 
-        The videos may differ in prompts and seed only.
+        `embeddings` is the return value of `encode`, which is called if it is None. The videos may differ only in
+        prompts and seed.
         """
         texts = self.encode(videos) if embeddings is None else embeddings
         for start in range(0, len(videos), batch_size):
@@ -216,15 +226,15 @@ class HunyuanVideoPipeline:
         return latents.cpu().numpy()
 
     def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Frames of latents [16, T, h, w] as uint8 chunks [n, 8h, 8w, 3], in order."""
+        """Yield the frames of latents [16, T, h, w] as uint8 chunks [n, 8h, 8w, 3], in order."""
         for chunk in self._decoder.decode(latents):
             self._stop_if_interrupted("while decoding")
             yield chunk
 
     def interrupt(self) -> None:
-        """End the call in progress: it raises Interrupted after the step, or the chunk of frames, that it is at.
+        """Stop the call in progress: it raises Interrupted after the current step or chunk of frames.
 
-        May be called from any thread and from a callback. The next call of the pipeline knows nothing of it.
+        May be called from any thread and from a callback. It does not affect later calls.
         """
         self._interrupted.set()
 
@@ -234,13 +244,13 @@ class HunyuanVideoPipeline:
             raise Interrupted(f"interrupted {where}")
 
     def free_text_encoder(self) -> None:
-        """Give the towers' memory back, 16 GB for the released model; the next prompt loads them again."""
+        """Free the memory of the text encoders, 16 GB for the released model. The next prompt loads them again."""
         self.__dict__.pop("_text_encoder", None)
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """End the processes of a group, if there are any."""
+        """Stop the processes of the group, if there is one."""
         denoiser = self.__dict__.pop("_denoiser", None)
         if isinstance(denoiser, LocalGroup):
             denoiser.close()
@@ -253,7 +263,8 @@ class HunyuanVideoPipeline:
 
 
 def choose_device(device: Device | Literal["auto"]) -> Device:
-    _refuse_choice("device", device, device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
+    """Resolve "auto" to cuda if available, otherwise cpu. Raises UserError for an unknown name."""
+    _require("device", device, device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
@@ -262,47 +273,49 @@ def choose_device(device: Device | Literal["auto"]) -> Device:
 def plan_videos(
     prompt: str | Sequence[str], seed: int | Sequence[int], num_videos: int, **values: Any
 ) -> list[SamplingParams]:
-    """The parameters of `num_videos` videos of each prompt; `values` are the fields that all of them share.
+    """Return the parameters of `num_videos` videos of each prompt; `values` are the fields that all videos share.
 
-    Video i of every prompt has `seed + i`. Several seeds are one for each prompt, to count up from, or one for each
-    video. Raises UserError for values that cannot be rendered, all of a video's at once.
+    Video i of a prompt has seed `seed + i`. A list of seeds has one seed per prompt, which is the first seed of that
+    prompt, or one seed per video. Raises UserError for invalid values; it names all invalid values of a video at once.
     """
-    is_some = isinstance(prompt, str) or (isinstance(prompt, Sequence) and len(prompt) > 0)
-    _refuse_choice("prompt", prompt, is_some, "a text, or at least one in a list")
+    has_prompt = isinstance(prompt, str) or (isinstance(prompt, Sequence) and len(prompt) > 0)
+    _require("prompt", prompt, has_prompt, "a text or a list of at least one text")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    _refuse_choice("num_videos", num_videos, _is_count(num_videos), "a whole number above 0")
+    _require("num_videos", num_videos, _is_count(num_videos), "a whole number above 0")
     total = len(prompts) * num_videos
     given = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * len(prompts)
     allowed = " or ".join(str(count) for count in sorted({len(prompts), total}))
-    each_of = f"one for each prompt or for each video (num_videos is {num_videos})"
-    _refuse_choice("seed", seed, len(given) in (len(prompts), total), f"one seed, or a list of {allowed}: {each_of}")
+    per_item = f"one per prompt or one per video (num_videos is {num_videos})"
+    _require("seed", seed, len(given) in (len(prompts), total), f"one seed, or a list of {allowed}: {per_item}")
     for text in prompts:
-        for one in given:
-            _refuse_problems({**values, "prompt": text, "seed": one})
-    each = num_videos if len(given) == len(prompts) else 1
-    seeds = [first + i for first in given for i in range(each)]
-    for last in seeds:
-        _refuse_problems({"seed": last})
-    every = [text for text in prompts for _ in range(num_videos)]
-    return [SamplingParams(prompt=text, seed=one, **values) for text, one in zip(every, seeds, strict=True)]
+        for first in given:
+            _require_valid({**values, "prompt": text, "seed": first})
+    videos_per_seed = num_videos if len(given) == len(prompts) else 1
+    seeds = [first + i for first in given for i in range(videos_per_seed)]
+    for video_seed in seeds:
+        _require_valid({"seed": video_seed})
+    texts = [text for text in prompts for _ in range(num_videos)]
+    return [SamplingParams(prompt=text, seed=one, **values) for text, one in zip(texts, seeds, strict=True)]
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _refuse_choice(field: str, value: Any, is_allowed: bool, allowed: str) -> None:
+def _require(field: str, value: Any, is_allowed: bool, allowed: str) -> None:
     if not is_allowed:
         raise UserError(f"This video cannot be rendered: {field} is {value!r}, allowed is {allowed}.")
 
 
-def _refuse_problems(values: Mapping[str, Any]) -> None:
-    if found := problems(values):
-        told = "; ".join(f"{problem.field} is {problem.value!r}, allowed is {problem.allowed}" for problem in found)
-        raise UserError(f"This video cannot be rendered: {told}.")
+def _require_valid(values: Mapping[str, Any]) -> None:
+    if invalid := problems(values):
+        message = "; ".join(
+            f"{problem.field} is {problem.value!r}, allowed is {problem.allowed}" for problem in invalid
+        )
+        raise UserError(f"This video cannot be rendered: {message}.")
     for field in ("prompt", "negative_prompt"):
         try:
             str(values.get(field, "")).encode()
         except UnicodeEncodeError as error:
-            # A lone surrogate: what Python makes of bytes on a command line that are not in the terminal's encoding.
+            # A lone surrogate: Python decodes bytes of a command line to these if they are not in its encoding.
             raise UserError(f"This video cannot be rendered: {field} is not valid Unicode text ({error}).") from error

@@ -1,17 +1,17 @@
-"""Flow matching by Euler steps: the whole sampling method as plain functions, in the order they are called.
+"""The sampling method: flow matching with Euler steps, as plain functions in call order.
 
     latents = initial_noise(params)                        seeded, on the CPU
-    sigma   = sigmas(steps, shift)                         1 -> 0
-    texts   = condition(own_branches(...))                 one batch item a video and guidance branch
+    sigma   = sigmas(steps, shift)                         from 1 to 0
+    texts   = condition(branch_embeddings(...))            one batch item per video and guidance branch
     repeat:
         velocity = predict_velocity(model, latents, ...)   the DiT, then classifier-free guidance
         latents  = euler_step(latents, velocity, ...)
 
-Latents, velocities and their arithmetic are float32 throughout; only the model computes in its own dtype. Shapes: N
-videos that are denoised side by side, B guidance branches of them (N, or 2N with classifier-free guidance), C latent
-channels, T latent frames, H and W latent rows and columns, L text tokens, D and P the widths of the text states and of
-the pooled vector.
-Facts: the released HunyuanVideo run, spec section 4.
+Latents and velocities are float32, and so is their arithmetic; only the model computes in its own dtype. The method
+follows the released HunyuanVideo run (spec section 4).
+
+Shapes: N videos in a batch, B batch items (N, or 2N with classifier-free guidance), C latent channels, T latent frames,
+H and W latent rows and columns, L text tokens, D and P widths of the text states and of the pooled vector.
 """
 
 from __future__ import annotations
@@ -32,29 +32,28 @@ if TYPE_CHECKING:
     from hv_batch.engine.parallel.sequence import SequenceMesh
     from hv_batch.engine.text_encoders import TextEmbedding
 
-# The model was trained with times 0..1000 and reads both its time and its guidance in that unit.
+# The model was trained with times from 0 to 1000. It reads both the time and the guidance scale in this unit.
 TIME_UNIT = 1000.0
 
 
 def initial_noise(
     params: SamplingParams, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal noise [1, C, T, H, W], a function of the seed, the shape and how it is drawn.
+    """Draw standard normal noise [1, C, T, H, W] from the seed of `params`.
 
-    Drawn on the CPU, one seed means one noise everywhere; a CUDA generator draws another, which depends on the GPU
-    model as well. `dtype` takes part in the draw: one seed gives values that differ by about 1e-3 between float16 and
-    float32.
+    Noise drawn on the CPU is equal on every machine. A CUDA generator draws other values, which also depend on the GPU
+    model. The values depend on `dtype`: for one seed, float16 and float32 differ by about 1e-3.
     """
     generator = torch.Generator(device).manual_seed(params.seed)
     return torch.randn((1, *params.latent_shape), generator=generator, dtype=dtype, device=device)
 
 
 def sigmas(steps: int, shift: float, reverse: bool = True) -> Tensor:
-    """The noise levels before, between and after `steps` steps: float32 [steps + 1] from 1 down to 0.
+    """Return the noise levels before, between and after `steps` steps: float32 [steps + 1], from 1 to 0.
 
-    The released model is sampled in this direction (the official `--flow-reverse`); without `reverse` they run from 0
-    to 1, which it was not trained for. A `shift` above 1 spends more of the steps at high noise, where a large picture
-    is decided.
+    The released model is sampled in this direction (the official `--flow-reverse`). Without `reverse` the levels rise
+    from 0 to 1, for which the model was not trained. A `shift` above 1 uses more of the steps at high noise, which
+    determines the layout of a large picture.
     """
     even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32)
     shifted = shift * even / (1.0 + (shift - 1.0) * even)
@@ -63,29 +62,29 @@ def sigmas(steps: int, shift: float, reverse: bool = True) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How to sample, beside what a user chooses for one video; belongs to the identity of every video (P3)."""
+    """Sampling options of the engine. They are part of the identity of every video (P3)."""
 
-    noise: str = "cpu-fp32"  # of NOISES
+    noise: str = "cpu-fp32"  # one of NOISES
     reverse: bool = True
-    step_cache: float = 0.0  # a `StepCache`'s threshold; 0: every step is computed
+    step_cache: float = 0.0  # threshold of `StepCache`; 0 computes every step
 
     def can_resume(self, step: int) -> bool:
-        """Whether what comes after `step` steps depends on their latents alone."""
+        """Return whether the steps after `step` finished steps depend only on the latents."""
         return self.step_cache == 0 or step_cache.can_resume(step)
 
 
-# "official" is the released draw: on the model's device, in the dtype of the prompt embedding (spec section 4).
+# "official" draws as the release does: on the model's device, in the dtype of the prompt embedding (spec section 4).
 NOISES = ("cpu-fp32", "official")
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What the model is told besides latents and time, one batch item a video and guidance branch."""
+    """The model's inputs besides latents and time. Each video has one batch item per guidance branch."""
 
     states: Tensor  # [B, L, D], right padded with zeros
     lengths: tuple[int, ...]  # valid text tokens of each item
     pooled: Tensor  # [B, P]
-    guidance: Tensor | None  # [B], scale * 1000; None for a model without guidance embedding
+    guidance: Tensor | None  # [B], scale * 1000; None if the model has no guidance embedding
 
 
 def branch_embeddings(
@@ -94,9 +93,10 @@ def branch_embeddings(
     negatives: Sequence[TextEmbedding] | None,
     mesh: SequenceMesh,
 ) -> Sequence[TextEmbedding]:
-    """The texts that this rank's grid computes: those of all guidance branches, or of one where grids share them.
+    """Return the embeddings that this rank computes.
 
-    Raises ValueError for parameters without the texts they need, and for two grids with one branch to compute.
+    These are the embeddings of all guidance branches, negative branch first, or of one branch if cfg_degree is 2.
+    Raises ValueError if CFG is used without negative embeddings, or if cfg_degree is 2 and CFG is not used.
     """
     if params.uses_cfg and negatives is None:
         raise ValueError(f"cfg_scale {params.cfg_scale} needs an embedding of the negative prompt")
@@ -110,10 +110,10 @@ def branch_embeddings(
 def condition(
     model: HYVideoDiT, branches: Sequence[TextEmbedding], guidance_scale: float, device: torch.device
 ) -> Condition:
-    """Batch the texts of all guidance branches on `device`, padded to the longest.
+    """Batch the embeddings of all guidance branches on `device`, padded to the longest.
 
-    The guidance is cast to the model's dtype before it is scaled, as in the released run: in bfloat16 the model sees
-    6016 for 6.0. The texts keep the encoder's dtype; the model averages them before it rounds them.
+    The guidance scale is cast to the model's dtype before it is multiplied, as in the released run: in bfloat16, 6.0
+    becomes 6016. The text states keep the encoder's dtype, because the model averages them before it rounds them.
     """
     guidance = None
     if model.config.guidance_embed:
@@ -135,15 +135,16 @@ def predict_velocity(
     mesh: SequenceMesh,
     caches: Sequence[step_cache.StepCache] = (),
 ) -> Tensor:
-    """The guided velocity at noise level `sigma` for latents [N, C, T, H, W]; same shape, float32.
+    """Return the guided velocity at noise level `sigma` for latents [N, C, T, H, W]: same shape, float32.
 
-    `texts` are those of the branches that this rank computes; see `branch_embeddings`. `caches` belong to the same items.
+    `texts` holds the branches that this rank computes; see `branch_embeddings`. `caches` has one entry per batch item,
+    or is empty.
     """
     items = len(texts.lengths)
     inputs = latents.repeat(items // len(latents), 1, 1, 1, 1)
     time = (sigma * TIME_UNIT).to(latents.device).expand(items)
     own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh, caches)
-    velocity = mesh.exchange(own).float()
+    velocity = mesh.all_gather_branches(own).float()
     if len(velocity) == len(latents):
         return velocity
     negative, positive = velocity.chunk(2)
@@ -151,10 +152,10 @@ def predict_velocity(
 
 
 def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float) -> Tensor:
-    """Classifier-free guidance with the rescale of Lin et al. (arXiv 2305.08891, section 3.4).
+    """Apply classifier-free guidance with the rescale of Lin et al. (arXiv 2305.08891, section 3.4).
 
-    `rescale` mixes in, by that fraction, a copy brought back to the standard deviation of the positive branch, against
-    the over-exposure that a large `scale` causes.
+    `rescale` is the weight of a copy that has the standard deviation of the positive branch. It reduces the
+    over-exposure that a large `scale` causes.
     """
     guided = negative + scale * (positive - negative)
     if rescale == 0.0:
@@ -165,7 +166,7 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float) -> T
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """Follow `velocity` from noise level `sigma` to `sigma_next`; everything float32."""
+    """Integrate `velocity` from noise level `sigma` to `sigma_next`, in float32."""
     return latents + velocity * float(sigma_next - sigma)
 
 
@@ -178,42 +179,44 @@ def trajectory(
     *,
     mesh: SequenceMesh,
     device: torch.device,
-    recipe: SamplingOptions = SamplingOptions(),
+    options: SamplingOptions = SamplingOptions(),
     resume: StepState | None = None,
 ) -> Generator[Tensor, None, None]:
-    """The latents [N, C, T, H, W] of N videos after each step, float32 on `device`, equal on every rank of `mesh`.
+    """Yield the latents [N, C, T, H, W] of N videos after each step.
 
-    The videos may differ in prompts and seed, and each is the same bits whatever it is batched with. `negatives` are
-    used, and required, exactly when the parameters use CFG. `resume` is what an earlier trajectory of the same
-    arguments had reached, its latents [N, C, T, H, W]: the steps after it are made, and are the same bits. Every step
-    makes new latents, so those that were given out stay as they are. Whoever stops asking stops the sampling. Raises
-    ValueError for a batch of unlike videos, for a `resume` that cannot be theirs and where `branch_embeddings` does, and
-    NonFiniteError as soon as a step's result is not finite.
+    The latents are float32 on `device` and equal on every rank of `mesh`. The videos may differ only in prompts and
+    seed. The bits of a video do not depend on the batch. `negatives` are required if the parameters use CFG, and
+    ignored otherwise. `resume` is the state of an earlier trajectory with the same arguments, with latents
+    [N, C, T, H, W]: only the later steps are computed, and they have the same bits. Each step allocates new latents and
+    does not modify those yielded before. Closing the generator stops the sampling.
+
+    Raises ValueError if the videos differ in other fields, if `resume` does not fit them, and in the cases of
+    `branch_embeddings`. Raises NonFiniteError after a step whose result is not finite.
     """
     params = batch[0]
     if any(
         replace(other, prompt="", negative_prompt="", seed=0) != replace(params, prompt="", negative_prompt="", seed=0)
         for other in batch
     ):
-        raise ValueError("videos that are denoised side by side may differ in prompts and seed only")
+        raise ValueError("videos of one batch may differ in prompts and seed only")
     texts = condition(model, branch_embeddings(params, positives, negatives, mesh), params.guidance_scale, device)
-    levels = sigmas(params.num_inference_steps, params.flow_shift, recipe.reverse)
+    levels = sigmas(params.num_inference_steps, params.flow_shift, options.reverse)
     if resume is None:
-        latents = _start(batch, positives[0].states.dtype, device, mesh, recipe)
+        latents = _start(batch, positives[0].states.dtype, device, mesh, options)
     else:
-        latents = _resumed(batch, resume, device, recipe)
-    caches = [step_cache.StepCache(recipe.step_cache) for _ in texts.lengths] if recipe.step_cache else []
+        latents = _resumed(batch, resume, device, options)
+    caches = [step_cache.StepCache(options.step_cache) for _ in texts.lengths] if options.step_cache else []
     for step in range(resume.step if resume else 0, params.num_inference_steps):
         if step_cache.is_fresh(step, params.num_inference_steps):
             for cache in caches:
-                cache.forget()
+                cache.clear()
         velocity = predict_velocity(model, latents, levels[step], texts, params, mesh, caches)
         latents = euler_step(latents, velocity, levels[step], levels[step + 1])
-        # Waiting for the device here costs nothing beside a step, saves the rest of a lost sample, and means that
-        # a step that is reported is done rather than queued. All ranks hold equal latents, so all of them raise.
+        # This check waits for the device. The wait is short compared with a step, saves the remaining steps of a failed
+        # sample, and ensures that a reported step is finished, not queued. All ranks hold equal latents, so all raise.
         if not torch.isfinite(latents).all():
-            lost = next(one for one, item in zip(batch, latents, strict=True) if not torch.isfinite(item).all())
-            raise NonFiniteError(_not_finite(step + 1, lost, model.dtype))
+            failed = next(one for one, item in zip(batch, latents, strict=True) if not torch.isfinite(item).all())
+            raise NonFiniteError(_not_finite(step + 1, failed, model.dtype))
         yield latents
 
 
@@ -222,25 +225,25 @@ def _start(
     text_dtype: torch.dtype,
     device: torch.device,
     mesh: SequenceMesh,
-    recipe: SamplingOptions,
+    options: SamplingOptions,
 ) -> Tensor:
-    """The initial latents of a batch, float32 on `device`."""
-    if recipe.noise == "cpu-fp32":
+    """Return the initial latents of a batch, float32 on `device`."""
+    if options.noise == "cpu-fp32":
         return torch.cat([initial_noise(params) for params in batch]).to(device)
-    # Each video has a generator of its own, so what it starts from does not depend on the batch. Unlike GPU models
-    # would draw unlike noise: rank 0's is everybody's.
+    # Each video has its own generator, so its noise does not depend on the batch. Different GPU models draw different
+    # noise, so all ranks use that of rank 0.
     drawn = torch.cat([initial_noise(params, text_dtype, device) for params in batch])
-    return mesh.adopt(drawn).float()
+    return mesh.broadcast_from_rank0(drawn).float()
 
 
 def _resumed(
-    batch: Sequence[SamplingParams], state: StepState, device: torch.device, recipe: SamplingOptions
+    batch: Sequence[SamplingParams], state: StepState, device: torch.device, options: SamplingOptions
 ) -> Tensor:
-    """The latents of `state`, float32 on `device`, copied into memory that is aligned and laid out as torch does it."""
-    found, shape = state.latents.shape, (len(batch), *batch[0].latent_shape)
+    """Return the latents of `state`, float32 on `device`, copied into memory with the alignment and layout of torch."""
+    given, shape = state.latents.shape, (len(batch), *batch[0].latent_shape)
     steps = batch[0].num_inference_steps
-    if not 0 < state.step < steps or found != shape or not recipe.can_resume(state.step):
-        raise ValueError(f"cannot resume after step {state.step} of {steps} with latents {found} for {shape}")
+    if not 0 < state.step < steps or given != shape or not options.can_resume(state.step):
+        raise ValueError(f"cannot resume after step {state.step} of {steps} with latents {given}; expected {shape}")
     return torch.tensor(state.latents, dtype=torch.float32, device=device)
 
 
@@ -253,21 +256,21 @@ def denoise(
     mesh: SequenceMesh,
     device: torch.device,
     on_step: Callable[[int, Tensor], None],
-    recipe: SamplingOptions = SamplingOptions(),
+    options: SamplingOptions = SamplingOptions(),
     resume: StepState | None = None,
 ) -> Tensor:
-    """Final latents [C, T, H, W] of one video; see `trajectory`.
+    """Return the final latents [C, T, H, W] of one video; see `trajectory`.
 
-    `on_step(n, latents)` is called after each step that is made, n counting those before `resume` too; whatever it
-    raises ends the sampling and passes through.
+    `on_step(n, latents)` is called after each computed step; n includes the steps before `resume`. An exception of
+    `on_step` stops the sampling and propagates.
     """
     negatives = None if negative is None else [negative]
     start = resume and StepState(resume.step, resume.latents[None])
-    states = trajectory(model, [params], [positive], negatives, mesh=mesh, device=device, recipe=recipe, resume=start)
+    states = trajectory(model, [params], [positive], negatives, mesh=mesh, device=device, options=options, resume=start)
     for step, latents in enumerate(states, 1 + (resume.step if resume else 0)):
-        done = latents[0]
-        on_step(step, done)
-    return done
+        current = latents[0]
+        on_step(step, current)
+    return current
 
 
 def _not_finite(step: int, params: SamplingParams, dtype: torch.dtype) -> str:

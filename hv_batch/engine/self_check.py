@@ -1,9 +1,9 @@
-"""A group proves itself: before it renders, what its ranks compute together must be what one of them computes alone. It
-does so again when a sample's latents are not finite, which may be the sample's fault or a device's.
+"""The self-check of a group: the ranks together must compute what one rank computes alone.
 
-Every rank holds all weights, so each can run the model by itself and compare. That finds a GPU that computes wrongly, a
-broken link between two, a collective library that mixes up ranks, and weights that differ between nodes, at the price
-of three forward passes over a few tokens.
+A group runs the check before it renders, and again if the latents of a sample are not finite, to find out whether the
+sample or a device is the cause. Every rank holds all weights, so each rank runs the model alone and compares. The check
+detects a GPU that computes wrong results, a faulty link, a collective library that mixes up ranks, and weights that
+differ between nodes. It costs three forward passes over a few tokens.
 """
 
 from __future__ import annotations
@@ -24,26 +24,31 @@ if TYPE_CHECKING:
     from hv_batch.engine.dit.model import HYVideoDiT
     from hv_batch.engine.vae.model import CausalVAE
 
-# A prime number of tokens times 7: no degree but 7 divides it, so shards are padded; at degree 8 and above the last
-# shards are nothing but padding.
+# 49 tokens: no degree except 7 divides them, so shards are padded. At degree 8 and above, the last shards contain only
+# padding.
 FRAMES, ROWS = 7, 7  # tokens
 
 TEXT_LENGTHS = (5, 3)  # two texts of unequal length, so that one is padded
 
-# Together and alone sum in another order, so they differ by rounding, which the blocks amplify by an amount that
-# depends on their number, dtype and quantisation. Each model tells itself how much: by what becomes of latents that are
-# a rounding error away. Healthy groups deviate at most as far as those (toy width: 2e-7 in float32, 6e-4 and 5e-3 in 16
-# bits, 2e-2 with FP8 products); a forgotten chunk of the ring deviates by 8e-2, mixed-up shards by 1.
+# The group and a single rank sum in different orders, so their results differ by rounding. The blocks amplify rounding
+# by a factor that depends on their number, dtype and quantisation. The check measures this factor for each model: it
+# perturbs the latents by one rounding error. Healthy groups deviate at most as much as the perturbed run (toy width:
+# 2e-7 in float32, 6e-4 and 5e-3 in 16 bits, 2e-2 with FP8 products). A missing chunk of the ring deviates by 8e-2,
+# mixed-up shards by 1.
 MARGIN = 6.0
 
-# A sum that rounds to another FP8 value moves more than the nudge below may show; nothing that is wrong moves less.
+# Lower bound of the limit: a sum that rounds to another FP8 value may deviate more than the perturbed run. Real faults
+# deviate more than this.
 FLOOR = 1e-3
 
 
 @torch.no_grad()
 def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> None:
-    """Raises DeviceError on the ranks that see a deviation, or values that are not finite."""
-    # Only our own attention takes tokens that no degree divides.
+    """Compare the DiT on the mesh with the DiT on this rank alone.
+
+    Raises DeviceError on the ranks that find a deviation beyond rounding, or values that are not finite.
+    """
+    # Only native sequence parallelism supports a token count that the ranks do not divide.
     latents, *others = _small_inputs(model, device, 1 if model.joint_attention is attend_jointly else mesh.size)
     alone = model(latents, *others, SequenceMesh.single()).float()
     if not torch.isfinite(alone).all():
@@ -53,24 +58,26 @@ def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> 
         )
     if mesh.world_size == 1:
         return
-    unit = torch.finfo(model.dtype).eps
-    nudged = latents * (1.0 + unit * _noise(1, latents.shape).to(device))
-    rounding = _deviation(model(nudged, *others, SequenceMesh.single()).float(), alone)
-    # Where halves of the group compute a guidance branch each, both are given the same one here, and exchange it.
-    halves = mesh.exchange(model(latents, *others, mesh)).float().chunk(mesh.cfg_degree)
-    found, limit = [_deviation(half, alone) for half in halves], max(MARGIN * rounding, FLOOR)
-    if not all(deviation <= limit for deviation in found):  # also where one is not a number
+    eps = torch.finfo(model.dtype).eps
+    perturbed = latents * (1.0 + eps * _noise(1, latents.shape).to(device))
+    rounding = _deviation(model(perturbed, *others, SequenceMesh.single()).float(), alone)
+    # With cfg_degree 2, both halves of the group compute the same branch here and gather the results.
+    halves = mesh.all_gather_branches(model(latents, *others, mesh)).float().chunk(mesh.cfg_degree)
+    deviations, limit = [_deviation(half, alone) for half in halves], max(MARGIN * rounding, FLOOR)
+    if not all(deviation <= limit for deviation in deviations):  # written so that NaN fails too
         raise DeviceError(
             f"self-check: the group's result deviates from what rank {mesh.world_rank} computes alone by "
-            f"{max(found):.2g} (relative RMS), and rounding explains {limit:.2g}. With Ulysses "
+            f"{max(deviations):.2g} (relative RMS); rounding explains at most {limit:.2g}. With Ulysses "
             f"{mesh.ulysses_degree} x ring {mesh.ring_degree}, a device, a link or the weights of one rank are damaged"
         )
 
 
 @torch.no_grad()
 def check_decoding(vae: CausalVAE, mesh: SequenceMesh) -> None:
-    """Raises DeviceError on rank 0 where a small picture, of which every rank decodes a tile, is not what it decodes
-    alone. Also the first time that ranks send each other something without the rest of the group.
+    """Compare a small picture, of which every rank decodes one tile, with what rank 0 decodes alone.
+
+    Raises DeviceError on rank 0 if they differ. This is also the first point-to-point communication over the process
+    group of all ranks.
     """
     if mesh.world_size == 1:
         return
@@ -80,27 +87,28 @@ def check_decoding(vae: CausalVAE, mesh: SequenceMesh) -> None:
     if mesh.world_rank > 0:
         return
     alone = torch.cat(list(decode_streaming(vae, picture, tiles)), dim=2).float()
-    found, limit = _deviation(torch.cat(together, dim=2).float(), alone), max(torch.finfo(vae.dtype).eps, FLOOR)
-    if not found <= limit:  # also where it is not a number
+    deviation, limit = _deviation(torch.cat(together, dim=2).float(), alone), max(torch.finfo(vae.dtype).eps, FLOOR)
+    if not deviation <= limit:  # written so that NaN fails too
         raise DeviceError(
-            f"self-check: what the group decodes deviates from what its rank 0 decodes alone by {found:.2g} (relative "
-            f"RMS), and rounding explains {limit:.2g}; a device, a link or the VAE of one rank is damaged"
+            f"self-check: the pixels that the group decodes deviate from those of rank 0 alone by {deviation:.2g} "
+            f"(relative RMS); rounding explains at most {limit:.2g}. A device, a link or the VAE of one rank is damaged"
         )
 
 
 def _deviation(x: Tensor, reference: Tensor) -> float:
+    """Relative root mean square."""
     return float((x - reference).square().mean().sqrt() / reference.square().mean().sqrt())
 
 
 def _noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Drawn on the CPU: the same on every rank, whatever its device."""
+    """Draw on the CPU, so that all ranks have equal values on any device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _small_inputs(
     model: HYVideoDiT, device: torch.device, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...], Tensor, Tensor | None]:
-    """What `HYVideoDiT.forward` takes, but the mesh."""
+    """Return the arguments of `HYVideoDiT.forward`, except the mesh."""
     config, videos = model.config, len(TEXT_LENGTHS)
     sides = [tokens * patch for tokens, patch in zip((FRAMES, ROWS, columns), config.patch_size, strict=True)]
     timestep = torch.full((videos,), 500.0, device=device)

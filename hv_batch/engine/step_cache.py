@@ -1,15 +1,17 @@
-"""A step that changes little takes over what the blocks computed before: the engine option `step_cache`.
+"""The step cache: a step that changes little reuses the output of the blocks (engine option `step_cache`).
 
-    tokens --first block--> what it adds;  how far is that from what it added at the last step that was computed?
-        nearer than the threshold:  the other blocks are left out, and what they added then is added again
-        else:                       they are computed, and what they add is kept
+Each step computes the first block and compares its residual (output minus input) with that of the last step that was
+computed completely:
 
-Known as first-block cache: ParaAttention has it, and TeaCache (arXiv 2411.19108) decides alike, by the first block's
-input. The pixels are others, so the threshold is part of a video's identity.
+    relative change below the threshold:  skip the other blocks and add their cached residual
+    otherwise:                            compute the other blocks and cache their residual
 
-Two in every `REFRESH` steps, and the last one, are computed whatever changes, which bounds how far a trajectory can
-drift. All that comes after the first of the two depends on the latents before it alone, so that a step checkpoint need
-not hold the cache; and whoever starts or resumes knows after the second how long a whole step takes.
+The method is known as first-block cache and is implemented in ParaAttention; TeaCache (arXiv 2411.19108) decides by the
+input of the first block. It changes the pixels, so the threshold is part of a video's identity.
+
+Two of every `REFRESH` steps, and the last step, are always computed completely. This bounds the drift of a trajectory.
+The first of the two discards the cache, so all later steps depend only on the latents before it, and a step checkpoint
+does not have to store the cache. After the second one, the duration of a complete step is known.
 """
 
 from __future__ import annotations
@@ -23,36 +25,40 @@ REFRESH = 5  # steps
 
 
 def is_fresh(step: int, steps: int) -> bool:
-    """Whether the step after `step` others, of `steps`, computes all blocks."""
+    """Return whether step number `step` (from 0) of `steps` computes all blocks."""
     return step % REFRESH < 2 or step == steps - 1
 
 
 def can_resume(step: int) -> bool:
-    """Whether what comes after `step` steps depends on their latents alone."""
+    """Return whether the steps after `step` finished steps depend only on the latents."""
     return step % REFRESH == 0
 
 
 class StepCache:
-    """Of one item: a video, and a branch of its guidance. Holds twice what a rank has of the image tokens, [l, C]."""
+    """The cache of one batch item: one guidance branch of one video.
+
+    Holds two residuals, each as large as the rank's image tokens [l, C].
+    """
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._tokens: Tensor | None = None  # where the block or blocks under way began
-        self._first: Tensor | None = None
-        self._others: Tensor | None = None
+        self._tokens: Tensor | None = None  # input of the current block or blocks
+        self._first: Tensor | None = None  # residual of the first block at the last complete step
+        self._others: Tensor | None = None  # residual of the other blocks at the last complete step
 
-    def forget(self) -> None:
+    def clear(self) -> None:
+        """Discard the residuals, so that the next step computes all blocks."""
         self._first = self._others = None
 
     def begin(self, tokens: Tensor) -> None:
-        """The image tokens before the first block."""
+        """Store the image tokens before the first block."""
         self._tokens = tokens
 
-    def recall(self, tokens: Tensor, image_len: int, mesh: SequenceMesh) -> Tensor | None:
-        """The tokens after all blocks, given those after the first; None where the others are to be computed.
+    def lookup(self, tokens: Tensor, image_len: int, mesh: SequenceMesh) -> Tensor | None:
+        """Return the tokens after all blocks, given those after the first; None if the others must be computed.
 
-        Rows past `image_len` (counted over all ranks) are padding. Every rank of the mesh comes to the same answer: the
-        change is that of all tokens.
+        Rows past `image_len` (counted over all ranks) are padding. All ranks of the mesh return the same decision,
+        because they compare the change over the tokens of all ranks.
         """
         assert self._tokens is not None
         first = tokens - self._tokens
@@ -62,8 +68,8 @@ class StepCache:
         self._tokens, self._first, self._others = tokens, first, None
         return None
 
-    def keep(self, tokens: Tensor) -> None:
-        """The tokens after all blocks, which have been computed."""
+    def store(self, tokens: Tensor) -> None:
+        """Store the residual of the other blocks, given the tokens after all blocks."""
         assert self._tokens is not None
         self._others, self._tokens = tokens - self._tokens, None
 
@@ -71,6 +77,6 @@ class StepCache:
         begin, end = mesh.span(image_len)
         rows = max(0, min(end, image_len) - begin)
         sizes = [torch.linalg.vector_norm(x[:rows], ord=1, dtype=torch.float32) for x in (now - before, before)]
-        # Summed in the order of the ranks by each of them, so that all have the same bits to decide by.
+        # Every rank sums in rank order, so all ranks decide by the same bits.
         change, size = mesh.gather(torch.stack(sizes)[None], mesh.size).sum(0).tolist()
         return bool(change < self._threshold * size)

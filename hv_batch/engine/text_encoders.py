@@ -1,13 +1,13 @@
-"""The two text towers: prompts in, conditioning for the DiT out (spec section 3).
+"""The two text encoders (towers): convert prompts to the conditioning of the DiT (spec section 3).
 
-    prompt --template, LLaMA tokenizer--> ids --LLaMA without its last two layers--> one state a token   (what to draw)
+    prompt --template, LLaMA tokenizer--> ids --LLaMA without its last two layers--> one state per token (content)
     prompt --CLIP tokenizer-------------> ids --CLIP text model--------------------> one pooled vector   (overall style)
 
-Three things are easy to get wrong, and change every picture when they are:
+Three rules must hold; breaking any of them changes every picture:
 
-- the template is cut off *after* the model has read it, and the limit of 256 tokens counts from that cut;
-- the state wanted is the output of layer N - 2, without the final norm: so the last two layers are never loaded;
-- a prompt is data. Braces, or the text of a special token, inside a prompt must mean nothing.
+- The template is cropped from the states *after* the model has read it. The limit of 256 tokens counts from the crop.
+- The states are the output of layer N - 2, without the final norm, so the last two layers are never loaded.
+- A prompt is data. Braces and the text of special tokens inside a prompt have no special meaning.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ CLIP_TOKENS = 77  # the position table of CLIP ViT-L/14
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """Text around a prompt, part of the weights' contract byte for byte, and how many tokens are cut in front."""
+    """The text around a prompt, and the number of leading tokens to crop. The weights require this exact text."""
 
     head: str
     tail: str
-    crop_start: int  # tokens of `head`, the <|begin_of_text|> before it included
+    crop_start: int  # number of tokens of `head`, including the <|begin_of_text|> before it
 
 
 def _template(instruction: str, crop_start: int) -> PromptTemplate:
@@ -64,23 +64,24 @@ IMAGE_TEMPLATE = _template(
 
 @dataclass(frozen=True, slots=True)
 class TextEmbedding:
-    """One encoded prompt, on the CPU, in the towers' dtype. Satisfies `hv_batch.protocol.Embedding`.
+    """One encoded prompt, on the CPU, in the towers' dtype (satisfies `hv_batch.protocol.Embedding`).
 
-    `num_tokens + tokens_lost` is the length of the prompt in LLaMA tokens. `states` has one row more than `num_tokens`
-    unless the prompt fills all 256 places: the template's closing token, which the DiT sees as well.
+    `num_tokens + tokens_lost` is the length of the prompt in LLaMA tokens. `states` has one more row than `num_tokens`,
+    for the template's closing token, unless the prompt fills all 256 rows.
     """
 
-    states: torch.Tensor  # [valid tokens <= 256, D]; padding is dropped, which is exact (spec section 2)
+    states: torch.Tensor  # [valid tokens <= 256, D], without padding, which does not change the result (spec section 2)
     pooled: torch.Tensor  # [D2]
     num_tokens: int
     tokens_lost: int
 
 
 class TextTowers:
-    """Both towers, loaded and ready. Satisfies `hv_batch.protocol.TextEncoder`.
+    """Both text encoders, loaded (satisfies `hv_batch.protocol.TextEncoder`).
 
-    Raises UserError when a file is missing, a weight is missing from the files, or the tokenizer does not cut the
-    templates into the number of tokens that the crop assumes.
+    `dtype` is that of LLaMA; `clip_dtype` is that of CLIP and defaults to `dtype`. The tokenizers are read from the
+    towers' folders unless folders of their own are given. Raises UserError if a file or a weight is missing, or if the
+    tokenizer splits the templates into another number of tokens than the crop assumes.
     """
 
     def __init__(
@@ -90,14 +91,14 @@ class TextTowers:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
-        clip_dtype: torch.dtype | None = None,  # None: as the LLaMA tower
+        clip_dtype: torch.dtype | None = None,
         llama_tokenizer: Path | None = None,
         clip_tokenizer: Path | None = None,
     ) -> None:
         llama_tokenizer, clip_tokenizer = llama_tokenizer or llama_dir, clip_tokenizer or clip_dir
-        if found := missing_text_files(llama_dir, clip_dir, llama_tokenizer, clip_tokenizer):
+        if missing := missing_text_files(llama_dir, clip_dir, llama_tokenizer, clip_tokenizer):
             raise UserError(
-                f"The text encoders cannot be loaded: {'; '.join(found)}. The expected layout is:\n{TEXT_LAYOUT}"
+                f"The text encoders cannot be loaded: {'; '.join(missing)}. The expected layout is:\n{TEXT_LAYOUT}"
             )
         with _quiet_transformers():
             self._llama_tokenizer = _load_tokenizer(llama_tokenizer)
@@ -111,21 +112,23 @@ class TextTowers:
     def of_models(
         cls, llama_tokenizer: Any, llama: nn.Module, clip_tokenizer: Any, clip: nn.Module, device: torch.device
     ) -> TextTowers:
-        """Towers that are in memory already; `llama` without the layers that are not used, and without final norm."""
+        """Build from models in memory. `llama` must have neither the unused last layers nor the final norm."""
         towers = cls.__new__(cls)
         towers._llama_tokenizer, towers._clip_tokenizer = llama_tokenizer, clip_tokenizer
         towers._heads = {t: towers._head_ids(t, Path("memory")) for t in (VIDEO_TEMPLATE, IMAGE_TEMPLATE)}
         towers._llama, towers._clip, towers._device = llama, clip, device
         return towers
 
-    # no_grad rather than inference_mode: inference tensors could never feed a training step.
+    # no_grad instead of inference_mode, because inference tensors cannot be used in a training step.
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, image: bool) -> list[TextEmbedding]:
-        """One embedding a prompt, in order; equal prompts share one. Blanks around a prompt are not part of it.
+        """Return one embedding per prompt, in order. Equal prompts share one embedding.
+
+        White space around a prompt is stripped. `image` selects the image template.
 
         P3: every distinct prompt runs alone, padded to one fixed shape. Matrix kernels are chosen by shape, so in a
-        true batch a prompt's bits would depend on how many others happened to arrive with it. Text is about 0.1 s of
-        a 300 s render; it does not need the batch.
+        batch the bits of a prompt would depend on the number of other prompts. Encoding takes about 0.1 s of a 300 s
+        render, so batching would save little.
         """
         template = IMAGE_TEMPLATE if image else VIDEO_TEMPLATE
         stripped = [prompt.strip() for prompt in prompts]
@@ -135,23 +138,23 @@ class TextTowers:
     def _encode_one(self, prompt: str, template: PromptTemplate) -> TextEmbedding:
         prompt_ids = self._plain_ids(prompt)
         limit = template.crop_start + MAX_TEXT_TOKENS
-        # Truncated as released: one cut through the whole text, so a long prompt loses its end and the closing token.
+        # Truncated as in the release: the whole text is cut once, so a long prompt loses its end and the closing token.
         ids = (self._heads[template] + prompt_ids + self._template_ids(template.tail))[:limit]
         lost = max(0, len(prompt_ids) - MAX_TEXT_TOKENS)
-        # copy: a slice would keep, and pickle, the whole padded buffer.
+        # copy=True, because a slice would keep and pickle the whole padded buffer.
         states = self._llama_states(ids, limit)[template.crop_start : len(ids)].to("cpu", copy=True)
         return TextEmbedding(states, self._clip_pooled(prompt), num_tokens=len(prompt_ids) - lost, tokens_lost=lost)
 
     def _llama_states(self, ids: list[int], length: int) -> torch.Tensor:
-        """States [length, D] of `ids` padded on the right."""
+        """Return the states [length, D] of `ids`, padded on the right."""
         padding = length - len(ids)
-        pad_id = self._llama_tokenizer.pad_token_id or 0  # any id will do: the mask hides it
+        pad_id = self._llama_tokenizer.pad_token_id or 0  # any id works, because the mask hides it
         ids_BL = torch.tensor([ids + [pad_id] * padding], device=self._device)  # noqa: N806
         mask_BL = torch.tensor([[1] * len(ids) + [0] * padding], device=self._device)  # noqa: N806
         return self._llama(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state[0]
 
     def _clip_pooled(self, prompt: str) -> torch.Tensor:
-        """The pooled vector [D2] of the bare prompt; what exceeds 77 tokens is cut."""
+        """Return the pooled vector [D2] of the prompt without template, truncated to 77 tokens."""
         encoded = self._clip_tokenizer(
             prompt,
             max_length=CLIP_TOKENS,
@@ -163,14 +166,14 @@ class TextTowers:
         output = self._clip(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask)
         return output.pooler_output[0].to("cpu", copy=True)
 
-    # Head, prompt and tail are tokenized apart, so that only the template's special tokens act as such. This gives the
-    # ids of the released code, which tokenizes the joined text, because no piece can span a seam: the tail is a special
-    # token, and the head ends in one followed by "\n\n", which the tokenizer's split pattern closes off before any
-    # character that is not white space. A prompt is stripped, so it begins with none. (Unstripped, "\n\n" + "\nA cat"
-    # would be one piece of three newlines.) Blanks at a prompt's end are gone for the same reason.
+    # Head, prompt and tail are tokenized separately, so that only the special tokens of the template act as special
+    # tokens. The released code tokenizes the joined text. Both give the same ids, because no token can span a boundary:
+    # the tail is a special token, and the head ends in a special token followed by "\n\n", which the tokenizer's split
+    # pattern separates from any character that is not white space. The prompt is stripped, so it neither starts nor
+    # ends with white space. (Otherwise "\n\n" + "\nA cat" would contain one token of three newlines.)
 
     def _plain_ids(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a special token."""
+        """Tokenize text as plain text: no part of it is read as a special token."""
         return self._ids(text, add_special_tokens=False, split_special_tokens=True)
 
     def _template_ids(self, text: str) -> list[int]:
@@ -180,9 +183,9 @@ class TextTowers:
         ids = self._ids(template.head, add_special_tokens=True, split_special_tokens=False)
         if len(ids) != template.crop_start:
             raise UserError(
-                f"The tokenizer in {llama_dir} cuts the text in front of every prompt into {len(ids)} tokens, but the "
-                f"model was trained with {template.crop_start}, so prompts would be cut at the wrong place. Allowed is "
-                "the tokenizer of llava-llama-3-8b-v1_1 with its <|begin_of_text|>; copy its tokenizer files there."
+                f"The tokenizer in {llama_dir} splits the template before the prompt into {len(ids)} tokens, but the "
+                f"model was trained with {template.crop_start}, so the template would be cropped at the wrong token. "
+                "Copy the tokenizer files of llava-llama-3-8b-v1_1, which adds <|begin_of_text|>, into this folder."
             )
         return ids
 
@@ -191,11 +194,11 @@ class TextTowers:
             text,
             add_special_tokens=add_special_tokens,
             split_special_tokens=split_special_tokens,
-            verbose=False,  # else long prompts warn; `tokens_lost` reports them
+            verbose=False,  # suppresses the warning about long prompts, which `tokens_lost` reports
         ).input_ids
 
 
-# transformers takes seconds to import, and `missing_text_files` does without: so it is imported where it is used.
+# transformers takes seconds to import, so the functions that need it import it.
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -205,14 +208,14 @@ def _load_tokenizer(directory: Path) -> Any:
 
 
 def _load_llama(directory: Path, dtype: torch.dtype) -> nn.Module:
-    """The decoder stack up to layer N - 2: equal to hidden_states[-3] of the full model, at 94 % of its weights."""
+    """Load the decoder stack up to layer N - 2: hidden_states[-3] of the full model with 94 % of its weights."""
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if config.model_type != "llama":
         raise UserError(
             f"{directory / 'config.json'} describes a model of type {config.model_type!r}; allowed is 'llama'. From a "
-            "LLaVA checkpoint, extract the language model and its tokenizer into that directory first."
+            "LLaVA checkpoint, extract the language model first: `hv-batch weights extract-text-encoder`."
         )
     config.num_hidden_layers -= SKIPPED_LAYERS
     model = _load_weights(AutoModel, directory, dtype, config=config)
@@ -229,29 +232,29 @@ def _load_clip(directory: Path, dtype: torch.dtype) -> nn.Module:
 def _load_weights(model_class: Any, directory: Path, dtype: torch.dtype, **kwargs: Any) -> Any:
     file = weight_file(directory)
     assert file is not None
-    open_file(file)  # says better than transformers what is wrong with a damaged one
+    open_file(file)  # raises a clearer error than transformers if the file is damaged
     model, loading = model_class.from_pretrained(
         directory,
         dtype=dtype,
-        attn_implementation="sdpa",  # pinned: what else is installed must not change the bits
+        attn_implementation="sdpa",  # fixed, so that other installed packages do not change the bits
         local_files_only=True,
         trust_remote_code=False,
         weights_only=True,
         output_loading_info=True,
         **kwargs,
     )
-    # Surplus weights are expected (skipped layers, heads, CLIP's image tower). A missing one would be left random.
+    # Extra weights are expected (skipped layers, heads, CLIP's image tower). Missing weights would stay random.
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"The weights in {directory} lack {len(missing)} tensors, the first of them {missing[0]!r}, so they are of "
-            f"another model or incomplete. Copy the files again. The expected layout is:\n{TEXT_LAYOUT}"
+            f"The weights in {directory} lack {len(missing)} tensors (the first is {missing[0]!r}): they belong to "
+            f"another model or are incomplete. Copy the files again. The expected layout is:\n{TEXT_LAYOUT}"
         )
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hide the library's bars and loading report, which warns of the very weights that are left out on purpose."""
+    """Suppress the library's progress bars and loading report, which warns about the intentionally skipped weights."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,6 +1,7 @@
-"""Failure classes: what a failure says about the sample, the worker and the run (design: one table, promise P5).
+"""Failure classes, and the description of one failed attempt (P5).
 
-Only the runtime knows exceptions (Ray's, torch's); it turns each into a `Failure` with one of these classes.
+The runtime maps each exception (Ray's, torch's, ...) to a `Failure` with one of these classes
+(`hv_batch.runtime.classify`). The class decides which retry budget the failure counts against.
 """
 
 from __future__ import annotations
@@ -12,28 +13,29 @@ from typing import Any
 
 from hv_batch.job.redaction import public_text
 
-MAX_MESSAGE = 2_000  # characters kept of a message or a traceback's tail: enough to debug, bounded in 10 M records
+# Characters kept of a message, and of the end of a traceback: enough to debug, and bounded for 10 M records.
+MAX_MESSAGE = 2_000
 MAX_TRACEBACK = 8_000
 
 
 class FailureClass(StrEnum):
     POISON = "POISON"  # a deterministic error of this sample
-    GPU_OOM = "GPU_OOM"  # out of device memory; one more try on a rebuilt worker
-    INFRA = "INFRA"  # lost actor, node or object, collective error, hang: not the sample's fault until it repeats
-    OUTAGE = "OUTAGE"  # the output root does not answer: nobody's fault, everything waits for it
-    PREEMPTED = "PREEMPTED"  # the node was taken away; never blamed on the sample
-    FATAL = "FATAL"  # config, credentials, weights, disk full: the run cannot go on
+    GPU_OOM = "GPU_OOM"  # out of device memory; retried once on a rebuilt worker
+    INFRA = "INFRA"  # lost actor, node or object, collective error, hang: quarantines the sample only if it repeats
+    OUTAGE = "OUTAGE"  # the output root is unreachable: counts against no budget, the run waits
+    PREEMPTED = "PREEMPTED"  # the node was preempted or drained: has a budget of its own
+    FATAL = "FATAL"  # config, credentials, weights, disk full: the run cannot continue
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One failed try, small enough to keep and to write into records."""
+    """One failed attempt, small enough to keep in memory and to write into records."""
 
     kind: FailureClass
     message: str
     traceback: str = ""
-    where: str = ""  # the worker, for the operator
-    begin_anew: bool = False  # what the sample had reached is gone (its stored latents): it starts over
+    where: str = ""  # the worker, for operators
+    begin_anew: bool = False  # the stored latents are gone, so the sample must start again at its first stage
 
     @property
     def first_line(self) -> str:
@@ -43,11 +45,11 @@ class Failure:
         return replace(self, message=self.message[:MAX_MESSAGE], traceback=self.traceback[-MAX_TRACEBACK:])
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is recorded. What went wrong may have been told with the URL of a store, and that with its password."""
-        said = {"message": public_text(self.message), "traceback": public_text(self.traceback)}
-        return asdict(self) | {"kind": self.kind.value} | said
+        """The form that is written into records. Secrets in URLs are removed from the message and the traceback."""
+        redacted = {"message": public_text(self.message), "traceback": public_text(self.traceback)}
+        return asdict(self) | {"kind": self.kind.value} | redacted
 
     @classmethod
     def from_dict(cls, recorded: Mapping[str, Any]) -> Failure:
-        """Raises KeyError, TypeError or ValueError for what `to_dict` has not written."""
+        """Raises KeyError, TypeError or ValueError if `recorded` was not written by `to_dict`."""
         return cls(**{**recorded, "kind": FailureClass(recorded["kind"])})

@@ -1,4 +1,4 @@
-"""Numbers, durations and sizes as text for people."""
+"""Formats counts, durations and sizes as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time at the precision that matters to a reader: `0.42 s`, `12.3 s`, `4.2 min`, `3.2 h`."""
+    """A duration with two or three significant digits: `0.42 s`, `12.3 s`, `4.2 min`, `3.2 h`."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     if seconds < 100:
@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units, as object stores bill them."""
+    """A number of bytes in decimal units, as object stores bill them."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count /= 1000

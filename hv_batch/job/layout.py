@@ -1,29 +1,29 @@
-"""The keys of an output root: one function a kind of object, so that the layout is written down once.
+"""The keys of an output root: one function for each kind of object.
 
     run.json                                     what this root is: the run's identity, config, versions
     data/shard-00017/<key>-<hash8>.mp4           media; the hash of its bytes is in its name
     data/shard-00017/metadata.parquet            the sealed shard
-    webdataset/shard-00017.tar                   the sealed shard as one file, where output.webdataset is set
-    lineage/shard-00017.parquet                  how its videos came to be: times, tries, places, versions
-    posters/shard-00017/<key>-<hash8>.jpg        the first frame of a video, where media.poster is set
-    commits/shard-00017/<key>.json               the record that makes a sample done
-    quarantine/shard-00017/<key>.json            the record of a sample that was given up
-    retried/shard-00017/<key>.json               that record, once the sample was taken back
-    latents/shard-00017/<key>.safetensors        a final latent whose video is not committed yet
-    steps/shard-00017/<key>.safetensors          the last step checkpoint of a denoise that has not ended well yet
-    report/shards/shard-00017.json               what the sealed shard adds to the summary
-    lease.json                                   who is writing here at the moment
-    plan/index.json, plan/part-00017-<hash8>.parquet   the manifest as it was checked, to go on without it
+    webdataset/shard-00017.tar                   the sealed shard as one file, if output.webdataset is set
+    lineage/shard-00017.parquet                  how its videos were rendered: times, attempts, places, versions
+    posters/shard-00017/<key>-<hash8>.jpg        the first frame of a video, if media.poster is set
+    commits/shard-00017/<key>.json               the record of a committed sample
+    quarantine/shard-00017/<key>.json            the record of a quarantined sample
+    retried/shard-00017/<key>.json               the quarantine record of a sample that was released for a retry
+    latents/shard-00017/<key>.safetensors        the final latents of a sample that is not committed yet
+    steps/shard-00017/<key>.safetensors          the last step checkpoint of an unfinished denoise
+    report/shards/shard-00017.json               the totals of the sealed shard, for the summary
+    lease.json                                   the process that is writing to the root
+    plan/index.json, plan/part-00017-<hash8>.parquet   the checked manifest; a resume reads its samples from it
     summary.json, report/index.html, _SUCCESS
 
-Keys are relative to the root and posix. `key` is a sample's key-safe name (`Sample.key`), unique within the manifest.
+Keys are POSIX paths relative to the root. `key` is a sample's key-safe name (`Sample.key`), unique within the manifest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-SUFFIXES = (".json", ".safetensors")  # of what is named after a sample's key alone
+SUFFIXES = (".json", ".safetensors")  # of objects whose name is a sample's key and nothing else
 
 RUN = "run.json"
 SUMMARY = "summary.json"
@@ -37,12 +37,15 @@ INDEX = f"{PLAN}index.json"
 
 
 def index_part(number: int, sha256: str) -> str:
-    """Where a part of the index goes; `sha256` is the hex digest of its bytes, so that no writer changes another's."""
+    """The key of one part of the index.
+
+    The name holds the hex digest `sha256` of the part's bytes, so no writer can replace another writer's part.
+    """
     return f"{PLAN}part-{number:05d}-{sha256[:8]}.parquet"
 
 
 def shard_name(shard: int) -> str:
-    # Five digits keep names in order up to 100,000 shards, which is 25 million samples at the default shard size.
+    # Five digits keep names in numerical order up to 100,000 shards: 25 million samples at the default shard size.
     return f"shard-{shard:05d}"
 
 
@@ -51,15 +54,15 @@ def media_dir(shard: int) -> str:
 
 
 def media_key(shard: int, key: str, sha256: str, suffix: str) -> str:
-    """Where a rendered file goes; `sha256` is the hex digest of its bytes, `suffix` begins with the dot.
+    """The key of a rendered file. `sha256` is the hex digest of its bytes; `suffix` begins with the dot.
 
-    The digest in the name is what makes a late writer harmless (P1): other bytes get another name.
+    Different bytes get a different name, so a late writer cannot overwrite a committed file (P1).
     """
     return f"{media_dir(shard)}{key}-{sha256[:8]}{suffix}"
 
 
 def poster_dir(shard: int) -> str:
-    """Not beside the media: a folder of images and videos is no dataset to the loaders."""
+    """Posters have a folder of their own, because dataset loaders reject a folder that mixes images and videos."""
     return f"posters/{shard_name(shard)}/"
 
 
@@ -71,7 +74,7 @@ def metadata_key(shard: int) -> str:
     return f"{media_dir(shard)}metadata.parquet"
 
 
-def sums_key(shard: int) -> str:
+def totals_key(shard: int) -> str:
     return f"report/shards/{shard_name(shard)}.json"
 
 
@@ -120,14 +123,12 @@ def step_key(shard: int, key: str) -> str:
 
 
 def sample_keys(paths: Iterable[str]) -> frozenset[str]:
-    """Of the samples whose records, latents or checkpoints these are; of other files, which somebody else has put there
-    (an editor's copy, the marker of a folder), none.
-    """
+    """The sample keys of records, latents or checkpoints. Other files (an editor's copy, a folder marker) have none."""
     return frozenset(sample_key(path) for path in paths if path.endswith(SUFFIXES))
 
 
 def sample_key(path: str) -> str:
-    """The sample's key of the path of one of its objects. Keys may hold dots, so only the one suffix goes."""
+    """The sample key in the path of one of its objects. Keys may contain dots, so only the known suffix is removed."""
     name = path.rsplit("/", 1)[-1]
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)

@@ -1,4 +1,4 @@
-"""A map over many items that wait for storage: in threads, in order, with a bounded number of calls ahead."""
+"""A map in threads, for calls that wait for storage: ordered results and a bounded number of pending calls."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TypeVar
 T = TypeVar("T")
 A = TypeVar("A")
 
-AHEAD = 4  # calls per thread that are submitted before their turn: one slow call does not leave the other threads idle
+AHEAD = 4  # pending calls per thread: one slow call must not leave the other threads idle
 
 
 def map_in_threads(function: Callable[[A], T], items: Iterable[A], workers: int) -> Iterator[T]:
-    """`function(item)` for each of `items`, in their order, computed by `workers` threads.
+    """Yields `function(item)` for each of `items`, in their order, computed by `workers` threads.
 
-    At most `AHEAD * workers` calls are submitted and not yet yielded, however many items there are (P7). Raises the
-    error of the first item, in order, whose call failed. No call is running or pending when the iterator has ended,
-    raised or been closed.
+    At most `AHEAD * workers` results are pending, whatever the number of items (P7). Raises the error of the first
+    item, in order, whose call failed. No call is running or pending after the iterator is exhausted, raises or is
+    closed.
     """
     rest = iter(items)
     pending: deque[Future[T]] = deque()

@@ -1,4 +1,4 @@
-"""What the user wrote (a config, a manifest): opening it from any fsspec URL, and showing its values in messages."""
+"""Opens the user's files (config, manifest) from any fsspec URL, and formats their values for messages."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import fsspec
 
 from hv_batch.protocol import UserError
 
-SHOWN_CHARS = 60  # of a bad value: enough to find it, short enough for one line
+SHOWN_CHARS = 60  # of an invalid value: enough to find it, short enough for one line
 
 
 @contextmanager
 def open_input(role: str, url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
-    """The bytes behind `url`; `role` ("config", "manifest") is what the user calls the file.
+    """Open `url` for reading; `role` ("config", "manifest") names the file in messages.
 
-    Raises UserError when it cannot be opened. Failures after that are the reader's own.
+    Raises UserError if it cannot be opened. Errors while reading are raised unchanged.
     """
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
         file = filesystem.open(path, "rb")
-    except Exception as error:  # every storage backend raises its own kinds (credentials, endpoints, missing packages)
+    except Exception as error:  # each storage backend raises its own classes (credentials, endpoints, missing packages)
         raise UserError(f"The {role} {url} {explain_failure(error)}") from error
     with file:
         yield file
 
 
 def explain_failure(error: Exception) -> str:
-    """Why a file cannot be opened, as the rest of a sentence that begins with its name, and the remedy."""
+    """The reason and the remedy if a file cannot be opened, as the rest of a sentence that begins with its name."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
-        # fsspec's HTTP calls missing what it could not ask for
+        # fsspec's HTTP driver raises FileNotFoundError also if it cannot reach the server.
         return f"cannot be reached: {error.__cause__}. Check the URL, the network and the credentials."
     if isinstance(error, FileNotFoundError):
         return "does not exist. Give the path or URL of an existing file."
     if isinstance(error, IsADirectoryError):
         return "is a directory. Give the path or URL of one file."
     if isinstance(error, PermissionError):
-        return "may not be read with these credentials. Grant read access or give other credentials."
+        return "cannot be read with these credentials. Grant read access, or use other credentials."
     if isinstance(error, ImportError):
         return f"needs a storage package that is not installed ({error}). Install the extra s3, gcs or azure."
     return f"cannot be opened: {type(error).__name__}: {error}. Check the URL, the network and the credentials."

@@ -1,4 +1,4 @@
-"""The quantities that decide what a sample costs."""
+"""The quantities that determine the cost of a sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, SamplingParam
 
 @dataclass(frozen=True, slots=True, order=True)
 class Workload:
-    """What decides a sample's cost."""
+    """The quantities that determine the cost of a sample."""
 
     shape: Shape
     steps: int
@@ -31,11 +31,11 @@ class Workload:
 
 
 def count_tokens(shape: Shape) -> int:
-    """Image tokens of the DiT."""
+    """The number of image tokens of the DiT for one video."""
     height, width, frames = shape
     return ((frames - 1) // TEMPORAL_COMPRESSION + 1) * (height // SIZE_MULTIPLE) * (width // SIZE_MULTIPLE)
 
 
 def shape_name(shape: Sequence[int]) -> str:
-    """As "720x1280x129"."""
+    """The shape as text, for example "720x1280x129"."""
     return "x".join(map(str, shape))

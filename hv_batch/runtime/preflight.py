@@ -15,8 +15,8 @@ from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan
 from hv_batch.job.cost_model.memory_check import check_memory
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.log_records import add_process_fields, current_settings
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.index import Index, load_index
@@ -65,20 +65,21 @@ def prepare_run(
     if found:
         raise UserError("\n".join(found))
     # Last: they trust the options that the engine has accepted.
-    sizes = choose_sizes(config, index.summary.shapes, _recorded_plans(store))
-    if len(sizes.plans) > 1:
-        told = ", ".join(f"{plan.world_size} for {len(sizes.shapes(plan))} shape(s)" for plan in sizes.plans)
+    run = resolve_run(config, index.summary.shapes, _recorded_plans(store))
+    groups = run.groups
+    if len(groups.plans) > 1:
+        told = ", ".join(f"{plan.world_size} for {len(groups.shapes(plan))} shape(s)" for plan in groups.plans)
         logger.info(f"groups of several sizes, in ranks: {told}")
-    check_memory(config, sizes.by_shape)
-    _refuse([fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))], config)
+    check_memory(run)
+    _refuse([fault for plan in groups.plans for fault in engine.group_problems(plan, groups.shapes(plan))], config)
     versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
-    identity = {**run_identity(config, sizes.by_shape), "model": engine.identity(), "manifest": index.summary.digest}
+    identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         logger.warning(warning)
     state = inspect_run(store, document)
-    context = RunContext(config, engine, store, fingerprint(identity), versions, sizes, current_settings())
+    context = RunContext(run, engine, store, fingerprint(identity), versions, current_settings())
     add_process_fields(run=short_id(context.fingerprint))
     return PreparedRun(context, index, plan, document, state)
 
@@ -110,7 +111,7 @@ def _collected(found: list[str]) -> Iterator[None]:
 
 
 def _check_engine(engine: Engine, config: RunConfig) -> None:
-    plan = fixed_plan(config)
+    plan = resolve_run(config).fixed_plan
     _refuse(engine.check() + (engine.group_problems(plan) if plan else []), config)
 
 

@@ -26,7 +26,7 @@ from hv_batch.job.failure import Failure
 from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits
-from hv_batch.job.records.latents import drop_what_led_to, get_latents, sample_identity
+from hv_batch.job.records.latents import drop_intermediates, get_latents, sample_identity
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -92,7 +92,7 @@ class Publisher:
         """Whether this node can publish; raises UserError where it does not see the output root or has no encoder."""
         see_output_root(self._context.store)
         sweep_scratch(Path(tempfile.gettempdir()))
-        self._spool.sweep()
+        self._spool.remove_stale()
         check_encoder(self._context.config.media)  # a node without ffmpeg is found here, not at its first sample
 
     def is_committed(self, sample: Sample) -> bool:
@@ -158,7 +158,7 @@ class Publisher:
                 )
                 self._context.store.each(self._clear, [one.sample for one in made])
         except StorageUnavailableError:
-            if not all([self._spool.keep(self._record(one, {"spooled": True}), one.files) for one in made]):
+            if not all([self._spool.add(self._record(one, {"spooled": True}), one.files) for one in made]):
                 raise
             self._log(made, "the output root does not answer; kept on this node's disk")
             return [ray.get_runtime_context().get_node_id()] * len(made)
@@ -196,7 +196,7 @@ class Publisher:
 
     def _clear(self, sample: Sample) -> None:
         keep_latents = self._context.config.output.keep_latents
-        drop_what_led_to(self._context.store, sample.shard, sample.key, keep_latents=keep_latents)
+        drop_intermediates(self._context.store, sample.shard, sample.key, keep_latents=keep_latents)
 
     def _counted(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for chunk in chunks:

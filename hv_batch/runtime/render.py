@@ -100,7 +100,7 @@ def _render(job: PreparedRun, address: str | None, stopped: Event, steal: bool) 
 
 def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease: Lease) -> ExitCode:
     config, store, plan = job.context.config, job.context.store, job.plan
-    largest = job.context.sizes.largest
+    run = job.context.run
 
     def should_stop() -> bool:
         lease.check()  # raises where the root is another driver's now: a drain would only render what that one renders
@@ -108,9 +108,9 @@ def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease
 
     logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
-    with ray_session(config, largest, address) as local, _stop_signals(stopped):
+    with ray_session(run, address) as local, _stop_signals(stopped):
         patience_s = 0.0 if local else config.timeouts.start_s
-        shortage = ResourceShortage(config, largest, patience_s=patience_s)
+        shortage = ResourceShortage(run, patience_s=patience_s)
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was begun")
             return ExitCode.STOPPED

@@ -13,7 +13,7 @@ import ray
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import GroupSizes
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.log_records import LogSettings, configure_logging
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
@@ -24,13 +24,16 @@ from hv_batch.protocol import Engine, UserError
 class RunContext:
     """One run as its actors see it."""
 
-    config: RunConfig
+    run: ResolvedRun
     engine: Engine
     store: Store
     fingerprint: str
     versions: Mapping[str, str]
-    sizes: GroupSizes
     log: LogSettings = LogSettings()
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
 
     def configure_actor(self, name: str) -> None:
         """In an actor of this run: log as the driver does, with the run and the actor's name in every record."""
@@ -77,7 +80,7 @@ class ProgressReport:
     """What an actor answers while it works, whatever it is at."""
 
     count: int  # grows with all progress
-    patience_s: float = math.inf  # within which it will have grown again; inf where nobody knows
+    next_within_s: float = math.inf  # the count grows again within this time; inf if that is not known
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import ray
 
-from hv_batch.job.config.run_config import RunConfig
-from hv_batch.protocol import ParallelPlan, UserError
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
+from hv_batch.protocol import UserError
 from hv_batch.runtime.nodes.resources import minimum_resources, total
 
 # Only embeddings and latents pass through the object store (about 30 MB a sample in flight at 720p), never frames.
@@ -25,7 +25,7 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 @contextmanager
-def ray_session(config: RunConfig, largest: ParallelPlan, address: str | None) -> Iterator[bool]:
+def ray_session(run: ResolvedRun, address: str | None) -> Iterator[bool]:
     """Connect for the length of a `with`; yields whether the Ray is a local one of our own.
 
     `address` None means RAY_ADDRESS, which `ray job submit` sets, and without that "local": a Ray of our own.
@@ -34,7 +34,7 @@ def ray_session(config: RunConfig, largest: ParallelPlan, address: str | None) -
     # Every failed task is looked at by the driver; Ray would print the tracebacks of those it has classified as well.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     if address == "local":
-        _start_local(config, largest)
+        _start_local(run)
     else:
         _connect(address)
     try:
@@ -66,9 +66,9 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _start_local(config: RunConfig, largest: ParallelPlan) -> None:
+def _start_local(run: ResolvedRun) -> None:
     # CPUs are bookkeeping to Ray. A laptop with fewer cores than the config counts runs the same actors, only slower.
-    needed = total([bundle for bundles in minimum_resources(config, largest) for bundle in bundles]).get("CPU", 0.0)
+    needed = total([bundle for bundles in minimum_resources(run) for bundle in bundles]).get("CPU", 0.0)
     try:
         ray.init(
             address="local",

@@ -86,7 +86,7 @@ class HeartbeatPoller:
         except RayError as error:
             return [WorkerLost(self._worker, classify(error, str(self._worker)))]
         changed, self.count = sign.count != self.count, sign.count
-        return [Heartbeat(self._worker, sign.patience_s)] if changed else []
+        return [Heartbeat(self._worker, sign.next_within_s)] if changed else []
 
 
 def start_failure(failure: Failure) -> Failure:

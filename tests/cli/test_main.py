@@ -126,6 +126,46 @@ def test_an_address_where_nothing_answers_is_told(good):
     assert "No Ray cluster answers at 127.0.0.1:9" in stderr
 
 
+def unreachable(good, *flags):
+    """The lines on stderr of a run that is prepared and then finds no Ray cluster."""
+    files = ("--config", good[0], "--manifest", good[1], "--output", good[2])
+    code, _, stderr = hv_batch("run", *files, "--address", "127.0.0.1:9", *flags)
+    assert code == 1
+    return stderr.splitlines()
+
+
+def test_log_level_and_format_are_options_of_run(good, monkeypatch):
+    """The flag has precedence over HV_BATCH_LOG_LEVEL; with json every line but the final error is an object."""
+    monkeypatch.delenv("HV_BATCH_LOG_LEVEL", raising=False)
+    *lines, error = unreachable(good)
+    assert error.startswith("error: No Ray cluster answers")
+    assert "INFO manifest: 1 rows, 1 samples in 1 shards, all valid" in lines[0]
+    assert len(unreachable(good, "--log-level", "warning")) == 1
+    monkeypatch.setenv("HV_BATCH_LOG_LEVEL", "error")
+    assert len(unreachable(good)) == 1
+    *lines, error = unreachable(good, "--log-level", "info", "--log-format", "json")
+    records = [json.loads(line) for line in lines]
+    assert [record["level"] for record in records] == ["info"] * len(records)
+    assert records[0]["message"].startswith("manifest: 1 rows")
+    assert records[-1]["message"] == "starting Ray"
+    assert len(records[-1]["run"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "message"),
+    [
+        (["--log-level", "loud"], "", "--log-level is 'loud'; allowed: debug, info, warning, error."),
+        (["--log-format", "xml"], "", "--log-format is 'xml'; allowed: text, json."),
+        ([], "loud", "The environment variable HV_BATCH_LOG_LEVEL is 'loud'; allowed: debug, info, warning, error."),
+    ],
+)
+def test_wrong_log_settings_are_refused_in_one_line(good, monkeypatch, flags, variable, message):
+    """P6: what is wrong, and the allowed values, before the output root is touched."""
+    monkeypatch.setenv("HV_BATCH_LOG_LEVEL", variable)
+    assert unreachable(good, *flags) == [f"error: {message}"]
+    assert not good[2].exists()
+
+
 def test_secrets_do_not_reach_run_json_or_messages(good):
     """Safe: passwords in URLs and options named like secrets are masked."""
     url = "sftp://user:p@ss@host/dir/x.parquet?X-Signature=abc"

@@ -92,7 +92,7 @@ def test_what_nobody_could_render_again_is_not_removed(root):
     (media,) = Path(root).glob("data/*/s002-*")
     media.unlink()
     before = files(root)
-    with pytest.raises(UserError, match="begun with a secret"):
+    with pytest.raises(UserError, match="contained a secret"):
         hv_batch("verify", root, "--repair")
     assert files(root) == before
 

@@ -19,10 +19,10 @@ from hv_batch.job.config.hardware import GPUS, find_gpu
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.cost_model.estimate import make_plan
 from hv_batch.job.cost_model.flops import exchange_bytes, plan_ranks, rank_traffic
-from hv_batch.job.cost_model.group_plan import choose_sizes
 from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.memory_check import memory_problems
 from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.cost_model.speed import HOST_LINK, decode_seconds, denoise_seconds, forward_seconds
 from hv_batch.job.scheduling.pool_sizing import HEADROOM
 from hv_batch.job.workload import Workload, count_tokens
@@ -379,7 +379,7 @@ def test_another_engine_has_no_known_costs(config, manifest):
 
 
 def problems_of(config, shapes):
-    return memory_problems(config, choose_sizes(config, shapes).by_shape)
+    return memory_problems(resolve_run(config, shapes))
 
 
 def test_a_run_that_cannot_fit_is_refused_with_every_reason(manifest):

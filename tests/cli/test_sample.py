@@ -222,7 +222,7 @@ def test_a_part_that_was_not_released_is_refused(flag):
         (["--apply-final-norm"], "the model was trained without it"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--model-base", "nowhere"], "nowhere is not a folder | The layout is"),
-        (["--use-fp8"], "holds no FP8 weights"),
+        (["--use-fp8"], "contains no FP8 weights"),
         (["--attention", "flash", "--precision", "bf16"], "attention 'flash' needs the flash-attn package"),
         (["--from-latents", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],

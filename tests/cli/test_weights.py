@@ -249,7 +249,10 @@ def test_a_config_without_the_defaults_is_completed(toy, tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "is not there, but model.safetensors.index.json"),
+        (
+            lambda f: (f / "model-00001-of-00002.safetensors").unlink(),
+            "does not exist, but model.safetensors.index.json",
+        ),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "is not the config of a LLaVA with a"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "holds no LLaVA weights"),
     ],
@@ -287,7 +290,7 @@ def test_missing_and_damaged_parts_are_reported_with_the_others(base):
     inventory = take_inventory(base)
     assert inventory.revision is None
     assert {part.name for part in inventory.parts} == {"LLaMA", "CLIP"}
-    assert any("mp_rank_00_model_states.pt is not there" in problem for problem in inventory.problems)
+    assert any("mp_rank_00_model_states.pt does not exist" in problem for problem in inventory.problems)
 
 
 def test_tensors_that_do_not_fit_the_dit_are_named(base):

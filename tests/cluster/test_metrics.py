@@ -62,17 +62,24 @@ def test_a_run_tells_prometheus_how_it_stands(ray_head, metrics_url, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["grafana.json", "prometheus-rules.yaml"])
-def test_dashboard_and_alerts_ask_for_what_a_run_tells(name):
-    """A panel or an alert on a misspelt series would be silent for ever."""
+def test_dashboard_and_alerts_use_series_and_labels_that_exist(name):
+    """A panel or an alert on a misspelt series or label would be empty for ever."""
     text = (ROOT / "cluster" / name).read_text()
     (json.loads if name.endswith("json") else yaml.safe_load)(text)
-    source = (ROOT / "hv_batch" / "runtime" / "metrics.py").read_text()
-    kinds = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_count", "_sum"]}
-    told = {
+    source = (ROOT / "hv_batch" / "runtime" / "driver" / "metrics.py").read_text()
+    suffixes = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_count", "_sum"]}
+    exported = {
         f"ray_{metric}{suffix}"
         for kind, metric in re.findall(r"(Counter|Gauge|Histogram)\(\"(\w+)\"", source)
-        for suffix in kinds[kind]
+        for suffix in suffixes[kind]
     }
-    asked = set(re.findall(r"ray_\w+", text))
-    assert asked
-    assert asked <= told
+    used = set(re.findall(r"ray_\w+", text))
+    assert used
+    assert used <= exported
+    tags = {tag for tags in re.findall(r"\(((?:\"\w+\",? ?)+)\)", source) for tag in re.findall(r"\w+", tags)}
+    assert tags == {"run", "state", "stage", "cause"}
+    lists = re.findall(r"(?:by|on|group_left) \(([\w, ]+)\)", text)
+    labels = {label for names in lists for label in names.split(", ")}
+    labels |= set(re.findall(r"[{,](\w+)!?=~?\\?\"", text)) | set(re.findall(r"\{\{ ?(?:\$labels\.)?(\w+) ?\}\}", text))
+    assert labels - {"le"} <= tags
+    assert "run" in labels

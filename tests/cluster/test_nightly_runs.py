@@ -19,7 +19,7 @@ from tests.support.runs import dataset, render, write_config, write_manifest
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
 # The patience with a driver of another machine is made for nights.
-QUICK = "from hv_batch.job.records import lease; lease.STALE_S, lease.LOOK_S = 1.0, 0.2"
+QUICK = "from hv_batch.job.records import lease; lease.STALE_S, lease.POLL_S = 1.0, 0.2"
 IMPATIENT = ("-c", f"{QUICK}; from hv_batch.cli.main import main; main()")
 
 

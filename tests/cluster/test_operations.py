@@ -106,7 +106,7 @@ def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
     code, text = render(quick, manifest, output, "127.0.0.1:1")
     assert code == 1, text
     assert f"process {first.pid}" in text
-    assert "--steal" in text
+    assert "--take-over" in text
     assert "Traceback" not in text
     assert first.poll() is None, "the first did not notice"
     code, text = finish(start(command(quick, manifest, output, ray_head[0], "--steal")))

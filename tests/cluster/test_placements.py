@@ -27,7 +27,8 @@ from tests.support.runs import (
 )
 
 # The pauses of an outage are made for nights.
-IMPATIENT = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 0.5; from hv_batch.cli.main import main; main()"
+QUICK = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 0.5"
+IMPATIENT = f"{QUICK}; from hv_batch.cli.main import main; main()"
 
 PROMPTS, WIDTHS = ["fox", "hare", "owl"], [64, 80, 96]
 IN_GROUP = {"placement": "group"}

@@ -8,14 +8,15 @@ import pytest
 import ray
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.groups.reservation_pool import KEEP_S, ReservationPool
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 
-CONFIG = RunConfig.model_validate(
-    {"parallel": {"device": "cpu", "ulysses_degree": 2}, "groups": {"cpus_per_rank": 0.0}}
+RUN = resolve_run(
+    RunConfig.model_validate({"parallel": {"device": "cpu", "ulysses_degree": 2}, "groups": {"cpus_per_rank": 0.0}})
 )
 PAIR, ALONE = ParallelPlan(ulysses_degree=2), ParallelPlan()
 FIRST, SECOND = (WorkerId(Stage.DENOISE, slot, 0) for slot in range(2))
@@ -26,7 +27,7 @@ def pool(fleet):
     """Of a run's groups of two GPUs, on a cluster with room for one; all that it keeps ends with the connection."""
     fleet.add_node(gpus=2)
     ray.init(address=fleet.address, log_to_driver=False, logging_level="ERROR")
-    yield ReservationPool(CONFIG, NodeExclusion(CONFIG, PAIR, print), print)
+    yield ReservationPool(RUN, NodeExclusion(RUN))
     ray.shutdown()
 
 

@@ -15,7 +15,8 @@ from tests.support.runs import finish, start, write_config
 from tests.support.s3_runs import BUCKET, SECRET, objects
 
 # The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
-IMPATIENT = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; from hv_batch.cli.main import main; main()"
+QUICK = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0"
+IMPATIENT = f"{QUICK}; from hv_batch.cli.main import main; main()"
 DEADLINE_S = 240  # a machine that is busy with other things takes its time
 
 

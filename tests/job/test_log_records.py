@@ -67,7 +67,7 @@ def test_json_records_are_one_object_a_line_with_the_same_fields(stream):
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_secret_is_logged(stream, log_format):
-    """P6: credentials in URLs, signatures in queries, and values of secret environment variables, also in tracebacks."""
+    """P6: no credentials of URLs, signatures in queries or values of secret variables, also not in tracebacks."""
     configure(stream, log_format)
     logger.info("reading s3://user:%s@bucket/key?X-Amz-Signature=%s", SECRET, "abcdef")
     try:

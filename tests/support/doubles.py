@@ -6,6 +6,7 @@ a folder that all actors share, and so do all calls: tests read there how often 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from hv_batch.job.storage import store as store_module
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import NonFiniteError
+
+logger = logging.getLogger("hv_batch.engine.fake")
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ class FakeEngine:
         """
         if self.root_goes_away:
             store_module.PAUSES_S = ()
-            LocalDisk.adopt = self._going_away(LocalDisk.adopt)
+            LocalDisk.put_finished = self._going_away(LocalDisk.put_finished)
         for prefix in self.dies_after:
-            for name in ("create", "put", "put_file", "adopt"):
+            for name in ("create", "put", "put_file", "put_finished"):
                 setattr(LocalDisk, name, self._dying(getattr(LocalDisk, name), prefix))
 
     def _dying(self, act, prefix):
@@ -163,6 +166,8 @@ class FakeEngine:
                 raise ValueError(f"told to fail at {stage}: {text}")
             elif fault == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            elif fault == "log":
+                logger.warning(f"told to log at {stage}: {text}")
             elif fault == "hold":
                 self.mark("held", text)
                 while not (self.marks / "go").exists():

@@ -39,10 +39,10 @@ from hv_batch.job.scheduling.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDINGS
-from hv_batch.job.scheduling.scaling import ANOTHER_SIZE, MAKES_ROOM
+from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDING_BYTES
+from hv_batch.job.scheduling.scaling import MAKES_ROOM, OTHER_SIZE
 from hv_batch.job.scheduling.scheduler import Scheduler
-from hv_batch.job.scheduling.worker_slots import GIVE_UP_S
+from hv_batch.job.scheduling.worker_slots import END_MARGIN_S
 from hv_batch.job.stages import Stage
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
@@ -196,7 +196,7 @@ class World:
     def load(self, worker, keys):
         """What the worker is going to make takes its place beside what it has made; one result always may."""
         mine, latents = self.holds[worker.stage, worker.slot], {begun.key: begun.latent_bytes for begun in self.plan}
-        coming = {Stage.ENCODE: lambda key: self.heaviest or ASSUMED_EMBEDDINGS, Stage.DENOISE: latents.get}
+        coming = {Stage.ENCODE: lambda key: self.heaviest or ASSUMED_EMBEDDING_BYTES, Stage.DENOISE: latents.get}
         mine.update((key, coming[worker.stage](key)) for key in keys if worker.stage in coming)
         assert sum(mine.values()) <= self.stages[worker.stage].result_bytes or len(mine) == 1, f"{mine} of {worker}"
 
@@ -229,7 +229,7 @@ class World:
         """
         stage, size_class = action.worker.stage, self.sizes[action.worker]
         left = [w for w in (*self.starting, *self.idle, *self.running) if w.stage is stage]
-        if action.reason == ANOTHER_SIZE:
+        if action.reason == OTHER_SIZE:
             assert left, "released for nobody"
             return
         if action.reason == MAKES_ROOM and stage is not Stage.DENOISE and set(self.groups()) <= set(self.starting):
@@ -251,7 +251,7 @@ class World:
         gone = Counter(self.committed) + Counter(self.quarantined)
         assert all(count == 1 for count in gone.values()), "a sample went twice"
         assert not self.spooled.keys() & (gone.keys() | self.at.keys()), "in two places"
-        assert self.scheduler.spooled() == len(self.spooled) <= backpressure.SPOOLED_AT_MOST
+        assert self.scheduler.spooled() == len(self.spooled) <= backpressure.MAX_SPOOLED
         assert len(self.at) <= self.scheduler.window
         assert self.ranks() <= max(
             size_class.ranks * size_class.workers for size_class in self.stages[Stage.DENOISE].sizes
@@ -262,7 +262,7 @@ class World:
                 self.check_released(action)
             for worker, until in self.leaving.items():
                 assert worker in self.running, "kept though it leaves and has nothing to finish"
-                assert self.now < until - GIVE_UP_S, "kept until its node was gone"
+                assert self.now < until - END_MARGIN_S, "kept until its node was gone"
         for (stage, _), mine in self.holds.items():
             if stage is Stage.DENOISE:
                 assert sum(mine.values()) <= self.stages[stage].result_bytes or len(mine) == 1

@@ -1,14 +1,15 @@
-"""The same model as diffusers lays it out (`hunyuanvideo-community/HunyuanVideo`), told in the released terms.
+"""Translation of the checkpoint layout of diffusers (`hunyuanvideo-community/HunyuanVideo`) to the released layout.
 
 model_base/
   model_index.json
   transformer/        config.json, diffusion_pytorch_model.safetensors (or shards with their index)
   vae/                config.json, diffusion_pytorch_model.safetensors    (tensor names as released)
-  text_encoder/, text_encoder_2/    as released, but for the tokenizers:
+  text_encoder/, text_encoder_2/    as released, except that the tokenizers are in
   tokenizer/, tokenizer_2/
 
-Its DiT has other names, keeps what the release fuses (q, k, v and a single block's MLP input) in parts, and has the
-halves of the last modulation swapped: (scale, shift). Nothing else differs, so the translation is exact.
+The DiT has other tensor names, stores the tensors that the release fuses (q, k, v, and the MLP input of a single-stream
+block) as parts, and has the halves of the last modulation swapped: (scale, shift). Nothing else differs, so the
+translation is exact.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ DIT_CLASS = "HunyuanVideoTransformer3DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _FINAL_MODULATION = "norm_out.linear"
-_MARK = "x_embedder.proj.weight"  # in every DiT of this layout, and in none of the released
+_MARK = "x_embedder.proj.weight"  # present in every DiT of this layout and in none of the released layout
 
 _TIME_MLP = {"linear_1": "mlp.0", "linear_2": "mlp.2"}
 _VECTOR_MLP = {"linear_1": "in_layer", "linear_2": "out_layer"}
 
-# Modules outside the blocks, theirs -> released.
+# Modules outside the blocks: name in diffusers -> released name.
 _STEM: Mapping[str, str] = {
     "x_embedder.proj": "img_in.proj",
     "context_embedder.proj_in": "txt_in.input_embedder",
@@ -51,8 +52,8 @@ _STEM: Mapping[str, str] = {
     **{f"context_embedder.time_text_embed.text_embedder.{name}": f"txt_in.c_embedder.{name}" for name in _TIME_MLP},
 }
 
-# Kinds of block: their list, the released list, and the modules of one block. Several modules that lead to one are
-# joined in the order given here.
+# Types of blocks: list in diffusers, released list, and the modules of one block. Modules with the same released name
+# are concatenated in the order given here.
 _BLOCKS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     (
         "transformer_blocks",
@@ -125,7 +126,7 @@ _DIT_CONFIG: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {  # field of Di
     "refiner_depth": lambda c: c["num_refiner_layers"],
 }
 
-# Keys of transformer/config.json that would make another network, and the one value that is this one.
+# Keys of transformer/config.json that change the architecture, and the only supported value of each.
 _IMPLEMENTED: Mapping[str, Any] = {
     "_class_name": DIT_CLASS,
     "image_condition_type": None,
@@ -139,15 +140,15 @@ def is_diffusers_tree(model_base: Path) -> bool:
 
 
 def is_diffusers_dit(names: Mapping[str, Any]) -> bool:
-    """Whether tensors are named as diffusers names the DiT's."""
+    """Return whether the tensor names are those of the DiT in diffusers."""
     return _MARK in names
 
 
 def released_dit(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
-    """The DiT's tensors under their released names, still unread; joining and swapping happen as each is read.
+    """Return the DiT's tensors by their released names, unread. Parts are concatenated and swapped on reading.
 
-    A name that is not known stays as it is, for the strict loading to complain of. Raises UserError when a part of a
-    fused tensor is missing.
+    Unknown names are kept, so that strict loading reports them. Raises UserError if a part of a fused tensor is
+    missing.
     """
     groups: defaultdict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -157,62 +158,69 @@ def released_dit(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, S
 
 
 def dit_options(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Fields of `DiTConfig` from the content of transformer/config.json; UserError when it is of another model."""
+    """Return the fields of `DiTConfig` from the content of transformer/config.json.
+
+    Raises UserError if it describes another model.
+    """
     for key, implemented in _IMPLEMENTED.items():
-        if (found := config.get(key, implemented)) != implemented:
+        if (value := config.get(key, implemented)) != implemented:
             raise UserError(
-                f"{path}: {key} is {found!r}, but only {implemented!r} is supported: the text-to-video model. Name a "
-                "model_base that holds it."
+                f"{path}: {key} is {value!r}, but only {implemented!r}, the text-to-video model, is supported. Set "
+                "model_base to a tree of that model."
             )
     try:
-        return {field: value(config) for field, value in _DIT_CONFIG.items()}
+        return {field: convert(config) for field, convert in _DIT_CONFIG.items()}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no config of this model's transformer ({error!r}). Copy it again.") from error
+        raise UserError(f"{path} is not a config of this model's transformer ({error!r}). Copy it again.") from error
 
 
 def released_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of diffusers' vae/config.json as the released file would say it."""
-    told = dict(config)
-    if "temporal_compression_ratio" in told:
-        told["time_compression_ratio"] = told.pop("temporal_compression_ratio")
+    """Translate the content of diffusers' vae/config.json to that of the released file."""
+    released = dict(config)
+    if "temporal_compression_ratio" in released:
+        released["time_compression_ratio"] = released.pop("temporal_compression_ratio")
     for key, theirs, ours in (
         ("down_block_types", "HunyuanVideoDownBlock3D", "DownEncoderBlockCausal3D"),
         ("up_block_types", "HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D"),
     ):
-        if key in told:
-            told[key] = [ours if name == theirs else name for name in told[key]]
-    return told
+        if key in released:
+            released[key] = [ours if name == theirs else name for name in released[key]]
+    return released
 
 
 def _translate(name: str) -> tuple[str, str]:
-    """(released name, which part of it this is)."""
-    module, _, kind = name.rpartition(".")
+    """Return (released tensor name, part of it) for a tensor name of diffusers."""
+    module, _, parameter = name.rpartition(".")
     for theirs, ours, modules in _BLOCKS:
-        if (found := re.fullmatch(rf"{re.escape(theirs)}\.(\d+)\.(.+)", module)) and found[2] in modules:
-            return f"{ours}.{found[1]}.{modules[found[2]]}.{kind}", found[2]
-    return (f"{_STEM[module]}.{kind}", module) if module in _STEM else (name, module)
+        if (match := re.fullmatch(rf"{re.escape(theirs)}\.(\d+)\.(.+)", module)) and match[2] in modules:
+            return f"{ours}.{match[1]}.{modules[match[2]]}.{parameter}", match[2]
+    return (f"{_STEM[module]}.{parameter}", module) if module in _STEM else (name, module)
 
 
 def _fuse(name: str, parts: Mapping[str, StoredTensor], path: Path) -> StoredTensor:
+    """Concatenate the parts of a released tensor in their order. Raises UserError if one is missing or does not fit."""
     order = _part_order(name) or list(parts)
     if missing := [part for part in order if part not in parts]:
         raise UserError(
-            f"{path} does not fit the model: {name} is made of {', '.join(order)}, of which {', '.join(missing)} is "
-            "missing. Copy the file again, or name the right one."
+            f"{path} does not fit the model: {name} consists of {', '.join(order)}, of which {', '.join(missing)} is "
+            "missing. Copy the file again, or set the path of the right file."
         )
     if len(order) == 1:
         return parts[order[0]]
     try:
         return joined([parts[part] for part in order])
     except ValueError as error:
-        raise UserError(f"{path} does not fit the model: {', '.join(order)} make {name}, but their {error}.") from error
+        raise UserError(
+            f"{path} does not fit the model: {name} consists of {', '.join(order)}, but their {error}. Copy the file "
+            "again, or set the path of the right file."
+        ) from error
 
 
 def _part_order(name: str) -> list[str]:
-    """The parts of a released tensor in the order they are joined; empty for one outside the blocks."""
+    """Return the parts of a released tensor in the order of concatenation; empty for a tensor outside the blocks."""
     for _, ours, modules in _BLOCKS:
-        if found := re.fullmatch(rf"{re.escape(ours)}\.\d+\.(.+)\.\w+", name):
-            return [theirs for theirs, module in modules.items() if module == found[1]]
+        if match := re.fullmatch(rf"{re.escape(ours)}\.\d+\.(.+)\.\w+", name):
+            return [theirs for theirs, module in modules.items() if module == match[1]]
     return []
 
 

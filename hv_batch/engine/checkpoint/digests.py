@@ -1,4 +1,4 @@
-"""Which weights these are: digests of the files that a checkpoint tree would load (promises P2 and P3)."""
+"""The revision of the weights: digests of the files that are loaded from a checkpoint tree (promises P2 and P3)."""
 
 from __future__ import annotations
 
@@ -11,40 +11,42 @@ from hv_batch.engine.checkpoint.tensor_files import shard_files
 from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, scales_file
 from hv_batch.protocol import UserError
 
-Files = Iterable[tuple[str, str, Path]]  # part, name in it, path
+Files = Iterable[tuple[str, str, Path]]  # part, name within the part, path
 
-# What the text towers may read from their folders. A README or a downloader's notes do not change a picture.
+# Files that the text encoders may read from their folders. Other files, such as a README, do not change pixels.
 _TEXT_TOWER_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".safetensors", ".bin"})
 
-# Below this a file is digested whole. Above, 2048 blocks of 8 KiB spread evenly over it are: 16 MiB a file keep the
-# digest of the released 40 GB tree at seconds, and in none of its files is a block's matrix so small that it would lie
-# between two of them. So weights that were merged into a single layer are other weights.
+# Files below this size are hashed completely. Of larger files, 2048 evenly spaced blocks of 8 KiB are hashed: 16 MiB of
+# each file, which takes seconds for the released 40 GB tree. No matrix of a DiT block is small enough to lie between
+# two hashed blocks, so weights that were merged into a single layer have another digest.
 _DIGEST_WHOLE_BELOW = 16 * 2**20
 _DIGEST_BLOCKS = 2048
 _DIGEST_BLOCK = 8 * 2**10
 
 
 def revision(tree: CheckpointTree) -> dict[str, str]:
-    """A digest, 64 hex digits, of each part of what this tree would load (promise P3): "dit", "vae", and the folders of
-    the text towers and tokenizers.
+    """Return one SHA-256 digest (64 hex digits) for each part of the tree (promise P3).
 
-    Covers each file's role, name and size, all bytes of a file below 16 MiB, and of a larger one 2048 evenly spread
-    blocks of 8 KiB, its first and last among them. So it notices another, retrained, merged, re-cast or truncated
-    checkpoint, but not a few changed bytes between two blocks of a large file: it is no proof against bit rot or a
-    forger. It depends neither on where the tree lies nor on file times. Raises UserError when a file is missing.
+    The parts are "dit", "vae", and the folders of the text encoders and tokenizers.
+
+    A digest covers the role, name and size of each file, all bytes of a file below 16 MiB, and 2048 evenly spaced
+    blocks of 8 KiB of a larger file, including its first and last bytes. It therefore detects another, retrained,
+    merged, re-cast or truncated checkpoint. It does not detect a few changed bytes between two blocks of a large file,
+    so it protects neither against bit rot nor against forgery. It does not depend on the path of the tree or on file
+    times. Raises UserError if a file is missing.
     """
     if missing := tree.missing():
-        raise UserError("The model is not complete: " + " | ".join([*missing, LAYOUT]))
+        raise UserError("The model is incomplete: " + " | ".join([*missing, LAYOUT]))
     return _digests([*_dit_files(tree), *_vae_files(tree), *_text_files(tree)])
 
 
 def vae_revision(tree: CheckpointTree) -> dict[str, str]:
-    """That of the VAE alone, from which latents are decoded; the rest of the tree need not be there."""
+    """Return the digest of the VAE only, which is sufficient to decode latents. Other files may be missing."""
     return _digests(_vae_files(tree))
 
 
 def digest_file(digest: Any, name: str, path: Path) -> None:
-    """Add a file to a hashlib digest: `name`, its size, and its bytes or blocks of them, as `revision` says."""
+    """Add a file to a hashlib digest: `name`, the size, and the bytes or blocks of bytes; see `revision`."""
     size = path.stat().st_size
     digest.update(f"{name}\0{size}\0".encode())
     with path.open("rb") as file:
@@ -61,7 +63,7 @@ def _digests(files: Files) -> dict[str, str]:
 
 
 def _dit_files(tree: CheckpointTree) -> Files:
-    # By role: under another file name the same bytes make the same pictures.
+    # Named by role, because the file name does not change pixels.
     dit = tree.dit_file()
     yield "dit", "", dit
     shards = shard_files(dit)
@@ -77,7 +79,7 @@ def _vae_files(tree: CheckpointTree) -> Files:
 
 
 def _text_files(tree: CheckpointTree) -> Files:
-    # In diffusers' layout four folders, in the released one two.
+    # Four folders in the layout of diffusers, two in the released layout.
     for folder in dict.fromkeys((tree.text_encoder, tree.text_encoder_2, tree.tokenizer, tree.tokenizer_2)):
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith(".") and path.suffix in _TEXT_TOWER_SUFFIXES:
@@ -85,7 +87,7 @@ def _text_files(tree: CheckpointTree) -> Files:
 
 
 def _digest_blocks(size: int) -> list[tuple[int, int]]:
-    """(offset, length) of the parts of a file of `size` bytes that enter the digest."""
+    """Return (offset, length) of the blocks that are hashed of a file of `size` bytes."""
     if size < _DIGEST_WHOLE_BELOW:
         return [(0, size)]
     last = size - _DIGEST_BLOCK

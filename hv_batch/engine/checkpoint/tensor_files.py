@@ -1,8 +1,8 @@
-"""Files of tensors, opened but not read: .pt, .safetensors, and the index of a sharded one.
+"""Lazy access to files of tensors: .pt, .safetensors, and sharded .safetensors with an index.
 
-What is opened is a name, a shape and a dtype each; the bytes come one tensor at a time out of a memory map, when they
-are asked for. A tensor that stays on the host in the file's own dtype is not copied: its pages are the page cache's,
-which all processes of a node share and the system may drop. Nothing but tensors is ever unpickled.
+Opening a file reads the name, shape and dtype of each tensor. The data is read tensor by tensor from a memory map, on
+demand. A tensor that stays on the host in the file's dtype is not copied: it uses pages of the page cache, which all
+processes of a node share and which the system may drop. Only tensors are ever unpickled.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hv_batch.protocol import UserError
 INDEX_SUFFIX = ".index.json"
 COPY_AGAIN = "Compare its size and checksum with the release and copy it again."
 CPU = torch.device("cpu")
-_LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for one that was not downloaded
-ALIGNMENT = 64  # bytes: where torch's own allocations and the tensors of its files begin
+_LFS_POINTER = b"version https://git-lfs"  # first bytes of a Git LFS pointer file
+ALIGNMENT = 64  # bytes; alignment of torch's allocations and of the tensors in its files
 
-DTYPE_NAMES: Mapping[str, torch.dtype] = {  # safetensors' name of a dtype
+DTYPE_NAMES: Mapping[str, torch.dtype] = {  # by the name of the dtype in safetensors
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,8 +46,11 @@ DTYPE_NAMES: Mapping[str, torch.dtype] = {  # safetensors' name of a dtype
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a file. `read` brings it to a device and dtype; on the CPU in its own dtype it may be a view of
-    the file, which must not be written to."""
+    """One tensor of a file.
+
+    `read(device, dtype)` loads it. On the CPU in the file's dtype the result may be a view of the file, which must not
+    be modified.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -63,17 +66,18 @@ class StoredTensor:
 
 
 def stored(tensor: Tensor) -> StoredTensor:
+    """Wrap a tensor in memory."""
     return StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.to)
 
 
 def joined(parts: Sequence[StoredTensor]) -> StoredTensor:
-    """Parts one under the other (along dimension 0), joined on the device that asks for them.
+    """Concatenate parts along dimension 0, on the target device when the tensor is read.
 
-    Raises ValueError when they differ in another dimension.
+    Raises ValueError if the parts differ in another dimension.
     """
     first = parts[0]
     if any(part.shape[1:] != first.shape[1:] for part in parts):
-        raise ValueError(f"shapes {[list(part.shape) for part in parts]} cannot be joined")
+        raise ValueError(f"shapes {[list(part.shape) for part in parts]} cannot be concatenated")
     rows = sum(part.shape[0] for part in parts)
     return StoredTensor(
         (rows, *first.shape[1:]),
@@ -83,13 +87,13 @@ def joined(parts: Sequence[StoredTensor]) -> StoredTensor:
 
 
 def open_file(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file: `StoredTensor`s by name, or, in a .pt file, whatever its keys lead to.
+    """Return the content of a checkpoint file: `StoredTensor`s by name, or the top-level dict of a .pt file.
 
-    `path` may be an index, whose shards lie beside it. Raises UserError for a file that is missing, damaged, truncated,
-    no checkpoint, or that would have to run code to be read.
+    `path` may be an index; its shards are expected beside it. Raises UserError if the file is missing, damaged,
+    truncated or not a checkpoint, or if loading it would run code.
     """
     if not path.is_file():
-        raise UserError(f"{path} is not there.")
+        raise UserError(f"{path} does not exist. Check the path.")
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
     try:
@@ -99,9 +103,9 @@ def open_file(path: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The files that hold the tensors of `path`: itself, or the shards that an index names.
+    """Return the files that hold the tensors of `path`: `path` itself, or the shards of an index.
 
-    Raises UserError when the index cannot be read.
+    Raises UserError if the index cannot be read.
     """
     if not path.name.endswith(INDEX_SUFFIX):
         return [path]
@@ -113,34 +117,35 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def named_tensors(content: Any, path: Path) -> dict[str, StoredTensor]:
-    """`content` as tensors by name, or UserError when it holds anything else."""
+    """Return `content` as tensors by name. Raises UserError if it contains anything else."""
     if not isinstance(content, Mapping) or not all_tensors(content):
-        raise UserError(f"{path} should hold tensors by name and holds something else. {COPY_AGAIN}")
+        raise UserError(f"{path} must contain tensors by name but contains other values. {COPY_AGAIN}")
     return {name: stored(value) if isinstance(value, Tensor) else value for name, value in content.items()}
 
 
 def all_tensors(content: Mapping[str, Any]) -> bool:
+    """Return whether all values are tensors, in memory or stored."""
     return all(isinstance(value, Tensor | StoredTensor) for value in content.values())
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
-    """All tensors of all shards: a name that is in a shard but not in the index would otherwise vanish silently."""
+    """Return all tensors of all shards, including those that the index does not name, so that none is lost silently."""
     tensors: dict[str, StoredTensor] = {}
     for shard in shard_files(index):
         if not shard.is_file():
-            raise UserError(f"{shard} is not there, but {index.name} names it. Copy the missing file.")
+            raise UserError(f"{shard} does not exist, but {index.name} names it. Copy the missing file.")
         tensors |= named_tensors(open_file(shard), shard)
     return tensors
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    file = safe_open(path, framework="pt")  # stays open as long as one of its tensors is referred to
+    file = safe_open(path, framework="pt")  # stays open as long as one of its tensors is referenced
 
     def tensor(name: str) -> StoredTensor:
         header = file.get_slice(name)
         dtype = DTYPE_NAMES.get(header.get_dtype())
         if dtype is None:
-            raise ValueError(f"{name} has the dtype {header.get_dtype()}, which is not known here.")
+            raise ValueError(f"{name} has the dtype {header.get_dtype()}, which is not supported.")
         return StoredTensor(
             tuple(header.get_shape()), dtype, lambda device, dtype: file.get_tensor(name).to(device, dtype)
         )
@@ -149,26 +154,27 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _open_pickle(path: Path) -> dict[str, Any]:
-    # Files of torch < 1.6 are no zip archives and cannot be mapped; neither can a truncated one, whose directory stood
-    # at the end: torch then says what it found.
+    # Files of torch < 1.6 are not zip archives and cannot be mapped. A truncated archive has lost its directory, which
+    # is at the end, so it is not recognised as an archive either; torch then raises the reason.
     content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} should hold tensors by name and holds a {type(content).__name__}. {COPY_AGAIN}")
+        raise UserError(f"{path} must contain tensors by name but contains a {type(content).__name__}. {COPY_AGAIN}")
     return dict(content)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+    """Return the message of the UserError for a file that cannot be read."""
+    if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
         return (
-            f"{path} holds more than tensors: to read it, {found[1]} would have to run, and nothing that a checkpoint "
-            "brings along ever does. Get these weights as safetensors, or as a .pt file of tensors alone."
+            f"{path} contains objects other than tensors: loading it would run {match[1]}, and hv_batch never runs "
+            "code from a checkpoint. Use these weights as safetensors, or as a .pt file that contains tensors only."
         )
     with path.open("rb") as file:
         is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
     if is_pointer:
-        return f"{path} is a pointer of Git LFS, not the file itself. Get that with `git lfs pull`, or copy it again."
-    # torch tells in front how its checks could be turned off, and behind how likely it is that the file is damaged.
+        return f"{path} is a Git LFS pointer, not the file itself. Download it with `git lfs pull`, or copy it again."
+    # Remove torch's hint on how to disable its checks, which precedes the reason, and its comments after the reason.
     reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
     size = path.stat().st_size
-    told = reason.rstrip(".") if size else "it is empty"
-    return f"{path} ({size} bytes) is damaged or not a checkpoint: {told}. {COPY_AGAIN}"
+    cause = reason.rstrip(".") if size else "it is empty"
+    return f"{path} ({size} bytes) is damaged or not a checkpoint: {cause}. {COPY_AGAIN}"

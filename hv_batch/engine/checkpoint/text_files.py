@@ -1,4 +1,4 @@
-"""The files of a text encoder in a checkpoint tree."""
+"""The files of the text encoders in a checkpoint tree."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 def missing_text_files(
     llama_dir: Path, clip_dir: Path, llama_tokenizer: Path | None = None, clip_tokenizer: Path | None = None
 ) -> list[str]:
-    """What is missing from the directories, one sentence each; reads no weights.
+    """Return one sentence for each missing file; empty if the directories are complete. Reads no weights.
 
-    The tokenizers lie beside the weights unless directories of their own are given, as in diffusers' layout.
+    The tokenizers are expected beside the weights unless their directories are given, as in the layout of diffusers.
     """
     clip_files = [("tokenizer.json",), ("vocab.json", "merges.txt")]
     return [
@@ -30,23 +30,23 @@ def missing_text_files(
 
 
 def weight_file(directory: Path) -> Path | None:
-    """The file of a tower's weights, or the index of its shards, in transformers' order of choice."""
+    """Return the weight file of a text encoder, or the index of its shards, with transformers' precedence; or None."""
     return next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
 
 
 def _missing(directory: Path, tokenizer: Path, what: str, tokenizers: list[tuple[str, ...]]) -> list[str]:
     if not directory.is_dir():
         return [f"{what} is expected in the directory {directory}, which does not exist"]
-    found = []
+    missing = []
     required = (directory / "config.json", tokenizer / "tokenizer_config.json")
-    found += [f"{what} lacks {path}" for path in required if not path.is_file()]
+    missing += [f"{what} lacks {path}" for path in required if not path.is_file()]
     if not any(all((tokenizer / name).is_file() for name in names) for names in tokenizers):
-        found.append(f"{what} lacks its tokenizer: {tokenizer / tokenizers[0][0]}")
+        missing.append(f"{what} lacks its tokenizer: {tokenizer / tokenizers[0][0]}")
     weights = weight_file(directory)
     if weights is None:
-        return [*found, f"{what} lacks its weights: {directory / _WEIGHTS[0]}"]
+        return [*missing, f"{what} lacks its weights: {directory / _WEIGHTS[0]}"]
     try:
         shards = shard_files(weights)
     except UserError as error:
-        return [*found, str(error)]
-    return found + [f"{what} lacks {shard}, named in its index" for shard in shards if not shard.is_file()]
+        return [*missing, str(error)]
+    return missing + [f"{what} lacks {shard}, which its index names" for shard in shards if not shard.is_file()]

@@ -1,17 +1,18 @@
-"""Checkpoint trees: where their files lie, and which are missing.
+"""Checkpoint trees: the paths of their files, and a check for missing files.
 
-The released layout (spec section 7), and the safetensors that `hv-batch weights convert` makes of it:
+The released layout (spec section 7), and the safetensors that `hv-batch weights convert` writes:
 
 model_base/
-  hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt    {"module": tensors}, perhaps {"ema": tensors}
+  hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt    {"module": tensors}, optionally {"ema": tensors}
                                    or model.safetensors, or model.safetensors.index.json and its shards
-                                      ..._map.pt or .safetensors     the scales, where the weights are FP8
-                                      config.json                    only where the widths are not the released ones
+                                      ..._map.pt or .safetensors     the scales, if the weights are FP8
+                                      config.json                    only if the widths are not those of the release
   hunyuan-video-t2v-720p/vae/config.json, pytorch_model.pt           or model.safetensors
   text_encoder/                                                     the LLaMA language model and its tokenizer
   text_encoder_2/                                                   CLIP ViT-L/14 and its tokenizer
 
-diffusers' layout is `hv_batch.engine.checkpoint.diffusers_layout`'s; it is recognised by its files.
+`hv_batch.engine.checkpoint.diffusers_layout` describes the layout of diffusers. A tree in this layout is detected by
+its files.
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ LAYOUT = (
     "The layout is <model_base>/{hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt, "
     "hunyuan-video-t2v-720p/vae/{config.json,pytorch_model.pt}, text_encoder/, text_encoder_2/}, "
     "or that of diffusers: transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/; "
-    "`hv-batch weights fetch` makes either."
+    "`hv-batch weights fetch` downloads either."
 )
 
 MODEL = "hunyuan-video-t2v-720p"
-CONVERTED = "model.safetensors"  # what `hv-batch weights convert` writes, or its index
+CONVERTED = "model.safetensors"  # written by `hv-batch weights convert`, as one file or as shards with an index
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTree:
-    """The paths of one checkpoint. `dit_weight` replaces the default DiT file by another file or by a folder of one."""
+    """The paths of one checkpoint.
+
+    `dit_weight` replaces the default DiT file by another file, or by a folder that contains one. `load_key` is the key
+    of the set of tensors in that file, "module" or "ema".
+    """
 
     model_base: Path
     dit_weight: Path | None = None
@@ -48,6 +53,7 @@ class CheckpointTree:
 
     @property
     def is_diffusers(self) -> bool:
+        """Whether the tree has the layout of diffusers."""
         return diffusers_layout.is_diffusers_tree(self.model_base)
 
     @property
@@ -60,7 +66,7 @@ class CheckpointTree:
 
     @property
     def vae_weight(self) -> Path:
-        """The VAE's file; where there is none, the one that is expected first."""
+        """The file of the VAE. If none exists, the default path."""
         if self.is_diffusers:
             return self._vae / diffusers_layout.WEIGHTS
         return _first_file(self._vae, "pytorch_model.pt", CONVERTED) or self._vae / "pytorch_model.pt"
@@ -82,10 +88,10 @@ class CheckpointTree:
         return self.model_base / "tokenizer_2" if self.is_diffusers else self.text_encoder_2
 
     def dit_file(self) -> Path:
-        """The file that holds the DiT's tensors, or the index of its shards; it need not exist.
+        """Return the file that holds the DiT's tensors, or the index of its shards. The file need not exist.
 
-        Raises UserError when `dit_weight` is a folder that holds none, or several. In such a folder, as the official
-        loader: `pytorch_model_<load_key>.pt`, else the `*_model_states.pt` of DeepSpeed; else safetensors.
+        If `dit_weight` is a folder, the order is that of the official loader: `pytorch_model_<load_key>.pt`, then the
+        `*_model_states.pt` of DeepSpeed, then safetensors. Raises UserError if the folder contains none or several.
         """
         if self.dit_weight is None:
             if self.is_diffusers:
@@ -104,27 +110,27 @@ class CheckpointTree:
             return files[0]
         if not files and (safetensors := _safetensors(self.dit_weight)):
             return safetensors
-        found = "several: " + ", ".join(file.name for file in files) if files else "neither"
+        content = "several: " + ", ".join(file.name for file in files) if files else "none of these"
         raise UserError(
-            f"dit_weight is the folder {self.dit_weight}, which should hold {bare.name} or one *_model_states.pt (or "
-            f"{CONVERTED}, or {CONVERTED}{INDEX_SUFFIX}) and holds {found}. Name the file itself."
+            f"dit_weight is the folder {self.dit_weight}, which must contain {bare.name} or one *_model_states.pt (or "
+            f"{CONVERTED}, or {CONVERTED}{INDEX_SUFFIX}) but contains {content}. Set dit_weight to the file itself."
         )
 
     def dit_options(self) -> dict[str, Any]:
-        """Fields of `DiTConfig` that the config.json beside the DiT's weights sets; none where there is no such file.
+        """Return the fields of `DiTConfig` that the config.json beside the DiT's weights sets; empty without a file.
 
-        Raises UserError when the file is damaged or of another model.
+        Raises UserError if the file is damaged or belongs to another model.
         """
         try:
             path = self.dit_file().with_name("config.json")
-        except UserError:  # `missing` tells it
+        except UserError:  # `missing` reports it
             return {}
         if not path.is_file():
             return {}
         values = read_json(path)
         if self.is_diffusers or values.get("_class_name") == diffusers_layout.DIT_CLASS:
             return diffusers_layout.dit_options(values, path)
-        # Any other file of this name may be about anything.
+        # A config.json of another class is ignored.
         return (
             {key: values[key] for key in values if key != "_class_name"}
             if values.get("_class_name") == DIT_CLASS
@@ -132,44 +138,46 @@ class CheckpointTree:
         )
 
     def missing(self) -> list[str]:
-        """One sentence for each file that is not there, with the path where it is expected; empty when complete. What
-        a tree looks like is `LAYOUT`, to be told once beside them."""
+        """Return one sentence for each missing file, with its expected path; empty if the tree is complete.
+
+        The caller adds `LAYOUT` once to the message.
+        """
         if not self.model_base.is_dir():
             return [f"model_base {self.model_base} is not a folder"]
-        found: list[str] = []
+        sentences: list[str] = []
         required = [("VAE config", self.vae_config)]
         for name, locate in (("DiT weights", self.dit_file), ("VAE weights", lambda: self.vae_weight)):
             try:
                 file = locate()
                 required += [(name, path) for path in ([file] if not file.is_file() else shard_files(file))]
             except UserError as error:
-                found.append(str(error))
-        found += [f"{name} missing: {path} is not there" for name, path in required if not path.is_file()]
-        return found + missing_text_files(self.text_encoder, self.text_encoder_2, self.tokenizer, self.tokenizer_2)
+                sentences.append(str(error))
+        sentences += [f"{name} missing: {path} does not exist" for name, path in required if not path.is_file()]
+        return sentences + missing_text_files(self.text_encoder, self.text_encoder_2, self.tokenizer, self.tokenizer_2)
 
 
 def scales_file(dit_file: Path) -> Path:
-    """Where the scales of FP8 weights lie: `x.pt` has `x_map.pt`, as released; `x.safetensors` `x_map.safetensors`."""
+    """Return the path of the scales of FP8 weights: `x_map.pt` for `x.pt`, `x_map.safetensors` for `x.safetensors`."""
     stem = dit_file.name.removesuffix(INDEX_SUFFIX)
     path = dit_file.with_name(stem)
     return path.with_name(f"{path.stem}_map{path.suffix}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a file, or UserError."""
+    """Read a JSON object from a file. Raises UserError if the file is missing or contains anything else."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is not there. {LAYOUT}") from None
+        raise UserError(f"{path} does not exist. {LAYOUT}") from None
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON ({error}). {COPY_AGAIN}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object and holds a {type(value).__name__}. {COPY_AGAIN}")
+        raise UserError(f"{path} must contain a JSON object but contains a {type(value).__name__}. {COPY_AGAIN}")
     return value
 
 
 def _safetensors(folder: Path) -> Path | None:
-    """The safetensors file of a folder, or the index of its shards, under our name or diffusers'."""
+    """Return the safetensors file of a folder, or the index of its shards, under hv_batch's or diffusers' name."""
     names = [name + suffix for name in (CONVERTED, diffusers_layout.WEIGHTS) for suffix in (INDEX_SUFFIX, "")]
     return _first_file(folder, *names)
 

@@ -1,11 +1,11 @@
-"""The two kinds of transformer block, and the final layer (spec section 2).
+"""The double-stream and single-stream transformer blocks, and the final layer (spec section 2).
 
-Blocks see one item without batch dimension: text [S, C], this rank's image tokens [l, C], conditioning [C]. They do not
-know the mesh: `attend` takes the packed qkv of text and local image rows and returns the attended rows.
+A block processes one item without batch dimension: text [S, C], this rank's image tokens [l, C], conditioning [C]. It
+does not depend on the mesh: `attend` takes the packed qkv of text and local image rows and returns the attended rows.
 
-Rounding follows the released run, which is under autocast: LayerNorm and modulation in float32, rounded to the model's
-dtype where a Linear takes over; QK norm in float32, rounded before its weight; rotation in float32.
-Inference only: q and k are normalised and rotated in place.
+Rounding follows the released run, which uses autocast: LayerNorm and modulation are float32 and are rounded to the
+model's dtype at the next Linear; the QK norm is float32 and is rounded before its weight; the rotation is float32.
+For inference only: q and k are normalised and rotated in place.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ NORM_EPS = 1e-6
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
-    """In place: at 720p on one GPU, the activations of one MLP take 3 GB."""
+    """GELU with tanh approximation, in place: at 720p on one GPU, the activations of one MLP take 3 GB."""
     return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift; float32 inside, x's dtype outside."""
+    """Apply LayerNorm without weights, then scale and shift, in float32. Returns x's dtype."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
     return normed.mul_(1 + scale).add_(shift).to(x.dtype)
 
 
 def rotate_(x: Tensor, rope: Tensor) -> None:
-    """Turn each channel pair of [L, ..., D] by its token's angle, in place: a product of complex numbers.
+    """Rotate each channel pair of x [L, ..., D] by the angle of its token, in place, as a complex product.
 
-    rope [L, D / 2] complex64, of modulus 1; see `embeddings.rope_table`.
+    rope [L, D / 2] is complex64 with modulus 1; see `embeddings.rope_table`.
     """
-    wide = x.float()  # x itself in float32
+    wide = x.float()  # x itself if it is float32
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     pairs.mul_(rope.view(len(rope), *[1] * (x.dim() - 2), -1))
     if wide is not x:
@@ -46,7 +46,7 @@ def rotate_(x: Tensor, rope: Tensor) -> None:
 
 
 class RMSNorm(nn.Module):
-    """The weight of a root-mean-square norm over one head's channels; `normalize_qk_` applies two of them at once."""
+    """The weight of an RMS norm over the channels of one head. `normalize_qk_` applies two of them at once."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MLP(nn.Module):
 
 
 class Modulation(nn.Module):
-    """The conditioning vector's `chunks` modulation vectors for one stream of one block."""
+    """Computes `chunks` modulation vectors from the conditioning vector, for one stream of one block."""
 
     def __init__(self, hidden_size: int, chunks: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Modulation(nn.Module):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Image and text with weights of their own, meeting only in the joint attention."""
+    """A block with separate weights for image and text. The streams interact only in the joint attention."""
 
     def __init__(self, hidden_size: int, heads: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class DoubleStreamBlock(nn.Module):
         normalize_qk_(txt_qkv, self.txt_attn_q_norm, self.txt_attn_k_norm)
 
         qkv = torch.cat((txt_qkv, img_qkv))
-        del img_qkv, txt_qkv  # 2 GB at 720p on one GPU, not to be held through the attention
+        del img_qkv, txt_qkv  # frees 2 GB before the attention, at 720p on one GPU
         attended = attend(qkv)
         del qkv
 
@@ -120,7 +120,10 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Text and image as one sequence; attention and MLP side by side between two wide Linears (arXiv 2302.05442)."""
+    """A block on text and image as one sequence. Attention and MLP run in parallel between two wide Linears.
+
+    (arXiv 2302.05442)
+    """
 
     def __init__(self, hidden_size: int, heads: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -139,17 +142,17 @@ class SingleStreamBlock(nn.Module):
         normalize_qk_(qkv, self.q_norm, self.k_norm)
         rotate_(qkv[text_len:, :2], rope)
         attended = attend(qkv)
-        # Both halves are written where linear2 reads them, instead of being joined there afterwards.
+        # Both parts are written directly into the input of linear2, which saves a concatenation.
         width = x.shape[-1]
         joined = x.new_empty(len(x), width + mlp.shape[-1])
         torch.ops.aten.gelu.out(mlp, approximate="tanh", out=joined[:, width:])
         joined[:, :width] = attended
-        del qkv, mlp, attended  # 6 GB at 720p on one GPU
+        del qkv, mlp, attended  # frees 6 GB at 720p on one GPU
         return torch.addcmul(x, self.linear2(joined), gate)
 
 
 class FinalLayer(nn.Module):
-    """Tokens back to patches. Its modulation is (shift, scale) in this order; diffusers stores the two swapped."""
+    """Converts tokens to patches. The modulation is (shift, scale) in this order; diffusers stores (scale, shift)."""
 
     def __init__(self, hidden_size: int, patch_channels: int) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ class FinalLayer(nn.Module):
 
 
 def normalize_qk_(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> None:
-    """Normalise q and k of [L, 3, H, D] in place: rounded after the scale, and again after the weight."""
+    """Normalise q and k of qkv [L, 3, H, D] in place. Rounds after the normalisation and again after the weight."""
     qk = qkv[:, :2]
     length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
     qk.mul_(torch.rsqrt(length.square_().div_(qk.shape[-1]).add_(NORM_EPS)))
@@ -170,5 +173,5 @@ def normalize_qk_(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> None:
 
 
 def _split_heads(qkv: Tensor, heads: int) -> Tensor:
-    """A view [L, 3, H, D] of the fused projection."""
+    """Return a view [L, 3, H, D] of the fused projection."""
     return rearrange(qkv, "l (k h d) -> l k h d", k=3, h=heads)

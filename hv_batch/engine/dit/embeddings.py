@@ -1,7 +1,7 @@
-"""What turns the DiT's inputs into its hidden width: patches, scalars, pooled text, text states, positions.
+"""The input embeddings of the DiT: patches, scalars, pooled text, text states and positions.
 
-Module and parameter names are those of the released checkpoint. Everything works on one item, without a batch
-dimension: tokens are [L, C], conditioning vectors [C].
+Module and parameter names are those of the released checkpoint. All functions process one item without batch dimension:
+tokens are [L, C], conditioning vectors [C].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROPE_THETA = 256.0
 
 
 def patchify(latents: Tensor, patch: Grid) -> tuple[Tensor, Grid]:
-    """Latents as tokens [L, C * pt * ph * pw] in (t, h, w) order, and the token grid."""
+    """Split latents [C, T, H, W] into tokens [L, C * pt * ph * pw] in (t, h, w) order; also return the token grid."""
     pt, ph, pw = patch
     _, t, h, w = latents.shape
     tokens = rearrange(latents, "c (t pt) (h ph) (w pw) -> (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
@@ -34,17 +34,17 @@ def patchify(latents: Tensor, patch: Grid) -> tuple[Tensor, Grid]:
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
-    """The inverse of `patchify`: [C, T, H, W]."""
+    """The inverse of `patchify`: returns latents [C, T, H, W]."""
     (t, h, w), (pt, ph, pw) = grid, patch
     return rearrange(tokens, "(t h w) (c pt ph pw) -> c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
-@lru_cache(maxsize=2)  # one sample is in work at a time: its shape, and a look back for alternating shapes
+@lru_cache(maxsize=2)  # one sample runs at a time; two entries cover alternating shapes
 def rope_table(grid: Grid, span: tuple[int, int], axes_dims: tuple[int, ...], device: torch.device) -> Rope:
-    """Rotary cos and sin of the tokens `span` of a (t, h, w) grid, one angle a pair of channels (spec section 2).
+    """Return rotary cos and sin of the tokens `span` of a (t, h, w) grid, one angle per channel pair (spec section 2).
 
-    Computed on the CPU in float32, so that every device rotates by the same bits. A span may run past the grid's end;
-    those rows belong to padding.
+    Computed on the CPU in float32, so that all devices rotate by the same bits. A span may extend past the end of the
+    grid; these rows are padding.
     """
     _, h, w = grid
     token = torch.arange(*span)
@@ -57,7 +57,7 @@ def rope_table(grid: Grid, span: tuple[int, int], axes_dims: tuple[int, ...], de
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose kernel is its stride, done as the linear map it is, on the tokens of this rank only."""
+    """A convolution whose kernel equals its stride, computed as a Linear on the patches of this rank."""
 
     def __init__(self, patch: Grid, in_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid of a scalar (float32, cosines first), then a two-layer MLP in the model's dtype."""
+    """The sinusoid of a scalar (float32, cosines first), then a two-layer MLP in the model's dtype."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = TIMESTEP_WIDTH // 2
-        # On the CPU, as released: devices differ in the last bit of exp, and t times that bit is seen in the sinusoid.
+        # On the CPU, as in the release: devices differ in the last bit of exp, which t amplifies in the sinusoid.
         frequency = torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / half)
         angle = t.float() * frequency.to(t.device)
         sinusoid = torch.cat((angle.cos(), angle.sin()))
@@ -84,7 +84,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class MLPEmbedder(nn.Module):
-    """The pooled text vector's way into the modulation."""
+    """Projects the pooled text vector into the modulation."""
 
     def __init__(self, in_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class MLPEmbedder(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """The mean text state's way into the refiner's modulation."""
+    """Projects the mean text state into the modulation of the refiner."""
 
     def __init__(self, in_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class RefinerBlock(nn.Module):
 
 
 class IndividualTokenRefiner(nn.Module):
-    """The refiner's blocks; a module of its own only because the checkpoint's names say so."""
+    """The blocks of the refiner. A separate module only because the parameter names of the checkpoint require it."""
 
     def __init__(self, hidden_size: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class IndividualTokenRefiner(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """Text states to the hidden width, refined under the timestep and their own mean."""
+    """Projects the text states to the hidden width and refines them, conditioned on the timestep and their mean."""
 
     def __init__(self, in_dim: int, hidden_size: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner = IndividualTokenRefiner(hidden_size, heads, depth)
 
     def forward(self, text: Tensor, t: Tensor, kernel: Kernel) -> Tensor:
-        """text [S, in_dim] holds valid tokens only, as encoded; their mean is taken before any rounding."""
+        """Return [S, hidden_size] for text [S, in_dim] of valid tokens only. Their mean is computed before rounding."""
         dtype = self.input_embedder.weight.dtype
         condition = self.t_embedder(t) + self.c_embedder(text.float().mean(dim=0).to(dtype))
         return self.individual_token_refiner(self.input_embedder(text.to(dtype)), condition, kernel)

@@ -1,19 +1,19 @@
-"""Matrix products in FP8: the Linears of the DiT's blocks on the fastest path of the tensor cores (`fp8: matmul`).
+"""Matrix products in FP8 for the Linears of the DiT's blocks (engine option `fp8: matmul`).
 
-A weight gets one scale a row (an output channel), once; an activation one scale a row (a token), on every call. Both
-become float8_e4m3fn; `torch._scaled_mm` multiplies them with sums in float32 and applies both scales. A row is
-quantised by its own largest value, so an outlier token or channel costs the others no accuracy. The weights of an FP8
-checkpoint are taken as they are, with their one scale in every row.
+A weight is quantised once, with one scale per row (output channel); an activation is quantised on every call, with one
+scale per row (token). Both become float8_e4m3fn. `torch._scaled_mm` multiplies them, accumulates in float32 and applies
+both scales. The scale of a row depends only on its own largest value, so an outlier token or channel does not reduce
+the accuracy of the others. The weights of an FP8 checkpoint are used unchanged, with their single scale in every row.
 
-Not multiplied in FP8 is what brings no speed: the modulations, whose input is one row. Their weights are kept in FP8
-like the others, for the memory, and dequantised for each call. That is also what happens to all of them where the
-device or this build of PyTorch cannot multiply FP8: the same weights, with activations in the model's own precision,
-and no gain in speed. It is said once. A run on devices of both kinds would mix two slightly different renderings.
+The modulations are not multiplied in FP8, because their input is one row and FP8 gains no speed there. Their weights
+are stored in FP8 to save memory and dequantised on each call. All Linears work in this way if the device or the build
+of PyTorch cannot multiply FP8: the weights are the same, the activations keep the model's precision, and there is no
+gain in speed. This is logged once per process. A run on devices of both kinds would mix two slightly different results.
 """
 
 from __future__ import annotations
 
-import warnings
+import logging
 from functools import cache
 
 import torch
@@ -22,22 +22,24 @@ from torch import Tensor, nn
 
 from hv_batch.engine.dit.fp8_storage import FP8, FP8_MAX, Fp8Linear, block_linears
 
-ALIGNMENT = 16  # both sides of a weight must be multiples of it for the CUDA kernel
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 16  # the CUDA kernel requires both sides of a weight to be multiples of this
 MODULATIONS = ("img_mod.linear", "txt_mod.linear", "modulation.linear")
 
-# Of an activation at a time: in 16 bits 32 MB, which stay in a GPU's L2 cache between being scaled and being rounded.
-# Whole, the widest activation of 720p would be scaled in 4 GB of memory of its own.
+# Elements of an activation that are quantised at a time: 32 MB in 16 bits, which stay in a GPU's L2 cache between
+# scaling and rounding. Scaling the widest activation of 720p as a whole would need 4 GB of extra memory.
 CHUNK_ELEMENTS = 2**24
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K] as (float8_e4m3fn [N, K], float32 scale [N, 1]), whose product is about `x`. Rows of zeros have scale 1.
+    """Quantise x [N, K] to (float8_e4m3fn [N, K], float32 scale [N, 1]). Their product approximates x.
 
-    A scale is a bfloat16 number. Where `x` is bfloat16 too, it is divided in that precision: its 8 bits are rounded to
-    4 right after.
+    Scales are bfloat16 numbers. A row of zeros has scale 1. If x is bfloat16, the division is bfloat16 as well, because
+    its 8 bits are rounded to 4 directly afterwards.
     """
     largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True, dtype=torch.float32)
-    # Rounding the scale, and then the quotient, carries the largest value to at most 450, which the cast makes 448.
+    # Rounding of the scale and of the quotient raises the largest value to at most 450, which the cast rounds to 448.
     scale = torch.where(largest > 0, largest / FP8_MAX, 1.0).bfloat16()
     divisor = scale if x.dtype is torch.bfloat16 else scale.float()
     quantised = torch.empty(x.shape, dtype=FP8, device=x.device)
@@ -48,10 +50,11 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8MatmulLinear(nn.Module):
-    """A Linear with its weight in FP8 and a scale a row; `multiplies` says whether its products are FP8 as well.
+    """A Linear with an FP8 weight and one scale per row. `multiplies` selects FP8 products; otherwise it dequantises.
 
-    Built from a weight [out, in] in a wider precision, or in float8_e4m3fn with its `scale`, of one element or of one
-    a row. Parameters are named as a Linear's are.
+    Built from a weight [out, in] in a wider precision, or from a float8_e4m3fn weight with its `scale`, which has one
+    element or one per row. The parameters have the names of a Linear. Raises ValueError if only one of FP8 weight and
+    scale is given.
     """
 
     weight: nn.Parameter  # [out, in] float8_e4m3fn
@@ -61,7 +64,7 @@ class Fp8MatmulLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, *, scale: Tensor | None = None, multiplies: bool) -> None:
         super().__init__()
         if (weight.dtype == FP8) != (scale is not None):
-            raise ValueError(f"a weight in {FP8} comes with a scale and no other does; this one is {weight.dtype}")
+            raise ValueError(f"a scale must be given if and only if the weight is {FP8}; the weight is {weight.dtype}")
         if scale is None:
             weight, scale = quantise_rows(weight.detach().float())
         self.out_features, self.in_features = weight.shape
@@ -73,11 +76,11 @@ class Fp8MatmulLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in x's dtype."""
+        """Map x [..., in] to [..., out] in x's dtype."""
         if not self.multiplies:
             return F.linear(x, self._dequantised(x.dtype), self.bias)
         x_fp8, x_scale = quantise_rows(x.reshape(-1, self.in_features))
-        # The CUDA kernel of row scales answers in bfloat16 only, and adds only a bias of that dtype.
+        # The CUDA kernel with row scales outputs bfloat16 only and supports only a bias of that dtype.
         dtype = torch.bfloat16 if x.device.type == "cuda" else x.dtype
         fused = self.bias if x.dtype is dtype else None
         out = torch._scaled_mm(x_fp8, self.weight.t(), x_scale, self.scale.t(), bias=fused, out_dtype=dtype).to(x.dtype)
@@ -86,15 +89,16 @@ class Fp8MatmulLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _dequantised(self, dtype: torch.dtype) -> Tensor:
-        # The scale is no float16 number in general, and below that dtype's normal range for ordinary weights.
+        # The scale is usually not a float16 number, and for common weights it is below the normal range of float16.
         wide = dtype if dtype is torch.bfloat16 else torch.float32
         return (self.weight.to(wide) * self.scale.to(wide)).to(dtype)
 
 
 def multiply_in_fp8_(model: nn.Module, device: torch.device) -> None:
-    """Put a `Fp8MatmulLinear` in the place of every Linear of the DiT's blocks, to compute on `device`.
+    """Replace every Linear of the DiT's blocks by an `Fp8MatmulLinear` that computes on `device`.
 
-    One after the other, so that weights are not held twice. Warns, once a process, if `device` cannot multiply FP8.
+    The Linears are replaced one by one, so that the weights are not held twice. Logs a warning, once per process, if
+    `device` cannot multiply FP8.
     """
     native = can_multiply(device)
     for name, linear in block_linears(model).items():
@@ -108,7 +112,10 @@ def multiply_in_fp8_(model: nn.Module, device: torch.device) -> None:
 
 @cache
 def can_multiply(device: torch.device) -> bool:
-    """Whether this device and build multiply FP8 with a scale a row, found out by doing it. If not, says so, once."""
+    """Return whether this device and build of PyTorch multiply FP8 with row scales, by a trial product.
+
+    Logs a warning if they do not. The result is cached, so the warning is logged once per process.
+    """
     ones, scale = torch.ones(ALIGNMENT, ALIGNMENT, device=device), torch.ones(ALIGNMENT, 1, device=device)
     try:
         product = torch._scaled_mm(ones.to(FP8), ones.to(FP8).t(), scale, scale.t(), out_dtype=torch.bfloat16)
@@ -116,10 +123,12 @@ def can_multiply(device: torch.device) -> bool:
     except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError) as error:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         reason = str(error).partition("\n")[0]
-        warnings.warn(
-            f"fp8: matmul: {name} with PyTorch {torch.__version__} cannot multiply FP8 with a scale a row ({reason}). "
-            "The weights stay in FP8 and are dequantised for each product, which saves the memory but no time. FP8 "
-            "products need a GPU of compute capability 9.0 (Hopper) or later.",
-            stacklevel=2,
+        logger.warning(
+            "fp8: matmul: %s with PyTorch %s cannot multiply FP8 with row scales (%s). The weights stay in FP8 and are "
+            "dequantised for each product, which saves memory but no time. FP8 products need a GPU of compute "
+            "capability 9.0 (Hopper) or later.",
+            name,
+            torch.__version__,
+            reason,
         )
         return False

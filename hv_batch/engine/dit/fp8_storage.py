@@ -1,7 +1,8 @@
-"""FP8 weights as released (spec section 6): 8 bits an element, one scale a matrix, dequantised where they are used.
+"""FP8 weights as released (spec section 6): 8 bits per element and one scale per matrix, dequantised on every use.
 
-The file holds the same names as the bf16 one; the weights of every Linear inside the blocks are float8_e4m3fn, and a
-second file, the map, holds one scale a module. Half the memory for these weights, and no speed: the product is bf16.
+The file has the same tensor names as the bf16 file. The weights of every Linear in the blocks are float8_e4m3fn. A
+second file, the map, holds one scale per module. These weights take half the memory. The speed is the same, because the
+product is computed in the dtype of the input.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max  # 448: what the largest weight of a matrix becomes
+FP8_MAX = torch.finfo(FP8).max  # 448; the largest weight of a matrix is scaled to it
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight * scale` in `dtype`, both rounded to it before they are multiplied: the released order, bit for bit."""
+    """Return `weight * scale` in `dtype`. Both are rounded to it before the product: the order of the release."""
     return weight.to(dtype) * scale.to(dtype)
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as (float8_e4m3fn weights, their float32 scale), rounded to nearest even, as the release quantises.
+    """Return (float8_e4m3fn weights, float32 scale) of a matrix, rounded to nearest even as in the release.
 
-    The scale is a bfloat16 number, rounded up. The release rounds any scale to the dtype of the arithmetic anyway;
-    rounded before the weights are divided by it, it costs no accuracy, and rounded up, no weight leaves the range. A
-    matrix of zeros has scale 1.
+    The scale is rounded up to a bfloat16 number. The release rounds every scale to the dtype of the arithmetic;
+    rounding it before the division costs no accuracy, and rounding up keeps all weights in range. A matrix of zeros has
+    scale 1.
     """
     wide = weight.float()
     low, high = wide.aminmax()
@@ -36,16 +37,16 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_up_to_bf16(value: Tensor) -> Tensor:
-    """The smallest bfloat16 not below a float32 >= 0: its upper 16 bits, plus one where the lower are not zero."""
+    """Return the smallest bfloat16 number >= a float32 >= 0: its upper 16 bits, plus one if the lower are not zero."""
     bits = value.view(torch.int32)
     return ((bits + 0xFFFF) & -0x10000).view(torch.float32)
 
 
 class Fp8Linear(nn.Module):
-    """A Linear whose weight stays in 8 bits; each call makes the weight in the input's dtype and forgets it.
+    """A Linear that stores its weight in 8 bits. Each call dequantises the weight temporarily to the input's dtype.
 
-    `scale` has one element and the dtype of the arithmetic. `weight` and `bias` are named as a Linear's are, so the
-    names of the checkpoint hold; `scale` comes from the map.
+    `scale` has one element, in the dtype of the arithmetic; it comes from the map. `weight` and `bias` have the names
+    that a Linear has, so the tensor names of the checkpoint apply.
     """
 
     weight: nn.Parameter  # [out, in] float8_e4m3fn
@@ -65,7 +66,7 @@ class Fp8Linear(nn.Module):
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear | Fp8Linear]:
-    """The modules that the release quantises: every Linear of the DiT's double and single blocks, by name."""
+    """Return the modules that the release quantises, by name: every Linear of the DiT's double and single blocks."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -74,7 +75,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear | Fp8Linear]:
 
 
 def hold_in_fp8(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace the named Linears by empty `Fp8Linear`s on the meta device, for a checkpoint to fill."""
+    """Replace the named Linears by empty `Fp8Linear`s on the meta device, to be filled from a checkpoint."""
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

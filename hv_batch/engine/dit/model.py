@@ -1,11 +1,11 @@
-"""The HunyuanVideo diffusion transformer: latents, timestep and text in, velocity out.
+"""The HunyuanVideo diffusion transformer: predicts the velocity from latents, timestep and text.
 
-Reads from top to bottom as the model runs. Parameter names and shapes are those of the released checkpoint
-("HYVideo-T/2-cfgdistill", spec section 2), so its state dict loads as it is.
+The module runs in the order of its code. Parameter names and shapes are those of the released checkpoint
+("HYVideo-T/2-cfgdistill", spec section 2), so its state dict loads without changes.
 
-A batch (two items, with classifier-free guidance) is run item by item. At video lengths one item fills any device, so
-nothing is lost; each item keeps only its own valid text tokens, no padding exists to be masked, and an item's
-result is the same bits whatever it is batched with.
+The items of a batch (two with classifier-free guidance) run one by one. At video lengths one item fills any device, so
+this costs no speed. Each item uses only its own valid text tokens, so no padding must be masked, and the bits of an
+item do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ ONE_RANK = SequenceMesh.single()
 
 
 class HYVideoDiT(nn.Module):
-    """The network. `attention` names the kernel: sdpa, cudnn, flash or math.
+    """The transformer. `attention` names the kernel: sdpa, cudnn, flash or math.
 
-    `joint_attention` is how the ranks of a mesh attend together; `XfuserAttention` may take its place.
+    `joint_attention` computes the attention across the ranks of a mesh; `XfuserAttention` may replace it.
     """
 
     def __init__(self, config: DiTConfig, attention: str = "sdpa") -> None:
@@ -65,7 +65,7 @@ class HYVideoDiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic (quantised blocks may store another)."""
+        """The dtype of the arithmetic. Quantised blocks may store their weights in another dtype."""
         return self.img_in.proj.weight.dtype
 
     @torch.no_grad()
@@ -80,23 +80,29 @@ class HYVideoDiT(nn.Module):
         mesh: SequenceMesh = ONE_RANK,
         caches: Sequence[StepCache] = (),
     ) -> Tensor:
-        """Velocity [B, out_channels, T, h, w] in the model's dtype, the same bits on every rank of the mesh.
+        """Return the velocity [B, out_channels, T, h, w] in the model's dtype, equal on every rank of the mesh.
 
-        All inputs are equal on all ranks. latents [B, in_channels, T, h, w], h and w multiples of the patch; timestep
-        [B], sigma * 1000; text_states [B, S, text_states_dim], right-padded, of which the first text_lengths[b] >= 1
-        are read; pooled [B, text_states_dim_2]; guidance [B], scale * 1000, given exactly when the model embeds it.
-        `caches`, one an item or none, may spare it blocks, and then change the result; see `engine.step_cache`.
-        Raises ValueError for inputs that break this, UserError when the heads do not split over the mesh.
+        All inputs must be equal on all ranks:
+
+        - latents [B, in_channels, T, h, w]; h and w must be multiples of the patch
+        - timestep [B]: sigma * 1000
+        - text_states [B, S, text_states_dim], right-padded; the first text_lengths[b] >= 1 rows of item b are read
+        - pooled [B, text_states_dim_2]
+        - guidance [B]: scale * 1000; must be given if and only if the model has a guidance embedding
+        - caches: one `StepCache` per item, or none. A cache may skip blocks, which changes the result.
+
+        Raises ValueError if the inputs break these rules, and UserError if the Ulysses degree does not divide the
+        heads.
         """
         if (guidance is None) == self.config.guidance_embed:
-            raise ValueError(f"guidance_embed is {self.config.guidance_embed}, but guidance is {guidance}")
+            raise ValueError(f"guidance must be given if and only if guidance_embed is set; it is {guidance}")
         batch, longest = text_states.shape[:2]
         if len(text_lengths) != batch or not all(1 <= length <= longest for length in text_lengths):
             raise ValueError(f"text lengths {list(text_lengths)} must be {batch} numbers from 1 to {longest}")
         if self.config.heads_num % mesh.ulysses_degree:
             raise UserError(
                 f"parallel.ulysses_degree {mesh.ulysses_degree} does not divide the model's {self.config.heads_num} "
-                f"attention heads; choose a divisor, and put the other ranks into parallel.ring_degree."
+                f"attention heads; choose a divisor, and use parallel.ring_degree for the other ranks."
             )
         velocities = []
         for item, text_len in enumerate(text_lengths):
@@ -110,7 +116,7 @@ class HYVideoDiT(nn.Module):
         """The vector that modulates every block."""
         vec = self.time_in(timestep) + self.vector_in(pooled.to(self.dtype))
         if self.guidance_in is not None and guidance is not None:
-            # Rounded to the model's dtype before the sinusoid, as the released run does (6000 is no bfloat16).
+            # Rounded to the model's dtype before the sinusoid, as in the released run (bfloat16 cannot represent 6000).
             vec = vec + self.guidance_in(guidance.to(self.dtype))
         return vec
 
@@ -131,17 +137,17 @@ class HYVideoDiT(nn.Module):
         for number, block in enumerate(self.double_blocks):
             img, txt = block(img, txt, vec, rope, attend)
             if cache and number == 0:
-                recalled = cache.recall(img, image_len, mesh)
-                if recalled is not None:
-                    return self._output(recalled, vec, grid, mesh)
+                cached = cache.lookup(img, image_len, mesh)
+                if cached is not None:
+                    return self._output(cached, vec, grid, mesh)
         x = torch.cat((txt, img))
         del txt, img
         for block in self.single_blocks:
             x = block(x, vec, text_len, rope, attend)
         if cache:
-            cache.keep(x[text_len:])
+            cache.store(x[text_len:])
         return self._output(x[text_len:], vec, grid, mesh)
 
     def _output(self, img: Tensor, vec: Tensor, grid: tuple[int, int, int], mesh: SequenceMesh) -> Tensor:
-        """The velocity that this rank's image tokens and the others' come to."""
+        """Compute the velocity of this rank's image tokens and gather that of the other ranks."""
         return unpatchify(mesh.gather(self.final_layer(img, vec), math.prod(grid)), grid, self.config.patch_size)

@@ -1,4 +1,4 @@
-"""Weights on the host: the DiT's blocks stream to the device one after the other, each while the one before computes.
+"""Offloading: the DiT's blocks stay on the host and are copied to the device while the previous block computes.
 
     host      [ block 0 | block 1 | block 2 | ... ]      pinned memory, or the pages of the checkpoint file
     device    [ buffer A ] [ buffer B ]                  each as large as the largest block
@@ -6,15 +6,15 @@
     compute stream   0 in A | 1 in B | 2 in A | ...
     copy stream           1 -> B | 2 -> A | 3 -> B | ...
 
-A copy may start when the block that used its buffer before has been computed, and a block when its copy is complete:
-both are told by events between the two streams, so the host waits for neither. After the last block comes the first
-again, for the next step. Where a block's weights lie changes neither its arithmetic nor its communication: the same
-bits, on one rank as in a group.
+A copy starts after the block that used its buffer has been computed. A block starts after its copy is complete. CUDA
+events between the two streams enforce both, so the host does not wait. The first block follows the last one, for the
+next step. Offloading changes neither the arithmetic nor the communication, so the bits are equal on one rank and in a
+group.
 
-Copies are queued after the kernels of the block before. So copies from memory that is not pinned, during which the
-driver holds the host thread, overlap with computing as well.
+A copy is queued after the kernels of the previous block. A copy from memory that is not pinned blocks the host thread,
+and therefore overlaps with computation as well.
 
-On a CPU the same code runs, without streams: a copy is then complete when it returns.
+On a CPU the same code runs without streams: a copy is complete when the call returns.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from torch.func import functional_call
 
 from hv_batch.engine.dit.model import HYVideoDiT
 
-# Where a tensor may start in a buffer: as aligned as the CUDA allocator's own tensors, whatever kernel reads it.
+# Bytes. Tensors in a buffer are aligned like those of the CUDA allocator, as kernels expect.
 ALIGNMENT = 512
 
-# PyTorch rounds a pinned allocation up to a power of two, for 25 GB of single tensors 10 GB more; so they share
-# allocations that are one.
+# PyTorch rounds a pinned allocation up to a power of two. For 25 GB of separate tensors this wastes 10 GB, so tensors
+# share arenas whose size is a power of two.
 ARENA_BYTES = 2**30
 
 
 def offload_blocks(model: HYVideoDiT, device: torch.device, *, pinned: bool) -> BlockStreamer:
-    """Give a model that was loaded on the CPU to `device`, all but its blocks, which stay and are streamed from now on.
+    """Move a model that was loaded on the CPU to `device`, except its blocks, which are streamed from now on.
 
-    `pinned` packs the blocks' weights into page-locked memory of this process, from which a GPU copies by itself.
-    Without it they stay where they are: loaded in the dtype of their file, in its pages, which the ranks of a node
-    share. Anything that changes the blocks' modules (quantisation) comes before.
+    `pinned` packs the weights of the blocks into page-locked memory of this process, from which a GPU copies
+    asynchronously. Without it the weights stay in place: if they were loaded in the dtype of their file, in the pages
+    of the file, which the ranks of a node share. Quantisation, which replaces the modules of the blocks, must be
+    applied before.
     """
     streamed = [*model.double_blocks, *model.single_blocks]
     for child in model.children():
@@ -58,7 +59,7 @@ def offload_blocks(model: HYVideoDiT, device: torch.device, *, pinned: bool) -> 
 
 
 class StreamedBlock(nn.Module):
-    """A block that computes with the streamer's copy of its weights."""
+    """A block that computes with the device copy of its weights."""
 
     def __init__(self, block: nn.Module, streamer: BlockStreamer, index: int) -> None:
         super().__init__()
@@ -72,31 +73,32 @@ class StreamedBlock(nn.Module):
 
 
 class BlockStreamer:
-    """Two buffers on `device` through which the weights of `blocks` pass, in their order and round again."""
+    """Copies the weights of `blocks` in cyclic order into two buffers on `device`."""
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._host = [_tensors(block) for block in blocks]
         size = max(sum(map(_aligned_bytes, tensors.values())) for tensors in self._host)
         self._slots = tuple(_Slot(size, device) for _ in range(2))
-        self._next = 0  # the slot that the next copy goes to: not the one in use
+        self._next = 0  # the slot for the next copy, which is not in use
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def device_bytes(self) -> int:
-        """All that the blocks' weights ever occupy on the device."""
+        """Device memory of the blocks' weights, in bytes: the two buffers."""
         return sum(slot.memory.nbytes for slot in self._slots)
 
     @contextmanager
     def resident(self, index: int) -> Iterator[dict[str, Tensor]]:
-        """The weights of block `index` on the device, by name, valid within the context; then fetches the next block.
+        """Yield the weights of block `index` on the device, by name. They are valid within the context only.
 
-        Calls in another order than the blocks' cost a copy that nothing hides, and are otherwise as good.
+        On exit, the copy of the next block starts. Blocks may be requested in another order, but then the copy does not
+        overlap with computation.
         """
         slot = self._find(index) or self._fetch(index)
         slot.await_copy()
         try:
             yield slot.views
-        finally:  # also after an error: what was queued of this block may still read the buffer
+        finally:  # also after an error, because queued kernels of this block may still read the buffer
             slot.release()
         following = (index + 1) % len(self._host)
         if self._find(following) is None:
@@ -113,7 +115,7 @@ class BlockStreamer:
 
 
 class _Slot:
-    """One buffer, the block it holds, and the events that keep copying and computing apart (None without streams)."""
+    """One buffer, the block it holds, and the events that order copies and computation (None without streams)."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -122,7 +124,7 @@ class _Slot:
         streams = device.type == "cuda"
         self._copied = torch.cuda.Event() if streams else None
         self._released = torch.cuda.Event() if streams else None
-        self.release()  # fresh memory may still be read by what was queued before it was freed
+        self.release()  # kernels queued before this memory was freed and reused may still read it
 
     def fill(self, index: int, host: dict[str, Tensor], stream: torch.cuda.Stream | None) -> None:
         self.holds, self.views = index, _carve(self.memory, host)
@@ -149,7 +151,7 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
 
 
 def _carve(memory: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors shaped as those of `like`, one behind the other in `memory`."""
+    """Return views of `memory`, one after the other, with the shapes and dtypes of `like`."""
     views, start = {}, 0
     for name, tensor in like.items():
         views[name] = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -159,11 +161,11 @@ def _carve(memory: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _pack(tensors: Iterable[Tensor], pin_memory: bool) -> None:
-    """Move the data of CPU tensors, one after the other, into arenas; their former memory is free after each."""
+    """Move the data of CPU tensors into arenas, one by one. The old memory of a tensor is freed after its copy."""
     remaining = list(tensors)
     while remaining:
         total = sum(map(_aligned_bytes, remaining))
-        # The last arena need not be larger than its content, rounded as PyTorch rounds it.
+        # The last arena is only as large as its content, rounded up to a power of two as PyTorch does.
         size = max(min(ARENA_BYTES, 1 << (total - 1).bit_length()), _aligned_bytes(remaining[0]))
         arena = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
         start = 0
@@ -175,7 +177,7 @@ def _pack(tensors: Iterable[Tensor], pin_memory: bool) -> None:
 
 
 def _tensors(block: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers: quantised layers keep their scales in the latter."""
+    """Return parameters and buffers by name. Quantised layers store their scales in buffers."""
     return dict(block.named_parameters()) | dict(block.named_buffers())
 
 

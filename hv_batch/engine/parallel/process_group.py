@@ -12,14 +12,16 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.protocol import ParallelPlan, RankSpec
 
-# Rendezvous stores this process serves. A TCPStore dies with its object, and the other ranks' process groups with it.
+# The rendezvous stores of this process. A TCPStore stops when its object is freed, and the process groups of the other
+# ranks stop with it.
 _hosted: dict[str, TCPStore] = {}
 
 
 def host_store(host: str, world_size: int) -> str:
-    """Rank 0: open the group's meeting point and return its "host:port". One address serves one `join_group`.
+    """Start the rendezvous store of a group and return its "host:port". Called on rank 0 only.
 
-    The operating system picks the port while the store binds it, so no other process can take it in between.
+    One address can be used for one `join_group`. The operating system chooses the port while the store binds it, so no
+    other process can take the port in between.
     """
     store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, multi_tenant=True)
     address = f"{host}:{store.port}"
@@ -27,33 +29,33 @@ def host_store(host: str, world_size: int) -> str:
     return address
 
 
-def join_group(place: RankSpec) -> SequenceMesh:
-    """Join the process group of this rank's denoise group; returns when every rank has.
+def join_group(spec: RankSpec) -> SequenceMesh:
+    """Join the process group of this rank's denoise group. Returns after all ranks have joined.
 
-    Raises torch.distributed.DistError (a RuntimeError) when a rank is lost or `timeout_s` passes first.
+    Raises torch.distributed.DistError (a RuntimeError) if a rank is lost or `spec.timeout_s` passes first.
     """
-    if place.device == "cuda":
-        torch.cuda.set_device(place.local_rank)
-    if place.plan.world_size == 1:
+    if spec.device == "cuda":
+        torch.cuda.set_device(spec.local_rank)
+    if spec.plan.world_size == 1:
         return SequenceMesh.single()
-    timeout = timedelta(seconds=place.timeout_s)
-    host, port = place.address.rsplit(":", 1)
-    store = TCPStore(host, int(port), place.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    timeout = timedelta(seconds=spec.timeout_s)
+    host, port = spec.address.rsplit(":", 1)
+    store = TCPStore(host, int(port), spec.plan.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
-        "nccl" if place.device == "cuda" else "gloo",
+        "nccl" if spec.device == "cuda" else "gloo",
         store=PrefixStore("sequence-parallel", store),
-        rank=place.rank,
-        world_size=place.plan.world_size,
+        rank=spec.rank,
+        world_size=spec.plan.world_size,
         timeout=timeout,
-        device_id=torch.device("cuda", place.local_rank) if place.device == "cuda" else None,
+        device_id=torch.device("cuda", spec.local_rank) if spec.device == "cuda" else None,
     )
-    mesh = _form_mesh(place.plan, place.rank, timeout)
+    mesh = _form_mesh(spec.plan, spec.rank, timeout)
     dist.barrier()
     return mesh
 
 
 def _form_mesh(plan: ParallelPlan, rank: int, timeout: timedelta) -> SequenceMesh:
-    """This rank's place in the branch x ring x Ulysses grid of all ranks, with a process group for each line in it."""
+    """Return this rank's position in the branch x ring x Ulysses grid, with one process group per grid axis."""
     cfg, u, r = plan.cfg_degree, plan.ulysses_degree, plan.ring_degree
     grid = torch.arange(cfg * r * u).view(cfg, r, u)
     sequence = _own_subgroup(grid.view(cfg, r * u), rank, timeout) if cfg > 1 else dist.group.WORLD
@@ -72,18 +74,21 @@ def _form_mesh(plan: ParallelPlan, rank: int, timeout: timedelta) -> SequenceMes
 
 
 def _own_subgroup(partition: Tensor, rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
-    """Make a group of every row of `partition`, as all ranks must, in the same order; return the one of `rank`."""
+    """Create one process group per row of `partition` and return the group that contains `rank`.
+
+    All ranks must create all groups in the same order. Returns None if the rows have one rank.
+    """
     own = None
     for ranks in partition.tolist():
         if len(ranks) > 1:
-            # A sub-group does not inherit the timeout, and would hang for its default of 10 to 30 minutes.
+            # A subgroup does not inherit the timeout; its default is 10 to 30 minutes.
             group = dist.new_group(ranks, timeout=timeout)
             own = group if rank in ranks else own
     return own
 
 
 def leave_group() -> None:
-    """Give up the process group and any store hosted here. Safe to call twice, and after a failed join."""
+    """Destroy the process group and any store hosted here. May be called twice, and after a failed join."""
     if dist.is_initialized():
         dist.destroy_process_group()
     _hosted.clear()

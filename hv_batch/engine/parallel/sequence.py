@@ -1,22 +1,23 @@
 """Sequence parallelism: one forward pass over the ranks of a group, exact for every size at every degree.
 
-The image tokens are split flat into equal shards, rank after rank, padded at the very end; the text is on every rank.
-All per-token work (norms, MLPs, projections) stays on the shard. Only attention needs the other ranks:
+The image tokens are split into equal consecutive shards, one per rank, with padding at the end of the last shards. The
+text is replicated on every rank. All per-token work (norms, MLPs, projections) is local to the shard. Only attention
+communicates:
 
     [text + own shard, all heads]
-      Ulysses: all-to-all trades heads for tokens      -> [text + own ring chunk, H/u heads]
-      ring:    image K/V travel round, partial results  -> [text + own ring chunk, H/u heads], attended to everything
-               merge by their log-sum-exp
+      Ulysses: all-to-all, heads for tokens             -> [text + own ring chunk, H/u heads]
+      ring:    image K/V pass around the ring, partial  -> [text + own ring chunk, H/u heads], attended to all keys
+               results are merged by their log-sum-exp
       Ulysses: all-to-all back                          -> [text + own shard, all heads]
 
-Rank r has ring index r // u and Ulysses index r % u: the chatty all-to-all runs between neighbours, and the u shards
-of one ring chunk are consecutive tokens. Pads therefore sit at the tail of a chunk and are cut off before any kernel
-sees them. Text keys are joined once, to the local chunk of each ring rank.
-(Ulysses: arXiv 2309.14509; ring: 2310.01889; both together: 2405.07719.)
+Rank r has ring index r // u and Ulysses index r % u. The all-to-all, which sends the most data, therefore runs between
+neighbouring ranks, and the u shards of a ring chunk are consecutive tokens. Padding is at the end of a chunk and is
+trimmed before every kernel call. Text keys are attended once, together with the local chunk of each ring rank.
+(Ulysses: arXiv 2309.14509; ring attention: 2310.01889; both together: 2405.07719.)
 
-With classifier-free guidance, the group may be two such meshes, one a guidance branch: ranks 0 ... n/2 - 1 the negative
-one, the others the positive one. Counterparts exchange their velocities once a step; nothing else crosses. Every item
-is computed as it would be in a group of half the ranks, to the bit.
+With classifier-free guidance, the group may consist of two such meshes, one per guidance branch: ranks 0 ... n/2 - 1
+compute the negative branch, the others the positive branch. Each rank gathers the velocity of its counterpart once per
+step; the meshes do not communicate otherwise. Every batch item has the same bits as in a group of half the ranks.
 """
 
 from __future__ import annotations
@@ -34,25 +35,28 @@ from hv_batch.engine.attention import Kernel, merge
 
 
 class JointAttention(Protocol):
-    """How the ranks of a mesh attend together; see `attend_jointly`."""
+    """The attention of text and image across the ranks of a mesh; see `attend_jointly`."""
 
     def __call__(self, qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceMesh:
-    """This rank's place in the u x r grid that shares one sequence. A dimension of degree 1 has no process group."""
+    """This rank's position in the u x r grid of ranks that divide one sequence.
+
+    An axis of degree 1 has no process group.
+    """
 
     rank: int  # within the grid
     ulysses_degree: int
     ring_degree: int
     cfg_degree: int = 1
-    branch: int = 0  # which guidance branch this grid computes, where there are two grids: 0 the negative one
+    branch: int = 0  # guidance branch of this grid if there are two grids; 0 is the negative one
     ulysses: dist.ProcessGroup | None = None
     ring: dist.ProcessGroup | None = None
-    sequence: dist.ProcessGroup | None = None  # the grid
+    sequence: dist.ProcessGroup | None = None  # all ranks of the grid
     cfg: dist.ProcessGroup | None = None  # this rank and its counterpart in the other grid
-    world: dist.ProcessGroup | None = None  # all ranks of the group
+    world: dist.ProcessGroup | None = None  # all ranks of the denoise group
 
     @classmethod
     def single(cls) -> SequenceMesh:
@@ -60,12 +64,12 @@ class SequenceMesh:
 
     @property
     def size(self) -> int:
-        """Ranks of the grid; the group has `cfg_degree` grids."""
+        """Number of ranks of the grid. The denoise group has `cfg_degree` grids."""
         return self.ulysses_degree * self.ring_degree
 
     @property
     def world_size(self) -> int:
-        """Ranks of the whole group."""
+        """Number of ranks of the denoise group."""
         return self.cfg_degree * self.size
 
     @property
@@ -81,49 +85,52 @@ class SequenceMesh:
         return self.rank // self.ulysses_degree
 
     def span(self, length: int) -> tuple[int, int]:
-        """First and past-the-last token of this rank's shard; the tail shards may reach past `length` into padding."""
+        """Return (start, stop) of this rank's shard of `length` tokens. The last shards may extend into the padding."""
         rows = -(-length // self.size)
         return self.rank * rows, (self.rank + 1) * rows
 
     def chunk_lengths(self, length: int) -> list[int]:
-        """How many true tokens each ring chunk holds; 0 where a chunk is all padding."""
+        """Return the number of tokens in each ring chunk, excluding padding; 0 if a chunk is padding only."""
         rows = -(-length // self.size) * self.ulysses_degree
         return [min(max(length - i * rows, 0), rows) for i in range(self.ring_degree)]
 
     def shard(self, x: Tensor) -> Tensor:
-        """This rank's rows of [L, C], zero-padded to equal length on all ranks."""
+        """Return this rank's rows of [L, C], zero-padded to the same length on all ranks."""
         start, stop = self.span(x.shape[0])
         return _pad_rows(x[start:stop], stop - start)
 
     def gather(self, shard: Tensor, length: int) -> Tensor:
-        """The inverse of `shard`: [length, C], the same bits on every rank."""
+        """Return all rows [length, C] from the shards of all ranks, equal on every rank: the inverse of `shard`."""
         if self.size == 1:
             return shard
         full = shard.new_empty(self.size * shard.shape[0], *shard.shape[1:])
         dist.all_gather(list(full.chunk(self.size)), shard.contiguous(), group=self.sequence)
         return full[:length]
 
-    def exchange(self, x: Tensor) -> Tensor:
-        """x of both grids, negative branch first, stacked along the first axis: the same bits on every rank."""
+    def all_gather_branches(self, x: Tensor) -> Tensor:
+        """Concatenate x of both guidance branches along the first axis, negative branch first; equal on every rank.
+
+        Returns x itself if this rank's grid computes both branches.
+        """
         if self.cfg_degree == 1:
             return x
         both = x.new_empty(2 * x.shape[0], *x.shape[1:])
         dist.all_gather(list(both.chunk(2)), x.contiguous(), group=self.cfg)
         return both
 
-    def adopt(self, x: Tensor) -> Tensor:
-        """x of the group's first rank, on every rank; x itself may be overwritten."""
+    def broadcast_from_rank0(self, x: Tensor) -> Tensor:
+        """Return x of rank 0 on every rank. Overwrites x."""
         if self.world is not None:
             dist.broadcast(x, group_src=0, group=self.world)
         return x
 
 
 def attend_jointly(qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor:
-    """Attention of text and image over text and image, across the mesh.
+    """Compute the joint attention of text and image tokens across the mesh.
 
-    qkv [S + l, 3, H, D]: the S text tokens, equal on every rank, then this rank's l image rows, of which those past
-    `image_len` (counted over all ranks) are padding. Returns [S + l, H * D] in the same order; its text rows are the
-    same bits on every rank, its padding rows mean nothing. S must be at least 1, H a multiple of the Ulysses degree.
+    qkv [S + l, 3, H, D] holds the S text tokens, equal on every rank, then this rank's l image rows. Image rows past
+    `image_len` (counted over all ranks) are padding. Returns [S + l, H * D] in the same order. The text rows have the
+    same bits on every rank; the padding rows are undefined. S must be at least 1, and the Ulysses degree must divide H.
     """
     rows = qkv.shape[0] - text_len
     joint = _heads_to_tokens(qkv, text_len, mesh)
@@ -132,13 +139,13 @@ def attend_jointly(qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMes
 
 
 def _heads_to_tokens(qkv: Tensor, text_len: int, mesh: SequenceMesh) -> Tensor:
-    """[S + l, 3, H, D] -> [S + u*l, 3, H/u, D]: all tokens of the ring chunk, a slice of the heads."""
+    """[S + l, 3, H, D] -> [S + u*l, 3, H/u, D]: all tokens of the ring chunk, this rank's slice of the heads."""
     u = mesh.ulysses_degree
     if u == 1:
         return qkv
     rows, (_, _, heads, dim) = qkv.shape[0] - text_len, qkv.shape
     mine = slice(mesh.ulysses_index * heads // u, (mesh.ulysses_index + 1) * heads // u)
-    # Received straight into its place behind the text: with the text in front, cutting pads later is a view.
+    # The result is received directly behind the text. With the text first, padding can be trimmed as a view.
     joint = qkv.new_empty(text_len + u * rows, 3, heads // u, dim)
     joint[:text_len] = qkv[:text_len, :, mine]
     outgoing = rearrange(qkv[text_len:], "l k (u h) d -> (u l) k h d", u=u).contiguous()
@@ -147,13 +154,13 @@ def _heads_to_tokens(qkv: Tensor, text_len: int, mesh: SequenceMesh) -> Tensor:
 
 
 def _tokens_to_heads(out: Tensor, text_len: int, rows: int, mesh: SequenceMesh) -> Tensor:
-    """[S + n, H/u, D] -> [S + l, H * D], n being the true tokens among the chunk's u*l rows."""
+    """[S + n, H/u, D] -> [S + l, H * D]; n is the number of tokens, without padding, in the u*l rows of the chunk."""
     u = mesh.ulysses_degree
     image = _pad_rows(out[text_len:], u * rows)
     if u == 1:
         padded = out if image.shape[0] == out.shape[0] - text_len else torch.cat((out[:text_len], image))
         return padded.flatten(1)
-    # Each peer gets its image rows and a copy of the text rows, so one collective brings all heads of both.
+    # Each peer receives its image rows and a copy of the text rows, so one collective transfers all heads of both.
     text = out[:text_len].expand(u, -1, -1, -1)
     outgoing = torch.cat((text, image.unflatten(0, (u, rows))), dim=1)
     incoming = torch.empty_like(outgoing)
@@ -162,34 +169,35 @@ def _tokens_to_heads(out: Tensor, text_len: int, rows: int, mesh: SequenceMesh) 
 
 
 def _attend_ring(joint: Tensor, text_len: int, chunk_lengths: list[int], mesh: SequenceMesh, kernel: Kernel) -> Tensor:
-    """[S + c, 3, h, D] -> [S + n, h, D]: text and own chunk attend to the text and to every chunk of the ring."""
+    """[S + c, 3, h, D] -> [S + n, h, D]: text and own chunk attend to the text and to all chunks of the ring."""
     own = joint[: text_len + chunk_lengths[mesh.ring_index]]
     q, k, v = own.unbind(1)
     if mesh.ring_degree == 1:
         return kernel(q, k, v)[0]
-    # Whole chunks travel, pads included: ranks must send equal sizes. What is a pad is known from the sender's index.
+    # Chunks are sent with their padding, because all ranks must send equal sizes. The receiver derives the number of
+    # padding rows from the ring index of the chunk's owner.
     moving = joint[text_len:, 1:].contiguous()
-    out, lse = q, q  # always replaced at hop 0, whose keys hold at least the text
+    out, lse = q, q  # always replaced at hop 0, whose keys include the text
     for hop in range(mesh.ring_degree):
         following, transfers = _pass_on(moving, mesh) if hop < mesh.ring_degree - 1 else (moving, [])
-        true_rows = chunk_lengths[(mesh.ring_index - hop) % mesh.ring_degree]
+        valid_rows = chunk_lengths[(mesh.ring_index - hop) % mesh.ring_degree]
         if hop == 0:
             out, lse = kernel(q, k, v)
             out = out.float()
-        elif true_rows > 0:
-            out, lse = merge(out, lse, *kernel(q, *moving[:true_rows].unbind(1)))
+        elif valid_rows > 0:
+            out, lse = merge(out, lse, *kernel(q, *moving[:valid_rows].unbind(1)))
         for transfer in transfers:
             transfer.wait()
         moving = following
     out = out.to(joint.dtype).contiguous()
-    # Ring ranks merge the same chunks in different orders, so their text rows differ by rounding. Ring rank 0's are
-    # taken by all: replicated text stays replicated, bit for bit, and no decision made from it can split the group.
+    # Ring ranks merge the same chunks in different orders, so their text rows differ by rounding. All ranks use the
+    # text rows of ring rank 0: the replicated text keeps equal bits, and all ranks make equal decisions from it.
     dist.broadcast(out[:text_len], group_src=0, group=mesh.ring)
     return out
 
 
 def _pass_on(chunk: Tensor, mesh: SequenceMesh) -> tuple[Tensor, list[dist.Work]]:
-    """Start sending `chunk` to the next ring rank and receiving the previous one's, to overlap with the kernel."""
+    """Start to send `chunk` to the next ring rank and to receive from the previous one. Overlaps with the kernel."""
     incoming = torch.empty_like(chunk)
     after, before = (mesh.ring_index + 1) % mesh.ring_degree, (mesh.ring_index - 1) % mesh.ring_degree
     transfers = dist.batch_isend_irecv(
@@ -202,6 +210,6 @@ def _pass_on(chunk: Tensor, mesh: SequenceMesh) -> tuple[Tensor, list[dist.Work]
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
-    """Zero rows at the end up to `rows`; x itself when it has them all."""
+    """Pad x with zero rows at the end to `rows` rows. Returns x itself if it has as many."""
     missing = rows - x.shape[0]
     return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))

@@ -1,8 +1,7 @@
-"""The parts of the causal 3D VAE (spec section 5), named as the released checkpoint names them.
+"""The modules of the causal 3D VAE (spec section 5). Their names are those of the released checkpoint.
 
-Every `x` is [batch, channels, frames, height, width]. Convolutions and attention never look ahead in time: a
-convolution pads only in front of the first frame, attention reaches the own frame and earlier ones. Padding replicates
-the edge.
+Every `x` is [batch, channels, frames, height, width]. Convolutions and attention are causal in time: a convolution pads
+only before the first frame, and attention covers a token's own frame and earlier frames. Padding replicates the edge.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from hv_batch.engine.vae.kernels import LAYOUT, Stride, convolve, mix_channels, norm_silu_pad, normalise, pad
 
 NORM_EPS = 1e-6  # of every GroupNorm of the released model
-CORNERS = tuple(product((0, 1), repeat=2))  # which of the doubled rows and columns: even or odd
+CORNERS = tuple(product((0, 1), repeat=2))  # (row parity, column parity) of the upsampled outputs
 
 
 class CausalConv3d(nn.Module):
-    """A 3x3x3 convolution that keeps the shape (divided by `stride`) and never reads later frames."""
+    """A causal 3x3x3 convolution. It keeps the shape, divided by `stride`."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> None:
         super().__init__()
@@ -28,7 +27,7 @@ class CausalConv3d(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
-        """The convolution of `x`, or with `norm` that of SiLU(norm(x))."""
+        """Return the convolution of `x`, or of SiLU(norm(x)) if `norm` is given."""
         weight, front = self.conv.weight, 2
         if x.shape[2] == 1:
             weight, front = _sum_taps_in_time(weight).to(x.dtype), 0
@@ -52,11 +51,11 @@ class UpsampleCausal3D(nn.Module):
 
     The first frame is doubled in height and width only: T frames become 2T - 1.
 
-    Doubled neighbours are equal, so along a doubled axis the 3 taps of the kernel meet only 2 different inputs. Adding
-    up the taps that meet the same input gives one 2-tap kernel for the even and one for the odd outputs: the same
-    numbers up to rounding, with 8 multiplications where the plain way needs 27, and no upsampled copy of the input.
-    The four kernels over height and width run as one convolution with four times the channels: it reads its input
-    once, for one row and one column that each of the four computes in vain.
+    Along a doubled axis, neighbouring inputs are equal in pairs, so the 3 taps of the kernel read only 2 different
+    inputs. Summing the taps that read the same input gives one 2-tap kernel for the even outputs and one for the odd
+    outputs. The result is equal up to rounding, with 8 multiplications instead of 27 and without an upsampled copy of
+    the input. The four kernels over height and width run as one convolution with four times the channels, which reads
+    its input once; each kernel computes one unused row and one unused column.
     """
 
     def __init__(self, channels: int, factor: Stride) -> None:
@@ -79,23 +78,29 @@ class UpsampleCausal3D(nn.Module):
         return out
 
     def _kernels_in_time(self, frames: int) -> tuple[list[Tensor], int]:
-        """The float32 kernel of every output frame, or of the even and of the odd ones; and the frames to pad with."""
+        """Return the float32 kernels in time, and the number of frames to pad in front.
+
+        There is one kernel for all output frames, or one for the even and one for the odd output frames.
+        """
         weight = self.conv.conv.weight.float()
         if frames == 1:
             return [_sum_taps_in_time(weight)], 0
         if self.factor[0] == 1:
             return [weight], 2
-        # Outputs 2k - 1 and 2k both see inputs k - 1 and k: one frame in front is enough.
+        # Outputs 2k - 1 and 2k both read inputs k - 1 and k, so one frame of padding is sufficient.
         return [_merge_taps(weight, 2, 0), _merge_taps(weight, 2, 1)], 1
 
 
 def _sum_taps_in_time(weight: Tensor) -> Tensor:
-    """The float32 kernel for a single frame, which all taps in time would meet: a third of the multiplications."""
+    """Return the float32 kernel for a single frame.
+
+    All taps in time read the same frame, so their sum saves two thirds of the multiplications.
+    """
     return weight.float().sum(2, keepdim=True)
 
 
 def _merge_taps(weight: Tensor, dim: int, parity: int) -> Tensor:
-    """The 2 taps along `dim` that the even (0) or odd (1) outputs of a doubled axis see."""
+    """Return the 2-tap kernel along `dim` for the even (parity 0) or odd (parity 1) outputs of a doubled axis."""
     first, middle, last = weight.unbind(dim)
     return torch.stack((first, middle + last) if parity == 0 else (first + middle, last), dim)
 
@@ -112,7 +117,7 @@ class DownsampleCausal3D(nn.Module):
 
 
 class ResnetBlockCausal3D(nn.Module):
-    """Twice GroupNorm, SiLU, causal convolution; a 1x1x1 convolution on the shortcut where the width changes."""
+    """Two times GroupNorm, SiLU and causal convolution; a 1x1x1 convolution on the shortcut if the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -129,10 +134,10 @@ class ResnetBlockCausal3D(nn.Module):
 
 
 class FrameCausalAttention(nn.Module):
-    """Single-head self-attention, with a residual: a token sees its own frame and all earlier ones.
+    """Single-head self-attention with a residual. A token attends to its own frame and all earlier frames.
 
-    Frame by frame, over the keys of the frames so far: no mask, which would have the square of T*H*W entries (1.2 GB in
-    fp32 for one released tile), and half the multiplications.
+    Computed frame by frame over the keys of the frames so far. This needs no mask, which would have (T*H*W)^2 entries
+    (1.2 GB in fp32 for one tile of the release), and half the multiplications.
     """
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -169,7 +174,7 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """`layers` resnets, then a downsampler unless `stride` is None."""
+    """`layers` resnets, followed by a downsampler unless `stride` is None."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, stride: Stride | None) -> None:
         super().__init__()
@@ -183,7 +188,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """`layers` resnets, then an upsampler unless `factor` is None."""
+    """`layers` resnets, followed by an upsampler unless `factor` is None."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, factor: Stride | None) -> None:
         super().__init__()

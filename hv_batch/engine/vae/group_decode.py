@@ -1,7 +1,8 @@
-"""Decoding one video on all ranks of a denoise group: every rank decodes every n-th tile, rank 0 puts them together.
+"""Group decoding: each of the n ranks of a denoise group decodes every n-th tile; rank 0 assembles the video.
 
-A tile's pixels are the same whoever decodes it, and rank 0 blends them in the order of a single decoder: identical
-pixels. Tiles are dealt out over the whole video, so a video that is cut in time only is shared out, too.
+The pixels of a tile do not depend on the rank that decodes it, and rank 0 blends the tiles in the order of a single
+decoder, so the pixels are identical. Tiles are assigned round-robin over the whole video, so a video that is tiled only
+in time is divided as well.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from hv_batch.engine.vae.tiling import cut_space, cut_time, decode_streaming, ti
 
 
 def decode_in_group(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: SequenceMesh) -> Iterator[Tensor]:
-    """What `decode_streaming` yields, on rank 0; the other ranks yield nothing, and must be iterated all the same.
+    """On rank 0, yield the chunks of `decode_streaming`; on other ranks, yield nothing.
 
-    Every rank is called with equal `latents` and geometry.
+    All ranks must call it with equal `latents` and geometry, and iterate it to its end.
     """
     if mesh.world_rank == 0:
         yield from decode_streaming(vae, latents, geometry, Rank0Tiles(vae, mesh).decode)
@@ -31,13 +32,14 @@ def decode_in_group(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mes
 
 
 class Rank0Tiles:
-    """Rank 0's side. Tile i of the video is rank i % world_size's: the first of each round is its own."""
+    """The side of rank 0. Rank i % world_size decodes tile i of the video; rank 0 decodes the first of each round."""
 
     def __init__(self, vae: CausalVAE, mesh: SequenceMesh) -> None:
         self._vae, self._mesh = vae, mesh
         self._numbers = count()
 
     def decode(self, tiles: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the pixels of each tile, in order; decodes own tiles and receives the others."""
         for tile in tiles:
             rank = next(self._numbers) % self._mesh.world_size
             if rank == 0:
@@ -49,13 +51,14 @@ class Rank0Tiles:
 
 
 def send_tiles(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: SequenceMesh) -> None:
-    """Decode this rank's tiles. One is on its way to rank 0 while the next is decoded, and no more: rank 0 blends at
-    its own pace, and pixels must not pile up here.
+    """Decode this rank's tiles and send them to rank 0.
+
+    At most one tile is being sent while the next one is decoded. This bounds the memory if rank 0 is slower.
     """
     tiles = chain.from_iterable(
         chain.from_iterable(cut_space(z, geometry.space)) for z in cut_time(unscale(vae, latents), geometry.time)
     )
-    sending: tuple[Tensor, dist.Work] | None = None  # the tensor is kept until it has been sent
+    sending: tuple[Tensor, dist.Work] | None = None  # keeps the tensor alive until it is sent
     for number, tile in enumerate(tiles):
         if number % mesh.world_size == mesh.world_rank:
             pixels = vae.decode(tile).contiguous()
@@ -67,4 +70,4 @@ def send_tiles(vae: CausalVAE, latents: Tensor, geometry: TileGeometry, mesh: Se
     if sending is not None:
         sending[1].wait()
         if vae.device.type == "cuda":
-            torch.cuda.synchronize(vae.device)  # NCCL's wait orders streams only, and `pixels` is about to be freed
+            torch.cuda.synchronize(vae.device)  # NCCL's wait only orders streams, and `pixels` is freed on return

@@ -1,7 +1,7 @@
-"""The causal 3D VAE "884-16c-hy" (spec section 5): pixels to latents and back, 8x in space and 4x in time.
+"""The causal 3D VAE "884-16c-hy" (spec section 5): compresses pixels to latents 8x in space and 4x in time.
 
-The module tree and every parameter name are those of the released checkpoint. `CausalVAE.decode` takes a video whole;
-real sizes go through `hv_batch.engine.vae.tiling`.
+The module tree and all parameter names are those of the released checkpoint. `CausalVAE.decode` decodes a video as a
+whole; real sizes are decoded in tiles by `hv_batch.engine.vae.tiling`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from hv_batch.protocol import LATENT_CHANNELS, UserError
 
 PIXEL_CHANNELS = 3
 
-# What each of the four levels does to (frames, height, width), counted from the pixels when encoding and from the
-# latents when decoding; the same both ways. Together 4 x 8 x 8.
+# The factors of (frames, height, width) of the four levels, in order from the pixels for the encoder and from the
+# latents for the decoder. Both use the same list. Together 4 x 8 x 8.
 LEVELS: tuple[Stride | None, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2), None)
 
-# Keys of vae/config.json that would change the architecture, and the one value this module implements.
+# Keys of vae/config.json that change the architecture, and the only value of each that this module implements.
 _IMPLEMENTED: Mapping[str, Any] = {
     "act_fn": "silu",
     "in_channels": PIXEL_CHANNELS,
@@ -39,19 +39,22 @@ _IMPLEMENTED: Mapping[str, Any] = {
 
 
 def parse_vae_config(values: Mapping[str, Any]) -> VAEConfig:
-    """The widths in the content of a checkpoint's vae/config.json; keys that do not shape the network are ignored.
+    """Parse the content of a checkpoint's vae/config.json. Keys that do not affect the architecture are ignored.
 
-    Raises UserError if the file describes an architecture other than this module's.
+    Raises UserError if the file describes another architecture than this module implements.
     """
     for key, implemented in _IMPLEMENTED.items():
-        found = values.get(key, implemented)
-        if found != implemented and list(_as_list(found)) != _as_list(implemented):
+        value = values.get(key, implemented)
+        if value != implemented and list(_as_list(value)) != _as_list(implemented):
             raise UserError(
-                f"vae/config.json: {key} is {found!r}, but only {implemented!r} is supported. Is this the VAE of "
-                "HunyuanVideo, in the layout it was released in?"
+                f"vae/config.json: {key} is {value!r}, but only {implemented!r} is supported. Copy the config.json of "
+                "HunyuanVideo's VAE in its released layout."
             )
     if values.get("shift_factor"):
-        raise UserError(f"vae/config.json: shift_factor is {values['shift_factor']!r}; this VAE has none.")
+        raise UserError(
+            f"vae/config.json: shift_factor is {values['shift_factor']!r}, but only a VAE without one is supported. "
+            "Copy the config.json of HunyuanVideo's VAE."
+        )
     known = {name: values[name] for name in (field.name for field in fields(VAEConfig)) if name in values}
     if "block_out_channels" in known:
         known["block_out_channels"] = tuple(known["block_out_channels"])
@@ -106,7 +109,7 @@ class Decoder(nn.Module):
 
 
 class CausalVAE(nn.Module):
-    """Encoder and decoder. Meant for inference: some activations are computed in place."""
+    """Encoder and decoder. For inference only: some activations are computed in place."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -126,9 +129,9 @@ class CausalVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """The mode of the posterior, [B, 16, T, H/8, W/8], for pixels [B, 3, 4*(T - 1) + 1, H, W] in [-1, 1].
+        """Return the mode of the posterior [B, 16, T, H/8, W/8] of pixels [B, 3, 4*(T - 1) + 1, H, W] in [-1, 1].
 
-        Not multiplied by the scaling factor.
+        The result is not multiplied by the scaling factor.
         """
         with reused_memory():
             hidden = self.encoder(in_layout(x))
@@ -137,9 +140,9 @@ class CausalVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Pixels [B, 3, 4*(T - 1) + 1, 8h, 8w], about in [-1, 1], of latents [B, 16, T, h, w], in one piece.
+        """Return pixels [B, 3, 4*(T - 1) + 1, 8h, 8w], about in [-1, 1], of latents [B, 16, T, h, w], without tiling.
 
-        The latents are already divided by the scaling factor and have this model's dtype.
+        The latents must be divided by the scaling factor and have this model's dtype.
         """
         with reused_memory():
             pixels: Tensor = self.decoder(mix_channels(self.post_quant_conv, in_layout(z)))

@@ -1,15 +1,15 @@
-"""Decoding in overlapping tiles, streamed: the tile geometry of the official release (spec section 5).
+"""Streamed decoding in overlapping tiles with the tile geometry of the release (spec section 5).
 
-Tiled pixels differ from untiled ones, so the geometry belongs to a video's identity. With the official numbers:
+Tiled pixels differ from untiled pixels, so the geometry is part of a video's identity. With the numbers of the release:
 
-- time: tiles of 16 latent frames start every 12. Each reads one latent frame more, and each but the first drops its
-  first decoded frame, which the decoder took for the start of a video. 16 frames cross-fade. Up to 16 latent frames go
-  untiled.
-- space: within a temporal tile, tiles of 32 x 32 latents start every 24; 64 pixels cross-fade, first with the tile
-  above, then with the tile to the left. If neither side is longer than 32, space goes untiled; else both sides are cut,
-  even one that would have fitted.
+- Time: tiles of 16 latent frames start every 12 latent frames. Each tile reads one latent frame more. Each tile except
+  the first drops its first decoded frame, because the decoder treats it as the start of a video. 16 frames are
+  cross-faded. Up to 16 latent frames are not tiled.
+- Space: within a temporal tile, tiles of 32 x 32 latents start every 24 latents. 64 pixels are cross-faded, first with
+  the tile above, then with the tile to the left. If neither side is longer than 32, space is not tiled; otherwise both
+  sides are tiled, even a side that would fit.
 
-A cross-fade overwrites the later tile, and what was cross-faded is used for the next cross-fade.
+A cross-fade overwrites the later tile. The next cross-fade uses the cross-faded pixels.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ DecodeTiles = Callable[[Sequence[Tensor]], Iterable[Tensor]]  # tiles of latents
 def decode_streaming(
     vae: CausalVAE, latents: Tensor, geometry: TileGeometry, decode_tiles: DecodeTiles | None = None
 ) -> Iterator[Tensor]:
-    """Frames of `latents` [1, 16, T, h, w] as the sampler leaves them (still scaled), in order.
+    """Yield the frames of `latents` [1, 16, T, h, w] in order. The latents are those of the sampler, still scaled.
 
-    Yields chunks [1, 3, n, 8h, 8w], about in [-1, 1], in the VAE's dtype and on its device, each as soon as its
-    temporal tile is done; together 4*(T - 1) + 1 frames. Holds the pixels of about one temporal tile, besides the chunk
-    that the caller may still have. `decode_tiles` is who decodes; without it, `vae` one tile after the other.
+    Yields chunks [1, 3, n, 8h, 8w], about in [-1, 1], in the VAE's dtype and on its device, each after its temporal
+    tile is decoded; together 4*(T - 1) + 1 frames. Holds the pixels of about one temporal tile, besides the chunk that
+    the caller holds. `decode_tiles` decodes the tiles; by default `vae` decodes them one by one.
     """
     decode_tiles = decode_tiles or (lambda tiles: map(vae.decode, tiles))
     axis = geometry.time
@@ -48,28 +48,28 @@ def decode_streaming(
         if tail is not None:
             pixels, keep = pixels[:, :, 1:], axis.stride_px
             _cross_fade(tail, pixels, 2, axis.fade_px)
-        tail = _last(pixels, 2, axis.fade_px).clone()  # a copy, so that the tile itself can be freed
+        tail = _last(pixels, 2, axis.fade_px).clone()  # a copy, so that the tile can be freed
         yield pixels[:, :, :keep]
-        del pixels  # before the next tile is decoded, not after
+        del pixels  # free the tile before the next one is decoded
 
 
 def unscale(vae: CausalVAE, latents: Tensor) -> Tensor:
-    """The latents as the VAE takes them, on its device and in its dtype."""
+    """Divide the latents by the scaling factor; returns the VAE's dtype on its device."""
     return (latents.to(vae.device, torch.float32) / vae.config.scaling_factor).to(vae.dtype)
 
 
 def cut_time(z: Tensor, axis: Axis) -> Iterator[Tensor]:
-    """The temporal tiles of latents, in order; views."""
+    """Yield the temporal tiles of latents, in order, as views."""
     if z.shape[2] <= axis.tile:
         yield z
         return
-    # A tile that starts at the last latent frame would hold nothing but the frame that is dropped.
+    # A tile that starts at the last latent frame would contain only the frame that is dropped.
     for start in range(0, z.shape[2] - 1, axis.stride):
         yield z[:, :, start : start + axis.tile + 1]
 
 
 def cut_space(z: Tensor, axis: Axis) -> list[list[Tensor]]:
-    """The rows of spatial tiles of one temporal tile; views."""
+    """Return the spatial tiles of one temporal tile, row by row, as views."""
     height, width = z.shape[3:]
     if max(height, width) <= axis.tile:
         return [[z]]
@@ -80,23 +80,23 @@ def cut_space(z: Tensor, axis: Axis) -> list[list[Tensor]]:
 
 
 def tile_pixels(z: Tensor) -> tuple[int, ...]:
-    """The shape [B, 3, 4*(T - 1) + 1, 8h, 8w] of what a tile of latents becomes."""
+    """Return the shape [B, 3, 4*(T - 1) + 1, 8h, 8w] of the pixels of a tile of latents [B, 16, T, h, w]."""
     batch, _, frames, height, width = z.shape
     side = SPATIAL_COMPRESSION
     return batch, PIXEL_CHANNELS, (frames - 1) * TEMPORAL_COMPRESSION + 1, height * side, width * side
 
 
 def _assemble(decode_tiles: DecodeTiles, z: Tensor, axis: Axis) -> Tensor:
-    """Pixels of latents that are decoded whole in time and tiled in space."""
+    """Decode one temporal tile: untiled in time, tiled in space."""
     rows = cut_space(z, axis)
     decoded = iter(decode_tiles([tile for row in rows for tile in row]))
     if len(rows) == len(rows[0]) == 1:
         return next(decoded)
     out = z.new_empty(tile_pixels(z))
-    above: list[Tensor] = []  # the lower edge of every tile of the row above
+    above: list[Tensor] = []  # lower edges of the tiles of the previous row
     for y, row in enumerate(rows):
         lower_edges = []
-        left: Tensor | None = None  # the right edge of the tile before
+        left: Tensor | None = None  # right edge of the previous tile
         for x, _ in enumerate(row):
             pixels = next(decoded)
             if above:
@@ -118,9 +118,10 @@ def _last(pixels: Tensor, dim: int, length: int) -> Tensor:
 
 
 def _cross_fade(before: Tensor, after: Tensor, dim: int, length: int) -> None:
-    """Overwrites the head of `after` along `dim` by a linear fade from the end of `before`.
+    """Overwrite the first `length` entries of `after` along `dim` by a linear fade from the end of `before`.
 
-    A product is rounded to the pixels' dtype before the two are added, as the release does: half precisions agree too.
+    The products are rounded to the pixels' dtype before they are added, as in the release, so that half-precision
+    results agree as well.
     """
     length = min(before.shape[dim], after.shape[dim], length)
     if length == 0:
@@ -133,11 +134,11 @@ def _cross_fade(before: Tensor, after: Tensor, dim: int, length: int) -> None:
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:
-    """Frames [1, 3, n, H, W] in [-1, 1] as uint8 [n, H, W, 3].
+    """Convert frames [1, 3, n, H, W] in [-1, 1] to uint8 [n, H, W, 3].
 
-    As released: brought to 0 ... 1 in the dtype they come in, then truncated, not rounded.
+    As in the release, frames are mapped to 0 ... 1 in their own dtype, then truncated, not rounded.
 
-    Raises NonFiniteError for frames that are not finite, which a cast would turn into plausible black.
+    Raises NonFiniteError if the frames are not finite; a cast would convert such values to black.
     """
     if not bool(torch.isfinite(frames).all()):
         raise NonFiniteError("the decoded frames are not finite")

@@ -1,7 +1,8 @@
-"""GroupNorm, SiLU and padding on a GPU: read once for the statistics, once more to write what is convolved next.
+"""Fused GroupNorm, SiLU and padding on a GPU, as two Triton kernels.
 
-PyTorch's operations, one after the other, would move the same tensor through memory a dozen times, which took half of a
-decode. Deterministic: no sum depends on which thread comes first.
+The first kernel reads the tensor for the statistics. The second reads it again and writes the padded input of the next
+convolution. Separate PyTorch operations read and write the tensor a dozen times, which took half of a decode. The
+kernels are deterministic: no sum depends on the order of threads.
 """
 
 from __future__ import annotations
@@ -11,37 +12,37 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-TILE = 4096  # values that a program holds at a time
-MOST_CHANNELS = 128  # of them; the rest are places
-PROGRAMS = 2048  # about, for the statistics: some for every multiprocessor of any GPU
+TILE = 4096  # elements that a program holds at a time: channels x positions
+MAX_CHANNELS = 128  # channels of a tile
+PROGRAMS = 2048  # approximate number of programs of the statistics: several per multiprocessor of any GPU
 
 
 @triton.jit
-def _sum_up(
-    x: tl.tensor,  # [B, P, C], C contiguous
-    parts: tl.tensor,  # float32 [B, splits, 3, C]: a pivot near the mean, and sums of deviations from it and of squares
-    places: tl.tensor,
+def _partial_sums(
+    x: tl.tensor,  # [B, P, C], C contiguous; P positions
+    parts: tl.tensor,  # float32 [B, splits, 3, C]: a pivot near the mean, the sums of deviations from it and of squares
+    positions: tl.tensor,
     channels: tl.tensor,
-    span: tl.tensor,  # places of a program
-    PLACES: tl.constexpr,  # noqa: N803
+    span: tl.tensor,  # positions of a program
+    POSITIONS: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
 ) -> None:
     split, splits, batch = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
     begin = split * span
-    end = tl.minimum(begin + span, places)
-    x += batch * places * channels
-    place = begin + tl.arange(0, PLACES)
-    mask = (place < end)[:, None] & is_channel[None, :]
-    first = tl.load(x + place[:, None].to(tl.int64) * channels + channel[None, :], mask=mask, other=0.0)
-    pivot = tl.sum(first.to(tl.float32), 0) / tl.minimum(end - begin, PLACES)
-    sums = tl.zeros((PLACES, CHANNELS), tl.float32)
-    squares = tl.zeros((PLACES, CHANNELS), tl.float32)
-    for start in range(begin, end, PLACES):
-        place = start + tl.arange(0, PLACES)
-        mask = (place < end)[:, None] & is_channel[None, :]
-        value = tl.load(x + place[:, None].to(tl.int64) * channels + channel[None, :], mask=mask, other=0.0)
+    end = tl.minimum(begin + span, positions)
+    x += batch * positions * channels
+    position = begin + tl.arange(0, POSITIONS)
+    mask = (position < end)[:, None] & is_channel[None, :]
+    first = tl.load(x + position[:, None].to(tl.int64) * channels + channel[None, :], mask=mask, other=0.0)
+    pivot = tl.sum(first.to(tl.float32), 0) / tl.minimum(end - begin, POSITIONS)
+    sums = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    squares = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    for start in range(begin, end, POSITIONS):
+        position = start + tl.arange(0, POSITIONS)
+        mask = (position < end)[:, None] & is_channel[None, :]
+        value = tl.load(x + position[:, None].to(tl.int64) * channels + channel[None, :], mask=mask, other=0.0)
         deviation = tl.where(mask, value.to(tl.float32) - pivot[None, :], 0.0)
         sums += deviation
         squares += deviation * deviation
@@ -62,66 +63,69 @@ def _write(
     height: tl.tensor,
     width: tl.tensor,
     front: tl.tensor,
-    PLACES: tl.constexpr,  # noqa: N803
+    POSITIONS: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
 ) -> None:
-    frame_out = tl.program_id(2).to(tl.int64)  # of all of the batch
+    frame_out = tl.program_id(2).to(tl.int64)  # counted over the batch
     batch, t = frame_out // (frames + front), tl.maximum(frame_out % (frames + front) - front, 0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    places = (height + 2) * (width + 2)
-    mask = (place < places)[:, None] & is_channel[None, :]
-    y = tl.minimum(tl.maximum(place // (width + 2) - 1, 0), height - 1)
-    column = tl.minimum(tl.maximum(place % (width + 2) - 1, 0), width - 1)
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    positions = (height + 2) * (width + 2)
+    mask = (position < positions)[:, None] & is_channel[None, :]
+    y = tl.minimum(tl.maximum(position // (width + 2) - 1, 0), height - 1)
+    column = tl.minimum(tl.maximum(position % (width + 2) - 1, 0), width - 1)
     source = ((batch * frames + t) * height * width + y * width + column) * channels
     value = tl.load(x + source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     a = tl.load(scale + batch * channels + channel, mask=is_channel, other=0.0)
     b = tl.load(shift + batch * channels + channel, mask=is_channel, other=0.0)
     normed = value * a[None, :] + b[None, :]
-    target = (frame_out * places + place) * channels
+    target = (frame_out * positions + position) * channels
     result = (normed * tl.sigmoid(normed)).to(out.dtype.element_ty)
     tl.store(out + target[:, None] + channel[None, :], result, mask=mask)
 
 
 def norm_silu_pad(norm: nn.GroupNorm, x: Tensor, front: int) -> Tensor:
-    """As `vae_kernels.norm_silu_pad`, of a channels-last [B, C, T, H, W] on a GPU."""
+    """Same as `kernels.norm_silu_pad` for a channels-last [B, C, T, H, W] on a GPU."""
     batch, channels, frames, height, width = x.shape
     shape = (batch, channels, frames + front, height + 2, width + 2)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     scale, shift = _affine(norm, x)
-    wide = min(triton.next_power_of_2(channels), MOST_CHANNELS)
-    places = TILE // 2 // wide
-    grid = (triton.cdiv(shape[3] * shape[4], places), triton.cdiv(channels, wide), batch * shape[2])
-    _write[grid](x, scale, shift, out, channels, frames, height, width, front, places, wide)
+    wide = min(triton.next_power_of_2(channels), MAX_CHANNELS)
+    positions = TILE // 2 // wide
+    grid = (triton.cdiv(shape[3] * shape[4], positions), triton.cdiv(channels, wide), batch * shape[2])
+    _write[grid](x, scale, shift, out, channels, frames, height, width, front, positions, wide)
     return out
 
 
 def _affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What multiplies and what is added to each channel: float32 [B, C]. Partial sums are put together in float64."""
+    """Return (scale, shift) of each channel, float32 [B, C]. The partial sums are combined in float64."""
     batch, channels = x.shape[:2]
-    places = x[0, 0].numel()
-    wide = min(triton.next_power_of_2(channels), MOST_CHANNELS)
+    positions = x[0, 0].numel()
+    wide = min(triton.next_power_of_2(channels), MAX_CHANNELS)
     step = TILE // wide
     blocks = batch * triton.cdiv(channels, wide)
-    span = triton.cdiv(triton.cdiv(places, triton.cdiv(PROGRAMS, blocks)), step) * step
-    splits = triton.cdiv(places, span)
+    span = triton.cdiv(triton.cdiv(positions, triton.cdiv(PROGRAMS, blocks)), step) * step
+    splits = triton.cdiv(positions, span)
     parts = torch.empty((batch, splits, 3, channels), dtype=torch.float32, device=x.device)
     grid = (splits, triton.cdiv(channels, wide), batch)
-    _sum_up[grid](x, parts, places, channels, span, step, wide, num_warps=8)
+    _partial_sums[grid](x, parts, positions, channels, span, step, wide, num_warps=8)
 
     counts = torch.full((splits, 1), span, dtype=torch.float64, device=x.device)
-    counts[-1] = places - span * (splits - 1)
+    counts[-1] = positions - span * (splits - 1)
     pivots, sums, squares = parts.double().unbind(2)  # [B, splits, C]
-    mean = _group_mean(norm, counts * pivots + sums, places)
+    mean = _group_mean(norm, counts * pivots + sums, positions)
     off = pivots - mean[:, None]
-    variance = _group_mean(norm, squares + 2 * sums * off + counts * off.square(), places)
+    variance = _group_mean(norm, squares + 2 * sums * off + counts * off.square(), positions)
     scale = (variance + norm.eps).rsqrt() * norm.weight
     return scale.float(), (norm.bias - mean * scale).float()
 
 
-def _group_mean(norm: nn.GroupNorm, sums: Tensor, places: int) -> Tensor:
-    """The mean over each group, for each of its channels, [B, C], from sums [B, splits, C] over `places` in all."""
+def _group_mean(norm: nn.GroupNorm, sums: Tensor, positions: int) -> Tensor:
+    """Return the mean over each group, repeated for each of its channels: [B, C].
+
+    `sums` [B, splits, C] are partial sums over `positions` positions in total.
+    """
     grouped = sums.sum(1).unflatten(1, (norm.num_groups, -1))
-    mean = grouped.sum(-1, keepdim=True) / (places * grouped.shape[-1])
+    mean = grouped.sum(-1, keepdim=True) / (positions * grouped.shape[-1])
     return mean.expand_as(grouped).flatten(1)

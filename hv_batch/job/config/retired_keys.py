@@ -1,13 +1,14 @@
 """Config keys and values of earlier versions that are still accepted, in configs, overrides and run.json files.
 
-A key or value goes through these tables before a config is validated, so the models of `hv_batch.job.config.run_config` never see
-it and the identity of a run does not depend on it.
+They are removed or replaced before a config is validated. So the models of `hv_batch.job.config.run_config` do not
+contain them, and the identity of a run does not depend on them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 # Dotted key -> what the user should do. The key is ignored, whatever its value.
@@ -29,8 +30,9 @@ RETIRED_VALUES: Mapping[str, Mapping[str, tuple[Any, str]]] = {
 def replace_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config's `values` without removed keys and with retired values replaced.
 
-    Prints one warning to stderr for each key found. A removed key that is null was its default, which every run.json of
-    an earlier version holds, so it gives no warning. Values of removed keys are not printed: they may hold secrets.
+    Prints one warning to stderr for each key found, once per process, since a command may read run.json several times.
+    A removed key that is null was its default, which every run.json of an earlier version holds, so it gives no
+    warning. Values of removed keys are not printed: they may hold secrets.
     """
     current = dict(values)
     for key, advice in REMOVED_KEYS.items():
@@ -61,5 +63,6 @@ def _own_section(values: dict[str, Any], key: str) -> tuple[dict[str, Any] | Non
     return (section if name in section else None), name
 
 
+@cache  # prints each text once
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)

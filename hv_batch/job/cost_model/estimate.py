@@ -1,7 +1,7 @@
-"""What a run will need and cost, told before it starts: `hv-batch plan`. Needs neither GPUs nor weights.
+"""What a run needs and costs, computed before it starts: `hv-batch plan`. Needs neither GPUs nor weights.
 
-The numbers come from `hv_batch.job.{model,memory,cost,gpus}`; this module adds them up over a manifest and shows
-them. Hours are estimates: see `hv_batch.job.cost_model.speed` for what they are fitted to.
+This module adds up the numbers of `hv_batch.job.cost_model.{model,memory,flops,speed}` over a manifest. Hours are
+estimates; `hv_batch.job.cost_model.speed` says what they are fitted to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from hv_batch.job.cost_model.flops import (
     plan_ranks,
     rank_traffic,
 )
-from hv_batch.job.cost_model.group_plan import GroupSizes, choose_sizes, fixed_plan
 from hv_batch.job.cost_model.group_report import rank_seconds, report_halves, report_sizes
 from hv_batch.job.cost_model.memory import (
     GIB,
@@ -38,11 +37,12 @@ from hv_batch.job.cost_model.memory import (
 )
 from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.scheduling.capacity import most_workers
-from hv_batch.job.scheduling.pool_sizing import whole, workers_needed
+from hv_batch.job.scheduling.pool_sizing import worker_count, workers_needed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import Workload
@@ -55,23 +55,23 @@ Report = dict[str, Any]
 
 
 def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Report:
-    """Everything there is to tell, JSON-able. Raises UserError for a config or manifest that would not run."""
+    """The whole plan, JSON-able. Raises UserError for a config or manifest that a run would refuse."""
     if config.model.engine != ENGINE:
         raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
     engine = build_engine(config.model.engine, config.model.options)  # refuses the options that a run would refuse
-    if (everybody := fixed_plan(config)) and (found := engine.group_problems(everybody)):
-        raise UserError("; ".join(found))
+    if (plan := resolve_run(config).fixed_plan) and (problems := engine.group_problems(plan)):
+        raise UserError("; ".join(problems))
     manifest = Manifest(manifest_urls)
-    model = ModelShape.from_options(config.model.options)
-    with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
-        index = check_manifest(manifest, config, Store(spool))
+    with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
+        index = check_manifest(manifest, config, Store(folder))
         summary = index.summary
-        sizes = choose_sizes(config, summary.shapes)
-        check_memory(config, sizes.by_shape)
-        if found := [fault for plan in sizes.plans for fault in engine.group_problems(plan, sizes.shapes(plan))]:
-            raise UserError("; ".join(found))
+        run = resolve_run(config, summary.shapes)
+        check_memory(run)
+        groups = run.groups
+        if problems := [line for plan in groups.plans for line in engine.group_problems(plan, groups.shapes(plan))]:
+            raise UserError("; ".join(problems))
         work = count_work(sample.params for sample in index)
-    workers = _workers(config, sizes, _seconds(config, sizes, model, work, gpu))
+    workers = _workers(run, _seconds(run, work, gpu))
     return {
         "manifest": {
             "url": manifest.public_urls,
@@ -79,18 +79,15 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
             "samples": summary.samples,
             "shards": summary.shards,
         },
-        "work": [_work(model, kind, count) for kind, count in sorted(work.items())],
-        "components": _components(model),
-        "memory": _memory(config, sizes, model, work, gpu),
-        "traffic": _traffic(sizes, model, work, gpu),
-        "gpus": _bill(config, sizes, workers),
+        "work": [_work(run.model, kind, count) for kind, count in sorted(work.items())],
+        "components": _components(run.model),
+        "memory": _memory(run, work, gpu),
+        "traffic": _traffic(run, work, gpu),
+        "gpus": _reserved_gpus(run, workers),
         "workers": {stage.name.lower(): count for stage, count in sorted(workers.items())},
-        "groups_decode": _groups_decode(config),
+        "groups_decode": run.groups_decode,
         "encoders_colocated": config.encoders.is_colocated,
-        "estimate": {
-            name: _estimate(config, sizes, _seconds(config, sizes, model, work, known), known)
-            for name, known in GPUS.items()
-        },
+        "estimate": {name: _estimate(run, _seconds(run, work, known), known) for name, known in GPUS.items()},
         "gpu": {
             "name": gpu.name,
             "tflops": gpu.tflops,
@@ -98,10 +95,10 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
             "efficiency": gpu.efficiency,
             "fitted_to": gpu.anchor,
         },
-        "cudnn_would_save": _cudnn_saves(sizes, model, work, gpu),
-        "sizes": report_sizes(config, sizes, model, work, gpu),
-        "halves": report_halves(sizes, model, work, gpu),
-        "group_sizes": [_group_size(model, work, gpu, ranks) for ranks in GROUP_SIZES],
+        "cudnn_would_save": _cudnn_saves(run, work, gpu),
+        "sizes": report_sizes(run, work, gpu),
+        "halves": report_halves(run, work, gpu),
+        "group_sizes": [_group_size(run.model, work, gpu, ranks) for ranks in GROUP_SIZES],
     }
 
 
@@ -131,16 +128,16 @@ def _components(model: ModelShape) -> list[Report]:
     ]
 
 
-def _memory(config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu) -> list[Report]:
-    """Each kind of worker at the shape that needs most of it."""
-    decodes = _groups_decode(config)
-    ranks = {kind: _rank(model, kind, sizes.by_shape[kind.shape], decodes=decodes) for kind in work}
+def _memory(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> list[Report]:
+    """The peak memory of each kind of worker, at the shape that needs most."""
+    model, decodes = run.model, run.groups_decode
+    ranks = {kind: _rank(model, kind, run.groups.by_shape[kind.shape], decodes=decodes) for kind in work}
     decoders = {} if decodes else {kind: decoder_footprint(model, kind.shape) for kind in work}
     stages = [_stage("text encoder", encoder_footprint(model), gpu)]
-    for name, needs in (("group rank" if decodes else "denoise rank", ranks), ("VAE decoder", decoders)):
-        if needs:
-            largest = max(needs, key=lambda kind: needs[kind].total)
-            stages.append(_stage(name, needs[largest], gpu, largest))
+    for name, footprints in (("group rank" if decodes else "denoise rank", ranks), ("VAE decoder", decoders)):
+        if footprints:
+            largest = max(footprints, key=lambda kind: footprints[kind].total)
+            stages.append(_stage(name, footprints[largest], gpu, largest))
     return stages
 
 
@@ -160,10 +157,10 @@ def _stage(name: str, footprint: Footprint, gpu: Gpu, work: Workload | None = No
     }
 
 
-def _traffic(sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu) -> Report:
-    """Of one rank, for a sample of the shape with most tokens; and what is left of the group's speed by it."""
-    kind = max(work, key=lambda kind: kind.tokens)
-    alone, together = ParallelPlan(), sizes.by_shape[kind.shape]
+def _traffic(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> Report:
+    """Bytes that one rank sends for a sample of the shape with most tokens, and the efficiency of its group."""
+    model, kind = run.model, max(work, key=lambda kind: kind.tokens)
+    alone, together = ParallelPlan(), run.groups.by_shape[kind.shape]
     sent = rank_traffic(model, kind.tokens, together.ulysses_degree, together.ring_degree)
     passes = kind.branches // together.cfg_degree
     exchanged = exchange_bytes(model, kind.tokens) if together.cfg_degree > 1 else 0.0
@@ -181,82 +178,83 @@ def _traffic(sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu:
     }
 
 
-def _workers(config: RunConfig, sizes: GroupSizes, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
-    """Of each stage, for a manifest that takes so long there; `auto` pools as a run would come to size them. Groups
-    as if all were of the largest size.
+def _workers(run: ResolvedRun, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
+    """Workers of each stage, with `auto` pools as a run would size them. `seconds` are those of one worker for the
+    whole manifest. All groups count as groups of the largest size.
     """
-    workers = {**most_workers(config, sizes.plans), Stage.DENOISE: config.groups.count}
+    config = run.config
+    workers = {**run.max_workers, Stage.DENOISE: config.groups.count}
     for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders)):
         if pool.count == "auto":
             needed = workers_needed(config.groups.count, seconds[Stage.DENOISE], seconds[stage])
-            workers[stage] = whole(needed, workers[stage])
+            workers[stage] = worker_count(needed, workers[stage])
     return workers
 
 
-def _bill(config: RunConfig, sizes: GroupSizes, workers: Mapping[Stage, int]) -> Report:
-    groups = workers[Stage.DENOISE] * sizes.largest.world_size * config.groups.gpus_per_rank
+def _reserved_gpus(run: ResolvedRun, workers: Mapping[Stage, int]) -> Report:
+    groups = workers[Stage.DENOISE] * run.groups.largest.world_size * run.config.groups.gpus_per_rank
     encoders, decoders = (
-        workers[stage] * pool.gpus if pool.placement == "pool" else 0.0
-        for stage, pool in ((Stage.ENCODE, config.encoders), (Stage.DECODE, config.decoders))
+        workers[stage] * run.pools[stage].gpus if stage in run.pools else 0.0 for stage in (Stage.ENCODE, Stage.DECODE)
     )
     return {"groups": groups, "encoders": encoders, "decoders": decoders, "total": groups + encoders + decoders}
 
 
-def _groups_decode(config: RunConfig) -> bool:
-    return config.decoders.placement == "group"
-
-
-def _seconds(
-    config: RunConfig, sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu
-) -> dict[Stage, float]:
-    """What one worker of each stage would take for the whole manifest; of the groups, one of the largest size, or
-    smaller ones in its place that find work all the time.
+def _seconds(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> dict[Stage, float]:
+    """Seconds that one worker of each stage would take for the whole manifest. The group is one of the largest size, or
+    several smaller ones on the same GPUs that are never idle.
     """
-    largest = sizes.largest.world_size
+    model, groups = run.model, run.groups
+    largest = groups.largest.world_size
 
     def decoding(kind: Workload) -> float:
-        ranks = sizes.by_shape[kind.shape].world_size
-        alone = decode_seconds(gpu, model, kind)
-        return decode_seconds(gpu, model, kind, ranks) * ranks / largest if _groups_decode(config) else alone
+        if not run.groups_decode:
+            return decode_seconds(gpu, model, kind)
+        ranks = groups.by_shape[kind.shape].world_size
+        return decode_seconds(gpu, model, kind, ranks) * ranks / largest
+
+    def denoising(kind: Workload) -> float:
+        return rank_seconds(gpu, model, kind, groups.by_shape[kind.shape])
 
     return {
         Stage.ENCODE: _total(work, lambda kind: kind.branches * ENCODE_SECONDS),
-        Stage.DENOISE: _total(work, lambda kind: rank_seconds(gpu, model, kind, sizes.by_shape[kind.shape])) / largest,
+        Stage.DENOISE: _total(work, denoising) / largest,
         Stage.DECODE: _total(work, decoding),
     }
 
 
-def _estimate(config: RunConfig, sizes: GroupSizes, seconds: Mapping[Stage, float], gpu: Gpu) -> Report:
-    """Hours of every stage over the whole manifest; they overlap, so the slowest is the run's.
+def _estimate(run: ResolvedRun, seconds: Mapping[Stage, float], gpu: Gpu) -> Report:
+    """Hours of every stage over the whole manifest. The stages overlap, so the slowest one determines the run's hours.
 
-    A group does not denoise while it decodes: where groups do both, these two add up.
+    A group does not denoise while it decodes: if groups do both, these two add up.
     """
-    workers = _workers(config, sizes, seconds)
+    workers = _workers(run, seconds)
     stages = {stage.name.lower(): seconds[stage] / (workers[stage] or workers[Stage.DENOISE]) for stage in Stage}
     in_groups = stages["denoise"] + stages["decode"]
-    hours = (max(stages["encode"], in_groups) if _groups_decode(config) else max(stages.values())) / HOUR_S
+    hours = (max(stages["encode"], in_groups) if run.groups_decode else max(stages.values())) / HOUR_S
     return {
         "hours": hours,
-        "gpu_hours": hours * _bill(config, sizes, workers)["total"],
+        "gpu_hours": hours * _reserved_gpus(run, workers)["total"],
         "slowest": max(stages, key=lambda stage: stages[stage]),
         "stage_hours": {stage: seconds / HOUR_S for stage, seconds in stages.items()},
         "assumed": gpu.anchor.startswith("none"),
     }
 
 
-def _cudnn_saves(sizes: GroupSizes, model: ModelShape, work: Counter[Workload], gpu: Gpu) -> float:
-    """The part of all denoising that the faster kernel would spare; 0 where it is chosen, or not known to be faster."""
+def _cudnn_saves(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> float:
+    """The fraction of denoise time that `attention: cudnn` would save; 0 if it is already chosen or not known to be
+    faster on this GPU.
+    """
 
     def denoising(model: ModelShape) -> float:
-        return _total(work, lambda kind: rank_seconds(gpu, model, kind, sizes.by_shape[kind.shape]))
+        return _total(work, lambda kind: rank_seconds(gpu, model, kind, run.groups.by_shape[kind.shape]))
 
-    if model.precision == "fp32":  # which it does not know
+    if run.model.precision == "fp32":  # which cuDNN's kernel does not support
         return 0.0
-    return 1 - denoising(replace(model, attention="cudnn")) / denoising(model)
+    return 1 - denoising(replace(run.model, attention="cudnn")) / denoising(run.model)
 
 
 def _group_size(model: ModelShape, work: Counter[Workload], gpu: Gpu, ranks: int) -> Report:
-    """What denoising this manifest costs with groups of so many ranks."""
+    """The cost of denoising this manifest with groups of `ranks` ranks."""
     ulysses, ring = plan_ranks(model.dit.heads_num, ranks)
     plan = ParallelPlan(ulysses_degree=ulysses, ring_degree=ring)
     seconds = _total(work, lambda kind: denoise_seconds(gpu, model, kind, plan))

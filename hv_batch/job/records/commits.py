@@ -1,12 +1,12 @@
-"""The records that end a sample: committed or quarantined, exactly one of them (P1).
+"""The terminal records of samples: a commit record or a quarantine record, exactly one for each sample (P1).
 
-Rendering is at-least-once; two workers may finish the same sample after a lost message. Committing is exactly-once: the
-media goes first, under a name that holds the hash of its bytes, then the commit record is put if absent. Whoever comes
-second finds a record there and changes nothing.
+Rendering is at-least-once: two workers may finish the same sample after a lost message. Committing is exactly-once. A
+worker first stores the media, under a name that holds the hash of its bytes, and then puts the commit record if it is
+absent. A second worker finds the record and changes nothing.
 
-A quarantine record has no standing beside a commit record. Each writer looks for the other kind *after* its own write,
-so whatever the order, at least one of the two sees both and removes the quarantine record. A crash between the two
-steps can leave both behind; `scan_shard` then counts the sample as committed.
+A commit record takes precedence over a quarantine record. Each writer checks for the other kind *after* its own write,
+so in any order at least one of the two writers sees both records and removes the quarantine record. A crash between the
+two steps can leave both; `scan_shard` then counts the sample as committed.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ COMMIT_FIELDS = frozenset(
     | {"licence", "created_at"}
 )
 
-LICENCE_ID = "tencent-hunyuan-community"  # of every rendered file; `runs.licence_notice` says what it means
+LICENCE_ID = "tencent-hunyuan-community"  # of every rendered file; `run_document.licence_notice` explains it
 
 
 class Media(Protocol):
-    """What is recorded of a rendered file."""
+    """The facts about a rendered file that its commit record holds."""
 
     @property
     def bytes(self) -> int: ...
     @property
     def sha256(self) -> str: ...  # of the file, hex
     @property
-    def frames_sha256(self) -> str: ...  # of the uint8 frames before they were compressed, hex
+    def frames_sha256(self) -> str: ...  # of the uint8 frames before compression, hex
     @property
-    def num_frames(self) -> int: ...  # as produced, like the two sides in pixels
+    def num_frames(self) -> int: ...  # as produced, like height and width (pixels)
     @property
     def height(self) -> int: ...
     @property
@@ -56,11 +56,11 @@ class Media(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What storage knows of one shard, by sample key."""
+    """The state of one shard in storage, as sets of sample keys."""
 
     committed: frozenset[str]
-    quarantined: frozenset[str]  # never holds a committed key (P1)
-    latents: frozenset[str]  # final latents that wait for their decode
+    quarantined: frozenset[str]  # without committed samples (P1)
+    latents: frozenset[str]  # samples with stored final latents
     sealed: bool
 
 
@@ -75,11 +75,11 @@ def commit_record(
     versions: Mapping[str, Any],
     poster: str | None = None,
 ) -> dict[str, Any]:
-    """The record that makes `sample` done. `file` is the media's key in the output root, `poster` that of its first
-    frame.
+    """The commit record of `sample`.
 
-    `stages` are reports by stage name: their "seconds" become the record's `stages`, all else (node, worker, ...) its
-    `places`. `failures` are the tries that failed before this one, `fingerprint` is the run's.
+    `file` is the media's key in the output root, `poster` that of its first frame. `stages` holds a report for each
+    stage name: its "seconds" go to the record's `stages`, everything else (node, worker, ...) to its `places`.
+    `failures` are the failed attempts before this one (`Failure.to_dict`), and `fingerprint` is that of the run.
     """
     return {
         "schema": COMMIT_SCHEMA,
@@ -104,7 +104,7 @@ def commit_record(
 def quarantine_record(
     sample: Sample, *, failures: Sequence[Mapping[str, Any]], fingerprint: str, versions: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The record of a sample that is given up (P5). The last of `failures` (`Failure.to_dict`) used up its budget."""
+    """The quarantine record of `sample` (P5). The last of `failures` (`Failure.to_dict`) exhausted its retry budget."""
     last = failures[-1]
     return {
         "schema": QUARANTINE_SCHEMA,
@@ -120,30 +120,30 @@ def quarantine_record(
     }
 
 
-def dated(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as one of this moment: a commit may come long after the video was made."""
+def with_current_time(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with `created_at` set to now, because a commit may come long after the video was rendered."""
     return {**record, "created_at": _now()}
 
 
 def commit(store: Store, record: Mapping[str, Any]) -> bool:
-    """Make the record's sample done; the media must be stored already.
+    """Commit the record's sample. The media must already be stored.
 
-    True when the commit record of this sample is now `record`, False when another one was there first.
+    Returns True if the sample's commit record is now `record`, False if another one was there first.
     """
     return commit_all(store, [record])[0]
 
 
 def commit_all(store: Store, records: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """As `commit`, of each record."""
+    """As `commit`, for each record."""
     objects = {layout.commit_key(record["shard"], record["key"]): encode_line(record) for record in records}
     created = dict(zip(objects, store.put_new_all(objects), strict=True))
 
     def is_ours(record: Mapping[str, Any]) -> bool:
         target = layout.commit_key(record["shard"], record["key"])
-        # A put whose acknowledgement was lost is repeated and then finds itself: that record is ours all the same.
+        # A put whose acknowledgement was lost is retried and then finds its own record. This still counts as ours.
         is_ours = created[target] or store.get(target) == objects[target]
         quarantined = layout.quarantine_key(record["shard"], record["key"])
-        if store.exists(quarantined):  # looking first spares versioned buckets a delete marker for every sample
+        if store.exists(quarantined):  # on a versioned bucket, every delete of an absent object adds a delete marker
             store.delete(quarantined)
         return is_ours
 
@@ -151,7 +151,7 @@ def commit_all(store: Store, records: Sequence[Mapping[str, Any]]) -> list[bool]
 
 
 def quarantine(store: Store, record: Mapping[str, Any]) -> bool:
-    """Give the record's sample up. True when it is quarantined now, False when it is committed."""
+    """Quarantine the record's sample. Returns True if it is quarantined now, False if it is committed."""
     shard, key = record["shard"], record["key"]
     committed, target = layout.commit_key(shard, key), layout.quarantine_key(shard, key)
     if store.exists(committed):
@@ -164,32 +164,36 @@ def quarantine(store: Store, record: Mapping[str, Any]) -> bool:
 
 
 class DamagedRecordError(UserError, ValueError):
-    """What lies in the place of a record was not written by this program."""
+    """The object under a record's key is not a complete record of this program."""
 
 
 def read_commit(store: Store, shard: int, key: str) -> dict[str, Any]:
-    """Raises FileNotFoundError, and DamagedRecordError for what lacks something that a commit record has."""
+    """The commit record of a sample.
+
+    Raises FileNotFoundError if there is none, and DamagedRecordError if it is not JSON or lacks a field.
+    """
     name = layout.commit_key(shard, key)
     try:
         record = decode(store.get(name))
         missing = ", ".join(sorted(COMMIT_FIELDS - record.keys()))
+        problem = f"missing fields: {missing}" if missing else ""
     except (ValueError, AttributeError) as error:
-        missing = f"it is no JSON object: {error}"
-    if missing:
+        problem = f"not a JSON object: {error}"
+    if problem:
         raise DamagedRecordError(
-            f"{name} in {public_url(store.url)} is damaged ({missing}). `hv-batch verify` tells what else is, and with "
-            "--repair renders it again."
+            f"The commit record {name} in {public_url(store.url)} is damaged ({problem}). Run `hv-batch verify` to "
+            "list all damage, or `hv-batch verify --repair` to render the sample again."
         )
     return record
 
 
 def read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any]:
-    """Raises FileNotFoundError."""
+    """The quarantine record of a sample. Raises FileNotFoundError if there is none."""
     return decode(store.get(layout.quarantine_key(shard, key)))
 
 
 def scan_shard(store: Store, shard: int, *, sealed: bool | None = None) -> ShardState:
-    """Everything a resume must know about one shard: three listings, whatever its size. `sealed` where it is known."""
+    """The state of one shard, from three listings whatever its size. `sealed` saves a request if it is known."""
     committed, quarantined, latents = (
         layout.sample_keys(store.list(folder))
         for folder in (layout.commit_dir(shard), layout.quarantine_dir(shard), layout.latent_dir(shard))

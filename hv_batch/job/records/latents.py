@@ -1,7 +1,7 @@
-"""What a sample has reached before it is committed: its final latents, or the latents between two steps (P4).
+"""Intermediate results of uncommitted samples: final latents, and step checkpoints of unfinished denoises (P4).
 
-Both are one safetensors file that says whose it is. A file of another identity, a damaged one and a missing one all
-mean the same, that there is nothing to go on from: the sample is rendered again, and never wrong.
+Each is one safetensors file whose metadata holds the sample's identity and a digest. A file with another identity, a
+damaged file and a missing file are treated alike: the sample is rendered again. A wrong latent is never decoded.
 """
 
 from __future__ import annotations
@@ -27,60 +27,61 @@ if TYPE_CHECKING:
 LATENTS_SCHEMA = "hv_batch/latents/1"
 STEPS_SCHEMA = "hv_batch/steps/1"
 
-NOT_OURS = (SafetensorError, ValueError, KeyError, TypeError)  # what reading anything else than our own file may raise
+# Errors that may be raised when a file is read that this module has not written.
+INVALID_FILE_ERRORS = (SafetensorError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLatents:
     latents: np.ndarray  # float32 [C, T, h, w]
-    stages: Mapping[str, Mapping[str, Any]]  # the reports of the stages behind them
+    stages: Mapping[str, Mapping[str, Any]]  # the reports of the upstream stages
 
 
 def sample_identity(sample: Sample, fingerprint: str) -> str:
-    """What a latent depends on: the sample's own parameters and the run it belongs to. Hex digest."""
+    """Hex digest of everything a latent depends on: the sample's parameters and the run's fingerprint."""
     return hashlib.sha256(encode_line({"params": sample.params.to_dict(), "fingerprint": fingerprint})).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class FinalLatents:
-    """What is to be kept of one sample."""
+    """The final latents of one sample, to be stored."""
 
     sample: Sample
-    latents: np.ndarray  # [C, T, h, w]
+    latents: np.ndarray  # [C, T, h, w], any float dtype
     identity: str
-    stages: Mapping[str, Mapping[str, Any]]  # the reports of the stages behind them
+    stages: Mapping[str, Mapping[str, Any]]  # the reports of the upstream stages
 
 
 def put_latents(store: Store, denoised: Sequence[FinalLatents]) -> None:
-    """Keep final latents, as float32, so that a failure from here on never repeats the denoise (P4).
+    """Store final latents as float32. A later failure then never repeats the denoise (P4).
 
-    Raises ValueError when their shape is not the sample's.
+    Raises ValueError if their shape is not `latent_shape` of the sample's parameters.
     """
     objects = {}
     for each in denoised:
         tensor = _checked(each.sample, each.latents)
-        facts = {
+        metadata = {
             "schema": LATENTS_SCHEMA,
             "identity": each.identity,
             "sha256": _digest(tensor),
             "stages": json.dumps(each.stages),
         }
-        objects[layout.latent_key(each.sample.shard, each.sample.key)] = save({"latents": tensor}, metadata=facts)
+        objects[layout.latent_key(each.sample.shard, each.sample.key)] = save({"latents": tensor}, metadata=metadata)
     store.put_all(objects)
 
 
 def get_latents(store: Store, sample: Sample, identity: str) -> StoredLatents | None:
-    """What `put_latents` kept under this identity; None when there is nothing to trust.
+    """The latents that `put_latents` stored with this identity; None if there are no valid ones.
 
-    An error of the store itself is raised, because then nothing is known.
+    Raises the store's own errors.
     """
     data = _get(store, layout.latent_key(sample.shard, sample.key))
     try:
-        tensor, facts = _open(data)
-        is_ours = facts["schema"] == LATENTS_SCHEMA and facts["identity"] == identity
-        is_whole = tensor.shape == sample.params.latent_shape and facts["sha256"] == _digest(tensor)
-        stages = json.loads(facts["stages"])
-    except NOT_OURS:
+        tensor, metadata = _open(data)
+        is_ours = metadata["schema"] == LATENTS_SCHEMA and metadata["identity"] == identity
+        is_whole = tensor.shape == sample.params.latent_shape and metadata["sha256"] == _digest(tensor)
+        stages = json.loads(metadata["stages"])
+    except INVALID_FILE_ERRORS:
         return None
     return StoredLatents(tensor, stages) if is_ours and is_whole else None
 
@@ -90,56 +91,58 @@ def drop_latents(store: Store, shard: int, key: str) -> None:
 
 
 def put_steps(store: Store, sample: Sample, state: StepState, identity: str) -> None:
-    """Keep a step checkpoint, in the place of the one before.
+    """Store a step checkpoint, which replaces the previous one.
 
-    Raises ValueError when its latents' shape is not the sample's.
+    Raises ValueError if the shape of its latents is not `latent_shape` of the sample's parameters.
     """
     tensor = _checked(sample, state.latents)
-    facts = {
+    metadata = {
         "schema": STEPS_SCHEMA,
         "identity": identity,
         "step": str(state.step),
         "sha256": _digest(tensor, state.step),
     }
-    store.put(layout.step_key(sample.shard, sample.key), save({"latents": tensor}, metadata=facts))
+    store.put(layout.step_key(sample.shard, sample.key), save({"latents": tensor}, metadata=metadata))
 
 
 def get_steps(store: Store, sample: Sample, identity: str) -> StepState | None:
-    """The last step checkpoint of this identity; None when there is none to trust. Raises the store's own errors."""
+    """The last step checkpoint with this identity; None if there is no valid one. Raises the store's own errors."""
     data = _get(store, layout.step_key(sample.shard, sample.key))
     try:
-        tensor, facts = _open(data)
-        step = int(facts["step"])
-        is_ours = facts["schema"] == STEPS_SCHEMA and facts["identity"] == identity
-        is_whole = tensor.shape == sample.params.latent_shape and facts["sha256"] == _digest(tensor, step)
+        tensor, metadata = _open(data)
+        step = int(metadata["step"])
+        is_ours = metadata["schema"] == STEPS_SCHEMA and metadata["identity"] == identity
+        is_whole = tensor.shape == sample.params.latent_shape and metadata["sha256"] == _digest(tensor, step)
         is_between = 0 < step < sample.params.num_inference_steps
-    except NOT_OURS:
+    except INVALID_FILE_ERRORS:
         return None
     return StepState(step, tensor) if is_ours and is_whole and is_between else None
 
 
 def drop_steps(store: Store, shard: int, key: str) -> None:
-    """Remove the step checkpoint, if there is one: most samples never have any."""
+    """Remove the step checkpoint if there is one. Most samples never have one."""
     name = layout.step_key(shard, key)
-    if store.exists(name):  # looking first spares versioned buckets a delete marker for every sample
+    if store.exists(name):  # on a versioned bucket, every delete of an absent object adds a delete marker
         store.delete(name)
 
 
-def drop_what_led_to(store: Store, shard: int, key: str, *, keep_latents: bool) -> None:
-    """Remove what nobody needs of a committed sample."""
+def drop_intermediates(store: Store, shard: int, key: str, *, keep_latents: bool) -> None:
+    """Remove the step checkpoint of a committed sample, and its latents unless `keep_latents`."""
     drop_steps(store, shard, key)
     if not keep_latents:
         drop_latents(store, shard, key)
 
 
 def checkpointed(store: Store) -> frozenset[str]:
-    """The keys of all samples with a step checkpoint: of those that a drain or a crash cut short, so they are few."""
+    """The keys of all samples with a step checkpoint. They are few: only a drain or a crash interrupts a denoise."""
     return layout.sample_keys(store.list(layout.STEPS))
 
 
 def _checked(sample: Sample, latents: np.ndarray) -> np.ndarray:
     if latents.shape != sample.params.latent_shape:
-        raise ValueError(f"latents of {sample.key} are {latents.shape}, not {sample.params.latent_shape}")
+        raise ValueError(
+            f"The latents of sample {sample.key} have the shape {latents.shape}; expected: {sample.params.latent_shape}"
+        )
     return np.ascontiguousarray(latents, dtype=np.float32)
 
 
@@ -147,18 +150,18 @@ def _get(store: Store, key: str) -> bytes:
     try:
         return store.get(key)
     except FileNotFoundError:
-        return b""  # which is no file of ours either
+        return b""  # `_open` rejects it
 
 
 def _open(data: bytes) -> tuple[np.ndarray, dict[str, str]]:
-    """The tensor of a file and what it says of itself. Raises one of NOT_OURS when it is no such file."""
+    """The tensor of a file and its metadata. Raises one of INVALID_FILE_ERRORS if `data` is not such a file."""
     header_bytes = int.from_bytes(data[:8], "little")
-    facts = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
-    return load(data)["latents"], facts
+    metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+    return load(data)["latents"], metadata
 
 
 def _digest(tensor: np.ndarray, step: int | None = None) -> str:
-    """Of the values, and of the step they belong to: a step that was altered would give a wrong video."""
+    """Hex digest of the values and of their step, because an altered step number would give a wrong video."""
     digest = hashlib.sha256(tensor.tobytes())
     if step is not None:
         digest.update(str(step).encode())

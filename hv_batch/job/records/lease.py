@@ -1,20 +1,20 @@
-"""Who is writing to an output root: one advisory `lease.json`, so that a second driver learns of the first.
+"""The lease of an output root: an advisory `lease.json` that names the process that is writing to the root.
 
-Two drivers on one root corrupt nothing, because records are put if absent; they pay for every sample twice. The lease
-keeps them apart. It holds what an operator wants to know of the holder and a count of its heartbeats, which the holder
-raises every HEARTBEAT_S for as long as it lives.
+Two drivers on one root cannot corrupt it, because records are put if absent, but they would render every sample twice.
+The lease prevents this. It describes its holder for operators, and it holds a heartbeat count, which the holder
+increments every HEARTBEAT_S.
 
-Object stores have no locks and machines have no common clock, so nobody compares times. Whoever finds a lease judges
-its holder by what can be seen from here:
+Object stores have no locks, and machines have no common clock, so timestamps are not compared. A process that finds a
+lease determines the state of its holder as follows:
 
-- on the same machine its process is there, or it is not: both are known at once, so the same command after a SIGKILL
-  goes on without a pause;
-- on another machine the count rises while we watch, or it does not for STALE_S, and then nobody is there;
-- only a lease that is older than ANCIENT_S by our clock is given up without watching: no clock is that wrong.
+- If the holder is on the same machine, its process either exists or does not. This is known immediately, so a run that
+  was killed can be restarted without waiting.
+- If the holder is on another machine, its heartbeat count is watched. If it does not change for STALE_S, the holder has
+  ended.
+- If the lease is older than ANCIENT_S by the local clock, the holder has ended. No clock is wrong by that much.
 
-A holder reads the lease before every beat. Finding another token there it knows that it was replaced and stops. Two
-that replace a stale lease at the same moment may both believe for one beat that they hold it; the one whose token was
-overwritten finds out at its next.
+A holder reads the lease before every heartbeat, and stops if it finds another token. If two processes replace a stale
+lease at the same moment, both may hold it until the next heartbeat; the one whose token was overwritten then stops.
 """
 
 from __future__ import annotations
@@ -42,30 +42,33 @@ logger = logging.getLogger(__name__)
 LEASE_SCHEMA = "hv_batch/lease/1"
 
 HEARTBEAT_S = 10.0  # two small requests each: 17,000 a day, a few cents on any object store
-STALE_S = 60.0  # six beats: a holder whose store throttles it for half a minute is still alive
-LOOK_S = 2.0  # between two looks at somebody else's lease: a living one is recognised soon after its next beat
+STALE_S = 60.0  # six heartbeats: a holder must survive a store that throttles it for half a minute
+POLL_S = 2.0  # between two reads of another holder's lease: a running holder is recognised soon after its heartbeat
 ANCIENT_S = 24 * 3600.0
-RELEASE_S = 20.0  # for a beat under way, with its retries; a store that hangs must not keep a command from ending
+RELEASE_S = 20.0  # for a heartbeat in progress, with its retries; a hanging store must not keep a command from ending
 
 
 class LeaseHeldError(UserError):
-    """Somebody else is writing to the output root."""
+    """Another process is writing to the output root."""
 
 
 class LeaseLostError(UserError):
-    """The lease that this process held is another's now."""
+    """Another process has taken over the lease that this process held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseHolder:
-    """One `lease.json`. `machine` and `process` tell whether `pid` means anything here; None where that is unknown."""
+    """The contents of `lease.json`.
+
+    `machine` and `process` identify the process behind `pid`; both are None if they are unknown (not Linux).
+    """
 
     token: str
     purpose: str  # the command: run, retry, verify, gc
     host: str
     machine: str | None
     pid: int
-    process: str | None  # when the process began, in the kernel's own count: process ids come round again
+    process: str | None  # start time of the process in kernel ticks, because process ids are reused
     job: str | None  # of `ray job submit`
     since: str
     beats: int
@@ -80,7 +83,7 @@ class LeaseHolder:
 
 
 def this_process(purpose: str, job: str | None = None) -> LeaseHolder:
-    """This process as a holder, with a token of its own."""
+    """A LeaseHolder for this process, with a new token."""
     now = _now()
     return LeaseHolder(
         token=uuid.uuid4().hex,
@@ -97,7 +100,7 @@ def this_process(purpose: str, job: str | None = None) -> LeaseHolder:
 
 
 def read_lease(store: Store) -> LeaseHolder | None:
-    """Who holds the output root, dead or alive; None when nobody does, or the file is not a lease."""
+    """The holder in `lease.json`, running or not; None if there is no lease, or the file is not one."""
     try:
         values = decode(store.get(layout.LEASE))
     except (FileNotFoundError, ValueError):
@@ -109,14 +112,14 @@ def read_lease(store: Store) -> LeaseHolder | None:
 
 
 def is_gone(holder: LeaseHolder) -> bool | None:
-    """Whether the holder's process has ended; None when it cannot be seen from here."""
+    """Whether the holder's process has ended; None if it is on another machine, so this is unknown."""
     if holder.machine is None or holder.process is None or holder.machine != _machine():
         return None
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # somebody else's, who may have hidden it from /proc
+    except PermissionError:  # a process of another user, which may be hidden in /proc
         return _process_start(holder.pid) not in (None, holder.process)
     return _process_start(holder.pid) != holder.process
 
@@ -129,13 +132,13 @@ def hold_lease(
     steal: bool = False,
     wait: Callable[[float], bool] | None = None,
 ) -> Iterator[Lease | None]:
-    """Hold the lease for the length of a `with`; heartbeats come from a thread of its own.
+    """Hold the lease for the duration of a `with` statement. A background thread sends the heartbeats.
 
-    `wait` sleeps so many seconds and returns whether to stop waiting for another holder (an `Event.wait`); then None is
-    yielded. Raises LeaseHeldError when a living holder is there; `steal` replaces it.
+    `wait` sleeps for a number of seconds and returns whether to stop waiting for another holder (`Event.wait`); if it
+    stops, None is yielded. Raises LeaseHeldError if the current holder is running, unless `steal`, which replaces it.
     """
     pause = wait or threading.Event().wait
-    if not _take(store, me, steal, pause):
+    if not _acquire(store, me, steal, pause):
         yield None
         return
     lease = Lease(store, me)
@@ -145,76 +148,79 @@ def hold_lease(
         lease.release()
 
 
-def _take(store: Store, me: LeaseHolder, steal: bool, wait: Callable[[float], bool]) -> bool:
-    """Put our lease where none is, or in the place of one whose holder is gone; False when the wait was given up."""
+def _acquire(store: Store, me: LeaseHolder, take_over: bool, wait: Callable[[float], bool]) -> bool:
+    """Write our lease if there is none or its holder has ended. Returns False if the wait was stopped."""
     while not store.put_new(layout.LEASE, _encode(me)):
-        found = read_lease(store)
-        if found is not None and found.token == me.token:
-            return True  # the answer to our own put was lost
-        if found is not None and not steal:
-            if is_gone(found) is None and not _is_ancient(found) and not _watch(store, found, wait):
+        holder = read_lease(store)
+        if holder is not None and holder.token == me.token:
+            return True  # the acknowledgement of our own put was lost
+        if holder is not None and not take_over:
+            if is_gone(holder) is None and not _is_ancient(holder) and not _watch(store, holder, wait):
                 return False
-            if is_gone(found) is False:
-                raise _refusal(store, found)
+            if is_gone(holder) is False:
+                raise _refusal(store, holder)
             current = read_lease(store)
-            if current is not None and current.token != found.token:
-                continue  # somebody was faster; judge them
+            if current is not None and current.token != holder.token:
+                continue  # another process has replaced the lease meanwhile
         store.put(layout.LEASE, _encode(me))
         break
     return True
 
 
-def _watch(store: Store, found: LeaseHolder, wait: Callable[[float], bool]) -> bool:
-    """Look on until the holder is known to be dead (True), or told to stop waiting (False); raises when it is alive."""
+def _watch(store: Store, holder: LeaseHolder, wait: Callable[[float], bool]) -> bool:
+    """Watch the heartbeats of a holder on another machine.
+
+    Returns True if it has ended and False if the wait was stopped. Raises LeaseHeldError if it is running.
+    """
     logger.warning(
-        f"{public_url(store.url)} is held by {found.describe()}. Its process cannot be seen from here: watching for at "
-        f"most {STALE_S:g} s whether it still beats (--steal does not wait)"
+        f"{public_url(store.url)} is held by {holder.describe()}. Its process is not visible from this machine, so its "
+        f"heartbeats are watched for at most {STALE_S:g} s (--take-over does not wait)"
     )
     watched = 0.0
     while watched < STALE_S:
-        if wait(LOOK_S):
+        if wait(POLL_S):
             return False
-        watched += LOOK_S
+        watched += POLL_S
         current = read_lease(store)
-        if current is None or current.token != found.token:
+        if current is None or current.token != holder.token:
             return True
-        if current.beats != found.beats:
+        if current.beats != holder.beats:
             raise _refusal(store, current)
     return True
 
 
 def _refusal(store: Store, holder: LeaseHolder) -> LeaseHeldError:
     return LeaseHeldError(
-        f"Somebody is writing to {public_url(store.url)}: {holder.describe()}. Two at once would render everything "
-        "twice. Wait for it to end, or stop it; if you know that it hangs, run this command with --steal, which makes "
-        "it stop at its next heartbeat."
+        f"Another process is writing to {public_url(store.url)}: {holder.describe()}. Two processes would render every "
+        "sample twice. Wait until it ends, or stop it. If it hangs, run this command with --take-over: the other "
+        "process then stops at its next heartbeat."
     )
 
 
 class Lease:
-    """The lease while it is held. `check` as often as you like: it only looks at what the last heartbeat found."""
+    """A lease that this process holds. `check` is cheap: it only reads the result of the last heartbeat."""
 
     def __init__(self, store: Store, me: LeaseHolder) -> None:
         self._store = store
         self._me = me
-        self._thief: LeaseHolder | None = None
+        self._new_holder: LeaseHolder | None = None
         self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LeaseLostError once another holder has been seen."""
-        if self._thief is not None:
+        """Raises LeaseLostError if a heartbeat has found another holder."""
+        if self._new_holder is not None:
             raise LeaseLostError(
-                f"{public_url(self._store.url)} was taken over by {self._thief.describe()}, so this run has stopped. "
-                "What is committed stays, and the other one goes on from there."
+                f"{public_url(self._store.url)} was taken over by {self._new_holder.describe()}, so this run has "
+                "stopped. Its committed samples are kept, and the other process continues from there."
             )
 
-    def beat(self) -> None:
-        """One heartbeat. A lease that somebody deleted is put back."""
-        found = read_lease(self._store)
-        if found is not None and found.token != self._me.token:
-            self._thief = found
+    def heartbeat(self) -> None:
+        """Send one heartbeat. A lease that was deleted is written again."""
+        holder = read_lease(self._store)
+        if holder is not None and holder.token != self._me.token:
+            self._new_holder = holder
             return
         self._me = replace(self._me, beats=self._me.beats + 1, beat_at=_now())
         self._store.put(layout.LEASE, _encode(self._me))
@@ -222,18 +228,18 @@ class Lease:
     def release(self) -> None:
         self._released.set()
         self._thread.join(RELEASE_S)
-        # Where the store does not answer the lease stays, and is found stale.
+        # If the store is unreachable, the lease stays and becomes stale.
         with contextlib.suppress(OSError):
-            found = read_lease(self._store)
-            if found is not None and found.token == self._me.token:
+            holder = read_lease(self._store)
+            if holder is not None and holder.token == self._me.token:
                 self._store.delete(layout.LEASE)
 
-    def _beat_on(self) -> None:
-        while self._thief is None and not self._released.wait(HEARTBEAT_S):
-            # While the store is away nobody else can see the lease either, and the run has its own patience with it;
-            # whatever the error was, a holder that stops beating would be taken for dead.
+    def _send_heartbeats(self) -> None:
+        while self._new_holder is None and not self._released.wait(HEARTBEAT_S):
+            # Errors are ignored: without heartbeats, other processes would consider this holder ended. If the store is
+            # unreachable, they cannot read the lease either, and the run handles the outage itself.
             with contextlib.suppress(Exception):
-                self.beat()
+                self.heartbeat()
 
 
 def _encode(holder: LeaseHolder) -> bytes:
@@ -252,7 +258,7 @@ def _now() -> str:
 
 
 def _machine() -> str | None:
-    """This boot of this machine and this space of process ids: two containers on one host do not see each other's."""
+    """Identifies this boot of this machine and this PID namespace: containers on one host have separate process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:16]
@@ -261,10 +267,10 @@ def _machine() -> str | None:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process began, as the kernel counts; None when there is no such process, or it is dead and not reaped."""
+    """The start time of a process in kernel ticks; None if it does not exist or is a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    state, *rest = stat.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+    state, *rest = stat.rpartition(")")[2].split()  # the process name before it may contain spaces and parentheses
     return None if state in "ZX" else rest[18]

@@ -1,10 +1,10 @@
-"""The samples that were given up: why, in groups that a person can read, and taking them back.
+"""Quarantined samples: reads their records, groups them by reason, and releases samples for a retry.
 
-A sample that is taken back begins with its full budget, but what it had failed of is not forgotten: its quarantine
-record is kept under retried/, and the tries in it stand before the new ones in the record that the sample ends with.
+A released sample starts with its full retry budget. Its quarantine record is kept under retried/, and the attempts in
+it precede the new ones in the sample's next terminal record.
 
-Ten thousand samples are given up for three reasons, not for ten thousand: messages are grouped by class and by their
-first line with every number replaced, and each group keeps a few keys to look at.
+Ten thousand samples usually fail for a few reasons only. Records are therefore grouped by class and by the first line
+of their message with every number replaced, and each group keeps a few keys as examples.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
-MAX_GROUPS = 100  # of one class; what does not fit is counted together
+MAX_GROUPS = 100  # of one class; further messages are counted under OTHER_REASONS
 MAX_EXAMPLES = 3
 MAX_REASON_CHARS = 160
 OTHER_REASONS = "(other messages)"
-UNREADABLE = "(unreadable)"  # the class of a record that somebody else has damaged
+UNREADABLE = "(unreadable)"  # the class reported for a damaged record
 
-_NEEDED = {
+_REQUIRED_TYPES = {
     "id": str,
     "row": int,
     "video_index": int,
@@ -44,13 +44,13 @@ _NEEDED = {
     "params": dict,
 }
 
-# Addresses, counts, row numbers and the like differ from sample to sample and say nothing about the cause.
+# Addresses, counts, row numbers and the like differ from sample to sample and do not describe the cause.
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Quarantined samples that failed alike."""
+    """A group of quarantined samples with the same class and message."""
 
     kind: str  # a failure class
     message: str
@@ -65,24 +65,27 @@ class Reason:
 
 
 def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """Quarantine records of `shards` in plan order, of all classes or those of `kinds`; one shard in memory."""
+    """Yields the quarantine records of `shards` in plan order; only those of the classes `kinds`, if any are given.
+
+    The records of one shard are held in memory.
+    """
     for shard in shards:
         keys = scan_shard(store, shard).quarantined
-        found = map_in_threads(partial(_read, store, shard), keys, store.readers)
-        wanted = (record for record in found if record and (not kinds or record["class"] in kinds))
-        yield from sorted(wanted, key=itemgetter("row", "video_index"))
+        records = map_in_threads(partial(_read, store, shard), keys, store.readers)
+        selected = (record for record in records if record and (not kinds or record["class"] in kinds))
+        yield from sorted(selected, key=itemgetter("row", "video_index"))
 
 
 def _read(store: Store, shard: int, key: str) -> dict[str, Any] | None:
     try:
         record = read_quarantine(store, shard, key)
-        if wrong := [name for name, kind in _NEEDED.items() if not isinstance(record[name], kind)]:
-            raise ValueError(f"{', '.join(wrong)} of it are no such thing")
+        if wrong := [name for name, type_ in _REQUIRED_TYPES.items() if not isinstance(record[name], type_)]:
+            raise ValueError(f"fields of a wrong type: {', '.join(wrong)}")
         return record | {"shard": shard, "key": key}
-    except FileNotFoundError:  # committed since the listing
+    except FileNotFoundError:  # the sample was committed after the listing
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        # The sample is given up all the same: it is counted, and can be taken back.
+        # The sample is quarantined in any case: it is counted and can be released.
         message = f"its quarantine record cannot be read: {type(error).__name__}: {error}"
         unknown = {"row": 0, "video_index": 0, "attempts": 0, "traceback": "", "history": [], "params": {"prompt": ""}}
         return {"shard": shard, "key": key, "id": key, "class": UNREADABLE, "message": message, **unknown}
@@ -94,7 +97,7 @@ def group_reasons(records: Iterable[Mapping[str, Any]]) -> list[Reason]:
     groups: Counter[str] = Counter()
     examples: dict[tuple[str, str], list[str]] = {}
     for record in records:
-        reason = (record["class"], _shape(record["message"]))
+        reason = (record["class"], _normalized(record["message"]))
         if reason not in counts:
             groups[record["class"]] += 1
             if groups[record["class"]] > MAX_GROUPS:
@@ -105,17 +108,17 @@ def group_reasons(records: Iterable[Mapping[str, Any]]) -> list[Reason]:
     return [Reason(*reason, count, tuple(examples[reason])) for reason, count in counts.most_common()]
 
 
-def _shape(message: str) -> str:
+def _normalized(message: str) -> str:
     first_line = message.strip().partition("\n")[0]
     return _VARYING.sub("#", first_line)[:MAX_REASON_CHARS]
 
 
 def release(store: Store, records: Iterable[Mapping[str, Any]]) -> int:
-    """Make the samples of these quarantine records pending again; how many.
+    """Make the samples of these quarantine records pending again. Returns their number.
 
-    Shard by shard, first the seals (the run's, then the shard's), then the records, each kept under retried/ before it
-    goes. A crash in between leaves a root that claims less than it holds: the same run command seals again what is
-    complete and renders what is pending. The other way round, a sealed run would hide a pending sample for ever.
+    For each shard, the seals are removed first (the run's, then the shard's), then the records; each record is copied
+    to retried/ before. A crash in between leaves a root without a seal: the same run command seals complete shards
+    again and renders pending samples. In the opposite order, a sealed run could hide a pending sample for ever.
     """
     released = 0
     for shard, members in groupby(records, key=itemgetter("shard")):
@@ -128,9 +131,10 @@ def release(store: Store, records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]]:
-    """The samples that are quarantined, or were and have not been committed since; of every shard that has any.
+    """For each shard, the keys of samples that are quarantined, or were released and are not committed yet.
 
-    So a command that was killed after it had taken samples back finds them again.
+    Shards without such samples are left out. Released samples are included so that a command that was killed after it
+    released samples finds them again.
     """
 
     def of_shard(shard: int) -> frozenset[str]:
@@ -138,22 +142,22 @@ def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]
         return (state.quarantined | taken_back(store, shard)) - state.committed
 
     numbers = list(shards)
-    found = map_in_threads(of_shard, numbers, store.readers)
-    return {shard: keys for shard, keys in zip(numbers, found, strict=True) if keys}
+    failed = map_in_threads(of_shard, numbers, store.readers)
+    return {shard: keys for shard, keys in zip(numbers, failed, strict=True) if keys}
 
 
 def taken_back(store: Store, shard: int) -> frozenset[str]:
-    """The samples that were given up once and then taken back, whatever became of them since."""
+    """The keys of samples that were quarantined and then released, whatever their state is now."""
     return layout.sample_keys(store.list(layout.retried_dir(shard)))
 
 
 def earlier_failures(store: Store, shard: int, keys: Iterable[str]) -> dict[str, tuple[Failure, ...]]:
-    """What those samples had failed of that were taken back, by key."""
+    """The failures in the retried/ records of the samples `keys`, by key."""
     return {key: _read_history(store, layout.retried_key(shard, key)) for key in keys}
 
 
 def _read_history(store: Store, name: str) -> tuple[Failure, ...]:
     try:
         return tuple(map(Failure.from_dict, decode(store.get(name))["history"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # no reason not to render it
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged history must not prevent the retry
         return ()

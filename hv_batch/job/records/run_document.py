@@ -1,8 +1,8 @@
-"""What an output root is: one manifest and one resolved config, written down before anything else (P2).
+"""`run.json`: the manifest and the resolved config of an output root, written before anything else (P2).
 
-`run.json` is put if absent, so the first command decides what the root is for. Every later command must bring the same
-identity, or is refused with the difference. What is not part of the identity (how many groups, retries, ...) may change
-from one command to the next.
+`run.json` is put if absent, so the first command determines the run of the root. Every later command must have the same
+identity, or it is refused with a list of the differences. Values outside the identity (number of groups, retries, ...)
+may change from one command to the next.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from hv_batch.protocol import UserError
 
 RUN_SCHEMA = "hv_batch/run/1"
 
-# More lines than this are another run altogether, and the first ones say so.
-MAX_DIFFERENCES = 20
-# A prompt can be a page long; this much of each side shows which one it is.
-MAX_VALUE_CHARS = 80
+MAX_DIFFERENCES = 20  # lines in a message: enough to recognise that a root belongs to an entirely different run
+MAX_VALUE_CHARS = 80  # of each side of a difference: a prompt can be a page long
 
 _ABSENT = object()
 
@@ -43,14 +41,14 @@ class RunState(enum.Enum):
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Hex digest of everything that changes pixels (P3); the order of the keys does not matter."""
+    """Hex digest of everything that changes pixels (P3). It does not depend on the order of the keys."""
     return hashlib.sha256(encode(identity)).hexdigest()
 
 
 def inspect_run(store: Store, document: Mapping[str, Any]) -> RunState:
-    """What the output root is to the run that `document` describes, without writing anything.
+    """The state of the run that `document` describes in this output root. Writes nothing.
 
-    Raises UserError when the root belongs to another run, with every dotted path whose value differs.
+    Raises UserError if the root belongs to another run, with every dotted path whose value differs.
     """
     if not store.exists(layout.RUN):
         _refuse_orphans(store)
@@ -62,9 +60,9 @@ def inspect_run(store: Store, document: Mapping[str, Any]) -> RunState:
 
 
 def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
-    """Claim the output root for the run that `document` describes, or find out that it is this run's already.
+    """Write `run.json` for the run that `document` describes, or check that the root already belongs to this run.
 
-    `document["identity"]` must be JSON-able; all else of it is written as it is. Raises UserError as `inspect_run`.
+    `document` must consist of JSON values and is written as it is. Raises UserError as `inspect_run`.
     """
     state = inspect_run(store, document)
     written = {
@@ -75,12 +73,12 @@ def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
         **document,
     }
     if state is RunState.NEW and not store.put_new(layout.RUN, encode(written)):
-        return inspect_run(store, document)  # another driver was faster
+        return inspect_run(store, document)  # another driver has written it meanwhile
     return state
 
 
 def read_run(store: Store) -> dict[str, Any]:
-    """The `run.json` of an output root. Raises UserError when there is none, or it is not one of ours."""
+    """The `run.json` of an output root. Raises UserError if there is none, or it is not of this program and version."""
     try:
         run = decode(store.get(layout.RUN))
         is_ours = run["schema"] == RUN_SCHEMA and {"identity", "fingerprint", "config", "manifest"} <= run.keys()
@@ -93,16 +91,16 @@ def read_run(store: Store) -> dict[str, Any]:
         is_ours = False
     if not is_ours:
         raise UserError(
-            f"{layout.RUN} in {public_url(store.url)} was not written by this program, or not by this version (it "
-            f'must say "schema": "{RUN_SCHEMA}"). Choose another output root.'
+            f"{layout.RUN} in {public_url(store.url)} was not written by this version of hv_batch: it must hold "
+            f'"schema": "{RUN_SCHEMA}". Choose another output root, or use the version that wrote it.'
         )
     return run
 
 
 def finish_run(store: Store, summary: Mapping[str, Any]) -> None:
-    """Write the summary, and seal the run when no sample is pending and every shard is sealed.
+    """Write `summary.json`, and `_SUCCESS` if no sample is pending and every shard is sealed.
 
-    The seal is last: a root that has it needs nothing more.
+    `_SUCCESS` must be written last: a root that has it is complete.
     """
     store.put(layout.SUMMARY, encode(summary))
     if summary["pending"] == 0 and summary["shards_sealed"] == summary["shards"]:
@@ -110,7 +108,7 @@ def finish_run(store: Store, summary: Mapping[str, Any]) -> None:
 
 
 def licence_notice() -> str:
-    """What users of the outputs have to know (spec section 10), as one paragraph for `run.json`, report and README."""
+    """The licence notice for users of the outputs, as one paragraph for `run.json` and the report."""
     return (
         "The HunyuanVideo weights, and the videos made with them, come under the Tencent Hunyuan Community License "
         f"Agreement (here: {LICENCE_ID}). It does not cover the European Union, the United Kingdom and South Korea, "
@@ -120,13 +118,13 @@ def licence_notice() -> str:
 
 
 def _refuse_orphans(store: Store) -> None:
-    """Commit records without a run.json could be of any config, and resuming would take them for ours."""
+    """Raise UserError if there are commit records but no run.json: their config is unknown, so a resume is unsafe."""
     has_commits = next(store.list(layout.COMMITS), None) is not None
-    # A run that began since the first look has its run.json by now.
+    # A run that started after the first check has written its run.json before its first commit record.
     if has_commits and not store.exists(layout.RUN):
         raise UserError(
-            f"{public_url(store.url)} holds commit records but no {layout.RUN}, so nobody can tell which config and "
-            f"manifest they were rendered from. Put its {layout.RUN} back, or choose another output root."
+            f"{public_url(store.url)} holds commit records but no {layout.RUN}, so the config and the manifest of the "
+            f"records are unknown. Restore {layout.RUN}, or choose another output root."
         )
 
 
@@ -142,16 +140,16 @@ def _refusal(store: Store, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
 
 
 def find_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Readable lines for all that differs between the identities of two runs (`run.json` or what it will be)."""
+    """One line for each difference between the identities of two runs, given as `run.json` documents."""
     lines = list(_differences(theirs["identity"], json.loads(encode(ours["identity"]))))
     if any(line.startswith("manifest:") for line in lines):
-        # Two digests differ, but say nothing: what the manifests are does.
+        # Two digests explain nothing, so the descriptions of the manifests are compared as well.
         lines += [f"(manifest) {line}" for line in _differences(theirs.get("manifest"), ours.get("manifest"))]
     return lines
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
-    """Readable lines for every leaf at which two JSON values differ, in order of their dotted paths."""
+    """One line for each leaf at which two JSON values differ, in order of their dotted paths."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for name in sorted(theirs.keys() | ours.keys()):
             where = f"{path}.{name}" if path else name
@@ -166,7 +164,7 @@ def _as_text(value: Any) -> str:
 
 
 def _clip(text: str, same: int) -> str:
-    """At most MAX_VALUE_CHARS of `text`, around its first character that differs, which is at `same`."""
+    """At most MAX_VALUE_CHARS of `text`, around its first differing character, which is at index `same`."""
     if len(text) <= MAX_VALUE_CHARS:
         return text
     start = max(0, min(same - MAX_VALUE_CHARS // 2, len(text) - MAX_VALUE_CHARS))
@@ -175,24 +173,25 @@ def _clip(text: str, same: int) -> str:
 
 
 def chosen_shards(run: Mapping[str, Any], shards: Collection[int] | None) -> Sequence[int]:
-    """`shards` in order, or all of the run. Raises UserError for one that the run does not have."""
+    """`shards` in order, or all shards of the run if None. Raises UserError if the run does not have one of them."""
     count = plan_size(run)[1]
     if shards is None:
         return range(count)
     if missing := sorted(shard for shard in shards if shard >= count):
-        raise UserError(f"The run has {count:,} shards, numbered from 0; there is no shard {missing[0]}.")
+        raise UserError(f"There is no shard {missing[0]}: the run has {count:,} shards, numbered from 0.")
     return sorted(shards)
 
 
 def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
-    """(samples, shards) of a run; every shard is full but the last."""
+    """(samples, shards) of a run. Every shard except the last is full."""
     samples: int = run["manifest"]["samples"]
     return samples, -(-samples // run["config"]["output"]["shard_size"])
 
 
 def read_run_config(output: str) -> tuple[RunConfig, str | list[str]]:
-    """The config and the manifest's URLs that the run at `output` was begun with. Raises UserError when
-    there is no run, or its run.json does not hold everything.
+    """The config and the manifest URLs with which the run at `output` was started.
+
+    Raises UserError if there is no run, or if its run.json does not hold the complete config.
     """
     run = read_run(Store(output))
     config = run["config"]
@@ -200,15 +199,15 @@ def read_run_config(output: str) -> tuple[RunConfig, str | list[str]]:
         config = replace_retired(config)
     if _is_masked(config):
         raise UserError(
-            f"The run at {output} was begun with a secret in its config, which is not kept in its run.json. Give the "
-            "secret by the environment, or resume with the command that began the run."
+            f"The config of the run at {output} contained a secret, which run.json does not store. Set the secret in "
+            "the environment, or resume with the command that started the run."
         )
     try:
         return RunConfig.model_validate(config), run["manifest"]["url"]
     except ValidationError as error:
         raise UserError(
-            f"The config in the run.json of {output} is not one of this version of hv_batch: {error}. Resume with the "
-            "version that is named there."
+            f"The config in the run.json of {output} is not valid for this version of hv_batch: {error}. Resume with "
+            "the version that run.json names."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What makes two runs the same: everything that changes pixels or keys."""
+"""The identity of a run: every part of its config that changes pixels or keys."""
 
 from __future__ import annotations
 
@@ -6,41 +6,44 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import fixed_plan
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.workload import shape_name
 from hv_batch.protocol import ParallelPlan, Shape
 
 
-def run_identity(config: RunConfig, plans: Mapping[Shape, ParallelPlan] | None = None) -> dict[str, Any]:
-    """The part of a config that changes pixels or keys, JSON-able, without the engine's own `identity()` (P3).
+def run_identity(run: ResolvedRun) -> dict[str, Any]:
+    """The part of a config that changes pixels or keys, as JSON values, without the engine's own `identity()` (P3).
 
-    `plans` are those of the manifest's shapes; with gpus_per_group: auto they are part of the identity.
+    With `gpus_per_group: auto`, the plans of the manifest's shapes are part of the identity.
     """
+    config = run.config
     return {
         "seed": config.seed,
         "engine": config.model.engine,
         "defaults": config.defaults.model_dump(mode="json"),
-        "parallel": parallel_identity(config, plans or {}),
+        "parallel": parallel_identity(run),
         "media": config.media.model_dump(mode="json"),
         "shard_size": config.output.shard_size,
         "webdataset": config.output.webdataset,
     }
 
 
-def parallel_identity(config: RunConfig, by_shape: Mapping[Shape, ParallelPlan]) -> dict[str, Any]:
-    """The plan, or that of every shape: resolved, so that neither a default nor a cost model can change a run."""
-    device = {"device": config.parallel.device}
-    if plan := fixed_plan(config):
+def parallel_identity(run: ResolvedRun) -> dict[str, Any]:
+    """The resolved parallel plan, or that of each shape.
+
+    It is resolved, so that neither a new default nor a new cost model can change an existing run.
+    """
+    device = {"device": run.config.parallel.device}
+    if plan := run.fixed_plan:
         degrees = asdict(plan)
-        if plan.cfg_degree == 1:  # a key that came later: roots of before remain what they were
+        if plan.cfg_degree == 1:  # a later key; without it, the identity of older output roots stays the same
             del degrees["cfg_degree"]
         return device | degrees
-    return device | {"plans": {shape_name(shape): asdict(plan) for shape, plan in by_shape.items()}}
+    return device | {"plans": {shape_name(shape): asdict(plan) for shape, plan in run.groups.by_shape.items()}}
 
 
 def recorded_plans(identity: Mapping[str, Any]) -> dict[Shape, ParallelPlan]:
-    """What `parallel_identity` said of every shape in the identity of a run; nothing where all have one plan."""
+    """The plan of each shape in a run's identity, from `parallel_identity`; empty if all shapes share one plan."""
     plans = identity.get("parallel", {}).get("plans", {})
     return {_read_shape(name): ParallelPlan(**degrees) for name, degrees in plans.items()}
 

@@ -1,4 +1,4 @@
-"""The seal of a shard."""
+"""Removes the seal of a shard."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from hv_batch.job.storage.store import Store
 
 
 def unseal_shard(store: Store, shard: int) -> None:
-    """Take back the seal of the run and then that of the shard, so that the run command looks at its samples again.
+    """Remove `_SUCCESS` and then the seal of the shard, so that the run command processes its samples again.
 
-    In this order a crash in between leaves a run that is complete and says it is not, and never one that claims to be
-    finished while a shard is open.
+    `_SUCCESS` must go first. A crash in between then leaves a complete run without `_SUCCESS`, and never a run that
+    counts as finished although a shard is open.
     """
-    of_shard = (layout.metadata_key, layout.sums_key, layout.lineage_key, layout.tar_key)
+    of_shard = (layout.metadata_key, layout.totals_key, layout.lineage_key, layout.tar_key)
     for key in (layout.SUCCESS, *(key_of(shard) for key_of in of_shard)):
-        if store.exists(key):  # looking first spares versioned buckets a delete marker
+        if store.exists(key):  # on a versioned bucket, every delete of an absent object adds a delete marker
             store.delete(key)

@@ -1,8 +1,9 @@
-"""Where finished videos wait while the output root does not answer: on the disk of the node that decoded them.
+"""The spool: keeps finished videos on the disk of the node that decoded them while the output root is unreachable.
 
-A spool is an output root in small: media and posters under the names that they are going to have, and then the commit
-record. What was cut short is no entry; what is an entry can be committed by whoever comes to this node, the run that
-made it or its resume. It is trusted as far as it proves itself: a record of this run, and files of the hashes it names.
+A spool is a small output root. It holds media and posters under their final keys, and then the commit record, which is
+written last; without a record, files are not an entry. Any process on the node can commit an entry: the run that wrote
+it, or its resume. An entry is validated before: its record must belong to this run, and its files must have the hashes
+that the record names.
 
     <folder>/hv_batch_spool-<user>/<run>/{data,posters,commits}/shard-00017/...
 """
@@ -26,28 +27,28 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.records import commits
-from hv_batch.job.records.latents import drop_what_led_to
+from hv_batch.job.records.latents import drop_intermediates
 from hv_batch.job.storage.canonical_json import decode, encode
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
-UPLOADS_AT_ONCE = 4  # of a node: a store that has just come back is asked by all nodes of a cluster
-KEPT_FREE = 2**30  # bytes of the disk that are left to others
-STALE_S = 7 * 86400.0  # longer than anybody takes to resume a run that gave up
+UPLOADS_AT_ONCE = 4  # of one node; after an outage all nodes of a cluster upload at the same time
+KEPT_FREE = 2**30  # bytes of the disk that a spool never uses
+STALE_S = 7 * 86400.0  # a run that has not been resumed for a week is considered abandoned
 
 
 @dataclass(frozen=True, slots=True)
 class DrainResult:
-    """What became of a spool."""
+    """The result of `Spool.drain`."""
 
-    committed: tuple[str, ...]  # keys of samples that have a record in the output root now, this one or an earlier
-    away: str = ""  # what was said when the output root did not answer; the rest is still in the spool
+    committed: tuple[str, ...]  # keys of samples with a commit record in the output root, from this drain or earlier
+    outage: str = ""  # the error if the output root was unreachable; the other entries are still in the spool
 
 
 class Spool:
-    """That of one run on this node: of the run with this `fingerprint` at `root`. Touches nothing before it is used."""
+    """The spool on this node of the run with `fingerprint` at `root`. Its folder is created on first use."""
 
     def __init__(self, output: OutputConfig, root: Store, fingerprint: str) -> None:
         self._cap_bytes = int(output.spool_gib * 2**30)
@@ -58,24 +59,24 @@ class Spool:
         run = hashlib.sha256(f"{fingerprint}\0{root.url}".encode()).hexdigest()[:16]
         self._folder = self._base / run
         self._local = Store(str(self._folder), "spool")
-        self._largest = 0  # bytes of a video that came here: the next may be as large
+        self._largest = 0  # bytes of the largest video so far, as an estimate for the next one
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether a video of about so many bytes may come."""
+        """Whether the spool has room for a video of about `num_bytes` bytes."""
         expected = max(num_bytes, self._largest)
         return self._cap_bytes > 0 and self._is_ours() and expected <= self._room()
 
-    def keep(self, record: Mapping[str, Any], files: Mapping[str, Path]) -> bool:
-        """Take over a video: its commit record, and by their keys in the output root the files that belong to it.
+    def add(self, record: Mapping[str, Any], files: Mapping[str, Path]) -> bool:
+        """Store a video: its commit record, and its files by their keys in the output root.
 
-        False when there is no room for it, or the disk does not take it for another reason.
+        Returns False if there is no room for it, or if the disk refuses it for another reason.
         """
         size = sum(path.stat().st_size for path in files.values())
         self._largest = max(self._largest, size)
         if not self.has_room(size):
             return False
         try:
-            with self._turn():
+            with self._lock():
                 if size > self._room():
                     return False
                 for name, path in files.items():
@@ -85,34 +86,35 @@ class Spool:
             return False
         return True
 
-    def empty(self) -> DrainResult:
-        """Commit what waits here, a few at a time, until the output root does not answer.
+    def drain(self) -> DrainResult:
+        """Commit all entries, a few at a time. Stops if the output root is unreachable.
 
-        What does not prove itself is removed. Raises PermissionError, or OSError of a root that is full.
+        Invalid entries are removed. Raises PermissionError if the root refuses the credentials, and OSError if it is
+        full.
         """
-        said: list[str] = []
+        outages: list[str] = []
 
         def publish(name: str) -> str | None:
             try:
-                return None if said else self._publish(name)
+                return None if outages else self._publish(name)
             except StorageUnavailableError as error:
-                said.append(str(error))
+                outages.append(str(error))
                 return None
 
         names = list(self._local.list(layout.COMMITS)) if self._is_ours() else []
         committed = tuple(key for key in map_in_threads(publish, names, UPLOADS_AT_ONCE) if key)
-        return DrainResult(committed, "".join(said[:1]))
+        return DrainResult(committed, "".join(outages[:1]))
 
-    def sweep(self) -> None:
-        """Remove the spools of all runs to which nothing has happened for a week."""
+    def remove_stale(self) -> None:
+        """Remove the spools of all runs that have not changed for STALE_S."""
         for folder in self._base.iterdir() if self._is_ours() else ():
-            last_change = max((found.st_mtime for found in _look(folder)), default=math.inf)
+            last_change = max((status.st_mtime for status in _walk_status(folder)), default=math.inf)
             if last_change < time.time() - STALE_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, name: str) -> str | None:
-        """Commit one entry; its key, or None for one that is not to be trusted."""
-        record = self._proven(name)
+        """Commit one entry. Returns its sample's key, or None if the entry is invalid."""
+        record = self._valid_record(name)
         if record is None:
             self._local.delete(name)
             return None
@@ -121,14 +123,14 @@ class Spool:
         if not self._root.exists(layout.commit_key(shard, key)):
             for file in files:
                 self._root.put_file(file, self._folder / file)
-            commits.commit(self._root, commits.dated(record))
-        drop_what_led_to(self._root, shard, key, keep_latents=self._keeps_latents)
-        self._local.delete(name)  # first: without a record the rest is no entry
+            commits.commit(self._root, commits.with_current_time(record))
+        drop_intermediates(self._root, shard, key, keep_latents=self._keeps_latents)
+        self._local.delete(name)  # first: without its record, the rest is no longer an entry
         for file in files:
             self._local.delete(file)
         return str(key)
 
-    def _proven(self, name: str) -> dict[str, Any] | None:
+    def _valid_record(self, name: str) -> dict[str, Any] | None:
         try:
             record = decode(self._local.get(name))
             is_ours = record["schema"] == commits.COMMIT_SCHEMA and record["fingerprint"] == self._fingerprint
@@ -141,23 +143,23 @@ class Spool:
         return record if is_ours and is_whole else None
 
     def _room(self) -> int:
-        """Bytes that may still come; none where the disk does not tell."""
-        used = sum(found.st_size for found in _look(self._base) if stat.S_ISREG(found.st_mode))
+        """The number of free bytes of the spool; negative if the disk does not report its free space."""
+        used = sum(status.st_size for status in _walk_status(self._base) if stat.S_ISREG(status.st_mode))
         with suppress(OSError):
             return min(self._cap_bytes - used, shutil.disk_usage(self._base).free - KEPT_FREE)
         return -1
 
     def _is_ours(self) -> bool:
-        """Whether nobody else can write there: others may know the name of a folder in a place that all share."""
+        """Whether only this user can write to the folder. In a shared place, another user may have created it."""
         with suppress(OSError):
             self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self._base.lstat()
-            return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+            status = self._base.lstat()
+            return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
         return False
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The decoders of a node look for room one after the other."""
+    def _lock(self) -> Iterator[None]:
+        """Serializes the check for room and the write among the decoders of a node."""
         with (self._base / ".turn").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -167,9 +169,9 @@ def _files(record: Mapping[str, Any]) -> list[str]:
     return [file for file in (record["file"], record["poster"]) if file]
 
 
-def _look(folder: Path) -> Iterator[os.stat_result]:
-    """Of the folders and files in it, and itself, but what goes while we look."""
-    for place, _, names in os.walk(folder):
+def _walk_status(folder: Path) -> Iterator[os.stat_result]:
+    """The status of `folder` and of all folders and files in it, without those that are removed during the walk."""
+    for parent, _, names in os.walk(folder):
         for name in (".", *names):
             with suppress(OSError):
-                yield os.lstat(os.path.join(place, name))
+                yield os.lstat(os.path.join(parent, name))

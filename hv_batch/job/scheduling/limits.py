@@ -1,4 +1,4 @@
-"""The numbers a scheduler is given: how wide each stage is, and how often what may be tried."""
+"""Limits of the scheduler: worker counts, queue lengths, retries, outage times."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from dataclasses import dataclass
 
 from hv_batch.job.failure import FailureClass
 
+OUTAGE_PAUSE_S = 15.0  # between two tries while the output root is unreachable
+OUTAGE_LIMIT_S = 1800.0  # then the run ends; running the same command again continues from what is stored
+
+MAX_MICRO_BATCH = 32  # samples of one task; the overhead of a task is then small even for the quickest samples
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLimits:
-    workers: int  # at most; 0 of DECODE: the groups do its tasks too
-    auto: bool = False  # how many of them there should be is learnt from how long tasks take
-    is_colocated: bool = False  # they use the groups' resources, so they need none of their own
-    batch: int = 1  # samples a task may take; more than one behind the encoders only of quick ones (micro_batches.py)
-    ahead: int  # tasks' worth of samples that may wait here; the stage before pauses when its results would exceed it
-    task_timeout_s: float  # without a Beat for so long a running task counts as hung
-    result_bytes: float = math.inf  # of what one worker has made and is making, as long as the object store holds it
-    size_classes: tuple[SizeClass, ...] = ()  # its workers by size; none: all are alike
+    workers: int  # maximum; 0 for DECODE if the denoise groups decode
+    auto: bool = False  # the number of workers follows measured task times (pool_sizing.py)
+    is_colocated: bool = False  # the workers use the groups' resources and need none of their own
+    batch: int = 1  # maximum samples of a task; after ENCODE, only quick samples share a task (micro_batches.py)
+    ahead: int  # queue length in tasks; the stage before pauses if its results would exceed it
+    task_timeout_s: float  # a running task without a Heartbeat for this long counts as hung
+    result_bytes: float = math.inf  # object-store budget of one worker, for finished and running results
+    size_classes: tuple[SizeClass, ...] = ()  # the workers by size; empty if all are alike
 
     @property
     def sizes(self) -> tuple[SizeClass, ...]:
@@ -26,7 +31,7 @@ class StageLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryLimits:
-    """How many tries a sample has for each class of failure, and how often in a row one worker slot may be lost."""
+    """Tries of a sample for each failure class, and how many losses in a row abandon a worker slot."""
 
     poison: int
     oom: int
@@ -45,18 +50,9 @@ class RetryLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeClass:
-    """The groups of one size."""
+    """The denoise groups of one size."""
 
-    ranks: int  # of a group
-    workers: int  # groups at a time, at most
-    ahead: int  # samples that may wait for its groups
-    name: str = ""  # of the size, for people; empty where there is only one
-
-
-OUTAGE_PAUSE_S = 15.0  # between two tries while the output root does not answer
-
-
-OUTAGE_LIMIT_S = 1800.0  # then the run ends; everything that was stored is there for the same command
-
-
-MAX_MICRO_BATCH = 32  # samples, at most: what a task costs is then a small part of what even the quickest do
+    ranks: int  # of one group
+    workers: int  # maximum number of groups at a time
+    ahead: int  # samples that may wait for these groups
+    name: str = ""  # of the size, in messages; empty if there is only one

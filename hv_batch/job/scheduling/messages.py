@@ -1,4 +1,7 @@
-"""What the scheduler hears (events) and what it orders (actions): frozen messages that carry keys, never payloads."""
+"""Messages of the scheduler: the events that it takes and the actions that it returns.
+
+Messages are frozen and carry sample keys, never payloads.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,18 @@ from hv_batch.job.workload import Workload
 
 @dataclass(frozen=True, slots=True, order=True)
 class WorkerId:
-    """One life of one worker. A rebuilt worker has the next `life`, so news of an earlier life is seen to be stale."""
+    """One incarnation of the worker in one slot of a stage.
+
+    A rebuilt worker has the next `incarnation`, so that the scheduler recognises events of an earlier one as stale. The
+    text form, for example `denoise-0.1`, appears in logs and records.
+    """
 
     stage: Stage
     slot: int
-    life: int
+    incarnation: int
 
     def __str__(self) -> str:
-        return f"{self.stage.name.lower()}-{self.slot}.{self.life}"
+        return f"{self.stage.name.lower()}-{self.slot}.{self.incarnation}"
 
 
 # Events ---------------------------------------------------------------------------------------------------------------
@@ -27,46 +34,48 @@ class WorkerId:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The plan's next sample, and the stage at which it begins (DECODE when its final latents are already stored)."""
+    """The next sample of the plan, and its first stage (DECODE if its final latents are already stored)."""
 
     key: str
     stage: Stage = Stage.ENCODE
-    latent_bytes: int = 0  # that its latents will take in the object store
-    size_class: int = 0  # the size of the groups that denoise it
-    work: Workload | None = None  # what the time that it takes at a stage depends on
+    latent_bytes: int = 0  # expected size of its latents in the object store
+    size_class: int = 0  # index of the group size that denoises it
+    work: Workload | None = None  # determines how long the sample takes at a stage
 
 
 @dataclass(frozen=True, slots=True)
 class PlanExhausted:
-    """There are no further samples."""
+    """The plan has no further samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlaced:
-    """The resources of a starting worker are its own now; it still has to load."""
+    """A starting worker has its resources reserved; it has yet to load."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
+    """The worker has loaded and accepts tasks."""
+
     worker: WorkerId
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """The worker died, failed to start, or was given up; whatever it was doing is lost."""
+    """The worker died or failed to start. Its running task is lost."""
 
     worker: WorkerId
     failure: Failure
-    excused: bool = False  # the node has been excluded for it, and the slot's next life is elsewhere
+    counts: bool = True  # whether the loss counts towards abandoning the slot; False if it excluded a node
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeaving:
-    """A node that the worker stands on is to be taken away at `until_s`, on the clock of `step`; inf: some day.
+    """A node of the worker is draining and goes away at `until_s`, on the clock of `step`; inf if the time is unknown.
 
-    May be repeated; what is told later is believed.
+    The event may be repeated; the latest `until_s` is valid.
     """
 
     worker: WorkerId
@@ -75,14 +84,16 @@ class WorkerLeaving:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
+    """The running task of the worker succeeded."""
+
     worker: WorkerId
-    result_bytes: tuple[int, ...] = ()  # of each sample's result in the object store, where that is not known before
+    result_bytes: tuple[int, ...] = ()  # size of each sample's result in the object store, if not known in advance
 
 
 @dataclass(frozen=True, slots=True)
 class Spooled:
-    """The decode is done, but the output root did not answer: the videos of `keys` wait on the disk of `node` (Ray's
-    id). Those of the task's other samples are committed.
+    """The decode succeeded, but the output root is unreachable: the videos of `keys` wait on the disk of `node` (a Ray
+    node id). The videos of the task's other samples are committed.
     """
 
     worker: WorkerId
@@ -92,14 +103,14 @@ class Spooled:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A video that waited on the disk of a node is committed."""
+    """A video that was spooled to the disk of a node is committed."""
 
     key: str
 
 
 @dataclass(frozen=True, slots=True)
 class SpoolLost:
-    """Such a video is gone, as with its node. The sample goes on from `stage`, and nobody is charged."""
+    """A spooled video is lost, for example with its node. The sample continues at `stage`; no failure is charged."""
 
     key: str
     stage: Stage
@@ -107,7 +118,7 @@ class SpoolLost:
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed:
-    """The task raised but the worker is fit for the next one."""
+    """The running task raised an error, and the worker can run the next task."""
 
     worker: WorkerId
     failure: Failure
@@ -118,17 +129,17 @@ class Heartbeat:
     """The worker's running task made progress."""
 
     worker: WorkerId
-    patience_s: float = math.inf  # how long it may be silent from now on, where it can tell
+    next_within_s: float = math.inf  # the next heartbeat is due within this time; inf if the worker cannot predict it
 
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Drain: begin nothing long, let what is running finish or leave a step checkpoint."""
+    """Drain the run: start no encoding or denoise; running tasks may finish or leave a step checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed."""
+    """Time has passed. The scheduler checks for hung tasks and due checkpoints."""
 
 
 Event = (
@@ -153,29 +164,31 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Feed up to `count` `Admitted` events, and `PlanExhausted` when the plan ends before that."""
+    """Send up to `count` `Admitted` events, and `PlanExhausted` if the plan ends before that."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
+    """Request resources for the worker and start it."""
+
     worker: WorkerId
-    size_class: int = 0  # of a group, its size
+    size_class: int = 0  # for a denoise group, the index of its size
 
 
 @dataclass(frozen=True, slots=True)
 class KillWorker:
-    """Tear the worker down, for this reason; no answer is expected."""
+    """Kill the worker because of `failure`. No event is expected in return."""
 
     worker: WorkerId
     failure: Failure
-    rebuild: bool = False  # the stage wants another in its place, and where it stood is fit for that
+    rebuild: bool = False  # the slot starts again, and may reuse the reservation of this worker
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseWorker:
-    """End a worker that does nothing, or withdraw one that still waits for room: nothing is wrong with it."""
+    """Stop an idle or loading worker, or withdraw its pending resource request. The worker has not failed."""
 
     worker: WorkerId
     reason: str
@@ -183,16 +196,16 @@ class ReleaseWorker:
 
 @dataclass(frozen=True, slots=True)
 class Resized:
-    """An `auto` pool is to have another number of workers. For people: starts and releases follow by themselves."""
+    """An `auto` pool changes its number of workers. For the log only: starts and releases are separate actions."""
 
     stage: Stage
     workers: int
-    reason: str  # the whole sentence
+    reason: str  # a complete sentence
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Give the task of `stage` for `keys` to `worker`."""
+    """Run the task of `stage` for the samples `keys` on `worker`."""
 
     worker: WorkerId
     keys: tuple[str, ...]
@@ -201,27 +214,29 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Let the denoise group `worker` write a step checkpoint after the step that it is in."""
+    """Make the denoise group `worker` write a step checkpoint after its current step."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
+    """The sample has used up its tries: write its quarantine record."""
+
     key: str
     failures: tuple[Failure, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The run cannot go on."""
+    """The run cannot continue."""
 
     failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Nothing is left to do; `drained` when a stop cut the run short."""
+    """The run ends. `drained` is true if a stop request left samples unfinished."""
 
     drained: bool
 

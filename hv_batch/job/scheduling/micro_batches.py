@@ -1,11 +1,11 @@
-"""Quick samples travel together: how many of them one task takes.
+"""Micro-batches: how many quick samples one task takes.
 
-A task costs its worker and the driver some milliseconds, whatever is in it. That is nothing beside a video, and most of
-the time of a small picture. So samples that are known to be quick are denoised, and decoded, several by one task: no
-more than take MICRO_BATCH_SECONDS together. A task that is lost, or waited for, is never worth more than that.
+A task has a fixed cost of some milliseconds on its worker and on the driver. That is negligible for a video, but most
+of the time of a small image. So samples that are measured to be quick are denoised, and decoded, several in one task.
+A task takes at most MICRO_BATCH_SECONDS of such samples, which bounds what a lost task costs and how long others wait.
 
-What is known is how long samples of equal work (shape, steps, branches of guidance) took last at the stage. Until
-then, and where it was long, a sample travels alone.
+The estimate of a sample is how long samples of equal workload (shape, steps, guidance branches) took last at the stage.
+A sample of unknown workload, or of one that takes longer, is the only sample of its task.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from hv_batch.job.scheduling.limits import MAX_MICRO_BATCH
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Workload
 
-MICRO_BATCH_SECONDS = 0.5  # nobody at a terminal notices, and no step checkpoint would be worth writing
-RECENT = 16  # tasks that tell what is usual
-FORGET = 0.9  # of what a kind of work took, when it takes less: one lucky task is no promise
-MOST_KINDS = 1000  # of work, that are remembered
+MICRO_BATCH_SECONDS = 0.5  # short enough to go unnoticed, and to need no step checkpoint
+RECENT_TASKS = 16  # of a stage, that determine the typical batch size
+DECAY = 0.9  # an estimate falls at most by this factor for each quicker task, so that one quick task is no proof
+MAX_WORKLOADS = 1000  # estimates held
 
 
 class MicroBatcher:
-    """Of all stages but the text encoders, whose batches are for their GPUs."""
+    """Sizes the tasks of DENOISE and DECODE. The batches of the text encoders are configured instead."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[Stage, Workload | None], float] = {}
         self._recent: dict[Stage, deque[float]] = {}
 
     def measure(self, stage: Stage, work: Sequence[Workload | None], seconds: float) -> None:
-        """A task took so many seconds for each of its samples. One of unequal samples tells nothing of any."""
-        self._recent.setdefault(stage, deque(maxlen=RECENT)).append(seconds)
+        """Record a task that took `seconds` for each of its samples. Mixed workloads update no estimate."""
+        self._recent.setdefault(stage, deque(maxlen=RECENT_TASKS)).append(seconds)
         if len(set(work)) == 1:
-            kind = (stage, work[0])
-            self._seconds[kind] = max(seconds, FORGET * self._seconds.pop(kind, 0.0))
-            if len(self._seconds) > MOST_KINDS:
-                del self._seconds[next(iter(self._seconds))]  # measured longest ago
+            workload = (stage, work[0])
+            self._seconds[workload] = max(seconds, DECAY * self._seconds.pop(workload, 0.0))
+            if len(self._seconds) > MAX_WORKLOADS:
+                del self._seconds[next(iter(self._seconds))]  # the least recently measured
 
-    def fitting(self, stage: Stage, work: Iterable[Workload | None]) -> int:
-        """How many of these samples, in order, one task should take: at least one, if there is any."""
+    def batch_size(self, stage: Stage, work: Iterable[Workload | None]) -> int:
+        """How many of these samples, in order, one task should take: at least one, unless `work` is empty."""
         seconds, count = 0.0, 0
         for each in work:
             seconds += self._seconds.get((stage, each), math.inf)
@@ -50,8 +50,8 @@ class MicroBatcher:
             count += 1
         return count
 
-    def usual(self, stage: Stage) -> int:
-        """How many samples a task takes as things are: what a queue that holds a task must hold."""
+    def typical_batch_size(self, stage: Stage) -> int:
+        """The batch size of recent tasks of the stage; queue lengths are multiples of it."""
         if not (recent := self._recent.get(stage)):
             return 1
         mean = sum(recent) / len(recent)

@@ -1,11 +1,11 @@
-"""What lies in Ray's object stores between the stages, in bytes, by whose work it is.
+"""Object-store budget: the bytes that results between the stages take in Ray's object stores, by producing worker.
 
-A result stays on the node of the worker that made it until the next stage is done with it. So no node's store fills
-if each worker holds back: what it has made and is about to make stays within its share (`StageLimits.result_bytes`).
-One result always gets through, however large: a worker of which nothing is left may make anything.
+A result stays on the node of the worker that produced it until the next stage has processed it. So no object store
+fills up if each worker limits its own results: those that exist and those of its running task must stay within its
+share (`StageLimits.result_bytes`). A worker without outstanding results may always start one task, however large.
 
-Latents weigh what their shape says. What an embedding weighs is known only when it has come; until then each counts as
-the heaviest that came so far, or as an assumption.
+The size of latents follows from their shape. The size of an embedding is known only when it exists. Until then each
+counts as the largest so far, or as ASSUMED_EMBEDDING_BYTES.
 """
 
 from __future__ import annotations
@@ -18,65 +18,71 @@ from itertools import accumulate
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 
-# Two prompts (classifier-free guidance) of 256 tokens, 4096 wide in bfloat16: the most that the released encoders give.
-ASSUMED_EMBEDDINGS = 2 * 256 * 4096 * 2
+# Two prompts (classifier-free guidance) of 256 tokens, 4096 wide in bfloat16: the maximum of the released encoders.
+ASSUMED_EMBEDDING_BYTES = 2 * 256 * 4096 * 2
 
-Maker = tuple[Stage, int]  # the slot, whatever its life
+Producer = tuple[Stage, int]  # stage and slot of a worker, without its incarnation
 
 
 @dataclass(slots=True)
-class _Load:
-    latents: int  # bytes they will have
-    made: dict[Stage, tuple[Maker, int]] = field(default_factory=dict)  # by which stage: whose work, and its bytes
+class _SampleResults:
+    latent_bytes: int  # expected
+    results: dict[Stage, tuple[Producer, int]] = field(default_factory=dict)  # by producing stage: producer and bytes
 
 
 class ObjectStoreBudget:
-    def __init__(self, share: Mapping[Stage, float]) -> None:
-        self._share = share  # bytes, of one worker of each stage
-        self._loads: dict[str, _Load] = {}
-        self._held: Counter[Maker] = Counter()
-        self._heaviest = 0  # of the embeddings that came
+    """Accounts for the results of all samples in flight. `share` is the budget in bytes of one worker of each stage."""
 
-    def admit(self, key: str, latents: int) -> None:
-        self._loads[key] = _Load(latents)
+    def __init__(self, share: Mapping[Stage, float]) -> None:
+        self._share = share
+        self._samples: dict[str, _SampleResults] = {}
+        self._held: Counter[Producer] = Counter()  # bytes
+        self._largest_embedding = 0  # bytes
+
+    def track(self, key: str, latent_bytes: int) -> None:
+        """Begin to account for a sample."""
+        self._samples[key] = _SampleResults(latent_bytes)
 
     def room(self, worker: WorkerId, keys: Sequence[str]) -> int:
-        """How many of the samples, in order, the worker may work on now: at least one if nothing of it is left."""
+        """How many of the samples, in order, the worker may process now: at least one if it has no results."""
         held = self._held[worker.stage, worker.slot]
         sums = accumulate(self._expected(worker.stage, key) for key in keys)
         fitting = sum(held + expected <= self._share[worker.stage] for expected in sums)
         return fitting if held else max(1, fitting)
 
-    def begin(self, worker: WorkerId, keys: Sequence[str]) -> None:
-        """The worker makes the results of its stage for these samples."""
+    def reserve(self, worker: WorkerId, keys: Sequence[str]) -> None:
+        """The worker starts a task of its stage: reserve the expected bytes of its results."""
         for key in keys:
-            self._put(key, (worker.stage, worker.slot), self._expected(worker.stage, key))
+            self._set(key, (worker.stage, worker.slot), self._expected(worker.stage, key))
 
-    def arrive(self, worker: WorkerId, keys: Sequence[str], weights: Sequence[int]) -> None:
-        """They are there, each as heavy as told, or as expected where nothing is told."""
-        for key, weight in zip(keys, weights, strict=False):
-            self._put(key, (worker.stage, worker.slot), weight)
+    def record(self, worker: WorkerId, keys: Sequence[str], result_bytes: Sequence[int]) -> None:
+        """The results exist. `result_bytes` are their sizes; a sample without one keeps its expected size."""
+        for key, size in zip(keys, result_bytes, strict=False):
+            self._set(key, (worker.stage, worker.slot), size)
         if worker.stage is Stage.ENCODE:
-            self._heaviest = max(self._heaviest, *weights, 0)
+            self._largest_embedding = max(self._largest_embedding, *result_bytes, 0)
 
-    def keep(self, key: str, stage: Stage | None) -> None:
-        """The sample goes to `stage`, or is gone (None): only what was made for this stage is still held."""
-        made = self._loads[key].made
-        for producer in [producer for producer in made if stage is None or producer + 1 != stage]:
-            maker, weight = made.pop(producer)
-            self._held[maker] -= weight
+    def release(self, key: str, stage: Stage | None) -> None:
+        """Release all results of the sample except the input of `stage`, its next stage.
+
+        If `stage` is None, the sample is no longer in flight.
+        """
+        results = self._samples[key].results
+        for producing_stage in [each for each in results if stage is None or each + 1 != stage]:
+            producer, size = results.pop(producing_stage)
+            self._held[producer] -= size
         if stage is None:
-            del self._loads[key]
+            del self._samples[key]
 
-    def _put(self, key: str, maker: Maker, weight: int) -> None:
-        made, stage = self._loads[key].made, maker[0]
-        if stage in made:
-            before, old = made[stage]
-            self._held[before] -= old
-        made[stage] = (maker, weight)
-        self._held[maker] += weight
+    def _set(self, key: str, producer: Producer, size: int) -> None:
+        results, stage = self._samples[key].results, producer[0]
+        if stage in results:
+            earlier_producer, earlier_size = results[stage]
+            self._held[earlier_producer] -= earlier_size
+        results[stage] = (producer, size)
+        self._held[producer] += size
 
     def _expected(self, stage: Stage, key: str) -> int:
         if stage is Stage.ENCODE:
-            return self._heaviest or ASSUMED_EMBEDDINGS
-        return self._loads[key].latents if stage is Stage.DENOISE else 0
+            return self._largest_embedding or ASSUMED_EMBEDDING_BYTES
+        return self._samples[key].latent_bytes if stage is Stage.DENOISE else 0

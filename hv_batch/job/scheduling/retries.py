@@ -1,4 +1,4 @@
-"""What failures cost: a failed task its samples another try or their place in the run, a lost stage all of it."""
+"""Retry accounting: charge failures to samples, and build the failure that ends a run without workers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from hv_batch.job.scheduling.messages import Quarantine
 from hv_batch.job.scheduling.queues import Queues
 from hv_batch.job.stages import Stage
 
-# A retried denoise is encoded anew: an encoding costs a thousandth of a denoise, and the embedding may have been lost
-# with the node that held it. A retried decode reads the final latents from storage: they were written first (P4).
+# A retried denoise is encoded again: an encoding costs a thousandth of a denoise, and the embedding may have been lost
+# with its node. A retried decode reads the final latents from storage, where they were written before (P4).
 RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DECODE: Stage.DECODE}
 
-# A sample that is sick must not hold up the others; in an outage, others may be able to go on where this one is not.
-GO_BEHIND = (FailureClass.POISON, FailureClass.OUTAGE)
+# Samples with these failures are retried after the waiting samples: a poisoned sample must not delay the others, and in
+# an outage other samples may succeed.
+RETRY_LAST = (FailureClass.POISON, FailureClass.OUTAGE)
 
 
 def charge_failure(queues: Queues, keys: Sequence[str], failure: Failure, retries: RetryLimits) -> Iterator[Quarantine]:
-    """Put the samples of a failed task back in line, or out of it when their budget is spent.
+    """Requeue the samples of a failed task, or quarantine those that have used up their tries.
 
-    The members of a batch are not charged: each is tried again alone. Nor is anybody while the output root is away.
+    The members of a batch are not charged: each is tried again alone. An OUTAGE charges no sample.
     """
     for key in keys:
         if len(keys) > 1:
@@ -34,16 +35,18 @@ def charge_failure(queues: Queues, keys: Sequence[str], failure: Failure, retrie
                 queues.remove(key)
                 yield Quarantine(key, tuple(failures))
                 continue
-        stage = Stage.ENCODE if failure.begin_anew else RETRY_STAGE[queues.place(key)]
-        queues.put_back(key, stage, first=failure.kind not in GO_BEHIND)
+        stage = Stage.ENCODE if failure.begin_anew else RETRY_STAGE[queues.stage_of(key)]
+        queues.put_back(key, stage, first=failure.kind not in RETRY_LAST)
 
 
 def all_workers_lost(stage: Stage, failure: Failure, losses: int, size: str = "") -> Failure:
-    """Why the run ends when every worker of a stage, or of one size there, was lost so often in a row; `failure` is
-    the last loss.
+    """The FATAL failure of a run that has abandoned every worker slot of a stage, or of one group size.
+
+    `failure` is the last loss, `losses` the number of losses in a row that abandon a slot.
     """
     name = size or {Stage.ENCODE: "text encoder", Stage.DENOISE: "denoise group", Stage.DECODE: "VAE decoder"}[stage]
     message = (
-        f"every {name} was lost {losses} times in a row, so no sample can pass it; the last loss: {failure.message}"
+        f"every {name} was lost {losses} times in a row, so the samples that need one cannot be processed; the last "
+        f"loss: {failure.message}"
     )
     return Failure(FailureClass.FATAL, message, failure.traceback, failure.where)

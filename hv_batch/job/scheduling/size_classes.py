@@ -1,20 +1,21 @@
-"""Groups of several sizes: which size the next group has, and which group makes room for one of another size.
+"""Size classes: groups of several sizes, the size of the next group, and the exchange of groups between sizes.
 
-Every size is a size class, with worker slots and waiting samples of its own. What the size classes share is a budget of ranks, which
-the groups that live never exceed together. A new group goes to a size class that has none, else to where most samples wait
-for each group; sizes are chosen so that a sample takes about as long in every size class, so this evens out when they end.
+Each group size is a size class with its own worker slots and queue. All size classes share one budget of ranks, which
+the living groups never exceed. A new group goes to a size class that has none, else to the one with the most samples
+for each group. Sizes are chosen so that a sample takes about as long in each size class, so the queues end together.
 
-A group that exists is worth keeping: another takes minutes to load. So it is let go for another size class only when
+A new group takes minutes to load, so an existing one is released for another size class only in two cases:
 
-- it has been idle for as long as a load takes (to wait longer costs more than to load again, to wait less costs more
-  when a sample comes: at worst twice what a prophet would have paid), its size class has fewer samples in flight than groups
-  or the other size class has no group at all, and with others like it, it makes all the room that is wanted; or
-- a size class has had samples and no group at all for PATIENCE_S. Then this size class has a claim: no other gets a group, and
-  each of theirs goes when it has ended its sample, until the claim has found its place. So no size class starves while
-  another has an endless supply, and a switch, with the minutes until a large group's ranks are gathered, stays a small
-  part of the time between two.
+- The group has been idle for as long as a load takes. Waiting longer costs more than to load again, and waiting less
+  costs more if a sample arrives: at most twice the cost of the optimal offline choice (ski-rental bound). Besides, its
+  size class has fewer samples in flight than groups, or the other size class has no group at all, and together with
+  other such groups it frees all the ranks that are needed.
+- A size class has had samples and no group for MAX_WAIT_S. It then gets a claim: no other size class gets a group, and
+  each of their groups is released when its sample ends, until the claim is satisfied. So no size class starves while
+  another has an endless supply. An exchange, with the minutes until the ranks of a large group are free, stays a small
+  part of the time between two exchanges.
 
-Only one size class: groups come as they are needed, and never make room.
+With one size class, groups start as needed and are never exchanged.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from hv_batch.job.scheduling.limits import SizeClass
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.scheduling.worker_slots import Status, WorkerSlot
 
-LOAD_S = 120.0  # what a group takes until it renders: 26 GB of weights on every rank, and to meet
-PATIENCE_S = 1800.0
-PLACE_S = 30.0  # what is freed for a claim is taken within seconds; if that was too little, more is freed
+LOAD_S = 120.0  # from the start of a group to its first step: 26 GB of weights on each rank, and the rendezvous
+MAX_WAIT_S = 1800.0
+PLACE_S = 30.0  # ranks freed for a claim are taken within seconds; if they were not enough, more are freed
 
 
 class SizeClassSlots:
     """The slots of one stage, by size class.
 
-    Slots are changed by the caller: what is yielded must have started, or ended, before the next is asked for.
+    The methods that yield slots do not change them. The caller must start, or end, each slot before it takes the next.
     """
 
     def __init__(self, size_classes: Sequence[SizeClass], slots: Sequence[WorkerSlot]) -> None:
@@ -43,16 +44,16 @@ class SizeClassSlots:
         ]
         self._budget = max(size_class.ranks * size_class.workers for size_class in size_classes)
         self._needed: Sequence[int] = [0] * len(size_classes)
-        self._lacking: dict[int, float] = {}  # size classes with samples and no group that has its place; since when
-        self._idle: dict[WorkerId, float] = {}  # since when
+        self._lacking: dict[int, float] = {}  # since when a size class has had samples and no placed group
+        self._idle: dict[WorkerId, float] = {}  # since when a group has been idle
         self._claim: int | None = None
-        self._freed = (0.0, 0)  # for the claim: when the last time, how many ranks
+        self._freed = (0.0, 0)  # for the claim: the time of the last release, and the ranks released
 
     def __len__(self) -> int:
         return len(self._size_classes)
 
-    def note(self, needed: Sequence[int], now: float) -> None:
-        """How many groups of each size class could be busy with what is in flight."""
+    def update(self, needed: Sequence[int], now: float) -> None:
+        """Set how many groups of each size class the samples in flight can keep busy."""
         self._needed = needed
         if len(self._size_classes) == 1:
             return
@@ -66,22 +67,22 @@ class SizeClassSlots:
         self._lacking = {size_class: self._lacking.get(size_class, now) for size_class in lacking}
         if self._claim not in self._lacking:
             first = min(self._lacking, key=self._lacking.__getitem__, default=None)
-            is_due = first is not None and now - self._lacking[first] >= PATIENCE_S
+            is_due = first is not None and now - self._lacking[first] >= MAX_WAIT_S
             self._claim, self._freed = (first if is_due else None), (now, 0)
 
-    def given_up(self) -> int | None:
-        """A size class that is needed and has no slot left that will ever start again."""
+    def abandoned(self) -> int | None:
+        """A size class with samples in flight of which every slot is abandoned, or None."""
         for size_class, slots in enumerate(self._slots):
             if self._needed[size_class] and all(slot.status is Status.ABANDONED for slot in slots):
                 return size_class
         return None
 
     def shares(self) -> Iterator[tuple[list[WorkerSlot], int]]:
-        """The slots of each size class, with how many of them its samples in flight can keep busy."""
+        """The slots of each size class, and how many of them its samples in flight can keep busy."""
         yield from zip(self._slots, self._needed, strict=True)
 
     def starts(self, most: int, now: float) -> Iterator[WorkerSlot]:
-        """The slots that should start, while fewer than `most` live."""
+        """The slots that should start, while fewer than `most` groups are alive."""
         absent = [[slot for slot in slots if _may_start(slot, now)] for slots in self._slots]
         while sum(map(_alive, self._slots)) < most:
             size_classes = [
@@ -96,84 +97,87 @@ class SizeClassSlots:
     def to_come(self, most: int) -> list[int]:
         """How many slots of each size class would start if none had to pause after a loss."""
         room = most - sum(map(_alive, self._slots))
-        found = []
+        counts = []
         for size_class, (size, slots) in enumerate(zip(self._size_classes, self._slots, strict=True)):
             absent = sum(slot.status is Status.ABSENT for slot in slots)
-            wanted = min(self._needed[size_class] - _alive(slots), absent, self._left() // size.ranks, room)
-            found.append(max(0, wanted) if self._claim in (None, size_class) else 0)
-        return found
+            wanted = min(self._needed[size_class] - _alive(slots), absent, self._free_ranks() // size.ranks, room)
+            counts.append(max(0, wanted) if self._claim in (None, size_class) else 0)
+        return counts
 
     def _may_grow(self, size_class: int) -> bool:
         is_short = self._needed[size_class] > _alive(self._slots[size_class])
-        return is_short and self._size_classes[size_class].ranks <= self._left() and self._claim in (None, size_class)
+        has_ranks = self._size_classes[size_class].ranks <= self._free_ranks()
+        return is_short and has_ranks and self._claim in (None, size_class)
 
     def _urgency(self, size_class: int) -> tuple[bool, float]:
         alive = _alive(self._slots[size_class])
         return not alive, self._needed[size_class] / (alive + 1)
 
-    def trades(self, now: float) -> Iterator[WorkerSlot]:
-        """The slots whose groups are to make room for another size class."""
+    def exchanges(self, now: float) -> Iterator[WorkerSlot]:
+        """The slots whose groups should be released in favour of another size class."""
         if self._claim is not None:
-            yield from self._make_room(self._claim, now)
+            yield from self._serve_claim(self._claim, now)
         elif len(self._size_classes) > 1:
             for size_class in range(len(self._size_classes)):
-                yield from self._swap(size_class, now)
+                yield from self._exchange_idle(size_class, now)
 
-    def _make_room(self, claim: int, now: float) -> Iterator[WorkerSlot]:
-        """Whoever waits for room elsewhere would take it; whoever has ended a sample may go."""
+    def _serve_claim(self, claim: int, now: float) -> Iterator[WorkerSlot]:
+        """Groups of other sizes that are not placed yet, which would take the freed ranks, and idle ones as needed."""
         others = [slot for slots in self._slots for slot in slots if slot.size_class != claim]
-        if not any(_is_waiting(slot) or _may_start(slot, now) for slot in self._slots[claim]):
+        if not any(_is_unplaced(slot) or _may_start(slot, now) for slot in self._slots[claim]):
             return
-        yield from [slot for slot in others if _is_waiting(slot)]
+        yield from [slot for slot in others if _is_unplaced(slot)]
         when, freed = self._freed
         wanted = self._size_classes[claim].ranks
         if freed >= wanted and now - when >= PLACE_S:
             freed = 0
         for slot in [slot for slot in others if slot.status is Status.IDLE]:
-            has_room = not _alive(self._slots[claim]) and self._left() >= wanted
+            has_room = not _alive(self._slots[claim]) and self._free_ranks() >= wanted
             if freed >= wanted or has_room:
                 return
             freed += self._size_classes[slot.size_class].ranks
             self._freed = (now, freed)
             yield slot
 
-    def _swap(self, size_class: int, now: float) -> Iterator[WorkerSlot]:
-        """Groups that have had nothing to do for long, for one that would have: all it takes, or none."""
-        if (short := self._short(size_class, now)) <= 0:
+    def _exchange_idle(self, size_class: int, now: float) -> Iterator[WorkerSlot]:
+        """Groups that have been idle for long, if they free all the ranks that a group of `size_class` lacks."""
+        if (missing := self._missing_ranks(size_class, now)) <= 0:
             return
         others = [other for other in range(len(self._size_classes)) if other != size_class]
-        spare = [slot for other in others for slot in self._spare(other, now, for_all=size_class in self._lacking)]
-        if sum(self._size_classes[slot.size_class].ranks for slot in spare) < short:
+        has_none = size_class in self._lacking
+        spare = [slot for other in others for slot in self._spare(other, now, include_needed=has_none)]
+        if sum(self._size_classes[slot.size_class].ranks for slot in spare) < missing:
             return
         for slot in spare:
-            if short <= 0:
+            if missing <= 0:
                 return
-            short -= self._size_classes[slot.size_class].ranks
+            missing -= self._size_classes[slot.size_class].ranks
             yield slot
 
-    def _short(self, size_class: int, now: float) -> int:
+    def _missing_ranks(self, size_class: int, now: float) -> int:
         """The ranks that the next group of a size class lacks."""
         slots, ranks = self._slots[size_class], self._size_classes[size_class].ranks
-        waiting = [slot for slot in slots if _is_waiting(slot)]
-        if any(now - slot.asked_at >= LOAD_S for slot in waiting):
-            return ranks  # it is within the budget, but the cluster has not as many
+        unplaced = [slot for slot in slots if _is_unplaced(slot)]
+        if any(now - slot.requested_at >= LOAD_S for slot in unplaced):
+            return ranks  # within the budget, but the cluster does not have that many
         may_grow = self._needed[size_class] > _alive(slots) and any(_may_start(slot, now) for slot in slots)
-        return ranks - self._left() if may_grow and not waiting else 0
+        return ranks - self._free_ranks() if may_grow and not unplaced else 0
 
-    def _spare(self, size_class: int, now: float, *, for_all: bool) -> list[WorkerSlot]:
-        """Groups of a size class that its samples in flight cannot keep busy, first whom it costs least to let go; `for_all`
-        that have been idle for long, whatever keeps samples from them.
+    def _spare(self, size_class: int, now: float, *, include_needed: bool) -> list[WorkerSlot]:
+        """Groups of a size class that its samples in flight cannot keep busy, the cheapest to release first.
+
+        With `include_needed`, all groups that have been idle for long, whatever their samples wait for.
         """
         slots = self._slots[size_class]
-        waiting = [slot for slot in slots if _is_waiting(slot)]
+        unplaced = [slot for slot in slots if _is_unplaced(slot)]
         idle = [slot for slot in slots if now - self._idle.get(slot.id, now) >= LOAD_S]
         too_many = max(0, _alive(slots) - self._needed[size_class])
-        return [*waiting[:too_many], *idle] if for_all else (waiting + idle)[:too_many]
+        return [*unplaced[:too_many], *idle] if include_needed else (unplaced + idle)[:too_many]
 
-    def _left(self) -> int:
+    def _free_ranks(self) -> int:
         """Ranks of the budget that no group holds."""
         return self._budget - sum(
-            size.ranks * _alive(of) for size, of in zip(self._size_classes, self._slots, strict=True)
+            size.ranks * _alive(slots) for size, slots in zip(self._size_classes, self._slots, strict=True)
         )
 
 
@@ -181,8 +185,8 @@ def _alive(slots: Sequence[WorkerSlot]) -> int:
     return sum(slot.alive for slot in slots)
 
 
-def _is_waiting(slot: WorkerSlot) -> bool:
-    """Whether it has been asked for and has found no room yet."""
+def _is_unplaced(slot: WorkerSlot) -> bool:
+    """Whether the worker is requested and not placed yet."""
     return slot.status is Status.STARTING and not slot.placed
 
 

@@ -1,8 +1,8 @@
-"""One worker slot of a stage: its lives, its task, and what speaks against it.
+"""One worker slot of a stage: its restarts, current task and failure count.
 
-A failure may be the sample's fault or the worker's. A slot counts each sample once, however often it is tried there, so
-that one sample which kills every worker it meets cannot use up a healthy slot; different samples failing in a row can.
-A node that is taken away speaks against neither.
+A failure may be caused by the sample or by the worker. A slot counts each sample once, however often the sample is
+tried there. So a sample that kills every worker cannot use up a healthy slot, but different samples that fail in a row
+can. The loss of a node counts against neither.
 """
 
 from __future__ import annotations
@@ -14,51 +14,51 @@ from enum import Enum
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import WorkerId
 
-# Three different samples that fail in a row on one worker, though it survives each: its device or its process may be
-# sick, and a rebuild is cheap beside a night of quarantined samples.
-SICK_AFTER = 3
+# If this many different samples fail in a row on a worker that survives them, its device or process may be faulty. A
+# rebuild is cheap compared to quarantined samples.
+MAX_FAILURE_STREAK = 3
 
-# A worker that dies idle after this long was not killed by what it had loaded: its node has gone, or its process was
-# ended by somebody.
-STEADY_AFTER_S = 300.0
+# An idle worker that dies after this long was not killed by what it had loaded: its node is gone, or its process was
+# killed from outside.
+STABLE_AFTER_S = 300.0
 
-MAX_BACKOFF_S = 60.0  # a slot that keeps failing tries again at most this late
+MAX_BACKOFF_S = 60.0  # maximum delay of a restart
 
-# Before a node goes: the last step checkpoint is asked for early enough for one more step (7 s on eight GPUs at 720p)
-# and the upload of 30 MB, and the worker is ended while its node can still be told to.
+# Before a draining node goes away, the last step checkpoint is requested early enough for one more step (7 s on eight
+# GPUs at 720p) and the upload of 30 MB. The worker is ended while its node still responds.
 LAST_CHECKPOINT_S = 30.0
-GIVE_UP_S = 5.0
+END_MARGIN_S = 5.0
 
 
 class Status(Enum):
-    ABSENT = "absent"  # not started, or lost and waiting for its next life
+    ABSENT = "absent"  # not started, or waiting for the next start
     STARTING = "starting"
     IDLE = "idle"
     BUSY = "busy"
-    ABANDONED = "abandoned"  # lost too often in a row
+    ABANDONED = "abandoned"  # lost too often in a row; never starts again
 
 
 @dataclass(slots=True)
 class WorkerSlot:
-    """Changes only by these methods, so that status, task and blame stay consistent."""
+    """Must be changed only by these methods, which keep status, task and retry accounting consistent."""
 
     id: WorkerId
-    size_class: int = 0  # of its stage, for all its lives
+    size_class: int = 0  # of its stage; the same for all incarnations
     status: Status = Status.ABSENT
     placed: bool = False  # holds its resources, loaded or not
-    asked_at: float = 0.0  # of the start
+    requested_at: float = 0.0  # when its resources were requested
     ready_at: float = math.inf
-    leaving_at: float | None = None  # its node is taken away then
-    checkpoint_at: float = math.inf  # when what a leaving worker has done so far is to be written down
+    leaving_at: float | None = None  # when its draining node goes away
+    checkpoint_at: float = math.inf  # when a draining worker must next write a step checkpoint
     task: tuple[str, ...] = ()
-    begun: float = 0.0  # the task
-    beat: float = 0.0
-    patience_s: float = math.inf  # how long it may be silent after that, as it says itself
-    is_fresh: bool = True  # this life has done no task yet
+    task_started_at: float = 0.0
+    last_heartbeat_at: float = 0.0
+    next_within_s: float = math.inf  # the next heartbeat is due this long after the last one
+    is_fresh: bool = True  # this incarnation has completed no task
     losses: int = 0  # in a row, each sample counted once
-    start_at: float = 0.0
-    blamed: set[str] = field(default_factory=set)  # samples that a loss in a row was counted for
-    suspicious: set[str] = field(default_factory=set)  # samples that failed in a row without a loss
+    start_at: float = 0.0  # no restart before this time
+    counted_samples: set[str] = field(default_factory=set)  # samples whose loss is counted in `losses`
+    failed_samples: set[str] = field(default_factory=set)  # samples that failed in a row on the surviving worker
 
     @property
     def alive(self) -> bool:
@@ -69,56 +69,57 @@ class WorkerSlot:
         return self.status in (Status.IDLE, Status.BUSY)
 
     @property
-    def sick(self) -> bool:
-        return len(self.suspicious) >= SICK_AFTER
+    def has_failure_streak(self) -> bool:
+        return len(self.failed_samples) >= MAX_FAILURE_STREAK
 
     def start(self, now: float) -> None:
-        self.status, self.asked_at = Status.STARTING, now
+        self.status, self.requested_at = Status.STARTING, now
 
     def become_ready(self, now: float) -> None:
         self.status, self.placed, self.ready_at = Status.IDLE, True, now
 
     def run(self, keys: tuple[str, ...], now: float) -> None:
-        self.task, self.status, self.begun = keys, Status.BUSY, now
-        self.hear(math.inf, now)
+        self.task, self.status, self.task_started_at = keys, Status.BUSY, now
+        self.note_heartbeat(math.inf, now)
 
-    def hear(self, patience_s: float, now: float) -> None:
-        """Its task made progress, and will again within this time."""
-        self.beat, self.patience_s = now, patience_s
+    def note_heartbeat(self, next_within_s: float, now: float) -> None:
+        """The task made progress, and its next heartbeat is due within `next_within_s` seconds."""
+        self.last_heartbeat_at, self.next_within_s = now, next_within_s
 
-    def succeed(self) -> tuple[str, ...]:
+    def complete_task(self) -> tuple[str, ...]:
+        """End the task as a success, which resets the failure counts. Returns its keys."""
         self.losses, self.is_fresh = 0, False
-        self.blamed.clear()
-        self.suspicious.clear()
-        return self.release()
+        self.counted_samples.clear()
+        self.failed_samples.clear()
+        return self.end_task()
 
-    def release(self) -> tuple[str, ...]:
-        """End the task, whatever came of it; its keys."""
+    def end_task(self) -> tuple[str, ...]:
+        """End the task, whatever its result. Returns its keys."""
         keys, self.task, self.status = self.task, (), Status.IDLE
         return keys
 
     def end(self) -> None:
-        """End this life; whether and when the next one begins is not decided by this."""
+        """End this incarnation. The caller decides whether and when the next one starts."""
         self.status, self.placed, self.ready_at = Status.ABSENT, False, math.inf
         self.leaving_at, self.checkpoint_at, self.is_fresh = None, math.inf, True
-        self.suspicious.clear()
-        self.id = WorkerId(self.id.stage, self.id.slot, self.id.life + 1)
+        self.failed_samples.clear()
+        self.id = WorkerId(self.id.stage, self.id.slot, self.id.incarnation + 1)
 
-    def lose(self, failure: Failure, now: float, max_losses: int, *, excused: bool = False) -> tuple[str, ...]:
-        """End this life for a fault; the keys of the task that ends with it.
+    def lose(self, failure: Failure, now: float, max_losses: int, *, counts: bool = True) -> tuple[str, ...]:
+        """End this incarnation because of `failure`, and abandon the slot after `max_losses` losses in a row.
 
-        One that is `excused` does not count. So of the losses that it takes to exclude a node one does, and a run in
-        which no node is right ends all the same.
+        Returns the keys of the lost task. The runtime passes `counts=False` for a loss that excluded a node: of the
+        losses that it takes to exclude a node only the others count. A run in which no node works still ends.
         """
-        # A start that fails has no sample to blame, so each counts; who has stood ready for long has started well.
-        is_start = now - self.ready_at < STEADY_AFTER_S
-        keys = self.release()
+        # A failed start involves no sample, so each one counts. A worker that has been ready for long started well.
+        is_start = now - self.ready_at < STABLE_AFTER_S
+        keys = self.end_task()
         self.end()
-        # A lost batch counts for nobody: its members are tried again alone.
-        is_new = is_start if not keys else len(keys) == 1 and keys[0] not in self.blamed
-        if failure.kind is FailureClass.INFRA and is_new and not excused:
+        # A lost batch does not count, because its members are tried again alone.
+        is_new = is_start if not keys else len(keys) == 1 and keys[0] not in self.counted_samples
+        if failure.kind is FailureClass.INFRA and is_new and counts:
             self.losses += 1
-            self.blamed.update(keys)
+            self.counted_samples.update(keys)
         if self.losses >= max_losses:
             self.status = Status.ABANDONED
         delay = min(MAX_BACKOFF_S, 2.0 ** (self.losses - 2)) if self.losses > 1 else 0.0
@@ -126,24 +127,24 @@ class WorkerSlot:
         return keys
 
     def leave(self, until_s: float, now: float) -> None:
-        """Its node is taken away at `until_s`, perhaps another time than was said before."""
+        """A node of the worker is draining and goes away at `until_s`; a later call may change that time."""
         if self.leaving_at is None:
             self.checkpoint_at = now
         self.leaving_at = until_s
 
-    def must_go(self, now: float) -> bool:
-        """Whether it leaves, and has nothing to finish or no time for it."""
-        return self.leaving_at is not None and (not self.task or now >= self.leaving_at - GIVE_UP_S)
+    def must_end(self, now: float) -> bool:
+        """Whether the worker is draining and has no task, or no time left for it."""
+        return self.leaving_at is not None and (not self.task or now >= self.leaving_at - END_MARGIN_S)
 
-    def owes_checkpoint(self, now: float) -> bool:
-        """Whether a checkpoint is due: once when it is known to leave and once near the end."""
+    def take_due_checkpoint(self, now: float) -> bool:
+        """Whether a checkpoint is due: once when the drain begins, once near its end. Each is reported only once."""
         if self.leaving_at is None or now < self.checkpoint_at:
             return False
         last = self.leaving_at - LAST_CHECKPOINT_S
         self.checkpoint_at = last if now < last else math.inf
         return True
 
-    def suspect(self, keys: tuple[str, ...], failure: Failure) -> None:
-        """Remember a failure that the worker survived."""
+    def note_failure(self, keys: tuple[str, ...], failure: Failure) -> None:
+        """Count a failed task that the worker survived. Batches and outages do not count."""
         if len(keys) == 1 and failure.kind is not FailureClass.OUTAGE:
-            self.suspicious.update(keys)
+            self.failed_samples.update(keys)

@@ -8,17 +8,16 @@ from typing import Any
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """Canonical JSON: equal records are equal bytes. Raises ValueError for NaN and infinities, which are not JSON.
+    """Canonical JSON, indented: equal records give equal bytes.
 
-    Text stays readable; a lone surrogate, which UTF-8 cannot hold, becomes the JSON escape it came from.
+    Non-ASCII text is kept as it is; a lone surrogate, which UTF-8 cannot hold, becomes a JSON escape. Raises ValueError
+    for NaN and infinities, which are not JSON.
     """
     return _bytes(json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """As `encode`, in one line: what is written for every sample, and read by machines. Python's fast encoder does no
-    other.
-    """
+    """As `encode`, on one line. It is used for per-sample records: Python's fast JSON encoder cannot indent."""
     return _bytes(json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False))
 
 

@@ -1,7 +1,7 @@
-"""What a killed writer leaves in an output root beside whole objects: hidden drafts and unfinished uploads.
+"""Finds and removes what a killed writer leaves in an output root: hidden drafts, probes and unfinished uploads.
 
-None of it is ever read. A local draft takes the space of a file; S3 bills the parts of an upload that nobody finished,
-and shows them in no listing. Google Cloud Storage and Azure let theirs expire after a week and list none.
+These are never read, but they take space. S3 bills the parts of an unfinished multipart upload and shows them in no
+object listing. Google Cloud Storage and Azure delete theirs after a week and do not list them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ S3_PROTOCOLS = frozenset({"s3", "s3a"})
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """`name` is its path below the root; `modified` in seconds since 1970; `upload` the id of an unfinished upload."""
+    """One incomplete write.
+
+    `name` is its path below the root, `modified` the time of its last write in seconds since 1970, and `upload` the id
+    of an unfinished multipart upload, None for a file.
+    """
 
     name: str
     modified: float
@@ -34,7 +38,7 @@ def find_leftovers(backend: LocalDisk | Remote) -> list[Leftover]:
 
 
 def remove_leftover(backend: LocalDisk | Remote, leftover: Leftover) -> None:
-    """Remove it; one that is gone is fine."""
+    """Remove it. Does nothing if it no longer exists."""
     if leftover.upload is None:
         backend.delete(leftover.name)
         return
@@ -44,7 +48,7 @@ def remove_leftover(backend: LocalDisk | Remote, leftover: Leftover) -> None:
         backend.fs.call_s3(
             "abort_multipart_upload", Bucket=bucket, Key=f"{prefix}{leftover.name}", UploadId=leftover.upload
         )
-    except FileNotFoundError:  # finished, or aborted by somebody else
+    except FileNotFoundError:  # completed or aborted meanwhile
         return
 
 
@@ -52,7 +56,7 @@ def _drafts(root: str) -> Iterator[Leftover]:
     for folder, _, names in os.walk(root):
         for name in names:
             path = os.path.join(folder, name)
-            # A living writer renames its drafts while we look.
+            # A running writer may rename its drafts during the walk.
             if name.startswith(HIDDEN) and Path(path).exists():
                 yield Leftover(os.path.relpath(path, root), os.path.getmtime(path))
 
@@ -74,13 +78,13 @@ def _uploads(backend: Remote) -> Iterator[Leftover]:
     bucket, prefix = _bucket_and_prefix(backend)
     marker: dict[str, str] = {}
     while True:
-        found = backend.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
-        for upload in found.get("Uploads", []):
+        page = backend.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
+        for upload in page.get("Uploads", []):
             name = upload["Key"].removeprefix(prefix)
             yield Leftover(name, upload["Initiated"].timestamp(), upload["UploadId"])
-        if not found.get("IsTruncated"):
+        if not page.get("IsTruncated"):
             return
-        marker = {"KeyMarker": found["NextKeyMarker"], "UploadIdMarker": found["NextUploadIdMarker"]}
+        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
 def _bucket_and_prefix(backend: Remote) -> tuple[str, str]:

@@ -1,10 +1,11 @@
-"""An output root in a folder of this machine: any number of objects at a time, each whole and on the disk or absent.
+"""An output root in a local folder. Each object is either complete and on the disk, or absent.
 
-Everything is flushed to the disk before it gets its name, and so is the name: a sample costs minutes of GPU time, a
-flush costs milliseconds, and without it a power cut can leave a commit record that names a file full of zeros.
+An object is written to a hidden draft, flushed, and then linked or renamed to its final name; the folder is flushed
+afterwards. A sample costs minutes of GPU time and a flush costs milliseconds; without it, a power failure can leave a
+commit record that names a file full of zeros.
 
-Objects that are stored together share these milliseconds. A file system keeps a journal of what happens to names and
-sizes, and to flush is to wait until the journal is on the disk: once for all files whose bytes are on their way.
+Objects that are stored together share the cost of a flush. To flush a file is to wait until the file system's journal
+is on the disk, and one journal write covers all files whose data blocks have already been sent to the disk.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pathlib import Path
 
 from hv_batch.job.storage.put_if_absent import PutIfAbsent
 
-# What link(2) says on file systems that have no hard links (FAT, many FUSE mounts of object stores).
+# Errors of link(2) on file systems without hard links (FAT, many FUSE mounts of object stores).
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
-# What fsync(2) says of a folder on file systems that look after folders themselves (CIFS, some FUSE mounts), and
-# open(2) of one that may be written to and not read.
+# Errors of fsync(2) for a folder on file systems that do not support it (CIFS, some FUSE mounts), and of open(2) for a
+# folder without read permission.
 NO_FOLDER_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES})
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -35,10 +36,10 @@ class LocalDisk:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.claim = PutIfAbsent.EXCLUSIVE_LINK
+        self.put_if_absent = PutIfAbsent.EXCLUSIVE_LINK
 
     def create(self, objects: Mapping[str, bytes]) -> list[bool]:
-        """Of each, whether this call created it; those that exist stay as they are."""
+        """Create each object unless it exists. Returns for each whether this call created it."""
         with self._drafts(objects, sum(map(len, objects.values()))) as names:
             _write_all(names, objects.values())
             return [self._link(draft, final) for draft, final in names.items()]
@@ -53,8 +54,8 @@ class LocalDisk:
         with self._drafts([key], path.stat().st_size) as names:
             _copy_all([path], names)
 
-    def adopt(self, files: Mapping[str, Path]) -> None:
-        """Store finished files, which get a second name where they can: that spares a copy."""
+    def put_finished(self, files: Mapping[str, Path]) -> None:
+        """Store files that are no longer written to: as hard links if possible, else as copies."""
         with self._drafts(files, sum(path.stat().st_size for path in files.values())) as names:
             _flush_all([str(path) for path in files.values()])
             drafts = zip(files.values(), names, strict=True)
@@ -88,10 +89,10 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def _drafts(self, keys: Iterable[str], num_bytes: int) -> Iterator[dict[str, str]]:
-        """Hidden names, gone afterwards, each with the final name beside it; what was given its final name meanwhile is
-        made durable.
+        """Yields a mapping of draft paths to final paths, and flushes the folders of the final paths at the end.
 
-        A full disk is told with the `num_bytes` that were to be written.
+        Drafts that still exist are removed. If the disk is full, raises OSError with the `num_bytes` to be written in
+        its message.
         """
         finals = [self._path(key) for key in keys]
         names = {os.path.join(os.path.dirname(final), f".draft-{uuid.uuid4().hex}"): final for final in finals}
@@ -105,10 +106,10 @@ class LocalDisk:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            _remove_all(names)  # the half that was written is not what others have taken
+            _remove_all(names)  # first: what this call has written must not count as used space in the message
             free = shutil.disk_usage(self.root).free if os.path.isdir(self.root) else 0
-            said = f"{error.strerror}: {num_bytes:,} bytes are needed below {self.root}, where {free:,} are free"
-            raise OSError(error.errno, said) from error
+            message = f"{error.strerror}: {num_bytes:,} bytes are needed below {self.root}, where {free:,} are free"
+            raise OSError(error.errno, message) from error
         finally:
             _remove_all(names)
 
@@ -116,12 +117,12 @@ class LocalDisk:
         try:
             os.link(draft, final)
         except FileExistsError:
-            # NFS may repeat a link whose answer was lost, and then reports our own success as a conflict.
+            # NFS may repeat a link request whose reply was lost, and then reports the first success as a conflict.
             return os.stat(draft).st_nlink == 2
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
-            self.claim = PutIfAbsent.UNSAFE
+            self.put_if_absent = PutIfAbsent.UNSAFE
             if os.path.lexists(final):
                 return False
             os.replace(draft, final)
@@ -154,7 +155,7 @@ def _remove(path: str) -> None:
 
 
 def _links(path: Path, name: str) -> bool:
-    """Whether the file has a second name now; it has not where that is taken, or on another disk."""
+    """Hard-link `path` to `name`; False if `name` exists or is on another file system."""
     try:
         os.link(path, name)
     except OSError:
@@ -163,7 +164,7 @@ def _links(path: Path, name: str) -> bool:
 
 
 def _make_folder(folder: str) -> None:
-    """With those above it; a name in a folder survives a power cut only if the folder's own name does."""
+    """Create a folder with its parents. Each parent is flushed, so that the new name survives a power failure."""
     if os.path.isdir(folder):
         return
     above = os.path.dirname(folder)
@@ -171,7 +172,7 @@ def _make_folder(folder: str) -> None:
     try:
         os.mkdir(folder)
     except FileExistsError:
-        if not os.path.isdir(folder):  # else another writer was faster
+        if not os.path.isdir(folder):  # otherwise another writer has created it meanwhile
             raise
     _flush_folder(above)
 
@@ -185,24 +186,24 @@ def _flush_folder(folder: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a local file's bytes, read in pieces."""
+    """The hex digest of a local file, which is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush_all(paths: Collection[str]) -> None:
-    """Make the bytes of files survive a power cut."""
+    """Flush the contents of files to the disk."""
     if len(paths) > 1 and hasattr(os, "posix_fadvise"):
-        # Sets all of them off. Each flush below then finds its bytes written, and waits for the journal alone.
+        # This starts the write-back of all files. Each fsync below then waits for the journal only.
         for path in paths:
-            with _opened(path) as descriptor, contextlib.suppress(OSError):  # no more than a hint
+            with _opened(path) as descriptor, contextlib.suppress(OSError):  # only a hint
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     for path in paths:
         _flush(path)
 
 
 def _flush(path: str) -> None:
-    """Make a file's bytes, or the names in a folder, survive a power cut."""
+    """Flush the contents of a file, or the names in a folder, to the disk."""
     with _opened(path) as descriptor:
         os.fsync(descriptor)
 

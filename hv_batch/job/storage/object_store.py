@@ -1,4 +1,4 @@
-"""An output root anywhere else that fsspec reaches: object stores, and the memory of this process."""
+"""An output root on any other fsspec file system: object stores, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from hv_batch.job.storage.errors import http_status
 from hv_batch.job.storage.put_if_absent import PutIfAbsent
 from hv_batch.protocol import UserError
 
-# Stores whose fsspec driver turns mode="create" into a conditional write that the server judges.
+# Stores whose fsspec driver implements mode="create" as a conditional write that the server checks.
 CONDITIONAL_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 
-# What s3fs sends of a large object at a time: at most 64 MiB of a worker's memory, and a dropped connection repeats one
-# part. Ordinary videos stay below two parts and go in one request.
+# s3fs uploads a large object in parts of this size: a worker holds at most 64 MiB, and a dropped connection repeats one
+# part. Most videos are smaller than two parts and are uploaded in one request.
 PART_BYTES = 16 * 2**20
 PARTS_AT_ONCE = 4
 MAX_PARTS = 10_000  # of one S3 object
 
-# Where nobody judges the condition, at least the threads of one process take turns. fsspec's memory needs that of every
-# act that changes what a listing walks over.
-_TURN = threading.RLock()
+# If no server checks the condition of a write, this lock at least serializes the threads of one process. fsspec's
+# memory file system also needs it for every operation that changes what a listing iterates over.
+_LOCK = threading.RLock()
 
 
 class Remote:
-    """Any other fsspec file system."""
+    """An fsspec file system that is not the local disk."""
 
     def __init__(self, url: str, role: str) -> None:
         protocol = get_protocol(url)
         self.is_conditional = protocol in CONDITIONAL_PROTOCOLS
         self.is_s3 = protocol in ("s3", "s3a")
-        self.claim = PutIfAbsent.CONDITIONAL_PUT if self.is_conditional else PutIfAbsent.UNSAFE
-        # Listings change under us from other machines. Drivers outside the list may not know the option, so there the
-        # cache is emptied before every look.
+        self.put_if_absent = PutIfAbsent.CONDITIONAL_PUT if self.is_conditional else PutIfAbsent.UNSAFE
+        # Other machines change the listings, so they must not be cached. Drivers of other protocols may not accept the
+        # option; for them `_forget_listings` clears the cache before every query.
         options: dict[str, Any] = {"use_listings_cache": False} if self.is_conditional else {}
         try:
             self.fs, self.root = url_to_fs(url, **options)
@@ -48,12 +48,12 @@ class Remote:
                 "are allowed; s3://, gs:// and az:// need the extra of that store: pip install 'hv_batch[s3]', [gcs] "
                 "or [azure]."
             ) from error
-        self.turn: Any = contextlib.nullcontext() if self.is_conditional else _TURN
-        self.memory_turn: Any = _TURN if protocol == "memory" else contextlib.nullcontext()
+        self.create_lock: Any = contextlib.nullcontext() if self.is_conditional else _LOCK
+        self.memory_lock: Any = _LOCK if protocol == "memory" else contextlib.nullcontext()
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        with self.turn:
+        with self.create_lock:
             try:
                 if not self.is_conditional:
                     self._make_folder(path)
@@ -63,7 +63,7 @@ class Remote:
             except FileExistsError:
                 return False
             except OSError as error:
-                # Servers other than AWS word the refusal in their own way; its number is the same.
+                # The error class differs between S3-compatible servers; the status is the same.
                 if http_status(error) == 412:
                     return False
                 raise
@@ -71,7 +71,7 @@ class Remote:
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with self.memory_turn:
+        with self.memory_lock:
             self._make_folder(path)
             self.fs.pipe_file(path, data)
 
@@ -81,7 +81,7 @@ class Remote:
         if self.is_s3:
             part_bytes = max(PART_BYTES, -(-path.stat().st_size // MAX_PARTS))
             options = {"chunksize": part_bytes, "max_concurrency": PARTS_AT_ONCE}
-        with self.memory_turn:
+        with self.memory_lock:
             self._make_folder(target)
             self.fs.put_file(str(path), target, **options)
 
@@ -93,7 +93,7 @@ class Remote:
 
     def exists(self, key: str) -> bool:
         self._forget_listings()
-        # Not fs.exists: drivers answer False there to any error, which would look like a sample that is not committed.
+        # Not fs.exists: drivers return False for any error, and the sample would look as if it were not committed.
         try:
             return bool(self.fs.info(self._path(key))["type"] == "file")
         except FileNotFoundError:
@@ -101,10 +101,11 @@ class Remote:
 
     def list(self, prefix: str) -> list[str]:
         self._forget_listings()
-        # The generic walk leaves out folders it cannot read unless told otherwise; the stores' own never do.
+        # The generic walk skips folders that it cannot read unless on_error is "raise". The listings of object stores
+        # raise in any case.
         options = {} if self.is_conditional else {"on_error": "raise"}
         try:
-            with self.memory_turn:
+            with self.memory_lock:
                 paths = self.fs.find(self._path(prefix), **options)
         except FileNotFoundError:
             return []
@@ -116,7 +117,7 @@ class Remote:
         return written
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self.memory_turn:
+        with contextlib.suppress(FileNotFoundError), self.memory_lock:
             self.fs.rm_file(self._path(key))
 
     def _path(self, key: str) -> str:
@@ -127,5 +128,5 @@ class Remote:
             self.fs.invalidate_cache()
 
     def _make_folder(self, path: str) -> None:
-        if not self.is_conditional:  # object stores have no folders, and s3fs would try to create the bucket
+        if not self.is_conditional:  # object stores have no folders, and s3fs would try to create a bucket
             self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)

@@ -1,4 +1,4 @@
-"""Parquet files that are held in memory: the tables of shards, and the parts of an index."""
+"""Reads Parquet files that are in memory: the tables of shards and the parts of an index."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 
 
 def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """All of the table, or some columns. Raises pyarrow's errors for what is none.
+    """The table, or only `columns` of it. Raises pyarrow's errors if `data` is not a Parquet file.
 
-    In this thread alone: those of Arrow may let go of `data` when a short command has ended and there is no interpreter
-    left to take it, and then they abort the process.
+    Arrow's own threads are not used: they may release `data` after the interpreter of a short command has ended, which
+    aborts the process.
     """
     file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     return file.read(columns=list(columns) if columns else None, use_threads=False)

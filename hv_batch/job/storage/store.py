@@ -1,19 +1,19 @@
-"""An output root on any fsspec URL, reduced to the few acts that the commit protocol needs.
+"""An output root on any fsspec URL, with the few operations that the commit protocol needs.
 
-Two of them carry the promises (design.md section 4):
+Two kinds of writes guarantee atomicity:
 
-- `put_new` creates an object only if nothing has its name, in one atomic act: of any number of writers exactly one
-  wins, and a reader sees a whole object or none (P1). Object stores do it with a conditional PUT; a local disk does it
-  with a hidden file that is hard-linked to its name once it is complete, because `open("x")` shows a half-written file.
-- `put` and `put_file` replace atomically.
+- `put_new` creates an object only if its key is absent. Exactly one of several concurrent writers succeeds, and a
+  reader sees a complete object or none (P1). Object stores do this with a conditional PUT. A local disk does it with a
+  hidden draft that is hard-linked to its final name once it is complete; `open("x")` would expose a half-written file.
+- `put` and `put_file` replace an object atomically.
 
-Their forms for many at a time (`put_new_all`, `put_all`, `put_finished`) keep the same promises, object by object: when
-they return all are stored, and when they raise any of them may be. A disk is flushed once for all, and an object store
-is sent many requests at once.
+The batched forms (`put_new_all`, `put_all`, `put_finished`) give the same guarantees for each object. If they return,
+all objects are stored; if they raise, any of them may be. A local disk is flushed once for the batch, and an object
+store receives many requests at once.
 
-Transient errors are retried here and nowhere else. What is left surfaces as the built-in exception that says it: no
-space, no permission, not found, or StorageUnavailableError when the retries did not help. Credentials come from where
-each store's own tools look for them; a `Store` holds nothing but its URL, so it can be pickled to any worker.
+Transient errors are retried here and nowhere else. Errors that remain are raised as built-in exceptions: no space, no
+permission, not found, or StorageUnavailableError if the retries failed. Credentials come from the default locations of
+each store's own tools. A `Store` holds only its URL, so it can be pickled and sent to any worker.
 """
 
 from __future__ import annotations
@@ -43,22 +43,23 @@ __all__ = ["Leftover", "PutIfAbsent", "StorageUnavailableError", "Store"]
 A = TypeVar("A")
 T = TypeVar("T")
 
-# Pauses between four tries: they ride out a throttled prefix or a dropped connection. A longer outage is left to the
-# scheduler, which has a budget a sample and other work to do meanwhile.
+# Pauses between four attempts: enough for a throttled prefix or a dropped connection. The scheduler handles longer
+# outages, because it can run other work meanwhile.
 PAUSES_S = (0.5, 1.0, 2.0)
 
 
 class Store:
-    """One output root. Keys are relative, posix, and never leave the root.
+    """One output root. Keys are relative POSIX paths below the root.
 
-    Every method raises ValueError for a key that is no such thing, PermissionError, StorageUnavailableError, UserError
-    when the URL cannot be opened at all, and otherwise the store's own error.
+    Every method raises ValueError if a key is not such a path, PermissionError if the credentials are refused,
+    StorageUnavailableError if the store is unreachable, UserError if the URL cannot be opened at all, and otherwise the
+    store's own error.
     """
 
     def __init__(self, url: str, role: str = "output root") -> None:
-        """`role` is what the user calls it, for messages."""
+        """`role` names the root in messages."""
         is_local = get_protocol(url) in ("file", "local")
-        # Workers have another working directory than the driver: a local root is made absolute before it travels.
+        # Workers have a different working directory than the driver, so a local root must be absolute.
         self.url: str = url_to_fs(url)[1] if is_local else url
         self._is_local = is_local
         self._role = role
@@ -71,34 +72,38 @@ class Store:
 
     @property
     def readers(self) -> int:
-        """Threads that read small objects at once: enough to hide an object store's ~30 ms a GET, few enough to be
-        polite to it. A disk has hardly any latency to hide, and threads take turns in Python.
+        """The number of threads that read small objects.
+
+        An object store needs about 30 ms for each GET, which 16 threads hide without overloading it. A disk has little
+        latency to hide, and Python's interpreter lock limits the gain of more threads.
         """
         return 4 if self._is_local else 16
 
-    def each(self, act: Callable[[A], T], items: Iterable[A]) -> list[T]:
-        """What `act`, which asks this store something small, makes of each item: side by side where an answer takes
-        long. Nothing is under way any more when it returns or raises.
+    def each(self, function: Callable[[A], T], items: Iterable[A]) -> list[T]:
+        """`function(item)` for each item, where `function` makes a small request to this store.
+
+        Requests to a remote store run in parallel. No call is running after `each` returns or raises.
         """
         items = list(items)
         if self._is_local or len(items) < 2:
-            return [act(item) for item in items]
-        return list(map_in_threads(act, items, self.readers))
+            return [function(item) for item in items]
+        return list(map_in_threads(function, items, self.readers))
 
     @cached_property
     def _backend(self) -> LocalDisk | Remote:
         return LocalDisk(self.url) if self._is_local else Remote(self.url, self._role)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Create `key` with `data` unless it exists; whether this call created it.
+        """Create `key` with `data` unless it exists. Returns whether this call created it.
 
-        False may also follow a write of ours whose acknowledgement was lost. Who must know compares what is stored.
+        It may also return False after a successful write whose acknowledgement was lost. A caller that must distinguish
+        the two compares the stored bytes.
         """
         return self.put_new_all({key: data})[0]
 
     def put_new_all(self, objects: Mapping[str, bytes]) -> list[bool]:
-        # The look beforehand saves the upload in the common case, and narrows the race where a server ignores the
-        # condition of the write that follows.
+        # The check beforehand saves the upload in the common case. If a server ignores the condition of the write that
+        # follows, the check also makes the race less likely.
         backend, data = self._backend, {_checked(key): content for key, content in objects.items()}
         if isinstance(backend, Remote):
             return self.each(lambda key: not self.exists(key) and self._create(key, data[key]), data)
@@ -127,17 +132,17 @@ class Store:
             self._retry(lambda: backend.put(data), sum(map(len, data.values())))
 
     def put_file(self, key: str, path: Path) -> None:
-        """Upload a file of any size. The name should hold a hash of its bytes: then writing it twice is harmless."""
+        """Upload a file of any size. The key should hold a hash of the file, so that a repeated upload is harmless."""
         target = _checked(key)
         self._retry(lambda: self._backend.put_file(target, path), path.stat().st_size)
 
     def put_finished(self, files: Mapping[str, Path]) -> None:
-        """As `put_file`, of files to which nobody writes any more: they may become the objects, with a second name."""
+        """As `put_file`, for files that are no longer written to: a local disk may hard-link them and not copy."""
         backend, paths = self._backend, {_checked(key): path for key, path in files.items()}
         if isinstance(backend, Remote):
             self.each(lambda key: self.put_file(key, paths[key]), paths)
         else:
-            self._retry(lambda: backend.adopt(paths), sum(path.stat().st_size for path in paths.values()))
+            self._retry(lambda: backend.put_finished(paths), sum(path.stat().st_size for path in paths.values()))
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
@@ -154,37 +159,38 @@ class Store:
         return self._retry(lambda: self._backend.exists(path))
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Keys below `prefix` (a folder: "commits/shard-00017/"), recursive and sorted; none when it is missing.
+        """Yields the keys below `prefix` (a folder, as "commits/shard-00017/"), recursively and sorted; none if absent.
 
-        Never answered from a cache. The whole listing is held in memory, so ask for a shard at a time (P7).
+        The result never comes from a cache. The whole listing is held in memory, so callers list one shard at a time
+        (P7).
         """
         path = _checked(prefix.rstrip("/"))
         for key in sorted(self._retry(lambda: self._backend.list(path))):
-            # Hidden names are files that a killed writer left behind, or a probe.
+            # Hidden names are drafts of killed writers, or probes.
             if not key.rsplit("/", 1)[-1].startswith("."):
                 yield key
 
     def modified(self, key: str) -> float:
-        """When the object was last written, in seconds since 1970 by the store's clock. Raises FileNotFoundError."""
+        """The time of the last write in seconds since 1970, by the store's clock. Raises FileNotFoundError."""
         path = _checked(key)
         return self._retry(lambda: self._backend.modified(path))
 
     def leftovers(self) -> Sequence[Leftover]:
-        """What killed writers left below the root that no listing shows: drafts, probes, unfinished uploads."""
+        """Incomplete writes of killed writers, which no listing shows: drafts, probes and unfinished uploads."""
         return self._retry(lambda: find_leftovers(self._backend))
 
     def remove_leftover(self, leftover: Leftover) -> None:
         self._retry(lambda: remove_leftover(self._backend, leftover))
 
     def delete(self, key: str) -> None:
-        """Remove the object; a missing one is fine."""
+        """Remove the object. Does nothing if it does not exist."""
         path = _checked(key)
         self._retry(lambda: self._backend.delete(path))
 
     def probe(self) -> PutIfAbsent:
-        """Find out by trying whether the root can be written, and how it keeps `put_new`'s promise.
+        """Write and remove a test object, to find out how the root implements `put_new`.
 
-        Raises UserError when it cannot be written.
+        Raises UserError if the root cannot be written.
         """
         key = f".probe-{uuid.uuid4().hex}"
         try:
@@ -199,26 +205,29 @@ class Store:
                 f"The {self._role} {public_url(self.url)} is a file, or lies below one ({error.filename or error}). "
                 "Choose a folder."
             ) from error
-        except Exception as error:  # every driver has errors of its own; all mean the same to the user
+        except Exception as error:  # every driver has its own error classes; the remedy is the same
             raise UserError(
                 f"The {self._role} {public_url(self.url)} cannot be written: {type(error).__name__}: {error}. Check "
-                "that the bucket or folder exists, that its credentials are set up on this machine, and that they "
-                "allow to read, write, list and delete."
+                "that the bucket or folder exists, that this machine has credentials for it, and that they allow "
+                "reading, writing, listing and deleting."
             ) from error
         is_exclusive = created and not created_again and kept
-        return self._backend.claim if is_exclusive else PutIfAbsent.UNSAFE
+        return self._backend.put_if_absent if is_exclusive else PutIfAbsent.UNSAFE
 
-    def _retry(self, act: Callable[[], T], num_bytes: int = 0) -> T:
-        """`num_bytes` are those it writes, for the message about a store that is full."""
+    def _retry(self, operation: Callable[[], T], num_bytes: int = 0) -> T:
+        """Call `operation`, and repeat it after transient errors.
+
+        `num_bytes` is the number of bytes that it writes, for the message about a full store.
+        """
         for pause_s in (*PAUSES_S, None):
             try:
-                return act()
-            except Exception as error:  # noqa: BLE001  (judged in the next line, and raised unless it is transient)
+                return operation()
+            except Exception as error:  # noqa: BLE001  (raised by the next statement unless it is transient)
                 if pause_s is None or not is_transient(error):
                     raise_translated(error, self.url, num_bytes)
-            # Jitter: a whole cluster is throttled at the same moment and must not come back at the same moment.
+            # Jitter: a store throttles all workers at the same moment, and they must not all retry at the same moment.
             time.sleep(pause_s * random.uniform(0.5, 1.5))
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
 
 def _checked(key: str) -> str:

@@ -19,7 +19,7 @@ from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.progress import ProgressLog, Snapshot
 from hv_batch.job.records.pending import PendingSamples, ShardSkipped, StorageDown, StorageUp
 from hv_batch.job.redaction import public_url
-from hv_batch.job.scheduling.capacity import retry_limits, stage_limits
+from hv_batch.job.scheduling.capacity import retry_limits
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.scheduling.messages import (
     Abort,
@@ -107,12 +107,12 @@ class Driver:
         self._progress = ProgressLog()
         self._shortage = shortage
         self._should_stop = should_stop
-        config = context.config
-        limits = stage_limits(config, result_shares(config, context.sizes.plans), context.sizes.plans)
+        config, run = context.config, context.run
+        limits = run.stage_limits(result_shares(run))
         self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
-        self._exclusion = NodeExclusion(config, context.sizes.largest)
-        self._groups = ReservationPool(config, self._exclusion)
-        self._rooms = PendingActorWatch(config)
+        self._exclusion = NodeExclusion(run)
+        self._groups = ReservationPool(run, self._exclusion)
+        self._rooms = PendingActorWatch(run)
         self._nodes = NodeWatch(limits[Stage.DENOISE].workers)
         self._metrics = RunMetrics(public_url(context.store.url))
         self._losses = Losses(on_gpus=config.parallel.device == "cuda")
@@ -188,7 +188,7 @@ class Driver:
             self._polled = now
             for worker in list(self._workers.values()):
                 self._events.extend(worker.poll(now))
-            to_come = zip(self._context.sizes.plans, self._scheduler.groups_to_come(now), strict=True)
+            to_come = zip(self._context.run.groups.plans, self._scheduler.groups_to_come(now), strict=True)
             self._groups.give_back(dict(to_come), now)
             self._rooms.look(self._workers, now)
             if self._end is None:
@@ -307,7 +307,7 @@ class Driver:
                 return
             else:
                 self._to_admit -= 1
-                params, size_class = found.sample.params, self._context.sizes.size_class(found.sample.params.shape)
+                params, size_class = found.sample.params, self._context.run.groups.size_class(found.sample.params.shape)
                 item = InFlight(found.sample, earlier=found.earlier, has_steps=found.has_steps)
                 self._items[found.sample.key] = item
                 work = Workload.of(params)
@@ -315,7 +315,7 @@ class Driver:
 
     def _start(self, worker: WorkerId, size_class: int) -> Worker:
         if worker.stage is Stage.DENOISE:
-            plan = self._context.sizes.plans[size_class]
+            plan = self._context.run.groups.plans[size_class]
             return DenoiseGroup(worker, plan, self._context, self._watch, self._groups, self._exclusion)
         if worker.stage is Stage.DECODE:
             return start_decoder(worker, self._context, self._watch, self._exclusion)

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated one finds what the first has committed
 def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainResult:
-    return Spool(output, root, fingerprint).empty()
+    return Spool(output, root, fingerprint).drain()
 
 
 class SpoolDrain:
@@ -108,8 +108,8 @@ class SpoolDrain:
         published = [key for key in emptied.committed if waiting.pop(key, None)]
         if found := len(emptied.committed) - len(published):
             logger.info(f"committed {plural(found, 'video')} that an earlier outage had left on the disk of a node")
-        if emptied.away:
-            self._outage.met(StorageUnavailableError(emptied.away), time.monotonic())
+        if emptied.outage:
+            self._outage.met(StorageUnavailableError(emptied.outage), time.monotonic())
         else:
             if emptied.committed:
                 self._outage.over(time.monotonic())

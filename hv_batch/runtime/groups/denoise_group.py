@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import (
     Event,
@@ -41,7 +40,7 @@ from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankLocat
 from hv_batch.runtime.groups.reservation import GroupReservation
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
-from hv_batch.runtime.nodes.resources import alive_nodes, ranks_per_node
+from hv_batch.runtime.nodes.resources import alive_nodes
 from hv_batch.runtime.run_context import RunContext, StageReport
 from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
@@ -99,8 +98,8 @@ class DenoiseGroup:
             return [self._lost_at_start("a node of it went while it started")]
         elif now > self._deadline:
             why = "a group did not load and meet in time"
-            excused = self._exclusion.start_failed(Stage.DENOISE, self._nodes, why)
-            return [self._lost_at_start(self._why_late(), excused)]
+            counts = not self._exclusion.start_failed(Stage.DENOISE, self._nodes, why)
+            return [self._lost_at_start(self._why_late(), counts)]
         return []
 
     def kill(self, *, rebuild: bool = False) -> None:
@@ -132,7 +131,7 @@ class DenoiseGroup:
         for rank in range(self.plan.world_size):
             actor = actor_class.options(
                 num_cpus=config.groups.cpus_per_rank,
-                num_gpus=rank_gpus(config),
+                num_gpus=self._context.run.rank_gpus,
                 scheduling_strategy=reservation.strategy(rank),
                 runtime_env=SHOW_GPUS if config.parallel.device == "cuda" else HIDE_GPUS,
             ).remote(self._context, self.plan, rank, str(self.id))
@@ -187,8 +186,8 @@ class DenoiseGroup:
         for ref in asked:
             self._watch(ref, answered)
 
-    def _lost_at_start(self, message: str, excused: bool = False) -> WorkerLost:
-        return WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), excused)
+    def _lost_at_start(self, message: str, counts: bool = True) -> WorkerLost:
+        return WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), counts)
 
     def _why_late(self) -> str:
         if self._seated:
@@ -277,25 +276,25 @@ class DenoiseGroup:
         if not self._ready:
             own = [asked[ref] for ref, error in errors.items() if not is_collateral(error)]
             return self._start_failed(failure, own or range(len(self._ranks)))
-        excused = False
+        counts = True
         if faulty := [asked[ref] for ref, error in errors.items() if is_device_fault(error)]:
-            excused = self._exclusion.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
+            counts = not self._exclusion.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
         # Where every rank refused the sample alike (latents that are not finite, an input that was lost), none is left
         # waiting in a collective: the group keeps its 26 GB of weights and takes the next sample.
         refused = in_step and all(f.kind is FailureClass.POISON for f in failures)
         if (refused or all(map(input_was_lost, errors.values()))) and len(errors) == len(asked):
             return TaskFailed(self.id, failure)
-        return WorkerLost(self.id, failure, excused)
+        return WorkerLost(self.id, failure, counts)
 
     def _start_failed(self, failure: Failure, ranks: Iterable[int]) -> WorkerLost:
         """Because of these ranks; no node is to blame for its end, or for an output root that is away."""
-        excused = False
+        counts = True
         if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
-            excused = self._exclusion.start_failed(Stage.DENOISE, self._nodes_of(ranks), failure.message)
-        return WorkerLost(self.id, start_failure(failure), excused)
+            counts = not self._exclusion.start_failed(Stage.DENOISE, self._nodes_of(ranks), failure.message)
+        return WorkerLost(self.id, start_failure(failure), counts)
 
     def _nodes_of(self, ranks: Iterable[int]) -> set[str]:
-        each = ranks_per_node(self._context.config, self.plan)
+        each = self._context.run.ranks_per_node(self.plan)
         return {self._nodes[rank // each] for rank in ranks}
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.failure import Failure
 from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
@@ -73,7 +72,7 @@ class RankActor:
 
     def join(self, address: str, reservation: Sequence[RankLocation]) -> None:
         """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
-        decodes = self._context.config.decoders.placement == "group"
+        decodes = self._context.run.groups_decode
         if self._rank == 0:
             self._publisher.check() if decodes else see_output_root(self._context.store)
         parallel = self._context.config.parallel
@@ -102,7 +101,7 @@ class RankActor:
         logger.info(f"rank {self._rank} of {self._plan.world_size} is ready")
 
     def _await_own_gpu(self, local_rank: int) -> None:
-        if rank_gpus(self._context.config) < 1:  # others may compute there, too
+        if self._context.run.rank_gpus < 1:  # others may compute there, too
             return
         import torch  # only where there are GPUs: not every engine needs torch
 

@@ -16,10 +16,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.scheduling.capacity import colocated_per_node
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.nodes.resources import avoid_nodes, group_bundles, ranks_per_node
+from hv_batch.runtime.nodes.resources import avoid_nodes, group_bundles
 
 # What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
 # quicker built anew than waited for.
@@ -35,16 +34,16 @@ class GroupReservation:
     `avoid` are ids of nodes that get no seat.
     """
 
-    def __init__(self, config: RunConfig, plan: ParallelPlan, name: str, avoid: frozenset[str]) -> None:
+    def __init__(self, run: ResolvedRun, plan: ParallelPlan, name: str, avoid: frozenset[str]) -> None:
         self.plan = plan
         self.avoid = avoid
         self.used = False  # whether ranks have sat here
         self.occupied = False  # whether ranks sit here now
         self.given_back = False
-        self._rooms = colocated_per_node(config)
+        self._rooms = run.colocated_per_node
         self._colocated_workers: Counter[int] = Counter()  # colocated encoders on each node, by the index of its bundle
-        self._ranks_per_node = ranks_per_node(config, plan)
-        bundles = group_bundles(config, plan)
+        self._ranks_per_node = run.ranks_per_node(plan)
+        bundles = group_bundles(run, plan)
         # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
         # another group needs whole.
         strategy = "STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK"

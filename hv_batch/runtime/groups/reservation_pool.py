@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from itertools import count
 
-from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
@@ -40,8 +40,8 @@ KEEP_S = 10.0
 class ReservationPool:
     """One for all groups of a run."""
 
-    def __init__(self, config: RunConfig, exclusion: NodeExclusion) -> None:
-        self._config = config
+    def __init__(self, run: ResolvedRun, exclusion: NodeExclusion) -> None:
+        self._run = run
         self._exclusion = exclusion
         self._kept: list[tuple[float, GroupReservation]] = []  # since when
         self._occupied: list[GroupReservation] = []
@@ -60,7 +60,7 @@ class ReservationPool:
                 return kept
             kept.release()
         name = f"hv-group-{worker.slot}-{next(self._serial)}"
-        return GroupReservation(self._config, plan, name, self._exclusion.avoided(Stage.DENOISE))
+        return GroupReservation(self._run, plan, name, self._exclusion.avoided(Stage.DENOISE))
 
     def good(self, reservation: GroupReservation) -> bool:
         """Whether a group may be built there: no node is lost, and none has been excluded since they were asked for."""
@@ -138,7 +138,7 @@ class ReservationPool:
         plans = sorted(
             {reservation.plan for _, reservation in self._waiting.values()}, key=lambda plan: -plan.world_size
         )
-        asked = [group_bundles(self._config, plan) for plan in plans]
+        asked = [group_bundles(self._run, plan) for plan in plans]
         if can_place(asked[:1], usable):
             hope = "They begin when others let go of enough, or when nodes join."
         else:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 
 import ray
 
-from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.stages import Stage
-from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.nodes.node_health import NodeHealth
 from hv_batch.runtime.nodes.resources import actor_bundle, alive_nodes, can_place, group_bundles
 
@@ -25,13 +24,13 @@ _NAMES = {Stage.ENCODE: "encoders", Stage.DENOISE: "groups", Stage.DECODE: "deco
 
 
 class NodeExclusion:
-    """One for all actors of a run. Nodes are Ray's ids; `largest` is the plan of its largest group."""
+    """One for all actors of a run. Nodes are Ray's ids."""
 
-    def __init__(self, config: RunConfig, largest: ParallelPlan) -> None:
+    def __init__(self, run: ResolvedRun) -> None:
         self._health = NodeHealth(self._can_spare)
-        self._group = group_bundles(config, largest)
+        self._group = group_bundles(run, run.groups.largest)
         pools: dict[Stage, EncodersConfig | DecodersConfig]
-        pools = {Stage.ENCODE: config.encoders, Stage.DECODE: config.decoders}
+        pools = {Stage.ENCODE: run.config.encoders, Stage.DECODE: run.config.decoders}
         self._singles = {stage: [actor_bundle(pool.cpus, pool.gpus)] for stage, pool in pools.items() if pool.gpus}
         self._names: dict[str, str] = {}  # of nodes that were blamed, which may be gone when they are told of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes.resources import SINGLES, alive_nodes, can_place, show, show_cluster, single_actors
@@ -20,8 +20,8 @@ SAY_AFTER_S = 60.0
 class PendingActorWatch:
     """Of the stages that stand by themselves. Groups tell of their own waiting; see `group_pool`."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._asked = single_actors(config)
+    def __init__(self, run: ResolvedRun) -> None:
+        self._asked = single_actors(run)
         self._since: dict[Stage, float] = {}  # nobody of the stage has room, and somebody wants it
         self._said: set[Stage] = set()
 

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
-from hv_batch.job.scheduling.capacity import colocated_per_node, most_workers
+from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan, UserError
 
@@ -44,34 +42,28 @@ def avoid_nodes(avoid: frozenset[str]) -> dict[str, str]:
     return {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
 
 
-def ranks_per_node(config: RunConfig, plan: ParallelPlan) -> int:
-    return plan.world_size // config.groups.nodes_per_group
-
-
-def group_bundles(config: RunConfig, plan: ParallelPlan) -> list[Bundle]:
+def group_bundles(run: ResolvedRun, plan: ParallelPlan) -> list[Bundle]:
     """One bundle a node, with room for its ranks: so the ranks of a node are consecutive whatever Ray chooses.
 
     Colocated encoders add their CPUs; they use the ranks' GPUs.
     """
-    ranks, groups = ranks_per_node(config, plan), config.groups
-    cpus = groups.cpus_per_rank * ranks + colocated_per_node(config) * config.encoders.cpus
+    ranks, groups = run.ranks_per_node(plan), run.config.groups
+    cpus = groups.cpus_per_rank * ranks + run.colocated_per_node * run.config.encoders.cpus
     return [actor_bundle(cpus, groups.gpus_per_rank * ranks)] * groups.nodes_per_group
 
 
-def minimum_resources(config: RunConfig, largest: ParallelPlan) -> list[list[Bundle]]:
+def minimum_resources(run: ResolvedRun) -> list[list[Bundle]]:
     """The least that renders everything: one group, of the largest plan there is, and an encoder and a decoder where
     these stand by themselves.
 
     The bundles of one inner list must stand on different nodes.
     """
-    return [group_bundles(config, largest), *([bundle] for bundle in single_actors(config).values())]
+    return [group_bundles(run, run.groups.largest), *([bundle] for bundle in single_actors(run).values())]
 
 
-def single_actors(config: RunConfig) -> dict[Stage, Bundle]:
+def single_actors(run: ResolvedRun) -> dict[Stage, Bundle]:
     """What one encoder and one decoder ask of a node, where they stand by themselves."""
-    pools: dict[Stage, EncodersConfig | DecodersConfig]
-    pools = {Stage.ENCODE: config.encoders, Stage.DECODE: config.decoders}
-    return {stage: actor_bundle(pool.cpus, pool.gpus) for stage, pool in pools.items() if pool.placement == "pool"}
+    return {stage: actor_bundle(pool.cpus, pool.gpus) for stage, pool in run.pools.items()}
 
 
 def total(bundles: Sequence[Mapping[str, float]]) -> Bundle:
@@ -103,10 +95,10 @@ class ResourceShortage:
     Before a run begins that is all it waits for, and when its nodes are gone, it waits for others in the same way.
     """
 
-    def __init__(self, config: RunConfig, largest: ParallelPlan, *, patience_s: float) -> None:
-        self._config, self._largest = config, largest
+    def __init__(self, run: ResolvedRun, *, patience_s: float) -> None:
+        self._run = run
         self._patience_s = patience_s
-        self._bill = minimum_resources(config, largest)
+        self._bill = minimum_resources(run)
         self._since: float | None = None
         self._said = -math.inf
 
@@ -116,7 +108,7 @@ class ResourceShortage:
         if can_place(self._bill, nodes):
             self.forget()
             return False
-        told = _asked_and_there(self._config, self._largest, nodes)
+        told = _asked_and_there(self._run, nodes)
         self._since = now if is_busy or self._since is None else self._since
         if not is_busy and now - self._since >= self._patience_s:
             raise UserError(
@@ -157,18 +149,18 @@ def alive_nodes() -> dict[str, Bundle]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def result_shares(config: RunConfig, plans: Sequence[ParallelPlan]) -> dict[Stage, float]:
+def result_shares(run: ResolvedRun) -> dict[Stage, float]:
     """Bytes of an object store that the results of one worker may hold, by its stage; asked of the cluster as it is.
 
     A worker's results lie where it stands. So each gets its part of the smallest store on which one can stand, divided
-    by how many of its kind may come together on one node; of the `plans` of groups, largest first, the smallest is the
-    one of which most do.
+    by how many of its kind may come together on one node; of the groups' plans, the smallest is the one of which most
+    do.
     """
-    nodes, most = list(alive_nodes().values()), most_workers(config, plans)
-    group, encoder = group_bundles(config, plans[-1])[0], actor_bundle(config.encoders.cpus, config.encoders.gpus)
+    nodes, most, encoders = list(alive_nodes().values()), run.max_workers, run.config.encoders
+    group, encoder = group_bundles(run, run.groups.plans[-1])[0], actor_bundle(encoders.cpus, encoders.gpus)
     of_groups = result_share(group, most[Stage.DENOISE], nodes)
-    if config.encoders.is_colocated:
-        return {Stage.ENCODE: of_groups / colocated_per_node(config), Stage.DENOISE: of_groups}
+    if encoders.is_colocated:
+        return {Stage.ENCODE: of_groups / run.colocated_per_node, Stage.DENOISE: of_groups}
     return {Stage.ENCODE: result_share(encoder, most[Stage.ENCODE], nodes), Stage.DENOISE: of_groups}
 
 
@@ -184,10 +176,11 @@ def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
     return min((node.get(name, 0.0) / amount + 1e-9 for name, amount in bundle.items()), default=math.inf)
 
 
-def _asked_and_there(config: RunConfig, largest: ParallelPlan, nodes: Sequence[Mapping[str, float]]) -> str:
-    actors = "".join(f", {SINGLES[stage]} with {show(bundle)}" for stage, bundle in single_actors(config).items())
+def _asked_and_there(run: ResolvedRun, nodes: Sequence[Mapping[str, float]]) -> str:
+    actors = "".join(f", {SINGLES[stage]} with {show(bundle)}" for stage, bundle in single_actors(run).items())
     there = "; ".join(show_hardware(node) for node in nodes) or "none"
-    ranks, group = largest.world_size, format_bundles(group_bundles(config, largest))
+    largest = run.groups.largest
+    ranks, group = largest.world_size, format_bundles(group_bundles(run, largest))
     return f"Needed at least: a group of {ranks} rank(s) on {group}{actors}. Nodes there are: {there}."
 
 

@@ -1,4 +1,4 @@
-"""Encoders that use the GPUs of denoise groups (see `hv_batch.job.config.colocation`).
+"""Encoders that use the GPUs of denoise groups (see `rank_gpus` of `ResolvedRun`).
 
 A colocated encoder starts in the placement group of a running denoise group and stays while the ranks are rebuilt. If
 the placement group is released, the encoder finishes its task and stops, and no failure is charged. No encoder starts

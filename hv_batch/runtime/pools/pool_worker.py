@@ -63,8 +63,8 @@ class PoolWorker:
             self._ask_for_room()
         elif now > self._deadline:
             message = "it did not load within timeouts.start_s"
-            excused = self._exclusion.start_failed(self.id.stage, self.nodes, message)
-            return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), excused)]
+            counts = not self._exclusion.start_failed(self.id.stage, self.nodes, message)
+            return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), counts)]
         return []
 
     def kill(self, *, rebuild: bool = False) -> None:
@@ -89,10 +89,10 @@ class PoolWorker:
         try:
             ray.get(ref)
         except RayError as error:
-            failure, excused = classify(error, str(self.id)), False
+            failure, counts = classify(error, str(self.id)), True
             if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
-                excused = self._exclusion.start_failed(self.id.stage, self.nodes, failure.message)
-            return [WorkerLost(self.id, start_failure(failure), excused)]
+                counts = not self._exclusion.start_failed(self.id.stage, self.nodes, failure.message)
+            return [WorkerLost(self.id, start_failure(failure), counts)]
         self._ready = True
         self._exclusion.started(self.id.stage, self.nodes)
         return [WorkerReady(self.id)]
@@ -102,10 +102,10 @@ class PoolWorker:
         return [TaskDone(self.id, result_bytes)]
 
     def _failed(self, error: RayError) -> list[Event]:
-        failure, excused = classify(error, str(self.id)), False
+        failure, counts = classify(error, str(self.id)), True
         if is_device_fault(error):
-            excused = self._exclusion.device_faulted(self.id.stage, self.nodes, failure.message)
-        return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure, excused)]
+            counts = not self._exclusion.device_faulted(self.id.stage, self.nodes, failure.message)
+        return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure, counts)]
 
 
 class EncoderWorker(PoolWorker):

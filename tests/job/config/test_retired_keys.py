@@ -9,6 +9,7 @@ import pytest
 from hv_batch.job import layout
 from hv_batch.job.config import retired_keys
 from hv_batch.job.config.run_config import RunConfig, load_config
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.records.run_document import RunState, fingerprint, open_run, read_run, read_run_config
 from hv_batch.job.records.run_identity import run_identity
@@ -18,6 +19,16 @@ from hv_batch.protocol import UserError
 from tests.support.rendered_roots import open_root
 
 WARNING = "warning: the config key encoders.cache is ignored: embeddings are no longer shared between runs; remove"
+
+
+def identity_of(config):
+    return run_identity(resolve_run(config))
+
+
+@pytest.fixture(autouse=True)
+def _a_new_process():
+    """Every test begins without printed warnings."""
+    retired_keys._warn.cache_clear()
 
 
 @pytest.fixture
@@ -35,6 +46,7 @@ def test_a_removed_key_is_ignored_with_one_warning(write, capsys, value):
     """P2: a config or command line of an earlier version is accepted, and its value, maybe a secret, is not printed."""
     assert load_config(write(f"encoders: {{cache: {value!r}, count: 2}}")).encoders.count == 2
     from_file = capsys.readouterr().err
+    retired_keys._warn.cache_clear()
     assert load_config(write(), [f"encoders.cache={value}"]) == RunConfig()
     from_override = capsys.readouterr().err
     for text in (from_file, from_override):
@@ -65,6 +77,7 @@ def test_a_retired_value_is_replaced_with_one_warning(write, capsys, monkeypatch
     monkeypatch.setattr(retired_keys, "RETIRED_VALUES", table)
     assert load_config(write("decoders: {placement: separate}")).decoders.placement == "pool"
     assert capsys.readouterr().err == "warning: decoders.placement = separate is read as pool: write pool\n"
+    retired_keys._warn.cache_clear()
     assert load_config(write(), ["decoders.placement=separate"]) == RunConfig()
     assert capsys.readouterr().err.count("\n") == 1
     assert load_config(write("decoders: {placement: group}")).decoders.placement == "group"
@@ -74,6 +87,15 @@ def test_a_retired_value_is_replaced_with_one_warning(write, capsys, monkeypatch
     assert capsys.readouterr().err == ""
 
 
+def test_a_warning_is_printed_once_per_process(write, capsys):
+    """P2: a resume reads run.json more than once and prints each warning once; other warnings are still printed."""
+    for _ in range(2):
+        load_config(write("encoders: {cache: x}"))
+    assert capsys.readouterr().err.count("\n") == 1
+    load_config(write("encoders: {cache: x}\ndecoders: {placement: colocated}"))
+    assert capsys.readouterr().err.startswith("warning: decoders.placement = colocated is read as pool: ")
+
+
 @pytest.mark.parametrize(("value", "warnings"), [(None, 0), ("/shared/embeddings", 1), (MASK, 1)])
 def test_a_run_of_an_earlier_version_is_resumed(tmp_path, capsys, value, warnings):
     """P2: its run.json may hold a removed key, with a masked secret too; the run is the same and can be resumed."""
@@ -81,12 +103,12 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path, capsys, value, warning
     written = config.model_dump(mode="json")
     written["encoders"]["cache"] = value
     manifest = {"url": "prompts.jsonl", "rows": 1, "samples": 1, "shards": 1}
-    old = {"identity": run_identity(config), "config": written, "manifest": manifest, "versions": {}}
+    old = {"identity": identity_of(config), "config": written, "manifest": manifest, "versions": {}}
     assert open_run(store, old) is RunState.NEW
     recorded, _ = read_run_config(str(tmp_path))
     assert recorded == config
     assert capsys.readouterr().err.count(WARNING) == warnings
-    new = {**old, "identity": run_identity(recorded), "config": recorded.model_dump(mode="json")}
+    new = {**old, "identity": identity_of(recorded), "config": recorded.model_dump(mode="json")}
     assert open_run(store, new) is RunState.RESUMED
 
 
@@ -104,4 +126,4 @@ def test_a_removed_key_is_no_difference_between_runs(tmp_path):
 def test_the_fingerprint_of_a_config_is_that_of_earlier_versions():
     """P2: a root of an earlier version is resumed only if the identity of its config is the same to the byte."""
     expected = "21ade442c2aeec577e9277e327aac1c52403977744f3c9ca9b01f691cb333414"
-    assert fingerprint(run_identity(RunConfig())) == expected
+    assert fingerprint(identity_of(RunConfig())) == expected

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from hv_batch.job.config import retired_keys
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig, load_config
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.records import run_document
 from hv_batch.job.records.run_document import read_run_config
 from hv_batch.job.records.run_identity import run_identity
 from hv_batch.job.storage.store import Store
 
 COLOCATED = {"placement": "colocated", "gpus": 0.3}
+
+
+def identity_of(config):
+    return run_identity(resolve_run(config))
+
+
+@pytest.fixture(autouse=True)
+def _a_new_process():
+    """Every test begins without printed warnings."""
+    retired_keys._warn.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -51,9 +63,9 @@ def test_a_run_with_colocated_decoders_can_be_resumed(tmp_path, capsys):
     config = RunConfig.model_validate({"decoders": {"gpus": 0.3}})
     written = config.model_dump(mode="json")
     written["decoders"]["placement"] = "colocated"
-    document = {"identity": run_identity(config), "config": written, "manifest": {"url": "prompts.jsonl"}}
+    document = {"identity": identity_of(config), "config": written, "manifest": {"url": "prompts.jsonl"}}
     run_document.open_run(Store(str(tmp_path)), document)
     read, manifest = read_run_config(str(tmp_path))
     assert (read, manifest) == (config, "prompts.jsonl")
-    assert run_identity(read) == run_identity(config)
+    assert identity_of(read) == identity_of(config)
     assert len(capsys.readouterr().err.splitlines()) == 1

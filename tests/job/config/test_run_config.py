@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.config.run_config import RunConfig, load_config
-from hv_batch.job.cost_model.group_plan import fixed_plan, plan_for
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.records.run_identity import run_identity
 from hv_batch.protocol import UserError, problems
 from tests.support.repository import CONFIGS
+
+
+def identity_of(config):
+    return run_identity(resolve_run(config))
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
     def bill(name):
         config = load_config(str(CONFIGS / name))
-        ranks = config.groups.count * plan_for(config, (720, 1280, 129)).world_size
+        ranks = config.groups.count * resolve_run(config, [(720, 1280, 129)]).groups.largest.world_size
         gpus = ranks * config.groups.gpus_per_rank
         gpus += config.encoders.count * config.encoders.gpus + config.decoders.count * config.decoders.gpus
         cpus = ranks * config.groups.cpus_per_rank
@@ -162,7 +166,7 @@ def test_overrides_are_yaml_values_laid_over_the_file(write):
     assert (config.groups.count, config.encoders.count) == (4, 2)  # an alias is not a shared variable
     assert config.output.keep_latents is True
     assert (config.defaults.flow_shift, config.defaults.guidance_scale) == (10.0, 5.0)
-    assert (config.parallel.device, fixed_plan(config).world_size) == ("cpu", 16)
+    assert (config.parallel.device, resolve_run(config).fixed_plan.world_size) == ("cpu", 16)
     assert config.model.options == {"dit": {"depth": 1, "width": 16}, "tile": {"px": None}, "name": "1"}
     assert config.defaults.negative_prompt == ""
 
@@ -221,7 +225,7 @@ def test_identity_is_what_changes_pixels_and_keys():
         "output": {"shard_size": 4},
     }
     for section, values in changing.items():
-        assert run_identity(RunConfig.model_validate({section: values})) != run_identity(plain), section
+        assert identity_of(RunConfig.model_validate({section: values})) != identity_of(plain), section
     free = {
         "groups": {"count": 9},
         "timeouts": {"stall_s": 5},
@@ -231,17 +235,17 @@ def test_identity_is_what_changes_pixels_and_keys():
         "output": {"keep_latents": True},
         "model": {"options": {"model_base": "elsewhere"}},
     }
-    assert run_identity(RunConfig.model_validate(free)) == run_identity(plain)
-    assert set(run_identity(plain)) == {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
-    assert json.loads(json.dumps(run_identity(plain))) == run_identity(plain)
+    assert identity_of(RunConfig.model_validate(free)) == identity_of(plain)
+    assert set(identity_of(plain)) == {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
+    assert json.loads(json.dumps(identity_of(plain))) == identity_of(plain)
 
 
 def test_a_later_key_is_in_the_identity_where_it_is_used():
     """P2: output roots that were begun before there was a cfg_degree can be resumed; P3: another one cannot."""
-    assert "cfg_degree" not in run_identity(RunConfig.model_validate({"parallel": {"cfg_degree": 1}}))["parallel"]
+    assert "cfg_degree" not in identity_of(RunConfig.model_validate({"parallel": {"cfg_degree": 1}}))["parallel"]
     halves = RunConfig.model_validate({"parallel": {"cfg_degree": 2}})
-    assert run_identity(halves)["parallel"]["cfg_degree"] == 2
-    assert fixed_plan(halves).world_size == 2 * fixed_plan(RunConfig()).world_size
+    assert identity_of(halves)["parallel"]["cfg_degree"] == 2
+    assert resolve_run(halves).fixed_plan.world_size == 2 * resolve_run(RunConfig()).fixed_plan.world_size
     for wrong in (0, 3, True, 1.0):
         with pytest.raises(ValueError, match="cfg_degree"):
             RunConfig.model_validate({"parallel": {"cfg_degree": wrong}})
@@ -250,7 +254,7 @@ def test_a_later_key_is_in_the_identity_where_it_is_used():
 def test_equal_settings_have_equal_identities():
     """P2: 6 and 6.0 are one guidance scale, or a resume with a reformatted config would be refused."""
     whole = RunConfig.model_validate({"defaults": {"guidance_scale": 6}})
-    assert json.dumps(run_identity(whole)) == json.dumps(run_identity(RunConfig()))
+    assert json.dumps(identity_of(whole)) == json.dumps(identity_of(RunConfig()))
 
 
 def test_only_the_ring_crosses_nodes(write):
@@ -262,7 +266,7 @@ def test_only_the_ring_crosses_nodes(write):
     text = refusal(write(""), "groups.nodes_per_group=3", *overrides[1:])
     assert "a number of ranks that 3 divides" in text
     config = load_config(write(""), [*overrides[:2], "parallel.ring_degree=2"])
-    assert run_identity(config) == run_identity(load_config(write(""), [overrides[1], "parallel.ring_degree=2"]))
+    assert identity_of(config) == identity_of(load_config(write(""), [overrides[1], "parallel.ring_degree=2"]))
 
 
 def test_a_stopped_job_has_time_to_drain():

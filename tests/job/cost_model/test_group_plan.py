@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from hv_batch.job.config.group_rules import GROUP_SIZES
 from hv_batch.job.config.hardware import GPUS
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import choose_sizes, explain_choice, fixed_plan, plan_for
+from hv_batch.job.cost_model.group_plan import explain_choice
 from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.workload import Workload, count_tokens
@@ -34,6 +35,10 @@ def auto(**sections):
     sections = {"gpu": "H100", "gpu_memory_gib": 79.6, **sections}
     sections["parallel"] = {"gpus_per_group": "auto", **sections.get("parallel", {})}
     return RunConfig.model_validate(sections)
+
+
+def plan_for(config, shape):
+    return resolve_run(config, [shape]).groups.largest
 
 
 def need_gib(shape, ranks):
@@ -63,19 +68,21 @@ def need_gib(shape, ranks):
 def test_degrees_are_chosen_for_a_size(parallel, nodes, plan):
     """Design section 5: as much Ulysses as the heads allow and a node holds; given degrees stay as they are."""
     config = RunConfig.model_validate({"parallel": parallel, "groups": {"nodes_per_group": nodes}})
-    assert fixed_plan(config) == ParallelPlan(ulysses_degree=plan[0], ring_degree=plan[1], cfg_degree=plan[2])
-    assert plan_for(config, HD) == fixed_plan(config)
-    assert choose_sizes(config, [HD, SD]).size_class(SD) == 0
+    assert resolve_run(config).fixed_plan == ParallelPlan(
+        ulysses_degree=plan[0], ring_degree=plan[1], cfg_degree=plan[2]
+    )
+    assert plan_for(config, HD) == resolve_run(config).fixed_plan
+    assert resolve_run(config, [HD, SD]).groups.size_class(SD) == 0
 
 
 @pytest.mark.parametrize("parallel", [{}, {"gpus_per_group": 8}, {"ulysses_degree": 8, "gpus_per_group": 8}])
 def test_the_identity_is_that_of_the_degrees(parallel):
     """P2, P3: however one size is written, roots that were begun before there was a gpus_per_group can be resumed."""
     config = RunConfig.model_validate({"parallel": parallel})
-    assert run_identity(config)["parallel"] == {"device": "cuda", "ulysses_degree": 8, "ring_degree": 1}
-    assert run_identity(RunConfig.model_validate(config.model_dump(mode="json"))) == run_identity(config), (
-        "as resume reads it"
-    )
+    assert run_identity(resolve_run(config))["parallel"] == {"device": "cuda", "ulysses_degree": 8, "ring_degree": 1}
+    assert run_identity(resolve_run(RunConfig.model_validate(config.model_dump(mode="json")))) == run_identity(
+        resolve_run(config)
+    ), "as resume reads it"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +121,8 @@ def test_what_auto_needs_is_told_at_once():
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(values)
     for expected in (
-        "whose costs are not known",
-        "auto without gpu and gpu_memory_gib; allowed: auto where the config tells",
+        "which has no cost model",
+        "auto without gpu and gpu_memory_gib; allowed: auto with both keys",
         "because auto chooses them for every shape",
         "among groups that fit on one node",
         "with encoders.placement = colocated; allowed: pool, because the number of encoders",
@@ -199,7 +206,7 @@ def test_looser_bounds_never_ask_for_larger_groups(shape, gib, more, minutes, la
 def test_shapes_that_fit_nowhere_are_told_at_once():
     """P6: every shape with its need, and the remedy."""
     with pytest.raises(UserError) as caught:
-        choose_sizes(auto(gpu_memory_gib=24), [HD, SD, IMAGE])
+        resolve_run(auto(gpu_memory_gib=24), [HD, SD, IMAGE])
     text = str(caught.value)
     assert text.count("GiB on each rank of the largest group, of 8") == 3
     assert "720x1280x129 needs about" in text
@@ -208,7 +215,7 @@ def test_shapes_that_fit_nowhere_are_told_at_once():
 
 def test_lanes_are_the_sizes_largest_first():
     """Each shape finds its size class, and each plan its shapes."""
-    sizes = choose_sizes(auto(gpu_memory_gib=32), [IMAGE, HD, SD])
+    sizes = resolve_run(auto(gpu_memory_gib=32), [IMAGE, HD, SD]).groups
     assert [plan.world_size for plan in sizes.plans] == [2, 1]
     assert sizes.largest.world_size == 2
     assert [sizes.size_class(shape) for shape in (HD, SD, IMAGE)] == [0, 1, 1]
@@ -219,11 +226,11 @@ def test_every_choice_is_explained():
     """`hv-batch plan` says why a shape has its size."""
     config = auto(gpu_memory_gib=32, groups={"max_sample_minutes": 10})
     slow = auto(gpu="L40S", groups={"max_sample_minutes": 5})
-    assert explain_choice(config, RELEASED, IMAGE) == "the cheapest"
-    assert explain_choice(config, RELEASED, HD) == "smaller ones take longer than 10 min"
-    assert explain_choice(slow, RELEASED, HD) == "the fastest, though it takes longer than 5 min"
-    assert explain_choice(auto(gpu_memory_gib=32), RELEASED, HD) == "smaller ones have not the memory"
-    assert explain_choice(RunConfig(), RELEASED, HD) == ""
+    assert explain_choice(resolve_run(config), IMAGE) == "the cheapest"
+    assert explain_choice(resolve_run(config), HD) == "smaller ones take longer than 10 min"
+    assert explain_choice(resolve_run(slow), HD) == "the fastest, though it takes longer than 5 min"
+    assert explain_choice(resolve_run(auto(gpu_memory_gib=32)), HD) == "smaller ones have not the memory"
+    assert explain_choice(resolve_run(RunConfig()), HD) == ""
 
 
 # ---- a run keeps to what it has chosen
@@ -232,22 +239,22 @@ def test_every_choice_is_explained():
 def test_the_identity_names_the_plan_of_every_shape():
     """P3: resolved, not "auto"; and what was recorded can be read back."""
     config = auto(gpu_memory_gib=32)
-    sizes = choose_sizes(config, [HD, IMAGE])
-    identity = json.loads(json.dumps(run_identity(config, sizes.by_shape)))
+    run = resolve_run(config, [HD, IMAGE])
+    identity = json.loads(json.dumps(run_identity(run)))
     one = {"ring_degree": 1, "cfg_degree": 1}
     plans = {"720x1280x1": {"ulysses_degree": 1, **one}, "720x1280x129": {"ulysses_degree": 2, **one}}
     assert identity["parallel"] == {"device": "cuda", "plans": plans}
-    assert recorded_plans(identity) == sizes.by_shape
-    assert recorded_plans(run_identity(RunConfig())) == {}
+    assert recorded_plans(identity) == run.groups.by_shape
+    assert recorded_plans(run_identity(resolve_run(RunConfig()))) == {}
 
 
 def test_recorded_plans_outlive_the_cost_model():
     """P3: a resumed run takes the plans that its run.json names, whatever would be chosen now."""
-    recorded = choose_sizes(auto(gpu_memory_gib=32), [HD, IMAGE]).by_shape
+    recorded = resolve_run(auto(gpu_memory_gib=32), [HD, IMAGE]).groups.by_shape
     now = auto(groups={"max_sample_minutes": 5})
-    assert choose_sizes(now, [HD, IMAGE]).by_shape != recorded
-    kept = choose_sizes(now, [HD, IMAGE, SD], recorded).by_shape
+    assert resolve_run(now, [HD, IMAGE]).groups.by_shape != recorded
+    kept = resolve_run(now, [HD, IMAGE, SD], recorded).groups.by_shape
     assert {shape: kept[shape] for shape in recorded} == recorded
     assert kept[SD] == plan_for(now, SD), "what was not recorded is chosen"
     halves = auto(parallel={"cfg_degree": 2})
-    assert choose_sizes(halves, [HD], recorded).largest.cfg_degree == 2, "another guidance is another run"
+    assert resolve_run(halves, [HD], recorded).groups.largest.cfg_degree == 2, "another guidance is another run"

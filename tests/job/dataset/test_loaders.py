@@ -162,7 +162,7 @@ def test_a_tar_of_other_bytes_than_recorded_is_refused(store):
     record = make_commit(make_sample(1))
     store.put(record["file"], b"something else")
     commits.commit(store, record)
-    with pytest.raises(ValueError, match="does not hold the bytes"):
+    with pytest.raises(ValueError, match="differs from that in its commit record"):
         seal_shard(store, 0, ["s001"], webdataset=True)
     assert not store.exists(layout.metadata_key(0))
 

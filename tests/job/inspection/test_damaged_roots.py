@@ -132,5 +132,5 @@ def test_a_foreign_file_hides_no_pending_sample(root):
 def test_a_run_document_without_its_parts_is_none_of_ours(root):
     """P2: nothing is taken for granted of a root whose run.json lacks what every run.json has."""
     change(manifest=None)(root / layout.RUN)
-    with pytest.raises(UserError, match="not written by this program"):
+    with pytest.raises(UserError, match="not written by this version"):
         run_document.read_run(Store(str(root)))

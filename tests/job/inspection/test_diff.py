@@ -65,7 +65,7 @@ def test_every_kind_of_difference(stores):
         "quarantined_in_b": ["s007"],
         "equal": False,
     }
-    assert "1 equal frames, other bytes: s002" in found.render()
+    assert "1 with equal frames and different bytes: s002" in found.render()
     assert "s004 (width, seed)" in found.render()
 
 

@@ -90,7 +90,7 @@ def test_long_table_lists_what_needs_attention():
     table = status.Status(url="u", finished=True, shards=tuple(many)).render()
     assert "shard-00007" in table
     assert "shard-00008" not in table
-    assert "999 shards that are sealed and without quarantined samples" in table
+    assert "999 shards that are sealed and have no quarantined samples" in table
     untouched = [status.ShardStatus(shard=n, samples=4, committed=0, quarantined=0, sealed=False) for n in range(1000)]
     table = status.Status(url="u", finished=False, shards=tuple(untouched)).render()
     assert len(table.splitlines()) < status.MAX_LINES + 10

@@ -152,9 +152,9 @@ def test_sums_that_cannot_be_used_are_made_again(store, sums):
     """P2: lost, damaged or of another version: the records say it."""
     rich_root(store, (0, 1, 2))
     expected = summary.aggregate(store)
-    store.delete(layout.sums_key(1))
+    store.delete(layout.totals_key(1))
     if sums is not None:
-        store.put(layout.sums_key(1), sums)
+        store.put(layout.totals_key(1), sums)
     assert summary.aggregate(store) == expected
 
 

@@ -113,7 +113,7 @@ FAULTS = {
     Fault.TABLE: lambda root: change_table(root, lambda table: table.slice(1)),
     Fault.POSTER: lambda root: poster_of(root, "s002").unlink(),
     Fault.LINEAGE: lambda root: (root / layout.lineage_key(0)).unlink(),
-    Fault.SUMS: lambda root: (root / layout.sums_key(0)).write_bytes((root / layout.sums_key(1)).read_bytes()),
+    Fault.SUMS: lambda root: (root / layout.totals_key(0)).write_bytes((root / layout.totals_key(1)).read_bytes()),
     Fault.TAR: lambda root: (root / layout.tar_key(0)).unlink(),
 }
 
@@ -169,7 +169,7 @@ def test_a_record_of_something_else(root, values):
     ("change", "said"),
     [
         (lambda table: table.set_column(table.column_names.index("seed"), "seed", pa.array([1, 2, 3, 4])), "seed = 1"),
-        (lambda table: pa.concat_tables([table.slice(0, 3), table.slice(0, 1)]), "have no row, as s004"),
+        (lambda table: pa.concat_tables([table.slice(0, 3), table.slice(0, 1)]), "have no row, for example s004"),
         (lambda table: table.drop_columns(["sha256"]), "sha256"),
         (lambda table: table.slice(0, 0), "4 committed samples have no row"),
     ],
@@ -232,11 +232,14 @@ def rewrite_tar(root: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda members: members[:-1], "s004.json is expected where it has its end"),
-        (lambda members: members[2:], "s001.mp4 is expected where it has s002.mp4"),
-        (lambda members: [*members, ("s009.json", b"{}")], "s009.json is of no sample"),
-        (lambda members: [(name, data + b"x") for name, data in members], "s001.mp4 has other bytes"),
-        (lambda members: [(name, data.replace(b"heron", b"goose")) for name, data in members], "s001.json has other"),
+        (lambda members: members[:-1], "it holds no further member in place of s004.json"),
+        (lambda members: members[2:], "it holds s002.mp4 in place of s001.mp4"),
+        (lambda members: [*members, ("s009.json", b"{}")], "s009.json belongs to no sample"),
+        (lambda members: [(name, data + b"x") for name, data in members], "the sha256 of its member s001.mp4 differs"),
+        (
+            lambda members: [(name, data.replace(b"heron", b"goose")) for name, data in members],
+            "the sha256 of its member s001.json",
+        ),
     ],
 )
 def test_a_tar_of_something_else(root, change, said):
@@ -290,7 +293,7 @@ def test_the_manifests_own_columns_are_held_against_the_records(root):
     assert "the columns ['topic']" in first.details
     change_table(root, lambda table: table.append_column("topic", pa.array(["geese"] * table.num_rows)))
     (first, _) = verify(Store(str(root)), decode_media, decodes=0).findings
-    assert 'the row of s001 says topic = "geese", its record null' in first.details
+    assert 'the row of s001 has topic = "geese", its record has null' in first.details
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b"\xff", b'{"class": "POISON"}'])

@@ -70,9 +70,9 @@ def test_the_second_is_told_about_the_first(any_store):
     with hold_lease(any_store, first, wait=never) as mine:
         with pytest.raises(LeaseHeldError) as caught, hold_lease(any_store, this_process("run"), wait=never):
             pass
-        for fact in (first.host, str(os.getpid()), "raysubmit_1", first.since, first.beat_at, "--steal"):
+        for fact in (first.host, str(os.getpid()), "raysubmit_1", first.since, first.beat_at, "--take-over"):
             assert fact in str(caught.value)
-        mine.beat()
+        mine.heartbeat()
         mine.check()
 
 
@@ -141,7 +141,7 @@ def test_a_dead_driver_elsewhere_is_replaced_after_a_minute(any_store):
     waited = []
     with hold_lease(any_store, this_process("run"), wait=lambda s: waited.append(s) or False) as mine:
         assert sum(waited) == lease.STALE_S
-        mine.beat()
+        mine.heartbeat()
         mine.check()
 
 
@@ -169,12 +169,12 @@ def test_a_stolen_lease_stops_its_holder(any_store):
         thief = this_process("run", "raysubmit_2")
         with hold_lease(any_store, thief, wait=never, steal=True) as second:
             first.check()
-            first.beat()
+            first.heartbeat()
             with pytest.raises(LeaseLostError, match="raysubmit_2"):
                 first.check()
             first.release()
             assert read_lease(any_store).token == thief.token
-            second.beat()
+            second.heartbeat()
             second.check()
 
 
@@ -187,7 +187,7 @@ def test_of_many_at_once_one_holds(any_store):
         barrier.wait()
         me = this_process("run")
         try:
-            if lease._take(any_store, me, False, never):
+            if lease._acquire(any_store, me, False, never):
                 taken.append(Lease(any_store, me))
         except LeaseHeldError:
             pass
@@ -198,7 +198,7 @@ def test_of_many_at_once_one_holds(any_store):
     for thread in threads:
         thread.join()
     for one in taken:
-        one.beat()
+        one.heartbeat()
     lost = 0
     for one in taken:
         try:
@@ -224,7 +224,7 @@ def test_a_lease_that_was_deleted_is_put_back(any_store):
     """P1: somebody tidied up; the holder still holds."""
     with hold_lease(any_store, this_process("run"), wait=never) as mine:
         any_store.delete(layout.LEASE)
-        mine.beat()
+        mine.heartbeat()
         mine.check()
         assert read_lease(any_store) is not None
 

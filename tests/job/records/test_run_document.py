@@ -179,7 +179,7 @@ def test_records_without_a_run_are_refused(any_store):
 def test_a_foreign_run_json_is_refused(any_store, junk):
     """P6: a folder that belongs to something else is not written to."""
     any_store.put(layout.RUN, junk)
-    with pytest.raises(UserError, match="not written by this program"):
+    with pytest.raises(UserError, match="not written by this version"):
         open_run(any_store, DOCUMENT)
     assert any_store.get(layout.RUN) == junk
 

@@ -91,11 +91,11 @@ def test_what_waits_is_committed_when_the_root_answers_again(tmp_path, root, set
     videos = [make_video(tmp_path, number) for number in (1, 2, 3)]
     for record, files in videos:
         root.put(layout.latent_key(record["shard"], record["key"]), b"latents")
-        assert spool.keep(record, files)
+        assert spool.add(record, files)
     with monkeypatch.context() as outage:
         go_away(outage, root)
-        assert spool.empty() == DrainResult((), str(AWAY))
-    assert spool.empty() == DrainResult(("s001", "s002", "s003"))
+        assert spool.drain() == DrainResult((), str(AWAY))
+    assert spool.drain() == DrainResult(("s001", "s002", "s003"))
     assert_committed(root, *videos)
     assert not list(root.list("latents/"))
     assert left_on_disk(settings) == []
@@ -106,13 +106,13 @@ def test_an_outage_in_the_middle_loses_nothing(tmp_path, root, settings, spool, 
     """P1, P2: wherever the root goes away again, what was told committed is, and the rest is still there."""
     videos = [make_video(tmp_path, number) for number in (1, 2, 3)]
     for video in videos:
-        assert spool.keep(*video)
+        assert spool.add(*video)
     with monkeypatch.context() as outage:
         outage.setattr(spooling, "UPLOADS_AT_ONCE", 1)
         go_away(outage, root, after)
-        first = spool.empty()
-    assert first.away
-    second = spool.empty()
+        first = spool.drain()
+    assert first.outage
+    second = spool.drain()
     assert sorted(first.committed + second.committed) == ["s001", "s002", "s003"]
     assert_committed(root, *videos)
     assert left_on_disk(settings) == []
@@ -125,11 +125,11 @@ def test_a_death_while_it_is_kept_leaves_a_whole_entry_or_none(tmp_path, root, s
     record, files = make_video(tmp_path, 1)
     spool._local = CrashingStore(spool._local.url, at, when)
     with pytest.raises(Crash):
-        spool.keep(record, files)
+        spool.add(record, files)
     whole = (at, when) == (2, "after")
-    assert Spool(settings, root, FINGERPRINT).empty() == DrainResult(("s001",) if whole else ())
+    assert Spool(settings, root, FINGERPRINT).drain() == DrainResult(("s001",) if whole else ())
     assert len(list(root.list(layout.COMMITS))) == whole
-    assert spool.keep(record, files), "the next try takes its place"
+    assert spool.add(record, files), "the next try takes its place"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -137,17 +137,17 @@ def test_a_death_while_it_is_kept_leaves_a_whole_entry_or_none(tmp_path, root, s
 def test_a_death_while_it_is_committed_is_made_good(tmp_path, root, settings, spool, at, when):
     """P1, P2: between any two writes, at the root or on the disk: one record, and nothing stays on the disk."""
     video = make_video(tmp_path, 1)
-    assert spool.keep(*video)
+    assert spool.add(*video)
     acts = CrashingStore(root.url, at, when)
     local = CrashingStore(spool._local.url)
     acts.acts = local.acts  # counted together
     local.at, local.when = at, when
     spool._root, spool._local = acts, local
     with pytest.raises(Crash):
-        spool.empty()
+        spool.drain()
     again = Spool(settings, root, FINGERPRINT)
     is_gone = not list(again._local.list(layout.COMMITS))
-    assert again.empty() == DrainResult(() if is_gone else ("s001",))
+    assert again.drain() == DrainResult(() if is_gone else ("s001",))
     assert_committed(root, video)
 
 
@@ -155,8 +155,8 @@ def test_a_record_that_is_there_stays(tmp_path, root, settings, spool):
     """P1: who was rendered again meanwhile keeps the later record, and nothing is uploaded beside it."""
     other = make_commit(make_sample(1))
     commits.commit(root, other)
-    assert spool.keep(*make_video(tmp_path, 1))
-    assert spool.empty() == DrainResult(("s001",))
+    assert spool.add(*make_video(tmp_path, 1))
+    assert spool.drain() == DrainResult(("s001",))
     assert commits.read_commit(root, 0, "s001") == other
     assert not list(root.list("data/"))
     assert left_on_disk(settings) == []
@@ -166,10 +166,10 @@ def test_a_record_that_is_there_stays(tmp_path, root, settings, spool):
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), Path.unlink])
 def test_a_damaged_video_is_not_committed(tmp_path, root, spool, damaged, damage):
     """P3: what is not of the hash that its record names, or is not there, is rendered again."""
-    assert spool.keep(*make_video(tmp_path, 1))
+    assert spool.add(*make_video(tmp_path, 1))
     (path,) = Path(spool._local.url).glob(damaged)
     damage(path)
-    assert spool.empty() == DrainResult(())
+    assert spool.drain() == DrainResult(())
     assert not list(root.list(layout.COMMITS))
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_video_is_not_committed(tmp_path, root, spool, damaged, damage
 def test_a_record_that_proves_nothing_is_not_committed(tmp_path, root, spool, spoilt):
     """P2: no half-written record, none of another run, sample or version; it is removed, so it is found once."""
     record, files = make_video(tmp_path, 1)
-    assert spool.keep(record, files)
+    assert spool.add(record, files)
     name = layout.commit_key(0, "s001")
     changed = {
         "another run": record | {"fingerprint": "0" * 64},
@@ -188,17 +188,17 @@ def test_a_record_that_proves_nothing_is_not_committed(tmp_path, root, spool, sp
         "another schema": record | {"schema": "hv_batch/commit/2"},
     }
     spool._local.put(name, spoilt if isinstance(spoilt, bytes) else commits.encode(changed[spoilt]))
-    assert spool.empty() == DrainResult(())
+    assert spool.drain() == DrainResult(())
     assert not list(root.list(layout.COMMITS))
     assert not spool._local.exists(name)
 
 
 def test_runs_do_not_see_each_others_videos(tmp_path, root, settings, spool):
     """P2: neither a run of another config nor one of the same into another root."""
-    assert spool.keep(*make_video(tmp_path, 1))
-    assert Spool(settings, root, "0" * 64).empty() == DrainResult(())
-    assert Spool(settings, Store(str(tmp_path / "elsewhere")), FINGERPRINT).empty() == DrainResult(())
-    assert spool.empty() == DrainResult(("s001",))
+    assert spool.add(*make_video(tmp_path, 1))
+    assert Spool(settings, root, "0" * 64).drain() == DrainResult(())
+    assert Spool(settings, Store(str(tmp_path / "elsewhere")), FINGERPRINT).drain() == DrainResult(())
+    assert spool.drain() == DrainResult(("s001",))
 
 
 def test_the_cap_holds_for_all_decoders_and_runs_of_a_node(tmp_path, root, settings):
@@ -206,7 +206,7 @@ def test_the_cap_holds_for_all_decoders_and_runs_of_a_node(tmp_path, root, setti
     spool_drain = [Spool(settings, root, FINGERPRINT), Spool(settings, root, "0" * 64)]
     videos = [make_video(tmp_path, number) for number in range(1, 21)]
     with ThreadPoolExecutor(8) as pool:
-        kept = list(pool.map(lambda pair: pair[1].keep(*videos[pair[0]]), enumerate(spool_drain * 10)))
+        kept = list(pool.map(lambda pair: pair[1].add(*videos[pair[0]]), enumerate(spool_drain * 10)))
     disk = Path(settings.spool_folder)
     media = sum(path.stat().st_size for path in disk.rglob("*.[mj]p*") if path.is_file())
     assert 0 < sum(kept) < 10, "records weigh, too"
@@ -219,7 +219,7 @@ def test_no_room_is_asked_for_twice(tmp_path, root, settings):
     """P7: a video that turned out larger than its latents is decoded in vain once, not every 15 seconds."""
     spool = Spool(settings.model_copy(update={"spool_gib": SIZE / 2 / 2**30}), root, FINGERPRINT)
     assert spool.has_room(10)
-    assert not spool.keep(*make_video(tmp_path, 1))
+    assert not spool.add(*make_video(tmp_path, 1))
     assert not spool.has_room(10)
     assert left_on_disk(settings) == []
 
@@ -229,7 +229,7 @@ def test_a_disk_that_others_need_gets_nothing(tmp_path, root, settings, monkeypa
     monkeypatch.setattr(spooling, "KEPT_FREE", 2**60)
     spool = Spool(settings, root, FINGERPRINT)
     assert not spool.has_room(1)
-    assert not spool.keep(*make_video(tmp_path, 1))
+    assert not spool.add(*make_video(tmp_path, 1))
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
@@ -240,7 +240,7 @@ def test_a_disk_that_fails_is_one_without_room(tmp_path, root, spool, monkeypatc
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Store, "put_file", fail)
-    assert not spool.keep(*make_video(tmp_path, 1))
+    assert not spool.add(*make_video(tmp_path, 1))
     monkeypatch.setattr(spooling.shutil, "disk_usage", fail)
     assert not spool.has_room(0)
 
@@ -249,7 +249,7 @@ def test_without_a_cap_nothing_is_touched(tmp_path, root, settings):
     """output.spool_gib: 0 is off."""
     spool = Spool(settings.model_copy(update={"spool_gib": 0.0}), root, FINGERPRINT)
     assert not spool.has_room(0)
-    assert not spool.keep(*make_video(tmp_path, 1))
+    assert not spool.add(*make_video(tmp_path, 1))
     assert not Path(settings.spool_folder).exists()
 
 
@@ -260,7 +260,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, root, settings)
     folder.chmod(0o777)
     spool = Spool(settings, root, FINGERPRINT)
     assert not spool.has_room(1)
-    assert spool.empty() == DrainResult(())
+    assert spool.drain() == DrainResult(())
     folder.rmdir()
     folder.symlink_to(tmp_path)
     assert not spool.has_room(1)
@@ -270,12 +270,12 @@ def test_stale_spools_are_swept(tmp_path, root, settings, spool):
     """What nobody came for in a week goes; a run to which something happened since keeps all of its own."""
     fresh = Spool(settings, root, "0" * 64)
     for each, number in ((spool, 1), (fresh, 2), (fresh, 3)):
-        assert each.keep(*make_video(tmp_path, number))
+        assert each.add(*make_video(tmp_path, number))
     old = time.time() - spooling.STALE_S - 60
     for each, key in ((spool, "*"), (fresh, "*s002*")):
         folder = Path(each._local.url)
         for path in (*folder.rglob(key), *([folder] if key == "*" else [])):
             os.utime(path, (old, old))
-    Spool(settings, root, "1" * 64).sweep()
+    Spool(settings, root, "1" * 64).remove_stale()
     assert not Path(spool._local.url).exists()
     assert len([name for name in left_on_disk(settings) if name.endswith(".json")]) == 2

@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.job.config.colocation import rank_gpus
 from hv_batch.job.config.run_config import RunConfig, load_config
-from hv_batch.job.cost_model.group_plan import choose_sizes, fixed_plan
 from hv_batch.job.cost_model.memory_check import memory_problems
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.scheduling.capacity import colocated_per_node, most_workers, stage_limits
 from hv_batch.job.scheduling.messages import TaskDone, WorkerId, WorkerLeaving, WorkerLost, WorkerPlaced
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import UserError
@@ -42,25 +40,22 @@ def config_of(ranks=8, groups=1, encoders=1, nodes=1):
 
 
 def problems_of(config, shapes):
-    return memory_problems(config, choose_sizes(config, shapes).by_shape)
+    return memory_problems(resolve_run(config, shapes))
 
 
 def test_a_group_reserves_the_resources_of_its_encoders():
     """encoders.placement: colocated: one node of eight GPUs renders; a rank gets the rest of its GPU."""
-    config = config_of()
-    assert (
-        minimum_resources(config, fixed_plan(config))
-        == [group_bundles(config, fixed_plan(config))]
-        == [[{"CPU": 8.0 + 1.0, "GPU": 8.0}]]
-    )
-    assert rank_gpus(config) == 0.8
-    assert [limit.is_colocated for limit in stage_limits(config, {}).values()] == [True, False, False]
+    run = resolve_run(config_of())
+    assert minimum_resources(run) == [group_bundles(run, run.groups.largest)] == [[{"CPU": 8.0 + 1.0, "GPU": 8.0}]]
+    assert run.rank_gpus == 0.8
+    assert run.pools == {}
+    assert [limit.is_colocated for limit in run.stage_limits({}).values()] == [True, False, False]
 
 
 def test_one_node_of_eight_gpus_is_enough():
     """configs/720p_one_node.yaml: nothing stands beside the group, and 720p fits."""
     config = load_config(str(CONFIGS / "720p_one_node.yaml"))
-    assert [bundle["GPU"] for bundles in minimum_resources(config, fixed_plan(config)) for bundle in bundles] == [8.0]
+    assert [bundle["GPU"] for bundles in minimum_resources(resolve_run(config)) for bundle in bundles] == [8.0]
     assert problems_of(config, [(720, 1280, 129), (1280, 720, 129), (720, 1280, 1)]) == []
     assert problems_of(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), "by 0.7 of it"
 
@@ -73,11 +68,11 @@ def test_every_colocated_encoder_finds_a_gpu(ranks, groups, encoders, nodes):
     """Property: a node holds at least one encoder and at most one for each GPU; the run does not wait for the rest of
     encoders.count.
     """
-    config = config_of(ranks * nodes, groups, encoders, nodes)
-    on_node = colocated_per_node(config)
+    run = resolve_run(config_of(ranks * nodes, groups, encoders, nodes))
+    on_node = run.colocated_per_node
     assert 1 <= on_node <= ranks
     wanted = groups if encoders == "auto" else encoders
-    assert most_workers(config)[Stage.ENCODE] == min(wanted, groups * nodes * on_node)
+    assert run.max_workers[Stage.ENCODE] == min(wanted, groups * nodes * on_node)
 
 
 @pytest.mark.parametrize("override", ["encoders.gpus=0.5", "encoders.gpus=1", "groups.gpus_per_rank=0.9"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.scheduling.capacity import stage_limits
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.scheduling.messages import WorkerPlaced
 from hv_batch.job.stages import Stage
@@ -110,6 +110,6 @@ def test_idle_groups_make_no_room_for_decoders_that_do_not_exist():
 def test_the_config_says_who_decodes():
     """decoders.placement: group leaves the stage without workers, whatever decoders.count says."""
     config = RunConfig.model_validate({"decoders": {"placement": "group", "count": 5}, "groups": {"count": 3}})
-    limits_of = stage_limits(config, {})[Stage.DECODE]
+    limits_of = resolve_run(config).stage_limits({})[Stage.DECODE]
     assert limits_of.workers == 0
     assert limits_of.ahead == 6, "a group that has denoised may wait for room as before"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.scheduling.capacity import most_workers, stage_limits
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.scheduling.messages import Heartbeat
 from hv_batch.job.scheduling.pool_sizing import HEADROOM, RECENT, SHRINK_AFTER_S, SPARE, PoolSizer
@@ -131,10 +131,12 @@ def test_a_pool_has_a_most():
 def test_a_config_says_which_pools_are_auto():
     """`count: auto` is at most one encoder and two decoders a group; the default is one of each."""
     config = RunConfig.model_validate({"groups": {"count": 3}, "decoders": {"count": "auto"}})
-    assert most_workers(config) == {Stage.ENCODE: 1, Stage.DENOISE: 3, Stage.DECODE: 6}
-    assert [stage for stage, of_stage in stage_limits(config, {}).items() if of_stage.auto] == [Stage.DECODE]
+    assert resolve_run(config).max_workers == {Stage.ENCODE: 1, Stage.DENOISE: 3, Stage.DECODE: 6}
+    assert [stage for stage, of_stage in resolve_run(config).stage_limits({}).items() if of_stage.auto] == [
+        Stage.DECODE
+    ]
     config = RunConfig.model_validate({"groups": {"count": 3}, "encoders": {"count": "auto"}})
-    assert most_workers(config) == {Stage.ENCODE: 3, Stage.DENOISE: 3, Stage.DECODE: 1}
+    assert resolve_run(config).max_workers == {Stage.ENCODE: 3, Stage.DENOISE: 3, Stage.DECODE: 1}
 
 
 # ---- with the scheduler

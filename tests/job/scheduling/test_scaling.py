@@ -10,7 +10,7 @@ from hv_batch.job.failure import FailureClass
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.scheduling.messages import Admitted, Finish, TaskDone, WorkerLeaving, WorkerPlaced
 from hv_batch.job.scheduling.scaling import MAKE_ROOM_EVERY_S, STARVED_AFTER_S
-from hv_batch.job.scheduling.worker_slots import GIVE_UP_S, LAST_CHECKPOINT_S
+from hv_batch.job.scheduling.worker_slots import END_MARGIN_S, LAST_CHECKPOINT_S
 from hv_batch.job.stages import Stage
 from tests.support.scheduler_world import World, advance, limits, pass_time, plan_of
 
@@ -66,7 +66,7 @@ def test_a_task_that_cannot_finish_is_given_up_in_time():
     world.feed(WorkerLeaving(group, 120.0))  # said again at every look
     pass_time(world, 90.0 - LAST_CHECKPOINT_S)
     assert world.checkpoints == [group, group]
-    pass_time(world, LAST_CHECKPOINT_S - GIVE_UP_S - 1.0)
+    pass_time(world, LAST_CHECKPOINT_S - END_MARGIN_S - 1.0)
     assert group in world.running
     world.tick(1.0)
     assert world.killed[group].kind is FailureClass.PREEMPTED

@@ -23,7 +23,7 @@ from hv_batch.job.scheduling.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDINGS
+from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDING_BYTES
 from hv_batch.job.scheduling.worker_slots import MAX_BACKOFF_S
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Workload
@@ -263,7 +263,7 @@ def test_a_node_that_is_excluded_counts_once(sick):
     for failed_starts in range(2 * sick):
         if not world.abort:
             group = next(worker for worker in world.starting if worker.stage is Stage.DENOISE)
-            world.feed(WorkerLost(group, Failure(FailureClass.INFRA, "no device"), excused=failed_starts % 2 == 1))
+            world.feed(WorkerLost(group, Failure(FailureClass.INFRA, "no device"), counts=failed_starts % 2 == 0))
             world.tick(MAX_BACKOFF_S)
     world.calm_down()
     if sick < RETRIES.worker:
@@ -318,7 +318,9 @@ def test_different_samples_that_kill_a_lone_group_end_the_run():
 def test_a_worker_on_which_everything_fails_is_rebuilt():
     """P5: three different samples that fail in a row on a worker that survives them are a sign against the worker."""
     world = World(limits(groups=1), plan_of(12))
-    drive(world, lambda w, k: ("failed", FailureClass.POISON) if w.stage is Stage.DECODE and w.life == 0 else None)
+    drive(
+        world, lambda w, k: ("failed", FailureClass.POISON) if w.stage is Stage.DECODE and w.incarnation == 0 else None
+    )
     assert world.finish
     assert len(world.quarantined) <= 3, "what had both its tries before the worker fell under suspicion"
     assert len(world.committed) >= 9
@@ -408,7 +410,7 @@ def test_a_lost_spool_costs_a_render_and_charges_nobody(stage, denoises):
 
 def test_the_driver_keeps_account_of_so_many_spooled_videos(monkeypatch):
     """P7: beyond that, decodes wait as they do when the disks are full."""
-    monkeypatch.setattr(backpressure, "SPOOLED_AT_MOST", 5)
+    monkeypatch.setattr(backpressure, "MAX_SPOOLED", 5)
     world = World(limits(groups=2, decoders=2), plan_of(30))
     for _ in range(200):
         decodes = [worker for worker in world.running if worker.stage is Stage.DECODE]
@@ -500,8 +502,8 @@ def test_a_step_that_is_overdue_is_a_hang():
     world = World(limits(groups=1), plan_of(2))
     until_denoising(world, groups=1)
     (group,) = denoising(world)
-    for patience_s, waited_s in ((math.inf, STALL_S), (2 * STALL_S, STALL_S), (10.0, 10.0)):
-        world.feed(Heartbeat(group, patience_s))
+    for next_within_s, waited_s in ((math.inf, STALL_S), (2 * STALL_S, STALL_S), (10.0, 10.0)):
+        world.feed(Heartbeat(group, next_within_s))
         world.tick(waited_s)
         assert group in world.running
     world.tick(1.0)
@@ -546,7 +548,7 @@ def test_stored_latents_take_no_room():
 
 def test_an_embedding_that_came_heavier_is_remembered():
     """P7: what the next embeddings will weigh is learnt from those that came."""
-    share = 3 * ASSUMED_EMBEDDINGS
+    share = 3 * ASSUMED_EMBEDDING_BYTES
     keys = [f"s{i}" for i in range(8)]
     world = World(
         limits(groups=1, batch=4, result_bytes=share),

@@ -10,15 +10,17 @@ import heapq
 import random
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Literal
 
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolved_run import GroupPlans
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.scheduling.capacity import most_workers, retry_limits, stage_limits
+from hv_batch.job.scheduling.capacity import retry_limits
 from hv_batch.job.scheduling.messages import (
     Abort,
     Admit,
@@ -131,9 +133,11 @@ class Night:
                 "timeouts": {"stall_s": 3 * BEAT_S},
             }
         )
-        plans = [ParallelPlan(ulysses_degree=kind.ranks) for kind in self.mix]
-        self.scheduler = Scheduler(stage_limits(config, {}, plans), retry_limits(config), config.timeouts.drain_s)
-        decoders = most_workers(config)[Stage.DECODE]
+        run = resolve_run(config)
+        plans = tuple(ParallelPlan(ulysses_degree=kind.ranks) for kind in self.mix)
+        limits = replace(run, groups=GroupPlans(plans, {})).stage_limits({})
+        self.scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
+        decoders = run.max_workers[Stage.DECODE]
         for _ in range(scene.nodes + -(-(scene.encoders + decoders) // GROUP_GPUS)):
             self.join()
         for at in scene.joins:

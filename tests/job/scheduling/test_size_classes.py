@@ -6,7 +6,7 @@ import pytest
 
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.scheduling.messages import Admitted
-from hv_batch.job.scheduling.size_classes import LOAD_S, PATIENCE_S
+from hv_batch.job.scheduling.size_classes import LOAD_S, MAX_WAIT_S
 from hv_batch.job.stages import Stage
 from tests.support.scheduler_world import World, limits, pass_time
 
@@ -47,9 +47,9 @@ def render_for(world, seconds):
 
 
 def test_a_size_with_samples_and_no_group_has_its_turn():
-    """No starvation: while another has an endless supply, a size waits PATIENCE_S and the end of a sample."""
+    """No starvation: while another has an endless supply, a size waits MAX_WAIT_S and the end of a sample."""
     world = World(limits(groups=1, ranks=(8, 1)), samples(LARGE, SMALL, *[LARGE] * 40))
-    render_for(world, PATIENCE_S - 2 * DENOISE_S)
+    render_for(world, MAX_WAIT_S - 2 * DENOISE_S)
     assert "s1" in world.at, "a group with work of its own is not given up before"
     assert not world.released
     render_for(world, 4 * DENOISE_S)
@@ -63,7 +63,7 @@ def test_a_large_group_is_gathered_from_small_ones():
     world = World(limits(groups=1, batch=16, ranks=(8, 1)), samples(*[SMALL] * 8, LARGE, *[SMALL] * 200))
     others_work(world)
     assert len(world.groups()) == 8
-    render_for(world, PATIENCE_S + 3 * DENOISE_S)
+    render_for(world, MAX_WAIT_S + 3 * DENOISE_S)
     assert "s8" in world.committed
     world.calm_down()
     assert len(world.committed) == 209
@@ -90,7 +90,7 @@ def test_an_idle_group_is_kept_as_long_as_a_load_takes():
 def test_one_size_never_makes_room():
     """All groups alike: nobody is let go for another before the tail."""
     world = World(limits(groups=2, ranks=(8,)), samples(*[LARGE] * 60))
-    render_for(world, PATIENCE_S + 2 * DENOISE_S)
+    render_for(world, MAX_WAIT_S + 2 * DENOISE_S)
     assert world.queue
     assert not world.released
     world.calm_down()

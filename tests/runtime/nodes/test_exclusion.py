@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.stages import Stage
-from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.nodes import exclusion
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.node_health import EXCLUDE_AFTER
 from hv_batch.runtime.nodes.resources import NODE_LABEL, avoid_nodes
-
-PAIR = ParallelPlan(ulysses_degree=2)
 
 
 @pytest.fixture
@@ -26,10 +24,12 @@ def nodes(monkeypatch):
     return there
 
 
-def config(gpus):
+def run_of(gpus):
     """Groups of two GPUs, pools of `gpus` each."""
-    return RunConfig.model_validate(
-        {"parallel": {"device": "cpu", "ulysses_degree": 2}, "encoders": {"gpus": gpus}, "decoders": {"gpus": gpus}}
+    return resolve_run(
+        RunConfig.model_validate(
+            {"parallel": {"device": "cpu", "ulysses_degree": 2}, "encoders": {"gpus": gpus}, "decoders": {"gpus": gpus}}
+        )
     )
 
 
@@ -41,7 +41,7 @@ def break_down(sick, stage, node):
 @pytest.mark.parametrize("stage", list(Stage))
 def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage, logged):
     """P5: whoever found it, groups, encoders and decoders keep off, and people are told once."""
-    sick = NodeExclusion(config(gpus=0.5), PAIR)
+    sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, stage, "a")
     assert all(sick.avoided(other) == {"a"} for other in Stage)
     assert logged == ["node host-a (a) is excluded for the rest of this run: its device fails: CUDA error: ECC"]
@@ -51,14 +51,14 @@ def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage, logged
 
 def test_who_got_a_node_excluded_is_told(nodes):
     """P5: the slot that failed there is not given up for it; of the first failure, nobody knows yet whose it was."""
-    sick = NodeExclusion(config(gpus=0.5), PAIR)
+    sick = NodeExclusion(run_of(gpus=0.5))
     assert [sick.start_failed(Stage.DENOISE, ["a"], "no device") for _ in range(3)] == [False, True, False]
     assert [sick.device_faulted(Stage.DENOISE, ["b"], "ECC") for _ in range(3)] == [False] * 3, "it cannot be spared"
 
 
 def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
     """P5: a decoder on a CPU has nothing to fear from a node's GPU, and knows nothing of it."""
-    sick = NodeExclusion(config(gpus=0.0), PAIR)
+    sick = NodeExclusion(run_of(gpus=0.0))
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
     assert not sick.excluded
@@ -70,7 +70,7 @@ def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
 def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
     """P5: groups leave a node that the decoders cannot do without; once there is room elsewhere, these leave, too."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
-    sick = NodeExclusion(config(gpus=0.5), PAIR)
+    sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, Stage.DENOISE, "a")
     assert sick.avoided(Stage.DENOISE) == {"a"}
     assert sick.avoided(Stage.DECODE) == frozenset()
@@ -81,7 +81,7 @@ def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
 def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes, logged):
     """P5: a node that cannot be spared is named and stays."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
-    sick = NodeExclusion(config(gpus=0.5), PAIR)
+    sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, Stage.DECODE, "a")
     assert not sick.excluded
     (line,) = logged
@@ -90,7 +90,7 @@ def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes, logged):
 
 def test_nodes_are_taken_back_when_no_group_could_stand_elsewhere(nodes, logged):
     """P5: the node that was left is lost, so the excluded one is better than none."""
-    sick = NodeExclusion(config(gpus=0.5), PAIR)
+    sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, Stage.DENOISE, "a")
     del nodes["b"]
     assert sick.avoided(Stage.DENOISE) == frozenset()

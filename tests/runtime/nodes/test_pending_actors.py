@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes import pending_actors, resources
@@ -32,7 +33,7 @@ def test_a_station_without_room_is_told_of_once(nodes, logged):
     """P5: groups that wait for a decoder render nothing, so it is told what that one asks, what there is, and whether
     that could ever do; again only when it has had room since.
     """
-    watch = PendingActorWatch(RunConfig.model_validate(CONFIG))
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     alone, joined = stage(Stage.DECODE, ()), stage(Stage.DECODE, (), ("a",))
     for now in (0.0, SAY_AFTER_S - 1.0):
         watch.look(alone, now)
@@ -56,7 +57,7 @@ def test_a_station_without_room_is_told_of_once(nodes, logged):
 
 def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes, logged):
     """Colocated encoders wait for a group, which reports its own waiting; at the tail no decoder may be needed."""
-    watch = PendingActorWatch(RunConfig.model_validate(CONFIG))
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     for now in (0.0, 2 * SAY_AFTER_S):
         watch.look(stage(Stage.ENCODE, ()), now)
     assert not logged

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.job.config.group_rules import DEFAULT_PLAN
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.cost_model.group_plan import fixed_plan
+from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.protocol import UserError
 from hv_batch.runtime.nodes import resources
 from hv_batch.runtime.nodes.resources import (
@@ -27,8 +26,9 @@ from hv_batch.runtime.nodes.resources import (
 
 def test_a_group_of_eight_wants_one_node():
     """Design section 5: a group's bundles are packed strictly, so eight GPUs over two nodes are not enough."""
-    bill = minimum_resources(RunConfig(), DEFAULT_PLAN)
-    assert total(group_bundles(RunConfig(), DEFAULT_PLAN)) == {"CPU": 8.0, "GPU": 8.0}
+    run = resolve_run(RunConfig())
+    bill = minimum_resources(run)
+    assert total(group_bundles(run, run.groups.largest)) == {"CPU": 8.0, "GPU": 8.0}
     assert can_place(bill, [{"CPU": 64, "GPU": 10}])
     assert can_place(bill, [{"CPU": 64, "GPU": 8}, {"CPU": 8, "GPU": 2}])
     assert not can_place(bill, [{"CPU": 64, "GPU": 5}, {"CPU": 64, "GPU": 5}])
@@ -40,11 +40,11 @@ def test_a_group_over_two_nodes_wants_two():
     config = RunConfig.model_validate(
         {"parallel": {"ulysses_degree": 4, "ring_degree": 2}, "groups": {"nodes_per_group": 2}}
     )
-    plan = fixed_plan(config)
-    assert group_bundles(config, plan) == [{"CPU": 4.0, "GPU": 4.0}] * 2
-    assert can_place(minimum_resources(config, plan), [{"CPU": 8, "GPU": 5}] * 2)
-    assert not can_place(minimum_resources(config, plan), [{"CPU": 64, "GPU": 16}])
-    assert not can_place(minimum_resources(config, plan), [{"CPU": 64, "GPU": 16}, {"CPU": 64, "GPU": 3}])
+    run = resolve_run(config)
+    assert group_bundles(run, run.groups.largest) == [{"CPU": 4.0, "GPU": 4.0}] * 2
+    assert can_place(minimum_resources(run), [{"CPU": 8, "GPU": 5}] * 2)
+    assert not can_place(minimum_resources(run), [{"CPU": 64, "GPU": 16}])
+    assert not can_place(minimum_resources(run), [{"CPU": 64, "GPU": 16}, {"CPU": 64, "GPU": 3}])
 
 
 def test_shares_of_a_gpu_add_up():
@@ -52,8 +52,8 @@ def test_shares_of_a_gpu_add_up():
     config = RunConfig.model_validate(
         {"parallel": {"ulysses_degree": 1}, "encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
     )
-    assert can_place(minimum_resources(config, fixed_plan(config)), [{"CPU": 4, "GPU": 2}])
-    assert not can_place(minimum_resources(config, fixed_plan(config)), [{"CPU": 4, "GPU": 1}])
+    assert can_place(minimum_resources(resolve_run(config)), [{"CPU": 4, "GPU": 2}])
+    assert not can_place(minimum_resources(resolve_run(config)), [{"CPU": 4, "GPU": 1}])
 
 
 def test_who_may_meet_on_a_node_share_its_store():
@@ -72,8 +72,8 @@ def test_who_may_meet_on_a_node_share_its_store():
 def test_groups_that_decode_want_no_decoder():
     """decoders.placement: group: nine GPUs are enough, whatever decoders.gpus says, even nothing."""
     config = RunConfig.model_validate({"decoders": {"placement": "group", "gpus": 0.0}})
-    assert len(minimum_resources(config, fixed_plan(config))) == 2
-    assert can_place(minimum_resources(config, fixed_plan(config)), [{"CPU": 64, "GPU": 9}])
+    assert len(minimum_resources(resolve_run(config))) == 2
+    assert can_place(minimum_resources(resolve_run(config)), [{"CPU": 64, "GPU": 9}])
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=4), st.lists(st.integers(0, 8), max_size=4))
@@ -99,7 +99,7 @@ def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes, logged):
     """P5, P6: when its nodes are gone, and it has had nothing to do for as long as a start may take, a run says what it
     asks, what there is, and that this will never do.
     """
-    shortage = ResourceShortage(RunConfig(), DEFAULT_PLAN, patience_s=100.0)
+    shortage = ResourceShortage(resolve_run(RunConfig()), patience_s=100.0)
     assert not shortage.lasts(0.0)
     nodes["node"]["GPU"] = 7.0
     assert shortage.lasts(200.0, is_busy=True)

@@ -1,0 +1,58 @@
+"""The logs of a run on a real Ray head: what the actors wrote into Ray's log folder, and what the driver wrote."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from tests.support.ray_head import free_port, started_head
+from tests.support.runs import command, finish, records, start, write_config, write_manifest
+
+SECRET = "planted-0123456789"
+
+
+def actor_logs(ray_folder: Path) -> list[str]:
+    """What the workers wrote to their stderr, each to a file of its own."""
+    return [path.read_text() for path in (ray_folder / "session_latest" / "logs").glob("worker-*.err")]
+
+
+def actor_records(ray_folder: Path) -> list[dict]:
+    """The JSON records of all workers, in the order in which they were written."""
+    lines = [line for log in actor_logs(ray_folder) for line in log.splitlines() if line.startswith("{")]
+    return sorted(map(json.loads, lines), key=lambda record: record["time"])
+
+
+def test_the_logs_of_the_actors_hold_the_history_of_every_sample(ray_environment, monkeypatch, tmp_path, marks):
+    """A search for a sample's key in Ray's log folder finds what each worker did with it, by attempt, and no secret:
+    not even one that an engine logs.
+    """
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)  # of the head, so of the actors, and of the driver
+    config = write_config(tmp_path, marks, encoders={"batch_size": 1})
+    prompts = ["good 0", f"bad !log-encode !raise-denoise-once {SECRET}"]
+    manifest, output = write_manifest(tmp_path, prompts), tmp_path / "out"
+    # Not tmp_path: Ray's sockets lie in this folder, and the length of their paths is limited.
+    with tempfile.TemporaryDirectory(prefix="hv-ray-") as folder:
+        arguments = ("--num-cpus=8", "--num-gpus=8", f"--temp-dir={folder}")
+        with started_head(tmp_path / "head.log", free_port(), *arguments) as (address, _):
+            driver = start([*command(config, manifest, output, address), "--log-format", "json"])
+            code, text = finish(driver)
+            assert code == 0, text
+            found, logs = actor_records(Path(folder)), actor_logs(Path(folder))
+
+    for sample, attempts in {"s00": 1, "s01": 2}.items():
+        own = [record for record in found if record.get("sample") == sample]
+        assert {record["run"] for record in own} == {json.loads(text.splitlines()[-1])["run"]}
+        encoded, denoised, committed = (
+            [(record["worker"].partition("-")[0], record["attempt"]) for record in own if word in record["message"]]
+            for word in ("encoded ", "denoised in", "; committed: ")
+        )
+        assert encoded == [("encode", attempt + 1) for attempt in range(attempts)]
+        assert denoised == [("denoise", attempts)]
+        assert committed == [("decode", attempts)]
+        assert records(output)[sample]["attempts"] == attempts
+    (failure,) = [record for record in map(json.loads, text.splitlines()) if record.get("sample") == "s01"]
+    assert (failure["level"], failure["attempt"]) == ("warning", 1)
+    assert "POISON" in failure["message"]
+    assert any("told to log at encode: bad" in log for log in logs)
+    assert not [log for log in (*logs, text) if SECRET in log]
