@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import signal
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,24 @@ def test_slurms_notice_reaches_the_driver_and_the_job_is_queued_again(slurm):
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 143
     assert "scontrol requeue 77" in slurm.calls()
+
+
+def test_the_quoted_messages_are_those_of_the_code():
+    """An operator who searches the troubleshooting table for a message must find it."""
+    readme = (ROOT / "cluster" / "README.md").read_text()
+    table = readme.partition("## Troubleshooting")[2]
+    quotes = [re.sub("<[^>]+>", "<>", quote) for quote in re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)]
+    messages = [
+        text for path in (ROOT / "hv_batch").rglob("*.py") for text in string_texts(ast.parse(path.read_text()))
+    ]
+    assert len(quotes) > 15
+    assert not [quote for quote in quotes if not any(quote in message for message in messages)]
+
+
+def string_texts(tree: ast.Module) -> Iterator[str]:
+    """The strings of a module; `<>` stands for the values in an f-string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "<>" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value

@@ -99,7 +99,7 @@ def test_a_synthetic_output_root_can_be_resumed(tmp_path):
     open_run(store, document)
     synthetic_data.commit_first(output, manifest, CONFIG, committed)
     plan = PendingSamples(store, index)
-    pending = [found.sample.row for found in plan if not isinstance(found, ShardSkipped)]
+    pending = [item.sample.row for item in plan if not isinstance(item, ShardSkipped)]
     assert pending == list(range(committed + 1, rows + 1))
     assert plan.counts.committed_before == committed
     assert plan.take_complete() == []

@@ -103,7 +103,7 @@ def test_retry_first_says_what_it_would_do(root):
     code, text = hv_batch("retry", root, "--class", "POISON")
     assert code == 0
     assert "2  POISON" in text
-    assert "2 samples would be taken back" in text
+    assert "2 samples would be released" in text
     assert files(root) == before
     assert "no such sample" in hv_batch("retry", root, "--class", "GPU_OOM")[1]
     code, text = hv_batch("retry", root, "--shards", "0", "--yes")

@@ -131,7 +131,7 @@ def test_nodes_that_are_drained_or_die_cost_steps_only(fleet, grown, tmp_path):
     fleet.kill_node(dying)
     run.wait_until_said("denoise-0.1 with s01: INFRA")  # the first one is encoded anew meanwhile
     run.go()
-    assert "is to be taken away in" in run.text
+    assert "is draining (" in run.text
     assert not {"denoise-0.0", "denoise-0.1"} & run.groups()
     steps = count(run.marks, "steps")
     assert [steps[f"{prompt} 1"] for prompt in PROMPTS[:2]] == [1, 1], "they went on from their step checkpoints"
@@ -185,7 +185,7 @@ def test_the_notice_itself_asks_for_a_checkpoint(fleet, tmp_path, expected):
     wait_for(lambda: count(run.marks, "steps").total() == 1, "the first step")
     fleet.add_node(gpus=3)
     drain(fleet, leaving, seconds=20)
-    run.wait_until_said("is to be taken away")
+    run.wait_until_said("is draining (")
     (run.marks / "go-1").touch()
     run.wait_until_said("denoise-0.0 with s00: PREEMPTED")
     (run.marks / "go-2").touch()

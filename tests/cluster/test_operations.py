@@ -153,7 +153,7 @@ def test_what_failed_is_rendered_again_by_one_command(ray_head, tmp_path, marks)
     assert code == 3, text
     code, text = render(*arguments)
     assert code == 3, text
-    assert "taken back of the quarantine: 2 samples" in text
+    assert "released from quarantine: 2 samples" in text
     assert count(marks, "denoised") == dict.fromkeys(prompts[:3], 1)
     assert [failure["kind"] for failure in records(output)["s01"]["history"]] == ["POISON"]
     assert records(output, "quarantine")["s03"]["attempts"] == 2

@@ -63,7 +63,11 @@ def _probe(path: Path) -> str:
 def _children() -> set[int]:
     """Return the ids of the child processes that are alive or not reaped."""
     tasks = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    while True:
+        try:
+            return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+        except FileNotFoundError:  # a thread has ended since it was listed
+            continue
 
 
 def test_a_video_round_trips(tmp_path):

@@ -19,7 +19,7 @@ from hv_batch.runtime.nightly import NightlyRequest, next_time, stop_in_time, un
 NOON = datetime(2026, 11, 20, 12, 0)
 
 
-def orders(output, **changes) -> NightlyRequest:
+def request_for(output, **changes) -> NightlyRequest:
     values = {"manifest": "p/{date}.jsonl", "day": date(2026, 11, 19), "until": None, "catch_up": 3} | changes
     return NightlyRequest(config=RunConfig(), output=str(output), **values)
 
@@ -33,7 +33,7 @@ def test_yesterday_is_the_default():
 @pytest.mark.parametrize("text", ["20.11.2026", "2026-13-01", "yesterday"])
 def test_a_date_that_is_none_is_refused(text):
     """P6: with the format that is meant."""
-    with pytest.raises(UserError, match="as 2026-11-20"):
+    with pytest.raises(UserError, match="for example 2026-11-20"):
         which_day(text, NOON)
 
 
@@ -63,14 +63,14 @@ def test_a_deadline_is_what_the_clock_on_the_wall_shows(monkeypatch, day, hours)
 @pytest.mark.parametrize("text", ["25:00", "6.30", "", "06:30:00"])
 def test_a_time_that_is_none_is_refused(text):
     """P6: with the format that is meant."""
-    with pytest.raises(UserError, match=r"as 06:30"):
+    with pytest.raises(UserError, match=r"for example 06:30"):
         next_time(text, NOON)
 
 
 def test_a_manifest_without_a_place_for_the_date_is_refused(tmp_path):
     """P6: every night would render the same prompts."""
     with pytest.raises(UserError, match=r"\{date\}"):
-        orders(tmp_path, manifest="prompts.jsonl")
+        request_for(tmp_path, manifest="prompts.jsonl")
 
 
 def test_unfinished_nights_come_oldest_first(tmp_path):
@@ -80,8 +80,8 @@ def test_unfinished_nights_come_oldest_first(tmp_path):
         store.put(layout.RUN, b"{}")
         if finished:
             store.put(layout.SUCCESS, b"")
-    assert list(unfinished(orders(tmp_path))) == [date(2026, 11, 16), date(2026, 11, 18)]
-    assert list(unfinished(orders(tmp_path, catch_up=0))) == []
+    assert list(unfinished(request_for(tmp_path))) == [date(2026, 11, 16), date(2026, 11, 18)]
+    assert list(unfinished(request_for(tmp_path, catch_up=0))) == []
 
 
 def test_the_drain_begins_so_early_that_it_ends_in_time():

@@ -20,4 +20,4 @@ def test_memory_that_comes_back_is_waited_for():
 def test_memory_that_somebody_keeps_is_the_nodes_fault():
     """P5: said with what is free and where; INFRA, so the group is built elsewhere and no sample is blamed."""
     with pytest.raises(NodeError, match=r"only 20\.0 of 80\.0 GiB of GPU 3 are free"):
-        await_free_memory(lambda: (20 * GIB, 80 * GIB), "GPU 3", patience_s=0.0)
+        await_free_memory(lambda: (20 * GIB, 80 * GIB), "GPU 3", timeout_s=0.0)

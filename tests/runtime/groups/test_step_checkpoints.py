@@ -18,7 +18,7 @@ from hv_batch.job.records.latents import get_steps, put_steps
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 from hv_batch.runtime.groups import step_checkpoints
-from hv_batch.runtime.groups.step_checkpoints import LEAST_PATIENCE_S, OVERDUE, StepTimer, StepWriter, read_steps
+from hv_batch.runtime.groups.step_checkpoints import MIN_LIMIT_S, OVERDUE, StepTimer, StepWriter, read_steps
 from hv_batch.runtime.worker import InFlight
 from tests.support.records import PARAMS, SAMPLE
 
@@ -190,9 +190,9 @@ def test_a_rank_tells_when_its_next_step_is_overdue(monkeypatch):
             for done, seconds in enumerate(took, 1):
                 now += seconds
                 after_step(done)
-                told.append(pace.patience_s)
+                told.append(pace.next_within_s)
             raise RuntimeError("lost peer")
-        assert pace.patience_s == math.inf
+        assert pace.next_within_s == math.inf
     slowest = OVERDUE * 40.0
-    assert told == [math.inf, LEAST_PATIENCE_S, slowest, slowest, math.inf, math.inf, OVERDUE * 20.0]
+    assert told == [math.inf, MIN_LIMIT_S, slowest, slowest, math.inf, math.inf, OVERDUE * 20.0]
     assert pace.steps == 7

@@ -85,7 +85,7 @@ def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes, logged):
     break_down(sick, Stage.DECODE, "a")
     assert not sick.excluded
     (line,) = logged
-    assert line.endswith("fails again and again, but no other node could host a group and the decoders: it stays")
+    assert line.endswith("fails repeatedly, but no other node can host a group and the decoders: it stays in use")
 
 
 def test_nodes_are_taken_back_when_no_group_could_stand_elsewhere(nodes, logged):

@@ -106,6 +106,6 @@ def test_a_pardon_starts_afresh():
     health = NodeHealth(leaves_one)
     for _ in range(EXCLUDE_AFTER):
         health.start_failed(Stage.DENOISE, ["a"], "no device")
-    assert health.pardon() == {"a"}
+    assert health.readmit() == {"a"}
     health.start_failed(Stage.DENOISE, ["a"], "no device")
     assert not health.excluded

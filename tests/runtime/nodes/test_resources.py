@@ -99,19 +99,19 @@ def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes, logged):
     """P5, P6: when its nodes are gone, and it has had nothing to do for as long as a start may take, a run says what it
     asks, what there is, and that this will never do.
     """
-    shortage = ResourceShortage(resolve_run(RunConfig()), patience_s=100.0)
+    shortage = ResourceShortage(resolve_run(RunConfig()), timeout_s=100.0)
     assert not shortage.lasts(0.0)
     nodes["node"]["GPU"] = 7.0
     assert shortage.lasts(200.0, is_busy=True)
     assert shortage.lasts(200.0 + 2 * SAY_EVERY_S, is_busy=True)
     (line,) = logged
-    assert line.startswith("waiting for nodes: Needed at least: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
-    assert line.endswith("Nodes there are: 64 CPU + 7 GPU.")
+    assert line.startswith("waiting for nodes: Minimum: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
+    assert line.endswith("Nodes of the cluster: 64 CPU + 7 GPU.")
     assert shortage.lasts(300.0, is_busy=True), "decodes that still run are worth waiting for"
     assert shortage.lasts(399.0)
     nodes["another"] = {"CPU": 64.0, "GPU": 10.0}
     assert not shortage.lasts(399.5), "one has come in time"
     del nodes["another"]
     assert shortage.lasts(450.0)
-    with pytest.raises(UserError, match=r"(?s)8 GPU.* 7 GPU\. However idle these are, the run could not go on there"):
+    with pytest.raises(UserError, match=r"(?s)8 GPU.* 7 GPU\. Add nodes, or request less"):
         shortage.lasts(550.0)

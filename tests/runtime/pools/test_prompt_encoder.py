@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hv_batch.runtime.pools.prompt_encoder import REMEMBERED, Embedder, Text
+from hv_batch.runtime.pools.prompt_encoder import CACHE_SIZE, Embedder, Text
 from tests.support.doubles import FakeEmbedding
 
 
@@ -33,13 +33,13 @@ def test_equal_prompts_are_encoded_once():
 
 def test_memory_is_bounded():
     """P7: the texts longest unused are forgotten, also when one batch is larger than what is remembered."""
-    texts = [Text(f"{number:03d}", False) for number in range(REMEMBERED + 2)]
+    texts = [Text(f"{number:03d}", False) for number in range(CACHE_SIZE + 2)]
     embedder = Embedder(CountingEncoder())
     found, _ = embedder.embed(texts)
-    assert len(found) == REMEMBERED + 2
+    assert len(found) == CACHE_SIZE + 2
     embedder = Embedder(CountingEncoder())
-    embedder.embed(texts[:REMEMBERED])
+    embedder.embed(texts[:CACHE_SIZE])
     embedder.embed(texts[:1])
-    embedder.embed(texts[REMEMBERED:])
+    embedder.embed(texts[CACHE_SIZE:])
     _, encoded = embedder.embed(texts[:3])
     assert encoded == set(texts[1:3])
