@@ -297,7 +297,7 @@ def test_a_dit_of_another_model_is_told_by_its_tensors(base):
     content["module"]["lora.up"] = torch.zeros(3)
     torch.save(content, base / DIT)
     (problem,) = take_inventory(base).problems
-    assert "single_blocks.1.linear2.weight is [3, 3], should be [128, 640]" in problem
+    assert "single_blocks.1.linear2.weight is [3, 3], must be [128, 640]" in problem
     assert "1 not of this model (lora.up)" in problem
     save_file({"a": torch.zeros(1)}, base / "other.safetensors")
     (problem,) = take_inventory(base / "other.safetensors").problems
