@@ -1,1 +1,1 @@
-"""`hv-batch bench`: how fast the parts of hv_batch are on the machine that is there."""
+"""Measurements behind `hv-batch bench`: the speed of the engine and of the job on the current machine."""

@@ -1,4 +1,4 @@
-"""Time the engine stage by stage on one device, next to diffusers in the same process."""
+"""Time the engine stage by stage on one device, and diffusers in the same process if it is installed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hv_batch.protocol import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """diffusers at the same stage. The ratios are ours / theirs: below 1, hv_batch is faster."""
+    """Measurements of diffusers at the same stage. Ratios are hv_batch / diffusers: below 1, hv_batch is faster."""
 
     best_s: float
     median_s: float
     gflop: float
     peak_gb: float | None
     ratio_best: float
-    ratio_median: float  # of the rounds' ratios
+    ratio_median: float  # median of the ratios of the rounds
 
     def render(self) -> str:
         return (
@@ -35,15 +35,15 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
-    """One stage of hv_batch, and of diffusers where it ran."""
+    """Measurements of one stage of hv_batch, and of diffusers if it ran."""
 
     stage: str
     size: str
     dtype: str
     best_s: float
     median_s: float
-    gflop: float  # of work that really ran, which is not the same for two implementations
-    gflops: float  # a second, in the best round
+    gflop: float  # operations that ran; the two implementations differ in this
+    gflops: float  # GFLOP per second in the best round
     of_matmul_peak: float
     peak_gb: float | None
     diffusers: Comparison | None
@@ -70,43 +70,44 @@ HEADER = f"{'':13}{'best s':>9}{'median s':>9}{'GFLOP':>11}{'GFLOP/s':>10}{'of p
 def bench_engine(
     preset: str, device: torch.device, stages: Sequence[str], rounds: int, *, fp8: bool = False, attention: str = "sdpa"
 ) -> Iterator[StageReport]:
-    """Report on each stage as soon as it is timed, the DiT's with FP8 products if `fp8`, and with that kernel.
+    """Yield the report of each stage as soon as it is timed.
 
-    Raises UserError for a name that is not known at once, and on the way when hv_batch itself does not fit into the
-    device's memory.
+    `fp8` and `attention` apply to the DiT of hv_batch only. Raises UserError immediately if a name is unknown, and
+    during iteration if hv_batch does not fit into the memory of the device.
     """
-    choose("preset", preset, PRESETS)
-    choose("attention", attention, KERNELS)
+    check_choice("preset", preset, PRESETS)
+    check_choice("attention", attention, KERNELS)
     for name in stages:
-        choose("stage", name, STAGES)
+        check_choice("stage", name, STAGES)
     sizes = replace(PRESETS[preset], fp8=fp8, attention=attention)
     return (_time_stage(name, sizes, rounds, device) for name in stages)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name, "auto" being the GPU if there is one. Raises UserError when there is none."""
-    choose("device", name, ("auto", "cpu", "cuda"))
+    """Return the named device; "auto" is the GPU if there is one. Raises UserError if CUDA is not available."""
+    check_choice("device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but this process sees no GPU; choose cpu.")
+        raise UserError("--device cuda: no CUDA device is visible to this process. Use --device cpu.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def describe(device: torch.device) -> str:
-    """The device, in words."""
+def describe_device(device: torch.device) -> str:
+    """Return the name of the device (on a CPU, the number of threads) and the version of PyTorch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return f"{device}: {name}, PyTorch {torch.__version__}"
 
 
 def missing_reference() -> str:
-    """What to say where diffusers is not installed; empty where it is."""
+    """Return a hint if diffusers is not installed, else an empty string."""
     if has_diffusers():
         return ""
-    return "diffusers is not installed, so nothing is compared; `pip install diffusers` adds it."
+    return "diffusers is not installed, so hv_batch is timed alone. `pip install diffusers` adds the comparison."
 
 
-def choose(option: str, value: str, allowed: Any) -> None:
+def check_choice(option: str, value: str, allowed: Any) -> None:
+    """Raises UserError if `value` is not in `allowed`."""
     if value not in allowed:
-        raise UserError(f"--{option} {value!r} is not known; allowed are {', '.join(allowed)}.")
+        raise UserError(f"--{option} {value!r} is unknown. Allowed values: {', '.join(allowed)}.")
 
 
 def _time_stage(name: str, preset: Preset, rounds: int, device: torch.device) -> StageReport:
@@ -114,8 +115,8 @@ def _time_stage(name: str, preset: Preset, rounds: int, device: torch.device) ->
         return _report(name, STAGES[name](preset, device), rounds, device)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"Stage {name} ({preset.summary}) does not fit into the memory of {device}: {error}. Choose another preset "
-            f"of {', '.join(PRESETS)}."
+            f"Stage {name} ({preset.summary}) does not fit into the memory of {device}: {error}. Choose another "
+            f"--preset: {', '.join(PRESETS)}."
         ) from error
 
 
@@ -143,14 +144,14 @@ def _report(name: str, stage: Stage, rounds: int, device: torch.device) -> Stage
 
 
 def _prepare(stage: Stage, device: torch.device) -> tuple[Work | None, Probe | None, str]:
-    """diffusers' work, already run once, or why there is none."""
+    """Return the function of diffusers after a warm-up run and its counts, or the reason why there is none."""
     if stage.theirs is None:
         return None, None, ""
     try:
         work = stage.theirs()
         return work, probe(work, device), ""
     except torch.OutOfMemoryError:
-        return None, None, "diffusers ran out of memory beside hv_batch; only hv_batch was timed"
+        return None, None, "diffusers ran out of memory next to hv_batch; only hv_batch was timed"
 
 
 def _compare(ours: Times, theirs: Times, counted: Probe) -> Comparison:

@@ -1,7 +1,7 @@
-"""An idle engine whose groups are real groups: the ranks meet over gloo, make every step together, and note when.
+"""A sleeping engine whose ranks form a gloo process group, synchronize at every step and record timed events.
 
-The notes are for whoever measures on this machine: one file a process, appended to line by line, so that what a killed
-rank has noted is there.
+Each process appends its events to a file of its own, one line per event, so that the events of a killed rank are kept.
+The benchmark reads the files; all processes must run on one machine.
 """
 
 from __future__ import annotations
@@ -17,66 +17,66 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from hv_batch.bench.sleep_engine import IdleDenoiser, SleepEngine
+from hv_batch.bench.sleep_engine import SleepDenoiser, SleepEngine
 from hv_batch.engine.parallel.process_group import host_store, join_group
 from hv_batch.protocol import OnStep, RankSpec, SamplingParams, StepState
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine
 
-JOINING = "joining"  # the process is there, and so are those of the other ranks
-JOINED = "joined"
-BEGUN = "begun"  # a denoise, from its start
-RESUMED = "resumed"  # a denoise, from a step checkpoint
-STEP = "step"
-ENDED = "ended"
+JOINING = "joining"  # the processes of all ranks have started
+JOINED = "joined"  # the rank has joined the group and passed the self-check
+BEGUN = "begun"  # a denoise begins at step 0
+RESUMED = "resumed"  # a denoise begins at a step checkpoint
+STEP = "step"  # a step is done
+ENDED = "ended"  # a denoise is done
 
 
 @dataclass(frozen=True, slots=True)
 class TimedEvent:
-    at: float  # seconds of time.monotonic, which all processes of a Linux machine share
-    what: str
+    at: float  # seconds of time.monotonic, which is the same in all processes of a Linux machine
+    what: str  # one of the constants above
     rank: int
     pid: int
 
 
-def take_note(folder: str, what: str, rank: int) -> None:
+def record_event(folder: str, what: str, rank: int) -> None:
     pid = os.getpid()
     with (Path(folder) / f"{pid}.jsonl").open("a") as file:
         file.write(json.dumps([time.monotonic(), what, rank, pid]) + "\n")
 
 
-def read_notes(folder: str) -> list[TimedEvent]:
-    """All that was noted, in the order of time."""
+def read_events(folder: str) -> list[TimedEvent]:
+    """Return the events of all processes, ordered by time."""
     lines = (line for path in Path(folder).glob("*.jsonl") for line in path.read_text().splitlines())
-    return sorted((TimedEvent(*json.loads(line)) for line in lines), key=lambda note: note.at)
+    return sorted((TimedEvent(*json.loads(line)) for line in lines), key=lambda event: event.at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlooSleepEngine(SleepEngine):
-    """Satisfies `hv_batch.protocol.Engine`; `notes` is the folder to note in."""
+    """Implements `hv_batch.protocol.Engine`. Ranks write their events into the folder `events`."""
 
-    notes: str
+    events: str
 
     def host_rendezvous(self, host: str, world_size: int) -> str:
         return host_store(host, world_size)
 
-    def join(self, place: RankSpec) -> GangDenoiser:
-        take_note(self.notes, JOINING, place.rank)
+    def join(self, place: RankSpec) -> GlooSleepDenoiser:
+        record_event(self.events, JOINING, place.rank)
         join_group(place)
-        return GangDenoiser(self.step_seconds, place.rank, self.notes, place)
+        return GlooSleepDenoiser(self.step_seconds, place.rank, self.events, place)
 
 
 @dataclass(frozen=True, slots=True)
-class GangDenoiser(IdleDenoiser):
-    """One rank."""
+class GlooSleepDenoiser(SleepDenoiser):
+    """One rank of a group."""
 
-    notes: str
+    events: str
     place: RankSpec
 
     def self_check(self) -> None:
-        self._meet()
-        take_note(self.notes, JOINED, self.place.rank)
+        self._synchronize()
+        record_event(self.events, JOINED, self.place.rank)
 
     def denoise(
         self,
@@ -86,19 +86,19 @@ class GangDenoiser(IdleDenoiser):
         on_step: OnStep,
         resume: StepState | None = None,
     ) -> np.ndarray:
-        """As the idle engine's, with all ranks in step."""
+        """Denoise as `SleepDenoiser` does, with a barrier after every step."""
 
-        def meet_and_note(done: int, read: Callable[[], np.ndarray] | None) -> None:
-            self._meet()
-            take_note(self.notes, STEP, self.place.rank)
+        def finish_step(done: int, read: Callable[[], np.ndarray] | None) -> None:
+            self._synchronize()
+            record_event(self.events, STEP, self.place.rank)
             on_step(done, read)
 
-        take_note(self.notes, RESUMED if resume else BEGUN, self.place.rank)
-        latents = IdleDenoiser.denoise(self, params, positive, negative, meet_and_note, resume)
-        take_note(self.notes, ENDED, self.place.rank)
+        record_event(self.events, RESUMED if resume else BEGUN, self.place.rank)
+        latents = SleepDenoiser.denoise(self, params, positive, negative, finish_step, resume)
+        record_event(self.events, ENDED, self.place.rank)
         return latents
 
-    def _meet(self) -> None:
+    def _synchronize(self) -> None:
         if self.place.plan.world_size > 1:
             dist.barrier()
 

@@ -1,7 +1,7 @@
-"""Time the job around the model: committed samples a second with all durability on, and the driver's memory.
+"""Measure the job without a model: committed samples per second with full durability, and the driver's memory.
 
-The engine sleeps (`hv_batch.bench.sleep_engine`); all else is real: Ray, the scheduler, latents that are stored before
-they are decoded, media, conditional commits, sealed shards, the report.
+The engine sleeps (`hv_batch.bench.sleep_engine`). All else is the production path: Ray, the scheduler, latents that are
+stored before the decode, media, conditional commits, sealed shards and the report.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from hv_batch.bench.ray_data_baseline import check_ray_data, pace_of_map_batches
+from hv_batch.bench.ray_data_baseline import check_ray_data, measure_map_batches
 from hv_batch.bench.synthetic_data import FORMATS, commit_first, write_manifest
-from hv_batch.bench.throughput import ProgressMeter, Throughput, attached, per_second
+from hv_batch.bench.throughput import ProgressMeter, Throughput, attached_handler, per_second
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import (
     DecodersConfig,
@@ -40,12 +40,12 @@ from hv_batch.runtime.render import ExitCode, render
 from hv_batch.runtime.session import ray_session
 
 SCRATCH = "hv_batch-bench-"
-SIDE = 64  # pixels: as small as the job's own cost, which does not depend on it
+SIDE = 64  # pixels; small, because the overhead of the job does not depend on the size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What the bench renders: samples of one frame or more, of a manifest that may hold others too."""
+    """What the benchmark renders, and the manifest and the output root that it starts from."""
 
     samples: int
     groups: int
@@ -53,9 +53,9 @@ class Load:
     steps: int
     step_seconds: float
     frames: int
-    committed: int = 0  # by an earlier run, which is made up: the samples before those that are rendered
-    rows: int = 0  # of the manifest; 0: all are rendered or committed
-    format: str = "jsonl"  # of the manifest, one of `made_up.FORMATS`
+    committed: int = 0  # samples that a synthetic earlier run has committed; they precede the rendered ones
+    rows: int = 0  # rows of the manifest, if more than the committed and the rendered samples
+    format: str = "jsonl"  # format of the manifest, one of `synthetic_data.FORMATS`
 
     @property
     def all_rows(self) -> int:
@@ -65,25 +65,25 @@ class Load:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobReport:
     load: Load
-    pace: Throughput  # of commits
-    first_denoise_s: float  # from the command to the first denoise: manifest, Ray and workers
-    groups_busy: float  # share of the groups' time between the first commit and the last
-    driver_mb: float  # peak resident memory of the driver's process
-    ray_data: Throughput | None = None  # what `yardstick` finds; None where it was not asked for
+    pace: Throughput  # throughput of commits
+    first_denoise_s: float  # from the command to the first denoise: manifest check, start of Ray and of the workers
+    groups_busy: float  # fraction of the time between the first and the last commit that groups spend in denoising
+    driver_mb: float  # peak resident memory of the driver process, in MB
+    ray_data: Throughput | None = None  # throughput of `ray_data_baseline`; None if it was not measured
 
     def render(self) -> str:
         load = self.load
         lines = [
             f"{load.samples:,} samples of {load.frames} frame(s), {load.groups} groups, {load.decoders} decoders: "
             f"{self.pace.render()}, groups busy {self.groups_busy:.1%} of the time",
-            f"{load.all_rows:,} rows ({load.format}), {load.committed:,} committed before: first denoise after "
+            f"{load.all_rows:,} rows ({load.format}), {load.committed:,} committed earlier: first denoise after "
             f"{self.first_denoise_s:.1f} s, driver {self.driver_mb:,.0f} MB",
         ]
         if self.ray_data is not None:
             ratio = self.pace.per_second / self.ray_data.per_second
             lines.append(
-                f"Ray Data's map_batches, keeping no promise: {self.ray_data.render()}; hv_batch has {ratio:.2f} of "
-                "its pace"
+                f"Ray Data's map_batches, without durability: {self.ray_data.render()}; hv_batch has {ratio:.2f} of "
+                "its throughput"
             )
         return "\n".join(lines)
 
@@ -92,24 +92,24 @@ class JobReport:
 
 
 def bench_job(load: Load, *, with_ray_data: bool = False) -> JobReport:
-    """Render the load into a temporary folder on a local Ray; then, if asked, let Ray Data do the like on another.
+    """Render `load` into a temporary folder on a local Ray, then with Ray Data on a second one if `with_ray_data`.
 
-    Raises UserError as a run does, for a format that is not known, and where Ray Data cannot run.
+    Raises UserError if the format is unknown, if Ray Data cannot run, and in the cases in which a run raises it.
     """
     if load.format not in FORMATS:
-        raise UserError(f"--format {load.format}: allowed are {', '.join(FORMATS)}.")
+        raise UserError(f"--format {load.format!r} is unknown. Allowed values: {', '.join(FORMATS)}.")
     if with_ray_data:
         check_ray_data()
     config, meter = _config(load), ProgressMeter()
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         manifest, output = Path(name) / f"manifest.{load.format}", Path(name) / "out"
-        _elsewhere(write_manifest, manifest, load.all_rows)
+        _in_subprocess(write_manifest, manifest, load.all_rows)
         if load.committed:
             _run(config, manifest, output, selection=Selection(limit=1))
-            _elsewhere(commit_first, output, manifest, config, load.committed)
+            _in_subprocess(commit_first, output, manifest, config, load.committed)
         last = load.committed + load.samples
         begun = time.time()
-        with attached(meter):
+        with attached_handler(meter):
             _run(config, manifest, output, selection=Selection(limit=last) if last < load.all_rows else None)
         driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         records = _records_since(begun, output, config, load.committed)
@@ -130,14 +130,14 @@ def _time_ray_data(load: Load, folder: Path) -> Throughput:
     config, output = _config(load), folder / "ray_data"
     output.mkdir()
     with ray_session(resolve_run(config), "local"):
-        return pace_of_map_batches(config, load.samples, load.decoders, output)
+        return measure_map_batches(config, load.samples, load.decoders, output)
 
 
 @contextmanager
 def rendered(config: RunConfig, samples: int, stopped: Event | None = None) -> Iterator[Path]:
-    """The output root of a run on a local Ray, which is removed again. Raises UserError as a run does.
+    """Render `samples` samples on a local Ray and yield the output root, which is removed after the block.
 
-    `stopped` ends the run before its last sample.
+    The run ends early if `stopped` is set. Raises UserError in the cases in which a run raises it.
     """
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         manifest, output = Path(name) / "manifest.jsonl", Path(name) / "out"
@@ -154,7 +154,7 @@ def _run(
     selection: Selection | None = None,
     stopped: Event | None = None,
 ) -> None:
-    with redirect_stdout(sys.stderr):  # where Ray tells of processes that were killed; the report goes to stdout
+    with redirect_stdout(sys.stderr):  # Ray prints messages about killed processes; stdout is for the report
         code = render(
             config,
             str(manifest),
@@ -163,27 +163,30 @@ def _run(
             address="local",
             stopped=stopped,
         )
-    ended_well = ExitCode.STOPPED if stopped and stopped.is_set() else ExitCode.COMMITTED
-    assert code is ended_well, f"the bench's run ended with {code}"
+    expected = ExitCode.STOPPED if stopped and stopped.is_set() else ExitCode.COMMITTED
+    assert code is expected, f"the run of the benchmark ended with {code}, expected {expected}"
 
 
-def _elsewhere(make: Callable[..., None], *arguments: Any) -> None:
-    """In a process of its own: what it takes of memory is not the driver's."""
+def _in_subprocess(function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function` in another process, so that its memory does not count as the driver's."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        process.submit(make, *arguments).result()
+        process.submit(function, *arguments).result()
 
 
 @dataclass(frozen=True, slots=True)
 class _Times:
-    """Of one sample, in seconds since 1970."""
+    """Times of one sample, in seconds since the epoch."""
 
-    begin: float  # of its denoise
-    end: float  # its commit
+    begin: float  # start of the denoise
+    end: float  # commit
 
 
 def _records_since(begun: float, output: Path, config: RunConfig, committed: int) -> list[_Times]:
-    """Of the samples after those that were committed before."""
-    found = []
+    """Return the times of the samples that were committed at or after `begun`.
+
+    Shards that the first `committed` samples fill are not read.
+    """
+    times = []
     for path in (output / "commits").iterdir():
         if int(path.name.rpartition("-")[2]) < committed // config.output.shard_size:
             continue
@@ -191,8 +194,8 @@ def _records_since(begun: float, output: Path, config: RunConfig, committed: int
             end = datetime.fromisoformat(record["created_at"]).timestamp()
             if end >= begun:
                 took = record["stages"]["denoise"] + record["stages"]["decode"]
-                found.append(_Times(end - took, end))
-    return found
+                times.append(_Times(end - took, end))
+    return times
 
 
 def _config(load: Load) -> RunConfig:

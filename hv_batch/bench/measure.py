@@ -1,7 +1,7 @@
-"""Times, work, memory: what is measured about a function that computes on one device.
+"""Measure the time, operations and memory of a function that computes on one device.
 
-Two implementations are timed in turns, A B A B, and compared pair by pair: what else the machine does slows both of a
-pair alike, while two blocks of runs would be compared across whatever happened in between.
+Two implementations are timed in alternation (A B A B) and compared pair by pair. Other load on the machine slows both
+runs of a pair equally; two separate blocks of runs would also compare the load of two different times.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop
 
 Work = Callable[[], object]
 
-_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough for the peak, done in a fraction of a second
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to reach the peak, small enough for a fraction of a second
 _MATMUL_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one implementation, in the order of the rounds."""
+    """Seconds that one implementation took, one value per round."""
 
     seconds: tuple[float, ...]
 
@@ -40,14 +40,14 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One run that was counted instead of timed."""
+    """Counts of one run that was not timed."""
 
-    flop: int  # multiplications and additions of the matrix products, convolutions and attention that really ran
-    peak_bytes: int | None  # above what was in use before; None where the system does not tell
+    flop: int  # multiplications and additions of the matrix products, convolutions and attention that ran
+    peak_bytes: int | None  # peak memory above that in use before the run; None if the system does not report it
 
 
 def time_in_turns(works: Sequence[Work], rounds: int, device: torch.device) -> list[Times]:
-    """Each of `works`, `rounds` times, in turns."""
+    """Run each of `works` `rounds` times, in alternation, and return the times of each."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
         for work, taken in zip(works, seconds, strict=True):
@@ -64,12 +64,15 @@ def time_once(work: Work, device: torch.device) -> float:
 
 
 def median_ratio(ours: Times, theirs: Times) -> float:
-    """The middle one of the rounds' ratios."""
+    """Return the median of the ratios ours / theirs of the rounds."""
     return statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
 
 
 def probe(work: Work, device: torch.device) -> Probe:
-    """Run once to warm up, so that kernels are chosen, their buffers and the counter's own memory there; then count."""
+    """Count the operations and the peak memory of a run.
+
+    A first run warms up: it selects kernels and allocates their buffers and the memory of the counter itself.
+    """
     with FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS):
         work()
     before = _reset_peak(device)
@@ -81,7 +84,7 @@ def probe(work: Work, device: torch.device) -> Probe:
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of a few large square matrix products: what the device gives, not what its data sheet says."""
+    """Return the measured peak of the device: the FLOP/s of the fastest of a few large square matrix products."""
     size = _MATMUL_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
@@ -96,7 +99,7 @@ def _count_convolution(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any,
     return conv_flop_count(x_shape, weight_shape, out_shape)
 
 
-# What the counter does not know: kernels of CPUs.
+# CPU kernels that PyTorch's counter does not cover.
 _CPU_KERNELS: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
     torch.ops.aten.mkldnn_convolution: _count_convolution,
@@ -109,13 +112,14 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _reset_peak(device: torch.device) -> int | None:
-    """Start a new peak; the bytes in use now."""
+    """Reset the peak of the memory use; returns the bytes in use now, or None if the system does not report them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is given back, or a run would seem to need less
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+        # Return freed memory to the system first. A run that reuses it would appear to need less.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak resident memory
     except (OSError, AttributeError):
         return None
     return _peak(device)

@@ -1,4 +1,4 @@
-"""Named sizes to time the engine at: widths of the three models, one video, and the precision of each stage."""
+"""Named sizes for `hv-batch bench engine`: the widths of the models, the video size and the dtype of each stage."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextWidths:
-    """Of the LLaMA and the CLIP tower; the defaults are the released ones."""
+    """Sizes of the LLaMA and the CLIP tower; the defaults are those of the released model."""
 
     llama_width: int = 4096
     llama_mlp: int = 14336
-    llama_layers: int = 32  # of which the engine runs all but two
+    llama_layers: int = 32  # the engine skips the last two
     llama_heads: int = 32
     llama_kv_heads: int = 8
     clip_width: int = 768
@@ -28,27 +28,27 @@ class TextWidths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """What the three stages work on. Latent sizes are (frames, rows, columns)."""
+    """Model sizes and inputs of the three stages. Latent sizes are (frames, rows, columns)."""
 
     summary: str
     text: TextWidths = field(default_factory=TextWidths)
     dit: DiTConfig = field(default_factory=DiTConfig)
     dit_latents: tuple[int, int, int]
-    text_tokens: int  # valid ones; diffusers computes on the whole padding of 256
+    text_tokens: int  # valid tokens; diffusers computes on all 256 padded ones
     vae: VAEConfig = field(default_factory=VAEConfig)
     vae_latents: tuple[int, int, int]
     text_dtype: torch.dtype = torch.float16
     dit_dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float16
-    fp8: bool = False  # the products of the DiT's blocks, of hv_batch only
-    attention: str = "sdpa"  # the DiT's kernel, of hv_batch only
+    fp8: bool = False  # FP8 matrix products in the blocks of the DiT; hv_batch only
+    attention: str = "sdpa"  # attention kernel of the DiT; hv_batch only
 
 
 _FP32: dict[str, Any] = {"text_dtype": torch.float32, "dit_dtype": torch.float32, "vae_dtype": torch.float32}
 
 PRESETS: Mapping[str, Preset] = {
     "toy": Preset(
-        summary="the widths of the toy checkpoint; seconds on any CPU",
+        summary="the widths of the toy checkpoint; takes seconds on any CPU",
         text=TextWidths(
             llama_width=64,
             llama_mlp=128,
@@ -67,7 +67,7 @@ PRESETS: Mapping[str, Preset] = {
         **_FP32,
     ),
     "mid": Preset(
-        summary="a fortieth of the released model, in float32; a minute a round on two cores",
+        summary="a fortieth of the released model, in float32; takes a minute per round on two cores",
         text=TextWidths(
             llama_width=1024, llama_mlp=3584, llama_layers=8, llama_heads=16, llama_kv_heads=4, clip_layers=6
         ),

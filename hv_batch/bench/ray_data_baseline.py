@@ -1,7 +1,7 @@
-"""The same samples through Ray Data's `map_batches`: what a pipeline costs that keeps no promise.
+"""Baseline of `hv-batch bench job`: the same samples through Ray Data's `map_batches`, without durability.
 
-The same engine in the same three kinds of actors. The last one writes each picture or video and a few facts into a
-folder: nothing is flushed, put if absent, looked up, retried or resumed.
+The same engine runs in the same three kinds of actors. The last actor writes each media file and a short JSON file into
+a folder. There is no fsync, no put-if-absent, no retry and no resume.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.media.writer import write_media
 from hv_batch.protocol import Engine, ParallelPlan, RankSpec, SamplingParams, UserError
 
-Rows = dict[str, np.ndarray]  # a batch as Ray Data hands it over: equally long columns
+Rows = dict[str, np.ndarray]  # a batch in the format of Ray Data: columns of equal length
 
 
 def check_ray_data() -> None:
-    """Raises UserError where it cannot run."""
+    """Raises UserError if a package that Ray Data needs is missing."""
     if missing := [name for name in ("pandas", "pyarrow") if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"--with-ray-data: Ray Data needs {' and '.join(missing)}, which is not installed here. Install it with "
-            "pip install 'ray[data]', or leave the option out."
+            f"--with-ray-data: Ray Data needs {' and '.join(missing)}, which is not installed. Install it with "
+            "`pip install 'ray[data]'`, or omit the option."
         )
 
 
-def pace_of_map_batches(config: RunConfig, samples: int, decoders: int, folder: Path) -> Throughput:
-    """At which it writes samples into `folder`. Ray must have been started.
+def measure_map_batches(config: RunConfig, samples: int, decoders: int, folder: Path) -> Throughput:
+    """Return the throughput at which Ray Data writes `samples` samples into `folder`. Ray must be initialized.
 
-    One actor encodes, `config.groups.count` denoise, `decoders` decode.
+    One actor encodes, `config.groups.count` actors denoise, and `decoders` actors decode.
     """
-    import ray.data  # with pandas: seconds, and optional
+    import ray.data  # takes seconds to import and needs pandas, which is optional
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

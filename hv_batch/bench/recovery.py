@@ -1,14 +1,14 @@
-"""Time the life of denoise groups: what a killed rank costs, and how long groups stand idle between two samples.
+"""Measure denoise groups: the cost of a killed rank, and the idle time of groups between two samples.
 
-The model sleeps (`hv_batch.bench.gloo_sleep_engine`); all else is real: Ray and its actors, the scheduler, the meeting of the
-ranks over gloo, step checkpoints, kills by SIGKILL, latents, media and commits.
+The engine sleeps (`hv_batch.bench.gloo_sleep_engine`). All else is the production path: Ray and its actors, the
+scheduler, the gloo process group of the ranks, step checkpoints, latents, media and commits. Ranks are killed by
+SIGKILL.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import statistics
 import tempfile
@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from threading import Event, Thread
 from typing import Any
 
-from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, STEP, TimedEvent, read_notes
+from hv_batch.bench.gloo_sleep_engine import BEGUN, ENDED, JOINED, JOINING, STEP, TimedEvent, read_events
 from hv_batch.bench.job_throughput import SIDE, rendered
-from hv_batch.bench.throughput import attached
+from hv_batch.bench.throughput import attached_handler
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import (
     DecodersConfig,
@@ -31,26 +31,27 @@ from hv_batch.job.config.sections import (
     ParallelConfig,
 )
 
-# Of the samples that are disturbed: short, so that rebuilds are most of the time, with checkpoints before the kill.
+# Samples whose group loses a rank are short, so that rebuilds take most of the time. Each has a step checkpoint before
+# the kill.
 STEPS, STEP_SECONDS, KILL_AFTER, CHECKPOINT_EVERY = 8, 0.1, 4, 1
 
-# Samples beyond those: more than are in flight, or the encoder would be let go, as at the end of every run, and the
-# last rebuilds would wait for its return.
-MORE = 16
+# Samples after those. There must be more than can be in flight: with fewer, the run would release the encoder, as at
+# the end of every run, and the last rebuilds would wait until it is started again.
+EXTRA_SAMPLES = 16
 
-LOOK_EVERY_S = 0.02  # for the step to kill after
+POLL_S = 0.02  # how often the killer reads the events
 
 PHASES = ("notice", "processes", "meet", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuild:
-    """What one kill has cost, in seconds, phase by phase."""
+    """Seconds of each phase of the recovery from one kill."""
 
-    notice: float  # from the kill until the driver gives the group up
-    processes: float  # until every rank has a process again, in the seats of the last life
-    meet: float  # until all have joined and proved themselves
-    step: float  # until the first step after that is made, of whichever sample
+    notice: float  # from the kill until the driver reports the loss of the group
+    processes: float  # until every rank has a new process, in the group's reservation
+    meet: float  # until all ranks have joined the process group and passed the self-check
+    step: float  # until the first step after that, of any sample
 
     @property
     def phases(self) -> list[float]:
@@ -63,31 +64,31 @@ class RebuildReport:
     rebuilds: tuple[Rebuild, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Seconds: (least, median) of every phase, and of the time since the kill at its end."""
+        """Return (minimum, median) seconds of each phase, and of the time from the kill to the end of the phase."""
         took = [rebuild.phases for rebuild in self.rebuilds]
         since = [[sum(phases[: i + 1]) for i in range(len(PHASES))] for phases in took]
         return {
             "ranks": self.ranks,
             "kills": len(self.rebuilds),
             **{
-                name: {"took": _least_and_median(column), "since_kill": _least_and_median(sums)}
+                name: {"took": _min_and_median(column), "since_kill": _min_and_median(sums)}
                 for name, column, sums in zip(PHASES, zip(*took, strict=True), zip(*since, strict=True), strict=True)
             },
         }
 
     def render(self) -> str:
-        found = self.to_dict()
-        lines = [f"a group of {self.ranks} rank(s), one killed {len(self.rebuilds)} times; seconds, least and median:"]
+        report = self.to_dict()
+        lines = [f"a group of {self.ranks} rank(s), {len(self.rebuilds)} kills; seconds, minimum and median:"]
         lines += [f"{'':12}{'took':>16}{'since the kill':>18}"]
         for name in PHASES:
-            took, since = (" {:7.2f} {:7.2f}".format(*found[name][column]) for column in ("took", "since_kill"))
+            took, since = (" {:7.2f} {:7.2f}".format(*report[name][column]) for column in ("took", "since_kill"))
             lines.append(f"{name:12}{took:>16}{since:>18}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleReport:
-    """Shares of the time between a group's first and last denoise in which it denoised nothing, of each group."""
+    """Idle time of each group, as a fraction of the time from its first to its last denoise."""
 
     steps: int
     step_seconds: float
@@ -100,100 +101,108 @@ class IdleReport:
     def render(self) -> str:
         return (
             f"{len(self.shares)} group(s), {self.samples} samples of {self.steps} steps of {self.step_seconds:g} s: "
-            f"idle {statistics.mean(self.shares):.2%} of the time between two denoises, "
+            f"idle {statistics.mean(self.shares):.2%} of the time, "
             f"{min(self.shares):.2%} to {max(self.shares):.2%} by group"
         )
 
 
 def bench_rebuild(ranks: int, kills: int) -> RebuildReport:
-    """Kill a rank in the middle of each of `kills` samples, another one each time. Raises UserError as a run does."""
-    with tempfile.TemporaryDirectory(prefix="hv_batch-notes-") as notes:
-        losses, killer = LossObserver(), RankKiller(notes, ranks, kills)
-        config = _config(notes, STEP_SECONDS, STEPS, ranks=ranks, checkpoint_every=CHECKPOINT_EVERY)
+    """Kill one rank during each of `kills` samples, a different rank each time, and measure the recoveries.
+
+    Raises UserError in the cases in which a run raises it.
+    """
+    with tempfile.TemporaryDirectory(prefix="hv_batch-events-") as folder:
+        losses, killer = LossObserver(), RankKiller(folder, ranks, kills)
+        config = _config(folder, STEP_SECONDS, STEPS, ranks=ranks, checkpoint_every=CHECKPOINT_EVERY)
         killer.start()
         try:
-            with attached(losses), rendered(config, kills + MORE, stopped=killer.done):
+            with attached_handler(losses), rendered(config, kills + EXTRA_SAMPLES, stopped=killer.done):
                 pass
         finally:
             killer.done.set()
             killer.join()
-        found = rebuilds(read_notes(notes), killer.killed_at, losses.noticed_at, ranks)
-    return RebuildReport(ranks, tuple(found))
+        measured = rebuilds(read_events(folder), killer.killed_at, losses.noticed_at, ranks)
+    return RebuildReport(ranks, tuple(measured))
 
 
 def bench_idle(groups: int, samples: int, steps: int, step_seconds: float, frames: int) -> IdleReport:
-    """Let `groups` of one rank render `samples` in all. Raises UserError as a run does."""
-    with tempfile.TemporaryDirectory(prefix="hv_batch-notes-") as notes:
-        config = _config(notes, step_seconds, steps, groups=groups, frames=frames)
+    """Render `samples` samples in total with `groups` groups of one rank, and measure their idle time.
+
+    Raises UserError in the cases in which a run raises it.
+    """
+    with tempfile.TemporaryDirectory(prefix="hv_batch-events-") as folder:
+        config = _config(folder, step_seconds, steps, groups=groups, frames=frames)
         with rendered(config, samples):
             pass
-        shares = tuple(idle_shares(read_notes(notes)))
+        shares = tuple(idle_shares(read_events(folder)))
     return IdleReport(steps=steps, step_seconds=step_seconds, samples=samples, shares=shares)
 
 
 class RankKiller(Thread):
-    """Kills one rank of the group in the middle of each of the first `kills` samples, then sets `done`."""
+    """Kills one rank of the group during each of the first `kills` samples, then sets `done`."""
 
-    def __init__(self, notes: str, ranks: int, kills: int) -> None:
+    def __init__(self, folder: str, ranks: int, kills: int) -> None:
         super().__init__(daemon=True)
-        self._notes, self._ranks, self._kills = notes, ranks, kills
+        self._folder, self._ranks, self._kills = folder, ranks, kills
         self.done = Event()
-        self.killed_at: list[float] = []
+        self.killed_at: list[float] = []  # on the monotonic clock
 
     def run(self) -> None:
-        while not self.done.wait(LOOK_EVERY_S):
-            gang = gang_in_the_middle(read_notes(self._notes), len(self.killed_at))
-            if gang and len(self.killed_at) == self._kills:
+        while not self.done.wait(POLL_S):
+            pids = pids_to_kill(read_events(self._folder), len(self.killed_at))
+            if pids and len(self.killed_at) == self._kills:
                 self.done.set()
-            elif gang:
+            elif pids:
                 self.killed_at.append(time.monotonic())
-                os.kill(gang[len(self.killed_at) % self._ranks], signal.SIGKILL)
+                os.kill(pids[len(self.killed_at) % self._ranks], signal.SIGKILL)
 
 
 class LossObserver(logging.Handler):
-    """Records when the driver reported the loss of a group."""
+    """Records the times at which the driver logs the loss of a group that was denoising a sample."""
 
     def __init__(self) -> None:
         super().__init__()
         self.noticed_at: list[float] = []  # on the monotonic clock
 
     def emit(self, record: logging.LogRecord) -> None:
-        if re.match(r"denoise-\S+ with .*: INFRA", record.getMessage()):
+        worker, sample = getattr(record, "worker", None), getattr(record, "sample", None)
+        if str(worker).startswith("denoise-") and sample and ": INFRA" in record.getMessage():
             self.noticed_at.append(time.monotonic())
 
 
-def gang_in_the_middle(notes: Sequence[TimedEvent], sample: int) -> dict[int, int] | None:
-    """The pid of each rank, when `sample`, counted from 0, was begun and has made its steps before the kill."""
-    begun = [note for note in notes if note.rank == 0 and note.what == BEGUN]
+def pids_to_kill(events: Sequence[TimedEvent], sample: int) -> dict[int, int] | None:
+    """Return the process id of each rank once sample number `sample` (from 0) has done KILL_AFTER steps, else None."""
+    begun = [event for event in events if event.rank == 0 and event.what == BEGUN]
     if len(begun) <= sample:
         return None
     start = begun[sample]
-    if sum(note.what == STEP and note.pid == start.pid and note.at > start.at for note in notes) < KILL_AFTER:
+    if sum(event.what == STEP and event.pid == start.pid and event.at > start.at for event in events) < KILL_AFTER:
         return None
-    return {note.rank: note.pid for note in notes if note.what == JOINED}  # of the last life, which noted last
+    return {event.rank: event.pid for event in events if event.what == JOINED}  # later processes replace earlier ones
 
 
 def rebuilds(
-    notes: Sequence[TimedEvent], killed_at: Sequence[float], noticed_at: Sequence[float], ranks: int
+    events: Sequence[TimedEvent], killed_at: Sequence[float], noticed_at: Sequence[float], ranks: int
 ) -> list[Rebuild]:
-    """What each kill has cost: the first notes of every kind after it."""
-    found = []
+    """Return the phases of the recovery from each kill, from the first events of each kind after it."""
+    measured = []
     for killed, noticed in zip(killed_at, noticed_at, strict=True):
-        later = [note for note in notes if note.at > noticed]
-        there = max(note.at for note in [note for note in later if note.what == JOINING][:ranks])
-        stands = max(note.at for note in [note for note in later if note.what == JOINED][:ranks])
-        step = next(note for note in later if note.what == STEP and note.at > stands)
-        found.append(
-            Rebuild(notice=noticed - killed, processes=there - noticed, meet=stands - there, step=step.at - stands)
+        later = [event for event in events if event.at > noticed]
+        started = max(event.at for event in [event for event in later if event.what == JOINING][:ranks])
+        joined = max(event.at for event in [event for event in later if event.what == JOINED][:ranks])
+        step = next(event for event in later if event.what == STEP and event.at > joined)
+        measured.append(
+            Rebuild(notice=noticed - killed, processes=started - noticed, meet=joined - started, step=step.at - joined)
         )
-    return found
+    return measured
 
 
-def idle_shares(notes: Sequence[TimedEvent]) -> list[float]:
-    """Of each group of one rank that has rendered more than one sample."""
+def idle_shares(events: Sequence[TimedEvent]) -> list[float]:
+    """Return the idle fraction of each group of one rank that has rendered more than one sample."""
     shares = []
-    for pid in sorted({note.pid for note in notes}):
-        begun, ended = ([note.at for note in notes if note.pid == pid and note.what == what] for what in (BEGUN, ENDED))
+    for pid in sorted({event.pid for event in events}):
+        own = [event for event in events if event.pid == pid]
+        begun, ended = ([event.at for event in own if event.what == what] for what in (BEGUN, ENDED))
         if len(begun) > 1:
             gaps = sum(after - before for before, after in zip(ended, begun[1:], strict=False))
             shares.append(gaps / (ended[-1] - begun[0]))
@@ -201,7 +210,7 @@ def idle_shares(notes: Sequence[TimedEvent]) -> list[float]:
 
 
 def _config(
-    notes: str,
+    events: str,
     step_seconds: float,
     steps: int,
     *,
@@ -210,7 +219,7 @@ def _config(
     frames: int = 1,
     checkpoint_every: int = 0,
 ) -> RunConfig:
-    options = {"step_seconds": step_seconds, "notes": notes}
+    options = {"step_seconds": step_seconds, "events": events}
     return RunConfig(
         model=ModelConfig(engine="hv_batch.bench.gloo_sleep_engine:GlooSleepEngine", options=options),
         defaults=Defaults(height=SIDE, width=SIDE, num_frames=frames, num_inference_steps=steps),
@@ -221,5 +230,5 @@ def _config(
     )
 
 
-def _least_and_median(seconds: Sequence[float]) -> tuple[float, float]:
+def _min_and_median(seconds: Sequence[float]) -> tuple[float, float]:
     return min(seconds), statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""An engine that sleeps where a model would compute: what is left of a run's time is the job's own."""
+"""An engine that sleeps instead of computing, so that the remaining time of a run is the overhead of the job."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class IdleEmbedding:
+class SleepEmbedding:
     num_tokens: int = 1
     tokens_lost: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SleepEngine:
-    """Satisfies `hv_batch.protocol.Engine`; a step takes `step_seconds`, all else no time."""
+    """Implements `hv_batch.protocol.Engine`. A denoise step sleeps for `step_seconds`; all else returns immediately."""
 
     step_seconds: float = 0.0
 
@@ -46,31 +46,31 @@ class SleepEngine:
     def group_problems(self, _plan: ParallelPlan, _shapes: Iterable[Shape] = ()) -> list[str]:
         return []
 
-    def text_encoder(self, _device: Device) -> IdleEncoder:
-        return IdleEncoder()
+    def text_encoder(self, _device: Device) -> SleepEncoder:
+        return SleepEncoder()
 
     def host_rendezvous(self, host: str, _world_size: int) -> str:
         return host
 
-    def join(self, place: RankSpec) -> IdleDenoiser:
-        return IdleDenoiser(self.step_seconds, place.rank)
+    def join(self, place: RankSpec) -> SleepDenoiser:
+        return SleepDenoiser(self.step_seconds, place.rank)
 
-    def decoder(self, _device: Device) -> IdleDecoder:
-        return IdleDecoder()
+    def decoder(self, _device: Device) -> SleepDecoder:
+        return SleepDecoder()
 
 
-class IdleEncoder:
-    def encode(self, prompts: Sequence[str], *, image: bool) -> list[IdleEmbedding]:
-        return [IdleEmbedding()] * len(prompts)
+class SleepEncoder:
+    def encode(self, prompts: Sequence[str], *, image: bool) -> list[SleepEmbedding]:
+        return [SleepEmbedding()] * len(prompts)
 
 
 @dataclass(frozen=True, slots=True)
-class IdleDenoiser:
+class SleepDenoiser:
     step_seconds: float
     rank: int
 
     def self_check(self) -> None:
-        """There is nothing that could be wrong."""
+        """Always passes."""
 
     def denoise(
         self,
@@ -80,7 +80,7 @@ class IdleDenoiser:
         on_step: OnStep,
         resume: StepState | None = None,
     ) -> np.ndarray:
-        """Latents that differ from seed to seed, so that no two media have one name."""
+        """Return random latents of `params.latent_shape` that differ by seed, so media files have distinct names."""
         latents = np.random.default_rng(params.seed).random(params.latent_shape, np.float32)
         for step in range(resume.step if resume else 0, params.num_inference_steps):
             time.sleep(self.step_seconds)
@@ -89,10 +89,10 @@ class IdleDenoiser:
 
     def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
         if self.rank == 0:
-            yield from IdleDecoder().decode(latents)
+            yield from SleepDecoder().decode(latents)
 
 
-class IdleDecoder:
+class SleepDecoder:
     def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         _, frames, height, width = latents.shape
         levels = (latents[0, 0] * 255).astype(np.uint8)

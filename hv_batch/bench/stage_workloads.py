@@ -1,8 +1,8 @@
-"""The three stages of a render as functions to time: text encoding, one DiT step, the tiled VAE decode.
+"""Build the three stages of a render as functions to time: text encoding, one DiT step, the tiled VAE decode.
 
-Each builder draws random weights on the device and returns what hv_batch computes there and, where diffusers is
-installed, what diffusers computes of the same size. A builder runs just before its stage is timed, and what it built is
-dropped before the next: only one stage's models are ever in memory.
+Each builder creates models with random weights on the device. It returns a function that runs hv_batch and, if
+diffusers is installed, one that runs diffusers at the same size. A builder runs just before its stage is timed, and its
+models are freed before the next stage: only the models of one stage are in memory at a time.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PROMPT = "A cat walks on the grass, realistic style, soft light, the camera foll
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """`theirs` makes diffusers' model, when called, and returns its work; None where diffusers is not installed."""
+    """The functions of one stage to time."""
 
     size: str
     dtype: torch.dtype
     ours: Work
-    theirs: Callable[[], Work] | None
+    theirs: Callable[[], Work] | None  # builds the model of diffusers and returns its function; None if not installed
 
 
 def has_diffusers() -> bool:
@@ -47,7 +47,7 @@ def has_diffusers() -> bool:
 
 
 def text_stage(preset: Preset, device: torch.device) -> Stage:
-    """One prompt through both towers. diffusers runs the same weights, all layers of them."""
+    """Encode one prompt with both towers. diffusers runs all layers of the same weights."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,10 @@ def text_stage(preset: Preset, device: torch.device) -> Stage:
 
 
 def dit_stage(preset: Preset, device: torch.device) -> Stage:
-    """One forward pass with embedded guidance, without classifier-free guidance. The text is padded to 256 tokens."""
+    """Run one forward pass with embedded guidance and without classifier-free guidance.
+
+    The text is padded to 256 tokens.
+    """
     config, dtype = preset.dit, preset.dit_dtype
     model = _random(lambda: HYVideoDiT(config, preset.attention), device, dtype)
     if preset.fp8:
@@ -121,14 +124,14 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
 
 
 def vae_stage(preset: Preset, device: torch.device) -> Stage:
-    """A decode in the official tiles, of which diffusers takes the same; both have the same weights."""
+    """Decode in tiles of the released geometry. diffusers uses the same tiles and the same weights."""
     config, dtype, geometry = preset.vae, preset.vae_dtype, TileGeometry()
     vae = _random(lambda: CausalVAE(config), device, dtype)
     latents = torch.randn(1, LATENT_CHANNELS, *preset.vae_latents, device=device) * config.scaling_factor
 
     def ours() -> None:
         for _chunk in decode_streaming(vae, latents, geometry):
-            pass  # as in a render, where a chunk is encoded and forgotten
+            pass  # as in a render, which writes each chunk to ffmpeg and frees it
 
     def theirs() -> Work:
         from diffusers import AutoencoderKLHunyuanVideo
@@ -167,7 +170,7 @@ STAGES: dict[str, Callable[[Preset, torch.device], Stage]] = {
 
 
 def _random(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A module with the weights that PyTorch draws for a new one, made where and in what it computes."""
+    """Build a module with PyTorch's initial weights, directly on `device` and in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -211,7 +214,7 @@ def _clip(widths: TextWidths, words: int, start: int, end: int) -> nn.Module:
 
 
 def _used_part(llama: Any) -> Any:
-    """The same weights without the last layers and the final norm, as `TextTowers` loads them."""
+    """Return a view of the model without the last layers and the final norm, as `TextTowers` loads it."""
     part = copy.copy(llama)
     part._modules = dict(llama._modules)
     part.config = copy.deepcopy(llama.config)

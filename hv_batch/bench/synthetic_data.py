@@ -1,4 +1,4 @@
-"""Manifests and output roots of any size, made up: what a night, or a hundred, would have left."""
+"""Synthetic manifests and partly committed output roots of any size."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ FORMATS = ("jsonl", "jsonl.gz", "parquet")
 
 COLUMNS = ("id", "prompt", "category", "seed")
 CATEGORIES = ("animals", "landscape", "people", "city")
-ROWS_AT_ONCE = 100_000  # of Parquet: a row group
+ROWS_AT_ONCE = 100_000  # rows of a Parquet row group
 
 
 def write_manifest(path: Path, rows: int) -> None:
-    """Of one of FORMATS, by the name's suffix; a row has an id, a prompt, a seed and a column of the user's own."""
+    """Write a manifest in the format (of FORMATS) that the suffix of `path` names.
+
+    A row has an id, a prompt, a seed and a user-defined column.
+    """
     if path.suffix == ".parquet":
         _write_parquet(path, rows)
         return
@@ -56,7 +59,7 @@ def _rows(rows: int) -> Iterator[tuple[str, str, str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class _NoMedia:
-    """What a record says of a file that is not there."""
+    """The media fields of a commit record whose file does not exist."""
 
     sha256: str
     num_frames: int
@@ -70,16 +73,16 @@ class _NoMedia:
 
 
 def commit_first(output: Path, manifest: Path, config: RunConfig, samples: int) -> None:
-    """Let the first `samples` of a root that a run has begun be committed, and whole shards of them sealed."""
+    """Commit the first `samples` samples of an output root that a run has started, and seal the complete shards."""
     store = Store(str(output))
     run, index, left = read_run(store), load_index(store, Manifest(str(manifest)), config), samples
-    assert index, "the run that began has left an index"
+    assert index, "the run that started the output root must have written an index"
     for shard in range(index.shards):
         inside = index.samples(shard)
         records = output / layout.commit_dir(shard)
         records.mkdir(parents=True, exist_ok=True)
         for sample in inside[:left]:
-            # Not by the store, which flushes each to the disk: this is not what is timed.
+            # Not through the store, which flushes each record to disk: this step is not measured.
             record = _record(sample, run["fingerprint"])
             (records / f"{sample.key}.json").write_bytes(encode(record))
         if left < len(inside):

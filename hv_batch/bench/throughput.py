@@ -1,6 +1,6 @@
-"""How fast samples come, and what each costs: by the clock, and in CPU time over all processes.
+"""Measure samples per second, and the CPU time per sample summed over all processes of the run.
 
-On a machine that does other things too, the clock says how busy it is; CPU time says much the same every time.
+On a shared machine, wall time varies with the other load; CPU time is nearly the same in every run.
 """
 
 from __future__ import annotations
@@ -18,38 +18,41 @@ from hv_batch.job.progress import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    per_second: float  # samples, in the middle of the run: workers start before, and are let go after
-    cpu_ms: float | None  # a sample there, over all processes; None where the system does not tell
+    per_second: float  # samples per second in the middle of the run, after workers start and before they are released
+    cpu_ms: float | None  # CPU time per sample over all processes; None if the system does not report it
 
     def render(self) -> str:
-        cpu = "" if self.cpu_ms is None else f", {self.cpu_ms:.1f} ms of CPU each"
-        return f"{self.per_second:.1f} a second{cpu}"
+        cpu = "" if self.cpu_ms is None else f", {self.cpu_ms:.1f} ms of CPU time each"
+        return f"{self.per_second:.1f} per second{cpu}"
 
 
-MIDDLE = (0.1, 0.9)  # of the samples
+MIDDLE = (0.1, 0.9)  # fractions of the samples between which the throughput is measured
 
 
 def per_second(ends: Iterable[float]) -> float:
-    """At which samples came that ended at these times, in the middle."""
+    """Return the samples per second in the middle of a run, from the times in seconds at which its samples ended."""
     times = sorted(ends)
     first, last = (int(share * (len(times) - 1)) for share in MIDDLE)
     return (last - first) / (times[last] - times[first])
 
 
 class Meter:
-    """The CPU time that samples cost: `read` it when some are done, and again when more are."""
+    """Measures CPU time per sample between the first and the last call of `read`."""
 
     def __init__(self) -> None:
         self._first: tuple[int, dict[int, float]] | None = None
         self._last: tuple[int, dict[int, float]] | None = None
 
     def read(self, samples: int) -> None:
-        """So many are done by now."""
+        """Record the CPU time at which `samples` samples are done."""
         self._last = (samples, cpu_seconds())
         self._first = self._first or self._last
 
     def cpu_ms(self) -> float | None:
-        """Of one sample, without what processes took that ended in between; None before two readings."""
+        """Return the CPU time per sample in ms, or None before two readings.
+
+        The time of processes that ended between the readings is not included.
+        """
         if self._first is None or self._last is None or self._first[0] == self._last[0]:
             return None
         (before, then), (after, now) = self._first, self._last
@@ -58,11 +61,11 @@ class Meter:
 
 
 class ProgressMeter(logging.Handler):
-    """Measures the middle of a run by its progress records: workers start before it, and are released after it."""
+    """Measures the middle of a run from its progress records, after workers start and before they are released."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._due = list(MIDDLE)  # parts of the samples at which to read the meter
+        self._due = list(MIDDLE)  # fractions of the samples at which to read the meter
         self.meter = Meter()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -76,8 +79,8 @@ class ProgressMeter(logging.Handler):
 
 
 @contextmanager
-def attached(handler: logging.Handler) -> Iterator[None]:
-    """Give the records of the package to `handler` as well."""
+def attached_handler(handler: logging.Handler) -> Iterator[None]:
+    """Pass the log records of the package to `handler` as well within the block."""
     logger = logging.getLogger(PACKAGE)
     level = logger.level
     logger.addHandler(handler)
@@ -91,27 +94,29 @@ def attached(handler: logging.Handler) -> Iterator[None]:
 
 
 def cpu_seconds() -> dict[int, float]:
-    """By process id, what this process and all below it that live have taken, with those they have waited for; empty
-    but on Linux.
+    """Return the CPU time in seconds, by process id, of this process and its living descendants.
+
+    The time of a process includes that of the children that it has reaped. The result is empty on systems other than
+    Linux.
     """
     parents: dict[int, int] = {}
     seconds: dict[int, float] = {}
     for pid, parent, taken in _processes():
         parents[pid], seconds[pid] = parent, taken
-    return {pid: taken for pid, taken in seconds.items() if _is_ours(pid, parents)}
+    return {pid: taken for pid, taken in seconds.items() if _is_own_or_descendant(pid, parents)}
 
 
-def _is_ours(pid: int, parents: dict[int, int]) -> bool:
+def _is_own_or_descendant(pid: int, parents: dict[int, int]) -> bool:
     while pid not in (os.getpid(), 0):
         pid = parents.get(pid, 0)
     return pid != 0
 
 
 def _processes() -> Iterator[tuple[int, int, float]]:
-    """Each one's id, its parent's, and its seconds."""
+    """Yield (process id, parent's process id, CPU seconds) of every process."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()  # the name before may hold spaces and brackets
-        except OSError:  # it has ended since
+            fields = stat.read_text().rpartition(")")[2].split()  # the name may contain spaces and parentheses
+        except OSError:  # the process has ended
             continue
         yield int(stat.parent.name), int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

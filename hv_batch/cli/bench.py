@@ -1,4 +1,4 @@
-"""`hv-batch bench`: the command line of the measurements."""
+"""`hv-batch bench`: the commands that measure speed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ def group() -> None:
 @app.command()
 def engine(
     preset: Annotated[str | None, typer.Option(help="toy, mid, 540p or 720p; default: mid on a CPU, else 720p")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; default: as many as PyTorch takes")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="how often hv_batch and diffusers take turns")] = 3,
-    stage: Annotated[list[str] | None, typer.Option(help="text, dit or vae; repeat it; default: all")] = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="let hv_batch compute the DiT's products in FP8")] = False,
-    attention: Annotated[str, typer.Option(help="of hv_batch's DiT: sdpa, cudnn, flash or math")] = "sdpa",
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto (the GPU if there is one)")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's default")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="timed runs of each implementation, in alternation")] = 3,
+    stage: Annotated[list[str] | None, typer.Option(help="text, dit or vae; repeatable; default: all")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="compute the matrix products of hv_batch's DiT in FP8")] = False,
+    attention: Annotated[
+        str, typer.Option(help="attention kernel of hv_batch's DiT: sdpa, cudnn, flash or math")
+    ] = "sdpa",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Time text encoding, one DiT step and the tiled VAE decode, with random weights, next to diffusers.
+    """Time text encoding, one DiT step and the tiled VAE decode with random weights, and diffusers if it is installed.
 
-    `of peak` is measured against the best large matrix product of this device in the stage's precision; `memory` is
-    what a run took on top of its models.
+    `of peak` is relative to the fastest large matrix product that was measured on this device in the dtype of the
+    stage. `memory` is the peak above the memory of the models.
     """
-    import torch  # with the engine, seconds to import
+    import torch  # takes seconds to import, like the engine
 
-    from hv_batch.bench.engine_stages import HEADER, bench_engine, describe, find_device, missing_reference
+    from hv_batch.bench.engine_stages import HEADER, bench_engine, describe_device, find_device, missing_reference
     from hv_batch.bench.stage_workloads import STAGES
 
     if threads:
@@ -42,10 +44,10 @@ def engine(
     preset = preset or ("720p" if place.type == "cuda" else "mid")
     reports = bench_engine(preset, place, stage or list(STAGES), rounds, fp8=fp8, attention=attention)
     if as_json:
-        found = {"machine": describe(place), "preset": preset, "stages": [report.to_dict() for report in reports]}
-        print(json.dumps(found, indent=1))
+        stages = [report.to_dict() for report in reports]
+        print(json.dumps({"machine": describe_device(place), "preset": preset, "stages": stages}, indent=1))
         return
-    lines = (f"{describe(place)}; preset {preset}", missing_reference(), HEADER)
+    lines = (f"{describe_device(place)}; preset {preset}", missing_reference(), HEADER)
     print(*filter(None, lines), sep="\n", flush=True)
     for report in reports:
         print(report.render(), flush=True)
@@ -54,26 +56,28 @@ def engine(
 @app.command()
 def job(
     samples: Annotated[
-        int, typer.Option(min=2, help="to render; of far fewer, the pace is that of queues that fill")
+        int, typer.Option(min=2, help="samples to render; with far fewer, queues do not reach a steady state")
     ] = 4000,
     groups: Annotated[int, typer.Option(min=1, help="denoise groups of one rank")] = 2,
     decoders: Annotated[int, typer.Option(min=1, help="VAE decoders")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="of a denoise")] = 1,
-    step_seconds: Annotated[float, typer.Option(min=0.0, help="that a step sleeps")] = 0.0,
-    frames: Annotated[int, typer.Option(min=1, help="1: a PNG; 4n + 1: an mp4")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="steps of a denoise")] = 1,
+    step_seconds: Annotated[float, typer.Option(min=0.0, help="seconds that a step sleeps")] = 0.0,
+    frames: Annotated[int, typer.Option(min=1, help="frames of a sample; 1: a PNG; 4n + 1: an mp4")] = 1,
     committed: Annotated[
-        int, typer.Option(min=0, help="samples before these, which an earlier run has committed; it is made up")
+        int, typer.Option(min=0, help="samples that a synthetic earlier run has committed, before the rendered ones")
     ] = 0,
-    rows: Annotated[int, typer.Option(min=0, help="of the manifest, if more; the rest is left pending")] = 0,
-    form: Annotated[str, typer.Option("--format", help="of the manifest: jsonl, jsonl.gz or parquet")] = "jsonl",
+    rows: Annotated[
+        int, typer.Option(min=0, help="rows of the manifest, if more; the remaining rows stay pending")
+    ] = 0,
+    form: Annotated[str, typer.Option("--format", help="format of the manifest: jsonl, jsonl.gz or parquet")] = "jsonl",
     with_ray_data: Annotated[
         bool,
-        typer.Option("--with-ray-data", help="then the same samples through Ray Data's map_batches, as a yardstick"),
+        typer.Option("--with-ray-data", help="also render the samples with Ray Data's map_batches, as a baseline"),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Time the job around the model, which only sleeps: committed samples a second, their CPU time, the driver's
-    memory, and how long it takes from the command to the first denoise.
+    """Measure the job without a model (the engine sleeps): committed samples per second, CPU time per sample, the
+    memory of the driver, and the time from the command to the first denoise.
     """
     from hv_batch.bench.job_throughput import Load, bench_job
 
@@ -94,25 +98,27 @@ def job(
 
 @app.command("group")
 def denoise_group(
-    ranks: Annotated[int, typer.Option(min=1, help="of the group that loses one")] = 4,
-    kills: Annotated[int, typer.Option(min=0, help="how often it does; 0: leave this out")] = 5,
-    groups: Annotated[int, typer.Option(min=0, help="of one rank, which render side by side; 0: leave this out")] = 8,
-    samples: Annotated[int, typer.Option(min=2, help="that each of them renders")] = 6,
-    steps: Annotated[int, typer.Option(min=1, help="of a sample")] = 10,
-    step_seconds: Annotated[float, typer.Option(min=0.0, help="that a step sleeps")] = 1.0,
-    frames: Annotated[int, typer.Option(min=1, help="1: a PNG; 4n + 1: an mp4")] = 9,
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="ranks of the group whose ranks are killed")] = 4,
+    kills: Annotated[int, typer.Option(min=0, help="number of kills; 0: skip this measurement")] = 5,
+    groups: Annotated[
+        int, typer.Option(min=0, help="groups of one rank that render in parallel; 0: skip this measurement")
+    ] = 8,
+    samples: Annotated[int, typer.Option(min=2, help="samples of each of these groups")] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="steps of a sample")] = 10,
+    step_seconds: Annotated[float, typer.Option(min=0.0, help="seconds that a step sleeps")] = 1.0,
+    frames: Annotated[int, typer.Option(min=1, help="frames of a sample; 1: a PNG; 4n + 1: an mp4")] = 9,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Time the life of denoise groups: the rebuild after a killed rank, and how long groups wait between two samples.
+    """Measure denoise groups: the recovery after a killed rank, and the idle time of groups between two samples.
 
-    The model only sleeps. The ranks meet over gloo and make every step together; samples are decoded and committed.
+    The engine sleeps. The ranks form a gloo process group and synchronize at every step; samples are decoded and
+    committed.
     """
     from hv_batch.bench.recovery import bench_idle, bench_rebuild
 
     rebuild = bench_rebuild(ranks, kills) if kills else None
     idle = bench_idle(groups, groups * samples, steps, step_seconds, frames) if groups else None
     if as_json:
-        found = {"rebuild": rebuild and rebuild.to_dict(), "idle": idle and idle.to_dict()}
-        print(json.dumps(found, indent=1))
+        print(json.dumps({"rebuild": rebuild and rebuild.to_dict(), "idle": idle and idle.to_dict()}, indent=1))
     else:
         print(*(report.render() for report in (rebuild, idle) if report), sep="\n")

@@ -1,4 +1,4 @@
-"""The demo: the shipped manifest through the whole system, at toy width, on whatever machine this is."""
+"""`hv-batch demo`: render the shipped manifest with the toy model through the complete system on this machine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MANIFEST = "demo_prompts.jsonl"
 
 
 def run_demo(output: str) -> ExitCode:
-    """Render the demo manifest into `output`, or what is missing of it there, and print where to look."""
+    """Render the demo manifest into `output`, or resume it, and print the output root and the gallery."""
     model_base = write_trained_checkpoint(cache_dir())
-    logger.info(f"toy checkpoint, laid out as the released one: {model_base}")
+    logger.info(f"toy checkpoint in the released layout: {model_base}")
     config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
     code = render(config, [str(shipped(MANIFEST))], output, address="local")
     root = Store(output).url
@@ -38,9 +38,9 @@ def with_model_base(config: RunConfig, model_base: Path) -> RunConfig:
 
 
 def shipped(name: str) -> Path:
-    """A file of configs/: inside an installed package, beside it in a checkout."""
+    """Return a file of configs/, which is inside an installed package and next to the package in a checkout."""
     package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"The demo's {name} is missing from this installation; reinstall hv_batch.")
+    raise UserError(f"The file {name} of the demo is missing from this installation. Reinstall hv_batch.")

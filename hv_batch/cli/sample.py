@@ -1,15 +1,17 @@
-"""`hv-batch sample`: prompts to files on one machine, without Ray.
+"""`hv-batch sample`: render prompts to files on one machine, without Ray.
 
     encode all prompts -> free the text towers -> denoise (one process, or a local group) -> decode -> mp4 or png
                                                         --latents-only: .safetensors    ^
-                                                        --from-latents: begin here -----'
+                                                        --from-latents: start here -----'
 
-Flags are read in `sample_options`, files written in `sample_files`.
+`sample_flags` parses the flags, and `sample_files` writes the files. stdout has the paths of the files; notes for the
+user are logged.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -23,7 +25,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 
 from hv_batch import __version__
 from hv_batch.cli.sample_files import free_stem, read_latents, shorten, write_latents, write_video
-from hv_batch.cli.sample_flags import MODELS, idle_flags, parse, round_up
+from hv_batch.cli.sample_flags import MODELS, ignored_flags, parse, round_up
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import RankFailed
@@ -31,9 +33,11 @@ from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_devi
 from hv_batch.job.records.commits import LICENCE_ID
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NonFiniteError, SamplingParams, UserError, problems
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = "hv_batch/sample/1"
 MAX_RANDOM_SEED = 1_000_000
-# The flag of each field of the parameters, for messages.
+# Flag of each field of the parameters, for messages.
 FLAGS = {
     "prompt": "--prompt",
     "negative_prompt": "--neg-prompt",
@@ -47,16 +51,16 @@ FLAGS = {
     "guidance_rescale": "--guidance-rescale",
     "flow_shift": "--flow-shift",
 }
-# Larger than anything that can be asked for.
+# Tiles larger than any video that can be rendered.
 UNTILED = {"spatial_px": MAX_SIDE, "temporal_frames": 1040, "overlap": 0.0}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code. Raises UserError for what the user can mend."""
+    """Run the command and return its exit code. Raises UserError for errors that the user can fix."""
     options = parse(arguments)
     _refuse_launcher()
-    for flag in idle_flags(options):
-        _say(f"{flag} does nothing, here as in the release")
+    for flag in ignored_flags(options):
+        logger.warning(f"{flag} has no effect, as in the release")
     engine = HunyuanVideo(**_engine_options(options))
     folder = _save_folder(options)
     try:
@@ -69,8 +73,8 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except NonFiniteError as error:
         raise UserError(
-            f"This video could not be rendered: {error}. Choose a wider --precision or --vae-precision (fp16 overflows "
-            "first, fp32 last), and check the weights with `hv-batch weights check`."
+            f"This video could not be rendered: {error}. Choose a wider --precision or --vae-precision (fp16 has the "
+            "smallest range, fp32 the largest), and check the weights with `hv-batch weights check`."
         ) from error
     return 0
 
@@ -99,37 +103,38 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
         },
         "reproduce": options.reproduce,
     }
-    with pipeline, _progress(len(videos), options) as callback:
+    with pipeline:
         embeddings = pipeline.encode(videos)
         pipeline.free_text_encoder()
         for prompt, text in embeddings.items():
-            _tell_lost(prompt, text.num_tokens, text.tokens_lost)
-        finals = pipeline.denoise(videos, embeddings, batch_size=options.batch_size, callback=callback)
-        for params, latents in zip(videos, finals, strict=True):
-            text = embeddings[params.prompt]
-            record = {
-                "schema": SCHEMA,
-                "params": params.to_dict(),
-                "text": {"num_tokens": text.num_tokens, "tokens_lost": text.tokens_lost},
-                **facts,
-                "versions": {"hv_batch": __version__},
-                "licence": LICENCE_ID,
-            }
-            stem = free_stem(folder, f"seed{params.seed}_{shorten(params.prompt)}", options.name_suffix)
-            if options.latents_only:
-                write_latents(stem, latents, record)
-            else:
-                write_video(stem, pipeline.decode(latents), latents.shape, record)
+            _warn_if_cut(prompt, text.num_tokens, text.tokens_lost)
+        with _progress(len(videos), options) as callback:  # after the warnings: a log record would break the bar
+            finals = pipeline.denoise(videos, embeddings, batch_size=options.batch_size, callback=callback)
+            for params, latents in zip(videos, finals, strict=True):
+                text = embeddings[params.prompt]
+                record = {
+                    "schema": SCHEMA,
+                    "params": params.to_dict(),
+                    "text": {"num_tokens": text.num_tokens, "tokens_lost": text.tokens_lost},
+                    **facts,
+                    "versions": {"hv_batch": __version__},
+                    "licence": LICENCE_ID,
+                }
+                stem = free_stem(folder, f"seed{params.seed}_{shorten(params.prompt)}", options.name_suffix)
+                if options.latents_only:
+                    write_latents(stem, latents, record)
+                else:
+                    write_video(stem, pipeline.decode(latents), latents.shape, record)
 
 
 def _decode(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> None:
-    found = [read_latents(Path(file)) for file in options.from_latents]  # all are read before one is decoded
+    inputs = [read_latents(Path(file)) for file in options.from_latents]  # find bad files before the first decode
     decoder = engine.decoder(choose_device(options.device))
-    for file, (latents, record) in zip(options.from_latents, found, strict=True):
+    for file, (latents, record) in zip(options.from_latents, inputs, strict=True):
         match record:
             case {"params": {"seed": int(seed), "prompt": str(prompt)}}:
                 name = f"seed{seed}_{shorten(prompt)}"
-            case _:  # latents of somebody else
+            case _:  # latents that another program wrote
                 name = Path(file).stem
         stem = free_stem(folder, name, options.name_suffix)
         record = {"schema": SCHEMA, **record, "engine": _decoded_by(engine, record.get("engine"))}
@@ -137,18 +142,19 @@ def _decode(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
 
 
 def _decoded_by(engine: HunyuanVideo, before: Any) -> dict[str, Any]:
-    """The engine of a video whose latents `before` made, and this one decodes."""
+    """Return the engine entry of a video's record: that of its latents, updated by the decoder of `engine`."""
     decoder = engine.decoder_identity()
-    known = before if isinstance(before, dict) else {}  # unknown for latents of somebody else
+    known = before if isinstance(before, dict) else {}  # latents of another program have no record
     weights = known.get("weights")
     return {**known, **decoder, "weights": {**(weights if isinstance(weights, dict) else {}), **decoder["weights"]}}
 
 
 def _videos(options: argparse.Namespace) -> list[SamplingParams]:
     height, width = round_up(options.video_size)
-    asked = (options.video_size[0], options.video_size[-1])
-    if asked != (height, width):
-        _say(f"size {asked[0]}x{asked[1]} is rounded up to multiples of 16: {height}x{width} (height x width)")
+    requested = (options.video_size[0], options.video_size[-1])
+    if requested != (height, width):
+        sides = f"{requested[0]}x{requested[1]}"
+        logger.info(f"size {sides} is rounded up to multiples of 16: {height}x{width} (height x width)")
     seed = random.randint(0, MAX_RANDOM_SEED) if options.seed is None else options.seed
     values = {
         "negative_prompt": (options.neg_prompt or DEFAULT_NEGATIVE_PROMPT).strip(),
@@ -157,18 +163,18 @@ def _videos(options: argparse.Namespace) -> list[SamplingParams]:
         "num_frames": options.video_length,
         "num_inference_steps": options.infer_steps,
         "guidance_scale": options.embedded_cfg_scale,
-        # The release takes anything up to 1 for off; what is no number is refused below.
+        # In the release, every value up to 1 disables guidance. NaN is refused below.
         "cfg_scale": 1.0 if options.cfg_scale < 1.0 else options.cfg_scale,
         "guidance_rescale": options.guidance_rescale,
         "flow_shift": options.flow_shift,
     }
     prompts = [prompt.strip() for prompt in options.prompt]
-    found = [one for prompt in prompts for one in problems({"prompt": prompt})] + problems({**values, "seed": seed})
-    if found:
-        told = "; ".join(f"{FLAGS[one.field]} is {one.value!r}, allowed is {one.allowed}" for one in found)
-        raise UserError(f"This video cannot be rendered: {told}.")
+    invalid = [one for prompt in prompts for one in problems({"prompt": prompt})] + problems({**values, "seed": seed})
+    if invalid:
+        reasons = "; ".join(f"{FLAGS[one.field]} is {one.value!r}, allowed is {one.allowed}" for one in invalid)
+        raise UserError(f"This video cannot be rendered: {reasons}.")
     if options.seed is None:
-        _say(f"seed {seed}")
+        logger.info(f"seed {seed}")
     return plan_videos(prompts, seed, options.num_videos, **values)
 
 
@@ -196,7 +202,7 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
 def _refuse_launcher() -> None:
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "hv-batch sample starts the ranks of --ulysses-degree x --ring-degree x --cfg-degree itself, and a "
+            "hv-batch sample starts the ranks of --ulysses-degree x --ring-degree x --cfg-degree itself, but a "
             f"launcher has started it {os.environ['WORLD_SIZE']} times. Run it once, without torchrun."
         )
 
@@ -207,28 +213,24 @@ def _save_folder(options: argparse.Namespace) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--save-path {folder} cannot be made a folder: {error}. Name another.") from error
+        raise UserError(f"--save-path {folder} cannot be created: {error}. Choose another folder.") from error
     return folder
 
 
-def _tell_lost(prompt: str, num_tokens: int, tokens_lost: int) -> None:
+def _warn_if_cut(prompt: str, num_tokens: int, tokens_lost: int) -> None:
     if tokens_lost:
-        _say(
-            f"the prompt {shorten(prompt)[:40]!r}... is {num_tokens + tokens_lost} tokens long, of which the model "
-            f"reads {num_tokens}: the last {tokens_lost} are lost"
+        logger.warning(
+            f"the prompt {shorten(prompt)[:40]!r}... has {num_tokens + tokens_lost} tokens, but the model reads "
+            f"{num_tokens}: the last {tokens_lost} are ignored"
         )
 
 
 @contextmanager
 def _progress(num_videos: int, options: argparse.Namespace) -> Iterator[Callback]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Show a progress bar if stderr is a terminal."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         batches = -(-num_videos // options.batch_size)
         task = bar.add_task("denoising", total=batches * options.infer_steps)
         yield lambda _step, _latents: bar.advance(task)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

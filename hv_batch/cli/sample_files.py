@@ -1,7 +1,8 @@
-"""The files of `hv-batch sample`: their names, what is written, and what is read back.
+"""The files of `hv-batch sample`: names, writing and reading.
 
-Named as in the release, by time, seed and the beginning of the prompt, made safe for a file system; no file is ever
-overwritten. Beside a video lies a .json with all that its pixels depend on; latents carry the same inside.
+Names are those of the release (time, seed and the beginning of the prompt), made safe for a file system. No file is
+ever overwritten. Each video has a .json file with everything that its pixels depend on; a latents file has the same in
+its metadata.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from hv_batch.job.config.sections import MediaConfig
 from hv_batch.media.writer import write_media
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
 
-FPS = 24  # of the release, like the names
-PROMPT_CHARS = 100  # of a prompt in a file name
-NAME_BYTES = 255 - len("_999.safetensors")  # what file systems allow, less the longest ending
+FPS = 24  # as in the release
+PROMPT_CHARS = 100  # characters of the prompt in a file name
+NAME_BYTES = 255 - len("_999.safetensors")  # limit of file systems, minus the longest ending
 SUFFIXES = (".mp4", ".png", ".safetensors", ".json")
-MEDIA = MediaConfig()  # as a run
+MEDIA = MediaConfig()  # the defaults of a run
 
 
 def shorten(prompt: str) -> str:
-    """The beginning of a prompt as the release cuts it, without what a file system or a terminal cannot bear."""
+    """Return the beginning of a prompt as in the release, without characters unsafe for file systems or terminals."""
     plain = "".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in prompt[:PROMPT_CHARS])
     return plain.replace("/", "").strip()
 
 
 def free_stem(folder: Path, name: str, suffix: str) -> Path:
-    """A path without ending that no file has yet."""
+    """Return a path in `folder`, without suffix, that no file has yet. Raises UserError after a thousand tries."""
     now = datetime.now().strftime("%Y-%m-%d-%H:%M:%S")
     ending = _cut(f"_{shorten(suffix)}", NAME_BYTES // 2) if suffix else ""
     stem = _cut(f"{now}_{name}", NAME_BYTES - len(ending.encode())) + ending
@@ -43,18 +44,18 @@ def free_stem(folder: Path, name: str, suffix: str) -> Path:
         path = folder / (f"{stem}_{count}" if count else stem)
         if not any(path.with_name(path.name + end).exists() for end in SUFFIXES):
             return path
-    raise UserError(f"{folder} holds a thousand files called {stem}; name another --save-path.")
+    raise UserError(f"{folder} has a thousand files named {stem}. Choose another --save-path.")
 
 
 def _cut(text: str, num_bytes: int) -> str:
-    """As much of `text` as fits, ending with a whole character."""
+    """Return the longest beginning of `text` that fits in `num_bytes` bytes of UTF-8 without a partial character."""
     return text.encode()[:num_bytes].decode(errors="ignore")
 
 
 def write_video(
     stem: Path, frames: Iterator[np.ndarray], latent_shape: Sequence[int], record: Mapping[str, Any]
 ) -> None:
-    """Encode the frames of latents of `latent_shape` into an .mp4 or .png, add its record, and print its path."""
+    """Write frames, decoded from latents of `latent_shape`, to an .mp4 or .png with its record, and print its path."""
     _, latent_frames, height, width = latent_shape
     info = write_media(
         frames,
@@ -80,7 +81,7 @@ def write_video(
 
 
 def write_latents(stem: Path, latents: np.ndarray, record: Mapping[str, Any]) -> None:
-    """Write final latents [16, T, h, w] with their record inside, and print the path."""
+    """Write final latents [16, T, h, w] with their record in the metadata, and print the path."""
     path = stem.with_name(stem.name + ".safetensors")
     path.write_bytes(save({"latents": latents}, metadata={"record": json.dumps(record)}))
     print(path)
@@ -92,23 +93,26 @@ def _write_record(stem: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Latents [16, T, h, w] in float32 and the record they were written with, if any."""
+    """Return latents [16, T, h, w] in float32, and their record (empty if there is none).
+
+    Raises UserError if the file does not exist or has no latents of this model.
+    """
     try:
         with safe_open(path, framework="np") as file:
             latents = file.get_tensor("latents")
             record = json.loads((file.metadata() or {}).get("record", "{}"))
         if not isinstance(record, dict):
-            raise ValueError("its record is no JSON object")
+            raise ValueError("its record is not a JSON object")
     except FileNotFoundError:
-        raise UserError(f"--from-latents {path} is not there.") from None
+        raise UserError(f"--from-latents {path} does not exist.") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"--from-latents {path} is not a .safetensors file with a tensor 'latents': {error}. Name one that "
-            "--latents-only wrote."
+            f"--from-latents {path} is not a .safetensors file with a tensor 'latents': {error}. Give a file that "
+            "--latents-only has written."
         ) from error
     if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS or 0 in latents.shape:
         raise UserError(
-            f"--from-latents {path} holds latents of shape {list(latents.shape)}; allowed is [{LATENT_CHANNELS}, "
-            "frames, height, width]."
+            f"--from-latents {path} has latents of shape {list(latents.shape)}. Expected [{LATENT_CHANNELS}, frames, "
+            "height, width], each at least 1."
         )
     return latents.astype(np.float32), record

@@ -1,13 +1,15 @@
-"""The command line of `hv-batch sample`: the flags of the released `sample_video.py`, by their names and defaults.
+"""The command line of `hv-batch sample`: the flags of the released `sample_video.py` with their names and defaults.
 
-Whatever was written after `sample_video.py` can be written after `hv-batch sample`. Three kinds of flags:
+The arguments of a `sample_video.py` command can be passed to `hv-batch sample` unchanged. There are three groups of
+flags:
 
-- those that choose something, with the released meaning;
-- `FIXED`: those that name a part of the released model. There is one such part, so its name is accepted and any other
-  refused with the reason, rather than rendering with something else than was asked for;
-- `IDLE`: those that the released script reads and then does nothing with. They do nothing here, and that is said.
+- flags that select something, with the released meaning;
+- `FIXED`: flags that name a part of the released model. Only one such part was released. Its name is accepted; any
+other
+  value is refused with the reason, because the video would not match the command;
+- `IGNORED`: flags that the released script parses and ignores. They have no effect, and the command logs a warning.
 
-The one default that differs: `--flow-reverse` is on, because the released model only makes pictures with it.
+One default differs: `--flow-reverse` is on, because the released model renders pictures only with it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, SIZE_MULTIPLE, UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
-# flag -> (the value of the released model, why there is no other)
+# flag -> (value of the released model, reason why no other is allowed)
 FIXED: dict[str, tuple[str | int, str]] = {
     "--latent-channels": (16, "the VAE has 16 latent channels"),
     "--rope-theta": (256, "the model was trained with rotary embeddings of theta 256"),
@@ -41,12 +43,12 @@ FIXED: dict[str, tuple[str | int, str]] = {
 }
 
 # flag -> keyword arguments for argparse
-IDLE: dict[str, dict[str, Any]] = {
+IGNORED: dict[str, dict[str, Any]] = {
     "--model-resolution": {"choices": ("540p", "720p")},
     "--seed-type": {"choices": ("file", "random", "fixed", "auto")},
     "--use-linear-quadratic-schedule": {"action": "store_true", "default": None},
     "--linear-schedule-end": {"type": int},
-    "--disable-autocast": {"action": "store_true", "default": None},  # of no use here: autocast is never on
+    "--disable-autocast": {"action": "store_true", "default": None},  # autocast is never used
 }
 
 MODELS: dict[str, dict[str, Any]] = {  # options of the DiT
@@ -57,48 +59,48 @@ MODELS: dict[str, dict[str, Any]] = {  # options of the DiT
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. `hv-batch sample --help` lists what is allowed.")
+        raise UserError(f"{message}. `hv-batch sample --help` lists the allowed flags and values.")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags as attributes named like them. Raises UserError for what is not allowed; `--help` exits."""
+    """Parse the flags into attributes of the same names. Raises UserError if they are not valid; `--help` exits."""
     parser = _parser()
     options = parser.parse_args(arguments)
     for flag, (value, reason) in FIXED.items():
         given = getattr(options, _attribute(flag))
         if given != value:
-            raise UserError(f"{flag} is {given!r}, and only {value!r} is allowed: {reason}. Leave the flag out.")
+            raise UserError(f"{flag} is {given!r}, but only {value!r} is allowed: {reason}. Omit the flag.")
     if options.apply_final_norm:
-        raise UserError("--apply-final-norm is not allowed: the model was trained without it. Leave the flag out.")
+        raise UserError("--apply-final-norm is not allowed: the model was trained without it. Omit the flag.")
     if len(options.video_size) > 2:
         given = " ".join(map(str, options.video_size))
-        raise UserError(f"--video-size is {given}; allowed are one number for both sides, or height and width.")
+        raise UserError(f"--video-size is {given}. Give one number for both sides, or height and width.")
     for flag in ("--num-videos", "--batch-size", "--ulysses-degree", "--ring-degree"):
         if getattr(options, _attribute(flag)) < 1:
-            raise UserError(f"{flag} is {getattr(options, _attribute(flag))}; allowed is a whole number above 0.")
+            raise UserError(f"{flag} is {getattr(options, _attribute(flag))}. Allowed: a whole number of at least 1.")
     if options.cfg_degree > 1 and options.cfg_scale <= 1 and not options.from_latents:
         raise UserError(
             f"--cfg-degree is {options.cfg_degree} with --cfg-scale {options.cfg_scale}: half of the ranks would "
-            "compute nothing. Give a --cfg-scale above 1, or leave --cfg-degree out."
+            "compute nothing. Give a --cfg-scale above 1, or omit --cfg-degree."
         )
     if not options.prompt and not options.from_latents:
-        raise UserError("--prompt is missing: give the text to render, or latents to decode with --from-latents.")
+        raise UserError("--prompt is missing. Give a text to render, or files of latents with --from-latents.")
     return options
 
 
-def idle_flags(options: argparse.Namespace) -> list[str]:
-    """The given flags that do nothing."""
-    return [flag for flag in IDLE if getattr(options, _attribute(flag)) is not None]
+def ignored_flags(options: argparse.Namespace) -> list[str]:
+    """Return the given flags that have no effect."""
+    return [flag for flag in IGNORED if getattr(options, _attribute(flag)) is not None]
 
 
 def round_up(video_size: Sequence[int]) -> tuple[int, int]:
-    """(height, width) in pixels, each rounded up as released; one value means both.
+    """Return (height, width) in pixels, each rounded up to a multiple of 16 as in the release.
 
-    Raises UserError for a size that is not positive.
+    A single value means both sides. Raises UserError if a side is not positive.
     """
     if min(video_size) <= 0:
         given = " ".join(map(str, video_size))
-        raise UserError(f"--video-size is {given}; height and width must be above 0, as in --video-size 720 1280.")
+        raise UserError(f"--video-size is {given}. Height and width must be at least 1, as in --video-size 720 1280.")
     height, width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (video_size[0], video_size[-1]))
     return height, width
 
@@ -117,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(parser.add_argument_group("the model"))
     _add_machine(parser.add_argument_group("where to compute"))
     _add_output(parser.add_argument_group("what is written"))
-    _add_released_only(parser.add_argument_group("flags of the release that leave no choice"))
+    _add_released_only(parser.add_argument_group("flags of the release with a single allowed value or no effect"))
     return parser
 
 
@@ -126,72 +128,75 @@ Group = argparse._ArgumentGroup  # argparse has no public name for it
 
 def _add_sampling(group: Group) -> None:
     add = group.add_argument
-    add("--prompt", action="append", metavar="TEXT", help="what to show; given again, another video")
+    add("--prompt", action="append", metavar="TEXT", help="text to render; repeatable")
     add("--neg-prompt", metavar="TEXT", help=f"what to avoid, with --cfg-scale; if empty: {DEFAULT_NEGATIVE_PROMPT}")
-    add(
-        "--video-size", type=int, nargs="+", default=(720, 1280), metavar="PX", help="height and width, or one for both"
-    )
+    add("--video-size", type=int, nargs="+", default=(720, 1280), metavar="PX", help="height and width, or one value")
     add("--video-length", type=int, default=129, metavar="FRAMES", help="4n + 1 frames; 1 is an image")
     add("--infer-steps", type=int, default=50, metavar="N", help="denoising steps")
-    add("--seed", type=int, metavar="N", help="of the first video, counting up; drawn and told if left out")
-    add("--num-videos", type=int, default=1, metavar="N", help="videos of each prompt")
-    add("--batch-size", type=int, default=1, metavar="N", help="videos denoised side by side; no pixel depends on it")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the first video; video i has seed + i; if omitted: random, logged",
+    )
+    add("--num-videos", type=int, default=1, metavar="N", help="videos per prompt")
+    add("--batch-size", type=int, default=1, metavar="N", help="videos denoised together; does not change the pixels")
     add("--embedded-cfg-scale", type=float, default=6.0, metavar="X", help="embedded guidance")
-    add("--cfg-scale", type=float, default=1.0, metavar="X", help="classifier-free guidance; at most 1 is off")
-    add("--guidance-rescale", type=float, default=0.0, metavar="X", help="against over-exposure by --cfg-scale")
+    add("--cfg-scale", type=float, default=1.0, metavar="X", help="classifier-free guidance; up to 1: off")
+    add("--guidance-rescale", type=float, default=0.0, metavar="X", help="reduces overexposure by --cfg-scale")
     add("--flow-shift", type=float, default=7.0, metavar="X", help="shift of the noise schedule")
     add(
         "--flow-reverse",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="sample from noise to picture",
+        help="integrate from noise to picture",
     )
-    add("--noise", default="cpu-fp32", choices=("cpu-fp32", "official"), help="official: drawn as in the release")
+    add("--noise", default="cpu-fp32", choices=("cpu-fp32", "official"), help="official: as in the release")
 
 
 def _add_model(group: Group) -> None:
     add = group.add_argument
-    add("--model-base", default="ckpts", metavar="DIR", help="the checkpoint tree")
-    add("--dit-weight", metavar="PATH", help="another file, or a folder of one, than the tree's")
-    add("--load-key", default="module", choices=("module", "ema"), help="which tensors of the file")
+    add("--model-base", default="ckpts", metavar="DIR", help="folder of the checkpoint")
+    add("--dit-weight", metavar="PATH", help="DiT file or folder to use instead of that in --model-base")
+    add("--load-key", default="module", choices=("module", "ema"), help="key of the tensors in the DiT file")
     add("--model", default="HYVideo-T/2-cfgdistill", choices=tuple(MODELS), help="with or without embedded guidance")
-    add("--precision", default="bf16", choices=PRECISIONS, help="of the DiT")
-    add("--vae-precision", default="fp16", choices=PRECISIONS)
-    add("--text-encoder-precision", default="fp16", choices=PRECISIONS, help="of LLaMA")
-    add("--text-encoder-precision-2", default="fp16", choices=PRECISIONS, help="of CLIP")
-    add("--use-fp8", action="store_true", help="8-bit weights, named by --dit-weight")
-    add("--step-cache", type=float, default=0.0, metavar="X", help="skip what changes less, as 0.1; 0: nothing")
+    add("--precision", default="bf16", choices=PRECISIONS, help="precision of the DiT")
+    add("--vae-precision", default="fp16", choices=PRECISIONS, help="precision of the VAE")
+    add("--text-encoder-precision", default="fp16", choices=PRECISIONS, help="precision of LLaMA")
+    add("--text-encoder-precision-2", default="fp16", choices=PRECISIONS, help="precision of CLIP")
+    add("--use-fp8", action="store_true", help="use the 8-bit weights that --dit-weight names")
+    add("--step-cache", type=float, default=0.0, metavar="X", help="reuse blocks that change less, as 0.1; 0: off")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
     add(
         "--attention",
         default="sdpa",
         choices=("sdpa", "cudnn", "flash", "math"),
-        help="the kernel; flash needs flash-attn",
+        help="attention kernel; flash needs the flash-attn package",
     )
 
 
 def _add_machine(group: Group) -> None:
     add = group.add_argument
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto is cuda where there is one")
-    add("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that share the heads; started here")
-    add("--ring-degree", type=int, default=1, metavar="N", help="ranks that share the tokens")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is a GPU")
+    add("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that split the heads; started by the command")
+    add("--ring-degree", type=int, default=1, metavar="N", help="ranks that split the tokens")
     add("--cfg-degree", type=int, default=1, choices=(1, 2), help="2: half of the ranks for each branch of --cfg-scale")
-    add("--use-cpu-offload", action="store_true", help="keep the DiT's weights in host memory")
-    add("--reproduce", action="store_true", help="seed everything, deterministic kernels only")
+    add("--use-cpu-offload", action="store_true", help="keep the weights of the DiT in host memory")
+    add("--reproduce", action="store_true", help="seed all generators and use deterministic kernels only")
 
 
 def _add_output(group: Group) -> None:
     add = group.add_argument
-    add("--save-path", default="./results", metavar="DIR", help="made if it is not there")
-    add("--save-path-suffix", default="", metavar="TEXT", help="appended to the folder's name, after _")
-    add("--name-suffix", default="", metavar="TEXT", help="appended to the files' names, after _")
-    add("--latents-only", action="store_true", help="write .safetensors instead of decoding")
-    add("--from-latents", nargs="+", metavar="FILE", help="decode these and render nothing")
+    add("--save-path", default="./results", metavar="DIR", help="output folder; created if missing")
+    add("--save-path-suffix", default="", metavar="TEXT", help="appended to the name of the folder, after _")
+    add("--name-suffix", default="", metavar="TEXT", help="appended to the names of the files, after _")
+    add("--latents-only", action="store_true", help="write latents as .safetensors instead of decoding them")
+    add("--from-latents", nargs="+", metavar="FILE", help="decode these latents instead of rendering prompts")
 
 
 def _add_released_only(group: Group) -> None:
     for flag, (value, reason) in FIXED.items():
         group.add_argument(flag, type=type(value), default=value, metavar="X", help=reason)
-    group.add_argument("--apply-final-norm", action="store_true", help="refused: the model was trained without")
-    for flag, how in IDLE.items():
-        group.add_argument(flag, help="does nothing, here as in the release", **how)
+    group.add_argument("--apply-final-norm", action="store_true", help="refused: the model was trained without it")
+    for flag, keywords in IGNORED.items():
+        group.add_argument(flag, help="no effect, as in the release", **keywords)

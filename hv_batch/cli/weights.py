@@ -1,4 +1,4 @@
-"""`hv-batch weights`: look at checkpoints, fetch them, rewrite them."""
+"""`hv-batch weights`: inspect, fetch and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hv_batch.protocol import UserError
 if TYPE_CHECKING:
     from hv_batch.weights.shards import OnBytes
 
-# What torch and transformers need to be imported for is imported in the commands: --help does without.
+# Modules that import torch or transformers are imported inside the commands, so that --help is fast.
 
-app = typer.Typer(help="Look at checkpoints, fetch them, rewrite them.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, fetch and convert checkpoints.", no_args_is_help=True)
 
 
 class Dtype(StrEnum):
@@ -37,33 +37,38 @@ class Layout(StrEnum):
     diffusers = "diffusers"
 
 
-LoadKey = Annotated[str, typer.Option(help="which of a .pt file's sets of tensors: module or ema")]
+LoadKey = Annotated[str, typer.Option(help="key of the tensors in a .pt file: module or ema")]
 
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="a model_base in the released or diffusers' layout, or a DiT alone")],
+    path: Annotated[Path, typer.Argument(help="a model_base in the released or diffusers' layout, or only a DiT")],
     load_key: LoadKey = "module",
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Tell what is there and what is missing, sizes, dtypes, parameters, and the revision. Exit code 1 for problems."""
+    """Report the parts of a checkpoint, sizes, dtypes, parameter counts, problems and the revision.
+
+    The exit code is 1 if there are problems.
+    """
     from hv_batch.weights.inventory import take_inventory
 
-    found = take_inventory(path, load_key)
-    print(json.dumps(found.to_dict(), indent=1) if as_json else found.render())
-    raise typer.Exit(1 if found.problems else 0)
+    inventory = take_inventory(path, load_key)
+    print(json.dumps(inventory.to_dict(), indent=1) if as_json else inventory.render())
+    raise typer.Exit(1 if inventory.problems else 0)
 
 
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="a model_base, or a DiT file or folder")],
-    target: Annotated[Path, typer.Argument(help="folder to write; interrupted, the same command goes on")],
+    target: Annotated[Path, typer.Argument(help="folder to write; the same command resumes an interrupted conversion")],
     to: Annotated[Format, typer.Option(help="file format")] = Format.safetensors,
-    dtype: Annotated[Dtype | None, typer.Option(help="of the DiT; default: as stored")] = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="the DiT's blocks in FP8 with a scale each, as released")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="dtype of the DiT; default: as stored")] = None,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="store the DiT's block weights in FP8 with one scale each, as released")
+    ] = False,
     load_key: LoadKey = "module",
 ) -> None:
-    """Rewrite a checkpoint as safetensors in the released layout. The VAE and the text towers keep their numbers."""
+    """Convert a checkpoint to safetensors in the released layout. The VAE and the text towers are not changed."""
     from hv_batch.engine.hunyuan import PRECISIONS
     from hv_batch.weights.conversion import Recipe, plan_conversion
 
@@ -79,7 +84,7 @@ def extract_text_encoder(
     llava: Annotated[Path, typer.Argument(help="folder of llava-llama-3-8b-v1_1-transformers")],
     target: Annotated[Path, typer.Argument(help="folder to write: <model_base>/text_encoder")],
 ) -> None:
-    """Take the language model and its tokenizer out of LLaVA, tensor by tensor."""
+    """Extract the language model and its tokenizer from LLaVA, one tensor at a time."""
     from hv_batch.weights import extraction
 
     nbytes = sum(tensor.nbytes for tensor in extraction.language_model(llava).values())
@@ -90,20 +95,22 @@ def extract_text_encoder(
 
 @app.command()
 def fetch(
-    target: Annotated[Path, typer.Argument(help="the model_base to fill; interrupted, the same command goes on")],
+    target: Annotated[
+        Path, typer.Argument(help="the model_base to fill; the same command resumes an interrupted download")
+    ],
     layout: Annotated[Layout, typer.Option(help="the released repositories, or the one in diffusers' layout")] = (
         Layout.released
     ),
-    fp8: Annotated[bool, typer.Option("--fp8", help="the released FP8 weights as well")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="also fetch the released FP8 weights")] = False,
     revision: Annotated[
         list[str] | None,
-        typer.Option(help="REPOSITORY=COMMIT, a tag or a branch; may be repeated. What it means is kept in fetch.json"),
+        typer.Option(help="REPOSITORY=COMMIT, or a tag or branch; repeatable. fetch.json records the commit"),
     ] = None,
     local: Annotated[
-        Path | None, typer.Option("--from", help="a local folder instead: a hub's cache, or ORG/NAME folders")
+        Path | None, typer.Option("--from", help="copy from a local folder: a hub cache, or ORG/NAME folders")
     ] = None,
 ) -> None:
-    """Download the weights, pinned to the commits that are recorded when the folder is begun."""
+    """Download the weights, pinned to the commits that the first fetch into the folder records."""
     from hv_batch.job.records.run_document import licence_notice
     from hv_batch.weights import fetching
 
@@ -112,7 +119,9 @@ def fetch(
     for text in revision or []:
         name, equals, commit = text.partition("=")
         if not equals or not commit:
-            raise UserError(f"--revision {text!r} should be REPOSITORY=COMMIT, as tencent/HunyuanVideo=main.")
+            raise UserError(
+                f"--revision {text!r} is invalid. Expected REPOSITORY=COMMIT, for example tencent/HunyuanVideo=main."
+            )
         revisions[name] = commit
     fetching.fetch(target, layout=layout, fp8=fp8, revisions=revisions, local=local)
     print(target)
@@ -120,7 +129,7 @@ def fetch(
 
 @contextmanager
 def _bar(what: str, nbytes: int) -> Iterator[OnBytes]:
-    """A bar on a terminal, with the time left; nothing in a log, where the end is what counts."""
+    """Show a progress bar with the remaining time if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 

@@ -1,10 +1,10 @@
-"""Which encoder of ffmpeg a `media` config means, and with which arguments.
+"""Map the `media` config to an encoder of ffmpeg and its arguments.
 
-What every choice keeps: equal frames give equal bytes with one build of ffmpeg (P3), so the number of threads is pinned
-and neither date nor library version is written; and the file says how its colours are coded.
+Invariants of all settings: equal frames give equal bytes with one build of ffmpeg (P3), so the number of threads is
+fixed and neither date nor library version is written; and the file is tagged with its colour space.
 
-Lossless means lossless for the RGB frames that the VAE gave: they are coded as RGB, since the way to 4:2:0 and back
-changes nearly every pixel. Few players show such files; they are for training and for further work.
+Lossless refers to the RGB frames of the VAE: they are encoded as RGB, because a conversion to 4:2:0 and back changes
+nearly every pixel. Few players support such files; they are meant for training and further processing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from hv_batch.job.config.sections import MediaConfig
 from hv_batch.protocol import UserError
 
 ENCODERS = {"h264": "libx264", "h265": "libx265", "av1": "libsvtav1"}
-LOSSLESS_ENCODERS = {"h264": "libx264rgb", "h265": "libx265", "av1": "libaom-av1"}  # SVT-AV1 knows 4:2:0 only
+LOSSLESS_ENCODERS = {"h264": "libx264rgb", "h265": "libx265", "av1": "libaom-av1"}  # SVT-AV1 supports 4:2:0 only
 
-# The AV1 encoders count their presets: the names of x264 at about the same place between their slowest and fastest.
+# The presets of the AV1 encoders are numbers. Each preset name of x264 maps to a similar position between slowest and
+# fastest.
 SVT_PRESETS = {
     "ultrafast": 12,
     "superfast": 11,
@@ -32,18 +33,18 @@ SVT_PRESETS = {
     "slower": 4,
     "veryslow": 2,
 }
-AOM_FASTEST = 6  # of libaom's presets for files; beyond it come those for live video
+AOM_FASTEST = 6  # fastest libaom preset for files; higher numbers are for live video
 
-# RGB of the full range to BT.709 of the limited range, with the precise kernels: by default ffmpeg would use the BT.601
-# matrix for rgb24 input and leave the file untagged, and players would guess. Chroma is averaged over 2x2 pixels.
+# Full-range RGB to limited-range BT.709 with accurate rounding. By default, ffmpeg uses the BT.601 matrix for rgb24
+# input and does not tag the file, so players would have to guess. Chroma is averaged over 2x2 pixels.
 _TO_YUV420 = (
     "scale=in_range=full:out_range=limited:out_color_matrix=bt709:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
     "format=yuv420p,"
     "setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
 )
-# The same pixels in planes. The frames are sRGB, as every screen takes untagged RGB to be.
+# The same pixels in planar layout. The frames are sRGB, which is what displays assume for untagged RGB.
 _TO_PLANES = "format=gbrp,setparams=range=full:colorspace=gbr:color_primaries=bt709:color_trc=iec61966-2-1"
-# JPEG has one way to code colours: BT.601 of the full range.
+# JPEG has a single colour encoding: full-range BT.601.
 _TO_JPEG = (
     "scale=in_range=full:out_range=full:out_color_matrix=bt601:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
     "format=yuvj420p"
@@ -53,28 +54,28 @@ _ONE_IMAGE = ("-threads", "1", *_BITEXACT, "-f", "image2", "-update", "1")
 
 
 def video_options(media: MediaConfig) -> list[str]:
-    """ffmpeg's output arguments for an mp4 without sound."""
+    """Return ffmpeg's output arguments for an mp4 without audio."""
     filters = _TO_PLANES if media.lossless else _TO_YUV420
     return ["-an", "-vf", filters, *_codec_options(media), *_BITEXACT, "-movflags", "+faststart", "-f", "mp4"]
 
 
 def jpeg_options() -> list[str]:
-    """For one frame, to look at."""
+    """Return ffmpeg's output arguments for a JPEG of one frame."""
     return ["-frames:v", "1", "-vf", _TO_JPEG, "-c:v", "mjpeg", "-q:v", "2", *_ONE_IMAGE]
 
 
 def check_encoder(media: MediaConfig) -> None:
-    """Raises UserError when this machine's ffmpeg cannot write what the config asks for."""
+    """Raises UserError if ffmpeg on this machine lacks the encoder that the config requires."""
     ffmpeg, wanted = imageio_ffmpeg.get_ffmpeg_exe(), encoder_name(media)
     listing = subprocess.run([ffmpeg, "-hide_banner", "-encoders"], capture_output=True, text=True, check=False).stdout
-    there = {line.split()[1] for line in listing.splitlines() if len(line.split()) > 1}
-    if wanted in there:
+    available = {line.split()[1] for line in listing.splitlines() if len(line.split()) > 1}
+    if wanted in available:
         return
-    able = [codec for codec, encoder in _encoders(media).items() if encoder in there]
+    codecs = [codec for codec, encoder in _encoders(media).items() if encoder in available]
     raise UserError(
         f"media.codec = {media.codec}{' with media.lossless' if media.lossless else ''} needs the encoder {wanted}, "
-        f"which {ffmpeg} does not have; allowed with it: {', '.join(able) or 'none'}. Choose another codec, or set "
-        "IMAGEIO_FFMPEG_EXE to an ffmpeg that has it, on every node."
+        f"which {ffmpeg} lacks. Codecs available with this ffmpeg: {', '.join(codecs) or 'none'}. Choose another "
+        "codec, or set IMAGEIO_FFMPEG_EXE on every node to an ffmpeg that has the encoder."
     )
 
 
@@ -94,8 +95,8 @@ def _codec_options(media: MediaConfig) -> Sequence[str]:
             rate = ("-qp", "0") if media.lossless else rate
             return ["-c:v", encoder, *rate, "-preset", media.preset, "-threads", threads]
         case "libx265":
-            # Its threads are not ffmpeg's; frames side by side would be one more number to pin. info would write the
-            # settings into the video. Players of Apple's know the codec by no other tag than hvc1.
+            # libx265 has its own thread settings; parallel frames would be a further number to fix. `info` would write
+            # the settings into the video. Apple's players accept the codec only under the tag hvc1.
             own = f"pools={threads}:frame-threads=1:info=0:log-level=error{':lossless=1' if media.lossless else ''}"
             return ["-c:v", encoder, *rate, "-preset", media.preset, "-tag:v", "hvc1", "-x265-params", own]
         case "libsvtav1":

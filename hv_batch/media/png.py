@@ -1,4 +1,4 @@
-"""One frame as a PNG, made in this process: an ffmpeg started for it would cost more than all else of a small image.
+"""Encode one frame as a PNG in this process. Starting ffmpeg would cost more than all other work for a small image.
 
 Equal frames give equal bytes with one version of zlib (P3), which every commit record names.
 """
@@ -11,37 +11,41 @@ import zlib
 import numpy as np
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-RGB8 = (8, 2, 0, 0, 0)  # bits a channel, RGB, deflate, filters by row, not interlaced
+RGB8 = (8, 2, 0, 0, 0)  # bits per channel, RGB, deflate, filters by row, not interlaced
 
-# A fixed filter, the one that suits pictures: it halves the file where unfiltered bytes hardly shrink.
+# All rows use the filter that is best for pictures. It halves the file, whereas unfiltered bytes hardly compress.
 PAETH = 4
 
-# Of zlib. The default, 6, takes five times as long for a picture of 720x1280 (0.4 s) and saves 3 % of the bytes.
+# Compression level of zlib. The default, 6, takes five times as long for a picture of 720x1280 (0.4 s) and saves 3 % of
+# the bytes.
 LEVEL = 3
 
 
 def encode_png(frame: np.ndarray) -> bytes:
-    """A file of an uint8 frame [height, width, 3], bit for bit."""
+    """Return the bytes of a PNG file with exactly the pixels of a uint8 frame [height, width, 3]."""
     height, width, _ = frame.shape
     rows = np.empty((height, 1 + 3 * width), np.uint8)
     rows[:, 0] = PAETH
-    rows[:, 1:] = (frame - _predict(frame)).reshape(height, -1)  # modulo 256, as the format has it
+    rows[:, 1:] = (frame - _predict(frame)).reshape(height, -1)  # modulo 256, as the format defines it
     header = struct.pack(">IIBBBBB", width, height, *RGB8)
     return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows.data, LEVEL)) + _chunk(b"IEND", b"")
 
 
 def _predict(frame: np.ndarray) -> np.ndarray:
-    """Of every byte the one of left, above and above left that is nearest to left + above - above left; uint8."""
+    """Return the Paeth predictor (uint8) of every byte.
+
+    It is the byte of left, above and above left that is nearest to left + above - above left.
+    """
     height, width, colours = frame.shape
-    padded = np.zeros((height + 1, width + 1, colours), np.int16)  # beyond the edges are zeros
+    padded = np.zeros((height + 1, width + 1, colours), np.int16)  # bytes outside the frame are zero
     padded[1:, 1:] = frame
     left, above, corner = padded[1:, :-1], padded[:-1, 1:], padded[:-1, :-1]
     to_left, to_above = np.abs(above - corner), np.abs(left - corner)
     to_corner = np.abs(left + above - 2 * corner)
-    takes_left = (to_left <= to_above) & (to_left <= to_corner)  # ties go in this order
+    takes_left = (to_left <= to_above) & (to_left <= to_corner)  # in a tie, the order is left, above, above left
     nearest = np.where(takes_left, left, np.where(to_above <= to_corner, above, corner))
     return nearest.astype(np.uint8)
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))

@@ -1,4 +1,4 @@
-"""Reading a media file back: whether ffmpeg decodes it from end to end, and what it shows."""
+"""Read a media file back: check that ffmpeg decodes it completely, and return its frame count and size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import imageio_ffmpeg
 
 from hv_batch.job.inspection.verify import MediaShape
 
-# A frame of 1280x720 takes a core some milliseconds; a decoder that says nothing for so long is stuck.
+# A 1280x720 frame takes some milliseconds on one core; a decode that takes longer than this hangs.
 DECODE_TIMEOUT_S = 600.0
 
 
 def decode_media(data: bytes, suffix: str) -> MediaShape:
-    """What the file shows. Raises ValueError with ffmpeg's words when it does not decode without an error."""
-    # A file, not a pipe: an mp4 whose index is at its end cannot be read from a pipe.
+    """Return frame count, height and width. Raises ValueError with ffmpeg's message if the decode has an error."""
+    # A file, because an mp4 whose index is at its end cannot be read from a pipe.
     with tempfile.NamedTemporaryFile(prefix="hv_batch-verify-", suffix=suffix) as file:
         file.write(data)
         file.flush()
@@ -26,18 +26,18 @@ def decode_media(data: bytes, suffix: str) -> MediaShape:
 
 def _decode_file(path: Path) -> MediaShape:
     decode = ["-hide_banner", "-nostdin", "-v", "error", "-xerror", "-threads", "1", "-i", f"file:{path}"]
-    # One line a frame with its checksum, after a header that holds the size; nothing is encoded.
+    # The output is a header with the size, then one line per frame with its checksum; nothing is encoded.
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *decode, "-map", "0:v:0", "-f", "framecrc", "pipe:1"]
     try:
-        told = subprocess.run(command, capture_output=True, timeout=DECODE_TIMEOUT_S, check=False)
+        process = subprocess.run(command, capture_output=True, timeout=DECODE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"ffmpeg had not decoded it after {DECODE_TIMEOUT_S:g} s") from error
-    said = told.stderr.decode(errors="replace").replace(str(path), "the file").strip()
-    if told.returncode != 0 or said:
-        raise ValueError(said.partition("\n")[0] or f"ffmpeg ended with status {told.returncode}")
-    lines = told.stdout.decode().splitlines()
+        raise ValueError(f"ffmpeg did not finish decoding within {DECODE_TIMEOUT_S:g} s") from error
+    stderr = process.stderr.decode(errors="replace").replace(str(path), "the file").strip()
+    if process.returncode != 0 or stderr:
+        raise ValueError(stderr.partition("\n")[0] or f"ffmpeg exited with status {process.returncode}")
+    lines = process.stdout.decode().splitlines()
     sizes = [match for line in lines if (match := re.fullmatch(r"#dimensions 0: (\d+)x(\d+)", line))]
     if not sizes:
-        raise ValueError("ffmpeg found no picture in it")
+        raise ValueError("the file has no video stream")
     frames = sum(not line.startswith("#") for line in lines)
     return MediaShape(num_frames=frames, height=int(sizes[0][2]), width=int(sizes[0][1]))

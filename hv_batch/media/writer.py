@@ -1,7 +1,7 @@
-"""Frames to a file: mp4 for a video, streamed through ffmpeg; PNG for a single frame.
+"""Write frames to a media file: an mp4 for a video, streamed through ffmpeg, or a PNG for a single frame.
 
-Equal frames and equal settings give equal bytes with one build of ffmpeg (P3): the thread count is pinned, and no date,
-tool name or other metadata is written. Whatever goes wrong, neither a file nor a process is left behind.
+Equal frames and equal settings give equal bytes with one build of ffmpeg (P3): the number of threads is fixed, and no
+date, tool name or other metadata is written. After any failure, neither a file nor a process remains.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.media.codecs import jpeg_options, video_options
 from hv_batch.media.png import encode_png
 
-STDERR_LINES = 40  # the end of what ffmpeg says, kept for the error message; the rest is read and dropped
-EXIT_TIMEOUT_S = 600.0  # from the last frame: draining the encoder and moving the index to the front of the file
+STDERR_LINES = 40  # last lines of ffmpeg's stderr that are kept for the error message
+EXIT_TIMEOUT_S = 600.0  # after the last frame: flushing the encoder and moving the index to the front of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class MediaInfo:
     suffix: str  # ".mp4" or ".png"
     bytes: int
     sha256: str  # of the file
-    frames_sha256: str  # of the raw uint8 frames: equal pixels, whatever the encoder
+    frames_sha256: str  # of the raw uint8 frames, independent of the encoder
     num_frames: int
     height: int
     width: int
@@ -64,11 +64,12 @@ def write_media(
     fps: int,
     media: MediaConfig,
 ) -> MediaInfo:
-    """Encodes uint8 chunks [n, height, width, 3] into `stem` + ".mp4", or ".png" if `num_frames` is 1.
+    """Encode uint8 chunks [n, height, width, 3] into `stem` + ".mp4", or ".png" if `num_frames` is 1.
 
-    Height and width must be even for a video (4:2:0 chroma). Only one chunk is held at a time. Raises ValueError if the
-    chunks are not what was announced, OSError(ENOSPC) if the disk is full, RuntimeError with ffmpeg's words if it
-    fails, and whatever `frames` raises.
+    Height and width must be even for a video (4:2:0 chroma). Only one chunk is in memory at a time. Raises ValueError
+    if the chunks do not match `height`, `width` and `num_frames`, OSError(ENOSPC) if the disk is full,
+    ChildProcessError if ffmpeg is killed by a signal, RuntimeError with ffmpeg's message if it fails, and any exception
+    of `frames`.
     """
     suffix = ".png" if num_frames == 1 else ".mp4"
     path = stem.with_name(stem.name + suffix)
@@ -102,7 +103,7 @@ def write_media(
 
 
 def _write_poster(frame: np.ndarray, path: Path, raw: Sequence[str]) -> str:
-    """The sha256 of the JPEG it writes."""
+    """Write the frame as a JPEG and return the sha256 of the file."""
     with _Encoder([*raw, *jpeg_options(), *_output(path)]) as encoder:
         encoder.write(frame.data.cast("B"))
     return file_sha256(path)
@@ -114,7 +115,7 @@ def _raw_input(height: int, width: int, fps: int) -> list[str]:
 
 
 def _output(path: Path) -> list[str]:
-    return [f"file:{path}"]  # a path, whatever is in it
+    return [f"file:{path}"]  # the prefix keeps ffmpeg from interpreting the path as a URL or an option
 
 
 def _feed(
@@ -123,16 +124,19 @@ def _feed(
     frame_shape: tuple[int, int, int],
     num_frames: int,
 ) -> tuple[str, np.ndarray]:
-    """Writes every chunk; the sha256 of all of them, and the first frame. Raises ValueError unless as announced."""
+    """Pass every chunk to `write`. Returns the sha256 of all frames, and the first frame.
+
+    Raises ValueError if dtype, size or number of the frames differ from `frame_shape` and `num_frames`.
+    """
     digest = hashlib.sha256()
     written = 0
     first: np.ndarray | None = None
     for chunk in frames:
         if chunk.dtype != np.uint8 or chunk.shape[1:] != frame_shape:
-            raise ValueError(f"frames are {chunk.dtype} {chunk.shape[1:]}, announced were uint8 {frame_shape}")
+            raise ValueError(f"frames are {chunk.dtype} {chunk.shape[1:]}, expected uint8 {frame_shape}")
         written += len(chunk)
         if written > num_frames:
-            raise ValueError(f"at least {written} frames came, announced were {num_frames}")
+            raise ValueError(f"received at least {written} frames, expected {num_frames}")
         if len(chunk):
             if first is None:
                 first = chunk[0].copy()
@@ -140,19 +144,19 @@ def _feed(
             digest.update(raw)
             write(raw)
     if written != num_frames or first is None:
-        raise ValueError(f"only {written} frames came, announced were {num_frames}")
+        raise ValueError(f"received only {written} frames, expected {num_frames}")
     return digest.hexdigest(), first
 
 
 class _Encoder:
-    """One ffmpeg process that reads raw frames from its standard input.
+    """An ffmpeg process that reads raw frames from its standard input.
 
-    If this process is killed, ffmpeg sees the end of its input and ends too.
+    If this process is killed, ffmpeg reaches the end of its input and exits.
     """
 
     def __init__(self, arguments: list[str]) -> None:
-        # A session of its own: Ctrl-C goes to the terminal's whole process group, and the encoder of a sample that is
-        # still being drained must not die of it.
+        # A new session: Ctrl-C goes to the whole process group of the terminal, but must not stop the encoder of a
+        # sample that finishes during a drain.
         self._process = subprocess.Popen(
             [imageio_ffmpeg.get_ffmpeg_exe(), *arguments],
             stdin=subprocess.PIPE,
@@ -160,10 +164,10 @@ class _Encoder:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        # Read all along: a full stderr pipe would stop ffmpeg, and then the write to its input.
-        self._said: deque[bytes] = deque(maxlen=STDERR_LINES)
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+        # A thread reads stderr: a full pipe would block ffmpeg, and thereby the write to its input.
+        self._stderr: deque[bytes] = deque(maxlen=STDERR_LINES)
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> Self:
         return self
@@ -171,46 +175,46 @@ class _Encoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Whatever happens, the process is gone after this; an error of its own is raised."""
+        """Wait for ffmpeg, or kill it if the block has failed. Raises the error of ffmpeg, if any."""
         try:
             if error is None:
                 self.finish()
         finally:
             self.kill()
 
-    def _listen(self) -> None:
+    def _read_stderr(self) -> None:
         assert self._process.stderr is not None
         with self._process.stderr as stderr:
-            self._said.extend(stderr)
+            self._stderr.extend(stderr)
 
     def write(self, raw: memoryview) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(raw)
         except BrokenPipeError:
-            self.finish()  # says why
+            self.finish()  # raises ffmpeg's error
             raise
 
     def finish(self) -> None:
-        """Ends the input and waits; raises if ffmpeg failed."""
+        """Close the input and wait for ffmpeg. Raises OSError, ChildProcessError or RuntimeError if it failed."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it ended before its input did: its exit status says why
+        with suppress(BrokenPipeError):  # ffmpeg exited early; its exit status is checked below
             self._process.stdin.close()
         status = self._process.wait(EXIT_TIMEOUT_S)
-        self._listener.join()
-        said = b"".join(self._said).decode(errors="replace").strip()
-        if os.strerror(errno.ENOSPC) in said:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {said}")
-        if status < 0:  # the memory killer, usually
+        self._reader.join()
+        stderr = b"".join(self._stderr).decode(errors="replace").strip()
+        if os.strerror(errno.ENOSPC) in stderr:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {stderr}")
+        if status < 0:  # usually the kernel's out-of-memory killer
             raise ChildProcessError(errno.ECHILD, f"ffmpeg was killed by signal {-status}")
         if status != 0:
-            raise RuntimeError(f"ffmpeg failed with status {status}: {said or 'it said nothing'}")
+            raise RuntimeError(f"ffmpeg failed with status {status}: {stderr or 'no message on stderr'}")
 
     def kill(self) -> None:
-        """Ends the process if it still runs, and reaps it."""
+        """Kill the process if it is running, and reap it."""
         self._process.kill()
         self._process.wait()
-        self._listener.join()
+        self._reader.join()
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # closing flushes, and nobody reads any more
+        with suppress(BrokenPipeError):  # closing flushes the buffer, but ffmpeg no longer reads
             self._process.stdin.close()

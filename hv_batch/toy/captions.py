@@ -1,7 +1,7 @@
-"""What people might write of a scene of the toy world: many wordings, each saying all that the scene's pictures show.
+"""Captions of scenes of the toy world, in many wordings. Each caption determines every attribute of its scene.
 
-What a wording leaves out has a meaning of its own: a thing without a size is of medium size, one without a motion
-stands still, a background without a pattern is plain.
+An attribute that a caption omits has its default value: a thing without a size is of medium size, a thing without a
+motion does not move, a background without a pattern is plain.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ CAMERAS: Mapping[Camera, Sequence[str]] = {
 }
 OPENINGS = ("", "", "a video of ", "an animation of ")
 IMAGE_OPENINGS = ("", "", "a picture of ", "an image of ")
-HELD_OUT = 12  # one in so many combinations of shape, colour and background is never trained with
+HELD_OUT = 12  # one of this many combinations of shape, colour and background is excluded from training
 
 
 def caption(scene: Scene, rng: np.random.Generator, num_frames: int) -> str:
-    """One wording of the scene. Of a single frame nobody tells motions, which is why it must show none."""
+    """Return a caption of the scene. That of a single frame names no motion, so nothing in the scene may move."""
     is_image = num_frames == 1
     ground = _choose(rng, GROUNDS[scene.pattern]).format(scene.background, a=_article(scene.background))
     phrases = [_phrase(thing, rng, is_image) for thing in scene.things]
@@ -60,15 +60,15 @@ def caption(scene: Scene, rng: np.random.Generator, num_frames: int) -> str:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene shows a combination that the toy model never saw in training."""
+    """Return whether the scene shows a combination that is excluded from training."""
     return any(
         hashlib.sha256(f"{thing.shape}/{thing.colour}/{scene.background}".encode()).digest()[0] % HELD_OUT == 0
         for thing in scene.things
     )
 
 
-def told_scenes(seed: int | tuple[int, ...], num_frames: int, *, held_out: bool) -> Iterator[tuple[Scene, str]]:
-    """An endless series of scenes with their captions, all of them held out of training or none."""
+def captioned_scenes(seed: int | tuple[int, ...], num_frames: int, *, held_out: bool) -> Iterator[tuple[Scene, str]]:
+    """Yield an endless series of random scenes and their captions: only held-out scenes, or only training scenes."""
     rng = np.random.default_rng(seed)
     while True:
         scene = random_scene(rng, moves=num_frames > 1)
@@ -77,18 +77,18 @@ def told_scenes(seed: int | tuple[int, ...], num_frames: int, *, held_out: bool)
 
 
 def _phrase(thing: Thing, rng: np.random.Generator, is_image: bool) -> tuple[str, str]:
-    """The thing with its article, and what it does."""
+    """Return the thing with its article, and the phrase of its motion."""
     noun = " ".join(filter(None, (_choose(rng, SIZES[thing.size]), thing.colour, _choose(rng, NOUNS[thing.shape]))))
     return f"{_article(noun)} {noun}", "" if is_image else _choose(rng, MOTIONS[thing.motion])
 
 
 def _pair(phrases: Sequence[tuple[str, str]], rng: np.random.Generator) -> str:
-    named = [(name, side, does) for (name, does), side in zip(phrases, ("left", "right"), strict=True)]
+    named = [(name, side, motion) for (name, motion), side in zip(phrases, ("left", "right"), strict=True)]
     order = named if rng.random() < 0.7 else named[::-1]
     if rng.random() < 0.5:
-        parts = [" ".join(filter(None, (name, f"on the {side}", does))) for name, side, does in order]
+        parts = [" ".join(filter(None, (name, f"on the {side}", motion))) for name, side, motion in order]
     else:
-        parts = [" ".join(filter(None, (f"on the {side}", name, does))) for name, side, does in order]
+        parts = [" ".join(filter(None, (f"on the {side}", name, motion))) for name, side, motion in order]
     return " and ".join(parts)
 
 

@@ -1,7 +1,7 @@
-"""Toy checkpoints: the real architecture at toy width, as a tree laid out like the released one (spec 7).
+"""Toy checkpoints: the real architecture at toy width, in the layout of the released checkpoint (spec 7).
 
-This one is not trained: `hv_batch.toy.random_weights` says where its weights come from and what their pictures show.
-What is trained of another is in `hv_batch.toy.trained`.
+The checkpoint of this module is not trained; `hv_batch.toy.random_weights` describes its weights. The trained toy is in
+`hv_batch.toy.trained`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from hv_batch.toy.random_weights import State, dit_state, text_state, vae_state
 LLAMA_WIDTH = 64
 CLIP_WIDTH = 32
 
-# Eight heads, so that a group of eight ranks can share them out as it does the released model's 24. Half of each head
-# turns with time: frames are few, and should differ.
+# Eight heads, so that a group of eight ranks can split them as it splits the 24 heads of the released model. Half of
+# each head encodes time: there are few frames, and they should differ.
 TOY_DIT: dict[str, Any] = {
     "hidden_size": 128,
     "heads_num": 8,
@@ -47,23 +47,24 @@ TOY_VAE: dict[str, Any] = {
 
 
 def cache_dir() -> Path:
-    """Where commands keep the tree that they render with."""
+    """Return the folder in which commands cache the toy checkpoints."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hv_batch"
 
 
 def write_toy_checkpoint(root: Path, seed: int = 0) -> Path:
-    """The model base of the toy checkpoint under `root`, written first if it is not there yet.
+    """Return the model base of the toy checkpoint under `root`, and write it first if it does not exist.
 
-    Its directory is named by the seed and a digest of this recipe, so that a tree of another version is never taken
-    for this one.
+    The name of its folder has the seed and a digest of the sources that define it, so a tree of another version of the
+    package is never used.
     """
-    return written_once(root / f"toy-{seed}-{_recipe()}", lambda draft: _write_tree(draft, seed))
+    return write_once(root / f"toy-{seed}-{_recipe()}", lambda draft: _write_tree(draft, seed))
 
 
-def written_once(model_base: Path, write: Callable[[Path], None]) -> Path:
-    """`model_base`, which `write` fills if it is not there yet.
+def write_once(model_base: Path, write: Callable[[Path], None]) -> Path:
+    """Return `model_base`, and call `write` to fill it first if it does not exist.
 
-    It appears whole or not at all: written beside and renamed, and a second writer's copy is dropped.
+    The folder appears complete or not at all: `write` fills a temporary folder, which is then renamed. If two processes
+    write at once, the copy of the second one is deleted.
     """
     if model_base.is_dir():
         return model_base
@@ -72,7 +73,7 @@ def written_once(model_base: Path, write: Callable[[Path], None]) -> Path:
     draft = Path(tempfile.mkdtemp(prefix=".toy-", dir=root))
     try:
         write(draft)
-        draft.chmod(0o755)  # mkdtemp's is private to the user; a checkpoint is shared
+        draft.chmod(0o755)  # mkdtemp makes the folder private to the user, but a checkpoint is shared
         draft.rename(model_base)
     except OSError:
         if not model_base.is_dir():
@@ -97,22 +98,24 @@ def _write_tree(base: Path, seed: int) -> None:
 
 
 def write_dit(base: Path, config: Mapping[str, Any], state: State) -> None:
-    """The DiT's part of the tree at `base`; `config` are fields of `DiTConfig`, `state` has released names."""
+    """Write the DiT of the tree at `base`. `config` has fields of `DiTConfig`; `state` has the released names."""
     file = dit_file(base)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # torch.save writes the file's stem into the archive: the final names, from the start, keep the bytes equal.
+    # torch.save stores the stem of the file name in the archive. The file must have its final name from the start, so
+    # that its bytes do not vary.
     torch.save({"module": state}, file)
-    # The released tree has none: the width of the released model is known. With it, the toy loads without options.
+    # The released tree has no such file, because the released width is the default. With it, the toy loads without
+    # options.
     _write_json(file.with_name("config.json"), {"_class_name": DIT_CLASS} | dict(config))
 
 
 def write_vae(base: Path, config: Mapping[str, Any], state: State) -> None:
-    """The VAE's part of the tree at `base`; `config` are fields of `VAEConfig`, `state` has released names."""
+    """Write the VAE of the tree at `base`. `config` has fields of `VAEConfig`; `state` has the released names."""
     file = vae_file(base)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file)
-    told = {"_class_name": "AutoencoderKLCausal3D", "latent_channels": LATENT_CHANNELS}
-    _write_json(file.with_name("config.json"), told | dict(config))
+    fixed = {"_class_name": "AutoencoderKLCausal3D", "latent_channels": LATENT_CHANNELS}
+    _write_json(file.with_name("config.json"), fixed | dict(config))
 
 
 def dit_file(base: Path) -> Path:
@@ -133,14 +136,14 @@ def _write_llama(directory: Path, seed: int) -> None:
 
 
 def llama_config(vocab_size: int, width: int) -> Any:
-    """Of the LLaMA tower: transformers' LlamaConfig."""
+    """Return the LlamaConfig (of transformers) of the LLaMA tower."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=4,  # of which the engine runs two
+        num_hidden_layers=4,  # the engine skips the last two
         num_attention_heads=4,
         num_key_value_heads=2,  # grouped, as in Llama 3
         max_position_embeddings=8192,
@@ -159,7 +162,7 @@ def _write_clip(directory: Path, seed: int) -> None:
 
 
 def clip_config(vocab_size: int, start: int, end: int, width: int) -> Any:
-    """Of the CLIP tower: transformers' CLIPTextConfig. `start` and `end` are ids of tokens."""
+    """Return the CLIPTextConfig (of transformers) of the CLIP tower. `start` and `end` are token ids."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
@@ -176,14 +179,14 @@ def clip_config(vocab_size: int, start: int, end: int, width: int) -> Any:
 
 
 def clip_names(state: State) -> State:
-    """The released file's names start with "text_model."; some versions of transformers leave that out."""
+    """Add the prefix "text_model." of the released file, which some versions of transformers omit."""
     return {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
 
 
 def write_tower(directory: Path, config: Any, state: State) -> None:
-    """config.json and model.safetensors of a text tower, as transformers reads them."""
+    """Write config.json and model.safetensors of a text tower in the format of transformers."""
     _write_json(directory / "config.json", config.to_diff_dict())
-    # Not save_file, which makes the file private to its writer.
+    # save_file would make the file private to the user.
     (directory / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
 
 

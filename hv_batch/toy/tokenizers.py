@@ -1,7 +1,7 @@
-"""Tokenizers of the toy checkpoint: the structure of Llama 3's and of CLIP's over a vocabulary of a few hundred words.
+"""Tokenizers of the toy checkpoint: the structure of Llama 3's and CLIP's, with a vocabulary of a few hundred words.
 
-The structure is what matters. With the same split pattern and the same special tokens, the templates of the engine are
-cut into as many tokens as by the released tokenizers, so the toy goes through the same crop and the same limits.
+The split pattern and the special tokens are those of the released tokenizers. The templates of the engine therefore
+have as many tokens as with the released tokenizers, and the same crop and limits apply.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 LLAMA_SPECIALS = (BEGIN, END, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", PAD)
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
-# Llama 3's pieces: contractions, a word with what stands before it, up to three digits, punctuation, newlines, blanks.
+# Llama 3's pieces: contractions, words with the preceding character, up to three digits, punctuation, newlines, spaces.
 LLAMA_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-# Words of ordinary prompts, so that those are about one token a word as with the real vocabulary. Any other word is
-# spelt in bytes.
+# Words of ordinary prompts, so that a prompt has about one token per word, as with the real vocabulary. All other words
+# are encoded as bytes.
 WORDS = """
 a about above across after against all along among an and another are around as at away back be before behind below
 beneath beside between big both bright but by can close dark day deep down during each early empty end every far fast
@@ -60,7 +60,7 @@ realistic scene shallow shot slowmotion style texture time timelapse tracking tr
 aerial bad composition deformation distortion eyes hands limbs low overexposed poor quality teeth
 """
 
-# Those of the toy world's captions that are not among them.
+# Words of the captions of the toy world that WORDS lacks.
 CAPTION_WORDS = """
 backdrop big bottom circle disc does dot downward drifts five front glides image little medium move moves pans plain
 picture pointed rests sinks stands stripes striped tiny top triangle upward video
@@ -68,7 +68,7 @@ picture pointed rests sinks stands stripes striped tiny top triangle upward vide
 
 
 def write_llama_tokenizer(directory: Path, words: Iterable[str] = WORDS.split()) -> int:
-    """Write a Llama-3-like tokenizer for `AutoTokenizer`; returns its vocabulary's size, special tokens included."""
+    """Write a Llama-3-like tokenizer for `AutoTokenizer`. Returns the vocabulary size, including special tokens."""
     pieces = [*_template_pieces(), *_cases(words)]
     vocabulary = _number([*_byte_letters(), *map(_in_byte_letters, pieces)])
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
@@ -97,14 +97,14 @@ def write_llama_tokenizer(directory: Path, words: Iterable[str] = WORDS.split())
 
 
 def write_clip_tokenizer(directory: Path, words: Sequence[str] = ()) -> tuple[int, int, int]:
-    """Write a CLIP-like tokenizer; returns (vocabulary size, start id, end id).
+    """Write a CLIP-like tokenizer. Returns (vocabulary size, start id, end id).
 
-    A word of `words` is one token, all else is spelt in bytes.
+    Each of `words` is one token; all other text is encoded as bytes.
     """
     letters = list(_byte_letters())
     merges = _merges(words)
     merged = ["".join(pair) for pair in merges]
-    # The end token comes last, as in CLIP: older pooling looks for the highest id.
+    # The end token must be last, as in CLIP: older versions of transformers pool at the highest id.
     vocabulary = _number([*letters, *(f"{letter}</w>" for letter in letters), *merged, CLIP_START, CLIP_END])
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=CLIP_END))
     tokenizer.normalizer = normalizers.Sequence(
@@ -138,7 +138,7 @@ def write_clip_tokenizer(directory: Path, words: Sequence[str] = ()) -> tuple[in
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs that, merged in this order, make one token of each word: those that byte pair encoding learns of them."""
+    """Return the merges, in order, with which byte pair encoding encodes each of the words as one token."""
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trainer = trainers.BpeTrainer(vocab_size=2**16, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     learner.train_from_iterator(sorted(set(map(str.lower, words))), trainer)
@@ -146,14 +146,14 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _write(directory: Path, tokenizer: Tokenizer, settings: dict[str, object]) -> None:
-    """Files as transformers reads them; written by hand because its own writer differs from version to version."""
+    """Write the files that transformers reads. Its own writer is not used, because its output varies by version."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _byte_letters() -> Iterator[str]:
-    """The printable letter that stands for each byte, 0 to 255: byte-level BPE, as GPT-2 defined it."""
+    """Yield the printable character of each byte from 0 to 255, as in the byte-level BPE of GPT-2."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     spare = iter(range(0x100, 0x200))
     for byte in range(0x100):
@@ -166,7 +166,7 @@ def _in_byte_letters(word: str) -> str:
 
 
 def _template_pieces() -> Iterator[str]:
-    """Every piece that the split pattern cuts out of the templates."""
+    """Yield every piece into which the split pattern splits the templates."""
     split = pre_tokenizers.Split(Regex(LLAMA_SPLIT), "isolated")
     for template in (VIDEO_TEMPLATE, IMAGE_TEMPLATE):
         text = template.head
@@ -177,7 +177,7 @@ def _template_pieces() -> Iterator[str]:
 
 
 def _cases(words: Iterable[str]) -> Iterator[str]:
-    """Each word as it stands in a sentence and at its beginning."""
+    """Yield each word in lower case and capitalized, with and without a preceding space."""
     for word in words:
         yield from (word, f" {word}", word.capitalize(), f" {word.capitalize()}")
 

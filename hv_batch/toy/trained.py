@@ -1,11 +1,11 @@
-"""The trained toy checkpoint: shipped in the package as safetensors, written as a released tree where it is wanted.
+"""The trained toy checkpoint: shipped in the package as safetensors, unpacked into the released layout on demand.
 
     weights/
-      dit.safetensors, vae.safetensors    released names; their metadata hold the model's config
-      text_encoder/, text_encoder_2/      as released
-      stages.txt                          how many stages of its training the DiT has behind it
+      dit.safetensors, vae.safetensors    released tensor names; the metadata holds the config of the model
+      text_encoder/, text_encoder_2/      in the released layout
+      stages.txt                          number of training stages that the DiT has finished
 
-`python -m hv_batch.toy.training` makes it; see there.
+`python -m hv_batch.toy.training` creates it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from hv_batch.engine.checkpoint.tree import read_json
-from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit, write_vae, written_once
+from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit, write_once, write_vae
 from hv_batch.toy.random_weights import State
 
 SHIPPED = Path(__file__).with_name("weights")
@@ -30,18 +30,18 @@ STAGES = "stages.txt"
 
 
 def write_trained_checkpoint(root: Path) -> Path:
-    """The model base of the trained toy checkpoint under `root`, written first if it is not there yet.
+    """Return the model base of the trained toy checkpoint under `root`, and write it first if it does not exist.
 
-    Its directory is named by a digest of the weights.
+    The name of its folder has a digest of the weights.
     """
     digest = hashlib.sha256()
     for file in sorted(SHIPPED.rglob("*.*")):
         digest.update(f"{file.relative_to(SHIPPED)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return written_once(root / f"toy-trained-{digest.hexdigest()[:8]}", unpack)
+    return write_once(root / f"toy-trained-{digest.hexdigest()[:8]}", unpack)
 
 
 def unpack(model_base: Path) -> None:
-    """Write what the package has as a tree in the released layout."""
+    """Write the shipped weights as a tree in the released layout."""
     write_dit(model_base, *_load(SHIPPED / "dit.safetensors"))
     write_vae(model_base, *_load(SHIPPED / "vae.safetensors"))
     for tower in TOWERS:
@@ -50,7 +50,7 @@ def unpack(model_base: Path) -> None:
 
 
 def pack(model_base: Path, folder: Path = SHIPPED) -> None:
-    """The reverse: what training has written at `model_base`, as `folder` of the package."""
+    """Write the trained tree at `model_base` into `folder` of the package; the reverse of `unpack`."""
     folder.mkdir(parents=True, exist_ok=True)
     dit, vae = dit_file(model_base), vae_file(model_base)
     _save(folder / "dit.safetensors", dit.with_name("config.json"), torch.load(dit, weights_only=True)["module"])
@@ -61,12 +61,12 @@ def pack(model_base: Path, folder: Path = SHIPPED) -> None:
 
 
 def training_folder(model_base: Path) -> Path:
-    """What only a training needs."""
+    """Return the folder of files that only the training needs."""
     return model_base / "training"
 
 
 def finished_stages(model_base: Path) -> int:
-    """How many stages of its training the DiT has behind it."""
+    """Return the number of training stages that the DiT has finished."""
     file = training_folder(model_base) / STAGES
     return int(file.read_text()) if file.is_file() else 0
 
@@ -77,8 +77,10 @@ def write_stages(model_base: Path, count: int) -> None:
 
 
 def _save(file: Path, config: Path, state: State) -> None:
-    told = {name: value for name, value in read_json(config).items() if name not in ("_class_name", "latent_channels")}
-    file.write_bytes(save(state, metadata={"config": json.dumps(told, sort_keys=True)}))
+    fields = {
+        name: value for name, value in read_json(config).items() if name not in ("_class_name", "latent_channels")
+    }
+    file.write_bytes(save(state, metadata={"config": json.dumps(fields, sort_keys=True)}))
 
 
 def _load(file: Path) -> tuple[dict[str, Any], State]:

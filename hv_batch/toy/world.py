@@ -1,9 +1,11 @@
-"""The world that the toy model is trained in: one or two flat shapes on a background, drawn from a description.
+"""The world of the toy model: one or two flat shapes on a background, drawn from a description.
 
-A `Scene` says all that a caption may tell and a scorer can read back; `draw` makes frames of it. What a caption leaves
-open (the jitter) is small on purpose: the model then has one picture to learn for a prompt, not a choice of many.
+A `Scene` has exactly the attributes that captions describe and the scorer reads; `draw` renders it to frames. The
+random variation that a caption does not determine (the jitter) is small on purpose: the model then learns one picture
+per prompt instead of a distribution.
 
-Lengths are shares of the frame's shorter side, places are shares of its width and height, (0, 0) at the top left.
+Lengths are fractions of the shorter side of the frame. Positions are fractions of its width and height; (0, 0) is the
+top left corner.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Size(StrEnum):
 
 
 class Motion(StrEnum):
-    """Where a shape goes."""
+    """Direction in which a shape moves."""
 
     STILL = "still"
     RIGHT = "right"
@@ -42,7 +44,7 @@ class Motion(StrEnum):
 
 
 class Camera(StrEnum):
-    """Where the camera turns: what stands in the scene moves the other way."""
+    """Direction in which the camera turns. The scene moves in the opposite direction."""
 
     FIXED = "fixed"
     PAN_RIGHT = "pan right"
@@ -50,10 +52,10 @@ class Camera(StrEnum):
 
 
 class Pattern(StrEnum):
-    """What the background is painted with."""
+    """Pattern of the background."""
 
     PLAIN = "plain"
-    STRIPED = "striped"  # upright stripes, each second one darker: without them nobody sees a camera turn
+    STRIPED = "striped"  # vertical stripes in two shades; without them a turning camera is not visible
 
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {
@@ -66,8 +68,8 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
     "white": (244, 244, 244),
     "black": (22, 22, 22),
 }
-SIZES = ((128, 128), (96, 160), (160, 96))  # height, width of the frames that the model is trained on
-# Radius of the circle of the same area; every shape of one size covers about as much.
+SIZES = ((128, 128), (96, 160), (160, 96))  # (height, width) of the training frames
+# Radius of the circle with the same area: all shapes of a size cover about the same area.
 RADII: Mapping[Size, float] = {Size.SMALL: 0.11, Size.MEDIUM: 0.155, Size.LARGE: 0.21}
 HEADINGS: Mapping[Motion, tuple[float, float]] = {
     Motion.STILL: (0, 0),
@@ -76,15 +78,15 @@ HEADINGS: Mapping[Motion, tuple[float, float]] = {
     Motion.UP: (0, -1),
     Motion.DOWN: (0, 1),
 }
-TRAVEL = 0.5  # how far a shape moves between the first and the last frame
-PAN = 0.4  # how far the scene moves under a turning camera
-STRIPES = 4  # pairs a frame's width
-SHADE = 0.72  # of a darker stripe, against the background's colour
-SIDES = (0.27, 0.73)  # where the left and the right one of two shapes stand
+TRAVEL = 0.5  # distance that a shape moves between the first and the last frame
+PAN = 0.4  # distance that the scene moves if the camera turns
+STRIPES = 4  # pairs of stripes per frame width
+SHADE = 0.72  # brightness of a darker stripe, relative to the colour of the background
+SIDES = (0.27, 0.73)  # horizontal positions of the left and the right one of two shapes
 PLACE_JITTER = 0.05
 RADIUS_JITTER = 0.06
-STAR_INNER = 0.45  # radius of a star's notches, against that of its points
-REACH = 1.6  # of the farthest point of any shape, against its radius
+STAR_INNER = 0.45  # radius of the notches of a star, relative to that of its points
+REACH = 1.6  # distance of the farthest point of any shape from its centre, relative to its radius
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One thing in the middle, or a left and a right one. Under a turning camera nothing else moves."""
+    """One thing in the middle, or a left and a right one. If the camera turns, the things themselves do not move."""
 
     things: tuple[Thing, ...]
     background: str
@@ -108,7 +110,10 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator, *, moves: bool = True) -> Scene:
-    """Mostly one thing; a quarter with two, a sixth under a turning camera. With `moves` false nothing moves."""
+    """Return a random scene: a quarter have two things, the others one; in a sixth the camera turns.
+
+    If `moves` is false, neither the things nor the camera move.
+    """
     colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
     kind = rng.random()
     if moves and kind < 1 / 6:
@@ -128,7 +133,10 @@ def _thing(rng: np.random.Generator, colour: str, motions: list[Motion]) -> Thin
 
 
 def draw(scene: Scene, num_frames: int, height: int, width: int, rng: np.random.Generator | None = None) -> Frames:
-    """The scene as frames; with `rng`, places and sizes vary a little. One frame shows the middle of the motion."""
+    """Return uint8 frames [F, H, W, 3] of the scene. A single frame shows the middle of the motion.
+
+    With `rng`, positions and sizes vary slightly.
+    """
     times = np.linspace(-0.5, 0.5, num_frames, dtype=np.float32) if num_frames > 1 else np.zeros(1, np.float32)
     pan = {Camera.FIXED: 0.0, Camera.PAN_RIGHT: -PAN, Camera.PAN_LEFT: PAN}[scene.camera] * times
     frames = _background(scene, pan, height, width)
@@ -145,7 +153,10 @@ def draw(scene: Scene, num_frames: int, height: int, width: int, rng: np.random.
 
 
 def _paint(frame: NDArray[np.float32], thing: Thing, x: float, y: float, radius: float) -> None:
-    """Put the thing onto a frame [H, W, 3], centre (x, y) in pixels; only the part that it may touch is looked at."""
+    """Draw the thing in place onto a frame [H, W, 3] with its centre at (x, y) in pixels.
+
+    Only the part of the frame that the thing may cover is computed.
+    """
     height, width, _ = frame.shape
     reach = REACH * radius + 1
     left, right = (int(np.clip(edge, 0, width)) for edge in (x - reach, x + reach + 1))
@@ -167,7 +178,7 @@ def _background(scene: Scene, pan: NDArray[np.float32], height: int, width: int)
 
 
 def shade(colour: str) -> tuple[float, float, float]:
-    """The other colour of stripes: darker, or lighter where the first is black."""
+    """Return the second colour (RGB) of the stripes of a background: darker, or lighter if `colour` is black."""
     if colour == "black":
         return (75.0, 75.0, 75.0)
     red, green, blue = COLOURS[colour]
@@ -175,25 +186,25 @@ def shade(colour: str) -> tuple[float, float, float]:
 
 
 def cover(shape: Shape, x: float, y: float, radius: float, height: int, width: int) -> NDArray[np.float32]:
-    """How much of each pixel the shape covers, [H, W] in 0..1; centre (x, y) and radius in pixels."""
+    """Return the fraction (0 to 1) of each pixel [H, W] that the shape covers. `x`, `y`, `radius` are in pixels."""
     across = (np.arange(width) + 0.5 - x)[None, :]
     down = (np.arange(height) + 0.5 - y)[:, None]
-    far = outside(shape, across.astype(np.float32), down.astype(np.float32), radius)
-    covered: NDArray[np.float32] = (0.5 - far).clip(0, 1)
+    distance = outside(shape, across.astype(np.float32), down.astype(np.float32), radius)
+    covered: NDArray[np.float32] = (0.5 - distance).clip(0, 1)
     return covered
 
 
 def outside(shape: Shape, across: NDArray[np.float32], down: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
-    """About how far a point lies outside the shape's edge (negative: inside), in the unit of the arguments."""
+    """Return the approximate distance of points from the edge of the shape (negative inside), in the input unit."""
     if shape is Shape.CIRCLE:
         return np.sqrt(across**2 + down**2) - radius
     if shape is Shape.SQUARE:
         half = radius * np.pi**0.5 / 2
         return np.maximum(abs(across), abs(down)) - half
     if shape is Shape.TRIANGLE:
-        inner = radius * (np.pi / 3**1.5) ** 0.5  # of the equilateral triangle of the circle's area
+        inner = radius * (np.pi / 3**1.5) ** 0.5  # inradius of the equilateral triangle with the area of the circle
         return np.maximum(0.75**0.5 * abs(across) - down / 2, down) - inner
-    # A star of five points: fold the plane into one half of a point, whose edge is then a straight line.
+    # A five-pointed star: fold the plane onto one half of a point, whose edge is a straight line.
     points = radius * (np.pi / (5 * STAR_INNER * np.sin(np.pi / 5))) ** 0.5
     turn = np.arctan2(across, -down)
     folded = abs((turn + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)

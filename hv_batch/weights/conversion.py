@@ -1,7 +1,7 @@
-"""Any checkpoint the engine loads, rewritten as safetensors in the released layout: bf16 or FP8, one tensor at a time.
+"""Convert any checkpoint that the engine loads to safetensors in the released layout, one tensor at a time.
 
-Sources are a whole model_base in either layout, which becomes a whole model_base, or a DiT file or folder alone, which
-becomes a folder that `dit_weight` may name.
+The source is a model_base in either layout, which is converted to a model_base, or a single DiT file or folder, which
+is converted to a folder that can be used as `dit_weight`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ from hv_batch.protocol import UserError
 from hv_batch.weights.shards import SHARD_BYTES, OnBytes, ignore_bytes, write_file, write_sharded, write_text
 
 _STEM = CONVERTED.removesuffix(".safetensors")
-_TOWER_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # what of a text tower is no weights
+_TOWER_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # files of a text tower other than weights
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What becomes of the DiT; the VAE and the text towers keep their numbers.
+    """How the DiT is converted. The tensors of the VAE and of the text towers are not changed.
 
-    `dtype` None keeps every tensor's own (FP8 weights become bfloat16). With `fp8` the Linears inside the blocks become
-    FP8 with one scale each, as released; those that are stay as they are.
+    If `dtype` is None, each tensor keeps its dtype, except that FP8 weights become bfloat16. With `fp8`, the weights of
+    the Linear layers inside the blocks become FP8 with one scale each, as in the released FP8 file; weights that are
+    FP8 already are not changed.
     """
 
     dtype: torch.dtype | None = None
@@ -56,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What `convert` is about to write, known without reading a tensor."""
+    """A planned conversion: its target, its size in bytes, and the function that runs it. No tensor is read yet."""
 
     target: Path
     nbytes: int
@@ -64,18 +65,19 @@ class Conversion:
 
 
 def plan_conversion(source: Path, target: Path, recipe: Recipe, load_key: str = "module") -> Conversion:
-    """A conversion that is ready to run; running it again after an interruption goes on where it was.
+    """Return a conversion that is ready to run. A conversion that was interrupted resumes when it is run again.
 
-    Raises UserError when the source is incomplete or damaged, lies where the target would, or the disk is too small.
+    Raises UserError if the source is incomplete or damaged, if the target is inside the source, or if the disk is too
+    small.
     """
     if not source.exists():
-        raise UserError(f"{source} is not there. Name a model_base, or a DiT file or folder.")
+        raise UserError(f"{source} does not exist. Give a model_base, or a DiT file or folder.")
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise UserError(f"The destination {target} lies in the source {source}. Choose another folder.")
+        raise UserError(f"The target {target} is inside the source {source}. Choose another folder.")
     tree = CheckpointTree(source, load_key=load_key)
     if tree.is_diffusers or (source / MODEL).is_dir():
         if missing := tree.missing():
-            raise UserError("The source is not complete: " + " | ".join([*missing, LAYOUT]))
+            raise UserError("The source is incomplete: " + " | ".join([*missing, LAYOUT]))
         parts = [
             _dit(tree, target / MODEL / "transformers", recipe),
             _vae(tree, target / MODEL / "vae"),
@@ -92,7 +94,7 @@ def plan_conversion(source: Path, target: Path, recipe: Recipe, load_key: str = 
 def convert(
     source: Path, target: Path, recipe: Recipe, on_bytes: OnBytes = ignore_bytes, load_key: str = "module"
 ) -> None:
-    """Plan and run; `on_bytes` is told of progress."""
+    """Plan and run a conversion. `on_bytes` is called with the number of bytes of each tensor that is done."""
     plan_conversion(source, target, recipe, load_key).run(on_bytes)
 
 
@@ -121,18 +123,18 @@ def _dit(tree: CheckpointTree, folder: Path, recipe: Recipe) -> Conversion:
 def _vae(tree: CheckpointTree, folder: Path) -> Conversion:
     tensors = open_vae(tree)
     config = read_json(tree.vae_config)
-    told = released_vae_config(config) if tree.is_diffusers else config
+    released = released_vae_config(config) if tree.is_diffusers else config
 
     def run(on_bytes: OnBytes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(told, indent=1) + "\n")
+        write_text(folder / "config.json", json.dumps(released, indent=1) + "\n")
         write_file(folder / CONVERTED, tensors, files_origin(tree.vae_weight, ""), on_bytes)
 
     return Conversion(folder, _nbytes(tensors), run)
 
 
 def _tower(weights: Path, tokenizer: Path, folder: Path, model_types: tuple[str, ...]) -> Conversion:
-    """A text tower with its tokenizer beside it. Safetensors are linked, which costs no space, or copied."""
+    """Plan the conversion of a text tower and its tokenizer. Safetensors files are hard-linked if possible."""
     tensors = open_tower(weights, model_types)
     file = weight_file(weights)
     assert file is not None
@@ -157,20 +159,20 @@ def _tower(weights: Path, tokenizer: Path, folder: Path, model_types: tuple[str,
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same bytes at `target`, whole or not at all: by a hard link where the file system has them."""
+    """Hard-link `source` to `target`, or copy it if the file system has no hard links. `target` is never incomplete."""
     draft = target.with_name(f".{target.name}.part")
     draft.unlink(missing_ok=True)
-    original = source.resolve()  # a hub's cache holds symbolic links
+    original = source.resolve()  # the files of a hub cache are symbolic links
     try:
         os.link(original, draft)
     except OSError:
         shutil.copyfile(original, draft)
     draft.replace(target)
-    draft.unlink(missing_ok=True)  # of two links to one file, POSIX renames none
+    draft.unlink(missing_ok=True)  # POSIX rename does nothing if both names are links to the same file
 
 
 def _recast(tensors: Tensors, scales: Tensors, recipe: Recipe) -> tuple[Tensors, Tensors]:
-    """The tensors as they shall be written, and the scales of those that shall be FP8."""
+    """Return the tensors to write, and the scales of those that become FP8."""
     written: Tensors = {}
     kept: Tensors = {}
     for name, tensor in tensors.items():
@@ -187,7 +189,7 @@ def _recast(tensors: Tensors, scales: Tensors, recipe: Recipe) -> tuple[Tensors,
 
 
 def _is_quantised_by_the_release(name: str, tensor: StoredTensor) -> bool:
-    """The weights of the blocks' Linears are their only matrices."""
+    """Return whether the tensor is a Linear weight of a block; these are the only matrices of the blocks."""
     return name.startswith(("double_blocks.", "single_blocks.")) and len(tensor.shape) == 2
 
 
@@ -204,8 +206,11 @@ def _dequantised(weight: StoredTensor, scale: StoredTensor, dtype: torch.dtype) 
 
 
 def _quantised(weight: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
-    """FP8 weight and scale. The scale is remembered when the weight is written, and found again when it was not."""
-    known: list[float] = []  # numbers, because a small tensor between two large ones would hold the heap's pages
+    """Return the FP8 weight and its scale.
+
+    The scale is cached when the weight is read, and computed from the weight if that was skipped.
+    """
+    known: list[float] = []  # a number: a small tensor allocated between two large ones would fragment the heap
 
     def quantise_once() -> Tensor:
         values, scale = quantise(weight.read(CPU, torch.float32))
@@ -222,7 +227,7 @@ def _quantised(weight: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
 
 
 def files_origin(path: Path, how: str) -> str:
-    """What tells one source from another: a digest of its files (as `digests.revision` reads them), and how."""
+    """Return an identifier of the source: a digest of its files (read as in `digests.revision`), followed by `how`."""
     digest = hashlib.sha256()
     for number, file in enumerate([*shard_files(path), scales_file(path)]):
         if file.is_file():
@@ -238,8 +243,8 @@ def _refuse_small_disk(conversion: Conversion) -> None:
     needed, free = conversion.nbytes - written, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{conversion.target} needs {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB free. Choose "
-            "another destination, or make room."
+            f"{conversion.target} needs {needed / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free. Choose "
+            "another target, or free disk space."
         )
 
 

@@ -1,6 +1,7 @@
-"""The LLaMA tower out of LLaVA (`xtuner/llava-llama-3-8b-v1_1-transformers`): its language model and its tokenizer.
+"""Extract the LLaMA tower, with its tokenizer, from LLaVA (`xtuner/llava-llama-3-8b-v1_1-transformers`).
 
-The release has a script for this step, which loads the whole of LLaVA; here tensors go from file to file, one by one.
+The script of the release for this step loads the whole LLaVA. This module copies one tensor at a time from file to
+file.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 
-# LLaVA's names of the language model's tensors, as transformers writes them below 4.52 and from it on; and what is left
-# of them in a LlamaForCausalLM.
+# Tensor names of the language model in LLaVA, as written by transformers before and since version 4.52, and the
+# corresponding names in a LlamaForCausalLM.
 _NAMES = (
     (re.compile(r"language_model\.((?:model|lm_head)\..+)"), "{}"),
     (re.compile(r"model\.language_model\.(.+)"), "model.{}"),
@@ -38,16 +39,16 @@ _SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_att
 
 
 def extract_text_encoder(llava: Path, target: Path, on_bytes: OnBytes = ignore_bytes) -> None:
-    """Write the language model of the LLaVA folder, its config and its tokenizer into `target`, in their own dtype.
+    """Write the language model of the folder `llava`, its config and its tokenizer into `target`.
 
-    Running it again after an interruption goes on where it was. Raises UserError when `llava` is no LLaVA with a LLaMA
-    inside, or is incomplete or damaged.
+    Tensors keep their dtype. An interrupted extraction resumes when it is run again. Raises UserError if `llava` is not
+    a LLaVA checkpoint with a LLaMA language model, or is incomplete or damaged.
     """
     tensors = language_model(llava)
     config = _llama_config(read_json(llava / "config.json"), llava / "config.json", tensors)
     tokenizer = [llava / name for name in TOKENIZER_FILES if (llava / name).is_file()]
     if llava / "tokenizer.json" not in tokenizer:
-        raise UserError(f"{llava / 'tokenizer.json'} is not there. Copy the tokenizer's files of that model as well.")
+        raise UserError(f"{llava / 'tokenizer.json'} does not exist. Copy the tokenizer files of that model as well.")
     target.mkdir(parents=True, exist_ok=True)
     for path in tokenizer:
         link_or_copy(path, target / path.name)
@@ -58,39 +59,46 @@ def extract_text_encoder(llava: Path, target: Path, on_bytes: OnBytes = ignore_b
 
 
 def language_model(llava: Path) -> Tensors:
-    """The tensors of the language model, unread, under the names of a LlamaForCausalLM. Errors as above."""
+    """Return the tensors of the language model, not read yet, under the names of a LlamaForCausalLM.
+
+    Raises UserError if the folder holds no LLaVA weights.
+    """
     path = weight_file(llava)
     if not llava.is_dir() or path is None:
         raise UserError(
-            f"{llava} holds no LLaVA weights; expected are config.json, model.safetensors or its shards with their "
-            "index, and the tokenizer's files. Download xtuner/llava-llama-3-8b-v1_1-transformers there."
+            f"{llava} holds no LLaVA weights. Expected files: config.json, model.safetensors or its shards with their "
+            "index, and the tokenizer files. Download xtuner/llava-llama-3-8b-v1_1-transformers to this folder."
         )
     tensors = {}
     for name, tensor in named_tensors(open_file(path), path).items():
         if ours := _llama_name(name):
             tensors[ours] = tensor
     if "model.embed_tokens.weight" not in tensors:
-        raise UserError(f"{path} holds no language model of a LLaVA checkpoint. Name the folder of a whole LLaVA.")
+        raise UserError(f"{path} has no language model of a LLaVA checkpoint. Give the folder of a complete LLaVA.")
     return tensors
 
 
 def _llama_name(name: str) -> str | None:
-    found = ((pattern.fullmatch(name), form) for pattern, form in _NAMES)
-    return next((form.format(match[1]) for match, form in found if match), None)
+    matches = ((pattern.fullmatch(name), form) for pattern, form in _NAMES)
+    return next((form.format(match[1]) for match, form in matches if match), None)
 
 
 def _llama_config(llava: dict[str, Any], path: Path, tensors: Collection[str]) -> dict[str, Any]:
-    """LLaVA's text_config, made complete: it leaves out what equals the defaults of its library's LLaMA."""
+    """Return the text_config of LLaVA with the fields added that it omits because they equal transformers' defaults."""
     from transformers import LlamaConfig  # takes seconds to import
 
     given = llava.get("text_config")
     if not isinstance(given, dict) or given.get("model_type") not in LLAMA_TYPES:
         raise UserError(
-            f"{path} describes no LLaVA with a LLaMA inside. Name that of llava-llama-3-8b-v1_1-transformers."
+            f"{path} is not the config of a LLaVA with a LLaMA language model. Give the folder of "
+            "llava-llama-3-8b-v1_1-transformers."
         )
     defaults = LlamaConfig(**given)
     complete = {key: getattr(defaults, key) for key in _SHAPE_KEYS}
     layers = complete["num_hidden_layers"]
     if f"model.layers.{layers - 1}.input_layernorm.weight" not in tensors:
-        raise UserError(f"{path} says {layers} layers, which the weights beside it do not hold. Copy the files again.")
+        raise UserError(
+            f"{path} has num_hidden_layers {layers}, but the weights in this folder have fewer layers. Copy the files "
+            "again."
+        )
     return {**complete, **given, "architectures": ["LlamaForCausalLM"]}

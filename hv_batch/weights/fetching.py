@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face Hub, or from a local copy of it, into a tree that the engine loads.
+"""Fetch weights from the Hugging Face Hub, or from a local copy of it, into a tree that the engine loads.
 
     tencent/HunyuanVideo                        -> <target>/hunyuan-video-t2v-720p/
     xtuner/llava-llama-3-8b-v1_1-transformers   -> its language model and tokenizer -> <target>/text_encoder/
@@ -6,9 +6,9 @@
 
 or, in diffusers' layout, hunyuanvideo-community/HunyuanVideo -> <target>/.
 
-A name as "main" means another commit tomorrow. So it is resolved once, when a folder is begun, and the commit is
-written into <target>/fetch.json before the first byte comes: what is fetched into this folder later is of that commit.
-Interrupted, the same command goes on where it was.
+A branch such as "main" moves. It is therefore resolved to a commit once, at the first fetch into a folder, and the
+commit is written to <target>/fetch.json before the first download. Later fetches into this folder use the same commit.
+An interrupted fetch resumes when the same command is run again.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ RECORD = "fetch.json"
 LLAVA = "xtuner/llava-llama-3-8b-v1_1-transformers"
 
 _TRANSFORMERS = f"{MODEL}/transformers/mp_rank_00_model_states"
-_STAGING = ".llava"  # where LLaVA is put until its language model is extracted
+_STAGING = ".llava"  # folder of LLaVA until its language model is extracted
 
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """A repository of the hub, which of its files are wanted, and into which folder of the target they go."""
+    """A repository of the hub, the patterns of the files to fetch, and their folder in the target."""
 
     name: str
-    revision: str  # a commit where one is known well enough to be the default; else the branch
+    revision: str  # default revision: a tested commit, or a branch
     patterns: tuple[str, ...]
     folder: str = "."
 
@@ -80,17 +80,18 @@ def fetch(
     endpoint: str | None = None,
     on_bytes: OnBytes = ignore_bytes,
 ) -> None:
-    """Fill `target` with the weights of a layout, `fp8` with the released FP8 file beside the bf16 one.
+    """Fill `target` with the weights of a layout; with `fp8`, also with the released FP8 file.
 
-    `revisions` gives commits, tags or branches by repository. `local` is a folder to copy from instead: a hub's cache
-    (models--org--name/) or plain folders (org/name/). Raises UserError when something cannot be had, or `target` was
-    begun with another revision.
+    `revisions` maps repositories to commits, tags or branches. `local` is a folder to copy from instead of the hub: a
+    hub cache (models--org--name/) or plain folders (org/name/). Raises UserError if files cannot be fetched, or if
+    `target` was started with another revision.
     """
     repos = LAYOUTS[layout]
-    asked = dict(revisions or {})
-    if unknown := asked.keys() - {repo.name for repo in repos}:
+    requested = dict(revisions or {})
+    if unknown := requested.keys() - {repo.name for repo in repos}:
         raise UserError(
-            f"--revision names {', '.join(sorted(unknown))}; what is fetched is {', '.join(r.name for r in repos)}."
+            f"--revision: unknown repository {', '.join(sorted(unknown))}. Repositories of this layout: "
+            f"{', '.join(repo.name for repo in repos)}."
         )
     target.mkdir(parents=True, exist_ok=True)
     for repo in repos:
@@ -98,53 +99,55 @@ def fetch(
             continue
         patterns = repo.patterns + (_FP8 if fp8 and repo.name == "tencent/HunyuanVideo" else ())
         if local is not None:
-            source = _local_copy(local, repo.name, asked.get(repo.name))
-            _pin(target, repo, asked, source.commit)
+            source = _local_copy(local, repo.name, requested.get(repo.name))
+            _pin(target, repo, requested, source.commit)
             if repo.name == LLAVA:
                 extract_text_encoder(source.folder, target / "text_encoder", on_bytes)
             else:
                 _copy(source.folder, target / repo.folder, patterns, repo.name)
             continue
-        commit = _pinned(target, repo, asked) or _pin(target, repo, asked, _resolve(repo, asked, endpoint))
+        commit = _pinned(target, repo, requested) or _pin(target, repo, requested, _resolve(repo, requested, endpoint))
         _download(repo, commit, target / repo.folder, patterns, endpoint)
         if repo.name == LLAVA:
             extract_text_encoder(target / _STAGING, target / "text_encoder", on_bytes)
             shutil.rmtree(target / _STAGING)
 
 
-def _pinned(target: Path, repo: Repo, asked: Mapping[str, str]) -> str | None:
-    """The commit that `target` was begun with; UserError when another is asked for."""
+def _pinned(target: Path, repo: Repo, requested: Mapping[str, str]) -> str | None:
+    """Return the commit that `target` was started with, if any. Raises UserError if another revision is requested."""
     record = read_json(target / RECORD) if (target / RECORD).is_file() else {}
     if repo.name not in record:
         return None
-    begun = record[repo.name]
-    if asked.get(repo.name, begun["revision"]) not in (begun["revision"], begun["commit"]):
+    pinned = record[repo.name]
+    if requested.get(repo.name, pinned["revision"]) not in (pinned["revision"], pinned["commit"]):
         raise UserError(
-            f"{target} was begun with {repo.name} at {begun['commit']} ({begun['revision']}), not at "
-            f"{asked[repo.name]}. Fetch another revision into another folder."
+            f"{target} was started with {repo.name} at {pinned['commit']} ({pinned['revision']}), not at "
+            f"{requested[repo.name]}. Fetch another revision into another folder."
         )
-    return str(begun["commit"])
+    return str(pinned["commit"])
 
 
-def _pin(target: Path, repo: Repo, asked: Mapping[str, str], commit: str) -> str:
-    if (begun := _pinned(target, repo, asked)) not in (None, commit):
-        raise UserError(f"{target} was begun with {repo.name} at {begun}, not at {commit}. Choose another folder.")
+def _pin(target: Path, repo: Repo, requested: Mapping[str, str], commit: str) -> str:
+    if (pinned := _pinned(target, repo, requested)) not in (None, commit):
+        raise UserError(f"{target} was started with {repo.name} at {pinned}, not at {commit}. Choose another folder.")
     record: dict[str, Any] = read_json(target / RECORD) if (target / RECORD).is_file() else {}
-    record[repo.name] = {"revision": asked.get(repo.name, repo.revision), "commit": commit}
+    record[repo.name] = {"revision": requested.get(repo.name, repo.revision), "commit": commit}
     write_text(target / RECORD, json.dumps(record, indent=1) + "\n")
     return commit
 
 
-def _resolve(repo: Repo, asked: Mapping[str, str], endpoint: str | None) -> str:
+def _resolve(repo: Repo, requested: Mapping[str, str], endpoint: str | None) -> str:
     from huggingface_hub import HfApi
 
-    revision = asked.get(repo.name, repo.revision)
+    revision = requested.get(repo.name, repo.revision)
     try:
         commit = HfApi(endpoint=endpoint).repo_info(repo.name, revision=revision).sha
     except _hub_errors() as error:
         raise UserError(_unreachable(repo.name, revision, error)) from error
     if not commit:
-        raise UserError(f"The hub names no commit for {repo.name} at {revision}. Give one with --revision.")
+        raise UserError(
+            f"The hub returned no commit for {repo.name} at {revision}. Give one with --revision {repo.name}=COMMIT."
+        )
     return str(commit)
 
 
@@ -160,7 +163,7 @@ def _download(repo: Repo, commit: str, folder: Path, patterns: Sequence[str], en
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """Refusals of the hub and failures on the way to it, whichever HTTP library the hub's client is built on."""
+    """Return the errors of the hub and of the network, for any HTTP library on which the hub client is built."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return OSError, ValueError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -170,8 +173,8 @@ def _unreachable(name: str, revision: str, error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0]
     return (
         f"{name} at {revision} could not be fetched: {reason}. Check the network, the name of the revision, and "
-        "HF_TOKEN where access is granted by it; what has come stays, and the same command goes on. --from takes a "
-        "local copy instead."
+        "HF_TOKEN if the repository requires it. Run the same command again to resume the download, or use --from to "
+        "copy from a local folder."
     )
 
 
@@ -182,7 +185,10 @@ class _Copy:
 
 
 def _local_copy(local: Path, name: str, revision: str | None) -> _Copy:
-    """A repository in a local folder: of a hub's cache by its commit, or a plain folder, whose commit nobody knows."""
+    """Find a repository in a local folder: a snapshot of a hub cache, or a plain folder, whose commit is unknown.
+
+    Raises UserError if there is none.
+    """
     cached = local / f"models--{name.replace('/', '--')}"
     if cached.is_dir():
         reference = cached / "refs" / (revision or "main")
@@ -193,12 +199,12 @@ def _local_copy(local: Path, name: str, revision: str | None) -> _Copy:
         if commit in snapshots:
             return _Copy(cached / "snapshots" / str(commit), str(commit))
         raise UserError(
-            f"{cached} has no snapshot {revision or 'main'}; it has {', '.join(snapshots) or 'none'}. Name one with "
-            f"--revision {name}=COMMIT."
+            f"{cached} has no snapshot {revision or 'main'}. Snapshots: {', '.join(snapshots) or 'none'}. Choose one "
+            f"with --revision {name}=COMMIT."
         )
     if (local / name).is_dir():
         return _Copy(local / name, "unknown: a plain folder")
-    raise UserError(f"{local} holds no copy of {name}; expected is {cached} (a hub's cache) or {local / name}.")
+    raise UserError(f"{local} holds no copy of {name}. Expected {cached} (a hub cache) or {local / name}.")
 
 
 def _copy(source: Path, target: Path, patterns: Sequence[str], name: str) -> None:
@@ -207,7 +213,7 @@ def _copy(source: Path, target: Path, patterns: Sequence[str], name: str) -> Non
         path for path in files if any(fnmatch(path.relative_to(source).as_posix(), pattern) for pattern in patterns)
     ]
     if not wanted:
-        raise UserError(f"{source} holds none of the files of {name}: {', '.join(patterns)}. Complete the copy.")
+        raise UserError(f"{source} has none of the files of {name}: {', '.join(patterns)}. Complete the local copy.")
     for path in wanted:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)

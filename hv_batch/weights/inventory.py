@@ -1,6 +1,6 @@
-"""What a checkpoint is: which parts are there, how large, in which dtypes, of which widths; and what is wrong with it.
+"""Inspect a checkpoint: its parts, their sizes, dtypes and widths, and its problems.
 
-Reads headers, never tensors: seconds for the released 40 GB.
+Only headers are read, not tensors, so the 40 GB of the released checkpoint take seconds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Part:
     nbytes: int  # on disk
     tensors: int
     parameters: int
-    dtypes: Mapping[str, int]  # parameters of each
+    dtypes: Mapping[str, int]  # number of parameters by dtype
     note: str
 
 
@@ -52,7 +52,7 @@ class Inventory:
     layout: str
     parts: list[Part]
     problems: list[str]
-    revision: dict[str, str] | None  # of a complete tree's parts, as it enters a run's identity
+    revision: dict[str, str] | None  # digest of each part, as in the identity of a run; None if there are problems
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,33 +70,33 @@ class Inventory:
         if self.revision:
             lines += ["  revision", *(f"    {part:<15} {digest}" for part, digest in self.revision.items())]
         else:
-            lines.append("  not complete, so without a revision")
+            lines.append("  no revision, because the checkpoint is not complete")
         return "\n".join(lines)
 
 
 def take_inventory(path: Path, load_key: str = "module") -> Inventory:
-    """Of a model_base in either layout, or of a DiT file or folder. Raises UserError when nothing is there."""
+    """Inspect a model_base in either layout, or a DiT file or folder. Raises UserError if there is no checkpoint."""
     if not path.exists():
-        raise UserError(f"{path} is not there. Name a model_base, or a DiT file or folder.")
+        raise UserError(f"{path} does not exist. Give a model_base, or a DiT file or folder.")
     tree = CheckpointTree(path, load_key=load_key)
     if not (tree.is_diffusers or (path / MODEL).is_dir()):
         alone = CheckpointTree(path.parent, dit_weight=path, load_key=load_key)
         if path.is_dir() and not any(path.glob("*.pt")) and not any(path.glob("*.safetensors*")):
-            raise UserError(f"{path} is no model_base and holds no DiT. {LAYOUT}")
+            raise UserError(f"{path} is not a model_base and has no DiT weights. {LAYOUT}")
         parts, problems = _collect(path, {"DiT": lambda: _dit(alone)})
         problems = problems or verify_dit(alone, _config(alone))
         return Inventory(str(path), "a DiT alone", parts, problems, None)
 
-    takers: dict[str, Callable[[], tuple[Path, Tensors, str]]] = {"DiT": lambda: _dit(tree)}
+    openers: dict[str, Callable[[], tuple[Path, Tensors, str]]] = {"DiT": lambda: _dit(tree)}
     fp8 = CheckpointTree(path, dit_weight=path / MODEL / "transformers" / FP8_FILE, load_key=load_key)
     has_fp8 = fp8.dit_file().is_file()
     if has_fp8:
-        takers["DiT, FP8"] = lambda: _dit(fp8)
-    takers["VAE"] = lambda: (tree.vae_weight, open_vae(tree), _widths(vae_config(tree).block_out_channels))
-    takers["LLaMA"] = lambda: _tower(tree.text_encoder, LLAMA_TYPES)
-    takers["CLIP"] = lambda: _tower(tree.text_encoder_2, CLIP_TYPES)
-    parts, broken = _collect(path, takers)
-    problems = tree.missing() or (broken if len(parts) < len(takers) else verify(tree, _config(tree)))
+        openers["DiT, FP8"] = lambda: _dit(fp8)
+    openers["VAE"] = lambda: (tree.vae_weight, open_vae(tree), _widths(vae_config(tree).block_out_channels))
+    openers["LLaMA"] = lambda: _tower(tree.text_encoder, LLAMA_TYPES)
+    openers["CLIP"] = lambda: _tower(tree.text_encoder_2, CLIP_TYPES)
+    parts, broken = _collect(path, openers)
+    problems = tree.missing() or (broken if len(parts) < len(openers) else verify(tree, _config(tree)))
     if has_fp8 and not tree.missing():
         problems = list(dict.fromkeys([*problems, *verify_dit(fp8, _config(fp8))]))
     layout = "diffusers' layout" if tree.is_diffusers else "the released layout"
@@ -104,10 +104,10 @@ def take_inventory(path: Path, load_key: str = "module") -> Inventory:
 
 
 def dit_widths(tensors: Tensors) -> dict[str, Any]:
-    """Fields of `DiTConfig` that the shapes of a DiT's tensors tell; raises KeyError when they are no DiT's.
+    """Return the fields of `DiTConfig` that follow from the tensor shapes. Raises KeyError if this is not a DiT.
 
-    They do not tell how a head's channels are shared out over time, height and width: the released shares, or, for
-    another head, some that fit.
+    The shapes do not determine how the channels of a head are split over time, height and width. `rope_dim_list` is the
+    released split if the head has the released size, else an arbitrary valid one.
     """
     shape = {name: tensor.shape for name, tensor in tensors.items()}
     hidden, in_channels, *patch = shape["img_in.proj.weight"]
@@ -134,7 +134,7 @@ def dit_widths(tensors: Tensors) -> dict[str, Any]:
 
 
 def _config(tree: CheckpointTree) -> DiTConfig:
-    """What the DiT ought to be: as its config.json says, else as its own shapes do, else as released."""
+    """Return the expected config of the DiT: from its config.json, else from its shapes, else the released one."""
     try:
         options = tree.dit_options() or dit_widths(open_dit(tree))
         lists_as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
@@ -152,24 +152,26 @@ def _dit(tree: CheckpointTree) -> tuple[Path, Tensors, str]:
     )
     if config == DiTConfig():
         return tree.dit_file(), tensors, f"{width}, as released"
-    told = "its config.json says so" if tree.dit_options() else "not as released: the engine needs its `dit` option"
-    return tree.dit_file(), tensors, f"{width}; {told}"
+    origin = "from its config.json" if tree.dit_options() else "not as released: the engine needs the option `dit`"
+    return tree.dit_file(), tensors, f"{width}; {origin}"
 
 
 def _tower(folder: Path, model_types: tuple[str, ...]) -> tuple[Path, Tensors, str]:
     tensors = open_tower(folder, model_types)
     config = read_json(folder / "config.json")
-    config = config.get("text_config") or config  # CLIP's has two
+    config = config.get("text_config") or config  # a config of CLIP nests that of its text tower
     path = weight_file(folder)
     assert path is not None
     return path, tensors, f"{config.get('num_hidden_layers', '?')} layers, width {config.get('hidden_size', '?')}"
 
 
-def _collect(base: Path, takers: Mapping[str, Callable[[], tuple[Path, Tensors, str]]]) -> tuple[list[Part], list[str]]:
+def _collect(
+    base: Path, openers: Mapping[str, Callable[[], tuple[Path, Tensors, str]]]
+) -> tuple[list[Part], list[str]]:
     parts, problems = [], []
-    for name, take in takers.items():
+    for name, open_part in openers.items():
         try:
-            parts.append(_part(name, base, *take()))
+            parts.append(_part(name, base, *open_part()))
         except UserError as error:
             problems.append(str(error))
     return parts, problems

@@ -1,8 +1,8 @@
-"""Writing safetensors one tensor at a time: a model of any size in the memory of its largest tensor.
+"""Write safetensors files one tensor at a time, in the memory of the largest tensor.
 
-A file appears whole or not at all, and says in its header what it was made of: so a writer that was killed goes on at
-the first file that is not there yet, and never mixes two models. The index comes last: without it a folder is
-unfinished.
+A file appears complete or not at all, and its header names the source it was made from. A writer that was killed
+therefore resumes at the first missing file, and never mixes the shards of two models. The index is written last: a
+folder without an index is incomplete.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from hv_batch.engine.checkpoint.tensor_files import ALIGNMENT, CPU, DTYPE_NAMES, INDEX_SUFFIX, StoredTensor
 from hv_batch.protocol import UserError
 
-SHARD_BYTES = 5 * 10**9  # as the hub's tools cut them
+SHARD_BYTES = 5 * 10**9  # as the tools of the hub split them
 
-OnBytes = Callable[[int], None]  # told how many bytes more are done
+OnBytes = Callable[[int], None]  # called with the number of further bytes that are done
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 _SOURCE = "hv_batch_source"  # header key
@@ -44,8 +44,8 @@ def write_sharded(
 ) -> Path:
     """Write `<stem>-00001-of-0000N.safetensors` and so on, then their index, and return the index.
 
-    `source` says what the tensors were made of and how; shards of the same source are kept. `before_index` runs when
-    all shards are there. Raises UserError when a shard of another source is in the way.
+    `source` identifies the origin of the tensors; existing shards of the same source are kept. `before_index` runs
+    after all shards are written. Raises UserError if a shard of another source exists.
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups = list(_split(tensors, shard_bytes))
@@ -62,20 +62,21 @@ def write_sharded(
 
 
 def write_file(path: Path, tensors: Mapping[str, StoredTensor], source: str, on_bytes: OnBytes = ignore_bytes) -> None:
-    """Write one safetensors file, unless the one of this source is there already; errors as of `write_sharded`."""
+    """Write one safetensors file, unless it exists with the same source. Raises UserError if it has another source."""
     if path.exists():
         if _source_of(path) != source:
-            raise UserError(f"{path} is there already and was made of something else. Choose another destination.")
+            raise UserError(f"{path} exists and was made from another source. Choose another target.")
         on_bytes(sum(tensor.nbytes for tensor in tensors.values()))
         return
-    # The format allows no gaps: so what ends at a multiple of the alignment comes first, then wide dtypes first.
+    # The format allows no gaps. To align as many tensors as possible, tensors whose size is a multiple of the alignment
+    # come first, then those of wide dtypes.
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, -item[1].dtype.itemsize)))
     with _draft(path) as file:
         file.write(_header(ordered, source))
         for tensor in ordered.values():
             data = tensor.read(CPU, tensor.dtype).contiguous().reshape(-1)
             if (data.numel(), data.dtype) != (tensor.numel, tensor.dtype):
-                raise AssertionError(f"a tensor of {path} is not what its header says")
+                raise AssertionError(f"a tensor of {path} differs from its header in size or dtype")
             file.write(data.view(torch.uint8).numpy().data)
             on_bytes(tensor.nbytes)
 
@@ -86,7 +87,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _header(tensors: Mapping[str, StoredTensor], source: str) -> bytes:
-    """The format: length of the JSON as 8 bytes, little end first, then the JSON, padded for the data to be aligned."""
+    """Return the header: the length of the JSON (8 bytes, little-endian), then the JSON, padded to align the data."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", _SOURCE: source}}
     offset = 0
     for name, tensor in tensors.items():
@@ -102,7 +103,7 @@ def _header(tensors: Mapping[str, StoredTensor], source: str) -> bytes:
 
 
 def _split(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors in their order, in groups of at most `shard_bytes`, or of one larger tensor."""
+    """Yield the tensors in order, in groups of at most `shard_bytes`; a larger tensor has a group of its own."""
     group: dict[str, StoredTensor] = {}
     filled = 0
     for name, tensor in tensors.items():
@@ -125,7 +126,7 @@ def _source_of(path: Path) -> str | None:
 
 @contextmanager
 def _draft(path: Path) -> Iterator[BinaryIO]:
-    """A file that is at `path` once the block ends, and nowhere if it fails."""
+    """Yield a file that is renamed to `path` at the end of the block, and deleted if the block fails."""
     draft = path.with_name(f".{path.name}.part")
     try:
         with draft.open("wb") as file:

@@ -1,4 +1,4 @@
-"""hv_batch.bench.ray_data_baseline: Ray Data is timed with the work that a run does; only the promises are left out."""
+"""hv_batch.bench.ray_data_baseline: Ray Data runs the stages of a run, without durability."""
 
 import json
 
@@ -13,14 +13,14 @@ from hv_batch.protocol import UserError, latent_shape
 
 @pytest.mark.parametrize(("frames", "suffix"), [(1, ".png"), (5, ".mp4")])
 def test_the_three_stages_render_every_sample(tmp_path, frames, suffix):
-    """The yardstick of the bench: the same engine, the same pixels and files as in a run, one of each for a sample."""
+    """The baseline is fair: it runs the same engine and writes one media file and one JSON file per sample."""
     config = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=frames))
     rows = {"number": np.arange(3), "prompt": np.array(["a", "b", "c"], object)}
     rows = ray_data_baseline._Denoise(config)(ray_data_baseline._Encode(config)(rows))
     assert rows["latents"].shape == (3, *latent_shape(SIDE, SIDE, frames))
     assert len(ray_data_baseline._Decode(config, tmp_path)(rows)["end"]) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{number}{kind}" for number in range(3) for kind in (suffix, ".json")
+        f"{number}{ending}" for number in range(3) for ending in (suffix, ".json")
     )
     for path in tmp_path.glob("*.json"):
         assert json.loads(path.read_text())["bytes"] == path.with_suffix(suffix).stat().st_size
@@ -29,8 +29,8 @@ def test_the_three_stages_render_every_sample(tmp_path, frames, suffix):
             assert image.size == (SIDE, SIDE)
 
 
-def test_what_ray_data_lacks_is_told_before_anything_starts(monkeypatch):
-    """P6: the option needs pandas, which a run does not; the message names it and the remedy."""
+def test_a_missing_package_of_ray_data_is_reported_before_the_run(monkeypatch):
+    """P6: the option needs pandas, which a run does not need. The message names the package and the remedy."""
     ray_data_baseline.check_ray_data()
     monkeypatch.setattr(ray_data_baseline.importlib.util, "find_spec", lambda name: None if name == "pandas" else name)
     with pytest.raises(UserError, match=r"--with-ray-data: Ray Data needs pandas, .* Install it"):

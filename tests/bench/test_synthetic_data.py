@@ -1,4 +1,4 @@
-"""What `hv-batch bench job` measures with and on: CPU time over all processes, and manifests and roots it makes up."""
+"""hv_batch.bench.throughput and .synthetic_data: CPU time over all processes, synthetic manifests and output roots."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from hv_batch.job.storage.store import Store
 CONFIG = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=1))
 
 
-def test_cpu_time_is_that_of_the_processes_below_this_one():
-    """A pace in CPU time counts every actor and Ray's own processes, and nobody else's."""
+def test_cpu_time_covers_this_process_and_its_descendants():
+    """CPU time per sample includes every actor and Ray's own processes, and no other process."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        found = cpu_seconds()
-        assert {os.getpid(), child.pid} <= found.keys()
-        assert os.getppid() not in found
-        assert found[os.getpid()] > 0
+        seconds = cpu_seconds()
+        assert {os.getpid(), child.pid} <= seconds.keys()
+        assert os.getppid() not in seconds
+        assert seconds[os.getpid()] > 0
         child.communicate(b"\n")
     assert child.pid not in cpu_seconds()
 
 
-def test_a_process_that_ends_takes_nothing_away(monkeypatch):
-    """Workers are let go at the end of a run: their times vanish, and one that is new counts from its start."""
+def test_processes_that_end_do_not_reduce_the_cpu_time(monkeypatch):
+    """The times of released workers disappear; a new process counts from its start."""
     readings = iter([{1: 10.0, 2: 50.0}, {1: 11.0, 3: 0.5}])
     monkeypatch.setattr(throughput, "cpu_seconds", lambda: next(readings))
     meter = Meter()
@@ -46,8 +46,8 @@ def test_a_process_that_ends_takes_nothing_away(monkeypatch):
     assert meter.cpu_ms() == pytest.approx(1000 * 1.5 / 300)
 
 
-def test_a_run_is_metered_between_its_tenth_and_its_last_tenth(monkeypatch):
-    """What an earlier run has committed, and the start of the workers, is not this one's pace."""
+def test_a_run_is_metered_between_its_first_and_its_last_tenth(monkeypatch):
+    """Samples of an earlier run and the start of the workers do not count."""
     readings = iter([{1: 1.0}, {1: 5.0}])
     monkeypatch.setattr(throughput, "cpu_seconds", lambda: next(readings))
     metered = ProgressMeter()
@@ -74,7 +74,7 @@ def test_a_run_is_metered_between_its_tenth_and_its_last_tenth(monkeypatch):
 
 @pytest.mark.parametrize("form", synthetic_data.FORMATS)
 def test_a_manifest_is_the_same_in_every_format(tmp_path, form):
-    """So that formats can be compared."""
+    """The rows do not depend on the format, so formats can be compared."""
     path = tmp_path / f"manifest.{form}"
     synthetic_data.write_manifest(path, 5)
     rows = [row for _, row in Manifest(str(path)).rows()]
@@ -87,8 +87,8 @@ def test_a_manifest_is_the_same_in_every_format(tmp_path, form):
     }
 
 
-def test_a_made_up_run_is_one_that_a_resume_believes(tmp_path):
-    """P2: the rest is pending, and nothing else; sealed shards are what their records say."""
+def test_a_synthetic_output_root_can_be_resumed(tmp_path):
+    """P2: exactly the remaining samples are pending, and sealed shards match their records."""
     rows, committed = 600, 520
     manifest, output = tmp_path / "manifest.jsonl", tmp_path / "out"
     synthetic_data.write_manifest(manifest, rows)
@@ -99,7 +99,7 @@ def test_a_made_up_run_is_one_that_a_resume_believes(tmp_path):
     open_run(store, document)
     synthetic_data.commit_first(output, manifest, CONFIG, committed)
     plan = PendingSamples(store, index)
-    pending = [found.sample.row for found in plan if not isinstance(found, ShardSkipped)]
+    pending = [item.sample.row for item in plan if not isinstance(item, ShardSkipped)]
     assert pending == list(range(committed + 1, rows + 1))
     assert plan.counts.committed_before == committed
     assert plan.take_complete() == []

@@ -1,4 +1,4 @@
-"""`hv-batch bench engine`: what it counts, and that what it prints is what it measured."""
+"""`hv-batch bench engine`: the counts are right, and the report shows the measurements."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def one_thread():
 
 @pytest.mark.slow
 def test_every_stage_is_timed_next_to_diffusers():
-    """All three stages, at toy width, in the machine's form: numbers that fit together."""
-    found = json.loads(bench("--rounds", "2", "--threads", "1", "--json"))
-    assert found["machine"].startswith("cpu: 1 threads")
-    assert [report["stage"] for report in found["stages"]] == ["text", "dit", "vae"]
-    for report in found["stages"]:
+    """The JSON report covers all three stages, and its numbers are consistent."""
+    output = json.loads(bench("--rounds", "2", "--threads", "1", "--json"))
+    assert output["machine"].startswith("cpu: 1 threads")
+    assert [report["stage"] for report in output["stages"]] == ["text", "dit", "vae"]
+    for report in output["stages"]:
         theirs = report["diffusers"]
         assert 0 < report["best_s"] <= report["median_s"]
         assert report["gflops"] == pytest.approx(report["gflop"] / report["best_s"])
         assert report["of_matmul_peak"] > 0
         assert theirs["ratio_best"] == pytest.approx(report["best_s"] / theirs["best_s"])
-        assert report["gflop"] < theirs["gflop"], "what hv_batch leaves out: two layers, padded text, doubled taps"
+        assert report["gflop"] < theirs["gflop"], "hv_batch must skip two layers, padded text and repeated kernel taps"
 
 
-def test_stages_can_be_chosen_and_read():
-    """For people: one line a stage under a heading, one for diffusers."""
+def test_one_stage_can_be_selected():
+    """The text report has a header and one line for each implementation of each stage."""
     lines = bench("--rounds", "1", "--stage", "dit", "--fp8").splitlines()
     assert len(lines) == 4
     assert "preset toy" in lines[0]
@@ -63,8 +63,8 @@ def test_stages_can_be_chosen_and_read():
     assert "hv_batch takes" in lines[3]
 
 
-def test_without_diffusers_it_says_so(monkeypatch):
-    """diffusers is a dependency of the tests only: without it hv_batch is timed alone, and that is said."""
+def test_without_diffusers_hv_batch_is_timed_alone(monkeypatch):
+    """diffusers is a dependency of the tests only. The report states that it is missing."""
     monkeypatch.setattr(stage_workloads, "find_spec", lambda _name: None)
     output = bench("--rounds", "1", "--stage", "text")
     assert "diffusers is not installed" in output
@@ -72,21 +72,21 @@ def test_without_diffusers_it_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "allowed"),
     [
         (["--preset", "huge"], "toy, mid, 540p, 720p"),
         (["--stage", "sampler"], "text, dit, vae"),
         (["--device", "tpu"], "auto, cpu, cuda"),
     ],
 )
-def test_unknown_names_are_refused_with_the_known_ones(options, told):
-    """P6: before anything is built."""
-    with pytest.raises(UserError, match=told):
+def test_unknown_names_are_refused_with_the_allowed_values(options, allowed):
+    """P6: the names are checked before a model is built."""
+    with pytest.raises(UserError, match=allowed):
         bench(*options)
 
 
 def test_both_implementations_compute_the_same():
-    """The comparison is fair: with equal weights, diffusers' VAE gives the same pixels, its towers the same states."""
+    """The comparison is fair: equal weights give equal text states, and the DiT outputs have equal shapes."""
     torch.manual_seed(0)
     preset = PRESETS["toy"]
     text = STAGES["text"](preset, CPU)
@@ -99,8 +99,8 @@ def test_both_implementations_compute_the_same():
     assert velocity.ours().shape == velocity.theirs()().sample.shape
 
 
-def test_work_is_counted_where_pytorch_does_not():
-    """FLOP of a matrix product, attention and convolution, by the kernels that CPUs run, against the formulas."""
+def test_operations_of_cpu_kernels_are_counted():
+    """The FLOP counts of a matrix product, attention and convolution equal the formulas."""
     a, b = torch.randn(30, 20), torch.randn(20, 10)
     assert probe(lambda: a @ b, CPU).flop == 2 * 30 * 20 * 10
     q, k = torch.randn(1, 2, 7, 16), torch.randn(1, 2, 9, 16)
@@ -110,17 +110,17 @@ def test_work_is_counted_where_pytorch_does_not():
     assert probe(lambda: convolve(x, weight, None), CPU).flop == 2 * 27 * 8 * 16 * (2 * 3 * 4)
 
 
-def test_memory_is_that_of_the_run():
-    """Linux tells the peak of resident memory: 64 MB held for a moment are seen, and nothing where nothing is."""
+def test_peak_memory_is_that_of_the_run():
+    """A temporary of 64 MB appears in the peak; a function that allocates nothing has none."""
     peak = probe(lambda: torch.ones(2**24), CPU).peak_bytes
     if peak is None:
-        pytest.skip("this system does not tell")
+        pytest.skip("this system does not report peak memory")
     assert 0.9 * 2**26 <= peak <= 1.5 * 2**26
     assert probe(lambda: None, CPU).peak_bytes <= 2**23
 
 
-def test_implementations_take_turns():
-    """A B A B: what slows the machine down slows both."""
+def test_implementations_alternate():
+    """The order is A B A B, so that other load on the machine slows both."""
     calls: list[str] = []
     times = time_in_turns([lambda: calls.append("a"), lambda: calls.append("b")], 3, CPU)
     assert "".join(calls) == "ababab"
@@ -128,7 +128,7 @@ def test_implementations_take_turns():
 
 
 def test_ratios_are_taken_round_by_round():
-    """One disturbed round does not decide, whichever of the two it hit."""
+    """One disturbed round does not change the median ratio."""
     assert median_ratio(Times((1.0, 9.0, 2.0)), Times((2.0, 2.0, 4.0))) == 0.5
     assert Times((3.0, 1.0, 2.0)).best == 1.0
     assert Times((3.0, 1.0, 2.0)).median == 2.0
@@ -138,8 +138,8 @@ def test_the_peak_is_measured_in_the_dtype():
     assert measure_matmul_peak(CPU, torch.float32) > 1e8
 
 
-def test_presets_of_gpus_are_the_released_model():
-    """Spec sections 2 and 5: full width, the two sizes of the release, its precisions."""
+def test_gpu_presets_are_the_released_model():
+    """Spec sections 2 and 5: the presets have the released widths, the two released sizes and the released dtypes."""
     for name, (rows, columns) in {"540p": (68, 120), "720p": (90, 160)}.items():
         preset = PRESETS[name]
         assert (preset.dit, preset.vae) == (DiTConfig(), VAEConfig())

@@ -1,9 +1,10 @@
-"""`hv-batch sample` on the toy checkpoint: the released flags, the files, and every refusal in one line."""
+"""`hv-batch sample` on the toy checkpoint: the released flags, the files, and the error messages."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hv_batch.cli import sample, sample_files
-from hv_batch.cli.sample_flags import FIXED, idle_flags, parse, round_up
+from hv_batch.cli.sample_flags import FIXED, ignored_flags, parse, round_up
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, UserError
@@ -34,7 +35,7 @@ IN_FP32 = [f"--{flag}=fp32" for flag in ("precision", "vae-precision", "text-enc
 IN_FP32.append("--text-encoder-precision-2=fp32")
 SMALL = ["--video-size", "32", "48", "--video-length", "5", "--infer-steps", "2", "--device", "cpu", *IN_FP32]
 
-# As printed in the README of the release, from the first flag on.
+# The commands in the README of the release, from the first flag on.
 RELEASED_COMMANDS = [
     '--video-size 720 1280 --video-length 129 --infer-steps 50 --prompt "P" --flow-reverse --use-cpu-offload '
     "--save-path ./results",
@@ -44,7 +45,7 @@ RELEASED_COMMANDS = [
     "--embedded-cfg-scale 6.0 --flow-shift 7.0 --flow-reverse --use-cpu-offload --use-fp8 --save-path ./results",
 ]
 
-# Every flag of the released parser but --prompt, with its default there (spec section 1, and the names of its parts).
+# Every flag of the released parser except --prompt, with its released default (spec section 1).
 RELEASED_DEFAULTS = {
     "model": "HYVideo-T/2-cfgdistill",
     "latent_channels": 16,
@@ -103,14 +104,14 @@ def pipeline(base):
 
 
 @pytest.fixture
-def render(base, tmp_path, capsys):
-    """Run the command; returns (files it named, what it said)."""
+def render(base, tmp_path, capsys, caplog):
+    """Run the command; returns the files that it printed and its log messages, one per line."""
+    caplog.set_level(logging.INFO, "hv_batch")
 
     def run(*flags, small=SMALL):
         where = ["--model-base", str(base), "--save-path", str(tmp_path / "out")]
         assert sample.main([*small, *where, *map(str, flags)]) == 0
-        said = capsys.readouterr()
-        return [Path(line) for line in said.out.splitlines()], said.err
+        return [Path(line) for line in capsys.readouterr().out.splitlines()], "\n".join(caplog.messages)
 
     return run
 
@@ -129,14 +130,15 @@ def frames_of(pipeline, **choice):
 
 
 def test_a_released_command_renders(base, pipeline, tmp_path):
-    """Spec section 1: pasted behind `hv-batch sample`; the file has the released name, its record the parameters, and
-    its frames are those of the Python API."""
+    """Spec section 1: the flags of a released command work unchanged. The file has the released name, its record the
+    parameters, and its frames are those of the Python API. stdout has only the path; log records go to stderr."""
     command = [sys.executable, "-m", "hv_batch", "sample", "--model-base", str(base), *SMALL, "--prompt", PROMPT]
-    command += ["--flow-reverse", "--seed", "42", "--save-path", str(tmp_path / "results")]
+    command += ["--flow-reverse", "--disable-autocast", "--seed", "42", "--save-path", str(tmp_path / "results")]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True, check=True
     )
     (video,) = map(Path, done.stdout.splitlines())
+    assert "WARNING --disable-autocast has no effect" in done.stderr
     assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-\d\d:\d\d:\d\d_seed42_{re.escape(PROMPT)}\.mp4", video.name)
     assert sorted(video.parent.iterdir()) == sorted([video, video.with_name(video.stem + ".json")])
     meta = next(imageio_ffmpeg.read_frames(str(video)))
@@ -149,16 +151,16 @@ def test_a_released_command_renders(base, pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("command", RELEASED_COMMANDS)
-def test_the_released_commands_are_understood(command):
-    """Spec section 1: every flag of the release's own README."""
+def test_the_released_commands_are_parsed(command):
+    """Spec section 1: the flags in the README of the release are accepted."""
     options = parse(command.replace('"', "").split())
     assert options.prompt == ["P"]
     assert options.flow_reverse
     assert sorted(options.video_size) == [720, 1280]
 
 
-def test_every_released_flag_is_there_with_its_default():
-    """Spec section 1. `--dit-weight` follows `--model-base`; `--flow-reverse` is on, without it no picture appears."""
+def test_every_released_flag_has_its_released_default():
+    """Spec section 1. Exceptions: `--dit-weight` is relative to `--model-base`, and `--flow-reverse` is on."""
     options = vars(parse(["--prompt", "P"]))
     assert {name: options[name] for name in RELEASED_DEFAULTS} == RELEASED_DEFAULTS
     everything = []
@@ -170,18 +172,18 @@ def test_every_released_flag_is_there_with_its_default():
             everything.append(flag)
         elif value not in (None, ""):
             everything += [flag, *map(str, value if isinstance(value, tuple) else [value])]
-    idle = ["--seed-type", "auto", "--model-resolution", "540p", "--disable-autocast", "--linear-schedule-end", "25"]
-    idle.append("--use-linear-quadratic-schedule")
-    told = parse([*everything, *idle, "--prompt", "P"])
-    assert told.use_fp8
-    assert told.reproduce
-    assert set(idle_flags(told)) == {flag for flag in idle if flag.startswith("--")}
-    assert idle_flags(parse(["--prompt", "P"])) == []
+    ignored = ["--seed-type", "auto", "--model-resolution", "540p", "--disable-autocast", "--linear-schedule-end", "25"]
+    ignored.append("--use-linear-quadratic-schedule")
+    options = parse([*everything, *ignored, "--prompt", "P"])
+    assert options.use_fp8
+    assert options.reproduce
+    assert set(ignored_flags(options)) == {flag for flag in ignored if flag.startswith("--")}
+    assert ignored_flags(parse(["--prompt", "P"])) == []
 
 
 @pytest.mark.parametrize("flag", FIXED)
 def test_a_part_that_was_not_released_is_refused(flag):
-    """P6: a flag that would change pixels is never accepted and then ignored."""
+    """P6: a flag that would change pixels is never silently ignored."""
     value, reason = FIXED[flag]
     other = value + 1 if isinstance(value, int) else "other"
     with pytest.raises(UserError, match=re.escape(reason)):
@@ -189,11 +191,11 @@ def test_a_part_that_was_not_released_is_refused(flag):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        (["--video-size", "0"], "--video-size is 0; height and width must be above 0"),
+        (["--video-size", "0"], "--video-size is 0. Height and width must be at least 1"),
         (["--video-size", "-720", "1280"], "--video-size is -720 1280"),
-        (["--video-size", "1", "2", "3"], "allowed are one number for both sides, or height and width"),
+        (["--video-size", "1", "2", "3"], "Give one number for both sides, or height and width"),
         (["--video-size", "99999"], "height of --video-size is 100000, allowed is a multiple of 16"),
         (["--video-size", "big"], "argument --video-size: invalid int value: 'big'"),
         (["--video-length", "128"], "--video-length is 128, allowed is 4n + 1"),
@@ -220,23 +222,23 @@ def test_a_part_that_was_not_released_is_refused(flag):
         (["--apply-final-norm"], "the model was trained without it"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--model-base", "nowhere"], "nowhere is not a folder | The layout is"),
-        (["--use-fp8"], "holds no FP8 weights"),
+        (["--use-fp8"], "contains no FP8 weights"),
         (["--attention", "flash", "--precision", "bf16"], "attention 'flash' needs the flash-attn package"),
-        (["--from-latents", "nowhere.safetensors"], "nowhere.safetensors is not there"),
+        (["--from-latents", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )
-def test_bad_input_is_one_clear_line(base, tmp_path, flags, told):
-    """P6: what, where and what is allowed, before anything is loaded."""
+def test_bad_input_is_reported_in_one_line(base, tmp_path, flags, message):
+    """P6: the message has the flag, its value and the allowed values, before a model is loaded."""
     known = [] if "--prompt" in flags else ["--prompt", PROMPT]
     where = ["--model-base", str(base), "--save-path", str(tmp_path)]
     with pytest.raises(UserError) as refusal:
         sample.main([*SMALL, *where, *known, *flags])
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_weights_that_overflow_end_in_one_line(base, tmp_path):
-    """P6: no traceback, and what to try."""
+def test_weights_that_overflow_are_reported_in_one_line(base, tmp_path):
+    """P6: the error is one paragraph with the remedy."""
     transformers = base / "hunyuan-video-t2v-720p" / "transformers"
     shutil.copytree(transformers, tmp_path / "nan")
     (file,) = (tmp_path / "nan").glob("*.pt")
@@ -248,8 +250,8 @@ def test_weights_that_overflow_end_in_one_line(base, tmp_path):
         sample.main([*SMALL, *flags, "--prompt", PROMPT])
 
 
-def test_a_missing_prompt_and_a_launcher_are_told(monkeypatch):
-    """P6: torchrun would start every rank several times over."""
+def test_a_missing_prompt_and_a_launcher_are_refused(monkeypatch):
+    """P6: under torchrun, every rank would start all ranks again."""
     with pytest.raises(UserError, match="--prompt is missing"):
         parse([])
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -258,10 +260,10 @@ def test_a_missing_prompt_and_a_launcher_are_told(monkeypatch):
         sample.main(["--prompt", PROMPT])
 
 
-def test_an_unusable_save_path_is_told(base, tmp_path):
-    """P6: found before the model is loaded."""
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be made a folder"):
+def test_an_unusable_save_path_is_refused(base, tmp_path):
+    """P6: it is found before the model is loaded."""
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot be created"):
         sample.main([*SMALL, "--model-base", str(base), "--prompt", PROMPT, "--save-path", str(tmp_path / "file")])
 
 
@@ -269,20 +271,20 @@ def test_an_unusable_save_path_is_told(base, tmp_path):
     ("given", "rounded"), [((720, 1280), (720, 1280)), ((545, 961), (560, 976)), ((100,), (112, 112)), ((1,), (16, 16))]
 )
 def test_sizes_are_rounded_up(given, rounded):
-    """Spec section 1: each side to a multiple of 16; one value means both."""
+    """Spec section 1: each side is rounded up to a multiple of 16; one value means both sides."""
     assert round_up(given) == rounded
 
 
 def test_an_image_of_a_rounded_size(render, pipeline):
-    """Spec section 1: one frame is a PNG; the rounding is said."""
-    (image,), said = render("--prompt", PROMPT, "--seed", 7, "--video-length", 1, "--video-size", 30, 40)
+    """Spec section 1: one frame is a PNG; the rounding is logged."""
+    (image,), messages = render("--prompt", PROMPT, "--seed", 7, "--video-length", 1, "--video-size", 30, 40)
     assert image.suffix == ".png"
-    assert "size 30x40 is rounded up to multiples of 16: 32x48" in said
+    assert "size 30x40 is rounded up to multiples of 16: 32x48" in messages
     assert record_of(image)["frames_sha256"] == digest(frames_of(pipeline, seed=7, num_frames=1))
 
 
 def test_several_videos_and_a_batch(render, pipeline):
-    """Spec section 1: video i has seed + i, and no pixel depends on the batch; two prompts have the same seeds."""
+    """Spec section 1: video i has seed + i, the batch does not change pixels, and all prompts have the same seeds."""
     videos, _ = render("--prompt", PROMPT, "--prompt", "dark", "--seed", 5, "--num-videos", 2, "--batch-size", 3)
     records = [record_of(video) for video in videos]
     assert [(r["params"]["prompt"], r["params"]["seed"]) for r in records] == [
@@ -293,7 +295,7 @@ def test_several_videos_and_a_batch(render, pipeline):
 
 
 def test_latents_can_be_decoded_later(render, pipeline):
-    """`--latents-only`, then `--from-latents`: the pixels and the record of the direct way."""
+    """`--latents-only`, then `--from-latents`: pixels and record are those of a direct render."""
     flags = ("--prompt", PROMPT, "--seed", 9, "--cfg-scale", 3, "--guidance-rescale", 0.5)
     (latents,), _ = render(*flags, "--latents-only")
     with safe_open(latents, framework="np") as file:
@@ -311,33 +313,33 @@ def test_latents_can_be_decoded_later(render, pipeline):
     assert record_of(other)["frames_sha256"] != digest(expected)
 
 
-def test_strange_latents_are_refused(base, tmp_path):
-    """P6: not a file of latents, or of another model's."""
+def test_invalid_latents_are_refused(base, tmp_path):
+    """P6: the file has no latents, or latents of another model."""
     (tmp_path / "text.safetensors").write_text("no tensors")
     save_file({"latents": np.zeros((4, 2, 4, 6), np.float32)}, tmp_path / "four.safetensors")
     save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
-    for name, told in (("text", "is not a .safetensors file"), ("four", r"\[4, 2, 4, 6\]"), ("other", "latents")):
-        with pytest.raises(UserError, match=told):
+    for name, message in (("text", "is not a .safetensors file"), ("four", r"\[4, 2, 4, 6\]"), ("other", "latents")):
+        with pytest.raises(UserError, match=message):
             sample.main(["--model-base", str(base), "--from-latents", str(tmp_path / f"{name}.safetensors")])
 
 
-def test_a_prompt_that_is_too_long_is_cut_and_told(render):
-    """Spec 3.1: rendered with 256 tokens; the number of tokens lost is said and recorded."""
-    (image,), said = render("--prompt", "cat " * 300, "--seed", 1, "--video-length", 1, "--infer-steps", 1)
-    assert "is 300 tokens long, of which the model reads 256: the last 44 are lost" in said
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(render):
+    """Spec 3.1: the video is rendered with 256 tokens; the number of ignored tokens is logged and recorded."""
+    (image,), messages = render("--prompt", "cat " * 300, "--seed", 1, "--video-length", 1, "--infer-steps", 1)
+    assert "has 300 tokens, but the model reads 256: the last 44 are ignored" in messages
     assert record_of(image)["text"] == {"num_tokens": 256, "tokens_lost": 44}
     assert len(image.name.encode()) <= 255
 
 
-def test_a_drawn_seed_is_told(render):
-    """Spec section 1: without --seed a random one, which the user must be able to give again."""
-    (image,), said = render("--prompt", "{} <|eot_id|>", "--video-length", 1, "--infer-steps", 1)
-    (seed,) = re.findall(r"^seed (\d+)$", said, re.MULTILINE)
+def test_a_random_seed_is_logged(render):
+    """Spec section 1: without --seed the seed is random, and the user must be able to use it again."""
+    (image,), messages = render("--prompt", "{} <|eot_id|>", "--video-length", 1, "--infer-steps", 1)
+    (seed,) = re.findall(r"^seed (\d+)$", messages, re.MULTILINE)
     assert f"_seed{seed}_{{}} <|eot_id|>.png" in image.name
 
 
 def test_folder_and_names_take_their_suffixes(render, tmp_path):
-    """Spec section 1, `--save-path-suffix` and `--name-suffix`."""
+    """Spec section 1: `--save-path-suffix` is appended to the name of the folder."""
     (image,), _ = render("--prompt", "x", "--video-length", 1, "--infer-steps", 1, "--save-path-suffix", "b")
     assert image.parent == tmp_path / "out_b"
 
@@ -349,8 +351,8 @@ hostile = st.text(max_size=300) | st.text("/.\n\0\u202e🎈é<>|", max_size=300)
 @example(prompt="🎈" * 100, suffix="")
 @example(prompt="🎈" * 100, suffix="🎈" * 300)
 @given(prompt=hostile.filter(lambda text: not re.search("[\ud800-\udfff]", text)), suffix=hostile)
-def test_names_are_safe_whatever_the_prompt(tmp_path_factory, prompt, suffix):
-    """A prompt is data: it cannot leave the folder, break the terminal, or be too long for the file system."""
+def test_names_are_safe_for_any_prompt(tmp_path_factory, prompt, suffix):
+    """File names stay in the folder, have only printable characters, and are short enough for the file system."""
     folder = tmp_path_factory.mktemp("names")
     suffix = re.sub("[\ud800-\udfff]", "", suffix)
     stem = sample_files.free_stem(folder, f"seed1_{sample_files.shorten(prompt)}", suffix)
@@ -365,7 +367,7 @@ def test_names_are_safe_whatever_the_prompt(tmp_path_factory, prompt, suffix):
 
 @pytest.fixture
 def nondeterministic(monkeypatch):
-    """Puts the process back as it was."""
+    """Restore the settings of the process after the test."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     yield
@@ -374,8 +376,8 @@ def nondeterministic(monkeypatch):
 
 
 @pytest.mark.usefixtures("nondeterministic")
-def test_reproduce_leaves_nothing_to_chance(render, pipeline):
-    """`--reproduce`: every kernel the engine uses has a deterministic form, and on the CPU it gives the same bits."""
+def test_reproduce_makes_the_engine_deterministic(render, pipeline):
+    """`--reproduce`: every kernel of the engine has a deterministic form, which gives the same bits on the CPU."""
     (video,), _ = render("--prompt", PROMPT, "--seed", 3, "--reproduce")
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.deterministic
@@ -389,7 +391,7 @@ def test_reproduce_leaves_nothing_to_chance(render, pipeline):
 
 
 def test_options_reach_the_engine(render):
-    """Spec section 1: flags that choose something are in the record, which is what the pixels depend on."""
+    """Spec section 1: the record has all flags on which the pixels depend."""
     flags = ("--noise", "official", "--no-vae-tiling", "--no-flow-reverse", "--attention", "math")
     (image,), _ = render("--prompt", "x", "--video-length", 1, "--infer-steps", 1, *flags)
     engine = record_of(image)["engine"]

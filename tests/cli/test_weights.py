@@ -1,4 +1,4 @@
-"""`hv-batch weights`: checkpoints looked at, rewritten and extracted; nothing half-written is ever taken for whole."""
+"""`hv-batch weights`: checkpoints are inspected, converted and extracted; incomplete output is never used."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def files(folder):
 
 
 def test_a_converted_tree_is_the_same_model(toy, tmp_path):
-    """The engine loads it as it is; every tensor is equal bit for bit, over several shards."""
+    """The engine loads the converted tree, in several shards, and every tensor has equal bits."""
     convert(toy, tmp_path / "out", Recipe(shard_bytes=2 * 10**6))
     tree = CheckpointTree(tmp_path / "out")
     assert verify(tree, CONFIG) == []
@@ -74,8 +74,8 @@ def test_a_converted_tree_is_the_same_model(toy, tmp_path):
     assert not [name for name in files(tmp_path / "out") if name.endswith(".part")]
 
 
-def test_converted_weights_are_mapped_and_not_copied(tmp_path):
-    """Every tensor that could be is aligned in the file, so that loading leaves it there; the others are small."""
+def test_converted_weights_can_be_memory_mapped(tmp_path):
+    """Tensors whose size is a multiple of the alignment are aligned in the file, so that loading does not copy them."""
     odd = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.zeros(5), "c": torch.zeros(7, dtype=torch.bfloat16)}
     large = {"x": torch.zeros(64, dtype=FP8), "y": torch.zeros(8, 8), "z": torch.zeros(32, dtype=torch.bfloat16)}
     shards.write_file(tmp_path / "f.safetensors", {k: stored(t) for k, t in {**odd, **large}.items()}, "here")
@@ -85,7 +85,7 @@ def test_converted_weights_are_mapped_and_not_copied(tmp_path):
 
 
 def test_fp8_conversion_is_in_the_released_form(toy, tmp_path):
-    """Spec section 6: the Linears inside the blocks, one scale a module; near the original, and held as `storage`."""
+    """Spec section 6: the Linears inside the blocks are FP8 with one scale each; the error is that of rounding."""
     convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
     held = dit_of(toy, fp8="storage", dit_weight=tmp_path / "out")
     assert {name.removesuffix(".scale") for name in held if name.endswith(".scale")} == {
@@ -95,20 +95,20 @@ def test_fp8_conversion_is_in_the_released_form(toy, tmp_path):
     for name, tensor in original.items():
         if held[name].dtype == FP8:
             back = dequantise(held[name], held[f"{name.removesuffix('.weight')}.scale"], torch.bfloat16)
-            # Half a step of 3 mantissa bits, or of the smallest numbers; and rounding the product to bf16.
+            # Half a step of 3 mantissa bits, or of the smallest numbers, plus the rounding of the product to bf16.
             error = (back.float() - tensor.float()).abs()
             assert (error <= tensor.float().abs() / 16 * 1.07 + tensor.float().abs().max() / 448 / 512).all()
         else:
             assert torch.equal(held[name], tensor)
 
-    convert(tmp_path / "out", tmp_path / "again", Recipe(fp8=True))  # what is FP8 stays as it is
+    convert(tmp_path / "out", tmp_path / "again", Recipe(fp8=True))  # FP8 weights are not changed
     assert equal(held, dit_of(toy, fp8="storage", dit_weight=tmp_path / "again"))
     convert(tmp_path / "out", tmp_path / "back", Recipe())
     assert equal(dit_of(toy, dit_weight=tmp_path / "out"), dit_of(toy, dit_weight=tmp_path / "back"))
 
 
-def test_dtype_is_of_the_dit_alone(toy, tmp_path):
-    """The VAE is released in fp32 and run in fp16: a detour over bf16 would change pixels."""
+def test_dtype_applies_to_the_dit_only(toy, tmp_path):
+    """The VAE is released in fp32 and run in fp16: a conversion to bf16 would change pixels."""
     convert(toy, tmp_path / "out", Recipe(dtype=torch.float16))
     parts = {part.name: part for part in take_inventory(tmp_path / "out").parts}
     assert set(parts["DiT"].dtypes) == {"float16"}
@@ -116,19 +116,19 @@ def test_dtype_is_of_the_dit_alone(toy, tmp_path):
     assert equal(dit_of(tmp_path / "out", torch.float16), dit_of(toy, torch.float16))
 
 
-def test_a_killed_conversion_goes_on_and_ends_the_same(toy, tmp_path, monkeypatch):
-    """P2: shards that are there are kept; a half-written one is not; the index comes last."""
+def test_a_killed_conversion_resumes(toy, tmp_path, monkeypatch):
+    """P2: complete shards are kept, an incomplete one is not, and the index is written last; the result is equal."""
     recipe = Recipe(fp8=True, shard_bytes=10**6)
     convert(toy, tmp_path / "whole", recipe)
     header, calls = shards._header, []
 
-    def die_at_the_second(*args):
+    def fail_at_the_second(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return header(*args)
 
-    monkeypatch.setattr(shards, "_header", die_at_the_second)
+    monkeypatch.setattr(shards, "_header", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         convert(toy, tmp_path / "out", recipe)
     folder = tmp_path / "out" / MODEL / "transformers"
@@ -139,30 +139,30 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(toy, tmp_path, monkeypatc
     convert(toy, tmp_path / "out", recipe)
     assert (folder / first).stat().st_mtime_ns == written
     assert revision(CheckpointTree(tmp_path / "out")) == revision(CheckpointTree(tmp_path / "whole"))
-    convert(toy, tmp_path / "out", recipe)  # and once more changes nothing
+    convert(toy, tmp_path / "out", recipe)  # a further run changes nothing
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_another_source_or_recipe_is_not_mixed_in(toy, base, tmp_path):
-    """Two models in one folder of shards would load, and render noise."""
+def test_shards_of_another_source_or_recipe_are_refused(toy, base, tmp_path):
+    """Shards of two models in one folder would load, and render noise."""
     convert(toy / DIT, tmp_path / "out", Recipe())
-    with pytest.raises(UserError, match="was made of something else"):
+    with pytest.raises(UserError, match="was made from another source"):
         convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
     state = torch.load(base / DIT, weights_only=True)
     state["module"]["img_in.proj.bias"] += 1
     torch.save(state, base / DIT)
-    with pytest.raises(UserError, match="was made of something else"):
+    with pytest.raises(UserError, match="was made from another source"):
         convert(base / DIT, tmp_path / "out", Recipe())
 
 
-def test_impossible_conversions_are_refused_before_they_begin(toy, base, tmp_path, monkeypatch):
-    """P6: an incomplete source, a destination inside it, a disk that is too small."""
-    with pytest.raises(UserError, match="is not there"):
+def test_impossible_conversions_are_refused_before_they_start(toy, base, tmp_path, monkeypatch):
+    """P6: a missing or incomplete source, a target inside the source, a full disk: nothing is written."""
+    with pytest.raises(UserError, match="does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "out", Recipe())
-    with pytest.raises(UserError, match="lies in the source"):
+    with pytest.raises(UserError, match="is inside the source"):
         convert(toy, toy / "out", Recipe())
     shutil.rmtree(base / "text_encoder")
-    with pytest.raises(UserError, match="The source is not complete"):
+    with pytest.raises(UserError, match="The source is incomplete"):
         convert(base, tmp_path / "out", Recipe())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -171,8 +171,8 @@ def test_impossible_conversions_are_refused_before_they_begin(toy, base, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_widths_travel_with_the_weights(base, tmp_path):
-    """A config.json beside the DiT, marked as ours, stands for the engine's `dit` option, before and after."""
+def test_the_config_of_the_dit_is_converted(base, tmp_path):
+    """A config.json of class HYVideoDiT next to the DiT replaces the engine's `dit` option, also after a conversion."""
     path = base / MODEL / "transformers" / "config.json"
     path.write_text(json.dumps({"_class_name": "HYVideoDiT", **TOY_DIT}))
     assert HunyuanVideo(model_base=base).check() == []
@@ -186,7 +186,7 @@ def test_widths_travel_with_the_weights(base, tmp_path):
 
 
 def llava(folder, toy, prefixes):
-    """A LLaVA around the toy's LLaMA, whose config leaves out what equals the defaults, in two shards."""
+    """Write a LLaVA with the toy's LLaMA, in two shards; its config omits fields that equal the defaults."""
     config = LlamaConfig.from_pretrained(toy / "text_encoder")
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
@@ -209,13 +209,13 @@ def llava(folder, toy, prefixes):
     return folder, model
 
 
-OLD = ("language_model.model.", "language_model.", "")  # below transformers 4.52: what xtuner released
+OLD = ("language_model.model.", "language_model.", "")  # before transformers 4.52, as in the checkpoint of xtuner
 NEW = ("model.language_model.", "", "model.")
 
 
 @pytest.mark.parametrize("prefixes", [OLD, NEW], ids=["old names", "new names"])
-def test_the_language_model_is_what_llava_holds(toy, tmp_path, prefixes):
-    """Every tensor under the names of a LlamaForCausalLM; no image tower; its states are the towers' own."""
+def test_the_language_model_is_extracted(toy, tmp_path, prefixes):
+    """All tensors of the language model, and no others, have the names of a LlamaForCausalLM; its states are equal."""
     folder, model = llava(tmp_path / "llava", toy, prefixes)
     extract_text_encoder(folder, tmp_path / "out")
     (shard,) = (tmp_path / "out").glob("*.safetensors")
@@ -229,12 +229,12 @@ def test_the_language_model_is_what_llava_holds(toy, tmp_path, prefixes):
 
 
 def test_a_config_without_the_defaults_is_completed(toy, tmp_path):
-    """The released config leaves out the widths that are transformers' defaults, which another version may change."""
+    """The released config omits widths that equal transformers' defaults, which another version may change."""
     folder, _ = llava(tmp_path / "llava", toy, OLD)
     config = json.loads((folder / "config.json").read_text())
     del config["text_config"]["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="says 32 layers, which the weights beside it do not hold"):
+    with pytest.raises(UserError, match="num_hidden_layers 32, but the weights in this folder have fewer layers"):
         extract_text_encoder(folder, tmp_path / "out")
     shard = folder / "model-00001-of-00002.safetensors"
     last = {"language_model.model.layers.31.input_layernorm.weight": torch.ones(64)}
@@ -246,19 +246,22 @@ def test_a_config_without_the_defaults_is_completed(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
-        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is not there"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "is not there, but model.safetensors.index.json"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "describes no LLaVA with a LLaMA inside"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+        (
+            lambda f: (f / "model-00001-of-00002.safetensors").unlink(),
+            "does not exist, but model.safetensors.index.json",
+        ),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "is not the config of a LLaVA with a"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "holds no LLaVA weights"),
     ],
 )
-def test_what_is_no_llava_is_refused(toy, tmp_path, damage, told):
-    """P6: with what is missing, before anything is written."""
+def test_folders_that_are_not_a_llava_are_refused(toy, tmp_path, damage, message):
+    """P6: the message names what is missing, and nothing is written."""
     folder, _ = llava(tmp_path / "llava", toy, OLD)
     damage(folder)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         extract_text_encoder(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -266,12 +269,12 @@ def test_what_is_no_llava_is_refused(toy, tmp_path, damage, told):
 # ---- check
 
 
-def test_a_whole_tree_is_told_with_its_revision(toy):
-    """Sizes, dtypes, parameter counts; the revision is the one that enters a run's identity."""
-    found = take_inventory(toy)
-    assert found.problems == []
-    assert found.revision == revision(CheckpointTree(toy))
-    parts = {part.name: part for part in found.parts}
+def test_a_complete_tree_is_reported_with_its_revision(toy):
+    """The inventory has sizes, dtypes, parameter counts, and the revision that is part of the identity of a run."""
+    inventory = take_inventory(toy)
+    assert inventory.problems == []
+    assert inventory.revision == revision(CheckpointTree(toy))
+    parts = {part.name: part for part in inventory.parts}
     assert list(parts) == ["DiT", "VAE", "LLaMA", "CLIP"]
     state = torch.load(toy / DIT, weights_only=True)["module"]
     assert parts["DiT"].parameters == sum(tensor.numel() for tensor in state.values())
@@ -280,38 +283,38 @@ def test_a_whole_tree_is_told_with_its_revision(toy):
     assert "width 128, 8 heads, 2 double and 2 single blocks" in parts["DiT"].note
 
 
-def test_what_is_missing_or_damaged_is_told_beside_what_is_there(base):
-    """P6: all of it, and no revision."""
+def test_missing_and_damaged_parts_are_reported_with_the_others(base):
+    """P6: the inventory lists the problems and the intact parts, and has no revision."""
     (base / DIT).unlink()
     (base / MODEL / "vae" / "config.json").write_text("{")
-    found = take_inventory(base)
-    assert found.revision is None
-    assert {part.name for part in found.parts} == {"LLaMA", "CLIP"}
-    assert any("mp_rank_00_model_states.pt is not there" in problem for problem in found.problems)
+    inventory = take_inventory(base)
+    assert inventory.revision is None
+    assert {part.name for part in inventory.parts} == {"LLaMA", "CLIP"}
+    assert any("mp_rank_00_model_states.pt does not exist" in problem for problem in inventory.problems)
 
 
-def test_a_dit_of_another_model_is_told_by_its_tensors(base):
-    """The first mismatching tensors are named, by the widths that the file itself has."""
+def test_tensors_that_do_not_fit_the_dit_are_named(base):
+    """The first mismatching tensors are named, relative to the widths of the file itself."""
     content = torch.load(base / DIT, weights_only=True)
     content["module"]["single_blocks.1.linear2.weight"] = torch.zeros(3, 3)
     content["module"]["lora.up"] = torch.zeros(3)
     torch.save(content, base / DIT)
     (problem,) = take_inventory(base).problems
-    assert "single_blocks.1.linear2.weight is [3, 3], should be [128, 640]" in problem
+    assert "single_blocks.1.linear2.weight is [3, 3], must be [128, 640]" in problem
     assert "1 not of this model (lora.up)" in problem
     save_file({"a": torch.zeros(1)}, base / "other.safetensors")
     (problem,) = take_inventory(base / "other.safetensors").problems
     assert "1 not of this model (a)" in problem
 
 
-def test_a_folder_of_something_else_is_told_with_the_layout(tmp_path):
-    """P6: it is neither a tree nor a DiT, rather than a DiT that is broken."""
-    with pytest.raises(UserError, match=r"is no model_base and holds no DiT\. The layout is"):
+def test_a_folder_without_a_checkpoint_is_refused_with_the_layout(tmp_path):
+    """P6: the message does not call it a damaged DiT."""
+    with pytest.raises(UserError, match=r"is not a model_base and has no DiT weights\. The layout is"):
         take_inventory(tmp_path)
 
 
-def test_a_dit_alone_may_be_looked_at(toy, tmp_path):
-    """A file or a folder of shards; FP8 counts its map among its files."""
+def test_a_single_dit_can_be_inspected(toy, tmp_path):
+    """A DiT may be a folder of shards; the map of the FP8 scales is one of its files."""
     convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
     (part,) = take_inventory(tmp_path / "out").parts
     assert part.files == 3
@@ -328,8 +331,8 @@ def run(*arguments):
     return done.exit_code, done.output, done.exception
 
 
-def test_the_commands_say_what_they_did(toy, base, tmp_path):
-    """Text for people, --json for machines, exit code 1 for a checkpoint that has problems."""
+def test_the_commands_report_their_results(toy, base, tmp_path):
+    """`check` prints text or JSON and exits with 1 if there are problems; the others write their targets."""
     code, text, _ = run("check", toy)
     assert code == 0
     assert all(f"{part:<15} {digest}" in text for part, digest in revision(CheckpointTree(toy)).items())

@@ -1,4 +1,4 @@
-"""`hv-batch weights fetch`: from a hub (here a small one that speaks its protocol over HTTP) and from local copies."""
+"""`hv-batch weights fetch`: from a hub (here a small HTTP server with the same protocol) and from local copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRANSFORMERS = "hunyuan-video-t2v-720p/transformers"
 
 @pytest.fixture(scope="module")
 def repos(tmp_path_factory):
-    """The three repositories at toy width as plain folders, org/name, with files beside that nobody asked for."""
+    """The three repositories at toy width as plain folders, org/name, with further files that must not be fetched."""
     root = tmp_path_factory.mktemp("repos")
     toy = write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
     hunyuan = Path(shutil.copytree(toy / "hunyuan-video-t2v-720p", root / HUNYUAN / "hunyuan-video-t2v-720p")).parent
@@ -65,7 +65,7 @@ def hub(repos):
         def answer(self, body):
             path = self.path.partition("?")[0].strip("/")
             if path.startswith("api/models/"):
-                self.tell_repo(path.removeprefix("api/models/"))
+                self.send_repo(path.removeprefix("api/models/"))
                 return
             name, _, rest = path.partition("/resolve/")
             commit, _, file = rest.partition("/")
@@ -74,12 +74,11 @@ def hub(repos):
                 return
             self.send_file(name, file, body)
 
-        def tell_repo(self, path):
+        def send_repo(self, path):
             name, _, rest = path.partition("/revision/")
-            kind = "info"
-            if not rest:
+            is_tree = not rest
+            if is_tree:
                 name, _, rest = path.partition("/tree/")
-                kind = "tree"
             if name not in server.commits or rest not in ("main", server.commits[name]):
                 self.send_response(404)
                 self.send_header("X-Error-Code", "RevisionNotFound")
@@ -88,7 +87,7 @@ def hub(repos):
                 return
             files = sorted(path for path in (repos / name).rglob("*") if path.is_file())
             relative = [path.relative_to(repos / name).as_posix() for path in files]
-            if kind == "tree":
+            if is_tree:
                 self.send_json(
                     [
                         {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
@@ -139,8 +138,8 @@ def record(target):
     return {name: entry["commit"] for name, entry in json.loads((target / "fetch.json").read_text()).items()}
 
 
-def test_a_fetched_tree_loads_and_says_of_which_commits_it_is(hub, tmp_path):
-    """Three repositories become one tree; only the wanted files come; LLaVA is extracted and does not stay."""
+def test_a_fetched_tree_loads_and_records_its_commits(hub, tmp_path):
+    """Three repositories become one tree. Only the required files are fetched; LLaVA is extracted and then deleted."""
     target = tmp_path / "ckpts"
     fetch(target, endpoint=endpoint(hub))
     assert verify(CheckpointTree(target), DiTConfig(**TOY_DIT)) == []
@@ -159,29 +158,29 @@ def test_a_fetched_tree_loads_and_says_of_which_commits_it_is(hub, tmp_path):
     ]
 
 
-def test_a_folder_stays_at_the_commit_it_was_begun_with(hub, tmp_path):
-    """P3: "main" has moved on meanwhile; the rest of the folder is still of the commit that was recorded first."""
+def test_a_folder_keeps_its_first_commit(hub, tmp_path):
+    """P3: if "main" moves between two fetches, the rest of the folder is fetched at the commit recorded first."""
     del hub.commits[LLAVA]
     with pytest.raises(UserError, match=f"{LLAVA} at main could not be fetched"):
         fetch(tmp_path, endpoint=endpoint(hub))
     assert record(tmp_path) == {HUNYUAN: "a" * 40}
     hub.commits = {**COMMITS, HUNYUAN: "c" * 40}
-    with pytest.raises(UserError, match=f"was begun with {HUNYUAN} at a+ \\(main\\), not at c+"):
+    with pytest.raises(UserError, match=f"was started with {HUNYUAN} at a+ \\(main\\), not at c+"):
         fetch(tmp_path, revisions={HUNYUAN: "c" * 40}, endpoint=endpoint(hub))
     hub.commits = COMMITS
     fetch(tmp_path, endpoint=endpoint(hub))
     assert record(tmp_path) == COMMITS
 
 
-def test_a_dead_hub_is_told_with_the_way_out(tmp_path):
-    """P6: no traceback of an HTTP library; and the record does not claim what was never resolved."""
-    with pytest.raises(UserError, match="--from takes a local copy instead"):
+def test_an_unreachable_hub_is_reported_with_the_remedy(tmp_path):
+    """P6: the error is no traceback of an HTTP library, and no unresolved commit is recorded."""
+    with pytest.raises(UserError, match="use --from to copy from a local folder"):
         fetch(tmp_path, endpoint="http://127.0.0.1:9")
     assert not (tmp_path / "fetch.json").exists()
 
 
 def test_plain_local_folders_make_the_same_tree(repos, tmp_path):
-    """Offline: org/name folders; nothing is asked of a network."""
+    """Offline: org/name folders can be used instead of the hub."""
     fetch(tmp_path, local=repos, fp8=True)
     assert verify(CheckpointTree(tmp_path), DiTConfig(**TOY_DIT)) == []
     assert (tmp_path / TRANSFORMERS / "mp_rank_00_model_states_fp8.pt").is_file()
@@ -191,7 +190,7 @@ def test_plain_local_folders_make_the_same_tree(repos, tmp_path):
 
 
 def test_a_hubs_cache_makes_the_same_tree(repos, tmp_path):
-    """Offline: models--org--name/ with refs and snapshots of links into blobs, as the hub's client keeps it."""
+    """Offline: a hub cache has models--org--name/ with refs, and snapshots of links into blobs."""
     for name, commit in COMMITS.items():
         cached = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
         (cached / "refs").mkdir(parents=True)
@@ -206,23 +205,23 @@ def test_a_hubs_cache_makes_the_same_tree(repos, tmp_path):
     assert verify(CheckpointTree(tmp_path / "out"), DiTConfig(**TOY_DIT)) == []
     assert record(tmp_path / "out") == COMMITS
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-    with pytest.raises(UserError, match=r"has no snapshot v9; it has a+"):
+    with pytest.raises(UserError, match=r"has no snapshot v9\. Snapshots: a+"):
         fetch(tmp_path / "other", local=tmp_path / "cache", revisions={HUNYUAN: "v9"})
 
 
-def test_the_command_shows_the_licence_before_anything_comes(repos, tmp_path):
-    """Who fetches the weights is told where they may not be used; REPOSITORY=COMMIT is the form of a revision."""
+def test_the_command_prints_the_licence_notice(repos, tmp_path):
+    """stderr has the licence notice and stdout the folder; a revision must have the form REPOSITORY=COMMIT."""
     done = CliRunner().invoke(app, ["weights", "fetch", str(tmp_path), "--from", str(repos)])
     assert done.exit_code == 0
     assert "European Union" in done.stderr
     assert done.stdout.strip() == str(tmp_path)
     done = CliRunner().invoke(app, ["weights", "fetch", str(tmp_path), "--revision", "main"])
-    assert "should be REPOSITORY=COMMIT" in str(done.exception)
+    assert "Expected REPOSITORY=COMMIT" in str(done.exception)
 
 
-def test_what_cannot_be_fetched_is_told(repos, tmp_path):
-    """P6: a repository that is not part of it, a local copy that is none."""
-    with pytest.raises(UserError, match="--revision names a/b; what is fetched is tencent/HunyuanVideo"):
+def test_unknown_repositories_and_missing_copies_are_refused(repos, tmp_path):
+    """P6: the message names the repositories of the layout, or the folders in which a local copy was expected."""
+    with pytest.raises(UserError, match=r"unknown repository a/b\. Repositories of this layout: tencent/HunyuanVideo"):
         fetch(tmp_path, local=repos, revisions={"a/b": "main"})
     with pytest.raises(UserError, match="holds no copy of hunyuanvideo-community/HunyuanVideo"):
         fetch(tmp_path, local=repos, layout="diffusers")
@@ -230,8 +229,8 @@ def test_what_cannot_be_fetched_is_told(repos, tmp_path):
         fetch(tmp_path, local=tmp_path / "nowhere")
 
 
-def test_known_commits_are_whole_hashes():
-    """A shortened or branch-like pin would be resolved anew each time."""
+def test_pinned_commits_are_full_hashes():
+    """A short hash or a branch would be resolved again at each fetch."""
     pinned = [repo.revision for repo in (*RELEASED, *DIFFUSERS) if repo.revision != "main"]
     assert len(pinned) == 2
     assert all(len(commit) == 40 and int(commit, 16) for commit in pinned)

@@ -13,7 +13,7 @@ from tests.support.repository import ROOT
 
 @pytest.mark.slow
 def test_the_bench_reports_kills_and_idle_time(ray_environment):
-    """Speed claims come from a command that anybody can repeat; it kills, meets and commits for real, and cleans up."""
+    """Speed claims can be reproduced by one command, which kills, rebuilds and commits real groups and cleans up."""
     command = [sys.executable, "-m", "hv_batch", "bench", "group", "--json", "--ranks", "2", "--kills", "2"]
     command += ["--groups", "2", "--samples", "2", "--steps", "2", "--step-seconds", "0.2", "--frames", "5"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=240, check=False)
@@ -22,7 +22,7 @@ def test_the_bench_reports_kills_and_idle_time(ray_environment):
     rebuild, idle = report["rebuild"], report["idle"]
     assert (rebuild["ranks"], rebuild["kills"]) == (2, 2)
     sums = [rebuild[phase]["since_kill"] for phase in ("notice", "processes", "meet", "step")]
-    assert all(0 < least <= median for least, median in sums)
+    assert all(0 < minimum <= median for minimum, median in sums)
     assert sums == sorted(sums)
     assert 1 <= idle["groups"] <= 2
     assert idle["samples"] == 4

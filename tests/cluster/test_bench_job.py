@@ -13,9 +13,10 @@ from tests.support.repository import ROOT
 
 @pytest.mark.slow
 def test_the_bench_reports_what_it_rendered(ray_environment):
-    """Speed claims come from a command that anybody can repeat; it commits for real, and cleans up."""
+    """Speed claims can be reproduced by one command, which commits real samples and cleans up."""
     command = [sys.executable, "-m", "hv_batch", "bench", "job", "--samples", "12", "--groups", "1", "--decoders", "1"]
-    # One of each: CPU time is metered when none is starting any more, which a second decoder may do until the end.
+    # One worker of each stage: CPU time is read only while no worker starts, and a second decoder may start until the
+    # end of the run.
     command += ["--step-seconds", "0.02", "--json", "--with-ray-data"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hv_batch.toy.checkpoint import write_toy_checkpoint
-from tests.support.faulty_engine import TROUBLED_STEP
+from tests.support.faulty_engine import FAULTY_STEP
 from tests.support.repository import ROOT
 from tests.support.runs import command, dataset, finish, records, start, write_manifest
 
@@ -19,7 +19,7 @@ RUN_S = 400  # a busy machine takes its time to start twelve ranks
 def gang_config(folder, base, marks, step_cache):
     """Four ranks, Ulysses 2 x ring 2, a checkpoint every step; timeouts.stall_s is too long to detect a hang."""
     config = yaml.safe_load((ROOT / "configs" / "fake_gpus_8rank.yaml").read_text())
-    config["model"]["engine"] = "tests.support.faulty_engine:TroubledVideo"
+    config["model"]["engine"] = "tests.support.faulty_engine:FaultyVideo"
     video = config["model"]["options"] | {"model_base": str(base), "step_cache": step_cache}
     config["model"]["options"] = {"video": video, "marks": str(marks), "step_seconds": 0.5, "patience_s": 15.0}
     config["defaults"] |= {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": STEPS}
@@ -33,7 +33,7 @@ def gang_config(folder, base, marks, step_cache):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("step_cache", "may_resume"), [(0.0, range(1, TROUBLED_STEP + 1)), (0.5, [5])])
+@pytest.mark.parametrize(("step_cache", "may_resume"), [(0.0, range(1, FAULTY_STEP + 1)), (0.5, [5])])
 def test_a_gang_that_raises_dies_or_hangs_renders_the_same(ray_head, tmp_path, step_cache, may_resume):
     """P3, P4, P5: one rank of four raises while its peers wait for it in a collective, one dies by SIGKILL, one hangs
     by SIGSTOP and is noticed by the pace of its own denoise. Each costs one rebuild; who was not refused goes on from

@@ -1,4 +1,4 @@
-"""A group of local processes: the same latents as one rank, stopped at one step, and gone with its first failure."""
+"""LocalGroup renders the latents of one rank, stops all ranks at one step, and stops at the first failure of a rank."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def base(tmp_path_factory):
     return write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
 
 
-def test_a_group_renders_stops_and_ends_with_its_first_loss(base):
-    """Spec section 8, P4: within rounding of one rank; an interrupt stops all ranks at one step and spares the group;
-    a killed rank ends it and is named, instead of a hang."""
+def test_a_group_renders_and_can_be_interrupted_and_fails_with_a_lost_rank(base):
+    """Spec section 8, P4: the group renders what one rank renders, up to rounding. An interrupt stops all ranks at one
+    step, and the group stays usable. A killed rank stops the group with an error that names it, instead of a hang."""
     alone = HunyuanVideoPipeline.from_pretrained(base, device="cpu", noise="official", **FP32)
     expected = alone(PROMPT, **CHOICE)
     with HunyuanVideoPipeline.from_pretrained(
@@ -49,14 +49,14 @@ def test_a_group_renders_stops_and_ends_with_its_first_loss(base):
         assert np.array_equal(pipeline(PROMPT, **CHOICE), first)
 
         victim = pipeline._denoiser._processes[1]
-        with pytest.raises(RankFailed, match=r"rank 1 died without a word \(exit code -9\)"):
+        with pytest.raises(RankFailed, match=r"rank 1 exited without reporting an error \(exit code -9\)"):
             pipeline(PROMPT, callback=lambda step, _: os.kill(victim.pid, signal.SIGKILL), **CHOICE)
-        with pytest.raises(RankFailed, match="this group has ended"):
+        with pytest.raises(RankFailed, match="this group has been stopped"):
             pipeline(PROMPT, **CHOICE)
 
 
-def test_two_halves_render_what_one_rank_renders(base):
-    """P3: with a guidance branch for each process, not one bit differs; P6: without guidance it is refused by name."""
+def test_cfg_degree_2_renders_what_one_rank_renders(base):
+    """P3: with one guidance branch per process, every bit is equal. P6: without guidance, an error names the field."""
     alone = HunyuanVideoPipeline.from_pretrained(base, device="cpu", noise="official", **FP32)
     with HunyuanVideoPipeline.from_pretrained(base, device="cpu", cfg_degree=2, noise="official", **FP32) as pipeline:
         with pytest.raises(UserError, match=r"cfg_scale is 1\.0, allowed is above 1 with cfg_degree 2"):
@@ -68,7 +68,7 @@ def test_two_halves_render_what_one_rank_renders(base):
 
 
 class FailingEngine:
-    """Rank 1 fails while rank 0 would wait for it for ever."""
+    """Rank 1 raises in `join`; rank 0 would wait for it."""
 
     def group_problems(self, _plan):
         return []
@@ -83,20 +83,20 @@ class FailingEngine:
         time.sleep(600)
 
 
-def test_the_first_error_is_what_the_user_sees():
-    """P6: the reason of the rank that failed, and no waiting for the others."""
+def test_the_first_error_is_raised():
+    """P6: the error of the rank that failed first is raised, without waiting for the other ranks."""
     with pytest.raises(RankFailed, match=r"(?s)rank 1 failed first:.*Traceback.*ValueError: broken weights"):
         LocalGroup(FailingEngine(), "cpu", ParallelPlan(ulysses_degree=2))
 
 
-def test_degrees_that_do_not_fit_start_no_process(base):
-    """P6: the heads are counted first."""
+def test_degrees_that_do_not_divide_the_heads_start_no_process(base):
+    """P6: the plan is validated before any process starts."""
     with pytest.raises(UserError, match="ulysses_degree 3 does not divide"):
         LocalGroup(HunyuanVideo(model_base=base), "cpu", ParallelPlan(ulysses_degree=3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
-def test_a_rank_without_its_gpu_says_so(base):
-    """P6: what the user can mend reaches the user in the engine's own words, without a traceback."""
-    with pytest.raises(UserError, match=r"^device 'cuda' was asked for, but this process sees 0 GPUs"):
+def test_a_user_error_of_a_rank_is_raised_without_traceback(base):
+    """P6: a UserError of a rank is raised in the parent with the same text."""
+    with pytest.raises(UserError, match=r"^device 'cuda' needs GPU number 0, but this process sees 0 GPUs"):
         LocalGroup(HunyuanVideo(model_base=base), "cuda", ParallelPlan())

@@ -1,4 +1,4 @@
-"""The memory and cost models, held against the engine itself: every allocation, parameter, operation and byte sent."""
+"""The memory and cost models against the engine: allocations, parameters, operations and bytes sent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parameters(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("options", [{}, TOY_DIT, {"guidance_embed": False, "refiner_depth": 1}], ids=len)
 def test_dit_parameters(options):
-    """Spec section 2: 12.82 B, and exactly the module's for any width; the blocks too, which is what streams."""
+    """Spec section 2: 12.82 B; equal to the module's parameters at any width, also for the blocks, which may stream."""
     with torch.device("meta"):
         model = HYVideoDiT(DiTConfig(**options))
     shape = model.config
@@ -62,14 +62,14 @@ def is_linear(module: nn.Module) -> bool:
 
 @pytest.mark.parametrize("options", [{}, TOY_VAE], ids=len)
 def test_vae_parameters(options):
-    """Spec section 5: 246 M."""
+    """Spec section 5: 246 M parameters; equal to the module's at any width."""
     config = VAEConfig(**options)
     with torch.device("meta"):
         assert config.parameters == parameters(CausalVAE(config))
 
 
 def test_text_tower_parameters():
-    """Spec section 3: LLaMA 3 8B without its last two layers, final norm and head; CLIP ViT-L/14's text half."""
+    """Spec section 3: LLaMA 3 8B without its last two layers, final norm and head, and CLIP ViT-L/14's text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
     llama = LlamaShape()
@@ -95,16 +95,16 @@ def test_text_tower_parameters():
 def traced_forward(
     options: dict[str, Any], precision: str, size: tuple[int, int, int], text: int, caches: Sequence[StepCache] = ()
 ) -> int:
-    """Of one item, or of as many as there are caches."""
+    """Return the peak memory in bytes of a forward of one item, or of one item per cache."""
     config, items = DiTConfig(**options), len(caches) or 1
     with torch.device("meta"):
         model = HYVideoDiT(config).to(DTYPES[precision])
         latents, timestep, guidance = torch.empty(items, 16, *size), torch.empty(items), torch.empty(items)
         states = torch.empty(items, text, config.text_states_dim, dtype=DTYPES[precision])
         pooled = torch.empty(items, config.text_states_dim_2, dtype=DTYPES[precision])
-    told = guidance if config.guidance_embed else None
+    given = guidance if config.guidance_embed else None
     with LiveBytes() as traced:
-        model(latents, timestep, states, [text] * items, pooled, told, caches=caches)
+        model(latents, timestep, states, [text] * items, pooled, given, caches=caches)
     return traced.peak
 
 
@@ -112,7 +112,7 @@ def traced_forward(
 @pytest.mark.parametrize("depth", [(1, 1), (1, 0), (0, 1)], ids=["both", "double", "single"])
 @pytest.mark.parametrize("size", [(33, 90, 160), (33, 68, 120), (20, 60, 106)], ids=str)
 def test_activations_at_the_released_width(precision, depth, size):
-    """Computed peak against all allocations of a forward at 3072 channels and real sizes, traced on the meta device."""
+    """The computed peak equals the traced allocations of a forward at 3072 channels and real sizes (meta device)."""
     options = {"mm_double_blocks_depth": depth[0], "mm_single_blocks_depth": depth[1]}
     peak = traced_forward(options, precision, size, text=256)
     model = ModelShape(dit=DiTConfig(**options), precision=precision)
@@ -120,7 +120,7 @@ def test_activations_at_the_released_width(precision, depth, size):
 
 
 def test_what_a_step_cache_keeps_at_the_released_width():
-    """Of both guidance branches: twice the image tokens each."""
+    """A step cache holds twice the image tokens, for each of both guidance branches."""
     options = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 1}
     peak = traced_forward(options, "bf16", (20, 60, 106), text=256, caches=[StepCache(0.1), StepCache(0.1)])
     model, tokens = ModelShape(dit=DiTConfig(**options)), 20 * 30 * 53
@@ -131,7 +131,7 @@ def test_what_a_step_cache_keeps_at_the_released_width():
 
 
 def test_depth_costs_no_activations():
-    """Blocks run one after the other: the peak of 60 is that of one of each kind."""
+    """Blocks run one after the other, so the peak does not depend on their number."""
     depths = ({"mm_double_blocks_depth": n, "mm_single_blocks_depth": n} for n in (1, 3))
     shallow, deep = (traced_forward(depth, "bf16", (9, 32, 32), text=64) for depth in depths)
     assert deep == pytest.approx(shallow, rel=0.01)
@@ -145,7 +145,7 @@ def test_720p_fits_published_hardware():
 
 
 def test_offloading_and_fp8_leave_less_on_the_device():
-    """Offloaded, two of the largest blocks remain of the blocks; FP8 halves the Linears' share."""
+    """With offloading, two blocks of the largest size stay on the device; FP8 halves the memory of the Linears."""
     plain, offloaded, fp8 = (
         denoiser_footprint(model, 118_800, 8, 1)
         for model in (ModelShape(), ModelShape(offload=True), ModelShape(fp8=True))
@@ -169,11 +169,11 @@ PRELOADED = [
     "hv_batch.job.cost_model.flops",
     "hv_batch.toy.checkpoint",
     "pytest",
-]  # once, not by rank
+]  # imported once, not by each rank
 
 
 class SentBytes(TorchDispatchMode):
-    """What the collectives of this rank put on the wire, by their definition."""
+    """Counts the bytes that this rank sends, by the definition of the collectives."""
 
     def __init__(self, mesh: SequenceMesh) -> None:
         super().__init__()
@@ -229,12 +229,12 @@ def group(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS, ids=["double", "single"])
 @pytest.mark.parametrize(("u", "r"), PLANS)
 def test_activations_and_traffic_of_a_rank(group, u, r, kind, precision):
-    """Computed peak and bytes sent against every allocation and collective of real ranks of real groups."""
+    """The computed peak and bytes sent equal the allocations and collectives of real ranks."""
     measured = [torch.load(group / f"u{u}r{r}-{rank}.pt")[kind, precision] for rank in range(u * r)]
     model = ModelShape(
         dit=DiTConfig(mm_double_blocks_depth=kind[0], mm_single_blocks_depth=kind[1], **GROUP), precision=precision
     )
-    # The least of all ranks and runs: now and then gloo's thread holds a buffer for a moment after its collective.
+    # The minimum of all ranks and runs, because gloo's thread sometimes holds a buffer shortly after its collective.
     peak = min(rank[0] for rank in measured)
     assert dit_activations(model, TOKENS, u, r, text=TEXT) == pytest.approx(peak, rel=TOLERANCE)
     traffic = rank_traffic(model, TOKENS, u, r, text=TEXT)
@@ -254,12 +254,12 @@ def vae_on_meta(options: dict[str, Any], precision: str) -> CausalVAE:
 
 @pytest.fixture(autouse=True)
 def _long_chunks(monkeypatch):
-    """Norms in fewer chunks than on a device: a tenth of the operations to trace. Their scratch is gone at the peak."""
+    """Use fewer chunks in norms, which traces a tenth of the operations. Their scratch is freed before the peak."""
     monkeypatch.setattr(kernels, "CACHE_BYTES", 2**28)
 
 
 def traced_decode(vae: CausalVAE, latents: tuple[int, int, int]) -> int:
-    """The peak of a tiled decode whose caller keeps one chunk while it asks for the next."""
+    """Return the peak memory in bytes of a tiled decode whose caller holds one chunk while it requests the next."""
     z = torch.empty(1, 16, *latents, device="meta")
     with LiveBytes() as traced:
         for _chunk in decode_streaming(vae, z, TileGeometry()):
@@ -270,7 +270,7 @@ def traced_decode(vae: CausalVAE, latents: tuple[int, int, int]) -> int:
 @pytest.mark.parametrize("latents", [(20, 56, 72), (33, 32, 32), (9, 48, 72), (5, 60, 106), (17, 24, 40)], ids=str)
 @pytest.mark.slow
 def test_decode_memory_at_the_released_width(latents):
-    """Computed peak against all allocations of a whole tiled decode, traced on the meta device."""
+    """The computed peak equals the traced allocations of a tiled decode (meta device)."""
     peak = traced_decode(vae_on_meta({}, "fp16"), latents)
     frames, height, width = latents
     shape = (8 * height, 8 * width, 4 * (frames - 1) + 1)
@@ -279,7 +279,7 @@ def test_decode_memory_at_the_released_width(latents):
 
 @pytest.mark.slow
 def test_tiles_bound_the_memory_of_any_video():
-    """Spec section 5, tiling: twice the frames cost nothing, three times the area only the frames themselves."""
+    """Spec section 5, tiling: more frames need no more memory, and a larger area only that of the frames themselves."""
     vae = vae_on_meta({}, "fp16")
     short, long = traced_decode(vae, (33, 32, 32)), traced_decode(vae, (65, 32, 32))
     assert long == pytest.approx(short, rel=0.01)
@@ -289,7 +289,7 @@ def test_tiles_bound_the_memory_of_any_video():
 
 
 def test_a_decode_holds_one_video():
-    """VAE slicing: videos of a batch are decoded one after the other, so a second costs no more than the first."""
+    """VAE slicing: videos of a batch are decoded one after the other, so a second one does not raise the peak."""
     vae = vae_on_meta({}, "fp16")
     z = torch.empty(2, 16, 5, 32, 32, device="meta")
     with LiveBytes() as one:
@@ -326,14 +326,14 @@ def test_flops_of_a_forward():
 @pytest.mark.parametrize("options", [{}, TOY_VAE], ids=len)
 @pytest.mark.parametrize("tile", [(17, 32, 32), (9, 32, 16), (1, 32, 32)], ids=str)
 def test_flops_of_a_tile(options, tile):
-    """All convolutions and products of the decoder, as the engine runs them."""
+    """Computed operations equal all convolutions and matrix products that the decoder runs."""
     vae = vae_on_meta(options, "fp32")
     ops = counted(lambda: vae.decode(torch.empty(1, 16, *tile, device="meta")))
     assert tile_flops(VAEConfig(**options), tile) == pytest.approx(ops, rel=0.03)
 
 
 def test_flops_of_a_video_are_those_of_its_tiles():
-    """Spec section 5: 84 tiles at 720x1280x129; every tile the engine decodes is counted, at its own size."""
+    """Spec section 5: 84 tiles at 720x1280x129; every tile that the engine decodes is counted with its own size."""
     tiles = count_tiles(ModelShape(), (720, 1280, 129))
     assert tiles.total() == 84
     vae = vae_on_meta({}, "fp16")

@@ -1,4 +1,4 @@
-"""The engine object and the single-process pipeline, on the toy checkpoint: prompt in, frames out."""
+"""The engine object and the single-process pipeline on the toy checkpoint, from prompts to frames."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pipeline(toy):
     return HunyuanVideoPipeline.from_pretrained(toy, device="cpu", **OPTIONS)
 
 
-def place(rank, world_size, address):
+def rank_spec(rank, world_size, address):
     return RankSpec(
         rank=rank,
         local_rank=rank,
@@ -67,7 +67,7 @@ def place(rank, world_size, address):
 
 
 def test_a_prompt_becomes_frames(pipeline):
-    """Design section 1: the pipeline is the whole path, and a video is a picture that changes."""
+    """Design section 1: the pipeline runs the whole path, and the frames of a video differ."""
     steps = []
     frames = pipeline(PROMPT, **SMALL, callback=lambda step, latents: steps.append((step, latents.shape)))
     assert frames.shape == (9, 32, 48, 3)
@@ -78,7 +78,7 @@ def test_a_prompt_becomes_frames(pipeline):
 
 
 def test_one_frame_is_an_image(pipeline):
-    """Spec sections 1 and 3.1: 1 frame = an image, whose prompt goes into the image template."""
+    """Spec sections 1 and 3.1: one frame is an image, and its prompt uses the image template."""
     params = replace(PARAMS, num_frames=1)
     image = np.concatenate(list(pipeline.stream(params)))
     assert image.shape == (1, 32, 48, 3)
@@ -92,7 +92,7 @@ def test_one_frame_is_an_image(pipeline):
 
 
 def test_equal_parameters_give_equal_bytes(toy, pipeline):
-    """P3: in the same process after other work, and from a freshly loaded model."""
+    """P3: equal bytes in the same process after other renders, and from a newly loaded model."""
     first = pipeline(PROMPT, **SMALL, cfg_scale=2.0)
     pipeline("Something else", **{**SMALL, "height": 64})
     assert np.array_equal(pipeline(PROMPT, **SMALL, cfg_scale=2.0), first)
@@ -101,7 +101,7 @@ def test_equal_parameters_give_equal_bytes(toy, pipeline):
 
 
 def test_every_parameter_reaches_the_pixels(pipeline):
-    """P3: each of these is part of a video's identity because each changes it."""
+    """P3: each parameter of a video's identity changes its pixels."""
     guided = {"cfg_scale": 3.0, "guidance_rescale": 0.5, "negative_prompt": "dark"}
     frames = pipeline(PROMPT, **SMALL, **guided)
     for change in (
@@ -118,12 +118,12 @@ def test_every_parameter_reaches_the_pixels(pipeline):
 
 
 def test_the_negative_prompt_matters_only_with_guidance(pipeline):
-    """Spec section 1: used only when cfg scale > 1."""
+    """Spec section 1: the negative prompt is used only if cfg_scale > 1."""
     assert np.array_equal(pipeline(PROMPT, **SMALL), pipeline(PROMPT, **SMALL, negative_prompt="dark"))
 
 
 def test_chunks_are_the_frames(toy, pipeline):
-    """Protocol `Decoder.decode`: chunks in order, each a temporal tile, together the video."""
+    """Protocol `Decoder.decode`: one chunk per temporal tile, in order; together they are the video."""
     tiled = HunyuanVideoPipeline.from_pretrained(
         toy, device="cpu", **OPTIONS, vae_tile={"spatial_px": 32, "temporal_frames": 16}
     )
@@ -136,24 +136,24 @@ def test_chunks_are_the_frames(toy, pipeline):
     assert not np.array_equal(np.concatenate(chunks), whole)  # P3: tile geometry belongs to the identity
 
 
-def test_all_bad_values_are_told_at_once(pipeline):
-    """P6: the rules of a manifest row hold for the Python API as well."""
-    with pytest.raises(UserError) as refusal:
+def test_all_bad_values_are_reported_at_once(pipeline):
+    """P6: the Python API applies the same rules as a manifest row, and one error names all invalid values."""
+    with pytest.raises(UserError) as error:
         pipeline(" ", height=100, width=48, num_frames=8, seed=-1)
-    for told in ("prompt", "height is 100, allowed is a multiple of 16", "num_frames is 8", "seed is -1"):
-        assert told in str(refusal.value)
+    for message in ("prompt", "height is 100, allowed is a multiple of 16", "num_frames is 8", "seed is -1"):
+        assert message in str(error.value)
 
 
 def test_an_incomplete_model_is_refused(tmp_path):
-    """P6: a missing weight file names the path expected and the layout."""
+    """P6: the error for missing weights names the expected path and the layout."""
     with pytest.raises(UserError, match=r"nowhere is not a folder \| The layout is"):
         HunyuanVideoPipeline.from_pretrained(tmp_path / "nowhere", device="cpu")
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 def test_the_video_is_that_of_the_reference_pipeline(toy, pipeline, cfg_scale):
-    """Spec, end to end: diffusers' pipeline with our weights in its own DiT and VAE, from the same texts and noise."""
-    # Imported here: the ranks of another test import this module, and diffusers takes them seconds.
+    """Spec, end to end: equal to diffusers' pipeline with the same weights, text embeddings and noise."""
+    # Imported here, because the ranks of another test import this module and importing diffusers takes seconds.
     from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
     from diffusers import HunyuanVideoPipeline as ReferencePipeline
 
@@ -191,14 +191,14 @@ def test_the_video_is_that_of_the_reference_pipeline(toy, pipeline, cfg_scale):
         output_type="np",
     ).frames[0]
     frames = np.concatenate(list(pipeline.stream(params)))
-    assert np.abs(frames / 255 - expected).max() <= 1.01 / 255  # we truncate to 8 bits, as the release does
+    assert np.abs(frames / 255 - expected).max() <= 1.01 / 255  # hv_batch truncates to 8 bits, as the release does
 
 
-def test_a_sample_that_overflows_is_told_from_a_broken_device(toy):
-    """P5: the group proves itself again when latents are not finite; only if it can, the sample is to blame."""
+def test_an_overflowing_sample_is_distinguished_from_a_faulty_device(toy):
+    """P5: after latents that are not finite, the self-check decides: NonFiniteError if it passes, else DeviceError."""
     engine = HunyuanVideo(model_base=toy, **OPTIONS)
     [text] = engine.text_encoder("cpu").encode([PROMPT], image=False)
-    denoiser = engine.join(place(0, 1, ""))
+    denoiser = engine.join(rank_spec(0, 1, ""))
     overflowing = replace(text, states=torch.full_like(text.states, float("inf")))
     with pytest.raises(NonFiniteError, match="not finite after step 1 of 3"):
         denoiser.denoise(PARAMS, overflowing, None, lambda done, read: None)
@@ -209,17 +209,17 @@ def test_a_sample_that_overflows_is_told_from_a_broken_device(toy):
 
 
 def _render_rank(rank, world_size, engine, address, arguments, results):
-    denoiser = engine.join(place(rank, world_size, address))
+    denoiser = engine.join(rank_spec(rank, world_size, address))
     states = {}
     latents = [denoiser.denoise(*arguments, lambda n, read: states.setdefault(n, read())) for _ in range(2)]
     latents += [denoiser.denoise(*arguments, lambda n, read: None, StepState(n, states[n])) for n in (1, 2)]
     np.save(results / f"{rank}.npy", np.stack(latents))
-    leave_group()  # an exit with a live process group aborts now and then
+    leave_group()  # exiting with a live process group sometimes aborts the process
 
 
 def test_a_group_of_two_ranks_denoises_what_one_does(toy, pipeline, tmp_path):
-    """Protocol `Denoiser.denoise`: through rendezvous and join, equal on every rank, the same again in the next call
-    and when resumed from any step (P4), and within rounding what one rank makes."""
+    """Protocol `Denoiser.denoise`: the latents are equal on every rank, in the next call, and after a resume from any
+    step (P4); they equal those of one rank up to rounding."""
     params = replace(PARAMS, cfg_scale=3.0)
     arguments = params, *pipeline._text_encoder.encode([params.prompt, params.negative_prompt], image=False)
     engine = HunyuanVideo(model_base=toy, **OPTIONS)
@@ -236,14 +236,14 @@ def test_a_group_of_two_ranks_denoises_what_one_does(toy, pipeline, tmp_path):
 
 
 def test_the_decoder_refuses_latents_of_another_shape(pipeline):
-    """Protocol `Decoder.decode`: [C, T, h, w]; said before any work."""
+    """Protocol `Decoder.decode`: latents that are not [C, T, h, w] are refused before any work."""
     for shape in ((1, 16, 3, 4, 6), (8, 3, 4, 6)):
         with pytest.raises(ValueError, match=r"latents must be shaped \[16, T, h, w\]"):
             pipeline._decoder.decode(np.zeros(shape, np.float32))
 
 
-def test_the_decoder_refuses_to_make_pixels_of_overflow(pipeline):
-    """P5: not finite is an error with a reason, never a black video that counts as good."""
+def test_the_decoder_refuses_frames_that_are_not_finite(pipeline):
+    """P5: an overflow raises an error and does not become a black video."""
     latents = np.zeros((16, 1, 4, 6), np.float32)
     latents[0, 0, 0, 0] = np.inf
     with pytest.raises(ValueError, match="not finite"):
@@ -251,7 +251,7 @@ def test_the_decoder_refuses_to_make_pixels_of_overflow(pipeline):
 
 
 def test_the_decoder_takes_read_only_latents(pipeline, recwarn):
-    """Latents come out of a shared object store, which nobody may write."""
+    """Latents from the object store are read-only."""
     latents = np.zeros((16, 1, 4, 6), np.float32)
     latents.flags.writeable = False
     assert next(iter(pipeline._decoder.decode(latents))).shape == (1, 32, 48, 3)
@@ -259,7 +259,7 @@ def test_the_decoder_takes_read_only_latents(pipeline, recwarn):
 
 
 def test_an_engine_is_built_without_weights_or_devices(tmp_path):
-    """Protocol `Engine`: cheap in the driver and every actor; a missing model is `check`'s to tell (P6)."""
+    """Protocol `Engine`: the constructor reads no weights; `check` reports a missing model (P6)."""
     engine = HunyuanVideo(model_base=tmp_path / "nowhere")
     sentence, _layout = engine.check()
     assert "nowhere is not a folder" in sentence
@@ -268,7 +268,7 @@ def test_an_engine_is_built_without_weights_or_devices(tmp_path):
 
 
 def test_importing_the_engine_loads_no_heavy_library():
-    """Design sections 2 and 8: no Ray in the engine, no GPU package, and transformers only where towers are loaded."""
+    """Design sections 2 and 8: importing the engine imports neither Ray nor transformers nor GPU packages."""
     code = (
         "import sys, hv_batch.engine.hunyuan, torch\n"
         "heavy = {'ray', 'transformers', 'diffusers', 'flash_attn', 'xfuser', 'triton'} & sys.modules.keys()\n"
@@ -279,7 +279,7 @@ def test_importing_the_engine_loads_no_heavy_library():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"precision": "float16"}, "precision: 'float16' is not allowed; allowed are bf16, fp16, fp32"),
         ({"vae_precision": ["fp16"]}, r"vae_precision: \['fp16'\] is not allowed"),
@@ -291,24 +291,24 @@ def test_importing_the_engine_loads_no_heavy_library():
         ({"dit": {"hidden_size": 100}}, "hidden_size"),
         ({"dit": {"hidden_size": "big"}}, "dit"),
         ({"dit": {"heads_num": 0}}, "dit"),
-        ({"dit": "toy"}, "dit: 'toy' should map names to values"),
+        ({"dit": "toy"}, "dit: 'toy' must map names to values"),
         ({"vae_tile": {"size": 256}}, "vae_tile: unknown 'size'; allowed are spatial_px"),
         ({"vae_tile": {"overlap": 2}}, "overlap"),
-        ({"step_cache": 1}, "step_cache: 1 is not allowed; allowed is a number from 0"),
+        ({"step_cache": 1}, r"step_cache: 1 is not allowed; allowed is a number of at least 0 \(off\) and below 1"),
         ({"step_cache": "0.1"}, "step_cache: '0.1' is not allowed"),
         ({"step_cache": True}, "step_cache: True is not allowed"),
         ({"model_base": ""}, "model_base: '' is not a path"),
         ({"dit_weight": 3}, "dit_weight: 3 is not a path"),
     ],
 )
-def test_a_wrong_option_is_told_with_what_is_allowed(options, told):
-    """P6: the engine refuses what it cannot do, by option, value and what is allowed."""
-    with pytest.raises(UserError, match=told):
+def test_a_wrong_option_is_reported_with_the_allowed_values(options, message):
+    """P6: the error names the option, its value and the allowed values."""
+    with pytest.raises(UserError, match=message):
         HunyuanVideo(**{"model_base": "ckpts", **options})
 
 
 def test_the_identity_survives_json_and_moves_with_the_options(toy):
-    """P2, P3: run.json holds it; any option that changes pixels changes it."""
+    """P2, P3: the identity is stored in run.json as JSON; every option that changes pixels changes it."""
     identity = HunyuanVideo(model_base=toy, **OPTIONS).identity()
     assert json.loads(json.dumps(identity)) == identity
     as_yaml = json.loads(json.dumps(OPTIONS))  # lists for tuples
@@ -326,8 +326,8 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
         assert HunyuanVideo(model_base=toy, **{**OPTIONS, **change}).identity() != identity, change
 
 
-def test_a_group_that_cannot_be_shared_out_is_told_what_can():
-    """Design section 5: Ulysses divides the heads, ring is free; P6: the remedy keeps the number of ranks."""
+def test_a_plan_that_does_not_divide_the_heads_is_reported_with_alternatives():
+    """Design section 5: Ulysses must divide the heads, ring may be any number. P6: the remedy keeps the ranks."""
     engine = HunyuanVideo(model_base="ckpts")
     for u, r in ((1, 1), (8, 1), (24, 1), (3, 5), (1, 7)):
         assert engine.group_problems(ParallelPlan(ulysses_degree=u, ring_degree=r)) == []
@@ -341,7 +341,7 @@ def test_a_group_that_cannot_be_shared_out_is_told_what_can():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
-def test_a_missing_gpu_is_told(toy):
-    """P6: asked for CUDA on a machine without: what was seen and what to set."""
-    with pytest.raises(UserError, match="sees 0 GPUs and needs number 0"):
+def test_a_missing_gpu_is_reported(toy):
+    """P6: the error names the GPU that is needed, the number of visible GPUs and the setting to change."""
+    with pytest.raises(UserError, match="needs GPU number 0, but this process sees 0 GPUs"):
         HunyuanVideo(model_base=toy, **OPTIONS).decoder("cuda")

@@ -1,4 +1,4 @@
-"""What a call of the Python API may ask for: several videos, latents, a callback, an interrupt."""
+"""The arguments of a pipeline call: several videos, latents, callbacks, interrupts."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def pipeline(base):
         ("a", [5], 2, [("a", 5), ("a", 6)]),
     ],
 )
-def test_seeds_are_given_out_as_released(prompts, seed, num_videos, planned):
-    """Spec section 1: video i of a prompt has seed + i; a list is one a prompt, or one a video."""
+def test_seeds_are_assigned_as_in_the_release(prompts, seed, num_videos, planned):
+    """Spec section 1: video i of a prompt has seed + i; a list has one seed per prompt or one per video."""
     videos = plan_videos(prompts, seed, num_videos, **REST)
     assert [(params.prompt, params.seed) for params in videos] == planned
 
 
 @pytest.mark.parametrize(
-    ("prompts", "seed", "num_videos", "told"),
+    ("prompts", "seed", "num_videos", "message"),
     [
-        ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2: one for each"),
-        (None, 0, 1, "prompt is None, allowed is a text, or at least one in a list"),
+        ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2: one per prompt"),
+        (None, 0, 1, "prompt is None, allowed is a text or a list of at least one text"),
         (["a", "b"], [], 1, r"seed is \[\]"),
         ("a", "7", 1, "seed is '7'"),
         ("a", [1.5], 1, "seed is 1.5"),
@@ -72,20 +72,20 @@ def test_seeds_are_given_out_as_released(prompts, seed, num_videos, planned):
         (["a", None], 1, 1, "prompt is None"),
     ],
 )
-def test_wrong_seeds_and_counts_are_told(prompts, seed, num_videos, told):
-    """P6: what was given and what is allowed."""
-    with pytest.raises(UserError, match=told):
+def test_wrong_seeds_and_counts_are_reported(prompts, seed, num_videos, message):
+    """P6: the error names the given value and the allowed values."""
+    with pytest.raises(UserError, match=message):
         plan_videos(prompts, seed, num_videos, **REST)
 
 
-def test_a_device_that_is_none_is_told():
-    """P6: rather than taken for a GPU."""
+def test_an_unknown_device_is_refused():
+    """P6: the error names the allowed devices."""
     with pytest.raises(UserError, match="device is 'tpu', allowed is 'auto', 'cpu' or 'cuda'"):
         choose_device("tpu")
 
 
 def test_no_bit_depends_on_the_batch(pipeline):
-    """P3: side by side, one after the other, or alone; texts of unlike length, with guidance."""
+    """P3: a video has equal bits in a batch of any size, with texts of different lengths and guidance."""
     prompts, choice = ["dark", PROMPT], {**LATENTS, "cfg_scale": 3.0, "guidance_rescale": 0.5, "num_videos": 2}
     together = pipeline(prompts, seed=4, batch_size=4, **choice)
     assert together.shape == (4, 16, 2, 4, 6)
@@ -97,7 +97,7 @@ def test_no_bit_depends_on_the_batch(pipeline):
 
 
 def test_frames_and_latents_of_one_video(pipeline):
-    """The frames of a call are those of its latents; several videos are stacked."""
+    """The frames of a call are the decoded latents of the same call; several videos are stacked."""
     latents = pipeline(PROMPT, seed=[1, 2], num_videos=2, **LATENTS)
     frames = pipeline(PROMPT, seed=[1, 2], num_videos=2, **SMALL)
     assert frames.shape == (2, 5, 32, 48, 3)
@@ -110,7 +110,7 @@ def test_frames_and_latents_of_one_video(pipeline):
 
 
 def test_the_callback_sees_every_step(pipeline):
-    """Each step of each batch, with the latents as they are; the last ones are the result."""
+    """The callback is called after each step of each batch; the latents of the last step are the result."""
     seen = []
     final = pipeline(PROMPT, num_videos=3, batch_size=2, callback=lambda n, x: seen.append((n, x.clone())), **LATENTS)
     assert [(n, len(x)) for n, x in seen] == [(1, 2), (2, 2), (3, 2), (1, 1), (2, 1), (3, 1)]
@@ -124,8 +124,8 @@ def test_the_callback_sees_every_step(pipeline):
         pipeline(PROMPT, callback=fail, **LATENTS)
 
 
-def test_an_interrupt_ends_the_call_and_not_the_next(pipeline):
-    """From a callback, from another thread, between chunks of frames; a late one is forgotten."""
+def test_an_interrupt_stops_the_current_call_only(pipeline):
+    """`interrupt` works from a callback, from another thread and between chunks; it does not affect a later call."""
     expected = pipeline(PROMPT, **LATENTS)
     with pytest.raises(Interrupted, match="after step 1 of 3"):
         pipeline(PROMPT, callback=lambda *_: pipeline.interrupt(), **LATENTS)
@@ -146,7 +146,7 @@ def test_an_interrupt_ends_the_call_and_not_the_next(pipeline):
 
 
 def test_parts_are_loaded_when_needed(base):
-    """Spec section 1, memory: decoding latents loads no text tower and no DiT, and the towers can be given back."""
+    """Spec section 1, memory: decoding loads neither text encoders nor DiT, and the text encoders can be freed."""
     pipeline = HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32)
     assert list(pipeline.decode(np.zeros((16, 1, 4, 6), np.float32)))
     assert not {"_text_encoder", "_denoiser"} & vars(pipeline).keys()
@@ -156,21 +156,21 @@ def test_parts_are_loaded_when_needed(base):
     assert np.array_equal(pipeline(PROMPT, **LATENTS), before)
 
 
-def test_a_prompt_that_is_no_text_is_told(pipeline):
-    """P6: undecodable bytes of a command line reach Python as lone surrogates, which no tokenizer takes."""
+def test_a_prompt_that_is_not_unicode_is_refused(pipeline):
+    """P6: undecodable bytes of a command line become lone surrogates in Python, which tokenizers do not accept."""
     with pytest.raises(UserError, match="prompt is not valid Unicode text"):
         pipeline("caf\udce9", **SMALL)
 
 
-def test_unlike_videos_are_not_denoised_side_by_side(pipeline):
-    """One schedule and one shape for a batch."""
+def test_videos_of_a_batch_must_share_their_parameters(pipeline):
+    """A batch has one schedule and one shape."""
     one, other = plan_videos("a", 1, 2, **REST)
     with pytest.raises(ValueError, match="may differ in prompts and seed only"):
         list(pipeline.denoise([one, replace(other, flow_shift=5.0)], batch_size=2))
 
 
 def test_the_official_noise_is_drawn_in_the_dtype_of_the_text(base):
-    """Spec section 4: on the device, in the prompt embedding's dtype; the sampler then works in float32."""
+    """Spec section 4: noise "official" is drawn in the dtype of the prompt embedding and then cast to float32."""
     (params,) = plan_videos("a", 1, 1, **REST)
     half = sampler.initial_noise(params, torch.float16)
     assert 0 < (half.float() - sampler.initial_noise(params)).abs().max() < 5e-3
@@ -187,14 +187,14 @@ def test_the_official_noise_is_drawn_in_the_dtype_of_the_text(base):
 
 
 def test_without_reverse_the_schedule_rises():
-    """Spec section 4: without reverse, 1 - sigma'."""
+    """Spec section 4: without reverse, the levels are 1 - sigma'."""
     levels = sampler.sigmas(5, 7.0, reverse=False)
     assert torch.equal(levels, 1 - sampler.sigmas(5, 7.0))
     assert levels[0] == 0.0
 
 
-def test_the_two_towers_have_their_own_precision(base):
-    """Spec section 1, `--text-encoder-precision-2`."""
+def test_the_two_text_encoders_have_separate_precisions(base):
+    """Spec section 1, `--text-encoder-precision-2`: CLIP may have another precision than LLaMA."""
     pipeline = HunyuanVideoPipeline.from_pretrained(
         base, device="cpu", text_encoder_precision="fp32", text_encoder_precision_2="bf16"
     )

@@ -1,4 +1,4 @@
-"""The whole way from a prompt to final latents against diffusers' HunyuanVideoPipeline, given the same weights."""
+"""The path from a prompt to final latents, against diffusers' HunyuanVideoPipeline with the same weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ SIZE = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 10}
 
 
 class RescalingScheduler(FlowMatchEulerDiscreteScheduler):
-    """diffusers' pipeline for this model has no guidance rescale, but its library has the function: applied between
-    the guidance and the step, as its other pipelines do."""
+    """Adds guidance rescale to diffusers' pipeline, which lacks it for this model.
+
+    It applies diffusers' own function between the guidance and the step, as the other pipelines of diffusers do.
+    """
 
     rescale = 0.0
     positive: torch.Tensor | None = None
@@ -62,7 +64,7 @@ def reference(base, ours):
     pipeline.set_progress_bar_config(disable=True)
 
     def remember(scheduler, _module, _inputs, output):
-        # The conditional call comes first in each step; the other is for the negative prompt.
+        # In each step, the call with the prompt comes first, then the call with the negative prompt.
         scheduler.positive = output[0] if scheduler.is_first else scheduler.positive
         scheduler.is_first = not scheduler.is_first
 
@@ -71,7 +73,7 @@ def reference(base, ours):
 
 
 def test_the_video_template_is_the_reference_one():
-    """Spec 3.1: byte for byte, and cut at the same place."""
+    """Spec 3.1: the template equals diffusers' byte for byte and is cropped at the same token."""
     assert VIDEO_TEMPLATE.head + "{}" + VIDEO_TEMPLATE.tail == DEFAULT_PROMPT_TEMPLATE["template"]
     assert VIDEO_TEMPLATE.crop_start == DEFAULT_PROMPT_TEMPLATE["crop_start"]
 
@@ -79,7 +81,7 @@ def test_the_video_template_is_the_reference_one():
 @pytest.mark.parametrize("template", [VIDEO_TEMPLATE, IMAGE_TEMPLATE])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_prompts_are_encoded_as_by_the_reference(ours, reference, template, prompt):
-    """Spec section 3: states, how many are valid, and pooled vector, for short, truncated and strange prompts."""
+    """Spec section 3: equal states, valid lengths and pooled vectors, for short, truncated and unusual prompts."""
     embedding = ours._text_encoder.encode([prompt], image=template is IMAGE_TEMPLATE)[0]
     with torch.no_grad():
         states, pooled, mask = reference.encode_prompt(
@@ -98,7 +100,7 @@ def test_prompts_are_encoded_as_by_the_reference(ours, reference, template, prom
 
 @pytest.mark.parametrize(("cfg_scale", "rescale"), [(1.0, 0.0), (4.5, 0.0), (4.5, 0.7)])
 def test_ten_steps_are_those_of_the_reference_pipeline(ours, reference, cfg_scale, rescale):
-    """Spec section 4, from the prompt on: without guidance, with it, and with its rescale (arXiv 2305.08891)."""
+    """Spec section 4, from prompt to latents: without guidance, with it, and with rescale (arXiv 2305.08891)."""
     params = SamplingParams(
         prompt=PROMPTS[0],
         negative_prompt="dark, blurred",
@@ -120,5 +122,5 @@ def test_ten_steps_are_those_of_the_reference_pipeline(ours, reference, cfg_scal
         **SIZE,
     ).frames[0]
     (latents,) = ours.denoise([params])
-    assert expected.abs().max() > 2  # there is something to get wrong
+    assert expected.abs().max() > 2  # not trivially near zero
     torch.testing.assert_close(torch.from_numpy(latents), expected, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The sampler against diffusers' scheduler and pipeline, and its own contract."""
+"""The sampler against diffusers' scheduler and pipeline, and the contract of its functions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PARAMS = SamplingParams(
 
 
 class Field:
-    """A velocity field with the DiT's call: it depends on every input, and on padding not at all."""
+    """A velocity field with the DiT's signature. It depends on every input, and does not depend on padding."""
 
     def __init__(self, guidance_embed=True, dtype=torch.float32):
         self.config = SimpleNamespace(guidance_embed=guidance_embed)
@@ -77,7 +77,7 @@ def run(params=PARAMS, model=None, on_step=lambda n, latents: None, resume=None)
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 7.0), (7, 1.0), (50, 7.0), (50, 17.0), (1000, 0.5)])
 def test_the_schedule_is_that_of_the_reference(steps, shift):
-    """Spec section 4: shifted sigmas from 1 to 0, fed to the model as sigma * 1000."""
+    """Spec section 4: shifted sigmas from 1 to 0; the model's timestep is sigma * 1000."""
     reference = FlowMatchEulerDiscreteScheduler(shift=shift)
     reference.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
     torch.testing.assert_close(sampler.sigmas(steps, shift), reference.sigmas, rtol=0, atol=1e-6)
@@ -88,7 +88,7 @@ def test_the_schedule_is_that_of_the_reference(steps, shift):
 @given(steps=st.integers(1, 1000), shift=st.floats(0.01, 1000.0))
 @settings(max_examples=50, deadline=None)
 def test_the_schedule_falls_from_one_to_zero(steps, shift):
-    """Spec section 4: whatever the shift, the noise level starts at 1, never rises and ends at exactly 0."""
+    """Spec section 4: with any shift, the noise level starts at 1, never rises and ends at exactly 0."""
     levels = sampler.sigmas(steps, shift)
     assert levels.dtype == torch.float32
     assert levels.shape == (steps + 1,)
@@ -98,7 +98,7 @@ def test_the_schedule_falls_from_one_to_zero(steps, shift):
 
 
 def test_noise_is_a_function_of_the_seed_and_the_shape():
-    """P3: not of the global generator, the prompt or what was drawn before."""
+    """P3: noise depends neither on the global generator nor on the prompt nor on earlier draws."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
     noise = sampler.initial_noise(PARAMS)
@@ -112,12 +112,12 @@ def test_noise_is_a_function_of_the_seed_and_the_shape():
 
 
 def test_noise_takes_the_largest_seed():
-    """Spec section 1: every seed the manifest may hold can be drawn."""
+    """Spec section 1: every seed that a manifest allows can be used."""
     assert sampler.initial_noise(replace(PARAMS, seed=2**63 - 1)).isfinite().all()
 
 
 class DiffusersField(torch.nn.Module):
-    """`Field` behind the call of diffusers' transformer."""
+    """`Field` with the signature of diffusers' transformer."""
 
     def __init__(self):
         super().__init__()
@@ -146,8 +146,8 @@ class DiffusersField(torch.nn.Module):
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.5])
 def test_a_trajectory_is_that_of_the_reference_pipeline(cfg_scale):
-    """Spec section 4, end to end: diffusers' pipeline, given the same velocity field, noise and texts, ends at the
-    same latents, with and without classifier-free guidance (whose two texts differ in length)."""
+    """Spec section 4, end to end: diffusers' pipeline with the same velocity field, noise and texts gives the same
+    latents, with and without classifier-free guidance (with two texts of different lengths)."""
     params = replace(PARAMS, cfg_scale=cfg_scale, num_inference_steps=6)
     pipeline = HunyuanVideoPipeline(
         text_encoder=None,
@@ -184,7 +184,7 @@ def test_a_trajectory_is_that_of_the_reference_pipeline(cfg_scale):
 
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
 def test_guidance_is_rescaled_as_in_the_paper(rescale):
-    """Lin et al. 2305.08891, section 3.4, against diffusers' implementation."""
+    """Guidance rescale (Lin et al. 2305.08891, section 3.4) equals diffusers' implementation."""
     negative, positive = torch.randn(2, 1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     guided = negative + 5.0 * (positive - negative)
     expected = rescale_noise_cfg(guided, positive, guidance_rescale=rescale)
@@ -194,14 +194,14 @@ def test_guidance_is_rescaled_as_in_the_paper(rescale):
 
 
 def test_rescale_reaches_the_latents():
-    """Spec section 1: `guidance_rescale` changes a guided video and leaves an unguided one alone."""
+    """Spec section 1: `guidance_rescale` changes a video with guidance, and does not change one without."""
     guided = replace(PARAMS, cfg_scale=4.0)
     assert not torch.equal(run(guided), run(replace(guided, guidance_rescale=0.7)))
     assert torch.equal(run(PARAMS), run(replace(PARAMS, guidance_rescale=0.7)))
 
 
 def test_guidance_runs_one_batch_with_the_negative_prompt_first():
-    """Spec section 1: classifier-free guidance doubles the batch, negative first, padded to one length."""
+    """Spec section 1: classifier-free guidance doubles the batch: negative branch first, padded to one length."""
     model = Field()
     run(replace(PARAMS, cfg_scale=3.0, num_inference_steps=1), model)
     (call,) = model.calls
@@ -214,13 +214,13 @@ def test_guidance_runs_one_batch_with_the_negative_prompt_first():
 
 @pytest.mark.parametrize(("scale", "seen"), [(6.0, 6016.0), (6.3, 6304.0)])
 def test_guidance_is_rounded_as_in_the_released_run(scale, seen):
-    """Spec section 4: cast to the model's dtype before the embedder. 6.3 is 6.3125 in bfloat16; times 1000, 6304."""
+    """Spec section 4: guidance is cast to the model's dtype first. In bfloat16 6.3 is 6.3125; times 1000 it is 6304."""
     model = Field(dtype=torch.bfloat16)
     assert sampler.condition(model, [embed(2, 1)], scale, CPU).guidance.tolist() == [seen]
 
 
 def test_only_the_model_computes_in_its_dtype():
-    """Spec section 4: the update is float32, and the model is given latents and times unrounded."""
+    """Spec section 4: the update is float32, and latents and times are passed to the model unrounded."""
     model = Field(dtype=torch.bfloat16)
     latents = run(model=model)
     assert latents.dtype == torch.float32
@@ -229,15 +229,15 @@ def test_only_the_model_computes_in_its_dtype():
     assert {call.timestep.dtype for call in model.calls} == {torch.float32}
 
 
-def test_a_model_without_guidance_embedding_is_given_none():
-    """Spec section 2: the guidance embedder is part of the config."""
+def test_a_model_without_guidance_embedding_gets_no_guidance():
+    """Spec section 2: the guidance embedder is an option of the config."""
     model = Field(guidance_embed=False)
     run(model=model)
     assert {call.guidance for call in model.calls} == {None}
 
 
 def test_steps_are_reported_in_order_and_an_exception_stops_the_sampling():
-    """Protocol `Denoiser.denoise`: on_step after each step; what it raises passes through, so a group can stop."""
+    """Protocol `Denoiser.denoise`: on_step is called after each step; its exception propagates and stops the group."""
     seen = []
     final = run(on_step=lambda step, latents: seen.append((step, latents)))
     assert [step for step, _ in seen] == [1, 2, 3, 4]
@@ -257,7 +257,7 @@ def test_steps_are_reported_in_order_and_an_exception_stops_the_sampling():
 
 
 def test_a_result_that_is_not_finite_is_refused_at_its_step():
-    """P5: a poisoned sample fails at once with a reason instead of becoming a black video."""
+    """P5: a sample that overflows fails at its step with a reason, and does not become a black video."""
 
     class Overflow(Field):
         def __call__(self, *inputs):
@@ -272,8 +272,8 @@ def test_a_result_that_is_not_finite_is_refused_at_its_step():
     assert seen == [1, 2]
 
 
-def test_a_half_without_a_branch_is_refused():
-    """P6: two halves of a group need two guidance branches; each half computes the texts of its own."""
+def test_cfg_degree_2_needs_guidance():
+    """P6: cfg_degree 2 needs two guidance branches; each half of the group computes the texts of one branch."""
     positives, negatives = [embed(5, 1), embed(4, 3)], [embed(3, 2), embed(2, 4)]
     halves = [SequenceMesh(rank=0, ulysses_degree=1, ring_degree=1, cfg_degree=2, branch=branch) for branch in range(2)]
     guided = replace(PARAMS, cfg_scale=2.0)
@@ -284,7 +284,7 @@ def test_a_half_without_a_branch_is_refused():
 
 
 def test_guidance_without_a_negative_embedding_is_refused():
-    """Protocol `Denoiser.denoise`: never rendered unguided by accident."""
+    """Protocol `Denoiser.denoise`: a sample with guidance is never rendered without it."""
     with pytest.raises(ValueError, match="negative prompt"):
         sampler.denoise(
             Field(),
@@ -306,7 +306,7 @@ def test_guidance_without_a_negative_embedding_is_refused():
 )
 @settings(max_examples=40, deadline=None)
 def test_a_resumed_trajectory_is_the_same_bits(steps, at, cfg_scale, rescale, shift):
-    """P3, P4: from any step on, with and without CFG, only the steps after it are made, and the latents are equal."""
+    """P3, P4: a resume from any step, with and without CFG, computes only later steps and gives equal latents."""
     params = replace(PARAMS, num_inference_steps=steps, cfg_scale=cfg_scale, guidance_rescale=rescale, flow_shift=shift)
     at = min(at, steps - 1)
     states = {}
@@ -317,11 +317,11 @@ def test_a_resumed_trajectory_is_the_same_bits(steps, at, cfg_scale, rescale, sh
     assert torch.equal(again, final)
     assert seen == list(range(at + 1, steps + 1))
     assert len(model.calls) == steps - at
-    assert np.array_equal(states[at], kept), "what was given is left as it is"
+    assert np.array_equal(states[at], kept), "the given state must not be modified"
 
 
 def test_latents_from_an_object_store_are_resumed_from():
-    """P4: Ray hands out arrays that must not be written to."""
+    """P4: arrays from Ray's object store are read-only and can be resumed from."""
     states = {}
     final = run(on_step=lambda step, latents: states.setdefault(step, latents.numpy()))
     states[2].flags.writeable = False
@@ -330,6 +330,6 @@ def test_latents_from_an_object_store_are_resumed_from():
 
 @pytest.mark.parametrize(("step", "shape"), [(0, (16, 2, 4, 6)), (4, (16, 2, 4, 6)), (2, (16, 2, 4, 4))])
 def test_a_state_that_cannot_be_of_this_video_is_refused(step, shape):
-    """P3: a step that is none of the trajectory's, or latents of another size."""
+    """P3: a state with an impossible step or with latents of another size raises ValueError."""
     with pytest.raises(ValueError, match=f"cannot resume after step {step} of 4"):
         run(resume=StepState(step, np.zeros(shape, np.float32)))

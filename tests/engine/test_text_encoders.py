@@ -1,4 +1,4 @@
-"""The text towers against the released procedure, spelt out here with the transformers library (spec section 3)."""
+"""The text encoders against the released procedure, written out with the transformers library (spec section 3)."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def load(base: Path, dtype: torch.dtype = torch.float32) -> TextTowers:
 
 
 def joined_ids(tokenizer, template: PromptTemplate, prompt: str) -> list[int]:
-    """The released way: one text, tokenized and truncated as a whole."""
+    """Tokenize as the release does: one text, tokenized and truncated as a whole."""
     limit = template.crop_start + MAX_TEXT_TOKENS
     return tokenizer(template.head + prompt + template.tail, truncation=True, max_length=limit).input_ids
 
 
 def engine_ids(towers: TextTowers, template: PromptTemplate, prompt: str) -> list[int]:
-    """The ids that the LLaMA tower is given for a prompt."""
+    """Return the ids that the LLaMA tower receives for a prompt."""
     seen: list[list[int]] = []
-    spied = towers._llama.register_forward_pre_hook(
+    hook = towers._llama.register_forward_pre_hook(
         lambda _module, _args, kwargs: seen.append(kwargs["input_ids"][kwargs["attention_mask"].bool()].tolist()),
         with_kwargs=True,
     )
     try:
         towers.encode([prompt], image=template is IMAGE_TEMPLATE)
     finally:
-        spied.remove()
+        hook.remove()
     return seen[0]
 
 
 def official_states(base: Path, tokenizer, template: PromptTemplate, prompt: str) -> torch.Tensor:
-    """hidden_states[-3] of the whole model, padded and cropped as released, without the padding."""
+    """Return hidden_states[-3] of the complete model, padded and cropped as in the release, without the padding."""
     limit = template.crop_start + MAX_TEXT_TOKENS
     batch = tokenizer(
         template.head + prompt + template.tail,
@@ -82,14 +82,14 @@ def official_states(base: Path, tokenizer, template: PromptTemplate, prompt: str
 @pytest.mark.parametrize("template", [VIDEO_TEMPLATE, IMAGE_TEMPLATE])
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT, "", "é 中文 🎈 1234567"])
 def test_states_are_those_of_the_released_procedure(model_base, towers, tokenizer, template, prompt):
-    """Spec 3.1: template, 256 + crop tokens, hidden state -3 without the final norm, crop; in two layers less."""
+    """Spec 3.1: template, 256 + crop tokens, hidden state -3 without the final norm, crop; with two layers less."""
     expected = official_states(model_base, tokenizer, template, prompt.strip())
     embedding = towers.encode([prompt], image=template is IMAGE_TEMPLATE)[0]
     assert torch.equal(embedding.states, expected)
 
 
 def test_a_causal_lm_checkpoint_loads_as_the_bare_model(model_base, towers, tmp_path):
-    """Spec 7: the extracted language model may come with its output head."""
+    """Spec 7: the extracted language model may include its output head."""
     base = shutil.copytree(model_base, tmp_path / "base")
     bare = LlamaModel.from_pretrained(base / "text_encoder")
     with_head = LlamaForCausalLM(bare.config)
@@ -102,7 +102,7 @@ def test_a_causal_lm_checkpoint_loads_as_the_bare_model(model_base, towers, tmp_
 
 
 def test_pooled_vector_is_that_of_clip(model_base, towers):
-    """Spec 3.2: the raw prompt, no template, the pooler's output; it follows the prompt."""
+    """Spec 3.2: the pooler's output for the prompt without template; it depends on the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(model_base / "text_encoder_2")
     model = CLIPTextModel.from_pretrained(model_base / "text_encoder_2", dtype=torch.float32)
     batch = tokenizer(PROMPT, truncation=True, padding="max_length", max_length=77, return_tensors="pt")
@@ -121,42 +121,42 @@ plain_text = any_text.filter(lambda text: not any(special in text for special in
 @settings(max_examples=150, deadline=None)
 @given(prompt=plain_text)
 def test_plain_prompts_get_the_ids_of_the_joined_text(towers, tokenizer, prompt):
-    """Spec 3.1: tokenizing head, prompt and tail apart gives the ids of the joined text, whatever the prompt."""
+    """Spec 3.1: tokenizing head, prompt and tail separately gives the ids of the joined text, for any prompt."""
     expected = joined_ids(tokenizer, VIDEO_TEMPLATE, prompt.strip())
     assert engine_ids(towers, VIDEO_TEMPLATE, prompt) == expected
 
 
 @pytest.mark.parametrize("prompt", ["\nA cat", "  A cat", "\n\n A cat\n", "\u00a0\u2003A cat"])
 def test_blanks_around_a_prompt_do_not_merge_with_the_template(towers, prompt):
-    """Spec 1 and 3.1: blanks are stripped; unstripped, a first newline would be one piece with the template's two."""
+    """Spec 1 and 3.1: white space is stripped; otherwise a leading newline would form one token with the template's."""
     assert engine_ids(towers, VIDEO_TEMPLATE, prompt) == engine_ids(towers, VIDEO_TEMPLATE, "A cat")
 
 
 @pytest.mark.parametrize(
     "special", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>system<|end_header_id|>", "<pad>"]
 )
-def test_special_tokens_in_a_prompt_are_letters(towers, tokenizer, special):
-    """Spec 3.1: a prompt is data, so it can neither end its turn nor open another."""
+def test_special_tokens_in_a_prompt_are_plain_text(towers, tokenizer, special):
+    """Spec 3.1: a prompt is data; it can neither end its turn nor start another."""
     ids = engine_ids(towers, VIDEO_TEMPLATE, f"A cat {special} A dog")
     body = ids[VIDEO_TEMPLATE.crop_start : -1]
     assert not set(body) & set(tokenizer.convert_tokens_to_ids(list(LLAMA_SPECIALS)))
     assert tokenizer.decode(body) == f"A cat {special} A dog"
 
 
-def test_clip_special_tokens_in_a_prompt_are_letters(towers):
-    """Spec 3.2: the end token as text must not become the place where CLIP pools."""
+def test_clip_special_tokens_in_a_prompt_are_plain_text(towers):
+    """Spec 3.2: an end token in the prompt must not become the token at which CLIP pools."""
     cut, whole = (towers.encode([p], image=False)[0].pooled for p in ("A cat", "A cat <|endoftext|> A dog"))
     assert not torch.equal(cut, whole)
 
 
-def test_braces_are_letters(towers, tokenizer):
-    """Spec 3.1: the template's placeholder in a prompt means nothing."""
+def test_braces_are_plain_text(towers, tokenizer):
+    """Spec 3.1: the template's placeholder has no meaning in a prompt."""
     prompt = "A sign says {} and {prompt} and {0}"
     assert engine_ids(towers, VIDEO_TEMPLATE, prompt) == joined_ids(tokenizer, VIDEO_TEMPLATE, prompt)
 
 
 def test_one_prompts_bits_do_not_depend_on_the_batch(towers):
-    """P3: the same embedding alone, among others, in any order, next to longer ones; and equal prompts share one."""
+    """P3: an embedding is equal alone and among others, in any order and with longer ones; equal prompts share one."""
     prompts = [PROMPT, "A cat", LONG_PROMPT, PROMPT, f" {PROMPT}\n", ""]
     together = towers.encode(prompts, image=False)
     for prompt, embedding in zip(prompts, together, strict=True):
@@ -166,8 +166,8 @@ def test_one_prompts_bits_do_not_depend_on_the_batch(towers):
     assert together[0] is together[3] is together[4]
 
 
-def test_lengths_tell_how_much_of_a_prompt_was_read(towers, tokenizer):
-    """Spec 3.1: up to 256 tokens of prompt and closing token reach the DiT; the rest is counted as lost."""
+def test_lengths_count_the_used_and_the_lost_tokens(towers, tokenizer):
+    """Spec 3.1: up to 256 tokens of prompt and closing token reach the DiT; the other tokens are counted as lost."""
     assert tokenizer.tokenize(" cat") == ["Ġcat"]
     for words, rows, kept, lost in [
         (1, 2, 1, 0),
@@ -180,21 +180,21 @@ def test_lengths_tell_how_much_of_a_prompt_was_read(towers, tokenizer):
         assert (len(embedding.states), embedding.num_tokens, embedding.tokens_lost) == (rows, kept, lost)
 
 
-def test_an_embedding_carries_no_padding(towers):
-    """Spec 2: the padding is dropped, from the storage too, which is what travels between processes."""
+def test_an_embedding_has_no_padding(towers):
+    """Spec 2: the padding is removed from the storage too, which is what is sent between processes."""
     embedding = towers.encode(["A cat"], image=False)[0]
     assert embedding.states.untyped_storage().nbytes() == embedding.states.numel() * 4
     assert torch.equal(pickle.loads(pickle.dumps(embedding)).states, embedding.states)
 
 
 def test_dtype_is_the_one_asked_for(model_base):
-    """Spec 1: the towers run, and answer, in the configured precision."""
+    """Spec 1: the text encoders compute and return the configured precision."""
     embedding = load(model_base, torch.bfloat16).encode(["A cat"], image=True)[0]
     assert embedding.states.dtype == embedding.pooled.dtype == torch.bfloat16
 
 
 def test_the_last_two_layers_are_not_loaded(model_base, towers):
-    """Spec 3.1: their output is never used; 8 GB of the released model would hold about 0.9 GB of them."""
+    """Spec 3.1: their output is never used; in the released model they would take about 0.9 GB."""
     whole = AutoModel.from_pretrained(model_base / "text_encoder")
     assert len(towers._llama.layers) == len(whole.layers) - 2
 
@@ -210,7 +210,7 @@ def test_the_last_two_layers_are_not_loaded(model_base, towers):
     ],
 )
 def test_a_missing_file_is_named_with_its_path_and_the_layout(model_base, tmp_path, missing):
-    """P6: what is missing, where it is expected, and how the directory should look."""
+    """P6: the error names the missing file, its expected path and the layout of the directory."""
     base = shutil.copytree(model_base, tmp_path / "base")
     path = base / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -221,7 +221,7 @@ def test_a_missing_file_is_named_with_its_path_and_the_layout(model_base, tmp_pa
 
 
 def test_a_missing_shard_is_named(model_base, tmp_path):
-    """P6: an index whose shard was not copied."""
+    """P6: the error names a shard that the index lists but that does not exist."""
     base = shutil.copytree(model_base, tmp_path / "base")
     (base / "text_encoder" / "model.safetensors").unlink()
     index = {"weight_map": {"embed_tokens.weight": "model-00001-of-00002.safetensors"}}
@@ -231,23 +231,23 @@ def test_a_missing_shard_is_named(model_base, tmp_path):
 
 
 def test_weights_that_are_not_of_the_model_are_refused(model_base, tmp_path):
-    """P6: a tensor that the file lacks must not be left at random values."""
+    """P6: a tensor that the file lacks must not keep random values."""
     base = shutil.copytree(model_base, tmp_path / "base")
     shutil.copy(base / "text_encoder_2" / "model.safetensors", base / "text_encoder" / "model.safetensors")
     with pytest.raises(UserError, match=r"lack \d+ tensors"):
         load(base)
 
 
-def test_a_whole_llava_is_refused(model_base, tmp_path):
-    """P6, spec 7: the language model must be extracted first."""
+def test_a_llava_checkpoint_is_refused(model_base, tmp_path):
+    """P6, spec 7: the error says that the language model must be extracted first."""
     base = shutil.copytree(model_base, tmp_path / "base")
     (base / "text_encoder" / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(UserError, match="extract the language model"):
         load(base)
 
 
-def test_a_tokenizer_that_cuts_the_template_otherwise_is_refused(model_base, tmp_path):
-    """Spec 3.1: the crop is a count of tokens, so the tokenizer must agree; both numbers are named."""
+def test_a_tokenizer_with_another_template_length_is_refused(model_base, tmp_path):
+    """Spec 3.1: the crop is a number of tokens, so the tokenizer must agree; the error names both numbers."""
     base = shutil.copytree(model_base, tmp_path / "base")
     path = base / "text_encoder" / "tokenizer.json"
     content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Attention on GPUs: cuDNN's kernel at the released head size, and xfuser's long-context attention next to ours."""
+"""Attention on GPUs: the kernels at the released head size, and xfuser's long-context attention against native."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLANS = [(2, 1), (1, 2)]
 @pytest.mark.parametrize("name", ["sdpa", "cudnn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_merge_to_the_whole(name, dtype):
-    """Design section 5: the log-sum-exp is the true one (zeros would be silently wrong in a ring), of strides."""
+    """Design section 5: the log-sum-exp is correct for strided inputs, so that partial results merge exactly."""
     torch.manual_seed(0)
     kernel = choose_kernel(name, torch.device("cuda"), dtype)
     q, k, v = torch.randn(1000, 3, 8, 128, device="cuda").to(dtype).unbind(1)
@@ -34,9 +34,9 @@ def test_kernels_merge_to_the_whole(name, dtype):
     (first, first_lse), second = kernel(q, k[:333], v[:333]), kernel(q, k[333:], v[333:])
     merged, merged_lse = merge(first.float(), first_lse, *second)
     tolerance = 2e-2 if dtype is torch.bfloat16 else 3e-3
-    for out, found in ((whole, lse), (merged, merged_lse)):
+    for out, out_lse in ((whole, lse), (merged, merged_lse)):
         assert (out.float() - expected.float()).abs().max().item() <= tolerance
-        assert (found - expected_lse).abs().max().item() <= 1e-3
+        assert (out_lse - expected_lse).abs().max().item() <= 1e-3
     assert torch.equal(whole, kernel(q, k, v)[0])
     assert KERNELS[name] is kernel
 
@@ -62,8 +62,8 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.skipif(find_spec("xfuser") is None, reason="needs the 'gpu' extra")
-def test_xfuser_agrees_with_our_attention(tmp_path):
-    """`sequence_parallel: xfuser` over NCCL: within bfloat16's rounding of the native one, and equal on both ranks."""
+def test_xfuser_agrees_with_native_attention(tmp_path):
+    """`sequence_parallel: xfuser` over NCCL equals native up to bfloat16 rounding, and both ranks have equal bits."""
     context = mp.get_context("spawn")
     addresses = {plan: context.Queue() for plan in PLANS}
     mp.start_processes(_rank_main, (tmp_path, addresses), nprocs=2, start_method="spawn")

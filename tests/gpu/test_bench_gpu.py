@@ -1,4 +1,4 @@
-"""The bench on a GPU."""
+"""`hv-batch bench engine` on a GPU."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def test_every_stage_is_timed_with_its_memory():
-    """The same command on the device that is there; memory is that of the CUDA allocator."""
+    """The report has the time of every stage and its peak memory of the CUDA allocator."""
     result = CliRunner().invoke(app, ["bench", "engine", "--preset", "toy", "--device", "cuda", "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
-    assert found["machine"].startswith("cuda")
-    assert [report["stage"] for report in found["stages"]] == ["text", "dit", "vae"]
-    assert all(report["best_s"] > 0 and report["peak_gb"] > 0 for report in found["stages"])
+    report = json.loads(result.output)
+    assert report["machine"].startswith("cuda")
+    assert [stage["stage"] for stage in report["stages"]] == ["text", "dit", "vae"]
+    assert all(stage["best_s"] > 0 and stage["peak_gb"] > 0 for stage in report["stages"])

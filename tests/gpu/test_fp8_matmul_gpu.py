@@ -1,4 +1,4 @@
-"""FP8 products on a GPU: the row-scaled kernel against the same numbers multiplied in float32, and a whole model."""
+"""FP8 products on a GPU: the row-scaled kernel against a float32 product of the same operands, and a whole model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDE = DiTConfig(hidden_size=1024, heads_num=8, mm_double_blocks_depth=2, mm_sin
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float16, 8e-3), (torch.float32, 8e-3)])
 @pytest.mark.parametrize("rows", [1, 7, 40, 1000])
 def test_the_product_is_that_of_the_quantised_operands(dtype, tolerance, rows):
-    """Any number of tokens, any precision of the model: the kernel answers in bfloat16, hence the tolerance."""
+    """The product is right for any number of tokens and any precision; the kernel outputs bfloat16, hence the bound."""
     torch.manual_seed(0)
     weight, bias = torch.randn(512, 768, device="cuda"), torch.randn(512, device="cuda").to(dtype)
     linear = Fp8MatmulLinear(weight, bias, multiplies=True)
@@ -33,7 +33,7 @@ def test_the_product_is_that_of_the_quantised_operands(dtype, tolerance, rows):
 
 
 def test_the_model_stays_close():
-    """bf16 against FP8 products at width 1024; the weights of the blocks take half."""
+    """FP8 products are close to bf16 at width 1024, and the weights of the blocks take half the memory."""
     model: HYVideoDiT = random_dit(WIDE, seed=1).to("cuda", torch.bfloat16)
     inputs = random_inputs(WIDE, (5, 16, 16), [40], seed=2, padded=64)
     inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}

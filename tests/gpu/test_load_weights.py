@@ -1,4 +1,4 @@
-"""Loading onto a GPU: tensor by tensor from the page cache, FP8 held in 8 bits and dequantised as on the CPU."""
+"""Loading onto a GPU: tensor by tensor from the page cache, with FP8 weights stored in 8 bits or dequantised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = DiTConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """500 MB of bf16 as .pt, and the same as FP8 safetensors."""
+    """500 MB of bf16 weights as .pt, and the same weights as FP8 safetensors."""
     root = tmp_path_factory.mktemp("weights")
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in HYVideoDiT(CONFIG).state_dict().items()}
@@ -46,9 +46,9 @@ def anonymous():
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def test_the_host_keeps_nothing(folder):
-    """A rank's host memory does not grow with the model; the device's grows by the model once."""
-    load(folder, "mp_rank_00_model_states.pt", "cuda")  # what CUDA itself takes
+def test_loading_needs_no_host_memory(folder):
+    """The host memory of a rank does not grow with the model; the device memory grows by the model's size."""
+    load(folder, "mp_rank_00_model_states.pt", "cuda")  # allocates the memory of CUDA itself
     host, device = anonymous(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     model = load(folder, "mp_rank_00_model_states.pt", "cuda")
@@ -58,7 +58,7 @@ def test_the_host_keeps_nothing(folder):
 
 
 def test_fp8_weights_are_the_same_numbers_as_on_the_cpu(folder):
-    """Held, they take a byte each; dequantised there or here, they are the same bits."""
+    """Stored FP8 weights take one byte each; dequantised on the GPU or the CPU, they have equal bits."""
     held, plain = load(folder, "fp8", "cuda", "storage"), load(folder, "fp8", "cuda")
     on_cpu = load(folder, "fp8", "cpu").state_dict()
     assert all(torch.equal(tensor.cpu(), on_cpu[name]) for name, tensor in plain.state_dict().items())

@@ -1,4 +1,4 @@
-"""A GPU predicts and decodes what the CPU does, whose layout and kernels are others, in every precision."""
+"""The DiT and the VAE on a GPU against the CPU, which uses another layout and other kernels, in every precision."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def on_gpu(inputs: dict) -> dict:
 
 @pytest.mark.parametrize("frames", [1, 3])
 def test_the_decoder_is_the_cpus(frames):
-    """Channels last on the CPU and not on the GPU, one result."""
+    """The decoder gives equal results on CPU and GPU."""
     vae, _ = vae_pair(NARROW)
     z = torch.randn(1, 16, frames, 6, 5)
     expected = vae.decode(z)
@@ -40,7 +40,7 @@ def test_the_decoder_is_the_cpus(frames):
 
 @pytest.mark.parametrize("dtype", DECODE, ids=str)
 def test_half_precision_decodes_as_the_release_does(dtype):
-    """Spec section 5: as accurate as the reference under the release's own autocast, here the real one."""
+    """Spec section 5: the error is at most 1.2 times that of the reference under the release's real autocast."""
     ours, theirs = vae_pair(NARROW)
     z = torch.randn(1, 16, 3, 8, 6)
     expected = ours.decode(z)
@@ -53,18 +53,18 @@ def test_half_precision_decodes_as_the_release_does(dtype):
 
 
 def test_a_norm_at_the_size_of_a_tile():
-    """The widest norm of a released tile: statistics of 17 million numbers a group, far from zero, in float32."""
+    """The largest norm of a released tile is accurate: 17 million elements per group, with a mean far from zero."""
     torch.manual_seed(0)
     norm = torch.nn.GroupNorm(32, 128, eps=1e-6).cuda().requires_grad_(False)
     x = torch.randn(1, 128, 65, 256, 256, device="cuda", dtype=torch.float16) * 2 + 5
     result = norm_silu_pad(norm, x, 2)[:, :, 2:, 1:-1, 1:-1]
-    for group in range(0, 128, 32):  # a few at a time: in float64 each takes 136 MB
+    for group in range(0, 128, 32):  # a few groups only, because each takes 136 MB in float64
         expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x[:, group : group + 4].double(), 1))
         assert (result[:, group : group + 4].double() - expected).abs().max() <= 2e-3  # half a unit of float16 near 4
 
 
 def test_the_transformer_is_the_cpus():
-    """Normalised, rotated and gated in place on both."""
+    """The transformer gives equal results on CPU and GPU, with in-place operations on both."""
     config = DiTConfig(**TOY_DIT)
     model = random_dit(config, seed=1)
     inputs = random_inputs(config, (3, 8, 8), [7], seed=2, padded=9)
@@ -74,7 +74,7 @@ def test_the_transformer_is_the_cpus():
 
 @pytest.mark.parametrize("dtype", FORWARD, ids=str)
 def test_half_precision_predicts_as_on_the_cpu(dtype):
-    """Spec section 1, `--precision`: two items with texts of unlike length."""
+    """Spec section 1, `--precision`: the error bounds of the CPU hold, with two texts of different lengths."""
     config = DiTConfig(**TOY_DIT)
     model = random_dit(config, seed=0)
     inputs = random_inputs(config, (3, 8, 12), [7, 12], seed=0, padded=12)

@@ -1,4 +1,4 @@
-"""The single-machine pipeline on CUDA at toy width: where it must agree with the CPU, itself and its ranks."""
+"""The single-process pipeline on CUDA at toy width, against the CPU, a second run and several ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 PROMPT = "A cat walks on the grass, realistic."
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
-# Guidance 4000 is a number in bfloat16 too, see tests/engine/test_precision.py.
+# bfloat16 can represent guidance 4000; see tests/engine/test_precision.py.
 CHOICE = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 8, "guidance_scale": 4.0}
 
 
@@ -42,7 +42,7 @@ def exact(monkeypatch):
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.03), ("fp16", 0.004)])
 def test_eight_steps_are_those_of_the_cpu(base, precision, bound):
-    """P3: noise of the CPU, one trajectory; the bounds of the 16-bit paths are those that hold on the CPU."""
+    """P3: with CPU noise, the trajectory equals that of the CPU, within the bounds of the 16-bit paths on the CPU."""
     loaded = (
         HunyuanVideoPipeline.from_pretrained(base, device=device, **{**FP32, "precision": chosen})
         for device, chosen in (("cpu", "fp32"), ("cuda", precision))
@@ -52,7 +52,7 @@ def test_eight_steps_are_those_of_the_cpu(base, precision, bound):
 
 
 def test_the_official_noise_is_that_of_the_device():
-    """Spec section 4: a CUDA generator, in the dtype of the prompt embedding; the same again for the same seed."""
+    """Spec section 4: official noise uses a CUDA generator in the dtype of the prompt embedding, and is repeatable."""
     params = SamplingParams(
         prompt="a",
         negative_prompt="",
@@ -73,7 +73,7 @@ def test_the_official_noise_is_that_of_the_device():
 
 
 def test_reproduce_gives_equal_bytes(base, tmp_path, capsys):
-    """`--reproduce` in the released precisions: no operation without a deterministic kernel, and equal frames."""
+    """`--reproduce` in the released precisions uses deterministic kernels only and gives equal frames."""
     flags = ["--model-base", str(base), "--video-size", "64", "96", "--video-length", "9", "--infer-steps", "4"]
     flags += ["--prompt", PROMPT, "--seed", "1", "--noise", "official", "--device", "cuda", "--reproduce"]
     try:
@@ -90,7 +90,7 @@ def test_reproduce_gives_equal_bytes(base, tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("degrees", [(2, 1), (1, 2)])
 def test_a_group_over_nccl_renders_what_one_gpu_does(base, degrees):
-    """Spec section 8: within rounding, by heads and by tokens."""
+    """Spec section 8: two GPUs equal one GPU up to rounding, with Ulysses and with ring."""
     expected = HunyuanVideoPipeline.from_pretrained(base, device="cuda", **FP32)(PROMPT, output="latents", **CHOICE)
     with HunyuanVideoPipeline.from_pretrained(
         base, device="cuda", ulysses_degree=degrees[0], ring_degree=degrees[1], **FP32

@@ -1,4 +1,4 @@
-"""The groups' self-check on CUDA devices: with the weights held in every way, and damaged on one rank."""
+"""The self-check of a group on CUDA devices, with weights in every form, and damaged on one rank."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def held_model(held: str, device: torch.device, damaged: bool = False) -> HYVide
 
 
 @pytest.mark.parametrize("held", HELD)
-def test_one_rank_computes_numbers(held):
-    """Design section 5: streams, events and 8-bit weights give finite values, and NaN anywhere is refused."""
+def test_the_self_check_of_one_rank(held):
+    """Design section 5: the check passes with offloaded and 8-bit weights, and refuses NaN."""
     device = torch.device("cuda", 0)
     check_group(held_model(held, device), SequenceMesh.single(), device)
     broken = held_model(held, device)
@@ -51,10 +51,10 @@ def _rank_main(rank: int, folder, addresses: mp.Queue) -> None:
         addresses.put(address)
     else:
         address = addresses.get()
-    place = RankSpec(
+    spec = RankSpec(
         rank=rank, local_rank=rank, plan=ParallelPlan(ulysses_degree=2), device="cuda", address=address, timeout_s=120.0
     )
-    mesh, device = join_group(place), torch.device("cuda", rank)
+    mesh, device = join_group(spec), torch.device("cuda", rank)
     for held in HELD:
         check_group(held_model(held, device), mesh, device)
         try:
@@ -65,8 +65,8 @@ def _rank_main(rank: int, folder, addresses: mp.Queue) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_ranks_prove_themselves(tmp_path):
-    """Design section 5, over NCCL: good weights pass however they are held; those of one rank damaged are refused."""
+def test_the_self_check_of_two_ranks(tmp_path):
+    """Design section 5, over NCCL: healthy weights in every form pass; damaged weights of one rank are detected."""
     context = mp.get_context("spawn")
     mp.start_processes(_rank_main, (tmp_path, context.Queue()), nprocs=2, start_method="spawn")
     for held in HELD:

@@ -1,4 +1,4 @@
-"""The trained toy on a GPU: what the prompt says is in the picture, whichever way it is computed."""
+"""The trained toy model on a GPU: the picture shows the content of the prompt with every way of computing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.toy.accuracy import PROMPTS_SEED
-from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.scorer import score
 from hv_batch.toy.trained import write_trained_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-# By how many dB a way may differ from float32 with SDPA on the same device.
+# Options, and the least PSNR in dB against float32 with SDPA on the same device.
 WAYS = {
     "bf16, sdpa": ({"precision": "bf16"}, 42),
     "bf16, cudnn": ({"precision": "bf16", "attention": "cudnn"}, 42),
@@ -31,8 +31,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told():
-    return next(told_scenes(PROMPTS_SEED, 33, held_out=True))
+def captioned():
+    """A scene and its prompt."""
+    return next(captioned_scenes(PROMPTS_SEED, 33, held_out=True))
 
 
 def render(base, prompt, options):
@@ -41,8 +42,8 @@ def render(base, prompt, options):
 
 
 @pytest.fixture(scope="module")
-def reference(trained, told):
-    return render(trained, told[1], {})
+def reference(trained, captioned):
+    return render(trained, captioned[1], {})
 
 
 def psnr(one, other):
@@ -51,11 +52,12 @@ def psnr(one, other):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_picture_is_the_same_in_every_way(trained, told, reference, way):
-    """P3: each way gives the same bits twice; the ways differ in bits, and not in what is seen."""
-    options, nearness = WAYS[way]
-    frames = render(trained, told[1], options)
+def test_the_picture_shows_the_same_content_in_every_way(trained, captioned, reference, way):
+    """P3: each way gives equal bits twice. The ways differ in bits, but the scored attributes are equal."""
+    options, least_psnr = WAYS[way]
+    scene, prompt = captioned
+    frames = render(trained, prompt, options)
     print(f"{way}: {psnr(frames, reference):.1f} dB")
-    assert psnr(frames, reference) > nearness
-    assert score(told[0], frames).right == score(told[0], reference).right
-    assert np.array_equal(frames, render(trained, told[1], options))
+    assert psnr(frames, reference) > least_psnr
+    assert score(scene, frames).right == score(scene, reference).right
+    assert np.array_equal(frames, render(trained, prompt, options))

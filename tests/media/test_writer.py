@@ -1,4 +1,4 @@
-"""The media writer, with the real ffmpeg."""
+"""hv_batch.media: media files written and read with a real ffmpeg."""
 
 from __future__ import annotations
 
@@ -34,14 +34,17 @@ SETTINGS = {"height": HEIGHT, "width": WIDTH, "fps": 24, "media": H264}
 
 
 def _video(num_frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A moving, smooth, colourful picture: each channel its own gradient, so that swapped axes or colours show."""
+    """Return a smooth moving picture.
+
+    Each channel has another gradient, so that swapped axes or colours are detected.
+    """
     t, y, x = np.meshgrid(np.arange(num_frames), np.arange(height), np.arange(width), indexing="ij")
     waves = [np.sin(x / 20 + t / 9), np.cos(y / 15), np.sin((x + 2 * y) / 40 - t / 7)]
     return ((np.stack(waves, axis=-1) * 0.45 + 0.5) * 255).astype(np.uint8)
 
 
 def _decode(path: Path, num_frames: int) -> np.ndarray:
-    """Back to RGB as a player does, from the tags in the file, but rounding rather than truncating."""
+    """Decode to RGB by the colour tags of the file, as players do, but with accurate rounding."""
     exact = "accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
     raw = subprocess.run(
         [FFMPEG, "-v", "error", "-i", path, "-sws_flags", exact, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"],
@@ -58,13 +61,17 @@ def _probe(path: Path) -> str:
 
 
 def _children() -> set[int]:
-    """Live or unreaped child processes of this one."""
+    """Return the ids of the child processes that are alive or not reaped."""
     tasks = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    while True:
+        try:
+            return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+        except FileNotFoundError:  # a thread has ended since it was listed
+            continue
 
 
 def test_a_video_round_trips(tmp_path):
-    """Spec section 1, step 5: H.264 mp4 of the asked size and rate, tagged BT.709, with the pixels that were given."""
+    """Spec section 1, step 5: the file is an H.264 mp4 of the given size, rate and pixels, tagged BT.709."""
     frames = _video(25)
     info = write_media(iter([frames[:9], frames[9:10], frames[10:]]), tmp_path / "clip", num_frames=25, **SETTINGS)
     content = info.path.read_bytes()
@@ -88,8 +95,8 @@ def test_a_video_round_trips(tmp_path):
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)], ids=str)
-def test_pure_colours_are_coded_with_the_bt709_matrix(tmp_path, colour):
-    """P3: what the file says about its colours is what was done: Y, Cb, Cr by the BT.709 limited-range formula."""
+def test_pure_colours_are_encoded_with_the_bt709_matrix(tmp_path, colour):
+    """P3: the colour tags are correct: Y, Cb and Cr follow the BT.709 limited-range formula."""
     frames = np.broadcast_to(np.array(colour, np.uint8), (5, HEIGHT, WIDTH, 3))
     info = write_media(iter([frames]), tmp_path / "flat", num_frames=5, **SETTINGS)
     raw = subprocess.run(
@@ -106,7 +113,7 @@ def test_pure_colours_are_coded_with_the_bt709_matrix(tmp_path, colour):
 
 
 def test_equal_frames_give_equal_bytes(tmp_path):
-    """P3: same plan, same bytes; chunking, time of day and file name do not matter."""
+    """P3: chunking, time of day and file name do not change the bytes."""
     frames = _video(33)
     one = write_media(iter([frames]), tmp_path / "one", num_frames=33, **SETTINGS)
     other = write_media((frames[i : i + 7] for i in range(0, 33, 7)), tmp_path / "other", num_frames=33, **SETTINGS)
@@ -118,10 +125,10 @@ def test_equal_frames_give_equal_bytes(tmp_path):
 @pytest.mark.parametrize("lossless", [False, True], ids=["lossy", "lossless"])
 @pytest.mark.parametrize("codec", ["h264", "h265", "av1"])
 class TestCodec:
-    """Every codec, each with the encoder that the package's own ffmpeg brings."""
+    """Every codec, with the encoders of the ffmpeg in the package imageio-ffmpeg."""
 
     def test_equal_frames_give_equal_bytes(self, tmp_path, codec, lossless):
-        """P3: with more than one encoder thread as well; and a poster changes no byte of the video."""
+        """P3: this holds with several encoder threads, and a poster does not change the video."""
         frames = _video(9)
         media = MediaConfig(codec=codec, crf=20, preset="veryfast", threads=2, lossless=lossless)
         first, second = (
@@ -130,8 +137,8 @@ class TestCodec:
         )
         assert first.path.read_bytes() == second.path.read_bytes()
 
-    def test_the_file_is_what_was_asked_for(self, tmp_path, codec, lossless):
-        """Design 4: the codec, its colours as tagged, no date or version of ffmpeg; lossless is so to the last bit."""
+    def test_the_file_has_the_requested_format(self, tmp_path, codec, lossless):
+        """Design 4: codec and colour tags are as configured; no date or ffmpeg version is written; lossless: exact."""
         frames = _video(9)
         media = MediaConfig(codec=codec, crf=10, preset="veryfast", threads=2, lossless=lossless)
         info = write_media(iter([frames]), tmp_path / "clip", num_frames=9, **{**SETTINGS, "media": media})
@@ -150,7 +157,7 @@ class TestCodec:
 
 
 def test_a_poster_shows_the_first_frame(tmp_path):
-    """Design 4: beside the video, equal bytes for equal frames; an image needs none, being its own."""
+    """Design 4: a video has a poster file with equal bytes for equal frames; an image has none."""
     settings = {**SETTINGS, "media": H264.model_copy(update={"poster": True})}
     frames = _video(9)
     one, other = (write_media(iter([frames]), tmp_path / name, num_frames=9, **settings) for name in ("one", "other"))
@@ -165,7 +172,7 @@ def test_a_poster_shows_the_first_frame(tmp_path):
 
 
 def test_a_poster_that_fails_leaves_nothing(tmp_path):
-    """P1: what cannot be committed whole is not left around."""
+    """P1: incomplete output is deleted."""
     (tmp_path / "clip.jpg").mkdir()
     settings = {**SETTINGS, "media": H264.model_copy(update={"poster": True})}
     with pytest.raises((RuntimeError, OSError)):
@@ -173,21 +180,21 @@ def test_a_poster_that_fails_leaves_nothing(tmp_path):
     assert not (tmp_path / "clip.mp4").exists()
 
 
-def test_an_encoder_that_is_missing_is_told_at_the_start(tmp_path, monkeypatch):
-    """P6: before a GPU is taken: what is missing, which codecs are there, and the remedy."""
+def test_a_missing_encoder_is_reported_at_the_start(tmp_path, monkeypatch):
+    """P6: before a GPU is allocated, the message has the missing encoder, the available codecs and the remedy."""
     ffmpeg = tmp_path / "ffmpeg"
     ffmpeg.write_text("#!/bin/sh\necho ' V....D libx264  H.264'\necho ' V....D libaom-av1  AV1'\n")
     ffmpeg.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
     check_encoder(MediaConfig())
-    with pytest.raises(UserError, match=r"media.codec = h265 needs the encoder libx265.*allowed with it: h264\."):
+    with pytest.raises(UserError, match=r"media.codec = h265 needs the encoder libx265.*with this ffmpeg: h264\."):
         check_encoder(MediaConfig(codec="h265"))
-    with pytest.raises(UserError, match=r"with media.lossless needs the encoder libx264rgb.*allowed with it: av1\."):
+    with pytest.raises(UserError, match=r"with media.lossless needs the encoder libx264rgb.*with this ffmpeg: av1\."):
         check_encoder(MediaConfig(lossless=True))
 
 
 def test_one_frame_is_an_exact_png(tmp_path):
-    """Spec section 1: one frame is an image; nothing is lost. Odd sizes and an odd file name are fine."""
+    """Spec section 1: one frame is a lossless image, also with odd sizes and special characters in the file name."""
     frame = _video(1, 33, 47)
     sizes = {**SETTINGS, "height": 33, "width": 47}
     info = write_media(iter([frame]), tmp_path / "a %d:b-x", num_frames=1, **sizes)
@@ -199,18 +206,18 @@ def test_one_frame_is_an_exact_png(tmp_path):
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0, 1, 7, 255]), st.integers(0, 2**32 - 1))
-def test_every_frame_survives_as_a_png(height, width, contrast, seed):
-    """P3, spec section 1: bit for bit, at every size down to one pixel, flat or noisy; equal frames are equal bytes."""
+def test_every_png_is_lossless(height, width, contrast, seed):
+    """P3, spec section 1: frames of any size and content are exact, and equal frames give equal bytes."""
     frame = np.random.default_rng(seed).integers(0, contrast + 1, (height, width, 3), np.uint8)
     data = encode_png(frame)
     with Image.open(io.BytesIO(data)) as image:
-        image.load()  # checks the sums of all chunks
+        image.load()  # verifies the checksums of all chunks
         np.testing.assert_array_equal(np.asarray(image), frame)
     assert encode_png(np.asfortranarray(frame)) == data
 
 
 def test_an_image_starts_no_process(tmp_path, monkeypatch):
-    """Design 2: thousands of small images cost their pixels, not an ffmpeg each."""
+    """Design 2: thousands of small images must not start thousands of ffmpeg processes."""
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert write_media(iter([_video(1)]), tmp_path / "image", num_frames=1, **SETTINGS).path.exists()
 
@@ -265,7 +272,7 @@ def _interrupted() -> Iterator[np.ndarray]:
     ],
 )
 def test_a_failure_leaves_no_file_and_no_process(tmp_path, frames, error):
-    """P1: what cannot be committed whole is not left around; the caller sees the first cause."""
+    """P1: incomplete output is deleted, and the caller gets the original exception."""
     before = _children()
     with pytest.raises(error):
         write_media(frames(), tmp_path / "clip", num_frames=5, **SETTINGS)
@@ -273,8 +280,8 @@ def test_a_failure_leaves_no_file_and_no_process(tmp_path, frames, error):
     assert _children() == before
 
 
-def test_ffmpegs_words_are_in_the_error(tmp_path):
-    """P5: a sample that fails says why."""
+def test_errors_have_the_message_of_ffmpeg(tmp_path):
+    """P5: the record of a failed sample has the reason."""
     with pytest.raises(RuntimeError, match="no-such-preset"):
         write_media(
             (_video(50) for _ in range(20)),
@@ -286,15 +293,15 @@ def test_ffmpegs_words_are_in_the_error(tmp_path):
 
 
 def test_a_missing_folder_is_reported_by_path(tmp_path):
-    """P5: ditto for an output that cannot be opened."""
+    """P5: the error names an output that cannot be opened."""
     with pytest.raises(RuntimeError, match="absent"):
         write_media(iter([_video(5)]), tmp_path / "absent" / "clip", num_frames=5, **SETTINGS)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
 @pytest.mark.parametrize("num_frames", [1, 60])
-def test_a_full_disk_is_told_apart(tmp_path, num_frames):
-    """Design section 6: a full disk is fatal for the run, not the sample's fault, so it must be recognisable."""
+def test_a_full_disk_raises_enospc(tmp_path, num_frames):
+    """Design section 6: a full disk is fatal for the run, not a failure of the sample, so it must be identifiable."""
     noise = np.random.default_rng(0).integers(0, 256, (num_frames, HEIGHT, WIDTH, 3), np.uint8)
     suffix = ".png" if num_frames == 1 else ".mp4"
     (tmp_path / f"clip{suffix}").symlink_to("/dev/full")
@@ -322,7 +329,7 @@ write_media(frames(), Path(sys.argv[1]), height=48, width=64, num_frames=99, fps
 
 
 def test_ffmpeg_ends_when_the_writer_is_killed(tmp_path):
-    """P4: a killed decoder leaves no encoder behind."""
+    """P4: no ffmpeg process remains after a decoder is killed."""
     with subprocess.Popen(
         [sys.executable, "-c", _WRITES_UNTIL_KILLED, tmp_path / "clip"], stdout=subprocess.PIPE, text=True
     ) as writer:
@@ -330,14 +337,14 @@ def test_ffmpeg_ends_when_the_writer_is_killed(tmp_path):
         encoder = int(writer.stdout.readline())
         assert Path(f"/proc/{encoder}").exists()
         writer.send_signal(signal.SIGKILL)
-    give_up = time.monotonic() + 60
-    while _runs(encoder) and time.monotonic() < give_up:
+    deadline = time.monotonic() + 60
+    while _runs(encoder) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _runs(encoder)
 
 
 def _runs(pid: int) -> bool:
-    """Whether the process is alive; a zombie that nobody reaps has ended."""
+    """Return whether the process is alive. A zombie has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

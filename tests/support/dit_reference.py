@@ -1,4 +1,4 @@
-"""diffusers' HunyuanVideo transformer with our weights in it: an implementation by other people to compare with."""
+"""diffusers' HunyuanVideo transformer with hv_batch's weights, as an independent implementation to compare with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.fp8_storage import block_linears, hold_in_fp8, quantise
 from hv_batch.engine.dit.model import HYVideoDiT
 
-# Released name -> diffusers name, first match wins. `{qkv}` names the parts a fused tensor is split into.
+# Released name -> diffusers name; the first match applies.
 RENAMES = [
     (r"^img_in\.proj", "x_embedder.proj"),
     (r"^txt_in\.input_embedder", "context_embedder.proj_in"),
@@ -58,7 +58,7 @@ FUSED = {
 
 
 def to_diffusers(state: dict[str, Tensor], hidden_size: int) -> dict[str, Tensor]:
-    """The state dict of the released layout under diffusers' names."""
+    """Translate a state dict of the released layout to diffusers' names."""
     converted = {}
     for name, tensor in state.items():
         for pattern, replacement in RENAMES:
@@ -68,7 +68,7 @@ def to_diffusers(state: dict[str, Tensor], hidden_size: int) -> dict[str, Tensor
         if "blocks." in name:
             for pattern, replacement in WITHIN_BLOCKS:
                 name = re.sub(pattern, replacement, name)
-        if name.startswith("norm_out"):  # (shift, scale) there, (scale, shift) here
+        if name.startswith("norm_out"):  # (shift, scale) in the release, (scale, shift) in diffusers
             tensor = torch.cat(tensor.chunk(2)[::-1])
         fused = next((part for part in FUSED if f".{part}." in name and "time_text_embed" not in name), None)
         if fused is None:
@@ -81,7 +81,8 @@ def to_diffusers(state: dict[str, Tensor], hidden_size: int) -> dict[str, Tensor
 
 
 def reference_model(model: HYVideoDiT) -> Any:
-    # Not at module level: the processes of a group import this file too, and diffusers takes seconds.
+    """Return diffusers' transformer with the config and weights of `model`."""
+    # Imported here, because the ranks of a group import this module and importing diffusers takes seconds.
     from diffusers import HunyuanVideoTransformer3DModel
 
     config = model.config
@@ -106,13 +107,13 @@ def reference_model(model: HYVideoDiT) -> Any:
 
 
 def random_dit(config: DiTConfig, seed: int, attention: str = "sdpa") -> HYVideoDiT:
-    """A model whose every parameter matters: nothing is 0 or 1 as freshly initialised norms and gates would be."""
+    """Return a model with random parameters only: norms and gates are not 0 or 1, so every parameter has an effect."""
     model = HYVideoDiT(config, attention=attention)
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw)
         if parameter.dim() > 1:
-            noise *= parameter[0].numel() ** -0.5  # keeps activations near unit size through the depth
+            noise *= parameter[0].numel() ** -0.5  # keeps the activations near unit size at any depth
         else:
             noise = noise * 0.2 + (1.0 if "norm" in name and "weight" in name else 0.0)
         parameter.data.copy_(noise)
@@ -120,7 +121,7 @@ def random_dit(config: DiTConfig, seed: int, attention: str = "sdpa") -> HYVideo
 
 
 def random_inputs(config: DiTConfig, size: tuple[int, int, int], text_lengths: list[int], seed: int, padded: int):
-    """Keyword arguments of HYVideoDiT.forward; text beyond an item's length is garbage, not zeros."""
+    """Return keyword arguments of HYVideoDiT.forward. Text rows beyond an item's length are random, not zero."""
     draw = torch.Generator().manual_seed(seed)
     batch = len(text_lengths)
     return {
@@ -134,7 +135,7 @@ def random_inputs(config: DiTConfig, size: tuple[int, int, int], text_lengths: l
 
 
 def keep_in_fp8(model: HYVideoDiT) -> None:
-    """Quantise the blocks' Linears in place, as a checkpoint of FP8 weights loads with `fp8: storage`."""
+    """Quantise the blocks' Linears in place. The result equals an FP8 checkpoint loaded with `fp8: storage`."""
     linears = block_linears(model)
     hold_in_fp8(model, linears)
     for name, linear in linears.items():

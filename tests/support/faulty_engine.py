@@ -1,4 +1,4 @@
-"""The real engine, some of whose ranks raise, die or hang in the middle of a denoise, once each."""
+"""The HunyuanVideo engine with injected faults: a rank raises, is killed or hangs during a denoise, once each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.runtime.groups import step_checkpoints
 
-TROUBLED_STEP = 6
+FAULTY_STEP = 6
 
 
-class TroubledVideo(HunyuanVideo):
-    """A prompt says what happens to which rank after step TROUBLED_STEP, as in "fox !kill-2", unless there is a mark
-    "once-kill" already. Steps take `step_seconds` longer, and one is overdue after `patience_s`. `video`: the options
-    of the real engine.
+class FaultyVideo(HunyuanVideo):
+    """Injects the fault that the prompt names after step FAULTY_STEP: "fox !kill-2" kills rank 2.
+
+    Faults are "raise", "kill" and "hang". Each occurs once: a file "once-kill" in the folder `marks` records it. Every
+    step takes `step_seconds` longer. A step is overdue after `patience_s`. `video` holds the options of HunyuanVideo.
     """
 
     def __init__(self, *, marks: str, step_seconds: float, patience_s: float, video: dict):
@@ -31,29 +32,30 @@ class TroubledVideo(HunyuanVideo):
         denoiser = super().join(spec)
         denoise = denoiser.denoise
 
-        def troubled(params, positive, negative, on_step, resume=None):
+        def faulty_denoise(params, positive, negative, on_step, resume=None):
             def after_step(done, read):
                 time.sleep(self.step_seconds)
                 on_step(done, read)
-                if done == TROUBLED_STEP:
-                    self.misbehave(params.prompt, spec.rank)
+                if done == FAULTY_STEP:
+                    self.inject_fault(params.prompt, spec.rank)
 
             return denoise(params, positive, negative, after_step, resume)
 
-        denoiser.denoise = troubled
+        denoiser.denoise = faulty_denoise
         return denoiser
 
-    def misbehave(self, prompt: str, rank: int) -> None:
-        found = re.search(r"!(\w+)-(\d)", prompt)
-        if not found or int(found[2]) != rank or not self.first(found[1]):
+    def inject_fault(self, prompt: str, rank: int) -> None:
+        match = re.search(r"!(\w+)-(\d)", prompt)
+        if not match or int(match[2]) != rank or not self.is_first(match[1]):
             return
-        if found[1] == "raise":
+        if match[1] == "raise":
             raise ValueError(f"told to fail on rank {rank}")
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[found[1]])
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[match[1]])
 
-    def first(self, what: str) -> bool:
+    def is_first(self, fault: str) -> bool:
+        """Record the fault; return whether it is the first of its type."""
         try:
-            (self.marks / f"once-{what}").touch(exist_ok=False)
+            (self.marks / f"once-{fault}").touch(exist_ok=False)
         except FileExistsError:
             return False
         return True

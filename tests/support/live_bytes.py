@@ -1,8 +1,8 @@
-"""How many bytes of tensors are alive at once: the measurement that the memory model is checked against.
+"""Measures the peak memory of live tensors, to verify the memory model.
 
-Counts every storage that an operation allocates until Python drops its last tensor, on any device: on `meta`, which
-computes nothing, a forward at the released width and size is measured in a second. What a kernel allocates and frees
-within itself is not seen.
+Every storage that an operation allocates is counted until its last tensor is freed, on any device. On the `meta`
+device, which computes nothing, a forward at the released width and size takes one second. Memory that a kernel
+allocates and frees internally is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """`with LiveBytes() as traced: ...; traced.peak`. What existed before, as weights and inputs, is not counted."""
+    """Use as `with LiveBytes() as traced: ...`, then read `traced.peak` (bytes).
+
+    Tensors that existed before, such as weights and inputs, are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How the processes of a test become the ranks of a group."""
+"""Joins the processes of a test to a process group."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from hv_batch.engine.parallel.process_group import host_store, join_group, leave
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.protocol import ParallelPlan, RankSpec
 
-TIMEOUT_S = 120.0  # of a rank that waits for another; a busy machine takes its time
+TIMEOUT_S = 120.0  # of joining and of each collective; large, because the test machine may be busy
 
 
 @contextmanager
 def joined(rank: int, plan: ParallelPlan, addresses: mp.Queue) -> Iterator[SequenceMesh]:
-    """On the CPU, over gloo. Rank 0 tells the others through `addresses`, which serves one group, where they meet."""
+    """Join a group on the CPU over gloo, and leave it at the end of the context.
+
+    Rank 0 sends the address of the rendezvous store to the other ranks through `addresses`, a queue for one group.
+    """
     if rank == 0:
         address = host_store("127.0.0.1", plan.world_size)
         for _ in range(plan.world_size - 1):

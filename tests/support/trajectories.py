@@ -1,4 +1,4 @@
-"""Small models and texts for tests of whole trajectories."""
+"""A small DiT config and text embeddings for tests of whole trajectories."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CONFIG = DiTConfig(
 CPU = torch.device("cpu")
 
 
-def _text(length: int) -> TextEmbedding:
-    """One prompt for each length, wherever it is used."""
+def random_text(length: int) -> TextEmbedding:
+    """Return a random embedding of `length` tokens, a function of the length only."""
     draw = torch.Generator().manual_seed(length)
     states = torch.randn(length, CONFIG.text_states_dim, generator=draw)
     return TextEmbedding(states, torch.randn(CONFIG.text_states_dim_2, generator=draw), length, 0)

@@ -1,4 +1,4 @@
-"""diffusers' VAE beside ours, with equal weights, and the way the release computes in half precision."""
+"""diffusers' VAE with the weights of hv_batch's VAE, and an emulation of the release's half precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NARROW = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm
 
 
 def vae_pair(config: VAEConfig) -> tuple[CausalVAE, AutoencoderKLHunyuanVideo]:
-    """Ours and diffusers', with equal random weights, none of them the identity."""
+    """Return hv_batch's and diffusers' VAE with equal random weights; no norm is the identity."""
     torch.manual_seed(0)
     theirs = AutoencoderKLHunyuanVideo(
         block_out_channels=config.block_out_channels,
@@ -29,10 +29,10 @@ def vae_pair(config: VAEConfig) -> tuple[CausalVAE, AutoencoderKLHunyuanVideo]:
 
 
 def under_autocast(vae: AutoencoderKLHunyuanVideo, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
-    """What torch.autocast("cuda", dtype), as in the release, makes of a model in `dtype`, on a CPU.
+    """Emulate torch.autocast("cuda", dtype), which the release uses, on a CPU.
 
-    GroupNorm, and what follows it, in float32. Convolutions and products read and write `dtype` and sum in float32:
-    here by float32 kernels, because those of float16 are a hundred times slower.
+    GroupNorm and the operations after it run in float32. Convolutions and matrix products read and write `dtype` and
+    sum in float32. They use float32 kernels here, because the float16 kernels are a hundred times slower on a CPU.
     """
     for module in vae.to(dtype).modules():
         if isinstance(module, nn.GroupNorm):

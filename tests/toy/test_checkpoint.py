@@ -1,4 +1,4 @@
-"""The toy checkpoint: laid out as the released one, the same bytes each time, and worth looking at (spec section 7)."""
+"""hv_batch.toy.checkpoint: released layout, reproducible bytes, and renders with visible content (spec section 7)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def digests(base: Path) -> dict[str, str]:
 
 
 def test_tree_is_the_released_one(model_base):
-    """Spec 7: the files that a loader of the released checkpoint looks for, and beside them the DiT's width alone."""
+    """Spec 7: the tree has the files of the released checkpoint, and in addition only the config of the DiT."""
     assert set(digests(model_base)) == {
         DIT,
         DIT_CONFIG,
@@ -60,7 +60,7 @@ def test_tree_is_the_released_one(model_base):
 
 
 def test_weights_fit_the_engine_exactly(model_base):
-    """Spec 7: {"module": ...} for the DiT, bare names for the VAE; every tensor has its place and none is missing."""
+    """Spec 7: DiT tensors are under "module", VAE tensors at the top level; none is missing or unexpected."""
     dit = HYVideoDiT(DiTConfig(**TOY_DIT))
     dit.load_state_dict(torch.load(model_base / DIT, weights_only=True)["module"])
     config = json.loads((model_base / VAE).with_name("config.json").read_text())
@@ -69,8 +69,8 @@ def test_weights_fit_the_engine_exactly(model_base):
     assert all(torch.isfinite(tensor).all() for model in (dit, vae) for tensor in model.state_dict().values())
 
 
-def test_one_seed_one_set_of_bytes(model_base, tmp_path):
-    """P3: the weights revision of the toy is a function of its seed, wherever it is written."""
+def test_equal_seeds_give_equal_bytes(model_base, tmp_path):
+    """P3: the weights depend only on the seed, not on the folder or on PyTorch's random state."""
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     again = write_toy_checkpoint(tmp_path / "elsewhere" / "deep")
@@ -79,21 +79,21 @@ def test_one_seed_one_set_of_bytes(model_base, tmp_path):
 
 
 def test_another_seed_changes_every_weight_file(model_base, tmp_path):
-    """P3: another seed is another model; configs and tokenizers stay."""
+    """P3: another seed changes all weights; configs and tokenizers are equal."""
     other = digests(write_toy_checkpoint(tmp_path, seed=1))
     changed = {name for name, digest in digests(model_base).items() if other[name] != digest}
     assert changed == {DIT, VAE, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"}
 
 
-def test_a_complete_tree_is_left_alone(model_base, monkeypatch):
-    """P2: the second call writes nothing."""
+def test_a_complete_tree_is_not_written_again(model_base, monkeypatch):
+    """P2: a second call writes nothing."""
     monkeypatch.setattr("hv_batch.toy.checkpoint._write_tree", lambda *_: 1 / 0)
     assert write_toy_checkpoint(model_base.parent) == model_base
     assert os.listdir(model_base.parent) == [model_base.name]
 
 
-def test_a_writer_that_dies_leaves_no_tree(tmp_path, monkeypatch):
-    """P2: a checkpoint is there whole or not at all, and the next call writes it."""
+def test_an_interrupted_write_leaves_no_tree(tmp_path, monkeypatch):
+    """P2: a checkpoint exists completely or not at all, and the next call writes it."""
     with monkeypatch.context() as patch:
         patch.setattr("hv_batch.toy.checkpoint._write_clip", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -102,8 +102,8 @@ def test_a_writer_that_dies_leaves_no_tree(tmp_path, monkeypatch):
     assert (write_toy_checkpoint(tmp_path) / "text_encoder_2").is_dir()
 
 
-def test_a_second_writer_yields_to_the_first(tmp_path, monkeypatch):
-    """P2: two processes that write at once end with one tree."""
+def test_concurrent_writers_leave_one_tree(tmp_path, monkeypatch):
+    """P2: if two processes write at once, the tree of the first is kept."""
     from hv_batch.toy import checkpoint
 
     write_clip = checkpoint._write_clip
@@ -121,15 +121,15 @@ def test_a_second_writer_yields_to_the_first(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("template", [VIDEO_TEMPLATE, IMAGE_TEMPLATE])
 def test_templates_are_as_many_tokens_as_with_llama_3(model_base, template):
-    """Spec 3.1: 95 and 36 tokens, the tokenizer's own <|begin_of_text|> included."""
+    """Spec 3.1: the templates have 95 and 36 tokens, including the <|begin_of_text|> of the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(model_base / "text_encoder")
     ids = tokenizer(template.head).input_ids
     assert len(ids) == template.crop_start
     assert tokenizer.decode(ids) == f"<|begin_of_text|>{template.head}"
 
 
-def test_plain_prompts_are_about_one_token_a_word(model_base):
-    """The toy spends its 256 tokens as the released tokenizer would, and spells out what it does not know."""
+def test_plain_prompts_have_about_one_token_per_word(model_base):
+    """Token counts are similar to those of the released tokenizer; unknown words are encoded as bytes."""
     tokenizer = AutoTokenizer.from_pretrained(model_base / "text_encoder")
     assert tokenizer.tokenize("A cat walks on the beach, 2 dogs") == [
         "A", "Ġcat", "Ġwalks", "Ġon", "Ġthe", "Ġbeach", ",", "Ġ", "2", "Ġ", *"dogs",
@@ -137,15 +137,15 @@ def test_plain_prompts_are_about_one_token_a_word(model_base):
     assert tokenizer.decode(tokenizer("Übergröße 🎈").input_ids, skip_special_tokens=True) == "Übergröße 🎈"
 
 
-def test_clip_weights_carry_the_released_names(model_base):
-    """Spec 7: openai/clip-vit-large-patch14 names its text tower `text_model`."""
+def test_clip_weights_have_the_released_names(model_base):
+    """Spec 7: the tensor names of openai/clip-vit-large-patch14 begin with `text_model.`."""
     assert all(
         name.startswith("text_model.") for name in load_file(model_base / "text_encoder_2" / "model.safetensors")
     )
 
 
-def test_renders_are_worth_looking_at(model_base):
-    """The demo's pictures: contrast, colour, motion, and another picture for another prompt or seed."""
+def test_renders_have_visible_content(model_base):
+    """Renders have contrast, colour and motion, and differ by prompt and by seed."""
     engine = HunyuanVideoPipeline.from_pretrained(model_base, device="cpu", dit=TOY_DIT, vae_precision="fp32")
 
     def render(prompt: str, seed: int) -> np.ndarray:

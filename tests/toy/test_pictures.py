@@ -1,4 +1,4 @@
-"""The trained toy as a yardstick: what prompts say is in the picture, and no way to compute it changes what is seen."""
+"""The trained toy as a quality check of the engine: videos match their prompts in every mode of computation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import HunyuanVideoPipeline, plan_videos
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, StepState
-from hv_batch.toy.accuracy import PROMPTS_SEED, rendered, shares
-from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.accuracy import PROMPTS_SEED, accuracy_by_attribute, render_held_out
+from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import dit_file, write_toy_checkpoint
 from hv_batch.toy.scorer import score
 from hv_batch.toy.trained import SHIPPED, pack, write_trained_checkpoint
@@ -28,7 +28,7 @@ from tests.support.repository import ROOT
 CPU = torch.device("cpu")
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
 SIZE = {"height": 128, "width": 128, "num_frames": 33}
-SHORT = SIZE | {"num_frames": 17}  # what ways of rendering are compared by
+SHORT = SIZE | {"num_frames": 17}  # size at which modes of rendering are compared
 STEPS = 12
 PLAIN = {
     "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
@@ -38,15 +38,15 @@ PLAIN = {
     "flow_shift": 7.0,
 }
 LIMIT = 16_000_000  # bytes of weights in the package
-# Options that compute the same decode another way, and how near (PSNR, dB) its frames must be to those of float32.
-# Last, of how many latent frames: CPUs without instructions for bfloat16 take half a minute for two.
+# Other modes of the same decode: options, the minimum PSNR (dB) relative to float32, and the number of latent frames.
+# CPUs without bfloat16 instructions take half a minute for two latent frames.
 DECODES = {
     "fp16": ({"vae_precision": "fp16"}, 58, 9),
     "bf16": ({"vae_precision": "bf16"}, 35, 1),
     "tiled": ({"vae_tile": {"spatial_px": 96}}, 42, 9),
 }
-# The same for whole videos.
-WAYS = {
+# The same for whole videos: options and the minimum PSNR (dB).
+MODES = {
     "bf16": ({"precision": "bf16"}, 42),
     "FP8 products": ({"fp8": "matmul"}, 40),
     "step cache": ({"step_cache": 0.1}, 48),
@@ -64,21 +64,21 @@ def trained(tmp_path_factory):
     return base
 
 
-def code(base, count, num_frames):
-    """Held-out scenes: the scene, its frames [F, H, W, 3], and what the encoder makes of them [16, T, h, w]."""
+def encode(base, count, num_frames):
+    """Return held-out scenes, their frames [F, H, W, 3] and their latents [16, T, h, w]."""
     model = load_vae(base, CPU)
-    found = []
-    for scene, _ in islice(told_scenes(PROMPTS_SEED, num_frames, held_out=True), count):
+    encoded = []
+    for scene, _ in islice(captioned_scenes(PROMPTS_SEED, num_frames, held_out=True), count):
         frames = draw(scene, num_frames, SIZE["height"], SIZE["width"])
         with torch.no_grad():
             latents = model.encode(to_pixels(torch.from_numpy(frames[None]), CPU)).latent_dist.mode()
-        found.append((scene, frames, (SCALING * latents[0]).numpy()))
-    return found
+        encoded.append((scene, frames, (SCALING * latents[0]).numpy()))
+    return encoded
 
 
 @pytest.fixture(scope="module")
-def coded(trained):
-    return code(trained, 3, SIZE["num_frames"])
+def encoded(trained):
+    return encode(trained, 3, SIZE["num_frames"])
 
 
 def decoded(base, latents, options):
@@ -86,40 +86,40 @@ def decoded(base, latents, options):
     return np.concatenate(list(decoder.decode(latents)))
 
 
-def test_what_is_unpacked_packs_to_the_same_bytes(trained, tmp_path):
-    """P3: the shipped parts are those of the tree that the engine reads, and the other way round."""
+def test_packing_the_unpacked_tree_gives_equal_bytes(trained, tmp_path):
+    """P3: the shipped files and the unpacked tree have the same content."""
     pack(trained, tmp_path)
     shipped = {file.relative_to(SHIPPED): file.read_bytes() for file in SHIPPED.rglob("*") if file.is_file()}
     assert {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == shipped
 
 
 @pytest.mark.parametrize(("count", "num_frames", "quality"), [(8, 1, 30), (3, SIZE["num_frames"], 28)])
-def test_the_vae_keeps_what_is_seen(trained, count, num_frames, quality):
-    """Scenes that it was never trained with come back from their latents with all their attributes."""
-    shown = [
-        (scene, frames, decoded(trained, latents, {})) for scene, frames, latents in code(trained, count, num_frames)
+def test_the_vae_preserves_all_attributes(trained, count, num_frames, quality):
+    """Held-out scenes keep all their attributes when they are encoded and decoded."""
+    pairs = [
+        (scene, frames, decoded(trained, latents, {})) for scene, frames, latents in encode(trained, count, num_frames)
     ]
-    near = [psnr(frames, picture) for _, frames, picture in shown]
-    assert np.mean(near) > quality, near
-    found = shares(score(scene, picture) for scene, _, picture in shown)
-    assert found["all"] >= 0.97, found
+    psnrs = [psnr(frames, picture) for _, frames, picture in pairs]
+    assert np.mean(psnrs) > quality, psnrs
+    accuracy = accuracy_by_attribute(score(scene, picture) for scene, _, picture in pairs)
+    assert accuracy["all"] >= 0.97, accuracy
 
 
-def test_latents_are_as_the_dit_wants_them(coded):
-    """Spec 5: scaled latents have about mean 0 and deviation 1."""
-    latents = np.concatenate([latents.reshape(16, -1) for _, _, latents in coded], axis=1)
+def test_latents_are_normalized(encoded):
+    """Spec 5: scaled latents have a mean near 0 and a standard deviation near 1."""
+    latents = np.concatenate([latents.reshape(16, -1) for _, _, latents in encoded], axis=1)
     assert abs(latents.mean()) < 0.3
     assert 0.6 < latents.std() < 1.5
 
 
-@pytest.mark.parametrize("way", DECODES)
-def test_the_decode_is_the_same_in_every_way(trained, coded, way):
-    """Precision and tiling may change bits, not what is seen."""
-    options, nearness, length = DECODES[way]
-    scene, _, latents = coded[1]
+@pytest.mark.parametrize("mode", DECODES)
+def test_every_decode_mode_shows_the_same_attributes(trained, encoded, mode):
+    """Precision and tiling may change bits, but not the attributes that the scorer reads."""
+    options, min_psnr, length = DECODES[mode]
+    scene, _, latents = encoded[1]
     latents = latents[:, :length]
     plain, other = decoded(trained, latents, {}), decoded(trained, latents, options)
-    assert nearness < psnr(other, plain) < 90
+    assert min_psnr < psnr(other, plain) < 90
     assert score(scene, other).right == score(scene, plain).right
 
 
@@ -129,42 +129,42 @@ def psnr(one, other):
 
 
 @pytest.fixture(scope="module")
-def told():
-    """A scene of the held-out ones with its prompt."""
-    return next(told_scenes(PROMPTS_SEED, SHORT["num_frames"], held_out=True))
+def captioned():
+    """A held-out scene and its prompt."""
+    return next(captioned_scenes(PROMPTS_SEED, SHORT["num_frames"], held_out=True))
 
 
 @pytest.fixture(scope="module")
-def reference(trained, told):
-    return render(trained, told, {})
+def reference(trained, captioned):
+    return render(trained, captioned, {})
 
 
-def render(base, told, options):
+def render(base, captioned, options):
     with HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32 | options) as pipeline:
-        return pipeline(told[1], **SHORT, num_inference_steps=STEPS, seed=3)
+        return pipeline(captioned[1], **SHORT, num_inference_steps=STEPS, seed=3)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_picture_is_the_same_in_every_way(trained, told, reference, way):
-    """P3's weaker sister: other arithmetic may change bits, not what is seen."""
-    options, nearness = WAYS[way]
-    frames = render(trained, told, options)
-    assert psnr(frames, reference) > nearness
-    assert score(told[0], frames).right == score(told[0], reference).right
+@pytest.mark.parametrize("mode", MODES)
+def test_every_render_mode_shows_the_same_attributes(trained, captioned, reference, mode):
+    """Other arithmetic than P3 covers may change bits, but not the attributes that the scorer reads."""
+    options, min_psnr = MODES[mode]
+    frames = render(trained, captioned, options)
+    assert psnr(frames, reference) > min_psnr
+    assert score(captioned[0], frames).right == score(captioned[0], reference).right
 
 
-def test_fp8_weights_draw_the_same_picture(trained, told, reference, tmp_path):
-    """Spec 6: weights in FP8 with a scale for each tensor."""
+def test_fp8_weights_show_the_same_attributes(trained, captioned, reference, tmp_path):
+    """Spec 6: FP8 weights with one scale per tensor give nearly the same video."""
     convert(dit_file(trained), tmp_path / "out", Recipe(fp8=True))
-    frames = render(trained, told, {"dit_weight": tmp_path / "out", "fp8": "storage"})
+    frames = render(trained, captioned, {"dit_weight": tmp_path / "out", "fp8": "storage"})
     assert psnr(frames, reference) > 40
-    assert score(told[0], frames).right == score(told[0], reference).right
+    assert score(captioned[0], frames).right == score(captioned[0], reference).right
 
 
-def test_a_resumed_trajectory_draws_the_same_picture(trained, told, reference):
-    """P4: from a step checkpoint on, the rest is that of an undisturbed run, to the bit."""
+def test_a_resumed_trajectory_gives_equal_frames(trained, captioned, reference):
+    """P4: a denoise that resumes from a step checkpoint gives the same bits as an uninterrupted one."""
     with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
-        [params] = plan_videos(told[1], 3, 1, **SHORT, **PLAIN, num_inference_steps=STEPS)
+        [params] = plan_videos(captioned[1], 3, 1, **SHORT, **PLAIN, num_inference_steps=STEPS)
         [embedding] = pipeline.encode([params]).values()
         states = {}
         denoiser = pipeline._denoiser
@@ -184,22 +184,22 @@ ACCURACY = {
 
 @pytest.mark.parametrize("what", ["videos", "pictures", pytest.param("200 videos", marks=pytest.mark.slow)])
 @pytest.mark.timeout(3600)
-def test_what_prompts_say_is_in_the_picture(trained, what):
-    """Prompts of combinations that the toy never saw, at 20 steps and its three sizes: the README's figures."""
-    count, num_frames, share = ACCURACY[what]
+def test_videos_match_their_prompts(trained, what):
+    """Held-out combinations are rendered correctly at 20 steps in all three sizes: the documented accuracy."""
+    count, num_frames, minimum = ACCURACY[what]
     with HunyuanVideoPipeline.from_pretrained(trained, device="cpu", **FP32) as pipeline:
-        told = rendered(pipeline, count, num_frames=num_frames, num_inference_steps=20, cfg_scale=3.0)
-        found = shares(score(scene, frames) for scene, _, frames in told)
-    assert found["all"] >= share, found
+        videos = render_held_out(pipeline, count, num_frames=num_frames, num_inference_steps=20, cfg_scale=3.0)
+        accuracy = accuracy_by_attribute(score(scene, frames) for scene, _, frames in videos)
+    assert accuracy["all"] >= minimum, accuracy
 
 
 def test_the_package_is_small():
-    """16 MB of weights at most travel with the package."""
+    """The package contains at most 16 MB of weights."""
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < LIMIT
 
 
-def test_random_weights_show_little_of_what_they_are_told(tmp_path):
-    """The measure of the toy tells a model that knows nothing: all attributes are judged, and most found wrong."""
+def test_random_weights_have_a_low_accuracy(tmp_path):
+    """The accuracy command scores all attributes, and finds most of them wrong for an untrained model."""
     base = write_toy_checkpoint(tmp_path)
     command = [
         sys.executable,
@@ -215,7 +215,7 @@ def test_random_weights_show_little_of_what_they_are_told(tmp_path):
     ]
     done = subprocess.run([*command, "--json"], cwd=ROOT, text=True, capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found.keys() == {"background", "pattern", "camera", "shape", "colour", "size", "motion", "all"}
-    assert found["all"] < 0.5
+    accuracy = json.loads(done.stdout)
+    assert accuracy.keys() == {"background", "pattern", "camera", "shape", "colour", "size", "motion", "all"}
+    assert accuracy["all"] < 0.5
     assert done.stderr.count("wrong: ") == 3

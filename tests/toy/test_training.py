@@ -1,4 +1,4 @@
-"""The toy's training: what it writes is a checkpoint like any other, and each part learns what it is there for."""
+"""hv_batch.toy.training: it writes a checkpoint that the engine loads, and its faster functions are equivalent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text_encoders import TextTowers
-from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.training import dit, lean, towers, vae
 from hv_batch.toy.training.labels import CLASSES, labels
 from hv_batch.toy.training.lean import lean_steps, make_lean_vae
@@ -20,27 +20,23 @@ from hv_batch.toy.world import draw
 CPU = torch.device("cpu")
 
 
-def silent(line: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint after a few steps of everything, with the models that were trained."""
+    """The folder of a checkpoint after a few steps of each part, and the trained VAE."""
     root = tmp_path_factory.mktemp("trained")
-    towers.train_towers(root, towers.Settings(steps=2, batch=2), CPU, silent)
+    towers.train_towers(root, towers.Settings(steps=2, batch=2), CPU)
     phases = (Phase(2, 2, 1, 32, 32), Phase(1, 1, 5, 32, 48))
-    model = vae.train_vae(root, vae.Settings(phases=phases, measured=2), CPU, silent)
+    model = vae.train_vae(root, vae.Settings(phases=phases, measured=2), CPU)
     frozen = TextTowers(root / "text_encoder", root / "text_encoder_2", device=CPU, dtype=torch.float32)
-    learnt = tuple(dit.Lesson(phase, scenes=2) for phase in phases)
-    stages = (dit.Stage(learnt, rate=1.0, falling=0.0), dit.Stage(learnt, rate=0.5, falling=1.0))
-    dit.train_dit(root, model, frozen, dit.Settings(stages=stages), CPU, silent)
+    sets = tuple(dit.TrainingSet(phase, scenes=2) for phase in phases)
+    stages = (dit.Stage(sets, rate=1.0, decay=0.0), dit.Stage(sets, rate=0.5, decay=1.0))
+    dit.train_dit(root, model, frozen, dit.Settings(stages=stages), CPU)
     return root, model
 
 
 @pytest.mark.slow
-def test_what_was_trained_renders(trained):
-    """Spec 7: the engine loads it without options, as a released tree, and renders images and videos."""
+def test_a_trained_checkpoint_renders(trained):
+    """Spec 7: the engine loads the trained tree without options, as a released one, and renders a video."""
     pipeline = HunyuanVideoPipeline.from_pretrained(trained[0], device="cpu")
     frames = pipeline("a red circle on a blue background", height=32, width=48, num_frames=5, num_inference_steps=2)
     assert frames.shape == (5, 32, 48, 3)
@@ -48,36 +44,36 @@ def test_what_was_trained_renders(trained):
 
 
 @pytest.mark.slow
-def test_a_trained_vae_is_found_again(trained):
-    """A training that was broken off goes on with the part it was at."""
+def test_a_trained_vae_is_loaded_again(trained):
+    """An interrupted training keeps the finished VAE."""
     again = vae.load_vae(trained[0], CPU).state_dict()
     assert all(torch.equal(again[name], tensor.half().float()) for name, tensor in trained[1].state_dict().items())
 
 
-def test_a_dit_is_found_again(tmp_path):
-    """The next stage begins with all that the last one has written."""
+def test_a_saved_dit_is_loaded_again(tmp_path):
+    """A stage starts from all weights that the previous stage has saved."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     torch.manual_seed(0)
     model = HunyuanVideoTransformer3DModel(**dit.WIDTHS, text_embed_dim=96, pooled_projection_dim=64)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    dit.write(tmp_path, model)
-    again = dit.read(tmp_path, model.state_dict())
+    dit.save_dit(tmp_path, model)
+    again = dit.load_dit(tmp_path, model.state_dict())
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(again[name], one.bfloat16().float()) for name, one in model.state_dict().items())
 
 
-def test_pictures_teach_nothing_about_the_past(tmp_path):
-    """After pictures alone, every frame of a video is coded as the picture that it is: nothing lags behind."""
+def test_images_do_not_train_the_taps_of_past_frames(tmp_path):
+    """After training on images only, the kernel taps of past frames are zero, so motion is not blurred."""
     settings = vae.Settings(phases=(Phase(2, 2, 1, 32, 32),), measured=2)
-    kernels = [one for one in vae.train_vae(tmp_path, settings, CPU, silent).parameters() if one.ndim == 5]
+    kernels = [one for one in vae.train_vae(tmp_path, settings, CPU).parameters() if one.ndim == 5]
     assert kernels
     assert all(one[:, :, :-1].eq(0).all() and one[:, :, -1].ne(0).any() for one in kernels)
 
 
-def test_latents_are_normalised_and_pixels_stay():
-    """Spec 5: scaled latents have mean 0 and deviation 1 in every channel, which no pixel shows."""
+def test_normalizing_latents_does_not_change_pixels():
+    """Spec 5: scaled latents have mean 0 and standard deviation 1 in every channel, and the decode is unchanged."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     torch.manual_seed(0)
@@ -97,7 +93,7 @@ def test_latents_are_normalised_and_pixels_stay():
 
 @pytest.mark.parametrize("num_frames", [1, 5])
 def test_the_lean_vae_is_the_same_function(num_frames):
-    """What is trained fast is what others load: the same latents, pixels and gradients as diffusers' own forwards."""
+    """The faster VAE gives the same pixels and gradients as the forward functions of diffusers."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     torch.manual_seed(0)
@@ -114,7 +110,7 @@ def test_the_lean_vae_is_the_same_function(num_frames):
 
 
 def test_lean_attention_is_the_same_function(monkeypatch):
-    """Padding is not attended to, and the DiT says what it says with PyTorch's attention."""
+    """The DiT gives the same output as with PyTorch's attention, also with padded texts."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     monkeypatch.setattr(lean, "_has_bfloat16", lambda: True)
@@ -136,7 +132,7 @@ def test_lean_attention_is_the_same_function(monkeypatch):
 
 
 def test_stacked_muon_takes_the_same_steps(monkeypatch):
-    """In bfloat16 PyTorch's own; in single precision, on CPUs without the other, that but for the rounding."""
+    """The steps equal those of PyTorch's Muon within rounding, both in bfloat16 and in float32."""
     generator = torch.Generator().manual_seed(0)
     first = [torch.randn(shape, generator=generator) for shape in ((24, 8), (24, 8), (8, 24), (16, 16))]
     gradients = [[torch.randn(one.shape, generator=generator) for one in first] for _ in range(3)]
@@ -157,8 +153,8 @@ def test_stacked_muon_takes_the_same_steps(monkeypatch):
             assert (moved - way).norm() < 0.02 * way.norm()
 
 
-def test_scenes_are_the_same_whoever_draws_them():
-    """Processes beside a GPU, or one without: the same batches in the same order."""
+def test_batches_do_not_depend_on_the_number_of_processes():
+    """Several worker processes and a single process give the same batches in the same order."""
 
     def drawn(scene, rng):
         return draw(scene, 5, 32, 48, rng)
@@ -169,12 +165,12 @@ def test_scenes_are_the_same_whoever_draws_them():
     assert not torch.equal(series[0][0], series[0][1])
 
 
-def test_labels_tell_all_of_a_scene():
-    """Two scenes with the same labels are the same scene, and no label is out of its range."""
-    told = told_scenes(0, 33, held_out=False)
+def test_labels_determine_the_scene():
+    """Scenes with equal labels are equal, and every label is within its range."""
+    series = captioned_scenes(0, 33, held_out=False)
     by_labels = {}
     for _ in range(500):
-        scene, _ = next(told)
-        found = labels(scene)
-        assert all(0 <= found[name] < classes for name, classes in CLASSES.items())
-        assert by_labels.setdefault(tuple(found.values()), scene) == scene
+        scene, _ = next(series)
+        classes = labels(scene)
+        assert all(0 <= classes[name] < count for name, count in CLASSES.items())
+        assert by_labels.setdefault(tuple(classes.values()), scene) == scene

@@ -1,4 +1,4 @@
-"""Builds the engine that a config names."""
+"""Constructs the engine that a config names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hv_batch.protocol import Engine, UserError
 
 
 def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
-    """The engine named by import path (`package.module:Name`), constructed from the config's `model.options`.
+    """Import the engine at `path` (`package.module:Name`) and construct it with the config's `model.options`.
 
-    Raises UserError when there is no such engine or it refuses the options.
+    Raises UserError if the engine cannot be imported or refuses the options.
     """
     module_name, _, name = path.partition(":")
     try:
@@ -26,10 +26,10 @@ def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
     allowed = [name for name in inspect.signature(factory).parameters if name != "self"]
     if unknown := [name for name in options if name not in allowed]:
         raise UserError(
-            f"model.options: the engine {path} does not know {', '.join(map(repr, unknown))}; allowed: "
+            f"model.options: the engine {path} has no option {', '.join(map(repr, unknown))}; allowed: "
             f"{', '.join(allowed)}."
         )
     try:
         return factory(**options)
-    except TypeError as error:  # one that it needs is missing
+    except TypeError as error:  # a required option is missing
         raise UserError(f"model.options: the engine {path} cannot be built: {error}. Add it to the config.") from error

@@ -1,4 +1,4 @@
-"""The rules of the fields of a manifest row, shared with the config's defaults."""
+"""The validation rules of the fields of a manifest row, shared with the config's `defaults`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ from typing import Any
 
 from hv_batch.protocol import RULES, SIZE_MULTIPLE, TEMPORAL_COMPRESSION
 
-MAX_FPS = 240  # beyond any display; catches a frame count written into the wrong column
-
-
-MAX_VIDEOS = 10_000  # videos of one row; more is a slip of the hand
-
-
+MAX_FPS = 240  # above any display; catches a frame count in the wrong column
+MAX_VIDEOS = 10_000  # of one row; a larger number is a mistake
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")  # 2^63 has 19 digits
-
-
 REAL_NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
-
 
 MAX_TEXT_CHARS = 100_000  # of a prompt or an id; the model reads 256 tokens, and a page has 3,000 characters
 
-
-Rule = tuple[Callable[[Any], bool], str]
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is allowed
 
 
 def _whole_between(low: int, high: int) -> Rule:
@@ -40,7 +32,7 @@ def _not_too_long(rule: Rule) -> Rule:
     )
 
 
-# What a row, and the config's defaults for it, may say: the model's parameters and the job's own two.
+# The rules of a row and of the config's defaults for it: the model's parameters and the two of the job.
 ROW_RULES: Mapping[str, Rule] = {
     **RULES,
     "prompt": _not_too_long(RULES["prompt"]),
@@ -52,15 +44,11 @@ ROW_RULES: Mapping[str, Rule] = {
 
 KNOWN_COLUMNS = ("id", *ROW_RULES)
 
-
 WHOLE_COLUMNS = ("height", "width", "num_frames", "num_inference_steps", "seed", "num_videos", "fps")
-
-
 REAL_COLUMNS = ("guidance_scale", "cfg_scale", "guidance_rescale", "flow_shift")
 
-
-# Fields on a grid, as (first allowed value, distance to the next): a refusal names the neighbours, and the choice stays
-# the user's, because a changed geometry is another video.
+# Fields on a grid, as (first allowed value, step). An error names the nearest allowed values and leaves the choice to
+# the user, because another geometry is another video.
 _GRID = {
     "height": (SIZE_MULTIPLE, SIZE_MULTIPLE),
     "width": (SIZE_MULTIPLE, SIZE_MULTIPLE),
@@ -69,7 +57,7 @@ _GRID = {
 
 
 def find_fault(field: str, value: Any) -> str | None:
-    """What is allowed for `field`, if `value` is not; None if it is."""
+    """None if `value` is allowed in `field`; otherwise what is allowed, as text for an error message."""
     is_allowed, allowed = ROW_RULES[field]
     if is_allowed(value):
         return None
@@ -82,9 +70,10 @@ def find_fault(field: str, value: Any) -> str | None:
 
 
 def parse_text(name: str, text: str) -> Any:
-    """The value of a column in a format that has only text (CSV, folder names): numbers where the column has them.
+    """The value of a column in a format that has only text (CSV, folder names).
 
-    An empty text is a null. What is not written as a number stays text, for the rules to refuse.
+    An empty text is None. In a column of numbers, text that is a number is parsed; other text is returned unchanged and
+    fails validation.
     """
     if not text:
         return None

@@ -1,4 +1,4 @@
-"""What a config may say about the sizes of its groups."""
+"""Validation of the config keys that determine the size of a group."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from hv_batch.job.config.sections import ENGINE, EncodersConfig, GroupsConfig, ModelConfig, ParallelConfig
 from hv_batch.protocol import ParallelPlan
 
-NODE_GPUS = 8  # of the usual server with any of the GPUs that the cost model knows
-GROUP_SIZES = (1, 2, 4, 8)  # its divisors: groups of these sizes share a node without a rest
+NODE_GPUS = 8  # of the usual server with any of the GPUs in hardware.py
+GROUP_SIZES = (1, 2, 4, 8)  # the divisors of NODE_GPUS: groups of these sizes fill a node
 
 DEFAULT_PLAN = ParallelPlan(ulysses_degree=8, ring_degree=1)  # 8 divides the released model's 24 heads
 
 
-def most_ranks(parallel: ParallelConfig) -> int:
-    """Of the largest group that the config could ask for."""
+def max_ranks(parallel: ParallelConfig) -> int:
+    """Ranks of the largest group that the config allows."""
     if parallel.gpus_per_group == "auto":
         return GROUP_SIZES[-1]
     ulysses, ring = parallel.ulysses_degree or DEFAULT_PLAN.ulysses_degree, parallel.ring_degree or 1
     return parallel.gpus_per_group or ulysses * ring * parallel.cfg_degree
 
 
-def find_faults(
+def group_problems(
     parallel: ParallelConfig,
     groups: GroupsConfig,
     encoders: EncodersConfig,
@@ -29,7 +29,7 @@ def find_faults(
     gpu: str | None,
     gpu_memory_gib: float | None,
 ) -> Iterator[str]:
-    """What the config's keys about group sizes have against each other, one sentence each."""
+    """The contradictions between the config's keys about group sizes, one sentence each."""
     nodes = groups.nodes_per_group
     size, ulysses, ring, cfg = (
         parallel.gpus_per_group,
@@ -38,7 +38,7 @@ def find_faults(
         parallel.cfg_degree,
     )
     if size == "auto":
-        yield from _faults_of_auto(parallel, groups, encoders, model, gpu, gpu_memory_gib)
+        yield from _problems_of_auto(parallel, groups, encoders, model, gpu, gpu_memory_gib)
         return
     if groups.max_sample_minutes is not None:
         yield (
@@ -48,15 +48,15 @@ def find_faults(
     given = (ulysses or 1) * (ring or 1) * cfg
     if size is not None and (size % given or (ulysses and ring and given != size)):
         degrees = {"ulysses_degree": ulysses, "ring_degree": ring, "cfg_degree": cfg}
-        told = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree is not None)
+        given_degrees = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree is not None)
         yield (
-            f"parallel.gpus_per_group = {size} with {told}; allowed: degrees whose product is {size}, or none, and "
-            "they are chosen"
+            f"parallel.gpus_per_group = {size} with {given_degrees}; allowed: degrees whose product is {size}, or "
+            "no degrees, and they are chosen"
         )
         return
     crossing = size // (ulysses or 1) if size and not ring else (ring or 1) * cfg
     if crossing % nodes:
-        yield _factorisations_over_nodes(nodes, most_ranks(parallel))
+        yield _factorisations_over_nodes(nodes, max_ranks(parallel))
 
 
 def _factorisations_over_nodes(nodes: int, ranks: int) -> str:
@@ -64,11 +64,11 @@ def _factorisations_over_nodes(nodes: int, ranks: int) -> str:
     return (
         f"groups.nodes_per_group = {nodes} with {ranks} rank(s) a group; only the ring and the guidance branches cross "
         f"nodes, so ring_degree x cfg_degree must be a multiple of {nodes}. With cfg_degree 1, ulysses_degree x "
-        f"ring_degree may be {', '.join(allowed) or f'nothing: choose a number of ranks that {nodes} divides'}"
+        f"ring_degree may be {', '.join(allowed) or f'none of these: choose a number of ranks that {nodes} divides'}"
     )
 
 
-def _faults_of_auto(
+def _problems_of_auto(
     parallel: ParallelConfig,
     groups: GroupsConfig,
     encoders: EncodersConfig,
@@ -79,18 +79,18 @@ def _faults_of_auto(
     auto = "parallel.gpus_per_group = auto"
     if model.engine != ENGINE:
         yield (
-            f"{auto} with model.engine = {model.engine}, whose costs are not known; allowed: a number of GPUs, "
+            f"{auto} with model.engine = {model.engine}, which has no cost model; allowed: a number of GPUs, "
             f"or auto with {ENGINE}"
         )
     hardware = {"gpu": gpu, "gpu_memory_gib": gpu_memory_gib}
     if missing := [key for key, value in hardware.items() if value is None]:
         yield (
             f"{auto} without {' and '.join(missing)}; "
-            "allowed: auto where the config tells what the GPUs are, as gpu: H100 and gpu_memory_gib: 79.6"
+            "allowed: auto with both keys, for example gpu: H100 and gpu_memory_gib: 79.6"
         )
     degrees = {"ulysses_degree": parallel.ulysses_degree, "ring_degree": parallel.ring_degree}
-    if told := " and ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree is not None):
-        yield f"{auto} with {told}; allowed: none of both, because auto chooses them for every shape"
+    if degrees_given := " and ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree is not None):
+        yield f"{auto} with {degrees_given}; allowed: neither of them, because auto chooses them for every shape"
     if groups.nodes_per_group > 1:
         yield (
             f"{auto} with groups.nodes_per_group = {groups.nodes_per_group}; allowed: 1, because auto chooses "
@@ -98,6 +98,6 @@ def _faults_of_auto(
         )
     if encoders.is_colocated:
         yield (
-            f"{auto} with encoders.placement = colocated; allowed: pool, because the number of encoders that a group "
-            "has GPUs for depends on its size"
+            f"{auto} with encoders.placement = colocated; allowed: pool, because the number of encoders that fit "
+            "on the GPUs of a group depends on its size"
         )

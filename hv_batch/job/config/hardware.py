@@ -1,4 +1,4 @@
-"""The GPUs that the cost model knows."""
+"""The table of GPUs that the cost model can compute with."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ from dataclasses import dataclass
 
 from hv_batch.protocol import UserError
 
-# Bytes/s a rank sends to its group over NVLink, kernel launches and packing included. One figure fits the published
-# series of H100, H800 and H20, 1 to 8 ranks (the links themselves are 4 times as fast).
+# Bytes/s that a rank sends to its group over NVLink, with kernel launches and packing. This value fits the published
+# series of H100, H800 and H20 for 1 to 8 ranks (the links themselves are 4 times as fast).
 NVLINK = 100e9
-
-
 PCIE = 10e9  # a rank of eight over PCIe 4; assumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
+    """One GPU model."""
+
     name: str
     tflops: float  # dense bf16 peak
     memory_gib: float
-    efficiency: float  # of the peak, in a DiT step on one GPU
-    link: float  # bytes/s to the other ranks
-    anchor: str  # what the efficiency is fitted to
-    cudnn_gain: float = 1.0  # times as fast attends "cudnn" as "sdpa"; where nothing was measured, as fast
+    efficiency: float  # fraction of the peak that a DiT step reaches on one GPU
+    link: float  # bytes/s from one rank to the others of its group
+    anchor: str  # the measurement that the efficiency is fitted to
+    cudnn_gain: float = 1.0  # speed of the attention kernel "cudnn" relative to "sdpa"; 1 if not measured
 
 
 _H100 = "34.2 s a step at 720x1280x129 on one H100"
-
-
 _HOPPER = 1.57  # at the tokens of 540p and of 720p, on an H200: 563 to 572 TFLOP/s for 359 to 363
-
 
 GPUS: Mapping[str, Gpu] = {
     gpu.name.lower(): gpu
@@ -67,7 +64,7 @@ GPUS: Mapping[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises UserError for a GPU that is not in the table."""
+    """The GPU of that name, in upper or lower case. Raises UserError if it is not in the table."""
     if gpu := GPUS.get(name.lower()):
         return gpu
     raise UserError(f"GPU {name!r} is not known; known are {', '.join(gpu.name for gpu in GPUS.values())}.")

@@ -1,7 +1,7 @@
 """Config keys and values of earlier versions that are still accepted, in configs, overrides and run.json files.
 
-A key or value goes through these tables before a config is validated, so the models of `hv_batch.job.config.run_config` never see
-it and the identity of a run does not depend on it.
+They are removed or replaced before a config is validated. So the models of `hv_batch.job.config.run_config` do not
+contain them, and the identity of a run does not depend on them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The run config: one YAML file, checked as a whole before anything starts.
+"""The run config: one YAML file, validated as a whole before anything starts.
 
-Every problem is reported at once, as its dotted key, the value given and what is allowed. Unknown keys are errors: a
-misspelt key would otherwise render a night of videos with a default that nobody chose.
+All problems are reported at once, each as the dotted key, the value given and what is allowed. Unknown keys are errors:
+otherwise a run with a misspelt key would render with a default that the user did not choose.
+
+The docstrings of the keys are user documentation: `hv_batch.job.config.reference` prints them as configs/README.md.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from hv_batch.job.config.group_rules import find_faults, most_ranks
+from hv_batch.job.config.group_rules import group_problems, max_ranks
 from hv_batch.job.config.hardware import GPUS
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.sections import (
@@ -27,7 +29,7 @@ from hv_batch.job.config.sections import (
     RetriesConfig,
     Section,
     TimeoutsConfig,
-    follow_row_rule,
+    check_row_rule,
 )
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
 from hv_batch.job.user_input import open_input, shorten
@@ -35,10 +37,13 @@ from hv_batch.protocol import UserError
 
 
 class RunConfig(Section):
-    """The settings of one run. Every key has a default: the release's values on one node of eight GPUs and two more."""
+    """The settings of one run. Every key has a default: the release's values, on ten GPUs (one group of eight, an
+    encoder and a decoder).
+    """
 
     seed: int = 0
-    """Rows without a seed derive theirs from it and their key."""
+    """The seed of the run. A row without a `seed` gets one derived from this value and the row's key (its id, or a
+    hash of the row). Part of the run's identity."""
     model: ModelConfig = ModelConfig()
     defaults: Defaults = Defaults()
     parallel: ParallelConfig = ParallelConfig()
@@ -50,42 +55,46 @@ class RunConfig(Section):
     retries: RetriesConfig = RetriesConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     gpu: str | None = None
-    """What the GPUs are, by a name that the cost model knows: H100, H200, A100, H20 or L40S. With its speed counts
-    gpus_per_group: auto, and `hv-batch plan` unless --gpu names another."""
+    """The model of the GPUs: `H100`, `H200`, `A100`, `H20` or `L40S`, in upper or lower case. The cost model uses its
+    speed for `parallel.gpus_per_group: auto` and for `hv-batch plan` without `--gpu` (which assumes an H100 if this is
+    `null`)."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory of one GPU. Given, a run whose largest shape cannot fit is refused before it starts."""
+    """Memory of one GPU in GiB, as 79.6 for an H100 of 80 GB. If it is given, a run whose largest shape does not fit
+    is refused before it starts. `null`: no check."""
 
     @field_validator("seed", mode="before")
     @classmethod
-    def _follow_the_rule_of_a_seed(cls, value: Any) -> Any:
-        return follow_row_rule("seed", value)
+    def _check_seed(cls, value: Any) -> Any:
+        return check_row_rule("seed", value)
 
     @field_validator("gpu")
     @classmethod
-    def _be_a_known_gpu(cls, value: str | None) -> str | None:
+    def _check_gpu(cls, value: str | None) -> str | None:
         if value is not None and value.lower() not in GPUS:
             raise ValueError(", ".join(gpu.name for gpu in GPUS.values()))
         return value
 
     @model_validator(mode="after")
-    def _give_every_actor_what_it_computes_on(self) -> Self:
-        groups, ranks = self.groups, most_ranks(self.parallel)
-        found = list(find_faults(self.parallel, self.groups, self.encoders, self.model, self.gpu, self.gpu_memory_gib))
+    def _check_across_sections(self) -> Self:
+        groups, ranks = self.groups, max_ranks(self.parallel)
+        problems = list(
+            group_problems(self.parallel, self.groups, self.encoders, self.model, self.gpu, self.gpu_memory_gib)
+        )
         if groups.gpus_per_rank + groups.cpus_per_rank == 0:
-            found.append(
-                "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, or Ray has "
-                "nothing to place a rank by"
+            problems.append(
+                "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, because Ray "
+                "places a rank by the resources that it reserves"
             )
         share = self.encoders.gpus if self.encoders.is_colocated else 0.0
         if share > 0 and (groups.gpus_per_rank < 1 or share >= 0.5):
-            found.append(
+            problems.append(
                 f"encoders.gpus = {share:g} colocated with ranks of groups.gpus_per_rank = {groups.gpus_per_rank:g}; "
                 "allowed: less than 0.5 with groups.gpus_per_rank = 1, so that no two ranks can share a GPU"
             )
         if self.parallel.device == "cuda":
             # Ray hides every GPU from an actor that reserves none; NCCL refuses two ranks of a group on one GPU.
             if groups.gpus_per_rank == 0 or (ranks > 1 and groups.gpus_per_rank < 1):
-                found.append(
+                problems.append(
                     f"groups.gpus_per_rank = {groups.gpus_per_rank} with parallel.device = cuda and {ranks} rank(s) a "
                     "group; allowed: 1, or a fraction above 0 for a group of one rank"
                 )
@@ -94,43 +103,44 @@ class RunConfig(Section):
                 shares["decoders"] = self.decoders.gpus
             for name, gpus in shares.items():
                 if gpus == 0:
-                    found.append(f"{name}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1")
-        if found:
-            raise PydanticCustomError(CROSS_FIELD, "{found}", {"found": "\n  - ".join(found)})
+                    problems.append(f"{name}.gpus = 0 with parallel.device = cuda; allowed: a share above 0, at most 1")
+        if problems:
+            raise PydanticCustomError(CROSS_FIELD, "{problems}", {"problems": "\n  - ".join(problems)})
         return self
 
 
 def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config behind a fsspec URL, changed by overrides such as `groups.count=4`.
+    """The config at an fsspec URL, changed by overrides such as `groups.count=4`.
 
-    An override's value is one YAML scalar, or a quoted or flow value ("...", [...], {...}). Keys and values of earlier
-    versions are accepted with a warning on stderr (`hv_batch.job.config.retired_keys`).
-    Raises UserError naming every problem at once.
+    The value of an override is one YAML scalar, or a quoted or flow value ("...", [...], {...}). Keys and values of
+    earlier versions are accepted with a warning on stderr (`hv_batch.job.config.retired_keys`).
+
+    Raises UserError that lists all problems.
     """
     with open_input("config", url) as file:
         content = file.read()
     try:
         values = parse_yaml(content)
     except ValueError as error:
-        raise UserError(f"The config {url} is not valid YAML: {error}. Mend the file there.") from error
+        raise UserError(f"The config {url} is not valid YAML: {error}. Fix the file at that position.") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise UserError(
             f"The config {url} is {shorten(values)}; allowed: a mapping of the keys {known_keys(RunConfig)}."
         )
-    found: list[str] = []
+    problems: list[str] = []
     for override in overrides:
         try:
             apply_override(values, override)
         except ValueError as error:
-            found.append(str(error))
+            problems.append(str(error))
     config = None
     try:
         config = RunConfig.model_validate(replace_retired(values))
     except ValidationError as invalid:
-        found += [explain(RunConfig, details) for details in invalid.errors(include_url=False)]
-    if config is None or found:
-        listing = "\n".join(f"  - {line}" for line in found)
-        raise UserError(f"The config {url} with its overrides has {len(found)} problem(s):\n{listing}")
+        problems += [explain(RunConfig, details) for details in invalid.errors(include_url=False)]
+    if config is None or problems:
+        listing = "\n".join(f"  - {line}" for line in problems)
+        raise UserError(f"The config {url} with its overrides has {len(problems)} problem(s):\n{listing}")
     return config

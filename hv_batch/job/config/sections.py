@@ -1,4 +1,8 @@
-"""The sections of a run config, one model per top-level key."""
+"""The sections of a run config, one model per top-level key.
+
+The docstrings of the classes and keys are user documentation: `hv_batch.job.config.reference` prints them as
+configs/README.md.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +16,26 @@ from hv_batch.job.config.field_rules import find_fault
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device
 
+ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that the cost model describes
+
 Count = Annotated[int, Field(ge=1)]
-
-
 GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on more than one GPU
-
-
 Cpus = Annotated[float, Field(ge=0)]
-
-
-PoolSize = Annotated[int | Literal["auto"], BeforeValidator(lambda value: _follow_pool_rule(value))]
-
-
+PoolSize = Annotated[int | Literal["auto"], BeforeValidator(lambda value: _check_pool_size(value))]
 Seconds = Annotated[float, Field(gt=0)]
-
-
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
 
-def follow_row_rule(field: str, value: Any) -> Any:
+def check_row_rule(field: str, value: Any) -> Any:
+    """`value`, if a manifest row may have it in this field; raises ValueError with what is allowed if not."""
     allowed = find_fault(field, value)
     if allowed:
         raise ValueError(allowed)
     return value
 
 
-def _follow_pool_rule(value: Any) -> Any:
-    """In one sentence: pydantic would tell a problem for each side of the union."""
+def _check_pool_size(value: Any) -> Any:
+    """One message; pydantic would report a problem for each side of the union."""
     if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError("a whole number of at least 1, or auto")
     return value
@@ -50,115 +47,128 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    engine: str = "hv_batch.engine.hunyuan:HunyuanVideo"
-    """Import path of the engine."""
+    """The engine that renders, and its options. Part of the run's identity, as far as it changes pixels."""
+
+    engine: str = ENGINE
+    """Import path of the engine, as `package.module:Name`. It must be importable on every node."""
     options: dict[str, Any] = {}
-    """Keyword arguments of the engine's constructor. Opaque here: the engine refuses what it does not know."""
+    """Keyword arguments of the engine's constructor. The engine validates them. The default engine requires
+    `model_base`, the checkpoint tree; its other options are described in `hv_batch/engine/README.md`."""
 
     @field_validator("engine")
     @classmethod
-    def _look_like_an_import_path(cls, value: str) -> str:
+    def _check_import_path(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
             raise ValueError("an import path, package.module:Name")
         return value
 
 
 class Defaults(Section):
-    """What a manifest row leaves out (spec section 1)."""
+    """The values of manifest columns that a row leaves out. Part of the run's identity."""
 
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    """Rendered only where cfg_scale > 1."""
+    """The negative prompt. Used only if `cfg_scale` is above 1."""
     height: int = 720
-    """Pixels, a multiple of 16."""
+    """Height in pixels."""
     width: int = 1280
-    """Pixels, a multiple of 16."""
+    """Width in pixels."""
     num_frames: int = 129
-    """4n + 1; 1 is an image."""
+    """Frames of a video. 1 renders an image."""
     num_inference_steps: int = 50
-    """Euler steps."""
+    """Euler steps of a denoise."""
     num_videos: int = 1
-    """Videos of one row; video i is rendered with seed + i."""
+    """Videos of one row. Video `i` is rendered with `seed + i`."""
     guidance_scale: float = 6.0
-    """Embedded guidance: the released weights are guidance-distilled."""
+    """Embedded guidance, an input of the model: the released weights are guidance-distilled."""
     cfg_scale: float = 1.0
-    """Classifier-free guidance; above 1 it doubles the cost of a step."""
+    """Classifier-free guidance. Above 1, each step computes two branches and costs twice as much."""
     guidance_rescale: float = 0.0
-    """Lin et al. 2305.08891, section 3.4; works only together with cfg_scale > 1."""
+    """Rescales the guided prediction (Lin et al., arXiv 2305.08891, section 3.4). Has an effect only if `cfg_scale` is
+    above 1."""
     flow_shift: float = 7.0
-    """Shift of the sigma schedule (spec section 4)."""
+    """Shift of the noise schedule towards high noise."""
     fps: int = 24
     """Frames per second of the mp4."""
 
     @field_validator("*", mode="before")
     @classmethod
-    def _follow_the_rules_of_a_row(cls, value: Any, info: Any) -> Any:
-        return follow_row_rule(info.field_name, value)
+    def _check_row_rules(cls, value: Any, info: Any) -> Any:
+        return check_row_rule(info.field_name, value)
 
 
 class ParallelConfig(Section):
-    """How one video is spread over ranks. Part of its identity: another plan sums in another order."""
+    """How one video is divided among the ranks of a group; each rank is one process with one GPU.
+
+    Part of the run's identity: another plan adds up in another order, which changes bits.
+    """
 
     device: Device = "cuda"
-    """What the actors compute on."""
+    """The device that all actors compute on. Ranks communicate over NCCL on `cuda`, over gloo on `cpu`."""
     gpus_per_group: int | Literal["auto"] | None = None
-    """Ranks of a group, each on its own GPU: ulysses_degree x ring_degree x cfg_degree. Given, the degrees that are not
-    are chosen for it, with as much Ulysses as the heads allow. auto: each shape is rendered by the cheapest group of 1,
-    2, 4 or 8 that has the memory for it and keeps to groups.max_sample_minutes, so groups of several sizes may live in
-    one run; needs `gpu` and `gpu_memory_gib`. What is chosen stays for all resumes of the run."""
+    """Ranks of a group, at least 1: `ulysses_degree` x `ring_degree` x `cfg_degree`. Degrees that are not given are
+    chosen: the largest Ulysses degree that divides the attention heads and stays inside a node. `auto` renders each
+    shape with the cheapest group of 1, 2, 4 or 8 ranks that has the memory for it and respects
+    `groups.max_sample_minutes`, so one run may have groups of several sizes. `auto` requires `gpu` and
+    `gpu_memory_gib`. A run keeps the choice in all its resumes. `null`: the product of the degrees."""
     ulysses_degree: Count | None = None
-    """Ranks that share the attention heads; must divide their number. null: 8, or chosen for gpus_per_group."""
+    """Ranks that share the attention heads. It must divide their number (24 in the released model). `null`: 8, or
+    chosen for `gpus_per_group`."""
     ring_degree: Count | None = None
-    """Ranks that share the keys. null: 1, or chosen for gpus_per_group."""
+    """Ranks that share the keys of ring attention. `null`: 1, or chosen for `gpus_per_group`."""
     cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
-    """2: each half of a group computes one branch of classifier-free guidance, which every row must then use."""
+    """With 2, each half of a group computes one branch of classifier-free guidance. Every row must then have a
+    `cfg_scale` above 1."""
 
     @field_validator("gpus_per_group", mode="before")
     @classmethod
-    def _be_a_size(cls, value: Any) -> Any:
+    def _check_group_size(cls, value: Any) -> Any:
         if value in (None, "auto") or (type(value) is int and value >= 1):
             return value
         raise ValueError("a whole number of at least 1, auto, or null")
 
 
 class GroupsConfig(Section):
-    """Denoise groups: groups of ranks that render one sample together."""
+    """Denoise groups: each is a set of ranks that denoise one sample together."""
 
     count: Count = 1
-    """The most groups that render at the same time. The run begins with the first one that finds room and goes on
-    asking for the others, so an autoscaler may bring their nodes; towards the end, idle ones are let go. With groups of
-    several sizes (gpus_per_group: auto) it bounds their GPUs: at most count x the GPUs of the largest that is needed,
-    so several smaller ones may stand in the place of one."""
+    """Maximum number of groups at a time. The run starts with the first group that can be placed and keeps requesting
+    the others, so an autoscaler can add nodes for them. Near the end of the run, idle groups are released. With groups
+    of several sizes (`parallel.gpus_per_group: auto`), the GPUs are bounded: at most `count` x those of the largest
+    group that the manifest needs, and several smaller groups may use the GPUs of one."""
     gpus_per_rank: GpuShare = 1.0
-    """GPUs that Ray reserves for a rank."""
+    """GPUs that Ray reserves for a rank. Must be 1 on `cuda`, except for groups of one rank, which may have a share
+    above 0."""
     cpus_per_rank: Cpus = 1.0
     """CPUs that Ray reserves for a rank."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 10
-    """Steps between two step checkpoints of a denoise, from which a lost group or run goes on; the latents are written
-    (30 MB at 720p) while the next steps run. 0 writes them only when the run is stopped or a node is taken away."""
+    """Steps between two step checkpoints of a denoise, from which a lost group or run resumes. The latents (30 MB at
+    720p) are written while the next steps run. 0: only when the run is stopped or a node is drained."""
     nodes_per_group: Count = 1
-    """Nodes that a group stands on, each with an equal part of its ranks. The ring and the guidance branches cross
-    them, Ulysses stays inside each: it must divide ring_degree x cfg_degree. Not part of a video's identity."""
+    """Nodes of a group; each has an equal number of its ranks. The ring and the guidance branches cross nodes and
+    Ulysses stays inside each, so this must divide `ring_degree` x `cfg_degree`. Not part of a video's identity."""
     max_sample_minutes: Annotated[float, Field(gt=0)] | None = None
-    """What gpus_per_group: auto may let one denoise take, by the cost model and the steps and guidance of `defaults`;
-    where no group is as fast, the fastest is taken. null: as long as it takes on the cheapest, which may be an hour
-    that a drain, a lost node or the end of the run has to wait for."""
+    """Maximum duration of one denoise in minutes, for the choice of `parallel.gpus_per_group: auto` only. The duration
+    is that of the cost model, with the steps and guidance of `defaults`. If no group size is fast enough, the fastest
+    is used. `null`: no maximum; the cheapest group may take an hour, and a drain, a lost node or the end of the run has
+    to wait that long."""
 
 
 class EncodersConfig(Section):
-    """Text-encoder actors. Where they stand changes no embedding."""
+    """Text-encoder actors. Their number and placement do not change the embeddings."""
 
     count: PoolSize = 1
-    """Actors, each with both text towers; auto: as many as keep the groups from waiting, by how long encodings and
-    denoises turn out to take, at most one a group."""
+    """Number of actors, at least 1; each holds both text towers. `auto`: as many as keep the groups from waiting, from
+    the measured durations of encodings and denoises; at most one per group."""
     gpus: GpuShare = 1.0
-    """GPUs that Ray reserves for an actor."""
+    """GPUs that Ray reserves for an actor. Must be above 0 on `cuda`, and below 0.5 if colocated."""
     cpus: Cpus = 1.0
     """CPUs that Ray reserves for an actor."""
     batch_size: Count = 8
-    """Prompts of one call. Does not change the embeddings."""
+    """Prompts of one task. Does not change the embeddings."""
     placement: Literal["pool", "colocated"] = "pool"
-    """pool: with GPUs of their own. colocated: on the GPUs of the denoise groups. Each rank leaves the share `gpus` of
-    its GPU free, which must be less than half. At most one encoder per GPU of a group is started."""
+    """`pool`: actors with GPUs of their own. `colocated`: actors on the GPUs of the denoise groups. Each rank then
+    leaves the share `encoders.gpus` of its GPU free, and a group has at most one encoder per GPU. `colocated` requires
+    `groups.gpus_per_rank: 1` and cannot be combined with `parallel.gpus_per_group: auto`."""
 
     @property
     def is_colocated(self) -> bool:
@@ -166,19 +176,19 @@ class EncodersConfig(Section):
 
 
 class DecodersConfig(Section):
-    """VAE-decoder actors, which also write and commit the videos. Where they stand changes no byte of these."""
+    """VAE-decoder actors, which also write and commit the videos. Their number and placement do not change a byte."""
 
     count: PoolSize = 1
-    """Actors, each with one VAE decoder; auto: as many as keep the groups from waiting, by how long decodes and
-    denoises turn out to take, at most two a group."""
+    """Number of actors, at least 1; each holds one VAE decoder. `auto`: as many as keep the groups from waiting, from
+    the measured durations of decodes and denoises; at most two per group."""
     gpus: GpuShare = 1.0
-    """GPUs that Ray reserves for an actor."""
+    """GPUs that Ray reserves for an actor. Must be above 0 on `cuda`."""
     cpus: Cpus = 2.0
-    """CPUs that Ray reserves for an actor; the H.264 encoder runs on them."""
+    """CPUs that Ray reserves for an actor. The video encoder (ffmpeg) runs on them."""
     placement: Literal["pool", "group"] = "pool"
-    """pool: actors with GPUs of their own. group: the ranks of a group hold the VAE beside the DiT and share out the
-    tiles of what was denoised; rank 0 writes and commits with the CPUs of groups.cpus_per_rank. There are no actors
-    then, and count, gpus and cpus mean nothing."""
+    """`pool`: actors with GPUs of their own. `group`: the ranks of a group hold the VAE beside the DiT and decode what
+    they have denoised, each a part of the tiles; rank 0 writes and commits with the CPUs of `groups.cpus_per_rank`.
+    There are then no decoder actors, and `count`, `gpus` and `cpus` have no effect."""
 
     @property
     def is_in_group(self) -> bool:
@@ -186,67 +196,75 @@ class DecodersConfig(Section):
 
 
 class OutputConfig(Section):
+    """The layout of the output root, and the spool for outages."""
+
     shard_size: Count = 256
-    """Samples of one shard, the unit of layout and metadata. Part of the run's identity: it decides every key."""
+    """Samples of one shard, the unit of layout and metadata. Part of the run's identity: it determines every path."""
     keep_latents: bool = False
-    """Keep the final latents beside the videos instead of removing them at commit."""
+    """Keep the final latents in the output root instead of removing them when the video is committed."""
     webdataset: bool = False
-    """Also write every shard as one tar of videos and JSON (webdataset/), when it seals. Part of the run's identity."""
+    """Also write each sealed shard as one tar of videos and JSON files, under `webdataset/`. Part of the run's
+    identity."""
     spool_gib: Annotated[float, Field(ge=0)] = 8.0
-    """Finished videos that wait on the disk of the node that decoded them while the output root does not answer: at
-    most so much a node, of all runs together. 0: none, and what is denoised waits in Ray's object store."""
+    """Disk space in GiB for finished videos that wait on the node that decoded them while the output root does not
+    answer. The limit is per node, for all runs together. 0: no spool; latents wait in Ray's object store instead."""
     spool_folder: str | None = None
-    """Where they wait: a folder that is local to each node. null: the temporary folder (TMPDIR) there."""
+    """The folder of the spool, on a local disk of each node. `null`: the node's temporary folder (`TMPDIR`)."""
 
 
 class MediaConfig(Section):
-    """How frames become files. Part of a video's identity."""
+    """How frames become files. Part of the run's identity."""
 
     codec: Literal["h264", "h265", "av1"] = "h264"
-    """What every player shows (h264), or smaller files that take several times longer to write (h265, av1)."""
+    """The video codec. `h264` plays everywhere; `h265` and `av1` make smaller files and take several times as long."""
     crf: Annotated[int, Field(ge=0, le=63)] = 18
-    """Constant rate factor, on the codec's own scale: 18 is visually clean, 51 the worst (63 with av1)."""
+    """Constant rate factor, on the codec's own scale: 18 is visually clean; the worst quality is 51, or 63 with `av1`.
+    Values above 51 are allowed for `av1` only."""
     preset: Preset = "medium"
-    """Encoder effort against file size, by x264's names; those of av1 are at about the same places."""
+    """Encoder effort against file size, in x264's preset names. For `av1`, each name is mapped to a preset of about the
+    same speed."""
     threads: Count = 2
-    """Encoder threads, pinned: an encoder may write other bytes with another number of threads."""
+    """Threads of the video encoder. The number is fixed because an encoder may write other bytes with another one."""
     lossless: bool = False
-    """Code the RGB frames as they are: decoding gives them back bit for bit. No crf then; few players show it."""
+    """Encode the RGB frames without loss: decoding gives them back bit for bit. `crf` has no effect then, and few
+    players show such files."""
     poster: bool = False
-    """Also write the first frame of every video as a JPEG, under posters/."""
+    """Also write the first frame of every video as a JPEG, under `posters/`."""
 
     @model_validator(mode="after")
-    def _stay_on_the_scale_of_the_codec(self) -> Self:
+    def _check_scale_of_codec(self) -> Self:
         if self.crf > 51 and self.codec != "av1":
-            said = f"media.crf = {self.crf} with media.codec = {self.codec}; allowed: at most 51"
-            raise PydanticCustomError(CROSS_FIELD, "{said}", {"said": said})
+            problem = f"media.crf = {self.crf} with media.codec = {self.codec}; allowed: at most 51"
+            raise PydanticCustomError(CROSS_FIELD, "{problem}", {"problem": problem})
         return self
 
 
 class RetriesConfig(Section):
-    """Tries of a sample, counting the first, for each class of failure."""
+    """Attempts of a sample for each failure class, the first attempt included. After the last, it is quarantined."""
 
     poison: Count = 2
-    """Of a sample that fails deterministically."""
+    """Attempts of a sample that fails with an error of its own."""
     infra: Count = 3
-    """Of a sample whose actor, node or collective was lost."""
+    """Attempts of a sample whose actor, node or collective was lost."""
     oom: Count = 2
-    """Of a sample that ran out of GPU memory."""
+    """Attempts of a sample that runs out of GPU memory."""
     preempted: Count = 20
-    """Of a sample whose node was reclaimed, which is never the sample's fault."""
+    """Attempts of a sample whose node was reclaimed."""
     worker: Count = 4
-    """Not a sample's: losses in a row, each of another sample, after which a worker slot is given up."""
+    """Losses in a row, each with another sample, after which a worker slot is not restarted any more. Counts for the
+    worker, not for the samples."""
 
 
 class TimeoutsConfig(Section):
+    """Deadlines in seconds."""
+
     start_s: Seconds = 1800.0
-    """From when a worker has its place until it has loaded its weights (26 GB from a cold store take a while). Also how
-    long a run waits, doing nothing, for nodes without which it cannot go on, at its start or later."""
+    """Maximum time from the placement of a worker until it has loaded its weights (26 GB from a cold store take several
+    minutes). Also the maximum time that a run waits without work for nodes that it cannot do without, at its start or
+    later."""
     stall_s: Seconds = 600.0
-    """Without progress (a step, a prompt, some frames) for this long, a worker counts as hung and is rebuilt; a group
-    between two steps after five times the slowest step of its denoise and a minute, if that is less."""
+    """A worker without progress (a step, a prompt, some frames) for this long counts as hung and is rebuilt. A group
+    between two steps counts as hung after five times the slowest step of its denoise plus one minute, if that is
+    shorter."""
     drain_s: Seconds = 600.0
-    """After SIGTERM: how long running samples may take to finish."""
-
-
-ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that these numbers are of
+    """Maximum time that running samples may take to finish after SIGTERM."""

@@ -1,4 +1,4 @@
-"""From the text of a config and its `key=value` overrides to plain values, and from pydantic's errors to sentences."""
+"""Parses the YAML of a config and its `key=value` overrides, and turns pydantic's errors into messages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pydantic_core import ErrorDetails
 
 from hv_batch.job.user_input import shorten
 
-CROSS_FIELD = "cross_field"  # error type of a check over several values, whose message names them itself
+CROSS_FIELD = "cross_field"  # error type of a check over several keys; its message names the keys
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys, of which PyYAML keeps the last, and reads 1e-3 as a number."""
+    """A SafeLoader that refuses duplicate keys (PyYAML keeps the last one) and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -37,7 +37,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(content: bytes | str) -> Any:
-    """The value of a YAML document; raises ValueError saying what and where."""
+    """The value of a YAML document. Raises ValueError with the problem and its position."""
     try:
         return yaml.load(content, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-45
@@ -45,7 +45,7 @@ def parse_yaml(content: bytes | str) -> Any:
 
 
 def apply_override(values: dict[Any, Any], override: str) -> None:
-    """Set one `a.b=value` in `values`; raises ValueError when it cannot be read."""
+    """Set one `a.b=value` in `values`. Raises ValueError if the override cannot be parsed."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
@@ -66,7 +66,7 @@ def apply_override(values: dict[Any, Any], override: str) -> None:
 def _parse_override(text: str) -> Any:
     if text[:1] in ("{", "[", '"', "'"):
         return parse_yaml(text)
-    # Anything else is one scalar as it stands: a prompt may hold ": " or " #", which a YAML document would cut apart.
+    # Anything else is one scalar: a prompt may contain ": " or " #", which have a meaning in a YAML document.
     if not text:
         return ""
     loader = _Loader("")
@@ -74,16 +74,16 @@ def _parse_override(text: str) -> Any:
 
 
 def explain(schema: type[BaseModel], details: ErrorDetails) -> str:
-    """One line for one of pydantic's errors: dotted key, value, what is allowed."""
-    kind, loc = details["type"], details["loc"]
+    """One line for one of pydantic's errors: the dotted key, its value and what is allowed."""
+    error_type, loc = details["type"], details["loc"]
     key = ".".join(map(str, loc))
-    if kind == CROSS_FIELD:
+    if error_type == CROSS_FIELD:
         return details["msg"]
-    if kind == "extra_forbidden":
+    if error_type == "extra_forbidden":
         return f"{key}: unknown key. {_suggest(schema, loc)}"
-    if kind == "value_error":
+    if error_type == "value_error":
         allowed = str(details["ctx"]["error"])
-    elif kind == "model_type":
+    elif error_type == "model_type":
         allowed = f"a mapping of the keys {known_keys(_section_at(schema, loc))}"
     else:
         allowed = details["msg"].removeprefix("Input should be ")
@@ -91,11 +91,11 @@ def explain(schema: type[BaseModel], details: ErrorDetails) -> str:
 
 
 def _suggest(schema: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    """The nearest known key of the same section, else the same name in another section, else every known key."""
+    """The most similar key of the section; if there is none, keys of this name in other sections; else all its keys."""
     section, name = _section_at(schema, loc[:-1]), str(loc[-1])
-    near = difflib.get_close_matches(name, section.model_fields, n=1)
-    if near:
-        return f"Did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?"
+    similar = difflib.get_close_matches(name, section.model_fields, n=1)
+    if similar:
+        return f"Did you mean {'.'.join([*map(str, loc[:-1]), similar[0]])}?"
     elsewhere = [dotted for dotted in _dotted_keys(schema) if dotted.rpartition(".")[2] == name]
     if elsewhere:
         return f"Did you mean {' or '.join(elsewhere)}?"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hv_batch.job.config.group_rules import most_ranks
+from hv_batch.job.config.group_rules import max_ranks
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
 from hv_batch.job.cost_model.model import ModelShape
@@ -100,7 +100,7 @@ class ResolvedRun:
         groups = self.config.groups
         wanted = self._pool_sizes(groups.count)[Stage.ENCODE]
         return min(
-            most_ranks(self.config.parallel) // groups.nodes_per_group,
+            max_ranks(self.config.parallel) // groups.nodes_per_group,
             -(-wanted // (groups.count * groups.nodes_per_group)),
         )
 

@@ -1,8 +1,8 @@
-"""How a shard's videos came to be, as a second table: what differs from one undisturbed run to the next.
+"""The lineage table of a shard: how its videos were rendered (attempts, times, places, versions).
 
-It is kept apart from `metadata.parquet`, which must not depend on how the night went (P3), and out of the dataset's
-folder, where loaders would take it for data. The commit records hold the same and more; this is for whoever joins
-costs or machines to samples without reading a million small files.
+These values differ from run to run, so they are not in `metadata.parquet`, whose bytes must not depend on them (P3).
+The table is outside the folder of the dataset, because loaders would read it as data. The commit records hold the same
+facts and more; the table saves reading a million small files to join costs or machines to samples.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SCHEMA = "hv_batch/lineage/1"
 COLUMNS: Mapping[str, pa.DataType] = {
     "key": pa.string(),
     "committed_at": pa.string(),  # ISO 8601, UTC
-    "attempts": pa.int64(),  # tries, the last one included
-    "failures": pa.string(),  # JSON: the classes of the tries that failed, in order
+    "attempts": pa.int64(),  # including the successful one
+    "failures": pa.string(),  # JSON: the classes of the failed attempts, in order
     "stages": pa.string(),  # JSON: seconds by stage
     "places": pa.string(),  # JSON: node, worker and further facts by stage
     "versions": pa.string(),  # JSON: of the packages that rendered it
@@ -29,7 +29,7 @@ COLUMNS: Mapping[str, pa.DataType] = {
 
 
 def lineage_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """One row a commit record, in the order given."""
+    """One row for each commit record, in the given order."""
     rows = [
         {
             "key": record["key"],

@@ -1,15 +1,15 @@
-"""Sealing a shard: one table that names and describes every video of it, so that the directory is a dataset.
+"""Seals a shard: writes the table that describes all its videos, which makes the folder a dataset.
 
-Each `data/shard-N/` then holds its media and a `metadata.parquet` whose `file_name` column makes it load as a Hugging
-Face VideoFolder. What this module keeps:
+A sealed `data/shard-N/` holds its media and a `metadata.parquet` with a `file_name` column, so it loads as a Hugging
+Face VideoFolder. Invariants:
 
-- **Same plan, same bytes (P2, P3).** The table holds what the plan fixes (identity, parameters, the user's own columns)
-  and what the pixels fix (hashes, sizes), in plan order, and nothing that varies from one undisturbed run to the next.
-  Timings, attempts, versions and dates stay in the commit records, and a run that was killed ten times seals the same
-  bytes.
-- **One schema in all shards.** Our columns have fixed types; those of the user come from `columns`.
-- **Sealed once (P1).** The table is put only where none is, and only when every sample of the shard is terminal. It
-  comes last: whoever finds it finds the rest of the shard.
+- **Same plan, same bytes (P2, P3).** The table holds, in plan order, only what the plan determines (identity,
+  parameters, the user's own columns) and what the pixels determine (hashes, sizes). Timings, attempts, versions and
+  dates are in the commit records only, so a run that was killed ten times seals the same bytes.
+- **One schema in all shards.** The columns of hv_batch have fixed types; the types of the user's columns are those of
+  the whole manifest (`hv_batch.job.manifest.extra_columns`).
+- **Sealed once (P1).** The table is put if absent, and only if every sample of the shard is terminal. It is written
+  last, so a sealed shard is complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import lineage_table
-from hv_batch.job.dataset.shard_totals import add_up, write_sums
+from hv_batch.job.dataset.shard_totals import add_up, write_totals
 from hv_batch.job.dataset.webdataset import write_tar
 from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_text, column_names, merge_types
 from hv_batch.job.records.commits import LICENCE_ID, read_commit
@@ -32,9 +32,9 @@ from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
 
-SCHEMA = "hv_batch/dataset/1"  # of the columns below; in the table's own metadata, beside the identity of the run
+SCHEMA = "hv_batch/dataset/1"  # of the columns below; stored in the table's metadata, with the identity of the run
 
-# Where each of our columns stands in a commit record, and its type. One more column is a new dataset: add with care.
+# The path of each column in a commit record, and its type. A new column changes the bytes of every table.
 COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
     "id": (("id",), pa.string()),
     "key": (("key",), pa.string()),
@@ -64,67 +64,72 @@ def seal_shard(
     store: Store,
     shard: int,
     keys_in_order: Sequence[str],
-    extra_kinds: Mapping[str, ColumnType] | None = None,
+    extra_types: Mapping[str, ColumnType] | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
     webdataset: bool = False,
 ) -> bool:
-    """Write the shard's `metadata.parquet` from its commit records, and what goes with it; True when this call did.
+    """Write the shard's `metadata.parquet` from its commit records, and its totals, lineage table and tar.
 
-    `keys_in_order` are all keys of the shard in plan order; quarantined ones are left out of the table. `extra_kinds`
-    are the kinds of the user's columns over the whole manifest, from `extra_columns.merge_types`; without them a column's type is
-    that of this shard's values, which is right only for a run of one shard. `identity` is that of the run (`run.json`):
-    weights, precisions, plan and all else behind the pixels, for whoever is given the table without its root.
+    Returns True if this call sealed the shard, False if it was sealed before. `keys_in_order` are all keys of the shard
+    in plan order; quarantined samples have no row. `extra_types` are the types of the user's columns over the whole
+    manifest (`extra_columns.merge_types`); without them, a column has the type of this shard's values, which is correct
+    only if the run has one shard. `identity` is that of the run (`run.json`): weights, precision, plan and everything
+    else that determines the pixels, for users who receive the table without its output root.
 
-    Raises ValueError when a sample is neither committed nor quarantined.
+    Raises ValueError if a sample is neither committed nor quarantined.
     """
     key = layout.metadata_key(shard)
     if store.exists(key):
         return False
     records = store.each(partial(_terminal_record, store, shard), keys_in_order)
     committed = [record for record in records if record is not None]
-    table = metadata_table(committed, extra_kinds or {})
-    # All before the seal: whoever finds a sealed shard finds these.
-    write_sums(store, shard, add_up(committed))
+    table = metadata_table(committed, extra_types or {})
+    # These must be written before the seal, so that a sealed shard always has them.
+    write_totals(store, shard, add_up(committed))
     store.put(layout.lineage_key(shard), parquet_bytes(lineage_table(committed)))
     if webdataset:
         write_tar(store, shard, table.to_pylist())
-    facts = {"hv_batch.schema": SCHEMA, "hv_batch.identity": encode(identity or {}), "hv_batch.licence": LICENCE_ID}
-    return store.put_new(key, parquet_bytes(table.replace_schema_metadata(facts)))
+    metadata = {"hv_batch.schema": SCHEMA, "hv_batch.identity": encode(identity or {}), "hv_batch.licence": LICENCE_ID}
+    return store.put_new(key, parquet_bytes(table.replace_schema_metadata(metadata)))
 
 
 def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table of a sealed shard, all of it or some columns.
+    """The table of a sealed shard, or only `columns` of it.
 
-    Raises FileNotFoundError when the shard is not sealed, ValueError when its table cannot be read.
+    Raises FileNotFoundError if the shard is not sealed, and ValueError if its table cannot be read.
     """
     data = store.get(layout.metadata_key(shard))
     try:
         return read_parquet(data, columns)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{layout.metadata_key(shard)} is not a table of this program: {error}") from error
+        raise ValueError(f"{layout.metadata_key(shard)} is not a Parquet table of hv_batch: {error}") from error
 
 
 def read_rows(store: Store, shard: int) -> list[dict[str, Any]]:
-    """The rows of a sealed shard's table: `file_name` and our columns, by name, in plan order.
+    """The rows of a sealed shard's table in plan order, with `file_name` and the columns of `COLUMNS`.
 
-    Raises as `read_table`, and ValueError when a column is missing.
+    Raises as `read_table`, and ValueError if a column is missing.
     """
     rows: list[dict[str, Any]] = read_table(store, shard, ["file_name", *COLUMNS]).to_pylist()
     if rows and rows[0].keys() != {"file_name", *COLUMNS}:
-        raise ValueError(f"{layout.metadata_key(shard)} lacks {sorted({'file_name', *COLUMNS} - rows[0].keys())}")
+        missing = sorted({"file_name", *COLUMNS} - rows[0].keys())
+        raise ValueError(f"{layout.metadata_key(shard)} lacks the columns {missing}")
     return rows
 
 
 def describe_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The row that a commit record becomes, without the user's own columns."""
+    """The table row for a commit record, without the user's own columns."""
     row = {"file_name": record["file"].rpartition("/")[2]}
     return row | {name: _value_at(record, path) for name, (path, _) in COLUMNS.items()}
 
 
 def _terminal_record(store: Store, shard: int, key: str) -> dict[str, Any] | None:
-    """The commit record, or None of a quarantined sample. A commit wins over a quarantine (P1)."""
-    for _ in range(2):  # a late commit may take the quarantine record away between the two looks
+    """The commit record, or None for a quarantined sample. A commit takes precedence over a quarantine (P1).
+
+    Raises ValueError if the sample has neither record.
+    """
+    for _ in range(2):  # twice: a late commit may remove the quarantine record between the two requests
         try:
             return read_commit(store, shard, key)
         except FileNotFoundError:
@@ -133,17 +138,17 @@ def _terminal_record(store: Store, shard: int, key: str) -> dict[str, Any] | Non
     raise ValueError(f"{layout.shard_name(shard)} cannot be sealed: sample {key!r} is still pending")
 
 
-def metadata_table(records: Sequence[Mapping[str, Any]], extra_kinds: Mapping[str, ColumnType]) -> pa.Table:
-    """One row a commit record, in the order given: `file_name`, our columns, then the user's by name."""
-    kinds = dict(extra_kinds)
+def metadata_table(records: Sequence[Mapping[str, Any]], extra_types: Mapping[str, ColumnType]) -> pa.Table:
+    """One row for each commit record, in the given order: `file_name`, `COLUMNS`, then the user's columns by name."""
+    types = dict(extra_types)
     for record in records:
-        merge_types(kinds, record["extra"])
+        merge_types(types, record["extra"])
     rows = [describe_row(record) for record in records]
     columns = {"file_name": pa.array([row["file_name"] for row in rows], pa.string())}
     for name, (_, dtype) in COLUMNS.items():
         columns[name] = pa.array([row[name] for row in rows], dtype)
-    for name, column in column_names(kinds, taken=columns).items():
-        columns[column] = arrow_column((record["extra"].get(name) for record in records), kinds[name])
+    for name, column in column_names(types, taken=columns).items():
+        columns[column] = arrow_column((record["extra"].get(name) for record in records), types[name])
     return pa.table(columns)
 
 
@@ -155,9 +160,9 @@ def _value_at(record: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """The table as a Parquet file: equal bytes for equal tables (and one version of pyarrow)."""
+    """The table as a Parquet file. Equal tables give equal bytes with the same version of pyarrow."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        if table.num_rows:  # an empty row group makes the Hugging Face loader fail, a file without one does not
+        if table.num_rows:  # the Hugging Face loader fails on an empty row group, but not on a file without row groups
             writer.write_table(table)
     return sink.getvalue()

@@ -1,8 +1,8 @@
-"""What one shard's committed samples add to the run's summary.
+"""The totals of one shard's committed samples, for the summary of the run.
 
-A sealed shard keeps its sums beside it, so that the summary of a run of a million samples reads one small object a
-shard instead of every record once more. They hold whole numbers only (milliseconds, frames): adding them up gives the
-same summary whether they come from the records, from the shards' sums or from both, and in whatever order.
+A sealed shard stores its totals, so the summary of a run of a million samples reads one small object for each shard and
+not every commit record. All totals are integers (milliseconds, frames), so their sum does not depend on the order, nor
+on whether they come from the records or from stored totals.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class ShardTotals:
     bytes: int = 0
     frames: int = 0
     stage_ms: Counter[str] = field(default_factory=Counter)
-    denoise_ms: Counter[str] = field(default_factory=Counter)  # by the ranks of a group, "" where not told
+    denoise_ms: Counter[str] = field(default_factory=Counter)  # by the number of ranks, "" if it is not recorded
     timed: Counter[str] = field(default_factory=Counter)  # samples that report the stage
     embeddings: Counter[str] = field(default_factory=Counter)  # prompts "encoded" and "recalled"
-    retries: Counter[str] = field(default_factory=Counter)  # failed tries, by class
-    frames_by_fps: Counter[str] = field(default_factory=Counter)  # of videos: an image lasts no time
+    retries: Counter[str] = field(default_factory=Counter)  # failed attempts, by class
+    frames_by_fps: Counter[str] = field(default_factory=Counter)  # of videos; an image has no duration
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """One commit record. Its seconds have three digits after the point, so milliseconds lose nothing."""
+        """Add one commit record. Its seconds have three decimals, so milliseconds are exact."""
         frames = record["produced"]["num_frames"]
         self.committed += 1
         self.bytes += record["bytes"]
@@ -45,8 +45,8 @@ class ShardTotals:
         ranks = record["places"].get("denoise", {}).get("ranks", "")
         self.denoise_ms[str(ranks)] += round(record["stages"].get("denoise", 0.0) * 1000)
         self.timed.update(record["stages"].keys())
-        at_encode = record["places"].get("encode", {})
-        self.embeddings.update({name: at_encode.get(name, 0) for name in ("encoded", "recalled")})
+        encode_report = record["places"].get("encode", {})
+        self.embeddings.update({name: encode_report.get(name, 0) for name in ("encoded", "recalled")})
         self.retries.update(failure["kind"] for failure in record["history"])
         if frames > 1:
             self.frames_by_fps[str(record["fps"])] += frames
@@ -59,6 +59,7 @@ class ShardTotals:
             getattr(self, name).update(getattr(other, name))
 
     def footage_seconds(self) -> float:
+        """The total duration of the videos."""
         return sum(frames / int(fps) for fps, frames in sorted(self.frames_by_fps.items()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,18 +68,19 @@ class ShardTotals:
 
 
 def add_up(records: Iterable[Mapping[str, Any]]) -> ShardTotals:
-    sums = ShardTotals()
+    """The totals over commit records."""
+    totals = ShardTotals()
     for record in records:
-        sums.add(record)
-    return sums
+        totals.add(record)
+    return totals
 
 
-def write_sums(store: Store, shard: int, sums: ShardTotals) -> None:
-    store.put(layout.totals_key(shard), encode(sums.to_dict()))
+def write_totals(store: Store, shard: int, totals: ShardTotals) -> None:
+    store.put(layout.totals_key(shard), encode(totals.to_dict()))
 
 
-def read_sums(store: Store, shard: int) -> ShardTotals | None:
-    """What `write_sums` kept; None when there is nothing, or nothing that this version understands."""
+def read_totals(store: Store, shard: int) -> ShardTotals | None:
+    """The stored totals of a shard; None if there are none, or if this version cannot read them."""
     try:
         values = decode(store.get(layout.totals_key(shard)))
         if values.pop("schema") != SCHEMA:

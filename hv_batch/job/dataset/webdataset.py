@@ -1,9 +1,9 @@
-"""A sealed shard as one WebDataset tar: for each sample its media and a JSON of its row, side by side.
+"""Writes a sealed shard as one WebDataset tar: for each sample its media file and its table row as JSON.
 
     <key>.mp4  <key>.json  <key>.mp4  <key>.json  …       in plan order; .png for one frame
 
-The bytes follow from the rows and the media alone (P3): no dates, no owners. Training reads such a file from an object
-store in one stream, where a folder costs a request a video.
+The tar's bytes depend on the rows and the media only (P3): it holds no dates and no owners. A training job reads such a
+file from an object store in one stream, whereas a folder needs one request for each video.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hv_batch.job.storage.store import Store
 def write_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the tar of a shard from the rows of its metadata table and the media that they name.
 
-    One video is held in memory, the tar in a temporary file. A shard without rows has none. Raises FileNotFoundError or
-    ValueError when the media is not what the rows say.
+    One video at a time is held in memory, the tar in a temporary file. A shard without rows has no tar. Raises
+    FileNotFoundError if a media file is missing, and ValueError if its sha256 differs from that in its row.
     """
     if not rows:
         return
@@ -34,17 +34,20 @@ def write_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> No
             for row in rows:
                 media = store.get(layout.media_dir(shard) + row["file_name"])
                 if hashlib.sha256(media).hexdigest() != row["sha256"]:
-                    raise ValueError(f"{row['file_name']} does not hold the bytes that its record tells")
+                    raise ValueError(f"The sha256 of {row['file_name']} differs from that in its commit record")
                 stem = _stem(row["key"])
                 _add(tar, stem + Path(row["file_name"]).suffix, media)
-                _add(tar, f"{stem}.json", _said(row))
+                _add(tar, f"{stem}.json", _row_json(row))
         file.flush()
         store.put_file(layout.tar_key(shard), Path(file.name))
 
 
 def check_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """What of the tar is not what `write_tar` would write for `rows`; None when nothing. It is read through a file."""
-    # A folder, not a file: some drivers remove what they could not fill.
+    """The first difference between the stored tar and what `write_tar` would write for `rows`, or None.
+
+    The tar is downloaded to a temporary file.
+    """
+    # A temporary folder, not a temporary file: some drivers remove the target file if the download fails.
     with tempfile.TemporaryDirectory(prefix="hv_batch-") as folder:
         path = Path(folder) / "shard.tar"
         try:
@@ -54,7 +57,7 @@ def check_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> st
         except FileNotFoundError:
             return "it is missing" if rows else None
         except (tarfile.TarError, EOFError) as error:
-            return f"it is no whole tar: {error}"
+            return f"it is not a complete tar: {error}"
 
 
 def _differing(tar: tarfile.TarFile, rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -63,28 +66,28 @@ def _differing(tar: tarfile.TarFile, rows: Sequence[Mapping[str, Any]]) -> str |
         stem = _stem(row["key"])
         for name, sha256 in (
             (stem + Path(row["file_name"]).suffix, row["sha256"]),
-            (f"{stem}.json", hashlib.sha256(_said(row)).hexdigest()),
+            (f"{stem}.json", hashlib.sha256(_row_json(row)).hexdigest()),
         ):
             member = next(members, None)
             if member is None or member.name != name:
-                return f"{name} is expected where it has {member.name if member else 'its end'}"
+                return f"it holds {member.name if member else 'no further member'} in place of {name}"
             content = tar.extractfile(member)  # one video in memory
             if content is None or hashlib.sha256(content.read()).hexdigest() != sha256:
-                return f"its {name} has other bytes than recorded"
+                return f"the sha256 of its member {name} differs from the recorded one"
     extra = next(members, None)
-    return f"its {extra.name} is of no sample of the table" if extra else None
+    return f"its member {extra.name} belongs to no sample of the table" if extra else None
 
 
 def _stem(key: str) -> str:
-    """A reader takes everything after a name's first dot for its extension; no key holds a tilde."""
+    """The key with "~" for ".": readers take everything after the first dot for the extension. No key contains "~"."""
     return key.replace(".", "~")
 
 
-def _said(row: Mapping[str, Any]) -> bytes:
+def _row_json(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # mode 644, time 0, nobody's
+    member = tarfile.TarInfo(name)  # mode 644, time 0, no owner
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

@@ -1,8 +1,8 @@
-"""Two runs compared sample by sample, from storage alone.
+"""Compares two runs sample by sample, from storage alone.
 
-Samples are matched by key. Sealed shards are read from their tables, one object each; open ones from their records.
-Both runs are walked shard by shard together, so that two runs with the same layout are compared in the memory of one
-shard each (P7); where the layouts differ, rows wait until their counterparts come.
+Samples are matched by key. The samples of sealed shards are read from their tables (one object each), those of open
+shards from their records. Both runs are read shard by shard at the same time. If they have the same layout, one shard
+of each is held in memory (P7); otherwise rows are held until the matching rows of the other run are read.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hv_batch.job.records.run_document import find_differences, plan_size, read_
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
-MAX_LINES = 20  # of samples a category in the text
+MAX_LINES = 20  # samples listed in the text for each category
 
-# The columns that say what was asked for; the others say where it stands and what came out.
-ASKED = (
+# The columns with the sample's parameters. The other columns hold its position in the manifest and its results.
+PARAMETER_COLUMNS = (
     "prompt",
     "negative_prompt",
     "height",
@@ -37,29 +37,29 @@ ASKED = (
     "flow_shift",
 )
 
-Facts = Mapping[str, Any] | None  # a row of the metadata, or None of a quarantined sample
+Row = Mapping[str, Any] | None  # a row of the metadata table, or None for a quarantined sample
 
 
 @dataclass(slots=True)
 class Comparison:
-    """What two runs share. Lists hold keys, in the order found; equal samples are only counted."""
+    """The result of a comparison. Lists hold sample keys in the order of the comparison; equal samples are counted."""
 
     a: str
     b: str
-    identity: list[str] = field(default_factory=list)  # differences of the runs themselves, as lines
+    identity: list[str] = field(default_factory=list)  # differences between the two identities, as lines
     equal_bytes: int = 0
     quarantined_in_both: int = 0
-    other_bytes: list[str] = field(default_factory=list)  # of equal frames: another encoder, or other settings of it
-    other_frames: list[str] = field(default_factory=list)  # of equal parameters
-    other_parameters: dict[str, list[str]] = field(default_factory=dict)  # by key, the columns that differ
-    only_in_a: list[str] = field(default_factory=list)  # no record in the other one
+    other_bytes: list[str] = field(default_factory=list)  # equal frames: another encoder, or other encoder settings
+    other_frames: list[str] = field(default_factory=list)  # equal parameters
+    other_parameters: dict[str, list[str]] = field(default_factory=dict)  # key -> the columns that differ
+    only_in_a: list[str] = field(default_factory=list)  # no record in the other run
     only_in_b: list[str] = field(default_factory=list)
-    quarantined_in_a: list[str] = field(default_factory=list)  # and committed in the other one
+    quarantined_in_a: list[str] = field(default_factory=list)  # committed in the other run
     quarantined_in_b: list[str] = field(default_factory=list)
 
     @property
     def is_equal(self) -> bool:
-        """Whether every sample of either has the same bytes in the other, whatever the runs say of themselves."""
+        """Whether every sample has the same bytes in both runs. The identities of the runs may differ."""
         return not any(samples for _, samples in self._categories())
 
     def _categories(self) -> list[tuple[str, list[str]]]:
@@ -69,13 +69,13 @@ class Comparison:
             ("only in B", self.only_in_b),
             ("quarantined in A only", self.quarantined_in_a),
             ("quarantined in B only", self.quarantined_in_b),
-            ("other parameters", parameters),
-            ("equal parameters, other frames", self.other_frames),
-            ("equal frames, other bytes", self.other_bytes),
+            ("with different parameters", parameters),
+            ("with equal parameters and different frames", self.other_frames),
+            ("with equal frames and different bytes", self.other_bytes),
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The result as JSON values."""
         return {name: getattr(self, name) for name in self.__slots__} | {"equal": self.is_equal}
 
     def render(self) -> str:
@@ -90,31 +90,31 @@ class Comparison:
 
 
 def compare(a: Store, b: Store) -> Comparison:
-    """Raises UserError when one of them holds no run."""
+    """Compare the runs in two output roots. Raises UserError if one of them has no run."""
     run_a, run_b = read_run(a), read_run(b)
     result = Comparison(a.url, b.url, find_differences(run_a, run_b))
-    waiting_a: dict[str, Facts] = {}
-    waiting_b: dict[str, Facts] = {}
-    nothing: dict[str, Facts] = {}
-    for of_a, of_b in zip_longest(_shards(a, run_a), _shards(b, run_b), fillvalue=nothing):
-        waiting_a |= of_a
-        waiting_b |= of_b
-        for key in dict.fromkeys((*of_a, *of_b)):
-            if key in waiting_a and key in waiting_b:
-                _judge(result, key, waiting_a.pop(key), waiting_b.pop(key))
-    result.only_in_a += waiting_a
-    result.only_in_b += waiting_b
+    unmatched_a: dict[str, Row] = {}
+    unmatched_b: dict[str, Row] = {}
+    no_rows: dict[str, Row] = {}
+    for rows_a, rows_b in zip_longest(_shards(a, run_a), _shards(b, run_b), fillvalue=no_rows):
+        unmatched_a |= rows_a
+        unmatched_b |= rows_b
+        for key in dict.fromkeys((*rows_a, *rows_b)):
+            if key in unmatched_a and key in unmatched_b:
+                _compare_sample(result, key, unmatched_a.pop(key), unmatched_b.pop(key))
+    result.only_in_a += unmatched_a
+    result.only_in_b += unmatched_b
     return result
 
 
-def _judge(result: Comparison, key: str, in_a: Facts, in_b: Facts) -> None:
+def _compare_sample(result: Comparison, key: str, in_a: Row, in_b: Row) -> None:
     if in_a is None and in_b is None:
         result.quarantined_in_both += 1
     elif in_a is None:
         result.quarantined_in_a.append(key)
     elif in_b is None:
         result.quarantined_in_b.append(key)
-    elif changed := [column for column in ASKED if in_a[column] != in_b[column]]:
+    elif changed := [column for column in PARAMETER_COLUMNS if in_a[column] != in_b[column]]:
         result.other_parameters[key] = changed
     elif in_a["sha256"] == in_b["sha256"]:
         result.equal_bytes += 1
@@ -124,20 +124,20 @@ def _judge(result: Comparison, key: str, in_a: Facts, in_b: Facts) -> None:
         result.other_frames.append(key)
 
 
-def _shards(store: Store, run: Mapping[str, Any]) -> Iterator[dict[str, Facts]]:
-    """Every terminal sample of a run, a shard at a time."""
+def _shards(store: Store, run: Mapping[str, Any]) -> Iterator[dict[str, Row]]:
+    """Yields the terminal samples of each shard of a run: key -> row, in plan order."""
     for shard in range(plan_size(run)[1]):
         state = scan_shard(store, shard)
-        facts: dict[str, Facts] = dict.fromkeys(sorted(state.quarantined))
+        quarantined: dict[str, Row] = dict.fromkeys(sorted(state.quarantined))
         rows = _table(store, shard, state.committed) if state.sealed else None
         if rows is None:
             records = map_in_threads(partial(read_commit, store, shard), sorted(state.committed), store.readers)
             rows = [describe_row(record) for record in records]
-        yield facts | {row["key"]: row for row in sorted(rows, key=lambda row: (row["row"], row["video_index"]))}
+        yield quarantined | {row["key"]: row for row in sorted(rows, key=lambda row: (row["row"], row["video_index"]))}
 
 
 def _table(store: Store, shard: int, committed: frozenset[str]) -> list[dict[str, Any]] | None:
-    """The sealed table's rows; None when it is not that of the records, which `verify` would tell."""
+    """The rows of the sealed table; None if they are not those of the records, which `verify` reports."""
     try:
         rows = read_rows(store, shard)
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What a verification has found: one `Finding` a thing that is wrong, and all of them as a report."""
+"""The result of a verification: one `Finding` for each problem, and a report of all of them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from enum import StrEnum
 from typing import Any
 
 from hv_batch.job import layout
+from hv_batch.job.formatting import plural
 
-MAX_LINES = 100  # of findings in the text
+MAX_LINES = 100  # findings listed in the text
 
 
 class Fault(StrEnum):
-    """What is wrong with one sample, with what a shard was sealed with, or with the run as a whole."""
+    """The kind of a problem: of one sample, of the files of a sealed shard, or of the whole run."""
 
-    RECORD = "record"  # cannot be read, or is of another sample or run
-    TWO_RECORDS = "two records"  # a quarantine record beside the commit record
+    RECORD = "record"  # cannot be read, or belongs to another sample or run
+    TWO_RECORDS = "two records"  # a commit record and a quarantine record
     MISSING = "media missing"
     SIZE = "media size"
     HASH = "media sha256"
     UNDECODABLE = "media does not decode"
-    GEOMETRY = "media frames"  # another number of frames, or another size, than the sample's
-    POSTER = "poster"  # not there, or not the bytes that its name tells
-    TABLE = "metadata"  # cannot be read, or says other than the records
-    LINEAGE = "lineage"  # the same
-    SUMS = "sums"  # the same; what the summary is added up from
-    TAR = "tar"  # other members than the samples of the table
-    PLAN = "plan"  # a part of the checked manifest that is not what was written
-    SUCCESS = "_SUCCESS"  # a run that counts as finished and is not
+    GEOMETRY = "media frames"  # the number of frames or their size differs from the sample's parameters
+    POSTER = "poster"  # missing, or its bytes do not have the hash in its name
+    TABLE = "metadata"  # cannot be read, or differs from the records
+    LINEAGE = "lineage"  # as TABLE
+    SUMS = "sums"  # as TABLE: the shard's totals for the summary
+    TAR = "tar"  # its members differ from the samples of the table
+    PLAN = "plan"  # a part of the checked manifest is missing or damaged
+    SUCCESS = "_SUCCESS"  # the run is marked as finished although it is not
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `removes` are the keys that `remove_faults` removes after the seals, in this order."""
+    """One problem. `removes` are the keys that `remove_faults` removes after the seals, in this order."""
 
-    shard: int | None  # None for the run as a whole
+    shard: int | None  # None for the whole run
     key: str | None  # of the sample; None for the shard's tables and tar
     fault: Fault
     details: str
@@ -49,23 +50,23 @@ class Finding:
 
 @dataclass(slots=True)
 class Verification:
-    """What was looked at, and what was found wrong."""
+    """What was checked, and the problems that were found."""
 
     url: str
     checked: int = 0  # committed samples
     decoded: int = 0
     bytes: int = 0
-    tables: int = 0  # sealed shards, each with all that it was sealed with
+    tables: int = 0  # sealed shards
     pending: int = 0
     quarantined: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The result as JSON values."""
         numbers = {name: value for name, value in asdict(self).items() if name != "findings"}
         faults = Counter(finding.fault.value for finding in self.findings)
-        found = [asdict(finding) | {"fault": finding.fault.value} for finding in self.findings]
-        return numbers | {"faults": dict(faults), "findings": found}
+        findings = [asdict(finding) | {"fault": finding.fault.value} for finding in self.findings]
+        return numbers | {"faults": dict(faults), "findings": findings}
 
     def render(self) -> str:
         lines = [
@@ -76,5 +77,5 @@ class Verification:
         lines += [finding.render() for finding in self.findings[:MAX_LINES]]
         if (cut := len(self.findings) - MAX_LINES) > 0:
             lines.append(f"and {cut:,} more; --json lists all")
-        lines.append(f"{len(self.findings):,} things are wrong" if self.findings else "nothing is wrong")
+        lines.append(f"{plural(len(self.findings), 'problem')} found" if self.findings else "no problems found")
         return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""The report page as HTML: pure functions from records to markup, in the order in which they stand on the page.
+"""Renders the report page as HTML: pure functions from records to markup, in the order of the page.
 
-The page needs nothing but itself and the media beside it (`../data/...`): inline style, no external assets, so it can
-be opened from a disk, a bucket browser or a notebook. Prompts, ids and error texts come from outside and are data:
-every value passes through `text`.
+The page has inline styles and no external assets except the media in the output root (`../data/...`), so it can be
+opened from a disk, a bucket browser or a notebook. Prompts, ids and error texts are untrusted: every value must pass
+through `text`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hv_batch.job.manifest.extra_columns import clean_text
 
 MEDIA_ROOT = "../"  # from report/ to the root that the records' `file` is relative to
 
-# Records are JSON in alphabetical order; readers expect the order of the data path. Other stages follow.
+# The order of the data path; other stages follow. The stages in a record are in alphabetical order.
 STAGE_ORDER = ("encode", "denoise", "decode")
 
 Record = Mapping[str, Any]
 
 
 def text(value: Any) -> str:
-    """Any value as HTML text that is safe inside an element and inside a quoted attribute."""
+    """The value as escaped HTML text, safe inside an element and inside a quoted attribute."""
     return html.escape(clean_text(str(value)))
 
 
@@ -113,7 +113,7 @@ def _run_facts(run: Record) -> dict[str, Any]:
 
 
 def _degrees(parallel: Record) -> str:
-    branches = f"CFG {parallel['cfg_degree']} × " if parallel.get("cfg_degree", 1) > 1 else ""  # a later key
+    branches = f"CFG {parallel['cfg_degree']} × " if parallel.get("cfg_degree", 1) > 1 else ""  # absent in older runs
     return f"{branches}Ulysses {parallel['ulysses_degree']} × ring {parallel['ring_degree']}"
 
 
@@ -195,6 +195,6 @@ def _more(record: Record) -> dict[str, Any]:
 
 
 def in_path_order(stages: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The stages of a record or a summary, those of the data path first."""
+    """The items of `stages` (of a record or a summary) in the order of the data path, then any others by name."""
     known = [name for name in STAGE_ORDER if name in stages]
     return [(name, stages[name]) for name in known + sorted(stages.keys() - set(STAGE_ORDER))]

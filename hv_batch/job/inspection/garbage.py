@@ -1,11 +1,11 @@
-"""What an output root holds and nobody needs: found from listings, removed on demand.
+"""Finds files in an output root that are no longer needed, from listings, and removes them on request.
 
-Killed workers leave media and posters that no record names (uploaded, never committed, or by the slower of two),
-latents and step checkpoints of samples that are done, tars and tables of a seal that did not come to its end, drafts
-and unfinished uploads. None of it harms a run; it costs space.
+Killed workers leave media and posters that no record names (uploaded but not committed, or by the slower of two
+workers), latents and step checkpoints of terminal samples, tars and tables of an interrupted seal, drafts and
+unfinished uploads. These files do not affect a run, but they take space.
 
-Nothing is garbage that a living writer may be about to name: everything younger than the caller's `min_age_s` is left
-alone, and who removes holds the lease of the root.
+A running writer may be about to name a new file in a record. Callers must therefore pass an age limit (`older_than`),
+and must hold the lease of the root while they remove files.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from hv_batch.job.thread_map import map_in_threads
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
 
-# A media file and what goes with it: the sample's key, eight digits of the file's hash, a suffix. Nothing else in the
-# folder is ours to judge.
+# The name of a media file or poster: the sample's key, eight digits of the file's hash, a suffix. Other files in the
+# folder are ignored.
 _MEDIA = re.compile(r"(?P<key>.+)-(?P<hash>[0-9a-f]{8})\.[A-Za-z0-9]+")
 
 
 class Kind(StrEnum):
     MEDIA = "media"  # no commit record names it
-    POSTER = "poster"  # the same of a first frame
-    SEAL = "seal"  # what was written for the seal of a shard that is open, and will be again
+    POSTER = "poster"  # no commit record names it
+    SEAL = "seal"  # a table or tar of a shard that is not sealed; the next seal writes it again
     PLAN = "plan"  # a part of the checked manifest that the index does not name
-    LATENTS = "latents"  # of a sample that is committed or quarantined
-    STEPS = "steps"  # the same of a step checkpoint
-    DRAFT = "draft"  # hidden, of a writer that was killed
-    UPLOAD = "upload"  # parts of an object that was never finished
+    LATENTS = "latents"  # of a committed or quarantined sample
+    STEPS = "steps"  # the step checkpoint of a committed or quarantined sample
+    DRAFT = "draft"  # a hidden file of a killed writer
+    UPLOAD = "upload"  # the parts of an unfinished multipart upload
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """One thing that nobody needs. `modified` in seconds since 1970."""
+    """One file or upload that is not needed. `modified` is the time of its last write in seconds since 1970."""
 
     kind: Kind
     name: str
@@ -56,7 +56,7 @@ class Garbage:
 
 
 def find_garbage(store: Store, *, older_than: float) -> Iterator[Garbage]:
-    """Everything last written before `older_than` (seconds since 1970). Raises UserError when the root holds no run."""
+    """Yields all garbage last written before `older_than` (seconds since 1970). Raises UserError if there is no run."""
     run = read_run(store)
     _, shards = plan_size(run)
     has_posters = bool(run["config"].get("media", {}).get("poster"))
@@ -65,8 +65,8 @@ def find_garbage(store: Store, *, older_than: float) -> Iterator[Garbage]:
     def scan(shard: int) -> list[tuple[Kind, str]]:
         return list(_of_shard(store, shard, has_posters, keeps_latents))
 
-    for found in map_in_threads(scan, range(shards), SCANNERS):
-        yield from _old(store, found, older_than)
+    for candidates in map_in_threads(scan, range(shards), SCANNERS):
+        yield from _old(store, candidates, older_than)
     yield from _old(store, [(Kind.PLAN, name) for name in _unnamed_parts(store)], older_than)
     for leftover in store.leftovers():
         if leftover.modified < older_than:
@@ -81,18 +81,19 @@ def remove(store: Store, garbage: Garbage) -> None:
         store.delete(garbage.name)
 
 
-def _old(store: Store, found: Iterable[tuple[Kind, str]], older_than: float) -> Iterator[Garbage]:
-    for kind, name in found:
+def _old(store: Store, candidates: Iterable[tuple[Kind, str]], older_than: float) -> Iterator[Garbage]:
+    for kind, name in candidates:
         try:
             modified = store.modified(name)
-        except FileNotFoundError:  # somebody removed it since the listing
+        except FileNotFoundError:  # removed after the listing
             continue
         if modified < older_than:
             yield Garbage(kind, name, modified)
 
 
 def _of_shard(store: Store, shard: int, has_posters: bool, keeps_latents: bool) -> Iterator[tuple[Kind, str]]:
-    # Media first: what is uploaded after this listing is not in it, what is committed after it has its record below.
+    # Media must be listed before records. A file that is uploaded later is then not in the list, and a file that is
+    # committed later has its record in the listing of records.
     media = list(store.list(layout.media_dir(shard)))
     posters = list(store.list(layout.poster_dir(shard))) if has_posters else []
     latents = list(store.list(layout.latent_dir(shard)))
@@ -108,14 +109,14 @@ def _of_shard(store: Store, shard: int, has_posters: bool, keeps_latents: bool) 
                 yield kind, name
     if layout.metadata_key(shard) not in media:
         for name in (layout.tar_key(shard), layout.lineage_key(shard), layout.totals_key(shard)):
-            if store.exists(name) and not store.exists(layout.metadata_key(shard)):  # it may have been sealed meanwhile
+            if store.exists(name) and not store.exists(layout.metadata_key(shard)):  # sealed meanwhile?
                 yield Kind.SEAL, name
 
 
 def _orphans(store: Store, shard: int, names: Sequence[str], committed: frozenset[str], named_by: str) -> Iterator[str]:
-    """Files of one folder that no record names in its `named_by`.
+    """Yields the files of one folder that no commit record names in its field `named_by`.
 
-    A record is read only where more than one version of a sample's file lies there.
+    A record is read only if the folder holds more than one version of a sample's file.
     """
     versions: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in names:
@@ -125,31 +126,32 @@ def _orphans(store: Store, shard: int, names: Sequence[str], committed: frozense
         kept = None
         if key in committed:
             if len(by_hash) == 1:
-                continue  # the one there is; whether it is the right one is for `verify` to say
+                continue  # the only version; `verify` checks whether it is the recorded one
             try:
                 kept = _version(read_commit(store, shard, key)[named_by])
             except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # `verify` tells what is wrong with it
+                continue  # `verify` reports the damaged record
         for version, files in by_hash.items():
             if version != kept:
                 yield from files
 
 
 def _version(name: str) -> str:
-    """The hash in the name of a media file or poster. Raises TypeError for a name that has none."""
+    """The hash in the name of a media file or poster. Raises TypeError if there is none."""
     match = _MEDIA.fullmatch(name.rpartition("/")[2])
     if match is None:
-        raise TypeError(f"{name} holds no hash")
+        raise TypeError(f"{name} contains no hash")
     return match["hash"]
 
 
 def _unnamed_parts(store: Store) -> list[str]:
-    """Parts of the checked manifest from a start that was cut short, or by another version of this program."""
-    parts = [name for name in store.list(layout.PLAN) if name != layout.INDEX]  # before the document: it comes last
+    """Parts of the checked manifest from an interrupted start, or from another version of this program."""
+    # The parts must be listed before the index document is read, because the document is written last.
+    parts = [name for name in store.list(layout.PLAN) if name != layout.INDEX]
     try:
         named = {part.name for part in read_index(store).parts}
     except FileNotFoundError:
         named = set()
-    except ValueError:  # `verify` tells what is wrong with it
+    except ValueError:  # `verify` reports the damaged index
         return []
     return [name for name in parts if name not in named]

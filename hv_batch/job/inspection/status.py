@@ -1,8 +1,7 @@
-"""The state of an output root, read from storage alone: no Ray, no driver, while a run goes on or years after it.
+"""The state of an output root, read from storage alone: without Ray or a driver, during a run or years later.
 
-What it says is what a resume would find: a sample is committed or quarantined because its record exists, and pending
-otherwise. Only counts are kept, one line a shard, whatever the samples hold; of quarantine records, which are few, the
-reasons in groups.
+The status is what a resume would find: a sample is committed or quarantined if its record exists, and pending
+otherwise. For each shard only counts are kept. The reasons of quarantine records are grouped.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
-MAX_LINES = 100  # of shards in the text table; beyond it only those that need attention are listed
+MAX_LINES = 100  # shards in the text table; if there are more, only those that need attention are listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,7 @@ class ShardStatus:
 
     @property
     def state(self) -> str:
-        """`sealed`, `complete` (only the sealing is missing), `partial` or `untouched`."""
+        """`sealed`, `sealed, records missing`, `complete` (terminal but not sealed), `partial` or `untouched`."""
         if self.sealed:
             return "sealed" if self.pending == 0 else "sealed, records missing"
         if self.pending == 0:
@@ -52,10 +51,10 @@ class ShardStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """An output root at one moment, or some shards of it.
+    """An output root, or some of its shards, at one moment.
 
-    `finished` is that of `_SUCCESS`: nothing pending and everything sealed. `holder` is whoever wrote there last and
-    has not said goodbye.
+    `finished` means that `_SUCCESS` exists: no sample is pending and every shard is sealed. `holder` is the process in
+    the lease, which has not released it.
     """
 
     url: str
@@ -85,7 +84,7 @@ class Status:
         return sum(shard.sealed for shard in self.shards)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: totals, then every shard."""
+        """The status as JSON values: totals, then every shard."""
         return {
             "url": self.url,
             "finished": self.finished,
@@ -100,7 +99,7 @@ class Status:
         }
 
     def render(self) -> str:
-        """A table for people: totals, then the shards (of many, only those that are not sealed and clean)."""
+        """The status as text: totals, then a table of shards. Of many shards, only those that need attention."""
         listed = self.shards
         if len(listed) > MAX_LINES:
             listed = tuple(shard for shard in self.shards if shard.needs_attention)
@@ -108,7 +107,7 @@ class Status:
             f"{self.url}: {'finished' if self.finished else 'not finished'}",
             f"{self.committed:,} of {self.samples:,} samples committed, {self.quarantined:,} quarantined, "
             f"{self.pending:,} pending; {self.sealed:,} of {len(self.shards):,} shards sealed",
-            *([_tell_holder(self.holder)] if self.holder else []),
+            *([_describe_holder(self.holder)] if self.holder else []),
             "",
             f"{'shard':<14}{'samples':>9}{'committed':>11}{'quarantined':>13}{'pending':>9}  state",
         ]
@@ -119,26 +118,31 @@ class Status:
         ]
         clean, cut = len(self.shards) - len(listed), len(listed) - len(listed[:MAX_LINES])
         if clean:
-            lines.append(f"and {clean:,} shards that are sealed and without quarantined samples")
+            lines.append(f"and {clean:,} shards that are sealed and have no quarantined samples")
         if cut:
             lines.append(f"and {cut:,} more shards that are not; --json lists all")
         if self.reasons:
-            lines += ["", "quarantined, by class and message (# is any number):"]
+            lines += ["", "quarantined samples by class and message (# is any number):"]
             lines += [reason.render() for reason in self.reasons[:MAX_LINES]]
         return "\n".join(lines)
 
 
 def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
-    """Status of an output root, or of `shards` alone. Raises UserError when it holds no run, or no such shard."""
+    """The status of an output root, or of `shards` only. Raises UserError if it has no run or no such shard."""
     run = read_run(store)
-    finished = store.exists(layout.SUCCESS)  # before the scan: what a finished run holds no longer changes
-    found = tuple(_scan_shards(store, run, chosen_shards(run, shards)))
-    given_up = read_quarantined(store, [shard.shard for shard in found if shard.quarantined])
-    reasons = tuple(group_reasons(given_up))
-    return Status(url=public_url(store.url), finished=finished, shards=found, reasons=reasons, holder=read_lease(store))
+    finished = store.exists(layout.SUCCESS)  # before the scan, because a finished run no longer changes
+    scanned = tuple(_scan_shards(store, run, chosen_shards(run, shards)))
+    quarantined = read_quarantined(store, [shard.shard for shard in scanned if shard.quarantined])
+    return Status(
+        url=public_url(store.url),
+        finished=finished,
+        shards=scanned,
+        reasons=tuple(group_reasons(quarantined)),
+        holder=read_lease(store),
+    )
 
 
-def _tell_holder(holder: LeaseHolder) -> str:
+def _describe_holder(holder: LeaseHolder) -> str:
     if is_gone(holder):
         return f"not released by {holder.describe()}, which has ended; the next run takes over"
     return f"held by {holder.describe()}"
@@ -149,13 +153,13 @@ def _scan_shards(store: Store, run: Mapping[str, Any], shards: Sequence[int]) ->
     shard_size = run["config"]["output"]["shard_size"]
 
     def scan(shard: int) -> ShardStatus:
-        found = scan_shard(store, shard)
+        state = scan_shard(store, shard)
         return ShardStatus(
             shard=shard,
             samples=min(shard_size, samples - shard * shard_size),
-            committed=len(found.committed),
-            quarantined=len(found.quarantined),
-            sealed=found.sealed,
+            committed=len(state.committed),
+            quarantined=len(state.quarantined),
+            sealed=state.sealed,
         )
 
     return map_in_threads(scan, shards, SCANNERS)

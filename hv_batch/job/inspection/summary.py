@@ -1,8 +1,8 @@
-"""What a run came to: the numbers of `summary.json`, and `report/index.html` to look at it.
+"""The results of a run: the document of `summary.json`, and the page `report/index.html`.
 
-Both are read from the output root, shard by shard, so they can be made of a run that is under way, finished or resumed
-on another machine, and no counter has to survive a crash. A sealed shard has left its sums; records are read only of
-shards that are open, or that have changed since.
+Both are computed from the output root, shard by shard. They are available for a run in progress, a finished run, and a
+run that was resumed on another machine, and no counter has to survive a crash. A sealed shard has stored its totals;
+records are read only for shards that are open or have changed since they were sealed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_sums
+from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_totals
 from hv_batch.job.inspection import gallery
 from hv_batch.job.inspection.status import ShardStatus, read_status
 from hv_batch.job.records.commits import read_commit, scan_shard
@@ -27,22 +27,22 @@ from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 SCHEMA = "hv_batch/summary/1"
-MAX_CARDS = 500  # a browser copes with that many clips on one page; the dataset itself is for the rest
-MAX_FAILED = 200  # a traceback is up to 8 kB, and the hundredth says little new
+MAX_CARDS = 500  # videos on the page; more would slow down a browser
+MAX_FAILED = 200  # quarantined samples on the page; each has a traceback of up to 8 kB
 
 
 def aggregate(store: Store) -> dict[str, Any]:
-    """The document of `summary.json`, of everything in the root. Raises UserError when the root holds no run.
+    """The document of `summary.json` for the whole root. Raises UserError if the root has no run.
 
-    `stages` are seconds, as sum and as mean over the committed samples that report the stage. `denoise_gpu_seconds` are
-    the denoise seconds times the ranks of each one's group, null on a CPU. `embeddings` counts the prompts that were
-    encoded for the committed samples, and those that an encoder still held in memory. `failures` counts quarantined
-    samples by class, `retries` the failed tries of samples that were committed all the same.
+    `stages` holds seconds: the sum, and the mean over the committed samples that report the stage.
+    `denoise_gpu_seconds` is the sum of denoise seconds times the ranks of the group, null on a CPU. `embeddings` counts
+    the prompts that were encoded for the committed samples, and those found in an encoder's memory. `failures` counts
+    quarantined samples by class, `retries` the failed attempts of committed samples.
     """
     run, status = read_run(store), read_status(store)
-    sums = ShardTotals()
-    for of_shard in _sums(store, status.shards):
-        sums.merge(of_shard)
+    totals = ShardTotals()
+    for shard_totals in _totals(store, status.shards):
+        totals.merge(shard_totals)
     failures: Counter[str] = Counter()
     for reason in status.reasons:
         failures[reason.kind] += reason.samples
@@ -56,51 +56,54 @@ def aggregate(store: Store) -> dict[str, Any]:
         "shards": len(status.shards),
         "shards_sealed": status.sealed,
         "stages": {
-            stage: {"seconds": total / 1000, "mean_seconds": round(total / sums.timed[stage] / 1000, 3)}
-            for stage, total in sums.stage_ms.items()
+            stage: {"seconds": total_ms / 1000, "mean_seconds": round(total_ms / totals.timed[stage] / 1000, 3)}
+            for stage, total_ms in totals.stage_ms.items()
         },
-        "denoise_gpu_seconds": _gpu_seconds(run, sums.denoise_ms),
-        "embeddings": {"encoded": sums.embeddings["encoded"], "recalled": sums.embeddings["recalled"]},
-        "media": {"bytes": sums.bytes, "frames": sums.frames, "seconds": round(sums.footage_seconds(), 3)},
+        "denoise_gpu_seconds": _gpu_seconds(run, totals.denoise_ms),
+        "embeddings": {"encoded": totals.embeddings["encoded"], "recalled": totals.embeddings["recalled"]},
+        "media": {"bytes": totals.bytes, "frames": totals.frames, "seconds": round(totals.footage_seconds(), 3)},
         "failures": dict(failures),
-        "retries": dict(sums.retries),
+        "retries": dict(totals.retries),
     }
 
 
 def _gpu_seconds(run: Mapping[str, Any], denoise_ms: Mapping[str, int]) -> float | None:
-    """`denoise_ms` by the ranks of a group; a record that does not tell them is of a run that had one plan for all."""
+    """GPU seconds from `denoise_ms`, which is keyed by the ranks of a group; None on a CPU.
+
+    The key is empty for records without the number of ranks. Such a run has one plan for all samples.
+    """
     parallel = run["identity"]["parallel"]
     if parallel["device"] != "cuda":
         return None
-    of_the_run = math.prod(parallel.get(degree, 1) for degree in ("ulysses_degree", "ring_degree", "cfg_degree"))
-    return sum(milliseconds * int(ranks or of_the_run) for ranks, milliseconds in denoise_ms.items()) / 1000
+    default_ranks = math.prod(parallel.get(degree, 1) for degree in ("ulysses_degree", "ring_degree", "cfg_degree"))
+    return sum(milliseconds * int(ranks or default_ranks) for ranks, milliseconds in denoise_ms.items()) / 1000
 
 
 def write_report(store: Store, summary: Mapping[str, Any]) -> None:
-    """Write `report/index.html`: totals from `summary` (of `aggregate`), the first videos and the first failures."""
+    """Write `report/index.html`: totals from `summary` (from `aggregate`), the first videos and the first failures."""
     shards = summary["shards"]
     videos = list(islice(_committed(store, range(shards)), MAX_CARDS))
-    # As many as there are and no more: looking for the next would list every shard of a run that has none.
+    # The limit is the number of quarantined samples: the search for one more would list every shard.
     failed = list(islice(read_quarantined(store, range(shards)), min(MAX_FAILED, summary["quarantined"])))
     name = public_url(store.url).rpartition("/")[2] or public_url(store.url)
     store.put(layout.REPORT, gallery.page(name, read_run(store), summary, videos, failed).encode("utf-8"))
 
 
-def _sums(store: Store, shards: Sequence[ShardStatus]) -> Iterator[ShardTotals]:
-    """Those of every shard: what sealing it wrote down, where it still holds, else from its records."""
-    kept_sums = map_in_threads(partial(_kept_sums, store), shards, store.readers)
-    for shard, kept in zip(shards, kept_sums, strict=True):
-        yield kept or add_up(_committed(store, [shard.shard]))
+def _totals(store: Store, shards: Sequence[ShardStatus]) -> Iterator[ShardTotals]:
+    """Yields the totals of each shard: the stored totals if they are valid, else the totals over its records."""
+    stored_totals = map_in_threads(partial(_stored_totals, store), shards, store.readers)
+    for shard, stored in zip(shards, stored_totals, strict=True):
+        yield stored or add_up(_committed(store, [shard.shard]))
 
 
-def _kept_sums(store: Store, shard: ShardStatus) -> ShardTotals | None:
-    """None for an open shard, and for one whose records have become more or fewer since it was sealed."""
-    sums = read_sums(store, shard.shard) if shard.sealed else None
-    return sums if sums is not None and sums.committed == shard.committed else None
+def _stored_totals(store: Store, shard: ShardStatus) -> ShardTotals | None:
+    """The stored totals; None for an open shard, and if the number of records has changed since it was sealed."""
+    totals = read_totals(store, shard.shard) if shard.sealed else None
+    return totals if totals is not None and totals.committed == shard.committed else None
 
 
 def _committed(store: Store, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Every commit record of `shards` in plan order, one shard of them in memory."""
+    """Yields every commit record of `shards` in plan order. The records of one shard are held in memory."""
     for shard in shards:
         keys = scan_shard(store, shard).committed
         records = map_in_threads(partial(read_commit, store, shard), keys, store.readers)

@@ -1,7 +1,7 @@
-"""What a shard was sealed with, held against its commit records: its table, lineage, sums and tar.
+"""Compares the files of a sealed shard with its commit records: the table, the lineage, the totals and the tar.
 
-All of it follows from the records, and one seal makes all of it anew, so the first thing that is wrong speaks for the
-rest: a record that changed would otherwise be told four times.
+All of them are derived from the records, and one new seal writes all of them again. Only the first problem of a shard
+is therefore reported; a changed record would otherwise be reported four times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.seal import COLUMNS, metadata_table, read_table
-from hv_batch.job.dataset.shard_totals import add_up, read_sums
+from hv_batch.job.dataset.shard_totals import add_up, read_totals
 from hv_batch.job.dataset.webdataset import check_tar
 from hv_batch.job.inspection.findings import Fault, Finding
 from hv_batch.job.manifest.extra_columns import ColumnType
@@ -28,52 +28,55 @@ Record = Mapping[str, Any]
 
 
 def check_sealed(store: Store, shard: int, records: Sequence[Record], run: Mapping[str, Any]) -> list[Finding]:
-    """`records` are those of the shard that can be read; the others have been told already. `run` is its run.json."""
+    """The first problem of a sealed shard, or an empty list.
+
+    `records` are the readable commit records of the shard; the caller reports the others. `run` is the run.json.
+    """
     in_order = sorted(records, key=itemgetter("row", "video_index"))
     has_tar = bool(run["config"]["output"].get("webdataset"))
     problem = (
         _table_problem(store, shard, in_order)
         or _lineage_problem(store, shard, in_order)
-        or _sums_problem(store, shard, in_order)
+        or _totals_problem(store, shard, in_order)
         or (_tar_problem(store, shard) if has_tar else None)
     )
     return [Finding(shard, None, *problem)] if problem else []
 
 
 def _table_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
-    kinds = _extra_kinds(store)
-    ours = None if kinds is not None else ["file_name", *COLUMNS]
-    expected = metadata_table(records, kinds or {})
-    expected = expected.select(ours) if ours else expected
+    types = _extra_types(store)
+    columns = None if types is not None else ["file_name", *COLUMNS]
+    expected = metadata_table(records, types or {})
+    expected = expected.select(columns) if columns else expected
     try:
-        found = read_table(store, shard, ours)
+        stored = read_table(store, shard, columns)
     except ValueError as error:
         return Fault.TABLE, str(error)
-    if different := sorted(set(expected.column_names) ^ set(found.column_names)):
-        return Fault.TABLE, f"{layout.metadata_key(shard)} lacks, or should not have, the columns {different}"
-    told = _differences(found.to_pylist(), expected.to_pylist())
-    return (Fault.TABLE, told) if told else None
+    if different := sorted(set(expected.column_names) ^ set(stored.column_names)):
+        return Fault.TABLE, f"the columns {different} of {layout.metadata_key(shard)} are missing or unexpected"
+    details = _differences(stored.to_pylist(), expected.to_pylist())
+    return (Fault.TABLE, details) if details else None
 
 
-def _differences(found: Sequence[Record], expected: Sequence[Record]) -> str:
-    rows, wanted = {row["key"]: row for row in found}, {row["key"]: row for row in expected}
+def _differences(stored: Sequence[Record], expected: Sequence[Record]) -> str:
+    rows, expected_rows = {row["key"]: row for row in stored}, {row["key"]: row for row in expected}
     details = [
-        f"the row of {key} says {name} = {shorten(rows[key][name])}, its record {shorten(value)}"
-        for key in wanted.keys() & rows.keys()
-        for name, value in wanted[key].items()
+        f"the row of {key} has {name} = {shorten(rows[key][name])}, its record has {shorten(value)}"
+        for key in expected_rows.keys() & rows.keys()
+        for name, value in expected_rows[key].items()
         if rows[key][name] != value
     ]
-    if absent := sorted(wanted.keys() - rows.keys()):
-        details.append(f"{len(absent)} committed samples have no row, as {absent[0]}")
-    if foreign := sorted(rows.keys() - wanted.keys()):
-        details.append(f"{len(foreign)} rows have no commit record, as {foreign[0]}")
-    if not details and [row["key"] for row in found] != list(wanted):
-        details.append("its rows are not one a sample in the order of the plan")
+    if missing := sorted(expected_rows.keys() - rows.keys()):
+        details.append(f"{len(missing)} committed samples have no row, for example {missing[0]}")
+    if unexpected := sorted(rows.keys() - expected_rows.keys()):
+        details.append(f"{len(unexpected)} rows have no commit record, for example {unexpected[0]}")
+    if not details and [row["key"] for row in stored] != list(expected_rows):
+        details.append("its rows are duplicated or not in plan order")
     return "; ".join(sorted(details)[:3])
 
 
-def _extra_kinds(store: Store) -> Mapping[str, ColumnType] | None:
-    """Of the manifest's further columns, whose types follow from all of it; None where there is no index to tell."""
+def _extra_types(store: Store) -> Mapping[str, ColumnType] | None:
+    """The types of the user's columns, which depend on the whole manifest; None if there is no valid index."""
     try:
         return read_index(store).extra_kinds
     except (FileNotFoundError, ValueError):
@@ -83,19 +86,19 @@ def _extra_kinds(store: Store) -> Mapping[str, ColumnType] | None:
 def _lineage_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
     key = layout.lineage_key(shard)
     try:
-        found = read_parquet(store.get(key))
+        stored = read_parquet(store.get(key))
     except FileNotFoundError:
         return Fault.LINEAGE, f"{key} is missing"
     except (pa.ArrowException, OSError) as error:
-        return Fault.LINEAGE, f"{key} is not a table of this program: {error}"
-    return None if found.equals(lineage_table(records)) else (Fault.LINEAGE, f"{key} says other than the records")
+        return Fault.LINEAGE, f"{key} is not a Parquet table of hv_batch: {error}"
+    return None if stored.equals(lineage_table(records)) else (Fault.LINEAGE, f"{key} differs from the records")
 
 
-def _sums_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
-    found = read_sums(store, shard)  # without them a summary reads the records
-    if found is None or found == add_up(records):
+def _totals_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
+    stored = read_totals(store, shard)  # missing totals are no problem: the summary then reads the records
+    if stored is None or stored == add_up(records):
         return None
-    return Fault.SUMS, f"{layout.totals_key(shard)} says other than the records"
+    return Fault.SUMS, f"{layout.totals_key(shard)} differs from the records"
 
 
 def _tar_problem(store: Store, shard: int) -> tuple[Fault, str] | None:

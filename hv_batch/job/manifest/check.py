@@ -1,7 +1,8 @@
-"""The check of a whole manifest before anything starts, and the index it leaves behind.
+"""Check a whole manifest before the run starts, and write the index of its samples.
 
-One streaming pass in which chunks are judged by several processes; of the samples only 8 bytes each are held, for the
-check of unique keys, and problems in full only up to a number (P6, P7).
+One streaming pass, whose chunks are validated in several processes. Memory is bounded (P7): the check holds 8 bytes for
+each sample, to detect duplicate keys, and the text of at most MAX_REPORTED problems. All problems are reported together
+(P6).
 """
 
 from __future__ import annotations
@@ -41,26 +42,26 @@ from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 
-MAX_PROCESSES = 8  # the reading process could feed twenty, but others want a head node too
-INLINE_CHUNKS = 2  # a manifest of no more is judged sooner than processes have started
+MAX_PROCESSES = 8  # the reading process could feed twenty, but a head node has other users
+INLINE_CHUNKS = 2  # a manifest with no more chunks is validated faster than processes start
 TYPO_LIKENESS = 0.85  # difflib ratio: "num_frame" and "heights" are above it, "steps" and "frames" below
 
 
-def check_manifest(manifest: Manifest, config: RunConfig, spool: Store) -> Index:
-    """Judge every row (P6) and write what the run needs of them as an index into `spool`.
+def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Index:
+    """Validate each row (P6) and write the index of all samples into `scratch`, a temporary store.
 
-    Raises UserError that lists every bad row with field, value and what is allowed.
+    Raises UserError with every invalid row: its field, its value and the allowed values.
     """
     defaults = config.defaults.model_dump()
-    writer = IndexWriter(spool)
-    check = _Check(manifest)
-    for chunk, verdict in _judge(manifest.chunks(), defaults, config.parallel.cfg_degree):
-        check.gather(chunk, verdict)
-        if verdict.samples:
-            writer.add(verdict.part, verdict.rows, verdict.samples)
+    writer = IndexWriter(scratch)
+    check = _ManifestCheck(manifest)
+    for chunk, result in _validate_chunks(manifest.chunks(), defaults, config.parallel.cfg_degree):
+        check.add(chunk, result)
+        if result.samples:
+            writer.add(result.part, result.rows, result.samples)
     if check.rows == 0:
-        raise UserError(manifest.without_rows())
-    check.report_equal_keys(writer)
+        raise UserError(manifest.no_rows_message())
+    check.find_duplicate_keys(writer)
     if check.problem_count:
         raise UserError(check.describe())
     samples = len(check.key_hashes)
@@ -70,148 +71,155 @@ def check_manifest(manifest: Manifest, config: RunConfig, spool: Store) -> Index
         samples=samples,
         shards=-(-samples // config.output.shard_size),
         shapes=dict(check.shapes),
-        extra_kinds=dict(check.extra_kinds),
-        warnings=tuple(check.warn_of_typos()),
+        extra_kinds=dict(check.extra_types),
+        warnings=tuple(check.typo_warnings()),
     )
     return writer.finish(summary, manifest, config)
 
 
-def _judge(
+def _validate_chunks(
     chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int
 ) -> Iterator[tuple[Chunk, ChunkResult]]:
-    """Verdicts in the order of the chunks, of which few are held at a time."""
+    """The results in the order of the chunks. Only a few chunks are held at a time."""
     first = list(islice(chunks, INLINE_CHUNKS + 1))
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     if len(first) <= INLINE_CHUNKS or processes == 1:
         for chunk in chain(first, chunks):
             yield chunk, validate_chunk(chunk, defaults, cfg_degree)
         return
-    # Not by fork: this process has threads.
+    # "spawn", because this process has threads and must not fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_follow_parent)
-    waiting: deque[tuple[Chunk, Future[ChunkResult]]] = deque()
+    pool = ProcessPoolExecutor(processes, context, initializer=_exit_with_parent)
+    pending: deque[tuple[Chunk, Future[ChunkResult]]] = deque()
     try:
         for chunk in chain(first, chunks):
-            waiting.append((chunk, pool.submit(validate_chunk, chunk, defaults, cfg_degree)))
-            if len(waiting) > processes + 1:
-                yield _next_verdict(waiting)
-        while waiting:
-            yield _next_verdict(waiting)
+            pending.append((chunk, pool.submit(validate_chunk, chunk, defaults, cfg_degree)))
+            if len(pending) > processes + 1:
+                yield _next_result(pending)
+        while pending:
+            yield _next_result(pending)
     except BrokenProcessPool as error:
         raise UserError(
-            "A process that checked rows of the manifest was killed, most likely for want of memory. Give this machine "
-            f"more memory: {processes} such processes take some 300 MB each."
+            "A process that validated rows of the manifest was killed, probably because the machine ran out of memory. "
+            f"Run the command on a machine with more memory: {processes} such processes take about 300 MB each."
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _next_verdict(waiting: deque[tuple[Chunk, Future[ChunkResult]]]) -> tuple[Chunk, ChunkResult]:
-    chunk, future = waiting.popleft()
+def _next_result(pending: deque[tuple[Chunk, Future[ChunkResult]]]) -> tuple[Chunk, ChunkResult]:
+    chunk, future = pending.popleft()
     return chunk, future.result()
 
 
-def _follow_parent() -> None:
-    """A judge ends with its parent even when that is killed, and leaves Ctrl-C to it."""
+def _exit_with_parent() -> None:
+    """Make a validating process exit with its parent, even if that is killed, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a child
+    assert parent is not None  # this function runs in a child process
 
-    def end() -> None:
+    def wait_and_exit() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 @dataclass(slots=True)
-class _Check:
-    """What the pass over a manifest gathers."""
+class _ManifestCheck:
+    """The merged results of all chunks."""
 
     manifest: Manifest
     rows: int = 0
     problem_count: int = 0
-    told: list[str] = field(default_factory=list)  # the first MAX_REPORTED problems, as lines
+    problem_lines: list[str] = field(default_factory=list)  # the first MAX_REPORTED problems
     key_hashes: array[int] = field(default_factory=lambda: array("q"))
     shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    first_rows: dict[str, str] = field(default_factory=dict)  # further column -> where it is first seen
-    extra_kinds: dict[str, ColumnType] = field(default_factory=dict)
+    first_rows: dict[str, str] = field(default_factory=dict)  # further column -> the first row that has it
+    extra_types: dict[str, ColumnType] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)  # of the files that have rows
-    sources: list[int] = field(default_factory=list)  # their numbers
+    sources: list[int] = field(default_factory=list)  # indices of these files in `manifest.sources`
 
-    def gather(self, chunk: Chunk, verdict: ChunkResult) -> None:
+    def add(self, chunk: Chunk, result: ChunkResult) -> None:
+        """Merge the result of the next chunk. Raises UserError if there are more than MAX_COLUMNS further columns."""
         if not self.sources or self.sources[-1] != chunk.source:
             self.sources.append(chunk.source)
             self.offsets.append(chunk.offset)
-        self.rows += verdict.rows
-        self.problem_count += verdict.problem_count
-        room = MAX_REPORTED - len(self.told)
-        self.told += [f"{self._file(chunk.source)}{line}" for line in verdict.told[:room]]
-        self.key_hashes.frombytes(verdict.key_hashes)
-        self.shapes.update(verdict.shapes)
-        for name, kind in verdict.extra_kinds.items():
-            self.first_rows.setdefault(name, f"{self._file(chunk.source)}row {verdict.extra_rows[name]}")
-            self.extra_kinds[name] = common_type(self.extra_kinds.get(name, ColumnType.NULL), kind)
-        if len(self.extra_kinds) > MAX_COLUMNS:
+        self.rows += result.rows
+        self.problem_count += result.problem_count
+        room = MAX_REPORTED - len(self.problem_lines)
+        self.problem_lines += [f"{self._file_prefix(chunk.source)}{line}" for line in result.problem_lines[:room]]
+        self.key_hashes.frombytes(result.key_hashes)
+        self.shapes.update(result.shapes)
+        for name, type_ in result.extra_types.items():
+            self.first_rows.setdefault(name, f"{self._file_prefix(chunk.source)}row {result.extra_rows[name]}")
+            self.extra_types[name] = common_type(self.extra_types.get(name, ColumnType.NULL), type_)
+        if len(self.extra_types) > MAX_COLUMNS:
             where = next(islice(self.first_rows.values(), MAX_COLUMNS, None))
             raise UserError(
-                f"The manifest {self.manifest.name} has more than {MAX_COLUMNS} columns that hv_batch does not know "
-                f"(one more in {where}), and each would be a column of the dataset's metadata. Put them into one "
-                "column as an object, or leave them out."
+                f"The manifest {self.manifest.name} has more than {MAX_COLUMNS} columns that are not columns of "
+                f"hv_batch (the first beyond the limit is in {where}). Each would become a column of the dataset's "
+                "metadata. Combine them into one column that holds an object, or remove them."
             )
 
-    def _file(self, source: int) -> str:
-        """What a row's number begins with in messages: the file, where there are several."""
+    def _file_prefix(self, source: int) -> str:
+        """What precedes a row number in messages: the file's name, if the manifest has several files."""
         return f"{self.manifest.sources[source].name}: " if len(self.manifest.sources) > 1 else ""
 
-    def _where(self, row: int) -> str:
-        """Of a row numbered over all files."""
+    def _location(self, row: int) -> str:
+        """File and row number of a row that is numbered over all files."""
         at = bisect_left(self.offsets, row) - 1
-        return f"{self._file(self.sources[at])}row {row - self.offsets[at]}"
+        return f"{self._file_prefix(self.sources[at])}row {row - self.offsets[at]}"
 
-    def report_equal_keys(self, writer: IndexWriter) -> None:
-        """Equal hashes are confirmed by a second look at the rows; of a flood of them, only as many as will be told."""
+    def find_duplicate_keys(self, writer: IndexWriter) -> None:
+        """Report samples with equal keys.
+
+        Keys with equal hashes are read again from the index and compared. If there are more than MAX_REPORTED such
+        hashes, the others are only counted.
+        """
         hashes = np.frombuffer(self.key_hashes, dtype=np.int64)
-        hashes.sort()  # in place: their order is not needed any more
+        hashes.sort()  # in place, which is possible because the order is no longer needed
         repeats = hashes[1:][hashes[1:] == hashes[:-1]]
-        suspects = set(np.unique(repeats)[:MAX_REPORTED].tolist())
-        untold = len(repeats) - int(np.isin(repeats, list(suspects)).sum())
+        candidates = set(np.unique(repeats)[:MAX_REPORTED].tolist())
+        uncompared = len(repeats) - int(np.isin(repeats, list(candidates)).sum())
         first_rows: dict[str, str] = {}
-        for row in read_rows(writer, ["row", "key", "id", "videos"]) if suspects else ():
+        for row in read_rows(writer, ["row", "key", "id", "videos"]) if candidates else ():
             for key in sample_keys(row["key"].lower(), row["videos"]):
-                if int.from_bytes(hash_key(key), "little", signed=True) not in suspects:
+                if int.from_bytes(hash_key(key), "little", signed=True) not in candidates:
                     continue
-                where = self._where(row["row"])
+                where = self._location(row["row"])
                 if key in first_rows:
                     self.problem_count += 1
-                    if len(self.told) < MAX_REPORTED:
-                        self.told.append(f"{where}: {describe(_clash(row['id'], key, first_rows[key]))}")
+                    if len(self.problem_lines) < MAX_REPORTED:
+                        problem = _duplicate_key(row["id"], key, first_rows[key])
+                        self.problem_lines.append(f"{where}: {describe(problem)}")
                 first_rows.setdefault(key, where)
-        self.problem_count += untold
+        self.problem_count += uncompared
 
-    def warn_of_typos(self) -> Iterator[str]:
+    def typo_warnings(self) -> Iterator[str]:
+        """A warning for each further column whose name resembles that of a known column."""
         for name, where in self.first_rows.items():
             near = difflib.get_close_matches(name.lower(), KNOWN_COLUMNS, n=1, cutoff=TYPO_LIKENESS)
             if near:
                 yield (
-                    f"column {shorten(name)} (first in {where}) is not {near[0]!r} and is only carried into the "
-                    f"metadata; rename it if {near[0]!r} is meant"
+                    f"column {shorten(name)} (first in {where}) is not {near[0]!r}: it is only copied to the metadata. "
+                    f"Rename it if {near[0]!r} is meant"
                 )
 
     def describe(self) -> str:
-        lines = [*self.told, *(f"note: {warning}" for warning in self.warn_of_typos())]
-        if self.problem_count > len(self.told):
-            lines.insert(len(self.told), f"and {self.problem_count - len(self.told)} more")
+        lines = [*self.problem_lines, *(f"note: {warning}" for warning in self.typo_warnings())]
+        if self.problem_count > len(self.problem_lines):
+            lines.insert(len(self.problem_lines), f"and {self.problem_count - len(self.problem_lines)} more")
         listing = "\n".join(f"  - {line}" for line in lines)
         return (
-            f"The manifest {self.manifest.name} has {self.problem_count} problem(s) in {self.rows} row(s); mend them:\n"
-            f"{listing}"
+            f"The manifest {self.manifest.name} has {self.problem_count} problem(s) in {self.rows} row(s). Fix them "
+            f"and run the command again:\n{listing}"
         )
 
 
-def _clash(row_id: str | None, key: str, first: str) -> FieldProblem:
+def _duplicate_key(row_id: str | None, key: str, first: str) -> FieldProblem:
     if row_id is None:
-        allowed = f"rows that differ; {first} is the same. Give both an id or a seed, or one row num_videos"
+        allowed = f"rows that differ; {first} is the same. Give both an id or a seed, or use one row with num_videos"
         return FieldProblem("id", None, allowed)
-    return FieldProblem("id", row_id, f"an id whose key {key!r} is its own; {first} has it, ignoring case")
+    return FieldProblem("id", row_id, f"an id with a unique key; {first} has the key {key!r} too, ignoring case")

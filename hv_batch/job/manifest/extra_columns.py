@@ -1,8 +1,9 @@
-"""The columns that a user's own manifest fields become in a dataset.
+"""Names and types of the dataset columns for the further columns of a manifest, which belong to the user.
 
-Shards seal hours apart and know nothing of each other, yet a dataset loader wants one schema in all of them. So a
-column's kind is a *join* over every value in the manifest: it does not depend on order, a pass over the manifest can
-compute it in constant memory (`merge_types`), and what no common type holds becomes JSON text instead of being bent into one.
+Shards are sealed independently and hours apart, yet a dataset loader needs the same schema in all of them. So the type
+of a column is the join over all its values in the manifest. A join does not depend on order, and one pass over the
+manifest computes it in constant memory (`merge_types`). Values without a common type become JSON text; no value is
+converted lossily.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from typing import Any
 
 import pyarrow as pa
 
-EXACT_FLOAT_INT = 2**53  # beyond it a float64 no longer holds every whole number
+EXACT_FLOAT_INT = 2**53  # up to here a float64 holds every whole number exactly
 INT64 = 2**63
 
-# The names that dataset loaders (Hugging Face VideoFolder) give to the media itself.
+# Column names that dataset loaders (Hugging Face VideoFolder) use for the media themselves.
 MEDIA_COLUMNS = frozenset({"video", "videos", "image", "images"})
 
 
 class ColumnType(StrEnum):
-    """What all values of one column have in common."""
+    """The common type of all values of one column."""
 
-    NULL = "null"  # no value seen
+    NULL = "null"  # no values
     BOOL = "bool"
     INT = "int"  # whole numbers that a float64 holds exactly
     LONG = "long"  # whole numbers that need all of int64
     FLOAT = "float"
     TEXT = "text"
-    JSON = "json"  # lists, objects, larger numbers, and every mixture without a common type
+    JSON = "json"  # lists, objects, larger numbers, and mixtures without a common type
 
 
 ARROW_TYPES: Mapping[ColumnType, pa.DataType] = {
@@ -50,7 +51,7 @@ _WIDER = {
 
 
 def column_type(value: Any) -> ColumnType:
-    """Kind of one JSON value."""
+    """The type of one JSON value."""
     match value:
         case None:
             return ColumnType.NULL
@@ -68,7 +69,7 @@ def column_type(value: Any) -> ColumnType:
 
 
 def common_type(one: ColumnType, other: ColumnType) -> ColumnType:
-    """The narrowest kind that holds the values of both: commutative, associative, idempotent."""
+    """The narrowest type that holds the values of both; commutative, associative and idempotent."""
     if one == other or other == ColumnType.NULL:
         return one
     if one == ColumnType.NULL:
@@ -76,36 +77,36 @@ def common_type(one: ColumnType, other: ColumnType) -> ColumnType:
     return _WIDER.get(frozenset({one, other}), ColumnType.JSON)
 
 
-def merge_types(kinds: dict[str, ColumnType], extra: Mapping[str, Any]) -> None:
-    """Widen `kinds` in place by the extra columns of one manifest row."""
+def merge_types(types: dict[str, ColumnType], extra: Mapping[str, Any]) -> None:
+    """Widen `types` in place by the further columns of one manifest row."""
     for name, value in extra.items():
-        kinds[name] = common_type(kinds.get(name, ColumnType.NULL), column_type(value))
+        types[name] = common_type(types.get(name, ColumnType.NULL), column_type(value))
 
 
-def arrow_column(values: Iterable[Any], kind: ColumnType) -> pa.Array:
-    """Values of a column as Arrow, each exactly what the manifest said; null where it said nothing."""
-    if kind is ColumnType.JSON:
+def arrow_column(values: Iterable[Any], type_: ColumnType) -> pa.Array:
+    """The values of a column as an Arrow array, without loss; absent values are nulls."""
+    if type_ is ColumnType.JSON:
         values = (None if value is None else json.dumps(value, ensure_ascii=False) for value in values)
-    if kind in (ColumnType.TEXT, ColumnType.JSON):
+    if type_ in (ColumnType.TEXT, ColumnType.JSON):
         values = (None if value is None else clean_text(value) for value in values)
-    return pa.array(list(values), ARROW_TYPES[kind])
+    return pa.array(list(values), ARROW_TYPES[type_])
 
 
 def clean_text(text: str) -> str:
-    """`text` without lone surrogates: JSON can spell them, UTF-8 (and so Parquet and HTML) cannot."""
+    """`text` with lone surrogates replaced: JSON can escape them, but UTF-8 (so Parquet and HTML) cannot store them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _is_media_path(name: str) -> bool:
-    """Whether dataset loaders would open the values of a text column so named as media files."""
+    """Whether dataset loaders would open the values of a text column of this name as media files."""
     return name in ("file_name", "file_names") or name.endswith(("_file_name", "_file_names"))
 
 
 def column_names(extras: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
-    """Manifest column -> dataset column: its own name, unless that means something else in the dataset.
+    """Map each manifest column to its dataset column: the same name, unless that has another meaning in the dataset.
 
-    A name in `taken`, or one that loaders give to the media itself, gets the prefix `extra_`; a name that loaders would
-    read as a path to media gets the suffix `_value`. A name that is free is never given up to a renamed one.
+    A name in `taken`, or one that loaders use for the media, gets the prefix `extra_`. A name that loaders would read
+    as a path to media gets the suffix `_value`. A renamed column never displaces a column whose name is free.
     """
     extras = sorted(extras)
     reserved = frozenset(taken) | MEDIA_COLUMNS

@@ -1,8 +1,8 @@
-"""Which files a manifest is: paths, URLs, globs and folders become a list of files in one fixed order.
+"""Find the files of a manifest: paths, URLs, globs and folders become a list of files in one fixed order.
 
-Folders named `column=value` in a file's path are columns of its rows, as Hive, Spark and DuckDB write and read them. A
-file's version (size and whatever its store tells of its last change) is what later looks are compared with, so that a
-manifest that changes under a run is noticed.
+Folders named `column=value` in a file's path add columns to its rows, as in Hive, Spark and DuckDB. A file's version
+(its size, and what its store reports about its last change) is compared each time the file is read, to detect a
+manifest that changes during a run.
 """
 
 from __future__ import annotations
@@ -22,72 +22,76 @@ from hv_batch.protocol import UserError
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv",)
 PARQUET_SUFFIXES = (".parquet", ".pq")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of the text formats; Parquet compresses inside
-ALLOWED = (
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of the text formats; Parquet files are compressed internally
+ALLOWED_FORMATS = (
     f"{', '.join(JSONL_SUFFIXES)} (one JSON object a line) and {', '.join(CSV_SUFFIXES)} (with a header), each also "
-    f"with {' or '.join(COMPRESSIONS)} behind it, and {', '.join(PARQUET_SUFFIXES)}"
+    f"with {' or '.join(COMPRESSIONS)} appended, and {', '.join(PARQUET_SUFFIXES)}"
 )
-NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # how Hive and Spark name the folder of rows without a value
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # Hive's and Spark's folder name for a null
 
-# What stores tell of a file's last change. Which of them are there depends on the store.
-VERSION_FACTS = ("size", "ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "created")
+# The fields in which stores report a file's version. Each store has some of them.
+VERSION_FIELDS = ("size", "ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "created")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """One file of a manifest."""
 
-    name: str  # as messages show it: what the user wrote, or the path or URL found in a folder
+    name: str  # in messages: what the user wrote, or the path or URL of a file in a folder
     filesystem: Any
     path: str
-    suffix: str  # of the format, without that of the compression
-    compression: str | None  # as Arrow names it
-    version: Mapping[str, str]  # of VERSION_FACTS, those that the store tells
+    suffix: str  # of the format, without the suffix of the compression
+    compression: str | None  # Arrow's name for it
+    version: Mapping[str, str]  # those of VERSION_FIELDS that the store reports
 
     @property
     def partitions(self) -> dict[str, str | None]:
-        """Columns that the folders of the path stand for; None is a null."""
+        """The columns given by `column=value` folders in the path; None is a null."""
         pairs = (folder.partition("=") for folder in self.path.split("/")[:-1])
         named = {unquote(name): unquote(value) for name, equals, value in pairs if name and equals}
         return {name: None if value == NULL_PARTITION else value for name, value in named.items()}
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The file's bytes. Raises UserError when it cannot be opened, or is no longer of this version at the end."""
-        with _explained(self.name):
+        """Open the file for reading bytes.
+
+        Raises UserError if the file cannot be opened, or if its version has changed at the beginning or the end.
+        """
+        with _as_user_error(self.name):
             self.require_version()
             file = self.filesystem.open(self.path, "rb")
         with file:
             yield file
-        with _explained(self.name):
+        with _as_user_error(self.name):
             self.require_version()
 
     def require_version(self) -> None:
+        """Raises UserError if the file no longer has this version."""
         if _version(_info(self.filesystem, self.path)) != self.version:
-            raise UserError(changed(self.name))
+            raise UserError(changed_message(self.name))
 
 
-def changed(name: str) -> str:
-    """What a user is told whose manifest is not what it was."""
+def changed_message(name: str) -> str:
+    """The error message for a manifest that has changed."""
     return (
-        f"The manifest {name} changed while it was read. Leave a manifest as it is until its run has begun, and write "
-        "new rows to a new file. What is committed stays."
+        f"The manifest {name} changed while it was read. Do not change a manifest before its run has started; write "
+        "new rows to a new file. Committed samples are kept."
     )
 
 
 def find_sources(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> tuple[Source, ...]:
-    """Every file behind `urls`, sorted by name; one that several of them mean is there once.
+    """All files that `urls` refer to, sorted by name and without duplicates.
 
-    A folder means all files below it, but for hidden ones (a name that begins with "." or "_"). Raises UserError when
-    there is none, or one of another format.
+    A folder stands for all files below it except hidden ones, whose name (or a folder's) begins with "." or "_". Raises
+    UserError if a URL has no file, or a file has another format.
     """
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for url in urls:
-        with _explained(url):
+        with _as_user_error(url):
             filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
             for source in _expand(url, filesystem, path):
-                found[source.name] = source
-    return tuple(found[name] for name in sorted(found))
+                sources[source.name] = source
+    return tuple(sources[name] for name in sorted(sources))
 
 
 def _expand(url: str, filesystem: Any, path: str) -> Iterator[Source]:
@@ -97,45 +101,45 @@ def _expand(url: str, filesystem: Any, path: str) -> Iterator[Source]:
         matches = filesystem.glob(path, detail=True) if any(char in path for char in "*?[") else {}
         if not matches:
             raise
-        files = {match: facts for match, facts in matches.items() if facts["type"] == "file"}
+        files = {match: entry for match, entry in matches.items() if entry["type"] == "file"}
     else:
         if info["type"] != "directory":
             yield _source(url, filesystem, path, info)
             return
         files = {
-            below: facts
-            for below, facts in filesystem.find(path, detail=True).items()
+            below: entry
+            for below, entry in filesystem.find(path, detail=True).items()
             if not any(part[0] in "._" for part in below.removeprefix(path).strip("/").split("/"))
         }
         if not files:
-            raise UserError(f"The manifest {url} is a folder without files. Allowed in it: {ALLOWED}.")
+            raise UserError(f"The manifest {url} is a folder without files. Allowed files: {ALLOWED_FORMATS}.")
     is_local = "file" in _protocols(filesystem)
-    for below, facts in files.items():
-        yield _source(below if is_local else filesystem.unstrip_protocol(below), filesystem, below, facts)
+    for below, entry in files.items():
+        yield _source(below if is_local else filesystem.unstrip_protocol(below), filesystem, below, entry)
 
 
 def _source(name: str, filesystem: Any, path: str, info: Mapping[str, Any]) -> Source:
-    last = PurePosixPath(path.split("?")[0] if "://" in path else path)  # of a URL, without "?version=2"
+    last = PurePosixPath(path.split("?")[0] if "://" in path else path)  # without the query of a URL
     suffixes = ["", *(suffix.lower() for suffix in last.suffixes)]
     compression = COMPRESSIONS.get(suffixes[-1])
     suffix = suffixes[-2 if compression else -1]
     texts = JSONL_SUFFIXES + CSV_SUFFIXES
     if suffix not in (texts if compression else texts + PARQUET_SUFFIXES):
         raise UserError(
-            f"The manifest {name} has the suffix {last.suffix or '(none)'!r}; allowed: {ALLOWED}. Convert, rename or "
-            "move it."
+            f"The manifest {name} has the suffix {last.suffix or '(none)'!r}; allowed: {ALLOWED_FORMATS}. Convert, "
+            "rename or move the file."
         )
     return Source(name, filesystem, path, suffix, compression, _version(info))
 
 
 def _info(filesystem: Any, path: str) -> dict[str, Any]:
-    filesystem.invalidate_cache()  # listings of before a change would hide it
-    found: dict[str, Any] = filesystem.info(path)
-    return found
+    filesystem.invalidate_cache()  # a cached listing would hide a change
+    info: dict[str, Any] = filesystem.info(path)
+    return info
 
 
 def _version(info: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(info[name]) for name in VERSION_FACTS if info.get(name) is not None}
+    return {name: str(info[name]) for name in VERSION_FIELDS if info.get(name) is not None}
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:
@@ -143,10 +147,10 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _as_user_error(name: str) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # every storage backend raises its own kinds (credentials, endpoints, missing packages)
+    except Exception as error:  # each storage backend raises its own types (credentials, endpoints, missing packages)
         raise UserError(f"The manifest {name} {explain_failure(error)}") from error

@@ -1,9 +1,8 @@
-"""The three formats of a manifest file, in two steps: cutting a file into chunks, and parsing a chunk into rows.
+"""The three formats of a manifest file, in two steps: split a file into chunks, and parse a chunk into rows.
 
-Cutting goes through the file from its first byte to its last and does little; parsing is the costly step, needs nothing
-but its chunk, and so may happen in another process. A chunk is a few MB (P7). Rows come as plain dicts, and nothing is
-judged here but whether a row can be read at all: one that cannot is a FieldProblem and does not end the pass, so that
-all bad rows are reported together (P6).
+Splitting reads the file sequentially and is cheap. Parsing is the costly step; it needs only its chunk, so it can run
+in another process. A chunk is a few MB (P7). Parsed rows are plain dicts whose values are not validated here. A row
+that cannot be parsed is a FieldProblem and does not end the pass, so that all invalid rows are reported together (P6).
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from hv_batch.job.config.field_rules import parse_text
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem
 
-CHUNK_BYTES = 4 << 20  # about 20,000 rows of short prompts: a second's work of one process, and little to hold
-CHUNK_ROWS = 32_768  # of Parquet and CSV, whose rows can be far smaller in memory than once parsed
-MAX_LINE_BYTES = 16 << 20  # a prompt is a few kB; a longer line is not a row of a manifest
-BATCH_ROWS = 256  # Parquet rows that become Python values at a time: a few MB even of long prompts
+CHUNK_BYTES = 4 << 20  # about 20,000 rows of short prompts: about a second of work for one process
+CHUNK_ROWS = 32_768  # of Parquet and CSV, whose rows may need far more memory once they are parsed
+MAX_LINE_BYTES = 16 << 20  # a prompt is a few kB, so a longer line is not a manifest row
+BATCH_ROWS = 256  # Parquet rows converted to Python values at a time: a few MB even with long prompts
 UNREADABLE = "(unreadable)"  # stands for a value that cannot be shown
-PAGE_BYTES = 1 << 20  # read at a time of a Parquet column chunk
+PAGE_BYTES = 1 << 20  # of one read of a Parquet column chunk
 
 ParsedRow = dict[str, Any] | FieldProblem
 NumberedRows = Iterator[tuple[int, ParsedRow]]
@@ -37,7 +36,7 @@ NumberedRows = Iterator[tuple[int, ParsedRow]]
 
 @dataclass(frozen=True, slots=True)
 class JsonLines:
-    """Whole lines. A row's number is its line's, from 1; blank lines count."""
+    """Complete lines. The row number is the line number, from 1; blank lines count."""
 
     first: int
     data: bytes
@@ -45,7 +44,7 @@ class JsonLines:
     def rows(self) -> NumberedRows:
         for number, line in enumerate(self.data.split(b"\n"), start=self.first):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors add
             line = line.strip()
             if line:
                 yield number, _parse_line(line)
@@ -57,7 +56,7 @@ class JsonLines:
 
 @dataclass(frozen=True, slots=True)
 class CsvRecords:
-    """Records under one header. A row's number is that of the line it begins on; the header is mostly line 1."""
+    """Records with their header. The row number is the number of the row's first line; the header is usually line 1."""
 
     header: tuple[str, ...]
     records: tuple[tuple[int, list[str] | FieldProblem], ...]
@@ -67,7 +66,7 @@ class CsvRecords:
             if isinstance(cells, FieldProblem):
                 yield number, cells
             elif len(cells) != len(self.header):
-                yield number, FieldProblem("line", cells, f"{len(self.header)} cells, as the header has")
+                yield number, FieldProblem("line", cells, f"{len(self.header)} cells, like the header")
             else:
                 yield number, {name: parse_text(name, cell) for name, cell in zip(self.header, cells, strict=True)}
 
@@ -98,13 +97,13 @@ class ArrowRows:
 Content = JsonLines | CsvRecords | ArrowRows
 
 
-def cut_json_lines(file: IO[bytes]) -> Iterator[JsonLines]:
+def split_json_lines(file: IO[bytes]) -> Iterator[JsonLines]:
     for first, data in _line_blocks(file):
         yield JsonLines(first, data)
 
 
 def _line_blocks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Blocks of whole lines with the number of their first; of a line that is too long, only the beginning."""
+    """Blocks of complete lines, with the number of the first one. A line that is too long is truncated."""
     number, rest, skipping = 1, b"", False
     while data := file.read(CHUNK_BYTES):
         if skipping:
@@ -130,14 +129,14 @@ def _parse_line(line: bytes) -> ParsedRow:
         return FieldProblem("line", start, f"one JSON object a line, of at most {MAX_LINE_BYTES >> 20} MiB")
     try:
         row = _DECODER.decode(line.decode("utf-8"))
-        if b"\\u" in line:  # the only way to a lone surrogate, which no UTF-8 file can store
+        if b"\\u" in line:  # only an escape can give a lone surrogate, which UTF-8 cannot store
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         allowed = "text in UTF-8"
     except RecursionError:
         allowed = "a JSON object that is not nested so deeply"
     except ValueError as error:
-        reason = str(error).partition("; use sys.")[0]  # how to change Python is no advice about a manifest
+        reason = str(error).partition("; use sys.")[0]  # without Python's advice on its own settings
         allowed = f"one JSON object a line ({reason})"
     else:
         if isinstance(row, dict):
@@ -146,11 +145,11 @@ def _parse_line(line: bytes) -> ParsedRow:
     return FieldProblem("line", line.decode("utf-8", errors="replace"), allowed)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; write null, or leave the key out")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; write null, or omit the key")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -158,19 +157,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_reject_duplicate_keys)
 
 
-def cut_csv(file: IO[bytes]) -> Iterator[CsvRecords]:
-    """Comma-separated, quoted as RFC 4180 says, in UTF-8. Raises ValueError for a header that cannot name columns."""
-    csv.field_size_limit(MAX_LINE_BYTES)  # the module's own limit is 128 kB, and global
+def split_csv(file: IO[bytes]) -> Iterator[CsvRecords]:
+    """Split a comma-separated UTF-8 file, quoted as in RFC 4180. Raises ValueError if the header is invalid."""
+    csv.field_size_limit(MAX_LINE_BYTES)  # the default limit is 128 kB; the setting is global
     numbered = _csv_records(csv.reader(_csv_lines(file), strict=True))
     _, cells = next(numbered, (1, []))
     if isinstance(cells, FieldProblem):
-        raise ValueError(f"its header is not {cells.allowed}")
+        raise ValueError(f"its header must be {cells.allowed}")
     header = tuple(cell.strip() for cell in cells)
     if header:
-        check_names(header)
+        check_columns(header)
     records, size = [], 0
     for number, cells in numbered:
         records.append((number, cells))
@@ -187,13 +186,13 @@ def _csv_records(reader: Any) -> Iterator[tuple[int, list[str] | FieldProblem]]:
         number = reader.line_num + 1
         try:
             cells = next(reader, None)
-        except csv.Error as error:  # the reader goes on with the next line
+        except csv.Error as error:  # the reader continues with the next line
             yield number, FieldProblem("line", UNREADABLE, f"comma-separated cells ({error})")
             continue
         if cells is None:
             return
-        if not any(map(_holds_foreign_bytes, cells)):
-            if cells:  # else a blank line
+        if not any(map(_is_not_utf8, cells)):
+            if cells:  # skip blank lines
                 yield number, cells
         else:
             text = ",".join(cells).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -208,7 +207,7 @@ def _csv_lines(file: IO[bytes]) -> Iterator[str]:
             yield line.decode("utf-8", "surrogateescape") + "\n"
 
 
-def _holds_foreign_bytes(text: str) -> bool:
+def _is_not_utf8(text: str) -> bool:
     if text.isascii():
         return False
     try:
@@ -218,21 +217,21 @@ def _holds_foreign_bytes(text: str) -> bool:
     return False
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError unless the columns of a table have names of their own, one of them `prompt`."""
+def check_columns(names: Sequence[str]) -> None:
+    """Raises ValueError unless the column names of a table are unique and include `prompt`."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"it has two columns named {', '.join(map(shorten, twice[:5]))}; rename or drop one")
+        raise ValueError(f"it has two columns named {', '.join(map(shorten, twice[:5]))}; rename or remove one")
     if "prompt" not in names:
         shown = ", ".join(map(shorten, names[:20]))
         raise ValueError(f"it has no column `prompt`, but {shown}; name the column with the prompts `prompt`")
 
 
-def cut_parquet(file: IO[bytes]) -> Iterator[ArrowRows]:
-    """Raises ValueError for columns that cannot be a manifest's, and pyarrow's errors for a damaged file."""
-    # buffer_size streams the pages of a column chunk; without it a whole row group would be held
+def split_parquet(file: IO[bytes]) -> Iterator[ArrowRows]:
+    """Split a Parquet file. Raises ValueError if its columns are invalid, and pyarrow's errors if it is damaged."""
+    # With buffer_size, the pages of a column chunk are streamed; without it, a whole row group would be held.
     parquet = pq.ParquetFile(file, buffer_size=PAGE_BYTES, pre_buffer=False)
-    check_names(parquet.schema_arrow.names)
+    check_columns(parquet.schema_arrow.names)
     first, batches, rows, size = 1, [], 0, 0
     for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
         batches.append(batch)
@@ -244,12 +243,12 @@ def cut_parquet(file: IO[bytes]) -> Iterator[ArrowRows]:
         yield ArrowRows(first, pa.Table.from_batches(batches))
 
 
-# Arrow values that already are what JSON has.
+# Arrow types whose Python values are JSON values.
 _PLAIN = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
 
 
 def _batch_rows(batch: pa.RecordBatch) -> list[ParsedRow]:
-    """Where a value cannot become one of Python's (no UTF-8, the year 10000), the batch is tried row by row."""
+    """Parse a batch. If a value has no Python equivalent (not UTF-8, the year 10000), parse it row by row."""
     try:
         return list(_convert(batch))
     except (pa.ArrowException, ValueError, OverflowError) as error:
@@ -262,7 +261,7 @@ def _convert(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     columns = []
     for column, field in zip(batch.columns, batch.schema, strict=True):
         if pa.types.is_timestamp(field.type):
-            # Python's datetime ends at microseconds, and a nanosecond column would need pandas to become Python values
+            # Python's datetime has microseconds; the conversion of nanoseconds would need pandas.
             column = column.cast(pa.timestamp("us", field.type.tz), safe=False)
         values = column.to_pylist()
         columns.append(values if any(is_plain(field.type) for is_plain in _PLAIN) else map(_to_json, values))

@@ -1,9 +1,9 @@
-"""The checked manifest in the output root: what a run reads its samples from, tonight and at every resume.
+"""The index: the validated manifest in the output root, from which a run and each resume read their samples.
 
-Written once, after the check and as soon as the root is claimed: `plan/index.json` tells of which manifest and defaults
-it is, and which parts there are; a part is a Parquet file of some 20,000 rows. So a run does not depend on its manifest
-once it has begun, and the next start neither reads nor judges it again when its files are still of the versions noted.
-Whatever is wrong with an index (damaged, of another manifest, by another version), it is as good as none.
+The index is written once, after the manifest check and the lease of the root. `plan/index.json` identifies the manifest
+and the defaults, and lists the parts; a part is a Parquet file of about 20,000 rows. Once a run has started, it does
+not depend on its manifest. The next start does not read or validate the manifest again if the versions of its files are
+unchanged. An index that is damaged, or belongs to another manifest or version of hv_batch, is treated as missing.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError
 
 SCHEMA = "hv_batch/plan/1"
-CARRIERS = 8  # parts copied or checked at a time, each of a few MB
+COPY_THREADS = 8  # copy or verify parts, each of a few MB
 
 
 @dataclass(frozen=True, slots=True)
 class IndexPart:
-    name: str  # its key in the store
-    sha256: str  # of its bytes, hex
+    name: str  # the key in the store
+    sha256: str  # hex, of the bytes
     rows: int
     samples: int
 
 
 @dataclass(frozen=True, slots=True)
 class IndexManifest:
-    """What an output root's own index tells without its config."""
+    """The content of the index document of an output root that can be read without the run's config."""
 
     parts: tuple[IndexPart, ...]
-    extra_kinds: Mapping[str, ColumnType]  # of the manifest's further columns
+    extra_kinds: Mapping[str, ColumnType]  # common types of the manifest's further columns
 
 
 class Index:
-    """The samples of a checked manifest, shard by shard; a part of a few MB is held at a time (P7)."""
+    """The samples of a valid manifest, shard by shard. One part of a few MB is held at a time (P7)."""
 
     def __init__(self, store: Store, document: Mapping[str, Any], config: RunConfig) -> None:
         self.summary = _read_summary(document["summary"], config)
@@ -63,39 +63,39 @@ class Index:
         self._parts = [IndexPart(**part) for part in document["parts"]]
         ends = np.cumsum([part.samples for part in self._parts])
         self._starts = [0, *ends.tolist()]
-        self._held: tuple[IndexPart, _Rows] | None = None
+        self._cached: tuple[IndexPart, _Rows] | None = None
 
     @property
     def shards(self) -> int:
         return self.summary.shards
 
     def size(self, shard: int) -> int:
-        """Samples of a shard; every one is full but the last."""
+        """The number of samples of a shard. All shards except the last are full."""
         size = self._config.output.shard_size
         return min(size, self.summary.samples - shard * size)
 
     def samples(self, shard: int) -> list[Sample]:
-        """Samples of a shard in plan order. Raises UserError when a part is no longer what was written."""
+        """The samples of a shard, in the order of the manifest. Raises UserError if a part is missing or damaged."""
         first = shard * self._config.output.shard_size
         end = first + self.size(shard)
-        found: list[Sample] = []
+        samples: list[Sample] = []
         at = bisect_right(self._starts, first) - 1
         while self._starts[at] < end:
             start = self._starts[at]
             rows = self._rows(self._parts[at])
             for before, row in rows.between(first - start, end - start):
-                found += make_samples(row, start + before, self._config, self._defaults)
+                samples += make_samples(row, start + before, self._config, self._defaults)
             at += 1
-        return [sample for sample in found if sample.shard == shard]
+        return [sample for sample in samples if sample.shard == shard]
 
     def __iter__(self) -> Iterator[Sample]:
         for shard in range(self.shards):
             yield from self.samples(shard)
 
     def publish(self, store: Store) -> None:
-        """Copy the index into the output root, unless it is from there; the document last, when all it names is there.
+        """Copy the index into the output root `store`, unless it was read from there.
 
-        This run goes on with its own copy.
+        The document is written last, when all its parts exist. This object continues to read from its own store.
         """
         if store.url == self._store.url:
             return
@@ -103,19 +103,19 @@ class Index:
         def copy(part: IndexPart) -> None:
             store.put(part.name, self._store.get(part.name))
 
-        for _ in map_in_threads(copy, self._parts, CARRIERS):
+        for _ in map_in_threads(copy, self._parts, COPY_THREADS):
             pass
         store.put(layout.INDEX, json.dumps(self._document, indent=1).encode())
 
     def is_whole(self) -> bool:
-        """Whether every part is there with the bytes that were written."""
-        return all(map_in_threads(partial(is_whole, self._store), self._parts, CARRIERS))
+        """Whether all parts exist and have the recorded digests."""
+        return all(map_in_threads(partial(is_whole, self._store), self._parts, COPY_THREADS))
 
     def _rows(self, part: IndexPart) -> _Rows:
-        if self._held is None or self._held[0] is not part:
-            self._held = None  # before the next is read: one is enough to hold
-            self._held = (part, _Rows(_read_part(self._store, part)))
-        return self._held[1]
+        if self._cached is None or self._cached[0] is not part:
+            self._cached = None  # release the old part before the next one is read
+            self._cached = (part, _Rows(_read_part(self._store, part)))
+        return self._cached[1]
 
 
 class _Rows:
@@ -123,10 +123,10 @@ class _Rows:
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
-        self._ends = np.cumsum(table["videos"].to_numpy())  # samples up to and with a row
+        self._ends = np.cumsum(table["videos"].to_numpy())  # number of samples up to and including each row
 
     def between(self, first: int, end: int) -> Iterator[tuple[int, CheckedRow]]:
-        """Rows that have samples from `first` to before `end`, with the number of samples before each."""
+        """The rows with any sample in [first, end), each with the number of samples before it."""
         begin = int(np.searchsorted(self._ends, max(first, 0), side="right"))
         stop = int(np.searchsorted(self._ends, end, side="left")) + 1
         before = int(self._ends[begin - 1]) if begin else 0
@@ -137,7 +137,7 @@ class _Rows:
 
 
 class IndexWriter:
-    """Takes the parts in order, each `data` a Parquet file of `judge.PART_SCHEMA`."""
+    """Writes the parts of an index in order. Each `data` is a Parquet file of `row_validation.PART_SCHEMA`."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -161,20 +161,20 @@ class IndexWriter:
 
 
 def read_rows(writer: IndexWriter, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows written so far."""
+    """The given columns of all rows written so far."""
     for part in writer.parts:
         yield from _read_part(writer.store, part, columns).to_pylist()
 
 
 def load_index(store: Store, manifest: Manifest, config: RunConfig) -> Index | None:
-    """The index of this manifest and config in an output root, or None when there is none to be trusted.
+    """The valid index of this manifest and config in an output root, or None.
 
-    The manifest is not read as long as its files are of the versions noted; else only to compare its digest. Raises
-    UserError when a file of the manifest is missing.
+    The manifest is read only if the versions of its files have changed, and then only to compare its digest. Raises
+    UserError if a file of the manifest is missing.
     """
     try:
         data = store.get(layout.INDEX)
-    except OSError:  # no index; or the root cannot be read at all, which its probe tells better
+    except OSError:  # no index, or an unreadable root, which the probe of the root reports better
         return None
     try:
         document = json.loads(data)
@@ -190,17 +190,17 @@ def load_index(store: Store, manifest: Manifest, config: RunConfig) -> Index | N
 
 
 def read_index(store: Store) -> IndexManifest:
-    """Of which parts the index in an output root says to be. Raises FileNotFoundError, and ValueError for no index."""
+    """Read the index document of an output root. Raises FileNotFoundError, or ValueError if it is not an index."""
     try:
         document = json.loads(store.get(layout.INDEX))
         parts = tuple(IndexPart(**part) for part in document["parts"])
-        return IndexManifest(parts, _read_kinds(document["summary"]["extra_kinds"]))
+        return IndexManifest(parts, _read_types(document["summary"]["extra_kinds"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{layout.INDEX} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def is_whole(store: Store, part: IndexPart) -> bool:
-    """Whether a part is there with the bytes that were written."""
+    """Whether a part exists and has the recorded digest."""
     try:
         return hashlib.sha256(store.get(part.name)).hexdigest() == part.sha256
     except FileNotFoundError:
@@ -208,7 +208,7 @@ def is_whole(store: Store, part: IndexPart) -> bool:
 
 
 def index_key(config: RunConfig) -> str:
-    """Hex digest of all but the manifest that an index depends on."""
+    """Hex digest of everything except the manifest that an index depends on."""
     facts = [__version__, config.defaults.model_dump(mode="json"), config.parallel.cfg_degree]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -217,19 +217,19 @@ def _versions(manifest: Manifest) -> list[dict[str, Any]]:
     return [{"name": public_url(source.name), "version": dict(source.version)} for source in manifest.sources]
 
 
-def _read_summary(written: Mapping[str, Any], config: RunConfig) -> ManifestSummary:
+def _read_summary(document: Mapping[str, Any], config: RunConfig) -> ManifestSummary:
     fields = {
-        **written,
-        "shards": -(-written["samples"] // config.output.shard_size),
-        "shapes": {(height, width, frames): count for height, width, frames, count in written["shapes"]},
-        "extra_kinds": _read_kinds(written["extra_kinds"]),
-        "warnings": tuple(written["warnings"]),
+        **document,
+        "shards": -(-document["samples"] // config.output.shard_size),
+        "shapes": {(height, width, frames): count for height, width, frames, count in document["shapes"]},
+        "extra_kinds": _read_types(document["extra_kinds"]),
+        "warnings": tuple(document["warnings"]),
     }
     return ManifestSummary(**fields)
 
 
-def _read_kinds(written: Mapping[str, str]) -> dict[str, ColumnType]:
-    return {name: ColumnType(kind) for name, kind in written.items()}
+def _read_types(recorded: Mapping[str, str]) -> dict[str, ColumnType]:
+    return {name: ColumnType(type_) for name, type_ in recorded.items()}
 
 
 def _read_part(store: Store, part: IndexPart, columns: Sequence[str] | None = None) -> pa.Table:
@@ -239,7 +239,7 @@ def _read_part(store: Store, part: IndexPart, columns: Sequence[str] | None = No
         data = b""
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise UserError(
-            f"{part.name} in the output root {public_url(store.url)} is missing or damaged. What is committed stays; "
-            "run the same command again, which writes it anew from the manifest."
+            f"{part.name} in the output root {public_url(store.url)} is missing or damaged. Committed samples are "
+            "kept. Run the same command again, which writes the index again from the manifest."
         )
     return read_parquet(data, columns)

@@ -1,7 +1,7 @@
-"""Lazy reading of a manifest: JSON Lines, CSV or Parquet files, from any fsspec URL, in one fixed order.
+"""Read a manifest lazily: JSON Lines, CSV or Parquet files, from any fsspec URL, in one fixed order.
 
-A manifest is read once, to check it and to write the index that the run reads from (`hv_batch.job.manifest.index`). What its
-values may be is `hv_batch.job.manifest.rows`.
+A manifest is read once, to validate it (row_validation.py) and to write the index from which the run reads its samples
+(index.py).
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from typing import IO, Any
 import pyarrow as pa
 
 from hv_batch.job.config.field_rules import parse_text
-from hv_batch.job.manifest.files import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed, find_sources
-from hv_batch.job.manifest.formats import Content, NumberedRows, cut_csv, cut_json_lines, cut_parquet
+from hv_batch.job.manifest.files import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed_message, find_sources
+from hv_batch.job.manifest.formats import Content, NumberedRows, split_csv, split_json_lines, split_parquet
 from hv_batch.job.redaction import public_url
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 
-HASH_BYTES = 1 << 20  # of one read when only hashing: few round trips to an object store, little to hold
+HASH_BYTES = 1 << 20  # of one read when only hashing: few round trips to an object store, little memory
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some consecutive rows of one file; picklable, so that another process may parse them."""
+    """Consecutive rows of one file, not parsed yet; picklable, so that another process can parse them."""
 
     source: int  # index of the file in `Manifest.sources`
-    offset: int  # last row number of all files before
+    offset: int  # last row number of the preceding files
     partitions: Mapping[str, str | None]
     content: Content
 
     def rows(self) -> NumberedRows:
-        """Rows numbered within their file, with the columns that its folders stand for."""
+        """The parsed rows, numbered within their file, with the columns given by its folders."""
         if not self.partitions:
             yield from self.content.rows()
             return
         columns = {name: None if text is None else parse_text(name, text) for name, text in self.partitions.items()}
         for number, row in self.content.rows():
             if not isinstance(row, FieldProblem):
-                row = _join_partitions(row, columns, self.partitions)
+                row = _add_partitions(row, columns, self.partitions)
             yield number, row
 
 
 class Manifest:
-    """The rows of one manifest: of a file, or of all files that some paths, URLs, globs and folders mean.
+    """The rows of a manifest: of all files that the given paths, URLs, globs and folders refer to.
 
-    `storage_options` go to the fsspec filesystem of every URL.
+    `storage_options` are passed to the fsspec filesystem of each URL.
     """
 
     def __init__(self, urls: str | Sequence[str], storage_options: Mapping[str, Any] | None = None) -> None:
@@ -60,51 +60,52 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """What the user wrote."""
+        """The URLs as the user wrote them, for messages."""
         return ", ".join(self._urls)
 
     @property
     def public_urls(self) -> str | list[str]:
-        """What may be written down to find it again: one URL, or several."""
+        """The URLs without secrets, for run.json: one URL, or a list."""
         urls = list(map(public_url, self._urls))
         return urls[0] if len(urls) == 1 else urls
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
-        """The files, sorted by name, as they were when first asked for. Raises UserError as `find_sources`."""
+        """The files, sorted by name, with their versions at the first access. Raises UserError (see `find_sources`)."""
         return find_sources(self._urls, self._storage_options)
 
     @property
     def digest(self) -> str:
-        """Hex sha256 of the file's bytes; of several files, of their digests in order with their partitions.
+        """Hex SHA-256 of the file's bytes; for several files, of their digests in order with their partitions.
 
-        Known after a complete pass over `chunks` or `rows`, or after `read_digest`.
+        Available after a complete pass over `chunks` or `rows`, or after `read_digest`; else raises RuntimeError.
         """
         if len(self._digests) < len(self.sources):
-            raise RuntimeError("the digest of a manifest is known only after a complete pass over its rows")
+            raise RuntimeError("the digest of a manifest is available only after a complete pass over its rows")
         files = [[self._digests[source.name], source.partitions] for source in self.sources]
         if len(files) == 1 and not files[0][1]:
             return self._digests[self.sources[0].name]
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
     def read_digest(self) -> str:
-        """The digest from the bytes alone, which is much faster than to parse them."""
+        """Compute the digest from the bytes without parsing them, which is much faster."""
         for source in self.sources:
             with source.open() as file:
-                self._settle_digest(source, _hash_rest(file, hashlib.sha256()))
+                self._record_digest(source, _hash_rest(file, hashlib.sha256()))
         return self.digest
 
     def rows(self) -> NumberedRows:
-        """All rows in order, numbered from 1 over all files; a FieldProblem stands for a row that cannot be read.
+        """All rows in order, numbered from 1 over all files; a FieldProblem stands for a row that cannot be parsed.
 
-        JSON Lines: the number is the line's, blank lines are counted and skipped; BOM and CRLF are tolerated; NaN,
-        Infinity, duplicate keys and lone surrogates are refused. CSV: the number is that of the line a row begins on;
-        an empty cell is a null, cells of the number columns become numbers, all others stay text. Parquet: dates, times
-        and timestamps (cut to microseconds) become ISO 8601 strings, durations seconds, binary values base64 text,
-        decimals ints without a scale and floats with one, enumerations their values.
+        - JSON Lines: the row number is the line number; blank lines are counted and skipped. BOM and CRLF are accepted;
+          NaN, Infinity, duplicate keys and lone surrogates are not.
+        - CSV: the row number is the number of the row's first line. An empty cell is a null; cells of number columns
+          become numbers, all others stay text.
+        - Parquet: dates, times and timestamps (truncated to microseconds) become ISO 8601 strings, durations seconds,
+          binary values base64 text, decimals ints (scale 0) or floats, enumerations their values.
 
-        Raises UserError when a file is missing, damaged, without a `prompt` column (CSV, Parquet), or not the bytes
-        that were there before; also when there is no row at all.
+        Raises UserError if a file is missing, damaged, without a `prompt` column (CSV, Parquet) or changed since an
+        earlier pass, or if there is no row at all.
         """
         is_empty = True
         for chunk in self.chunks():
@@ -112,45 +113,45 @@ class Manifest:
                 is_empty = False
                 yield chunk.offset + number, row
         if is_empty:
-            raise UserError(self.without_rows())
+            raise UserError(self.no_rows_message())
 
     def chunks(self) -> Iterator[Chunk]:
-        """The same rows in pieces of a few MB, not parsed yet. Raises UserError as `rows`, but none for no row."""
+        """The same rows in chunks of a few MB, not parsed yet. Raises UserError as `rows` does, except for no row."""
         offset = 0
         for index, source in enumerate(self.sources):
             last = 0
-            with _damage_explained(source), source.open() as file:
-                for content in self._cut(source, file):
+            with _read_errors_as_user_error(source), source.open() as file:
+                for content in self._split(source, file):
                     yield Chunk(index, offset, source.partitions, content)
                     last = content.last
             offset += last
 
-    def without_rows(self) -> str:
+    def no_rows_message(self) -> str:
         return f"The manifest {self.name} has no rows. Give it at least one row with a prompt."
 
-    def _cut(self, source: Source, file: IO[bytes]) -> Iterator[Content]:
+    def _split(self, source: Source, file: IO[bytes]) -> Iterator[Content]:
         sha256 = hashlib.sha256()
         if source.suffix in PARQUET_SUFFIXES:
             digest = self._digests.get(source.name) or _hash_rest(file, sha256)
             file.seek(0)
-            yield from cut_parquet(file)
-            self._settle_digest(source, digest)
+            yield from split_parquet(file)
+            self._record_digest(source, digest)
             return
-        hashing: Any = _Hashing(file, sha256)
-        cut = cut_csv if source.suffix in CSV_SUFFIXES else cut_json_lines
+        hashing: Any = _HashingFile(file, sha256)
+        cut = split_csv if source.suffix in CSV_SUFFIXES else split_json_lines
         if source.compression:
             yield from cut(pa.CompressedInputStream(pa.PythonFile(hashing, mode="r"), source.compression))
         else:
             yield from cut(hashing)
-        self._settle_digest(source, _hash_rest(file, sha256))
+        self._record_digest(source, _hash_rest(file, sha256))
 
-    def _settle_digest(self, source: Source, digest: str) -> None:
+    def _record_digest(self, source: Source, digest: str) -> None:
         if self._digests.setdefault(source.name, digest) != digest:
-            raise UserError(changed(source.name))
+            raise UserError(changed_message(source.name))
 
 
-class _Hashing:
-    """A file that hashes what is read of it; all that Arrow asks of one."""
+class _HashingFile:
+    """A file that hashes the bytes read from it, with the methods that Arrow needs."""
 
     closed = False
 
@@ -164,7 +165,7 @@ class _Hashing:
         return data
 
     def close(self) -> None:
-        """The file belongs to whoever opened it."""
+        """Leave the file open, because the caller of `Manifest._split` closes it."""
 
 
 def _hash_rest(file: IO[bytes], sha256: Any) -> str:
@@ -175,22 +176,22 @@ def _hash_rest(file: IO[bytes], sha256: Any) -> str:
 
 
 @contextmanager
-def _damage_explained(source: Source) -> Iterator[None]:
+def _read_errors_as_user_error(source: Source) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        kind = source.compression or source.suffix.lstrip(".")
+        format_name = source.compression or source.suffix.lstrip(".")
         raise UserError(
-            f"The manifest {source.name} cannot be read as {kind}: {str(error).rstrip('.')}. Mend it there, or copy "
-            "it again if it was cut short."
+            f"The manifest {source.name} cannot be read as {format_name}: {str(error).rstrip('.')}. Fix the file, or "
+            "copy it again if it is truncated."
         ) from error
 
 
-def _join_partitions(
+def _add_partitions(
     row: dict[str, Any], columns: Mapping[str, Any], texts: Mapping[str, str | None]
 ) -> dict[str, Any] | FieldProblem:
     for name, value in columns.items():
         own = row.get(name)
         if own is not None and own != value and str(own) != texts[name]:
-            return FieldProblem(name, own, f"{shorten(value)}, as the folder of its file says, or no value")
+            return FieldProblem(name, own, f"{shorten(value)}, the value of the folder {name}=..., or no value")
     return {**row, **columns}

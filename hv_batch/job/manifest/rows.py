@@ -1,9 +1,9 @@
-"""One manifest row: what its columns may say, and reading it into values, further columns and a key.
+"""Read one manifest row: validate its values, and split them into known columns, further columns and a key.
 
-A row's key names its objects in the output root, so it must be safe in a path and the same in every pass. It comes from
-the row's id, or from the row's content, never from its position: an extended manifest keeps its keys.
+The key of a row names its objects in the output root, so it must be safe in a path and the same in every pass. It is
+derived from the row's id or content, never from its position: a manifest that grows keeps its keys.
 
-A null is a value left out, in every column: Parquet has no other way to leave one out.
+A null counts as an absent value in every column, because Parquet has no other way to omit one.
 """
 
 from __future__ import annotations
@@ -19,35 +19,37 @@ from typing import Any
 from hv_batch.job.config.field_rules import MAX_TEXT_CHARS, REAL_COLUMNS, ROW_RULES, WHOLE_COLUMNS, find_fault
 from hv_batch.protocol import FieldProblem
 
-MAX_EXACT = 2**53  # a float below it is the whole number that was written
-SLUG_CHARS = 48  # of an id that cannot be a key as it stands: enough to recognise it in a listing
-MAX_DEPTH = 100  # of lists and objects in a further column; Python's own limit depends on who calls
-MAX_DIGITS = 1000  # of a whole number; Python refuses to write whole numbers of more than 4,300
+MAX_EXACT = 2**53  # a float below this size holds every whole number exactly
+SLUG_CHARS = 48  # of an id that is not a valid key: enough to recognise it in a listing
+MAX_DEPTH = 100  # of lists and objects in a further column; Python's own recursion limit depends on the caller
+MAX_DIGITS = 1000  # of a whole number; Python does not convert more than 4,300 digits to text
 SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-
 
 _WHOLE_OR_ID = frozenset({*WHOLE_COLUMNS, "id"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row, judged value by value; the config's defaults are not yet filled in."""
+    """One row whose values are validated one by one, without the config's defaults."""
 
     number: int  # in the manifest, from 1
     key: str
     id: str | None  # as written
-    values: Mapping[str, Any]  # of the known columns but `id`
+    values: Mapping[str, Any]  # of the known columns except `id`
     extra: Mapping[str, Any]  # of the further columns
     problems: tuple[FieldProblem, ...]
 
 
-def read_row(number: int, written: Mapping[str, Any]) -> Row:
-    """Judge one row. Whole floats in whole-number columns (720.0) are accepted: pandas writes them beside nulls."""
+def read_row(number: int, parsed: Mapping[str, Any]) -> Row:
+    """Validate the values of one parsed row.
+
+    Whole floats in whole-number columns (720.0) are accepted, because pandas writes them in columns with nulls.
+    """
     values: dict[str, Any] = {}
     extra: dict[str, Any] = {}
-    found: list[FieldProblem] = []
+    problems: list[FieldProblem] = []
     row_id: Any = None
-    for name, value in written.items():
+    for name, value in parsed.items():
         if value is None:
             continue
         if name == "id":
@@ -55,19 +57,19 @@ def read_row(number: int, written: Mapping[str, Any]) -> Row:
         elif name in ROW_RULES:
             values[name] = value = normalise(name, value)
             if allowed := find_fault(name, value):
-                found.append(FieldProblem(name, value, allowed))
+                problems.append(FieldProblem(name, value, allowed))
         elif _fits_json(value):
             extra[name] = value
-        # NaN is how data frames write a missing number; in a column of ours it is refused, in the user's it is left out
+        # Data frames write a missing number as NaN. A further column omits it; a known column must not have it.
         elif value == value:
-            found.append(FieldProblem(name, value, EXTRA_ALLOWED))
+            problems.append(FieldProblem(name, value, EXTRA_ALLOWED))
     if "prompt" not in values:
-        found.append(FieldProblem("prompt", None, ROW_RULES["prompt"][1]))
+        problems.append(FieldProblem("prompt", None, ROW_RULES["prompt"][1]))
     if row_id is not None and not _is_id(row_id):
-        found.append(FieldProblem("id", row_id, ID_ALLOWED))
+        problems.append(FieldProblem("id", row_id, ID_ALLOWED))
         row_id = None
     key = _hash_text(_CANONICAL.encode({**values, **extra})) if row_id is None else make_key(row_id)
-    return Row(number=number, key=key, id=row_id, values=values, extra=extra, problems=tuple(found))
+    return Row(number=number, key=key, id=row_id, values=values, extra=extra, problems=tuple(problems))
 
 
 EXTRA_ALLOWED = f"a value that JSON can hold, nested at most {MAX_DEPTH} deep: no NaN, no binary"
@@ -79,7 +81,7 @@ def _is_id(value: Any) -> bool:
 
 
 def make_key(row_id: str) -> str:
-    """The id itself where it is safe in every path, else a slug of it and a hash that keeps it apart from others."""
+    """The key for an id: the id itself if it is safe in every path, else a slug of it with a hash of it."""
     if SAFE_KEY.fullmatch(row_id) and ".." not in row_id and not row_id.endswith("."):
         return row_id
     slug = re.sub(r"[^A-Za-z0-9]+", "-", row_id[: 4 * SLUG_CHARS])[:SLUG_CHARS].strip("-") or "id"
@@ -87,18 +89,18 @@ def make_key(row_id: str) -> str:
 
 
 def normalise(name: str, value: Any) -> Any:
-    """The value in its column's type where that changes nothing, else as it stands, for the rules to refuse.
+    """The value in its column's type if the conversion is exact, else unchanged, so that the column's rule fails.
 
-    Makes equal rows hash equally, whether JSON wrote 6 or Parquet 6.0.
+    It makes equal rows hash equally, whether JSON has 6 or Parquet 6.0.
     """
-    kind = type(value)  # exactly: True is an int to isinstance
-    if kind is str:
+    type_ = type(value)  # not isinstance, for which True is an int
+    if type_ is str:
         return value.strip() if name == "prompt" else value  # spec section 1
-    if kind is float and name in _WHOLE_OR_ID and value.is_integer() and abs(value) < MAX_EXACT:
-        value, kind = int(value), int
-    if kind is int and name == "id":
+    if type_ is float and name in _WHOLE_OR_ID and value.is_integer() and abs(value) < MAX_EXACT:
+        value, type_ = int(value), int
+    if type_ is int and name == "id":
         return str(value) if abs(value) < 10**MAX_DIGITS else value
-    if kind is int and name in REAL_COLUMNS and abs(value) < MAX_EXACT:
+    if type_ is int and name in REAL_COLUMNS and abs(value) < MAX_EXACT:
         return float(value)
     return value
 
@@ -122,5 +124,5 @@ def _hash_text(canonical: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-# One encoder for all rows: json.dumps makes one a call. repr serves rows that are refused anyway.
+# One encoder for all rows, because json.dumps creates one for each call. repr is used only for invalid rows.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=repr)

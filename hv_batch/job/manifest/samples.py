@@ -1,7 +1,7 @@
-"""From manifest rows to samples.
+"""Make samples from manifest rows.
 
-A sample's key is unique whatever a store thinks of upper and lower case. Its seed, key and shard follow from manifest
-and config alone, so every pass gives the same samples (P2, P3).
+The keys of a manifest's samples are unique, also on a store that ignores case. The seed, key and shard of a sample
+depend on manifest and config alone, so every pass gives the same samples (P2, P3).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.protocol import SamplingParams
 
-if TYPE_CHECKING:  # every rank and decoder imports this module, and none needs Arrow
+if TYPE_CHECKING:  # every rank and decoder imports this module, and none of them needs Arrow
     from hv_batch.job.manifest.extra_columns import ColumnType
 
 
@@ -22,44 +22,44 @@ if TYPE_CHECKING:  # every rank and decoder imports this module, and none needs 
 class Sample:
     """One video to render."""
 
-    key: str  # names the sample's objects in the output root
-    id: str  # the row's id as written; without one, the row's content hash
+    key: str  # name of the sample's objects in the output root
+    id: str  # the row's id as written; if it has none, the hash of the row's content
     row: int  # number in the manifest, from 1, over all its files
-    video_index: int  # of the row's num_videos, from 0
+    video_index: int  # among the row's num_videos, from 0
     shard: int
     params: SamplingParams
     fps: int
-    extra: Mapping[str, Any]  # further columns, JSON-able, carried into the metadata untouched
+    extra: Mapping[str, Any]  # further columns as JSON values, copied to the metadata unchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRow:
-    """One row that has been found good; the config's defaults are not yet filled in."""
+    """One valid row, without the config's defaults."""
 
     number: int  # in the manifest, from 1, over all its files
     key: str
     id: str | None  # as written
-    values: Mapping[str, Any]  # of the known columns but `id`
+    values: Mapping[str, Any]  # of the known columns except `id`
     extra: Mapping[str, Any]  # of the further columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestSummary:
-    """What one pass over a good manifest tells."""
+    """Totals of a valid manifest. The index document stores the fields under these names."""
 
     digest: str  # `Manifest.digest`
     rows: int
     samples: int
     shards: int
     shapes: Mapping[tuple[int, int, int], int]  # (height, width, frames) -> samples
-    extra_kinds: Mapping[str, ColumnType]  # further column -> what all its values have in common
+    extra_kinds: Mapping[str, ColumnType]  # further column -> common type of its values
     warnings: tuple[str, ...]
 
 
 def make_samples(row: CheckedRow, first: int, config: RunConfig, defaults: Mapping[str, Any]) -> Iterator[Sample]:
-    """The videos of one row, of which the first is the manifest's sample number `first`, from 0.
+    """The samples of one row. `first` is the number of its first sample in the manifest, from 0.
 
-    `defaults` are those of `config`, as a dict: to dump them anew for every row would cost more than all else here.
+    `defaults` is `config.defaults` as a dict, which the caller dumps once: one dump a row would dominate the cost.
     """
     values = {**defaults, **row.values}
     if "seed" not in row.values:
@@ -79,12 +79,12 @@ def make_samples(row: CheckedRow, first: int, config: RunConfig, defaults: Mappi
 
 
 def derive_seed(run_seed: int, row_key: str) -> int:
-    """The first of a row's seeds where it names none: 31 bits, which every generator takes."""
+    """The seed of the first video of a row without a seed: 31 bits, which every generator accepts."""
     return int.from_bytes(hashlib.sha256(f"{run_seed}:{row_key}".encode()).digest()[:4], "big") >> 1
 
 
 def sample_keys(row_key: str, num_videos: int) -> Iterator[str]:
-    """Keys of the videos of one row."""
+    """The keys of the videos of one row."""
     if num_videos == 1:
         yield row_key
     else:

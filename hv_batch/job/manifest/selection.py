@@ -1,8 +1,8 @@
-"""Which part of a run one command is to render: `--limit`, `--where`, `--shards`, `--failed-only`.
+"""Selections: the part of a run that one command renders (`--limit`, `--where`, `--shards`, `--failed-only`).
 
-A selection is no part of the run's identity: the output root stays that of the whole manifest, and later commands
-render the rest. It depends on the manifest alone and not on what is done already, so the same command twice means the
-same samples (P2); but for `--failed-only`, which twice means what has not been committed of them since.
+A selection is not part of the run's identity: the output root belongs to the whole manifest, and later commands render
+the rest. It depends on the manifest alone and not on the state of the output root, so the same command selects the same
+samples each time (P2). The exception is `--failed-only`, which no longer selects samples that were committed since.
 """
 
 from __future__ import annotations
@@ -19,70 +19,77 @@ from hv_batch.job.manifest.index import Index
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.protocol import UserError
 
-# A sample no longer tells of how many videos it is one.
+# A sample does not record num_videos.
 SELECTABLE = tuple(name for name in KNOWN_COLUMNS if name != "num_videos")
 NUMBER_OR_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Samples that are in one of `shards`, match `where` and are in `failed`, and of these the first `limit`.
+    """The first `limit` samples that are in one of `shards`, match `where` and are in `failed`.
 
-    None or empty shards and conditions: all.
+    A value of None, or an empty one of `where` or `shards`, does not restrict the selection.
     """
 
     limit: int | None = None
-    where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> any of these values, as text
+    where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> allowed values, as text
     shards: tuple[range, ...] = ()
-    failed: frozenset[str] | None = None  # keys of samples that were given up
+    failed: frozenset[str] | None = None  # keys of quarantined samples
 
     @property
     def is_whole(self) -> bool:
+        """Whether all samples are selected."""
         return self.limit is None and not self.where and not self.shards and self.failed is None
 
     def matches(self, sample: Sample) -> bool:
-        """Whether `where` is fulfilled: by value in a column of ours, by text or JSON in another; no text is a null."""
+        """Whether the sample fulfils `where` and `failed`; shards and limit are not considered.
+
+        Known columns are compared by value, further columns as text or JSON. An empty text matches a null.
+        """
         return (self.failed is None or sample.key in self.failed) and all(
             any(_equals(name, _value(sample, name), text) for text in texts) for name, texts in self.where.items()
         )
 
 
 def parse_selection(limit: int | None = None, where: Sequence[str] = (), shards: str | None = None) -> Selection:
-    """From what a command line says: `where` as "column=value", `shards` as "3,17-20". Raises UserError."""
+    """Parse command-line options: `where` as "column=value", `shards` as "3,17-20".
+
+    Raises UserError if an option is malformed.
+    """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: allowed is a whole number from 1. Leave it out to render everything.")
+        raise UserError(f"--limit is {limit}; allowed is a whole number from 1. Omit the option to render all samples.")
     columns: dict[str, tuple[str, ...]] = {}
     for condition in where:
         name, equals, text = condition.partition("=")
         if not name or not equals:
-            raise UserError(f"--where {condition}: allowed is column=value, as category=landscape.")
+            raise UserError(f"--where is {condition!r}; allowed is column=value, for example category=landscape.")
         columns[name] = (*columns.get(name, ()), text)
     return Selection(limit, columns, parse_ranges(shards) if shards is not None else ())
 
 
 def parse_ranges(shards: str) -> tuple[range, ...]:
-    """Of a list of shards such as "3,17-20". Raises UserError for anything else."""
+    """Parse a list of shards such as "3,17-20". Raises UserError if it is malformed."""
     return tuple(map(_parse_range, shards.split(",")))
 
 
 def _parse_range(text: str) -> range:
-    found = NUMBER_OR_RANGE.fullmatch(text.strip())
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    match = NUMBER_OR_RANGE.fullmatch(text.strip())
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if last < first:
-        raise UserError(f"--shards: {text!r} is no shard; allowed are numbers and ranges of them, as 3,17-20.")
+        raise UserError(f"--shards: {text!r} is no shard; allowed are numbers and ranges, for example 3,17-20.")
     return range(first, last + 1)
 
 
 def count_selected(index: Index, selection: Selection) -> array[int]:
-    """Of every shard, how many of its samples are selected; by what they are, from a look at all of the shards.
+    """The number of selected samples of each shard. Reads the samples only if `where` or `failed` needs their values.
 
-    Raises UserError for a column or a shard that the manifest does not have, and when nothing is selected.
+    Raises UserError if the selection names a column or shard that the manifest does not have, or selects no sample.
     """
     _check_columns(index, selection)
     for shards in selection.shards:
         if shards[-1] >= index.shards:
             raise UserError(
-                f"--shards names shard {shards[-1]}, but the manifest has {index.shards}: allowed are 0 to "
+                f"--shards names shard {shards[-1]}, but the manifest has {index.shards} shards: allowed are 0 to "
                 f"{index.shards - 1}."
             )
     room = index.summary.samples if selection.limit is None else selection.limit
@@ -91,19 +98,19 @@ def count_selected(index: Index, selection: Selection) -> array[int]:
     for shard in chosen:
         if room == 0:
             break
-        by_sample = selection.where or selection.failed is not None
-        found = sum(map(selection.matches, index.samples(shard))) if by_sample else index.size(shard)
-        counts[shard] = min(found, room)
+        needs_samples = selection.where or selection.failed is not None
+        matching = sum(map(selection.matches, index.samples(shard))) if needs_samples else index.size(shard)
+        counts[shard] = min(matching, room)
         room -= counts[shard]
     if not any(counts):
-        raise UserError(f"No sample of the manifest matches {_describe(selection.where)}. Compare columns and values.")
+        raise UserError(f"No sample of the manifest matches {_describe(selection.where)}. Check columns and values.")
     return counts
 
 
 def _check_columns(index: Index, selection: Selection) -> None:
-    own = index.summary.extra_kinds
-    if unknown := sorted(selection.where.keys() - {*SELECTABLE, *own}):
-        allowed = ", ".join((*sorted(own), *SELECTABLE))
+    further = index.summary.extra_kinds
+    if unknown := sorted(selection.where.keys() - {*SELECTABLE, *further}):
+        allowed = ", ".join((*sorted(further), *SELECTABLE))
         raise UserError(f"--where names the column {unknown[0]}, which the manifest does not have; allowed: {allowed}.")
 
 

@@ -14,7 +14,7 @@ from hv_batch.protocol import ParallelPlan, Shape
 def run_identity(run: ResolvedRun) -> dict[str, Any]:
     """The part of a config that changes pixels or keys, as JSON values, without the engine's own `identity()` (P3).
 
-    With `gpus_per_group: auto` the parallel plans of the manifest's shapes are part of the identity.
+    With `gpus_per_group: auto`, the plans of the manifest's shapes are part of the identity.
     """
     config = run.config
     return {

@@ -137,7 +137,7 @@ class WorkerSlot:
         return self.leaving_at is not None and (not self.task or now >= self.leaving_at - END_MARGIN_S)
 
     def take_due_checkpoint(self, now: float) -> bool:
-        """Whether a checkpoint is due (once when the drain begins, once near its end); if so, it counts as requested."""
+        """Whether a checkpoint is due: once when the drain begins, once near its end. Each is reported only once."""
         if self.leaving_at is None or now < self.checkpoint_at:
             return False
         last = self.leaving_at - LAST_CHECKPOINT_S

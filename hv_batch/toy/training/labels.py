@@ -1,4 +1,4 @@
-"""A scene of the toy world as the numbers that classifiers are trained on: one class for each thing a caption tells."""
+"""The attributes of a scene of the toy world as class indices, the targets of the classifiers that train the towers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from hv_batch.toy.world import COLOURS, Camera, Motion, Pattern, Scene, Shape, Size
 
-PLACES = ("first", "second")  # things from left to right; one alone is the first
-NONE = 0  # class of what a missing second thing is
+PLACES = ("first", "second")  # things from left to right; a single thing is the first
+NONE = 0  # class of every attribute of a missing second thing
 
 _OF_THINGS: Mapping[str, list[str]] = {
     "shape": list(Shape),
@@ -24,13 +24,13 @@ CLASSES: Mapping[str, int] = {
 
 
 def labels(scene: Scene) -> dict[str, int]:
-    """For each name of CLASSES the scene's class."""
-    found = {
+    """Return the class index of the scene for each name in CLASSES."""
+    classes = {
         "background": list(COLOURS).index(scene.background),
         "pattern": list(Pattern).index(scene.pattern),
         "camera": list(Camera).index(scene.camera),
     }
     for place, thing in zip(PLACES, (*scene.things, None), strict=False):
         for what, values in _OF_THINGS.items():
-            found[f"{place} {what}"] = NONE if thing is None else 1 + values.index(getattr(thing, what))
-    return found
+            classes[f"{place} {what}"] = NONE if thing is None else 1 + values.index(getattr(thing, what))
+    return classes

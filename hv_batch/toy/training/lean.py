@@ -1,9 +1,13 @@
-"""diffusers' VAE and DiT with parts replaced by the same sums in another order: less than half the time on a CPU.
+"""Faster equivalents of parts of diffusers' VAE and DiT for training: less than half the time on a CPU.
 
-VAE: channels stay last in memory, which PyTorch's convolutions and norms want there; a single frame, whose causal
-padding is three times the same frame, is convolved in two dimensions with the sum of the three taps.
-DiT: on a CPU in bfloat16 attention as two batched matrix products and a softmax, which PyTorch's fused kernel is slower
-than, above all backwards; in single precision that is twice as fast as they are. Muon takes like matrices at once.
+They compute the same values up to the order of summation.
+
+- VAE: channels are last in memory, the layout in which PyTorch's CPU convolutions and norms are fastest. The causal
+  padding of a single frame repeats this frame three times, so it is convolved in two dimensions with the sum of the
+  three taps.
+- DiT: on a CPU in bfloat16, attention is two batched matrix products and a softmax. PyTorch's fused kernel is slower
+  there, especially in the backward pass; in float32 the fused kernel is twice as fast and is kept.
+- Muon updates all matrices of equal shape at once.
 """
 
 from __future__ import annotations
@@ -20,17 +24,17 @@ from torch import Tensor
 
 
 def lean_autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 within it, where the device computes that faster than single precision."""
+    """Return an autocast context that is bfloat16 if the device computes it faster than float32, else disabled."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or _has_bfloat16())
 
 
 def _has_bfloat16() -> bool:
-    """Whether the CPU has instructions for it. Others take ten times as long as in single precision."""
+    """Return whether the CPU has bfloat16 instructions. Without them, bfloat16 takes ten times as long as float32."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def make_lean_vae(model: Any) -> Any:
-    """`model`, an AutoencoderKLHunyuanVideo, whose blocks compute in the layout of channels last from now on."""
+    """Replace the forward functions of an AutoencoderKLHunyuanVideo in place by channels-last ones, and return it."""
     from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as parts
 
     lean = {
@@ -65,7 +69,7 @@ def _upsample(module: Any, x: Tensor) -> Tensor:
     times, factor = int(module.upsample_factor[0]), int(module.upsample_factor[1])
     frames = x.permute(0, 2, 3, 4, 1)
     frames = frames.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    if times > 1:  # the first frame stands alone
+    if times > 1:  # the first frame is not repeated in time
         frames = torch.cat((frames[:, :1], frames[:, 1:].repeat_interleave(times, 1)), 1)
     upsampled: Tensor = module.conv(frames.permute(0, 4, 1, 2, 3))
     return upsampled
@@ -73,7 +77,7 @@ def _upsample(module: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def lean_steps(device: torch.device) -> Iterator[None]:
-    """Within it the DiT attends in the fastest way that `device` has."""
+    """Use the fastest attention of `device` in diffusers' DiT within the block."""
     from diffusers.models.transformers import transformer_hunyuan_video as module
 
     own = module.dispatch_attention_fn
@@ -86,18 +90,18 @@ def lean_steps(device: torch.device) -> Iterator[None]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **_: Any) -> Tensor:
-    """Attention of [B, S, heads, D] to the keys that attn_mask [B, 1, 1, S] is true of."""
+    """Return the attention of tensors [B, S, heads, D] over the keys at which attn_mask [B, 1, 1, S] is true."""
     q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
-    unseen = torch.zeros(attn_mask.shape[0], 1, attn_mask.shape[-1], dtype=q.dtype).masked_fill(~attn_mask[:, 0], -1e4)
-    scores = torch.baddbmm(unseen.repeat_interleave(query.shape[2], 0), q, k.mT, alpha=query.shape[-1] ** -0.5)
+    bias = torch.zeros(attn_mask.shape[0], 1, attn_mask.shape[-1], dtype=q.dtype).masked_fill(~attn_mask[:, 0], -1e4)
+    scores = torch.baddbmm(bias.repeat_interleave(query.shape[2], 0), q, k.mT, alpha=query.shape[-1] ** -0.5)
     return (scores.softmax(-1).to(v.dtype) @ v).unflatten(0, (len(query), -1)).transpose(1, 2)
 
 
 class StackedMuon(torch.optim.Muon):
-    """PyTorch's Muon with `adjust_lr_fn="match_rms_adamw"`, for all matrices of one shape at once.
+    """PyTorch's Muon with `adjust_lr_fn="match_rms_adamw"` that updates all matrices of one shape at once.
 
-    Small products in turn keep a GPU waiting for the next. PyTorch's computes in bfloat16; on a CPU without it this one
-    takes single precision.
+    One small product after the other would leave a GPU mostly idle. PyTorch's Muon computes in bfloat16; this one
+    computes in float32 on a CPU without bfloat16 instructions.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float) -> None:
@@ -105,15 +109,15 @@ class StackedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Every matrix must have its gradient; there is no closure."""
+        """Do one step. Every matrix must have a gradient. `closure` is not supported and ignored."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
-                alike[matrix.shape].append(matrix)
-            for matrices in alike.values():
-                self._step_alike(group, matrices)
+                by_shape[matrix.shape].append(matrix)
+            for matrices in by_shape.values():
+                self._step_stack(group, matrices)
 
-    def _step_alike(self, group: Mapping[str, Any], matrices: list[Tensor]) -> None:
+    def _step_stack(self, group: Mapping[str, Any], matrices: list[Tensor]) -> None:
         gradients = torch.stack([cast(Tensor, matrix.grad) for matrix in matrices])
         state = self.state[matrices[0]]
         if not state:
@@ -126,13 +130,13 @@ class StackedMuon(torch.optim.Muon):
 
 
 def _orthogonal(stacked: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """About the nearest matrices with orthogonal rows or columns, by Muon's polynomial."""
+    """Approximate the nearest matrices with orthonormal rows or columns by Muon's Newton-Schulz polynomial."""
     linear, cubic, quintic = group["ns_coefficients"]
-    found = stacked.mT if stacked.shape[1] > stacked.shape[2] else stacked
-    found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    x = stacked.mT if stacked.shape[1] > stacked.shape[2] else stacked
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     if stacked.device.type != "cpu" or _has_bfloat16():
-        found = found.bfloat16()
+        x = x.bfloat16()
     for _ in range(group["ns_steps"]):
-        gram = found @ found.mT
-        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), found, beta=linear)
-    return found.mT if stacked.shape[1] > stacked.shape[2] else found
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
+    return x.mT if stacked.shape[1] > stacked.shape[2] else x

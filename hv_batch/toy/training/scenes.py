@@ -1,7 +1,7 @@
-"""Scenes to learn from, drawn and read by all of the machine's processors while a GPU computes.
+"""Batches of training scenes, prepared by all CPU cores while a GPU computes.
 
-Scene `number` of a series depends on the series' seed and on its number alone, so however many processes take part, the
-same batches come out.
+Scene `number` of a series depends only on the seed of the series and on `number`, so the batches do not depend on the
+number of processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.world import Scene
 
 VIDEO_FRAMES = 33
@@ -24,7 +24,7 @@ VIDEO_FRAMES = 33
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """`steps` steps over batches of one shape."""
+    """`steps` training steps with batches of one shape."""
 
     steps: int
     batch: int
@@ -34,7 +34,7 @@ class Phase:
 
 
 class Scenes(Dataset[Any]):
-    """`count` scenes that are not held out, each as `make(scene, rng)`."""
+    """`count` training scenes (none is held out); each item is the result of `make(scene, rng)`."""
 
     def __init__(
         self, seed: int, count: int, num_frames: int, make: Callable[[Scene, np.random.Generator], Any]
@@ -45,19 +45,19 @@ class Scenes(Dataset[Any]):
         return self._count
 
     def __getitem__(self, number: int) -> Any:
-        scene, _ = next(told_scenes((self._seed, number), self._num_frames, held_out=False))
+        scene, _ = next(captioned_scenes((self._seed, number), self._num_frames, held_out=False))
         return self._make(scene, np.random.default_rng((self._seed, number, 1)))
 
 
 def batches(
     scenes: Scenes, size: int, device: torch.device, collate: Callable[[list[Any]], Any] | None = None
 ) -> Iterator[Any]:
-    """All scenes in order, `size` at a time; collated as PyTorch does it by default."""
-    helpers = max(0, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
-    context = "fork" if helpers else None  # what scenes are made of need not be picklable
-    return iter(DataLoader(scenes, size, num_workers=helpers, collate_fn=collate, multiprocessing_context=context))
+    """Yield all scenes in order in batches of `size`. The default for `collate` is PyTorch's."""
+    workers = max(0, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
+    context = "fork" if workers else None  # `make` need not be picklable
+    return iter(DataLoader(scenes, size, num_workers=workers, collate_fn=collate, multiprocessing_context=context))
 
 
 def to_pixels(frames: Tensor, device: torch.device) -> Tensor:
-    """[B, 3, F, H, W] float32 in [-1, 1] of uint8 [B, F, H, W, 3]."""
+    """Convert uint8 frames [B, F, H, W, 3] to float32 pixels [B, 3, F, H, W] in [-1, 1]."""
     return frames.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1

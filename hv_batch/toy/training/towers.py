@@ -1,14 +1,14 @@
-"""The text towers learn to read the captions of the toy world, and are frozen then.
+"""Train the text towers on the captions of the toy world. Afterwards they are frozen.
 
-Towers of random weights would not do. No text token of the DiT knows its place, so whether "red" belongs to the shape
-or to the background must be in the states themselves; and the pooled vector must tell more than its last word. So both
-are trained to say what a caption tells: linear classifiers read every attribute of the scene from the mean of LLaMA's
-states, and from CLIP's pooled vector. The classifiers are dropped afterwards.
+Towers with random weights are not sufficient. The text tokens of the DiT have no position, so the states themselves
+must encode whether "red" belongs to the shape or to the background; and the pooled vector must encode more than its
+last word. Both towers are therefore trained with linear classifiers that predict every attribute of the scene from the
+mean of LLaMA's states and from CLIP's pooled vector. The classifiers are discarded after the training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from hv_batch.architecture import SKIPPED_LAYERS
 from hv_batch.engine.text_encoders import CLIP_TOKENS, IMAGE_TEMPLATE, VIDEO_TEMPLATE
-from hv_batch.toy.captions import told_scenes
+from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import clip_config, clip_names, llama_config, write_tower
 from hv_batch.toy.tokenizers import CAPTION_WORDS, WORDS, write_clip_tokenizer, write_llama_tokenizer
 from hv_batch.toy.training.labels import CLASSES, labels
 
+logger = logging.getLogger(__name__)
+
 LLAMA_WIDTH = 96
 CLIP_WIDTH = 64
 LEARNING_RATE = 2e-3
-FRAMES = (1, 33)  # half of the captions are of images, whose template differs
+FRAMES = (1, 33)  # half of the captions are of images, which have another template
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +48,18 @@ class Probe(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, classes) for classes in CLASSES.values())
 
     def loss(self, vectors: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross entropy over all attributes; vectors [B, width], targets [B, len(CLASSES)]."""
+        """Return the mean cross entropy over all attributes; vectors [B, width], targets [B, len(CLASSES)]."""
         losses = [F.cross_entropy(head(vectors), targets[:, i]) for i, head in enumerate(self.heads)]
         return torch.stack(losses).mean()
 
-    def right(self, vectors: Tensor, targets: Tensor) -> float:
-        """The share of attributes that are read right."""
-        found = torch.stack([head(vectors).argmax(-1) for head in self.heads], dim=1)
-        return (found == targets).float().mean().item()
+    def accuracy(self, vectors: Tensor, targets: Tensor) -> float:
+        """Return the fraction of attributes that are predicted correctly."""
+        predicted = torch.stack([head(vectors).argmax(-1) for head in self.heads], dim=1)
+        return (predicted == targets).float().mean().item()
 
 
-def train_towers(root: Path, settings: Settings, device: torch.device, say: Callable[[str], None]) -> None:
-    """Write text_encoder/ and text_encoder_2/ below `root`, trained."""
+def train_towers(root: Path, settings: Settings, device: torch.device) -> None:
+    """Train both towers and write them below `root` as text_encoder/ and text_encoder_2/."""
     from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
     torch.manual_seed(settings.seed)
@@ -70,18 +72,18 @@ def train_towers(root: Path, settings: Settings, device: torch.device, say: Call
         _ClipReader(clip, AutoTokenizer.from_pretrained(clip_dir)),
     )
     for reader, width in zip(readers, (LLAMA_WIDTH, CLIP_WIDTH), strict=True):
-        _train(reader, Probe(width).to(device), settings, device, say)
+        _train(reader, Probe(width).to(device), settings, device)
     write_tower(llama_dir, llama.config, _halves(llama.state_dict()))
     write_tower(clip_dir, clip.config, clip_names(_halves(clip.state_dict())))
 
 
 def _halves(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As the released towers are kept; rounded before the DiT learns from what they say."""
+    """Round to float16, the dtype of the released towers, so that the DiT is trained with the rounded weights."""
     return {name: tensor.half().cpu() for name, tensor in state.items()}
 
 
 class _LlamaReader(nn.Module):
-    """Captions -> the mean of the states that the DiT gets (see `hv_batch.engine.text_encoders`)."""
+    """Captions -> the mean of the states that the DiT receives (see `hv_batch.engine.text_encoders`)."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         super().__init__()
@@ -111,16 +113,14 @@ class _ClipReader(nn.Module):
         return pooled
 
 
-def _train(
-    reader: nn.Module, probe: Probe, settings: Settings, device: torch.device, say: Callable[[str], None]
-) -> None:
+def _train(reader: nn.Module, probe: Probe, settings: Settings, device: torch.device) -> None:
     parameters = list(chain(reader.parameters(), probe.parameters()))
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, settings.steps)
-    told = {frames: told_scenes(settings.seed, frames, held_out=False) for frames in FRAMES}
+    series = {frames: captioned_scenes(settings.seed, frames, held_out=False) for frames in FRAMES}
     for step in range(settings.steps):
         frames = FRAMES[step % 2]
-        scenes, prompts = zip(*islice(told[frames], settings.batch), strict=True)
+        scenes, prompts = zip(*islice(series[frames], settings.batch), strict=True)
         targets = torch.tensor([list(labels(scene).values()) for scene in scenes], device=device)
         vectors = reader(list(prompts), frames == 1, device)
         loss = probe.loss(vectors, targets)
@@ -130,7 +130,5 @@ def _train(
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            right = probe.right(vectors, targets)
-            say(
-                f"{type(reader).__name__[1:]}: step {step + 1}, loss {loss.item():.4f}, {right:.2%} of attributes right"
-            )
+            name, accuracy = type(reader).__name__[1:], probe.accuracy(vectors, targets)
+            logger.info(f"{name}: step {step + 1}, loss {loss.item():.4f}, {accuracy:.2%} of attributes correct")

@@ -1,13 +1,14 @@
-"""The causal VAE learns to code the toy world: images first, where most of what there is to learn is cheap, then clips.
+"""Train the causal VAE on the toy world: first on images, which are cheap and teach most of it, then on clips.
 
-The modules are diffusers', whose tensors have the released names. Afterwards every latent channel is moved and scaled
-to mean 0 and deviation 1 as the DiT will see it. That is folded into the two 1x1x1 convolutions around the latents, so
-the pixels stay the same.
+The modules are those of diffusers, whose tensors have the released names. After the training, every latent channel is
+shifted and scaled to mean 0 and standard deviation 1 in the range that the DiT receives. The two 1x1x1 convolutions
+around the latents absorb this, so the pixels do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from hv_batch.toy.training.lean import lean_autocast, make_lean_vae
 from hv_batch.toy.training.scenes import VIDEO_FRAMES, Phase, Scenes, batches, to_pixels
 from hv_batch.toy.world import Scene, draw
 
-# Two groups: a norm over fewer channels than eight leaves little of what colour an even field has.
+logger = logging.getLogger(__name__)
+
+# Two norm groups: a norm over fewer than eight channels removes most of the colour of a uniform area.
 WIDTHS: dict[str, Any] = {"block_out_channels": (16, 32, 48, 48), "layers_per_block": 1, "norm_num_groups": 2}
-SCALING = 0.476986  # the released factor: latents as the DiT sees them = this * latents as the VAE sees them
+SCALING = 0.476986  # the released factor: latents of the DiT = SCALING * latents of the VAE
 KL_WEIGHT = 1e-5
 RESIDUAL_GAIN = 0.2
-FIRST_LOG_VARIANCE = -6.0  # of the latents: at 0, noise would drown what the encoder has to say at first
+FIRST_LOG_VARIANCE = -6.0  # initial log variance of the latents; at 0, noise would dominate the untrained encoder
 LEARNING_RATE = 2e-3
 
 
@@ -41,12 +44,12 @@ class Settings:
         Phase(200, 16, 9, 64, 64),
         Phase(170, 8, 33, 128, 128),
     )
-    measured: int = 64  # videos whose latents tell mean and deviation
+    measured: int = 64  # videos from whose latents mean and standard deviation are measured
     seed: int = 0
 
 
-def train_vae(root: Path, settings: Settings, device: torch.device, say: Callable[[str], None]) -> Any:
-    """Train, write below `root` as released, and return the model: diffusers' AutoencoderKLHunyuanVideo."""
+def train_vae(root: Path, settings: Settings, device: torch.device) -> Any:
+    """Train the VAE, write it below `root` in the released layout, and return it (an AutoencoderKLHunyuanVideo)."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     torch.manual_seed(settings.seed)
@@ -65,13 +68,13 @@ def train_vae(root: Path, settings: Settings, device: torch.device, say: Callabl
             optimizer.zero_grad()
             loss.backward()
             if phase.num_frames == 1:
-                _keep_to_the_present(model)
+                _zero_past_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             if step % 50 == 0:
-                quality = -10 * torch.log10(F.mse_loss(shown, pixels) / 4).item()
-                say(f"VAE, {phase.num_frames} frames: step {step}, error {error.item():.4f}, {quality:.1f} dB")
+                psnr = -10 * torch.log10(F.mse_loss(shown, pixels) / 4).item()
+                logger.info(f"VAE, {phase.num_frames} frames: step {step}, error {error.item():.4f}, {psnr:.1f} dB")
     last = settings.phases[-1]
     measured = Phase(settings.measured, 1, last.num_frames, last.height, last.width)
     normalise_latents(model, pixel_batches(measured, settings.seed + len(settings.phases), device))
@@ -80,8 +83,9 @@ def train_vae(root: Path, settings: Settings, device: torch.device, say: Callabl
 
 
 def _initialise(model: Any) -> None:
-    """At first nearly a linear map of pixels to latents and back, along the stream that the residual blocks add to, and
-    frame by frame: every kernel sees the present frame alone.
+    """Initialize the model as nearly a linear map from pixels to latents and back, one frame at a time.
+
+    The residual blocks contribute little, and every kernel uses the current frame only.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 5:
@@ -93,9 +97,11 @@ def _initialise(model: Any) -> None:
     torch.nn.init.constant_(model.quant_conv.bias[LATENT_CHANNELS:], FIRST_LOG_VARIANCE)
 
 
-def _keep_to_the_present(model: Any) -> None:
-    """No gradient for what kernels make of past frames. A single frame is its own past, so all taps would learn alike,
-    and each convolution would then blur what moves over three frames.
+def _zero_past_gradients(model: Any) -> None:
+    """Set the gradients of the kernel taps of past frames to zero.
+
+    The causal padding of a single frame repeats that frame, so all taps would learn the same weights, and each
+    convolution would then blur moving things over three frames.
     """
     for parameter in model.parameters():
         if parameter.ndim == 5:
@@ -103,7 +109,7 @@ def _keep_to_the_present(model: Any) -> None:
 
 
 def load_vae(root: Path, device: torch.device) -> Any | None:
-    """What an earlier `train_vae` has written below `root`."""
+    """Return the VAE that `train_vae` has written below `root`, or None if there is none."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     file = vae_file(root)
@@ -115,9 +121,9 @@ def load_vae(root: Path, device: torch.device) -> Any | None:
 
 
 def pixel_batches(phase: Phase, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """`phase.steps` batches [B, 3, F, H, W] in [-1, 1] of the scenes that are not held out.
+    """Yield `phase.steps` batches of pixels [B, 3, F, H, W] in [-1, 1] of training scenes.
 
-    Clips are cut out of whole videos, so that things move at the pace that they will have.
+    Clips are cut out of whole videos, so that things move as fast as in a whole video.
     """
     whole = 1 if phase.num_frames == 1 else max(VIDEO_FRAMES, phase.num_frames)
 
@@ -131,14 +137,17 @@ def pixel_batches(phase: Phase, seed: int, device: torch.device) -> Iterator[Ten
 
 @torch.no_grad()
 def normalise_latents(model: Any, measured: Iterable[Tensor]) -> None:
-    """Fold mean and deviation of each latent channel into `quant_conv`, and their inverse into `post_quant_conv`."""
+    """Fold the normalization of each latent channel into `quant_conv`, and its inverse into `post_quant_conv`.
+
+    Mean and standard deviation are measured on the pixel batches `measured`.
+    """
     latents = [model.encode(pixels).latent_dist.mode().transpose(0, 1).flatten(1) for pixels in measured]
     values = torch.cat(latents, dim=1)
     mean, factor = values.mean(1), 1 / (SCALING * values.std(1))
     weight, bias = model.quant_conv.weight, model.quant_conv.bias
     bias[:LATENT_CHANNELS] = (bias[:LATENT_CHANNELS] - mean) * factor
     weight[:LATENT_CHANNELS] *= factor[:, None, None, None, None]
-    bias[LATENT_CHANNELS:] += 2 * factor.log()  # of the logarithm of the variance
+    bias[LATENT_CHANNELS:] += 2 * factor.log()  # these channels are log variances
     after = model.post_quant_conv
     after.bias += after.weight.flatten(1) @ mean
     after.weight /= factor[None, :, None, None, None]

@@ -1,4 +1,4 @@
-"""diffusers' layout of the checkpoint, written by diffusers itself, gives the model that the released layout gives."""
+"""A checkpoint in diffusers' layout, written by diffusers itself, loads as the same model as the released layout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def released(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(released, tmp_path_factory):
-    """The same weights, saved by diffusers and transformers: shards for the DiT, one file for the rest."""
+    """The same weights, saved by diffusers and transformers: shards for the DiT, one file for each other part."""
     base = tmp_path_factory.mktemp("diffusers")
     tree = CheckpointTree(released)
     dit = load_dit(tree, CONFIG, "sdpa", torch.float32, CPU)
@@ -65,7 +65,7 @@ def shards(base):
 
 
 def test_every_tensor_is_the_released_one_bit_for_bit(released, theirs):
-    """The conversion renames, joins and swaps, and computes nothing; the DiT here comes from several shards."""
+    """The translation renames, concatenates and swaps without arithmetic; the DiT is stored in several shards."""
     assert len(shards(theirs)) > 1
     ours, converted = (
         load_dit(CheckpointTree(base), CONFIG, "sdpa", torch.float32, CPU).state_dict() for base in (released, theirs)
@@ -76,7 +76,7 @@ def test_every_tensor_is_the_released_one_bit_for_bit(released, theirs):
 
 
 def test_text_states_are_the_same(released, theirs):
-    """The tokenizers lie in folders of their own."""
+    """The tokenizers are in separate folders, and the embeddings are equal."""
     encoded = []
     for base in (released, theirs):
         tree = CheckpointTree(base)
@@ -90,7 +90,7 @@ def test_text_states_are_the_same(released, theirs):
 
 
 def test_a_render_is_the_same_bit_for_bit(released, theirs):
-    """From prompt to frames in fp32; and the widths come from transformer/config.json, not from an option."""
+    """Frames are equal in fp32, and the widths are read from transformer/config.json, not from an option."""
     size = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
     precisions = dict.fromkeys(("precision", "vae_precision", "text_encoder_precision"), "fp32")
     ours = HunyuanVideoPipeline.from_pretrained(released, device="cpu", dit=TOY_DIT, **precisions)("A cat", **size)
@@ -99,7 +99,7 @@ def test_a_render_is_the_same_bit_for_bit(released, theirs):
 
 
 def test_the_dit_folder_alone_may_be_the_dit(released, theirs):
-    """`dit_weight` may be diffusers' transformer folder beside a released tree; its names tell what it is."""
+    """`dit_weight` may be diffusers' transformer folder, with a released tree; it is detected by its tensor names."""
     tree = CheckpointTree(released, dit_weight=theirs / "transformer")
     assert HunyuanVideo(model_base=released, dit_weight=theirs / "transformer").check() == []
     assert tree.dit_options()["hidden_size"] == TOY_DIT["hidden_size"]
@@ -107,7 +107,7 @@ def test_the_dit_folder_alone_may_be_the_dit(released, theirs):
 
 
 def test_the_tree_is_checked_like_a_released_one(base):
-    """P6: a missing shard, tokenizer or VAE is named with its path; and a changed shard is another revision (P2)."""
+    """P6: a missing shard, tokenizer or VAE is named with its path. P2: a changed shard changes the revision."""
     tree = CheckpointTree(base)
     assert verify(tree, CONFIG) == []
     before = revision(tree)
@@ -122,44 +122,44 @@ def test_the_tree_is_checked_like_a_released_one(base):
     shard.unlink()
     (base / "tokenizer_2" / "tokenizer_config.json").unlink()
     (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    told = tree.missing()
-    expected = (shard.name, "diffusion_pytorch_model.safetensors is not there", "tokenizer_2/tokenizer_config.json")
-    assert [name in sentence for name, sentence in zip(expected, told, strict=True)] == [True] * 3
+    message = tree.missing()
+    expected = (shard.name, "diffusion_pytorch_model.safetensors does not exist", "tokenizer_2/tokenizer_config.json")
+    assert [name in sentence for name, sentence in zip(expected, message, strict=True)] == [True] * 3
 
 
 def test_a_part_of_a_fused_tensor_that_is_missing_is_named(base):
-    """P6: q, k and v lie apart there; without one of them the file is of another model or incomplete."""
+    """P6: q, k and v are separate in diffusers' layout; the error names the missing one."""
     for shard in shards(base):
         tensors = load_file(shard)
         tensors.pop("transformer_blocks.1.attn.to_k.weight", None)
         save_file(tensors, shard)
-    (told,) = verify(CheckpointTree(base), CONFIG)
-    assert "double_blocks.1.img_attn_qkv.weight is made of attn.to_q, attn.to_k, attn.to_v" in told
-    assert "of which attn.to_k is missing" in told
+    (message,) = verify(CheckpointTree(base), CONFIG)
+    assert "double_blocks.1.img_attn_qkv.weight consists of attn.to_q, attn.to_k, attn.to_v" in message
+    assert "of which attn.to_k is missing" in message
 
 
 def test_an_unknown_tensor_is_named(base):
-    """P6: strict both ways, in this layout as well."""
+    """P6: extra tensors are reported, in this layout as well."""
     shard = shards(base)[0]
     save_file(load_file(shard) | {"transformer_blocks.0.lora.weight": torch.zeros(1)}, shard)
-    (told,) = verify(CheckpointTree(base), CONFIG)
-    assert "1 not of this model (transformer_blocks.0.lora.weight)" in told
+    (message,) = verify(CheckpointTree(base), CONFIG)
+    assert "1 not of this model (transformer_blocks.0.lora.weight)" in message
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("_class_name", "WanTransformer3DModel"), ("image_condition_type", "latent_concat")]
 )
 def test_another_model_is_refused_by_its_config(base, key, value):
-    """P6: the image-to-video model has the same names and nearly the same shapes."""
+    """P6: the image-to-video model, which has the same names and nearly the same shapes, is refused by its config."""
     path = base / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"{key} is '{value}', but only"):
         HunyuanVideo(model_base=base)
 
 
-def test_a_damaged_index_is_told(base):
-    """P6: truncated JSON is a message."""
+def test_a_damaged_index_is_reported(base):
+    """P6: a truncated index gives a message, not a traceback."""
     index = base / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(index.read_text()[:100])
-    told, _layout = verify(CheckpointTree(base), CONFIG)
-    assert "damaged or not an index of shards" in told
+    message, _layout = verify(CheckpointTree(base), CONFIG)
+    assert "damaged or not an index of shards" in message

@@ -1,4 +1,4 @@
-"""The checkpoint tree: found, refused with a reason, or loaded exactly; and its revision."""
+"""Checkpoint trees: detection, validation with messages, exact loading, and revisions."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ VAE = "hunyuan-video-t2v-720p/vae/pytorch_model.pt"
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A complete tree that no test may change."""
+    """A complete tree, shared by the tests, which must not modify it."""
     return write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture
 def base(toy, tmp_path):
-    """A copy that a test may damage."""
+    """A copy of the tree that a test may modify."""
     return shutil.copytree(toy, tmp_path / "ckpts")
 
 
@@ -49,8 +49,8 @@ def stored(path):
     return torch.load(path, weights_only=True)
 
 
-def test_a_complete_tree_has_nothing_to_say(toy):
-    """P6: the checks pass on the layout of the release (spec section 7)."""
+def test_a_complete_tree_has_no_problems(toy):
+    """P6: the checks pass on the released layout (spec section 7)."""
     assert CheckpointTree(toy).missing() == []
     assert verify(CheckpointTree(toy), CONFIG) == []
 
@@ -68,29 +68,31 @@ def test_a_complete_tree_has_nothing_to_say(toy):
     ],
 )
 def test_a_missing_file_is_named_with_its_path_and_the_layout(base, name):
-    """P6: one sentence a file, with where it is expected; and what the whole tree looks like."""
+    """P6: one sentence names the missing file with its expected path; another describes the layout."""
     (base / name).unlink()
     sentence, layout = verify(CheckpointTree(base), CONFIG)
     assert str(base / name) in sentence
     assert "<model_base>/{hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt" in layout
 
 
-def test_all_missing_files_are_told_at_once(base):
-    """P6: nothing is asked for twice, and nothing said twice: one sentence a file, and once the layout."""
+def test_all_missing_files_are_reported_at_once(base):
+    """P6: one sentence per missing file, all at once, and the layout once."""
     (base / DIT).unlink()
     (base / VAE).unlink()
     shutil.rmtree(base / "text_encoder_2")
-    told = CheckpointTree(base).missing()
-    assert len(told) == 3
-    assert [name in sentence for name, sentence in zip((DIT, VAE, "text_encoder_2"), told, strict=True)] == [True] * 3
-    assert verify(CheckpointTree(base), CONFIG) == [*told, tree.LAYOUT]
-    assert not any("layout" in sentence for sentence in told)
+    missing = CheckpointTree(base).missing()
+    assert len(missing) == 3
+    assert [name in sentence for name, sentence in zip((DIT, VAE, "text_encoder_2"), missing, strict=True)] == [
+        True
+    ] * 3
+    assert verify(CheckpointTree(base), CONFIG) == [*missing, tree.LAYOUT]
+    assert not any("layout" in sentence for sentence in missing)
     (sentence,) = CheckpointTree(base / "nowhere").missing()
     assert f"{base / 'nowhere'} is not a folder" in sentence
 
 
 def test_the_tensors_of_the_file_become_the_module(toy):
-    """Spec section 7: every tensor arrives under its name, in the asked precision, and nothing waits for a gradient."""
+    """Spec section 7: every tensor is loaded by its name, in the given precision, without gradients."""
     model = load_dit(CheckpointTree(toy), CONFIG, "math", torch.float16, CPU)
     state = stored(toy / DIT)["module"]
     assert model.attention == "math"
@@ -102,7 +104,7 @@ def test_the_tensors_of_the_file_become_the_module(toy):
 
 
 def test_the_load_key_picks_the_set_of_tensors(base):
-    """Spec section 1, `--load-key`: module or ema; another name is refused with the names there are."""
+    """Spec section 1, `--load-key`: module or ema; an error for another name lists the names of the file."""
     state = stored(base / DIT)["module"]
     torch.save({"module": state, "ema": {name: tensor + 1 for name, tensor in state.items()}, "step": 3}, base / DIT)
     name = "img_in.proj.bias"
@@ -112,8 +114,8 @@ def test_the_load_key_picks_the_set_of_tensors(base):
         load(base, load_key="EMA")
 
 
-def test_the_dit_may_lie_elsewhere(toy, tmp_path):
-    """Spec section 1, `--dit-weight`: a file or a folder; bare, under its key, or as safetensors."""
+def test_dit_weight_may_be_a_file_or_a_folder(toy, tmp_path):
+    """Spec section 1, `--dit-weight`: a file or a folder, with bare tensors, under a key, or as safetensors."""
     wrapped = stored(toy / DIT)
     state = wrapped["module"]
     for folder in ("deepspeed", "bare", "both", "none"):
@@ -136,40 +138,40 @@ def test_the_dit_may_lie_elsewhere(toy, tmp_path):
     ):
         loaded = load(toy, dit_weight=tmp_path / place, load_key=key).state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items()), place
-    for place, told in (
+    for place, message in (
         ("both", "several: a_model_states.pt, b_model_states.pt"),
-        ("none", "neither"),
-        ("gone.pt", "gone.pt is not there"),
+        ("none", "none of these"),
+        ("gone.pt", "gone.pt does not exist"),
     ):
         (sentence,) = CheckpointTree(toy, dit_weight=tmp_path / place).missing()
-        assert told in sentence
-        with pytest.raises(UserError, match=told):
+        assert message in sentence
+        with pytest.raises(UserError, match=message):
             load(toy, dit_weight=tmp_path / place)
 
 
 def test_tensors_that_do_not_fit_are_named(base):
-    """P6: a checkpoint of another width or depth is refused by the names that differ, before any GPU is taken."""
+    """P6: the error for a checkpoint of another width or depth names the tensors that differ; no GPU is needed."""
     content = stored(base / DIT)
     content["module"]["img_in.proj.bias"] = torch.zeros(7)
     content["module"]["surplus"] = torch.zeros(1)
     del content["module"]["txt_in.input_embedder.weight"]
     torch.save(content, base / DIT)
-    (told,) = verify(CheckpointTree(base), CONFIG)
-    with pytest.raises(UserError) as refusal:
+    (message,) = verify(CheckpointTree(base), CONFIG)
+    with pytest.raises(UserError) as error:
         load(base)
-    assert str(refusal.value) == told
-    assert str(base / DIT) in told
-    assert "1 missing (txt_in.input_embedder.weight)" in told
-    assert "1 not of this model (surplus)" in told
-    assert "1 of another shape (img_in.proj.bias is [7], should be [128])" in told
+    assert str(error.value) == message
+    assert str(base / DIT) in message
+    assert "1 missing (txt_in.input_embedder.weight)" in message
+    assert "1 not of this model (surplus)" in message
+    assert "1 of another shape (img_in.proj.bias is [7], must be [128])" in message
 
 
 def test_another_depth_names_a_few_tensors_not_hundreds(toy):
-    """P6: the released width over a toy file is one readable paragraph."""
-    (told,) = verify(CheckpointTree(toy), DiTConfig())
-    assert "missing" in told
-    assert "of another shape" in told
-    assert len(told) < 1500
+    """P6: the error for the released width with a toy file is one short paragraph."""
+    (message,) = verify(CheckpointTree(toy), DiTConfig())
+    assert "missing" in message
+    assert "of another shape" in message
+    assert len(message) < 1500
 
 
 def _truncate(path):
@@ -194,17 +196,17 @@ def _not_tensors(path):
 
 @pytest.mark.parametrize("damage", [_truncate, _garble, _empty, _list_of_tensors, _not_tensors])
 @pytest.mark.parametrize(("name", "read"), [(DIT, load), (VAE, None)])
-def test_a_damaged_file_is_told_as_such(base, name, read, damage):
-    """P6: a half-copied file, or the pointer that a clone without LFS leaves, is a message and not a traceback."""
+def test_a_damaged_file_is_reported(base, name, read, damage):
+    """P6: a truncated file or a Git LFS pointer gives a message, not a traceback."""
     damage(base / name)
-    with pytest.raises(UserError, match="copy it again") as refusal:
+    with pytest.raises(UserError, match="copy it again") as error:
         read(base) if read else load_vae(CheckpointTree(base), torch.float32, CPU)
-    assert str(base / name) in str(refusal.value)
-    assert verify(CheckpointTree(base), CONFIG) == [str(refusal.value)]
+    assert str(base / name) in str(error.value)
+    assert verify(CheckpointTree(base), CONFIG) == [str(error.value)]
 
 
-def test_a_damaged_safetensors_file_is_told_as_such(toy, tmp_path):
-    """P6, for the other format."""
+def test_a_damaged_safetensors_file_is_reported(toy, tmp_path):
+    """P6: a truncated safetensors file gives a message, not a traceback."""
     file = tmp_path / "dit.safetensors"
     save_file(stored(toy / DIT)["module"], file)
     _truncate(file)
@@ -213,7 +215,7 @@ def test_a_damaged_safetensors_file_is_told_as_such(toy, tmp_path):
 
 
 class Payload:
-    """Unpickled by the ordinary unpickler, it would create `target`."""
+    """An object that creates the file `target` if the standard unpickler loads it."""
 
     def __init__(self, target):
         self.target = target
@@ -225,25 +227,25 @@ class Payload:
 @pytest.mark.parametrize("name", [DIT, VAE])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 def test_a_checkpoint_cannot_run_code(base, tmp_path, name, zipped):
-    """Weights come from strangers: unpickling yields tensors, or an error that names what would have run."""
+    """Checkpoints are untrusted: loading returns tensors, or raises an error that names the code it would run."""
     content = {"module": Payload(tmp_path / "owned")}
     torch.save(content, base / name, _use_new_zipfile_serialization=zipped)
-    (told,) = verify(CheckpointTree(base), CONFIG)
-    assert f"{base / name} holds more than tensors: to read it, io.open would have to run" in told
-    assert "safetensors" in told
+    (message,) = verify(CheckpointTree(base), CONFIG)
+    assert f"{base / name} contains objects other than tensors: loading it would run io.open" in message
+    assert "safetensors" in message
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_training_state_with_objects_in_it_is_refused_by_their_name(base):
-    """What needs more than tensors is not read in part: an optimiser's or argparse's leftovers are named."""
+def test_a_training_state_with_other_objects_is_refused(base):
+    """A file with objects other than tensors is not read in part; the error names an object's type."""
     content = stored(base / DIT)
     torch.save(content | {"args": argparse.Namespace(lr=1e-4)}, base / DIT)
-    with pytest.raises(UserError, match=r"argparse\.Namespace would have to run"):
+    with pytest.raises(UserError, match=r"loading it would run argparse\.Namespace"):
         load(base)
 
 
 def test_safetensors_in_shards_load_as_one_file_does(toy, tmp_path):
-    """A folder with an index and its shards may be the DiT; a missing or truncated shard is told."""
+    """The DiT may be a folder with an index and shards; a missing or truncated shard is reported."""
     state = stored(toy / DIT)["module"]
     names = sorted(state)
     halves = {"model-1.safetensors": names[: len(names) // 2], "model-2.safetensors": names[len(names) // 2 :]}
@@ -259,15 +261,15 @@ def test_safetensors_in_shards_load_as_one_file_does(toy, tmp_path):
     with pytest.raises(UserError, match=r"model-2.safetensors \(\d+ bytes\) is damaged"):
         load(toy, dit_weight=tmp_path)
     (tmp_path / "model-2.safetensors").unlink()
-    assert "model-2.safetensors is not there" in CheckpointTree(toy, dit_weight=tmp_path).missing()[0]
+    assert "model-2.safetensors does not exist" in CheckpointTree(toy, dit_weight=tmp_path).missing()[0]
     with pytest.raises(
-        UserError, match=r"model-2\.safetensors is not there, but model\.safetensors\.index\.json names"
+        UserError, match=r"model-2\.safetensors does not exist, but model\.safetensors\.index\.json names"
     ):
         load(toy, dit_weight=tmp_path)
 
 
-def test_cpu_weights_lie_where_torch_would_have_put_them(toy, tmp_path):
-    """P3: matrix kernels of the CPU sum in another order over weights that begin at an odd address of a file."""
+def test_cpu_weights_are_aligned_as_torch_allocates_them(toy, tmp_path):
+    """P3: matrix kernels of the CPU sum in another order over weights that are not aligned in their file."""
     state = {name: tensor.float() for name, tensor in stored(toy / DIT)["module"].items()}
     file = tmp_path / "dit.safetensors"
     save_file(state, file, metadata={"pad": "x" * 3})
@@ -280,57 +282,57 @@ def test_cpu_weights_lie_where_torch_would_have_put_them(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "(0 bytes) is damaged or not a checkpoint: it is empty. Compare"),
         (b"<html>Not found</html>", "(22 bytes) is damaged or not a checkpoint: Unsupported operand 60. Compare"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
-            "is a pointer of Git LFS, not the file itself",
+            "is a Git LFS pointer, not the file itself",
         ),
     ],
 )
 @pytest.mark.parametrize("name", ["dit.pt", "dit.safetensors"])
-def test_what_a_failed_download_leaves_is_recognised(toy, tmp_path, name, content, told):
-    """P6: nothing, a page of a web server, the pointer of a clone without LFS; in whole sentences."""
+def test_a_failed_download_is_detected(toy, tmp_path, name, content, message):
+    """P6: an empty file, a page of a web server and a Git LFS pointer are reported in full sentences."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         load(toy, dit_weight=tmp_path / name)
-    assert str(tmp_path / name) in str(refusal.value)
-    assert told in str(refusal.value) or (name == "dit.safetensors" and b"html" in content)
+    assert str(tmp_path / name) in str(error.value)
+    assert message in str(error.value) or (name == "dit.safetensors" and b"html" in content)
 
 
 @pytest.mark.parametrize("tower", ["text_encoder", "text_encoder_2"])
-def test_a_truncated_text_tower_is_told_before_it_is_loaded(base, tower):
-    """P6: its header is read with the others'."""
+def test_a_truncated_text_encoder_is_reported_before_it_is_loaded(base, tower):
+    """P6: the check reads the headers of the text encoders too."""
     _truncate(base / tower / "model.safetensors")
-    (told,) = verify(CheckpointTree(base), CONFIG)
-    assert str(base / tower / "model.safetensors") in told
-    assert "damaged" in told
+    (message,) = verify(CheckpointTree(base), CONFIG)
+    assert str(base / tower / "model.safetensors") in message
+    assert "damaged" in message
 
 
-def test_a_whole_llava_is_no_text_encoder(base):
-    """P6: the step that was forgotten is named."""
+def test_a_llava_checkpoint_is_not_a_text_encoder(base):
+    """P6: the error names the missing step, the extraction of the language model."""
     path = base / "text_encoder" / "config.json"
     path.write_text(json.dumps({"model_type": "llava", "text_config": json.loads(path.read_text())}))
-    (told,) = verify(CheckpointTree(base), CONFIG)
-    assert "'llava'; allowed is 'llama'" in told
-    assert "extract-text-encoder" in told
+    (message,) = verify(CheckpointTree(base), CONFIG)
+    assert "'llava'; allowed is 'llama'" in message
+    assert "extract-text-encoder" in message
 
 
 def test_each_part_of_another_model_has_its_own_remedy(base):
-    """P6: what helps with a DiT is an option, with a VAE its config, with CLIP its folder."""
+    """P6: the remedy for a DiT is an option, for a VAE its config, for CLIP its folder."""
     torch.save({"a": torch.zeros(1)}, base / DIT)
     torch.save({"a": torch.zeros(1)}, base / VAE)
     (base / "text_encoder_2" / "config.json").write_text('{"model_type": "t5"}')
-    told = verify(CheckpointTree(base), CONFIG)
-    remedies = ("Set the option `dit`", "Copy the config.json beside it", "Copy openai/clip-vit-large-patch14 there")
-    assert [remedy in sentence for remedy, sentence in zip(remedies, told, strict=True)] == [True] * 3
+    problems = verify(CheckpointTree(base), CONFIG)
+    remedies = ("Set the option `dit`", "Copy the config.json of the same VAE", "Copy openai/clip-vit-large-patch14 to")
+    assert [remedy in sentence for remedy, sentence in zip(remedies, problems, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("form", ["bare", "state_dict", "vae.", "state_dict and vae."])
 def test_the_vae_loads_in_every_form_it_is_found_in(base, form):
-    """Spec section 7: keys bare, under "state_dict", or prefixed "vae." (then beside other modules of a training)."""
+    """Spec section 7: keys may be bare, under "state_dict", or prefixed "vae." (beside other modules of a training)."""
     bare = stored(base / VAE)
     content = dict(bare)
     if "vae." in form:
@@ -342,18 +344,18 @@ def test_the_vae_loads_in_every_form_it_is_found_in(base, form):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("{", "not readable JSON"), ("[]", "JSON object"), ("", "not readable JSON")]
+    ("text", "message"), [("{", "not readable JSON"), ("[]", "JSON object"), ("", "not readable JSON")]
 )
-def test_a_broken_vae_config_is_told(base, text, told):
-    """P6: as for the weights."""
+def test_a_damaged_vae_config_is_reported(base, text, message):
+    """P6: a config that is not a JSON object gives a message, not a traceback."""
     (base / "hunyuan-video-t2v-720p/vae/config.json").write_text(text)
     (sentence,) = verify(CheckpointTree(base), CONFIG)
-    assert told in sentence
+    assert message in sentence
     assert "vae/config.json" in sentence
 
 
 def test_the_revision_depends_on_the_content_alone(toy, base):
-    """P2, P3: a copy elsewhere, with other times and a README, is the same model."""
+    """P2, P3: a copy in another folder, with other file times and a README, has the same revision."""
     os.utime(base / DIT, (0, 0))
     (base / "text_encoder" / "README.md").write_text("hello")
     (base / "text_encoder" / ".cache").mkdir()
@@ -373,7 +375,7 @@ def test_the_revision_depends_on_the_content_alone(toy, base):
     ],
 )
 def test_the_revision_names_the_part_in_which_one_byte_has_changed(toy, base, name, part):
-    """P2: changed weights are not resumed into, and the refusal says which ones have changed."""
+    """P2: changed weights change the revision of their part, so a resume is refused with the name of the part."""
     content = bytearray((base / name).read_bytes())
     content[len(content) // 2] ^= 1
     (base / name).write_bytes(content)
@@ -386,21 +388,21 @@ def test_the_revision_of_a_large_file_covers_its_ends_and_its_size(base):
     """P2: the sampled digest notices another header, another tail and a truncation."""
     file = base / DIT
     os.truncate(file, 40 * 2**20)
-    seen = {revision(CheckpointTree(base))["dit"]}
+    digests_seen = {revision(CheckpointTree(base))["dit"]}
     with file.open("r+b") as large:
         for offset in (0, 40 * 2**20 - 1):
             large.seek(offset)
             large.write(b"\xff")
             large.flush()
-            seen.add(revision(CheckpointTree(base))["dit"])
+            digests_seen.add(revision(CheckpointTree(base))["dit"])
     os.truncate(file, 40 * 2**20 - 1)
-    seen.add(revision(CheckpointTree(base))["dit"])
-    assert len(seen) == 4
+    digests_seen.add(revision(CheckpointTree(base))["dit"])
+    assert len(digests_seen) == 4
 
 
 @given(st.integers(0, 2**40))
 def test_the_digest_reads_a_bounded_part_of_any_file(size):
-    """The digest of a 26 GB file takes seconds: 16 MiB at most, from the first byte to the last."""
+    """The digest reads at most 16 MiB of a file, including its first and last bytes, so 26 GB take seconds."""
     blocks = digests._digest_blocks(size)
     assert blocks[0][0] == 0
     assert sum(blocks[-1]) == size
@@ -410,14 +412,14 @@ def test_the_digest_reads_a_bounded_part_of_any_file(size):
 
 @pytest.mark.parametrize("itemsize", [1, 2])
 def test_no_matrix_of_a_block_lies_between_two_blocks_of_the_digest(itemsize):
-    """P3: weights merged into one layer are another revision; the smallest matrix of the released DiT, bf16 or FP8."""
+    """P3: weights merged into one layer change the revision, for the smallest matrix of the released DiT."""
     width, parameters = 3072, 12_821_012_544  # spec section 2
     offsets = [offset for offset, _ in digests._digest_blocks(parameters * itemsize)]
     assert max(b - a for a, b in pairwise(offsets)) < width * width * itemsize
 
 
 def test_the_revision_of_an_incomplete_tree_is_refused(base):
-    """P6: no identity is invented for weights that are not there."""
+    """P6: missing weights have no identity."""
     (base / VAE).unlink()
     with pytest.raises(UserError, match="VAE weights missing"):
         revision(CheckpointTree(base))

@@ -1,4 +1,4 @@
-"""Loading a model takes no anonymous host memory of its size: what a rank reads stays in the page cache, shared."""
+"""Loading a model needs no anonymous host memory of its size: the weights stay in the shared page cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 from tests.support.repository import ROOT
 
-# A process of its own: what other tests left in this one's heap would hide what loading takes.
+# Runs in a separate process, because free heap memory of this process would hide allocations.
 MEASURE = """
 import json, re, sys
 from pathlib import Path
@@ -45,19 +45,20 @@ def watch(_):
     peak = max(peak, anonymous() - base)
 convert(pt, folder / "bf16", Recipe(shard_bytes=200 * 10**6), watch)
 convert(pt, folder / "fp8", Recipe(fp8=True), watch)
-told = {"file": pt.stat().st_size, "convert": peak}
-told["pt"] = growth(dit_weight=pt)
-told["safetensors"] = growth(dit_weight=folder / "bf16")
-told["fp8"] = growth("storage", dit_weight=folder / "fp8")
-told["cast"] = growth(dtype=torch.float16, dit_weight=folder / "bf16")
-print(json.dumps(told))
+sizes = {"file": pt.stat().st_size, "convert": peak}
+sizes["pt"] = growth(dit_weight=pt)
+sizes["safetensors"] = growth(dit_weight=folder / "bf16")
+sizes["fp8"] = growth("storage", dit_weight=folder / "fp8")
+sizes["cast"] = growth(dtype=torch.float16, dit_weight=folder / "bf16")
+print(json.dumps(sizes))
 """
 
 
 def test_a_rank_needs_no_anonymous_memory_of_the_models_size(tmp_path):
-    """26 GB of weights must not become 26 GB of private memory a rank; and converting takes a few tensors' worth.
+    """26 GB of weights must not take 26 GB of private memory per rank; a conversion needs memory for a few tensors.
 
-    The bound is a tenth of a 500 MB file. To show that the measurement can tell: a cast to another dtype does need it.
+    The bound is a tenth of a 500 MB file. A cast to another dtype, which needs private memory, validates the
+    measurement.
     """
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)],
@@ -69,9 +70,9 @@ def test_a_rank_needs_no_anonymous_memory_of_the_models_size(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["file"] > 450e6
+    sizes = json.loads(done.stdout)
+    assert sizes["file"] > 450e6
     for way in ("pt", "safetensors", "fp8"):
-        assert told[way] < 0.1 * told["file"], told
-    assert told["convert"] < 0.25 * told["file"], told  # one Linear of this model in fp32 is 29 MB, and its quotients
-    assert told["cast"] > 0.5 * told["file"], told
+        assert sizes[way] < 0.1 * sizes["file"], sizes
+    assert sizes["convert"] < 0.25 * sizes["file"], sizes  # a Linear in fp32 and its quotients take 29 MB each
+    assert sizes["cast"] > 0.5 * sizes["file"], sizes

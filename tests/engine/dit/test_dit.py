@@ -1,4 +1,4 @@
-"""The DiT against the released checkpoint's list of tensors and against diffusers' implementation."""
+"""The DiT against the tensor list of the released checkpoint and against diffusers' implementation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_state_dict_is_the_released_one():
-    """Spec section 2: at the default config every name and shape is the released checkpoint's, none more, none less."""
+    """Spec section 2: at the default config, names and shapes are exactly those of the released checkpoint."""
     released = json.loads((DATA / "dit_state_dict.json").read_text())
     with torch.device("meta"):
         model = HYVideoDiT(DiTConfig())
@@ -72,7 +72,7 @@ def test_state_dict_is_the_released_one():
     [((3, 6, 10), [PADDED]), ((1, 2, 2), [1]), ((2, 8, 4), [4, 7]), ((5, 4, 6), [PADDED, 1])],
 )
 def test_velocity_equals_diffusers(config, size, text_lengths):
-    """Spec section 2: same weights, same inputs, same velocity as diffusers, padded text and batch of two included."""
+    """Spec section 2: equal weights and inputs give diffusers' velocity, including padded text and a batch of two."""
     model = random_dit(config, seed=1)
     inputs = random_inputs(config, size, text_lengths, seed=2, padded=PADDED)
     mask = torch.arange(PADDED) < torch.tensor(text_lengths)[:, None]
@@ -91,7 +91,7 @@ def test_velocity_equals_diffusers(config, size, text_lengths):
 
 @pytest.mark.parametrize(("grid", "dims"), [((3, 4, 5), (16, 56, 56)), ((33, 2, 7), (4, 6, 6)), ((1, 1, 1), (2, 4, 2))])
 def test_rope_equals_diffusers(grid, dims):
-    """Spec section 2: theta 256, three axes, each angle used for one pair of channels."""
+    """Spec section 2: theta 256, three axes, one angle per pair of channels."""
     from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 
     t, h, w = grid
@@ -102,7 +102,7 @@ def test_rope_equals_diffusers(grid, dims):
 
 
 def test_rope_of_a_span_is_the_slice():
-    """Section 5 of the design: a rank computes its own rows only, and they are the whole table's bits."""
+    """Design section 5: a rank computes only its own rows, and they equal those of the whole table."""
     cpu = torch.device("cpu")
     whole = rope_table((3, 4, 5), (0, 60), (4, 6, 6), cpu)
     part = rope_table((3, 4, 5), (45, 63), (4, 6, 6), cpu)
@@ -112,7 +112,7 @@ def test_rope_of_a_span_is_the_slice():
 @given(st.tuples(*[st.integers(1, 3)] * 3), st.sampled_from([(1, 2, 2), (1, 1, 1), (2, 1, 3)]), st.integers(1, 3))
 @settings(max_examples=30, deadline=None)
 def test_unpatchify_inverts_patchify(grid, patch, channels):
-    """Spec section 2: tokens in (t, h, w) order, patches in (c, pt, ph, pw) order, nothing lost on the way."""
+    """Spec section 2: tokens are in (t, h, w) order, patches in (c, pt, ph, pw) order, and no value is lost."""
     latents = torch.randn(channels, *(n * p for n, p in zip(grid, patch, strict=True)))
     tokens, token_grid = patchify(latents, patch)
     assert token_grid == grid
@@ -120,7 +120,7 @@ def test_unpatchify_inverts_patchify(grid, patch, channels):
 
 
 def test_padding_is_never_read():
-    """Spec section 2: padded text never influences a valid token; here not even NaN padding does."""
+    """Spec section 2: padded text never affects a valid token, even if the padding is NaN."""
     model = random_dit(TINY, seed=3)
     inputs = random_inputs(TINY, (2, 4, 6), [3, 8], seed=4, padded=PADDED)
     poisoned = inputs | {"text_states": inputs["text_states"].clone()}
@@ -129,8 +129,8 @@ def test_padding_is_never_read():
     assert torch.equal(model(**inputs), model(**poisoned))
 
 
-def test_an_item_does_not_see_its_batch():
-    """P3: a sample's velocity is the same bits alone and beside another item with another text length."""
+def test_an_item_does_not_depend_on_its_batch():
+    """P3: the velocity of an item has equal bits alone and with another item of another text length."""
     model = random_dit(TINY, seed=5)
     both = random_inputs(TINY, (2, 4, 6), [3, 8], seed=6, padded=PADDED)
     alone = {name: value[1:] for name, value in both.items()}
@@ -139,10 +139,10 @@ def test_an_item_does_not_see_its_batch():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_half_precision_stays_close(dtype, tolerance):
-    """The released run is bfloat16: half precision gives its own dtype back, within its rounding of float32."""
+    """Half precision returns its own dtype and is within its rounding of float32. The released run is bfloat16."""
     model = random_dit(TINY, seed=7)
     inputs = random_inputs(TINY, (3, 6, 10), [7], seed=8, padded=PADDED)
-    inputs["guidance"] = torch.tensor([6016.0])  # a number of both dtypes: its rounding is another test's matter
+    inputs["guidance"] = torch.tensor([6016.0])  # representable in both dtypes; another test covers its rounding
     expected = model(**inputs)
     velocity = model.to(dtype)(**inputs)
     assert velocity.dtype is dtype
@@ -150,7 +150,7 @@ def test_half_precision_stays_close(dtype, tolerance):
 
 
 def test_modulation_is_rounded_once():
-    """The released run is under autocast: LayerNorm and modulation in float32, one rounding where a Linear follows."""
+    """As under the release's autocast: LayerNorm and modulation are float32 and are rounded once before a Linear."""
     torch.manual_seed(12)
     x, shift, scale = (torch.randn(*size).bfloat16() for size in ((50, 64), (64,), (64,)))
     normed = torch.nn.functional.layer_norm(x.float(), (64,), eps=1e-6)
@@ -159,7 +159,7 @@ def test_modulation_is_rounded_once():
 
 
 def test_guidance_is_rounded_before_the_embedder():
-    """Spec section 4: in bfloat16, guidance 6000 and 6016 are one number; in float32 they are two."""
+    """Spec section 4: in bfloat16, guidance 6000 and 6016 round to the same number; in float32 they differ."""
     model = random_dit(TINY, seed=9)
     inputs = random_inputs(TINY, (1, 4, 4), [5], seed=10, padded=PADDED)
     nearby = inputs | {"guidance": torch.tensor([6016.0])}
@@ -177,7 +177,7 @@ def test_guidance_is_rounded_before_the_embedder():
     ],
 )
 def test_config_that_does_not_fit_is_refused(changes, named):
-    """P6: widths that do not fit together are found when the config is read, by name."""
+    """P6: inconsistent widths are found when the config is read; the error names the field."""
     with pytest.raises(UserError, match=named):
         DiTConfig(**changes)
 
@@ -186,14 +186,14 @@ def test_config_that_does_not_fit_is_refused(changes, named):
     "changes", [{"text_lengths": [0]}, {"text_lengths": [PADDED + 1]}, {"text_lengths": [2, 2]}, {"guidance": None}]
 )
 def test_inputs_that_break_the_contract_are_refused(changes):
-    """A length of 0 would reach the kernels as an empty tensor; a missing guidance would silently change the video."""
+    """Invalid text lengths and a missing guidance raise ValueError; they would crash a kernel or change the video."""
     inputs = random_inputs(TINY, (1, 2, 2), [3], seed=0, padded=PADDED)
     with pytest.raises(ValueError, match=r"text lengths|guidance"):
         random_dit(TINY, seed=0)(**(inputs | changes))
 
 
 def _device_kernels():
-    """(kernel, device, dtype) for all that this machine can run."""
+    """Yield (kernel, device, dtype) for all combinations that this machine supports."""
     yield from (("sdpa", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
     if torch.cuda.is_available():
         yield from (("sdpa", "cuda", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
@@ -205,8 +205,8 @@ def _device_kernels():
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), list(_device_kernels()))
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (1, 70), (70, 1), (45, 33), (300, 130)])
-def test_kernels_agree_with_the_oracle(backend, device, dtype, q_len, k_len):
-    """Every kernel returns the softmax attention and its true log-sum-exp, from strided slices of a packed qkv."""
+def test_kernels_agree_with_plain_attention(backend, device, dtype, q_len, k_len):
+    """Every kernel returns softmax attention and its true log-sum-exp, for strided slices of a packed qkv."""
     torch.manual_seed(11)
     q = torch.randn(q_len, 3, 3, 16, device=device).to(dtype)[:, 0]
     k, v = torch.randn(k_len, 3, 3, 16, device=device).to(dtype)[:, 1:].unbind(1)
@@ -225,7 +225,7 @@ def test_kernels_agree_with_the_oracle(backend, device, dtype, q_len, k_len):
 )
 @settings(max_examples=40, deadline=None)
 def test_merging_parts_equals_the_whole(q_len, parts, sharpness, seed):
-    """Section 5 of the design: attention over any partition of the keys, merged, is attention over all of them."""
+    """Design section 5: merging the attention over any partition of the keys gives the attention over all keys."""
     draw = torch.Generator().manual_seed(seed)
     q = torch.randn(q_len, 2, 8, generator=draw) * sharpness
     k, v = torch.randn(2, sum(parts), 2, 8, generator=draw).unbind(0)
@@ -240,6 +240,6 @@ def test_merging_parts_equals_the_whole(q_len, parts, sharpness, seed):
 
 @pytest.mark.parametrize("name", ["flash3", "flash", "cudnn"])
 def test_backend_that_cannot_run_is_refused(name):
-    """P6: an unknown backend, and flash-attn on a CPU, are refused by name with the remedy."""
+    """P6: the error for an unknown kernel, or for a GPU kernel on a CPU, names the kernel and the remedy."""
     with pytest.raises(UserError, match="sdpa"):
         choose_kernel(name, torch.device("cpu"), torch.float32)

@@ -1,10 +1,11 @@
-"""Products in FP8 (`fp8: matmul`): a scale a row, real `torch._scaled_mm`, and the way out where there is none."""
+"""Products in FP8 (`fp8: matmul`): row scales, real `torch._scaled_mm`, and the fallback without it."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import re
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ multiplying = pytest.mark.skipif(not can_multiply(CPU), reason="this build of Py
 
 @pytest.fixture
 def unable(monkeypatch):
-    """A machine that cannot multiply FP8, and has not said so yet."""
+    """Make `torch._scaled_mm` fail, with an empty cache, as on a machine that cannot multiply FP8."""
 
     def refuse(*_args, **_kwargs):
         raise RuntimeError("torch._scaled_mm is only supported on devices with compute capability >= 9.0\nat line 1")
@@ -60,7 +61,7 @@ def relative(a, b):
 )
 @settings(max_examples=60, deadline=None)
 def test_a_row_is_within_half_a_step_of_its_own_scale(dtype, rows, columns, magnitude, seed):
-    """e4m3 has 3 bits of mantissa: 1/16 of a value, or of the smallest normal number. No row heeds another."""
+    """e4m3 has 3 bits of mantissa: the error is 1/16 of a value or of the smallest normal number, in each row alone."""
     draw = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, columns, generator=draw) * 10**magnitude).to(dtype)
     x[0] *= 0
@@ -69,7 +70,7 @@ def test_a_row_is_within_half_a_step_of_its_own_scale(dtype, rows, columns, magn
     assert scale.shape == (rows, 1)
     assert torch.equal(scale, scale.bfloat16().float())
     error = (quantised.float() * scale - x.float()).abs()
-    # Of bfloat16, the quotient is rounded once more, by 1/512; what is past 448 by the scale's rounding ends there.
+    # For bfloat16, the quotient is rounded once more, by 1/512; values above 448 by the scale's rounding become 448.
     assert (error <= x.float().abs() / 16 * 1.1 + scale * 2**-10).all()
     alone, its_scale = quantise_rows(x[-1:])
     assert torch.equal(alone.view(torch.uint8), quantised[-1:].view(torch.uint8))
@@ -77,7 +78,7 @@ def test_a_row_is_within_half_a_step_of_its_own_scale(dtype, rows, columns, magn
 
 
 def test_long_activations_are_quantised_in_pieces(monkeypatch):
-    """P4 and memory: the pieces are the whole's bits, and a row longer than a piece is one."""
+    """Memory: quantising in pieces gives the same bits; a row longer than a piece is one piece."""
     x = torch.randn(37, 24)
     whole, scale = quantise_rows(x)
     for elements in (1, 24 * 5, 24 * 37):
@@ -87,8 +88,8 @@ def test_long_activations_are_quantised_in_pieces(monkeypatch):
         assert torch.equal(same, scale)
 
 
-def test_what_is_not_finite_stays_so():
-    """A broken latent must not come out as a plausible one."""
+def test_values_that_are_not_finite_stay_so():
+    """NaN and infinity must not become finite values."""
     x = torch.ones(3, 16)
     x[0, 3], x[1, 4] = float("nan"), float("inf")
     linear = Fp8MatmulLinear(torch.eye(16), None, multiplies=can_multiply(CPU))
@@ -99,7 +100,7 @@ def test_what_is_not_finite_stays_so():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product_is_that_of_the_quantised_operands(dtype, tolerance, bias):
-    """`_scaled_mm` for real, against the same numbers multiplied in float64; leading dimensions are kept."""
+    """`_scaled_mm` equals a float64 product of the same operands; leading dimensions are kept."""
     torch.manual_seed(0)
     weight, b = torch.randn(48, 64), torch.randn(48) if bias else None
     linear = Fp8MatmulLinear(weight, None if b is None else b.to(dtype), multiplies=True)
@@ -115,7 +116,7 @@ def test_the_product_is_that_of_the_quantised_operands(dtype, tolerance, bias):
 
 
 def test_dequantised_weights_are_the_same_numbers():
-    """Where nothing is multiplied in FP8, the weight is fp8 * scale, rounded once to the dtype of the input."""
+    """Without FP8 products, the weight is fp8 * scale, rounded once to the dtype of the input."""
     linear = Fp8MatmulLinear(torch.randn(32, 48) * 1e-3, torch.randn(32), multiplies=False)
     exact = linear.weight.double() * linear.scale
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -128,7 +129,7 @@ def test_dequantised_weights_are_the_same_numbers():
 @multiplying
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float32, 0.06)])
 def test_the_model_stays_close(dtype, tolerance):
-    """Accuracy at toy width, stated: the velocity's error is at most 6 % of its norm, and is not nothing."""
+    """Accuracy at toy width: the error of the velocity is at most 6 % of its norm, and not zero."""
     model = random_dit(TOY, seed=1).to(dtype)
     inputs = random_inputs(TOY, (3, 8, 8), [7], seed=2, padded=9)
     inputs["guidance"] = torch.tensor([6016.0])
@@ -148,24 +149,24 @@ def test_the_model_stays_close(dtype, tolerance):
 
 
 def test_a_weight_takes_one_byte():
-    """Memory: what is kept of a block's Linear is 8 bits an element and 4 bytes a row."""
+    """Memory: a Linear of a block takes 8 bits per element and 4 bytes per row."""
     linear = Fp8MatmulLinear(torch.randn(64, 256).bfloat16(), None, multiplies=True)
     assert sum(tensor.nbytes for tensor in linear.state_dict().values()) == 64 * 256 + 64 * 4
 
 
-def test_a_machine_without_fp8_products_says_so_once(unable):
-    """One message, with the reason and what it means; the rest is the same weights, dequantised."""
+def test_a_machine_without_fp8_products_logs_one_warning(unable, caplog):
+    """The warning names the reason and the consequence, once per process; the weights are dequantised."""
     model = random_dit(TOY, seed=1)
     inputs = random_inputs(TOY, (3, 8, 8), [7], seed=2, padded=9)
     expected = model(**inputs)
     other = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match=r"cannot multiply FP8 .*compute capability >= 9\.0\)") as told:
+    with caplog.at_level(logging.WARNING, logger="hv_batch.engine.dit.fp8_matmul"):
         multiply_in_fp8_(model, CPU)
-    assert len(told) == 1
-    assert "at line 1" not in str(told[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        (message,) = caplog.messages
+        assert re.search(r"cannot multiply FP8 .*compute capability >= 9\.0\)", message)
+        assert "at line 1" not in message
         multiply_in_fp8_(other, CPU)
+    assert caplog.messages == [message]
     assert not any(module.multiplies for module in fp8_modules(model).values())
     velocity = model(**inputs)
     assert torch.equal(velocity, other(**inputs))
@@ -174,7 +175,7 @@ def test_a_machine_without_fp8_products_says_so_once(unable):
 
 @multiplying
 def test_narrow_linears_are_dequantised():
-    """The CUDA kernel takes multiples of 16 only; a width that is none must not fail in the middle of a night."""
+    """The CUDA kernel supports multiples of 16 only; a model of another width must not fail during a run."""
     config = DiTConfig(
         hidden_size=40,
         heads_num=2,
@@ -194,7 +195,7 @@ def test_narrow_linears_are_dequantised():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """The toy tree, and one whose DiT is FP8, as the release's is."""
+    """The toy tree, and a tree whose DiT is FP8."""
     base = write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
     eight_bits = tmp_path_factory.mktemp("fp8") / "tree"
     shutil.copytree(base, eight_bits)
@@ -207,8 +208,8 @@ def checkpoints(tmp_path_factory):
 
 
 @multiplying
-def test_weights_of_an_fp8_checkpoint_are_taken_as_they_are(checkpoints):
-    """Spec section 6: nothing is quantised twice; the file's bytes are multiplied, its scale stands in every row."""
+def test_weights_of_an_fp8_checkpoint_are_used_unchanged(checkpoints):
+    """Spec section 6: nothing is quantised twice; the file's bytes are multiplied, with its scale in every row."""
     _, tree = checkpoints
     stored = load_dit(tree, TOY, "sdpa", torch.bfloat16, CPU, "storage")
     model = load_dit(tree, TOY, "sdpa", torch.bfloat16, CPU, "matmul")
@@ -224,19 +225,19 @@ def test_weights_of_an_fp8_checkpoint_are_taken_as_they_are(checkpoints):
 def test_the_engine_option_renders(checkpoints):
     """`fp8: matmul` from bf16 weights, through the engine: part of the identity (P3), and close to the run without."""
     base, _ = checkpoints
-    place = RankSpec(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
+    spec = RankSpec(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
     engines = {fp8: HunyuanVideo(model_base=base, precision="bf16", fp8=fp8) for fp8 in ("none", "matmul")}
     assert engines["matmul"].check() == []
     assert engines["matmul"].identity()["fp8"] == "matmul"
     inputs = random_inputs(TOY, (2, 8, 8), [5], seed=3, padded=6)
-    plain, eight_bits = (engine.join(place)._model(**inputs) for engine in engines.values())
+    plain, eight_bits = (engine.join(spec)._model(**inputs) for engine in engines.values())
     assert not torch.equal(plain, eight_bits)
     assert relative(eight_bits, plain) <= 0.1
 
 
 @multiplying
 def test_streamed_weights_give_the_same_bits():
-    """Offloaded blocks carry their scales along."""
+    """Offloaded blocks are streamed with their scales."""
     model = random_dit(TOY, seed=1)
     multiply_in_fp8_(model, CPU)
     inputs = random_inputs(TOY, (2, 8, 8), [5], seed=3, padded=6)
@@ -246,7 +247,7 @@ def test_streamed_weights_give_the_same_bits():
 
 
 def test_a_scale_without_fp8_weights_is_refused():
-    """Either would be multiplied wrongly in silence."""
+    """A scale without FP8 weights, or FP8 weights without a scale, raise ValueError."""
     with pytest.raises(ValueError, match="scale"):
         Fp8MatmulLinear(torch.randn(16, 16), None, scale=torch.tensor(1.0), multiplies=True)
     with pytest.raises(ValueError, match="scale"):

@@ -30,7 +30,7 @@ MAP = f"{TRANSFORMERS}/mp_rank_00_model_states_fp8_map.pt"
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """The toy tree with FP8 weights and their map beside the bf16 ones, as released. No test may change it."""
+    """The toy tree with FP8 weights and their map beside the bf16 weights, as released. Tests must not modify it."""
     base = write_toy_checkpoint(tmp_path_factory.mktemp("toy"))
     state = torch.load(base / DIT, weights_only=True)["module"]
     scales = {}
@@ -75,7 +75,7 @@ def test_weights_are_dequantised_as_released(toy, dtype):
 
 
 def test_held_and_dequantised_weights_render_the_same_bits(toy):
-    """P3: `fp8` decides about memory, not about pixels; and FP8 is near bf16, so the scales are the right ones."""
+    """P3: modes "storage" and "none" give equal pixels. FP8 is close to bf16, which shows that the scales are right."""
     inputs = random_inputs(CONFIG, (2, 4, 6), [7], seed=3, padded=9)
     held, plain = (load(toy, torch.bfloat16, mode)(**inputs) for mode in ("storage", "none"))
     assert torch.equal(held, plain)
@@ -84,7 +84,7 @@ def test_held_and_dequantised_weights_render_the_same_bits(toy):
 
 
 def test_held_weights_take_half_the_memory(toy):
-    """Spec section 6: a byte an element, for the Linears of the blocks, and nothing else changes its dtype."""
+    """Spec section 6: the Linears of the blocks take one byte per element; all other dtypes are unchanged."""
     held, full = load(toy, torch.bfloat16, "storage"), load(toy, torch.bfloat16, "none")
     names = {f"{name}.weight" for name in block_linears(full)}
     assert {name for name, p in held.named_parameters() if p.dtype == FP8} == names
@@ -94,56 +94,59 @@ def test_held_weights_take_half_the_memory(toy):
 
 
 def test_fp8_weights_without_their_map_are_refused(base):
-    """P6: without scales they would load, and render noise."""
+    """P6: FP8 weights without scales would render noise, so they are refused."""
     (base / MAP).unlink()
-    (told,) = verify(tree(base), CONFIG)
-    assert "8-bit weights (as double_blocks.0." in told
-    assert str(base / MAP) in told
-    with pytest.raises(UserError, match="which is not there"):
+    (message,) = verify(tree(base), CONFIG)
+    assert "8-bit weights (such as double_blocks.0." in message
+    assert str(base / MAP) in message
+    with pytest.raises(UserError, match="which does not exist"):
         load(base, torch.float32, "none")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda m: m.pop("single_blocks.1.linear2"), "lacks the scales of single_blocks.1.linear2. It is not the map"),
+        (
+            lambda m: m.pop("single_blocks.1.linear2"),
+            "lacks the scales of single_blocks.1.linear2, so it is not the map",
+        ),
         (
             lambda m: m.update({"single_blocks.1.linear2": torch.ones(2)}),
-            "one number a module; single_blocks.1.linear2",
+            "one number per module, but single_blocks.1.linear2",
         ),
-        (lambda m: m.update({"x": "y"}), "should hold tensors by name"),
+        (lambda m: m.update({"x": "y"}), "must contain tensors by name"),
     ],
 )
-def test_a_map_that_does_not_fit_is_refused(base, change, told):
-    """P6: by the module's name, before any tensor is read."""
+def test_a_map_that_does_not_fit_is_refused(base, change, message):
+    """P6: the error names the module, before any tensor is read."""
     scales = torch.load(base / MAP, weights_only=True)
     change(scales)
     torch.save(scales, base / MAP)
     (sentence,) = verify(tree(base), CONFIG, "storage")
-    assert told in sentence
+    assert message in sentence
     assert str(base / MAP) in sentence
 
 
 def test_8_bit_weights_elsewhere_are_refused(base):
-    """Spec section 6: only Linears inside the blocks are FP8; a convolution that is was not made by the release."""
+    """Spec section 6: only Linears of the blocks may be FP8; an FP8 convolution is refused."""
     content = torch.load(base / DIT_FP8, weights_only=True)
     content["module"]["img_in.proj.weight"] = content["module"]["img_in.proj.weight"].to(FP8)
     torch.save(content, base / DIT_FP8)
     torch.save(torch.load(base / MAP, weights_only=True) | {"img_in.proj": torch.ones(())}, base / MAP)
     (sentence,) = verify(tree(base), CONFIG)
-    assert "8-bit weights that the release does not: img_in.proj" in sentence
+    assert "8-bit weights that are not 8-bit in the release: img_in.proj" in sentence
 
 
 def test_storage_needs_fp8_weights(toy):
-    """P6: asked for and impossible is an error, not another way of loading."""
+    """P6: `fp8: storage` without FP8 weights is an error, not a silent fallback."""
     (sentence,) = verify(CheckpointTree(toy), CONFIG, "storage")
-    assert "holds no FP8 weights" in sentence
+    assert "contains no FP8 weights" in sentence
     with pytest.raises(UserError, match="fp8: 'fp4' is not allowed; allowed are none, storage"):
         HunyuanVideo(model_base=toy, fp8="fp4")
 
 
 def test_the_map_belongs_to_the_revision(toy, base):
-    """P2, P3: other scales are other weights."""
+    """P2, P3: other scales change the revision."""
     assert revision(tree(base)) == revision(tree(toy))
     torch.save({name: s * 2 for name, s in torch.load(base / MAP, weights_only=True).items()}, base / MAP)
     assert revision(tree(base)) != revision(tree(toy))
@@ -151,7 +154,7 @@ def test_the_map_belongs_to_the_revision(toy, base):
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20), st.sampled_from([1.0, 1e-3, 1e-20, 3e38]))
 def test_quantising_takes_the_nearest_representable_number(values, unit):
-    """The scale is exact in bf16 and lets the largest weight reach the end of the range; rounding is to nearest."""
+    """The scale is a bf16 number, no weight is clipped, and rounding is to nearest."""
     weight = torch.tensor(values).clamp(-1, 1).reshape(1, -1) * unit
     quantised, scale = quantise(weight)
     assert torch.equal(scale, scale.bfloat16().float())
@@ -165,6 +168,6 @@ def test_quantising_takes_the_nearest_representable_number(values, unit):
 
 
 def test_a_matrix_of_zeros_stays_zero():
-    """No division by zero: a gate that was never trained is zero."""
+    """A matrix of zeros causes no division by zero: an untrained gate is zero."""
     quantised, scale = quantise(torch.zeros(2, 3))
     assert torch.equal(quantised.float() * scale, torch.zeros(2, 3))

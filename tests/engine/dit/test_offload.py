@@ -1,4 +1,4 @@
-"""Weights that stream from the host: the same bits on one rank and in a group, from two buffers."""
+"""Offloaded weights: equal bits on one rank and in a group, from two buffers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def block_bytes(model: HYVideoDiT) -> list[int]:
 @pytest.mark.parametrize("depth", [(2, 2), (2, 3), (1, 1), (1, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_streamed_weights_give_the_same_bits(pinned, depth, dtype):
-    """P3: where weights lie is no part of a video's identity. Odd numbers of blocks, several steps, two branches."""
+    """P3: offloading changes no bit, with odd numbers of blocks, several steps and two branches."""
     model = frozen(config(*depth), dtype)
     expected = [model(**inputs(lengths)) for lengths in ((7,), (3, 12))]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -67,7 +67,7 @@ def test_streamed_weights_give_the_same_bits(pinned, depth, dtype):
 
 
 def test_no_more_than_two_blocks_are_on_the_device():
-    """The promise of offloading: every weight a block computes with lies in one of two buffers of one block each."""
+    """Every weight that a block computes with is in one of two buffers of one block each."""
     model = frozen(config())
     largest = max(block_bytes(model))
     with LiveBytes() as traced:
@@ -91,7 +91,7 @@ def test_no_more_than_two_blocks_are_on_the_device():
 
 
 def test_streaming_allocates_nothing():
-    """The two buffers are all: a forward's own memory is the same, step after step."""
+    """A forward with offloading allocates as much as one without, in every step."""
     plain, streamed = frozen(config()), frozen(config())
     offload_blocks(streamed, CPU, pinned=True)
     peaks = []
@@ -103,7 +103,7 @@ def test_streaming_allocates_nothing():
 
 
 def test_the_next_block_is_fetched_ahead_and_once(monkeypatch):
-    """Prefetch: by the time a block is asked for it is there, across the end of a step too."""
+    """Prefetch: each block is fetched once, before it is requested, also across the end of a step."""
     fetched = []
     fetch = BlockStreamer._fetch
     monkeypatch.setattr(BlockStreamer, "_fetch", lambda self, index: (fetched.append(index), fetch(self, index))[1])
@@ -112,12 +112,12 @@ def test_the_next_block_is_fetched_ahead_and_once(monkeypatch):
     model(**inputs())
     assert fetched == [0, 1, 2, 3, 4, 0]
     with streamer.resident(0):
-        assert fetched == [0, 1, 2, 3, 4, 0], "block 0 was fetched at the end of the step before"
+        assert fetched == [0, 1, 2, 3, 4, 0], "block 0 was fetched at the end of the previous step"
     assert fetched[-1] == 1
 
 
 def test_fp8_weights_stream_with_their_scales():
-    """Both savings together: a block's 8-bit weights and the buffers that hold their scales pass through."""
+    """FP8 with offloading: 8-bit weights and the buffers with their scales are streamed."""
     model = frozen(config(), torch.bfloat16)
     before = max(block_bytes(model))
     keep_in_fp8(model)
@@ -127,8 +127,8 @@ def test_fp8_weights_stream_with_their_scales():
     assert streamer.device_bytes < 2 * 0.7 * before
 
 
-def test_a_step_that_failed_leaves_nothing_behind():
-    """P5: an error in a block (another sample's, out of memory) does not spoil what is rendered next."""
+def test_a_failed_step_does_not_affect_the_next_one():
+    """P5: an error in a block (such as out of memory) does not change the result of the next sample."""
     model = frozen(config())
     expected = model(**inputs())
     offload_blocks(model, CPU, pinned=True)
@@ -146,7 +146,7 @@ def test_a_step_that_failed_leaves_nothing_behind():
 
 
 def test_packing_fills_arenas_of_a_power_of_two(monkeypatch):
-    """Pinned memory comes in powers of two, so many tensors share one; a tensor above the arena's size gets its own."""
+    """Pinned allocations are powers of two, so tensors share arenas; a tensor larger than an arena gets its own."""
     monkeypatch.setattr("hv_batch.engine.dit.offload.ARENA_BYTES", 2**17)
     model = frozen(config())
     expected = model(**inputs())
@@ -184,7 +184,7 @@ def group(tmp_path_factory):
 
 @pytest.mark.parametrize(("u", "r"), PLANS)
 def test_a_group_streams_too(group, u, r):
-    """Offloading works with sequence parallelism, which the released code refuses: every rank, the same bits."""
+    """Offloading works with sequence parallelism, which the released code refuses; all ranks have equal bits."""
     ranks = [torch.load(group / f"u{u}r{r}-{rank}.pt") for rank in range(2)]
     outputs = list(itertools.chain.from_iterable(ranks))
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
@@ -216,7 +216,7 @@ def toy(tmp_path_factory):
 
 
 def _mapped_pages(path: Path) -> list[range]:
-    """Addresses at which this process has mapped a file."""
+    """Return the address ranges at which this process has mapped a file."""
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
     spans = (line.split()[0].split("-") for line in lines)
     return [range(int(low, 16), int(high, 16)) for low, high in spans]
@@ -224,8 +224,8 @@ def _mapped_pages(path: Path) -> list[range]:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 @pytest.mark.parametrize("offload", ["none", "blocks", "mapped"])
-def test_the_option_says_where_the_blocks_are(toy, offload):
-    """ "mapped" streams from the checkpoint's own pages, which the ranks of a node share; "blocks" from own memory."""
+def test_the_option_selects_the_memory_of_the_blocks(toy, offload):
+    """`mapped` streams from the pages of the checkpoint file, which the ranks of a node share; `blocks` does not."""
     engine = HunyuanVideo(model_base=toy, dit=TOY_DIT, precision="bf16", offload=offload)
     model = engine.join(ALONE)._model
     pages = _mapped_pages(toy / "hunyuan-video-t2v-720p" / "transformers" / "mp_rank_00_model_states.pt")
@@ -238,13 +238,13 @@ def test_the_option_says_where_the_blocks_are(toy, offload):
     if offload == "blocks":
         assert not any(inside)
     else:
-        assert all(inside)  # "none" on a CPU: its memory is the device's
+        assert all(inside)  # with "none" on a CPU, the weights are mapped as well
     streamed = [isinstance(block, StreamedBlock) for block in (*model.double_blocks, *model.single_blocks)]
     assert all(streamed) if offload != "none" else not any(streamed)
 
 
 def test_the_option_changes_no_bit_and_no_identity(toy):
-    """P3: a run may be resumed with offloading on a smaller GPU."""
+    """P3: a run may be resumed with offloading, for example on a smaller GPU."""
     text = TextEmbedding(
         states=torch.randn(5, TOY_DIT["text_states_dim"], generator=torch.Generator().manual_seed(0)),
         pooled=torch.randn(TOY_DIT["text_states_dim_2"], generator=torch.Generator().manual_seed(1)),

@@ -1,8 +1,7 @@
 """The sequence-parallel DiT on real process groups, against one rank.
 
-Processes join group after group, run every case twice and write what they got; the tests read that. The sizes
-are chosen to be awkward: token counts that no degree divides, shards that are padding only, a ring chunk that is
-padding only.
+Processes join one group after the other, run every case twice and write the results to files, which the tests read. The
+sizes cover the edge cases: token counts that no degree divides, shards of padding only, ring chunks of padding only.
 """
 
 from __future__ import annotations
@@ -54,14 +53,14 @@ CASES = [
     Case((1, 2, 2), (1,)),  # one image token: every other shard is padding
     Case((1, 2, 4), (7,)),  # two tokens: at a ring of 3 or 4, chunks of padding only
     Case((1, 2, 10), (PADDED,)),  # five tokens
-    Case((3, 6, 10), (7,)),  # 45 tokens: odd, and no degree below divides it but 3
+    Case((3, 6, 10), (7,)),  # 45 tokens: odd, and of the degrees below only 3 divides it
     Case((2, 4, 6), (PADDED,)),
     Case((3, 6, 10), (7, PADDED)),  # classifier-free guidance: two items, two text lengths
     Case((1, 14, 2), (1, PADDED)),
     Case((3, 6, 10), (7,), torch.bfloat16),
 ]
 PLANS = [(2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4)]  # (Ulysses degree, ring degree)
-MORE = [  # every other way to share the twelve heads and the keys over up to eight ranks
+MORE = [  # all other plans of up to eight ranks whose Ulysses degree divides the twelve heads
     (u, r) for u in (1, 2, 3, 4, 6) for r in range(1, 9) if 1 < u * r <= 8 and (u, r) not in PLANS
 ]
 EVERY_PLAN = [*PLANS, *(pytest.param(u, r, marks=pytest.mark.slow) for u, r in MORE)]
@@ -78,7 +77,7 @@ def _forward(case: Case, mesh: SequenceMesh) -> torch.Tensor:
 
 
 def _attend(mesh: SequenceMesh) -> torch.Tensor:
-    """Joint attention of 5 text and 9 image tokens; this rank's rows."""
+    """Return this rank's rows of the joint attention of 5 text and 9 image tokens."""
     qkv = torch.randn(5 + 9, 3, 12, 8, generator=torch.Generator().manual_seed(3))
     start, stop = mesh.span(9)
     image = torch.cat((qkv[5:], torch.full((8, 3, 12, 8), float("nan"))))[start:stop]
@@ -97,8 +96,9 @@ def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queu
 
 
 def _self_checks(mesh: SequenceMesh) -> dict[str, str]:
-    """What the self-check complains of: with good weights, wherever and however they are held, and with a copy of them
-    that is damaged on the last rank.
+    """Run the self-check on healthy models with weights in every form, and on models that are damaged on the last rank.
+
+    Returns the error messages by model; a model without an error is absent.
     """
     models = {"float32": _model(torch.float32), "bfloat16": _model(torch.bfloat16)}
     models |= {"offloaded": _own_model(), "mapped": _own_model(), "FP8": _own_model(), "FP8 offloaded": _own_model()}
@@ -113,20 +113,20 @@ def _self_checks(mesh: SequenceMesh) -> dict[str, str]:
         models["FP8 scale"].get_submodule(DAMAGED_LINEAR).scale.mul_(1.5)
     for name in ("offloaded", "mapped", "FP8 offloaded"):
         offload_blocks(models[name], torch.device("cpu"), pinned=name != "mapped")
-    complaints = {}
+    errors = {}
     for name, model in models.items():
         try:
             check_group(model, mesh, torch.device("cpu"))
         except RuntimeError as error:
-            complaints[name] = str(error)
-    return complaints
+            errors[name] = str(error)
+    return errors
 
 
 def _own_model() -> HYVideoDiT:
     return random_dit(CONFIG, seed=1).bfloat16().requires_grad_(False)
 
 
-def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankSpec:
+def _rank_spec(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankSpec:
     return RankSpec(
         rank=rank,
         local_rank=rank,
@@ -138,7 +138,7 @@ def _place(rank: int, u: int, r: int, address: str, timeout_s: float) -> RankSpe
 
 
 class Ranks:
-    """What every rank of every plan returned, one file each; plans that only slow tests ask for are run for these."""
+    """The results of every rank of every plan, one file each. Plans of slow tests run only if they are requested."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -148,8 +148,8 @@ class Ranks:
         self._run(u, r)
         return [torch.load(self.folder / f"u{u}r{r}-{rank}.pt", weights_only=False) for rank in range(u * r)]
 
-    def complaints(self, u: int, r: int) -> list[dict[str, str]]:
-        """What the self-check told on each rank, by model."""
+    def self_check_errors(self, u: int, r: int) -> list[dict[str, str]]:
+        """Return the error messages of the self-check by model, for each rank."""
         self._run(u, r)
         return [json.loads((self.folder / f"checks-u{u}r{r}-{rank}.json").read_text()) for rank in range(u * r)]
 
@@ -157,7 +157,7 @@ class Ranks:
         if (u, r) in self.ran:
             return
         plans = PLANS if (u, r) in PLANS else MORE
-        context = mp.get_context("forkserver")  # imports torch once, not once a process
+        context = mp.get_context("forkserver")  # imports torch once, not once per process
         context.set_forkserver_preload(["hv_batch.engine.dit.model", "hypothesis", "pytest"])
         addresses = {plan: context.Queue() for plan in plans}
         processes = max(u * r for u, r in plans)
@@ -178,7 +178,7 @@ def single() -> dict[Case, torch.Tensor]:
 @pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_group_equals_one_rank(ranks, single, u, r, case):
-    """Design section 5: every size works at every degree, exactly but for float rounding (P3: measured, not hidden)."""
+    """Design section 5: every size works at every degree, exact up to float rounding (P3: measured here)."""
     runs, _ = ranks.load(u, r)[0]
     tolerance = 1e-4 if case.dtype is torch.float32 else 0.1 * single[case].abs().max().item()
     assert single[case].std() > 0.1
@@ -187,7 +187,7 @@ def test_a_group_equals_one_rank(ranks, single, u, r, case):
 
 @pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
 def test_every_rank_returns_the_same_bits_every_time(ranks, u, r):
-    """P3: same plan, same bytes; and the sampler may run replicated, because no rank's velocity differs."""
+    """P3: same plan, same bytes. The sampler can run replicated, because the velocity is equal on all ranks."""
     loaded = [runs for runs, _ in ranks.load(u, r)]
     for case in CASES:
         outputs = list(itertools.chain.from_iterable(runs[case] for runs in loaded))
@@ -196,7 +196,7 @@ def test_every_rank_returns_the_same_bits_every_time(ranks, u, r):
 
 @pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
 def test_attention_rows(ranks, u, r):
-    """The text rows are one set of bits on all ranks, and NaN in the padding reaches no true row."""
+    """The text rows have equal bits on all ranks, and NaN in the padding affects no valid row."""
     qkv = torch.randn(5 + 9, 3, 12, 8, generator=torch.Generator().manual_seed(3))
     expected, _ = attend_math(*qkv.unbind(1))
     outputs = [attended for _, attended in ranks.load(u, r)]
@@ -206,20 +206,20 @@ def test_attention_rows(ranks, u, r):
 
 
 @pytest.mark.parametrize(("u", "r"), EVERY_PLAN)
-def test_a_group_proves_itself(ranks, u, r):
-    """Design section 5: healthy ranks agree with themselves in every precision, with weights on the device or streamed,
-    in 16 bits or 8; a damaged copy is seen by some rank.
+def test_the_self_check_detects_damaged_weights_only(ranks, u, r):
+    """Design section 5: the self-check passes on healthy ranks in every precision, with weights on the device or
+    streamed, in 16 bits or 8. At least one rank detects a damaged copy of the weights.
     """
-    complaints = ranks.complaints(u, r)
-    assert {name for found in complaints for name in found} == {"damaged", "FP8 weights", "FP8 scale"}
+    errors = ranks.self_check_errors(u, r)
+    assert {name for by_model in errors for name in by_model} == {"damaged", "FP8 weights", "FP8 scale"}
     for damage in ("damaged", "FP8 weights", "FP8 scale"):
-        told = next(found[damage] for found in complaints if damage in found)
-        assert "deviates from what rank" in told
-        assert f"Ulysses {u} x ring {r}" in told
+        message = next(by_model[damage] for by_model in errors if damage in by_model)
+        assert "deviates from what rank" in message
+        assert f"Ulysses {u} x ring {r}" in message
 
 
-def test_weights_that_give_no_numbers_are_refused():
-    """Design section 5: a rank of its own has nobody to compare with, but does not render what is not finite."""
+def test_weights_that_give_nan_are_refused():
+    """Design section 5: the self-check of a single rank has no peer to compare with, but refuses NaN."""
     model = random_dit(CONFIG, seed=1)
     check_group(model, SequenceMesh.single(), torch.device("cpu"))
     next(model.single_blocks.parameters()).data.fill_(float("nan"))
@@ -230,7 +230,7 @@ def test_weights_that_give_no_numbers_are_refused():
 @given(st.integers(1, 4000), st.integers(1, 8), st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
 def test_shards_partition_the_tokens(length, u, r):
-    """Equal shards, in rank order, cover the tokens; pads (fewer than the ranks) sit at the very end."""
+    """Equal shards in rank order cover the tokens; padding (fewer rows than ranks) is at the end."""
     meshes = [SequenceMesh(rank=rank, ulysses_degree=u, ring_degree=r) for rank in range(u * r)]
     spans = [mesh.span(length) for mesh in meshes]
     assert spans[0][0] == 0
@@ -241,39 +241,39 @@ def test_shards_partition_the_tokens(length, u, r):
     chunks = meshes[0].chunk_lengths(length)
     assert sum(chunks) == length
     for mesh in meshes:
-        true_rows = sum(
+        valid_rows = sum(
             max(0, min(stop, length) - start)
             for (start, stop), other in zip(spans, meshes, strict=True)
             if other.ring_index == mesh.ring_index
         )
-        assert chunks[mesh.ring_index] == true_rows
+        assert chunks[mesh.ring_index] == valid_rows
 
 
 def test_one_rank_needs_no_group():
-    """A group of one joins at once and leaves no process group behind."""
-    assert join_group(_place(0, 1, 1, "nowhere:1", 1.0)) == SequenceMesh.single()
+    """A group of one rank joins without a process group."""
+    assert join_group(_rank_spec(0, 1, 1, "nowhere:1", 1.0)) == SequenceMesh.single()
     assert not torch.distributed.is_initialized()
     leave_group()
 
 
 def test_a_missing_rank_is_an_error_not_a_hang():
-    """P5: a rank that never comes makes the others fail at their timeout, so that the group can be rebuilt."""
+    """P5: if a rank never joins, the others fail at their timeout, so that the group can be rebuilt."""
     address = host_store("127.0.0.1", 2)
     with pytest.raises(RuntimeError):
-        join_group(_place(0, 2, 1, address, 1.0))
+        join_group(_rank_spec(0, 2, 1, address, 1.0))
     leave_group()
     assert not torch.distributed.is_initialized()
 
 
-def test_two_groups_on_one_host_meet_apart():
-    """Two groups of one node get two addresses, each on a port the system chose (no bind-close-publish race)."""
+def test_two_groups_on_one_host_have_separate_addresses():
+    """Two groups of one node get two addresses, each with a port that the system chose, without a race for ports."""
     addresses = {host_store("127.0.0.1", 2), host_store("127.0.0.1", 2)}
     assert len(addresses) == 2
     leave_group()
 
 
 def test_heads_that_do_not_split_are_refused():
-    """P6: a Ulysses degree that does not divide the heads is refused before any collective, naming the setting."""
+    """P6: a Ulysses degree that does not divide the heads is refused before any collective; the error names the key."""
     inputs = random_inputs(CONFIG, (1, 2, 2), [1], seed=0, padded=1)
     mesh = SequenceMesh(rank=0, ulysses_degree=5, ring_degree=1)
     with pytest.raises(UserError, match="ulysses_degree"):

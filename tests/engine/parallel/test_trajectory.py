@@ -1,8 +1,8 @@
-"""Whole trajectories on every plan of up to eight ranks, against one rank.
+"""Whole trajectories on parallel plans of up to eight ranks, against one rank.
 
-Eight processes join group after group; each renders every case of a plan and writes what it got; the tests read that.
-The sizes are those of the release, scaled down: grids of the same proportions whose number of tokens leaves the same
-remainder modulo 8, so that at every degree the tail is padded as that of the released size is.
+Eight processes join one group after the other. Each renders every case of a plan and writes the results to files, which
+the tests read. The sizes are those of the release, scaled down: grids of the same proportions whose number of tokens
+has the same remainder modulo 8, so that every degree needs the same padding as at the released size.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hv_batch.engine.sampler import trajectory
 from hv_batch.protocol import ParallelPlan, SamplingParams
 from tests.support.dit_reference import random_dit
 from tests.support.rank_processes import joined
-from tests.support.trajectories import CONFIG, CPU, _text
+from tests.support.trajectories import CONFIG, CPU, random_text
 
 STEPS = 4
-FRAMES = 33  # 9 of latents: as the released 33, one more than a multiple of 8
-TOLERANCE = 1e-4  # the largest difference from one rank that is allowed anywhere in the final latents
+FRAMES = 33  # 9 latent frames: one more than a multiple of 8, as the 33 of the release
+TOLERANCE = 1e-4  # largest allowed difference from one rank, anywhere in the final latents
 
 GRIDS = {  # released height x width -> token rows x columns of the toy
     (544, 960): (8, 14),
@@ -51,19 +51,19 @@ HALVED = [_plan(*ur, 2) for ur in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4
 
 @dataclass(frozen=True)
 class Case:
-    """Videos that are denoised side by side."""
+    """The videos of one batch."""
 
     grid: tuple[int, int]
     texts: tuple[int, ...]  # valid tokens of each video's prompt
-    negatives: tuple[int, ...] = ()  # and of its negative prompt, where guidance is used
+    negatives: tuple[int, ...] = ()  # and of its negative prompt, if guidance is used
 
 
-# Both ends of what a prompt can be, and awkward lengths between.
+# The shortest and the longest prompt, and odd lengths in between.
 LENGTHS = (1, 256, 7, 77, 255, 2, 128, 31, 190, 13)
 RELEASED = [Case(grid, (length,)) for grid, length in zip(GRIDS.values(), LENGTHS, strict=True)]
 GUIDED_BATCH = Case((5, 5), (31, 1), (12, 256))
 GUIDED_ALONE = [Case((5, 5), (31,), (12,)), Case((5, 5), (1,), (256,))]
-# What only the exhaustive run has time for.
+# Cases of the exhaustive run only.
 GUIDED = [Case((9, 16), (256,), (1,)), Case((14, 8), (1,), (256,))]
 BATCH = Case((3, 4), (7, 256, 1))
 ALONE = [Case(BATCH.grid, (length,)) for length in BATCH.texts]
@@ -71,8 +71,10 @@ EVERY_LENGTH = [Case((3, 4), (length,)) for length in range(1, 257)]
 
 
 def _cases(plan: ParallelPlan, exhaustive: bool) -> list[Case]:
-    """Of a plan; not exhaustively, the released sizes go round, so that each meets several plans of each kind. So do
-    the lengths of texts, of which all have their turn when it is exhaustive.
+    """Return the cases of a plan.
+
+    The exhaustive run covers all sizes, and divides all text lengths over the plans. Otherwise each plan gets some of
+    the sizes, such that each size runs on several plans.
     """
     guided, first = [GUIDED_BATCH, *GUIDED_ALONE], PLANS.index(plan) if plan in PLANS else 0
     if exhaustive:
@@ -82,7 +84,7 @@ def _cases(plan: ParallelPlan, exhaustive: bool) -> list[Case]:
 
 
 def _render(model: HYVideoDiT, case: Case, mesh: SequenceMesh) -> Tensor:
-    """Final latents; a video's noise is that of its text's length."""
+    """Return the final latents. The seed of a video is the length of its text."""
     params = SamplingParams(
         prompt="",
         negative_prompt="",
@@ -97,8 +99,8 @@ def _render(model: HYVideoDiT, case: Case, mesh: SequenceMesh) -> Tensor:
         flow_shift=7.0,
     )
     batch = [replace(params, seed=length) for length in case.texts]
-    negatives = [_text(length) for length in case.negatives] or None
-    *_, final = trajectory(model, batch, [_text(n) for n in case.texts], negatives, mesh=mesh, device=CPU)
+    negatives = [random_text(length) for length in case.negatives] or None
+    *_, final = trajectory(model, batch, [random_text(n) for n in case.texts], negatives, mesh=mesh, device=CPU)
     return final
 
 
@@ -120,7 +122,7 @@ def _rank_main(rank: int, folder: Path, exhaustive: bool, addresses: dict[Parall
 
 @dataclass(frozen=True)
 class Rendered:
-    """What every rank of every plan rendered, and one rank alone."""
+    """The results of every rank of every plan, and of one rank alone."""
 
     folder: Path
     alone: dict[Case, Tensor]
@@ -135,13 +137,13 @@ EXHAUSTIVE = pytest.param(True, id="exhaustive", marks=[pytest.mark.slow, pytest
 @pytest.fixture(scope="module", params=[pytest.param(False, id="few", marks=pytest.mark.slow), EXHAUSTIVE])
 def rendered(request, tmp_path_factory) -> Rendered:
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.get_context("forkserver")  # imports torch once, not once a process
+    context = mp.get_context("forkserver")  # imports torch once, not once per process
     context.set_forkserver_preload(["hv_batch.engine.sampler", "hv_batch.engine.text_encoders", "hypothesis", "pytest"])
     addresses = {plan: context.Queue() for plan in (*PLANS, *HALVED)}
     mp.start_processes(_rank_main, (folder, request.param, addresses), nprocs=8, start_method="forkserver")
     model, cases = _model(), {case for plan in PLANS for case in _cases(plan, request.param)}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks: the split of a sum over threads is part of its bits
+    torch.set_num_threads(1)  # like the ranks, because the bits of a sum depend on the number of threads
     alone = {case: _render(model, case, SequenceMesh.single()) for case in cases}
     torch.set_num_threads(threads)
     return Rendered(folder, alone)
@@ -149,8 +151,8 @@ def rendered(request, tmp_path_factory) -> Rendered:
 
 @pytest.mark.parametrize("plan", [*PLANS, *HALVED], ids=str)
 def test_a_group_renders_what_one_rank_renders(rendered, plan):
-    """Design section 5, P3: every released proportion at every degree, with texts of 1 to 256 tokens, with guidance and
-    side by side: the difference is that of rounding, after all steps."""
+    """Design section 5, P3: for every released proportion at every degree, with texts of 1 to 256 tokens, with guidance
+    and in batches, the difference after all steps is rounding only."""
     errors = {}
     for case, finals in rendered.ranks(plan)[0].items():
         assert rendered.alone[case].std() > 0.5
@@ -161,7 +163,7 @@ def test_a_group_renders_what_one_rank_renders(rendered, plan):
 
 @pytest.mark.parametrize("plan", [*PLANS, *HALVED], ids=str)
 def test_the_bits_are_those_of_every_rank_every_run_and_every_batch(rendered, plan):
-    """P3: same plan, same bytes, on each rank and each time; and a video does not depend on what it is batched with."""
+    """P3: same plan, same bytes, on each rank and in each run; a video does not depend on its batch."""
     ranks = rendered.ranks(plan)
     for case, (first, *others) in ranks[0].items():
         again = [*others, *(final for rank in ranks[1:] for final in rank[case])]
@@ -172,8 +174,8 @@ def test_the_bits_are_those_of_every_rank_every_run_and_every_batch(rendered, pl
 
 
 @pytest.mark.parametrize("plan", HALVED, ids=str)
-def test_halves_of_a_group_change_no_bit(rendered, plan):
-    """What `cfg_degree` promises: two halves, a branch each, render what a group of half the ranks renders."""
+def test_cfg_degree_2_changes_no_bit(rendered, plan):
+    """With cfg_degree 2, the group renders the bits of a group of half the ranks."""
     half = replace(plan, cfg_degree=1)
     expected = {case: [final] for case, final in rendered.alone.items()}
     if half.world_size > 1:

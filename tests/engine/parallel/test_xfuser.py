@@ -1,7 +1,7 @@
-"""`sequence_parallel: xfuser` without a GPU: what is refused, and that xfuser would be called as it is documented.
+"""`sequence_parallel: xfuser` without a GPU: refused configurations, and calls of xfuser's documented interface.
 
-xfuser can be imported only where a GPU is. In its place stands what its long-context attention says it computes, over
-real process groups, by gathering everything; tests/gpu runs the package itself.
+xfuser can be imported only on a machine with a GPU. A stand-in computes what the documentation of its long-context
+attention describes, over real process groups, by gathering all tokens. tests/gpu runs the package itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEXTS = [7, 12]
 
 
 class DocumentedAttention:
-    """What `xFuserLongContextAttention` does, seen from outside."""
+    """A stand-in with the documented behaviour of `xFuserLongContextAttention`."""
 
     def __init__(self, *, attn_type, attn_processor):
         self._kernel = attn_processor
@@ -52,7 +52,7 @@ class DocumentedAttention:
         degrees = [dist.get_world_size(group) for group in (self._groups.ULYSSES_PG, self._groups.RING_PG)]
         assert degrees[0] * degrees[1] == dist.get_world_size()
         joint = [text[f"joint_tensor_{name}"] for name in ("query", "key", "value")]
-        keys, values = (self._everybodys(x) for x in (key, value))
+        keys, values = (self._gather(x) for x in (key, value))
         out, lse = self._kernel(
             torch.cat((query, joint[0]), 1),
             torch.cat((keys, joint[1]), 1),
@@ -61,9 +61,9 @@ class DocumentedAttention:
             causal=False,
         )
         assert lse.shape == (1, query.shape[2], query.shape[1] + joint[0].shape[1])
-        return out + dist.get_rank() * 1e-7  # as rounding would: ranks agree only if the engine makes them
+        return out + dist.get_rank() * 1e-7  # like rounding: ranks agree only if the engine broadcasts the text rows
 
-    def _everybodys(self, x):
+    def _gather(self, x):
         shards = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(shards, x.contiguous())
         return torch.cat(shards, 1)
@@ -93,14 +93,14 @@ def _rank_main(rank: int, folder: Path, addresses: dict[ParallelPlan, mp.Queue])
             model = random_dit(CONFIG, seed=1)
             model.joint_attention = XfuserAttention(mesh)
             velocity = model(**_inputs(EVEN), mesh=mesh)
-            assert (model(**_inputs(EVEN)) - velocity).abs().max().item() <= 1e-4  # a rank by itself still can
+            assert (model(**_inputs(EVEN)) - velocity).abs().max().item() <= 1e-4  # a single rank does not use xfuser
             with pytest.raises(UserError, match="45 image tokens do not divide by 4 ranks"):
                 model(**_inputs(UNEVEN), mesh=mesh)
         torch.save(velocity, folder / f"{plan}-{rank}.pt")
 
 
 def test_xfuser_is_called_as_documented(tmp_path):
-    """Texts of two lengths side by side, text joined once, and one set of bits on all ranks (P3)."""
+    """Two texts of different lengths are rendered, text keys are attended once, and all ranks have equal bits (P3)."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["hv_batch.engine.hunyuan", "hypothesis", "pytest"])
     addresses = {plan: context.Queue() for plan in PLANS}
@@ -112,9 +112,9 @@ def test_xfuser_is_called_as_documented(tmp_path):
         assert all(torch.equal(first, other) for other in others), plan
 
 
-def test_where_xfuser_cannot_run_it_is_refused(monkeypatch):
-    """P6: no GPU, no package and another version are told before weights are read, each with the remedy."""
-    with pytest.raises(UserError, match="needs a CUDA device, and this process has cpu"):
+def test_a_machine_that_cannot_run_xfuser_is_refused(monkeypatch):
+    """P6: a missing GPU, a missing package and another version are reported before weights are read, with a remedy."""
+    with pytest.raises(UserError, match="needs a CUDA device, but this process has cpu"):
         check_xfuser(torch.device("cpu"))
     versions = dict(PINNED)
 
@@ -126,24 +126,24 @@ def test_where_xfuser_cannot_run_it_is_refused(monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     check_xfuser(torch.device("cuda"))
     versions["xfuser"] = "0.7.0"
-    with pytest.raises(UserError, match=r"needs xfuser 0\.4\.5, and there is 0\.7\.0; install the 'gpu' extra"):
+    with pytest.raises(UserError, match=r"needs xfuser 0\.4\.5, installed is 0\.7\.0; install the 'gpu' extra"):
         check_xfuser(torch.device("cuda"))
     del versions["xfuser"]
-    with pytest.raises(UserError, match="there is none"):
+    with pytest.raises(UserError, match="installed is none"):
         check_xfuser(torch.device("cuda"))
 
 
-def test_what_xfuser_cannot_share_out_is_refused_at_plan_time():
-    """P6: uneven shards by their shape, and a group with nothing to share; natively neither is a problem."""
+def test_shapes_that_xfuser_cannot_divide_are_refused_at_plan_time():
+    """P6: uneven shards are reported with their shape, a plan of one rank per sequence too; native allows both."""
     xfuser, native = (HunyuanVideo(model_base="x", sequence_parallel=name) for name in ("xfuser", "native"))
     shapes = [(720, 1280, 129), (720, 720, 129), (624, 832, 129)]
     eight = ParallelPlan(ulysses_degree=8)
     assert native.group_problems(eight, shapes) == []
-    found = xfuser.group_problems(eight, shapes)
-    assert [line.split(":")[0] for line in found] == ["624x832x129", "720x720x129"]
-    assert "66825 image tokens do not divide by 8 ranks" in found[1]
+    problems = xfuser.group_problems(eight, shapes)
+    assert [line.split(":")[0] for line in problems] == ["624x832x129", "720x720x129"]
+    assert "66825 image tokens do not divide by 8 ranks" in problems[1]
     assert xfuser.group_problems(ParallelPlan(ulysses_degree=2, cfg_degree=2), shapes[:1]) == []
     (alone,) = xfuser.group_problems(ParallelPlan(cfg_degree=2), shapes)
-    assert "has nothing to share out" in alone
+    assert "needs at least two ranks per sequence" in alone
     with pytest.raises(UserError, match="sequence_parallel: 'usp' is not allowed; allowed are native, xfuser"):
         HunyuanVideo(model_base="x", sequence_parallel="usp")

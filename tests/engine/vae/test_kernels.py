@@ -1,4 +1,4 @@
-"""The VAE's hot operations against the plain ones they stand for, and the layout that its tensors lie in."""
+"""The fused operations of the VAE against plain PyTorch operations, and the memory layout of its tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def random_norm(groups, channels):
 )
 @settings(max_examples=80, deadline=None)
 def test_norm_silu_and_padding_in_one(batch, size, groups, front, mean, frames_at_a_time):
-    """Spec section 5: what the three operations give one after the other, in any chunks, far from zero as well."""
+    """Spec section 5: the fused operation equals the three operations in sequence, with any chunks and any mean."""
     torch.manual_seed(0)
     count, channels = groups
     norm, x = random_norm(count, channels), torch.randn(batch, channels, *size) + mean
@@ -49,26 +49,26 @@ def test_norm_silu_and_padding_in_one(batch, size, groups, front, mean, frames_a
         result = norm_silu_pad(norm, x, front)
     assert result.shape == expected.shape
     assert is_channels_last(result)
-    # A number at 1000 is stored to 6e-5; where a group has one element, its deviation is nothing but rounding.
+    # A number near 1000 is stored to 6e-5; the deviation of a group of one element is rounding only.
     tolerance = 2e-5 if mean < 10 else 2e-3
     assert (result - expected).abs().max() <= tolerance
 
 
 def test_large_groups_are_summed_accurately():
-    """Fidelity at the size of a tile's last level, where PyTorch's own GroupNorm of this layout is 1e-3 off."""
+    """Accuracy at the size of a tile's last level, at which PyTorch's GroupNorm of this layout is 1e-3 off."""
     torch.manual_seed(0)
     norm, x = random_norm(4, 4), in_layout(torch.randn(1, 4, 9, 256, 256) * 2 + 5)
     expected = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
     result = norm_silu_pad(norm, x, 0)[..., 1:-1, 1:-1]
     assert (result - expected).abs().max() <= 5e-6
     assert (F.silu(norm(x)) - expected).abs().max() > 1e-4, (
-        "PyTorch has become accurate; the detour may not pay any more"
+        "PyTorch has become accurate; the fused norm may no longer be needed"
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precisions_are_rounded_once(dtype):
-    """Spec section 5: norm and SiLU in float32, whatever the tensors are in, as under the autocast of the release."""
+    """Spec section 5: norm and SiLU are float32 for any dtype, as under the autocast of the release."""
     torch.manual_seed(0)
     norm, x = random_norm(2, 8).to(dtype), torch.randn(1, 8, 3, 5, 5).to(dtype)
     result, normed = norm_silu_pad(norm, x, 2), normalise(norm, x)
@@ -80,7 +80,7 @@ def test_half_precisions_are_rounded_once(dtype):
 @pytest.mark.parametrize("channels", [(3, 16), (16, 16), (16, 3), (32, 64), (64, 128)])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
 def test_convolutions_are_pytorchs(channels, stride):
-    """Narrow and wide ones go through the same fast kernel, and answer channels last."""
+    """Convolutions of any width equal PyTorch's, and return channels-last tensors."""
     torch.manual_seed(0)
     narrow, wide = channels
     x, weight, bias = torch.randn(2, narrow, 5, 9, 8), torch.randn(wide, narrow, 3, 3, 3), torch.randn(wide)
@@ -94,7 +94,7 @@ def test_convolutions_are_pytorchs(channels, stride):
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
 def test_a_float16_convolution_sums_in_float32(stride):
-    """`--vae-precision fp16` on a CPU: the exact sum of the float16 numbers, rounded once, whatever kernel there is."""
+    """`--vae-precision fp16` on a CPU: the exact sum of the float16 numbers, rounded once."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(1, 32, 4, 7, 6).half(), (torch.randn(16, 32, 3, 3, 3) / 30).half(), torch.ones(16)
     result = convolve(in_layout(x), weight, bias.half(), stride)
@@ -106,7 +106,7 @@ def test_a_float16_convolution_sums_in_float32(stride):
 
 
 def test_pointwise_convolutions_are_pytorchs():
-    """As a matrix product: the same numbers, layout kept."""
+    """The matrix product gives the numbers of a convolution and keeps the layout."""
     conv, x = nn.Conv3d(8, 5, 1).requires_grad_(False), torch.randn(2, 8, 3, 4, 5)
     result = mix_channels(conv, in_layout(x))
     assert is_channels_last(result)
@@ -115,7 +115,7 @@ def test_pointwise_convolutions_are_pytorchs():
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
 def test_a_single_frame_is_convolved_in_two_dimensions(stride):
-    """Images: the sum of the taps in time meets the frame, a third of the work, with what the padded frames give."""
+    """Images: one 2D convolution with the sum of the taps in time equals the convolution of the padded frames."""
     torch.manual_seed(0)
     layer, x = CausalConv3d(6, 7, stride).requires_grad_(False), torch.randn(1, 6, 1, 8, 6)
     padded = F.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate")
@@ -125,7 +125,7 @@ def test_a_single_frame_is_convolved_in_two_dimensions(stride):
 
 @pytest.mark.parametrize("factor", [(1, 2, 2), (2, 2, 2)])
 @pytest.mark.parametrize("frames", [1, 2, 4])
-def test_the_upsampler_is_the_plain_way(factor, frames):
+def test_the_upsampler_equals_upsampling_and_convolution(factor, frames):
     """Spec section 5: nearest neighbours, the first frame not doubled in time, then the padded convolution."""
     torch.manual_seed(0)
     layer, x = UpsampleCausal3D(5, factor).requires_grad_(False), torch.randn(2, 5, frames, 3, 4)
@@ -140,7 +140,7 @@ def test_the_upsampler_is_the_plain_way(factor, frames):
 
 @pytest.mark.parametrize("frames", [1, 3])
 def test_no_layer_loses_the_layout(frames):
-    """Speed: a tensor that falls out of its layout is copied back and forth by every layer that follows."""
+    """Speed: a tensor in another layout would be copied by every following layer."""
     vae, strays = CausalVAE(NARROW).requires_grad_(False), []
 
     def watch(name):
@@ -150,7 +150,7 @@ def test_no_layer_loses_the_layout(frames):
         return hook
 
     for name, module in vae.named_modules():
-        if not isinstance(module, nn.GroupNorm | nn.Conv3d):  # the attention's norm has a layout of its own
+        if not isinstance(module, nn.GroupNorm | nn.Conv3d):  # the norm of the attention has another layout
             module.register_forward_hook(watch(name))
     vae.decode(torch.randn(1, 16, frames, 6, 5))
     vae.encode(torch.randn(1, 3, 4 * frames - 3, 32, 24))

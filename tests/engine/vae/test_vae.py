@@ -1,4 +1,4 @@
-"""The causal 3D VAE against the released names, against diffusers, and its tiling against the release's geometry."""
+"""The causal 3D VAE: its names against the release, its output against diffusers, its tiling against the release."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def _worst(a: Tensor, b: Tensor) -> float:
 
 
 def _all_frames(vae: CausalVAE, z: Tensor, geometry: TileGeometry) -> Tensor:
-    """Streamed frames of latents that are already divided by the scaling factor."""
+    """Return the streamed frames of latents that are already divided by the scaling factor."""
     return torch.cat(list(decode_streaming(vae, z * vae.config.scaling_factor, geometry)), dim=2)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.004), (torch.bfloat16, 0.032)])
 def test_half_precision_is_as_accurate_as_the_release(dtype, bound):
-    """Spec sections 1 and 5, `--vae-precision`: against float32, no further off than the release's way of computing.
+    """Spec sections 1 and 5, `--vae-precision`: the error against float32 is at most 1.1 times that of the release.
 
-    Measured on a CPU: float16 0.0027 (the release 0.0027), bfloat16 0.024 (0.027).
+    Measured on a CPU: float16 0.0027 (release 0.0027), bfloat16 0.024 (release 0.027).
     """
     ours, theirs = vae_pair(NARROW)
     z = _latents(2, 4, 6)
@@ -75,7 +75,7 @@ def test_decoder_and_encoder_have_the_released_names_and_shapes(released_vae_sha
 
 @pytest.fixture
 def released_vae_shapes() -> dict[str, list[int]]:
-    """The released checkpoint's list, rebuilt from diffusers' module, whose keys are the same."""
+    """The tensor list of the released checkpoint, from diffusers' module, which has the same names."""
     with torch.device("meta"):
         reference = AutoencoderKLHunyuanVideo()
     return {name: list(tensor.shape) for name, tensor in reference.state_dict().items()}
@@ -102,7 +102,7 @@ RELEASED_JSON = {
 
 
 def test_config_reads_the_released_json():
-    """Spec section 7: vae/config.json as released gives the defaults, through real JSON."""
+    """Spec section 7: the released vae/config.json gives the defaults."""
     assert parse_vae_config(json.loads(json.dumps(RELEASED_JSON))) == VAEConfig()
 
 
@@ -120,7 +120,7 @@ def test_config_reads_the_released_json():
     ],
 )
 def test_config_refuses_another_architecture(key, value):
-    """P6: a VAE that this code would decode wrongly is refused by the name of the key."""
+    """P6: an unsupported VAE is refused; the error names the key."""
     with pytest.raises(UserError, match=key):
         parse_vae_config(RELEASED_JSON | {key: value})
 
@@ -130,7 +130,7 @@ def test_config_refuses_another_architecture(key, value):
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_untiled_decode_equals_diffusers(pair, frames):
-    """Spec section 5: the decoder computes what the released one computes; one frame and odd sizes included."""
+    """Spec section 5: the decoder equals the released one, including one frame and odd sizes."""
     ours, theirs = pair
     theirs.use_framewise_decoding = False
     z = _latents(frames, 5, 6)
@@ -142,7 +142,7 @@ def test_untiled_decode_equals_diffusers(pair, frames):
 
 @pytest.mark.parametrize("frames", [1, 9])
 def test_encode_equals_diffusers(pair, frames):
-    """Spec section 5: the encoder's mode is the released one's."""
+    """Spec section 5: the mode of the encoder equals that of the released one."""
     ours, theirs = pair
     theirs.use_framewise_encoding = False
     x = torch.rand(2, 3, frames, 40, 56, generator=torch.Generator().manual_seed(2)) * 2 - 1
@@ -152,7 +152,7 @@ def test_encode_equals_diffusers(pair, frames):
 
 
 def test_attention_equals_dense_attention_under_the_frame_mask():
-    """Spec section 5: frame-causal attention; a token sees all of its own frame and nothing later."""
+    """Spec section 5: attention is frame-causal: a token attends to its own frame and earlier frames only."""
     torch.manual_seed(0)
     attention = FrameCausalAttention(16, groups=4).requires_grad_(False)
     x = torch.randn(2, 16, 3, 2, 5)
@@ -165,7 +165,7 @@ def test_attention_equals_dense_attention_under_the_frame_mask():
 
 
 def test_upsampler_never_looks_ahead(narrow):
-    """Spec section 5: the convolutions are causal (GroupNorm, over all frames of a tile, is not)."""
+    """Spec section 5: the convolutions are causal (GroupNorm, which covers all frames of a tile, is not)."""
     upsampler = narrow[0].decoder.up_blocks[1].upsamplers[0]
     x = torch.randn(1, 32 * 2, 4, 3, 3)
     changed = x.clone()
@@ -177,7 +177,7 @@ def test_upsampler_never_looks_ahead(narrow):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
 def test_half_precisions_stay_close_to_fp32(narrow, dtype, tolerance):
-    """Spec section 1: the VAE runs in fp16 by default; tiled in half precision it is the fp32 result up to rounding."""
+    """Spec section 1: the VAE runs in fp16 by default; a tiled decode in half precision equals fp32 up to rounding."""
     z, geometry = _latents(5, 5, 3), TileGeometry(spatial_px=32, temporal_frames=16)
     reference = _all_frames(narrow[0], z, geometry)
     half = CausalVAE(NARROW).to(dtype)
@@ -191,7 +191,7 @@ def test_half_precisions_stay_close_to_fp32(narrow, dtype, tolerance):
 
 
 def _fade(before: Tensor, after: Tensor, dim: int, length: int) -> Tensor:
-    """The release's cross-fade, one index at a time."""
+    """The cross-fade of the release, one index at a time."""
     length = min(before.shape[dim], after.shape[dim], length)
     after = after.clone()
     for i in range(length):
@@ -219,7 +219,7 @@ def _reference_space(vae: CausalVAE, z: Tensor, tile: int) -> Tensor:
 
 
 def _reference_tiled(vae: CausalVAE, z: Tensor, tile: int, tile_t: int) -> Tensor:
-    """The release's geometry with overlap 0.25, every tile kept, spelled out."""
+    """The geometry of the release with overlap 0.25, written out, with all tiles in memory."""
     if z.shape[2] <= tile_t:
         return _reference_space(vae, z, tile)
     stride = tile_t * 3 // 4
@@ -238,17 +238,13 @@ def _reference_tiled(vae: CausalVAE, z: Tensor, tile: int, tile_t: int) -> Tenso
         (1, 9, 13),  # one frame, tiled in space
         (4, 8, 8),  # exactly one tile
         (5, 4, 5),  # tiled in time only
-        (
-            7,
-            7,
-            9,
-        ),  # a height that would fit is cut too, to a last row of one latent; a last temporal tile without a frame
+        (7, 7, 9),  # tiles a height that would fit, with a last row of one latent; the last temporal tile has no frame
         (8, 4, 9),  # a last temporal tile of one frame group
     ],
     ids=str,
 )
 def test_streamed_decode_equals_the_official_geometry(narrow, size):
-    """Spec section 5, P3: concatenated chunks are the release's tiled decode, at sizes that do and do not divide."""
+    """Spec section 5, P3: the chunks equal the release's tiled decode, at sizes that tiles do and do not divide."""
     z = _latents(*size)
     expected = _reference_tiled(narrow[0], z, tile=8, tile_t=4)
     assert expected.shape == (1, 3, 4 * size[0] - 3, 8 * size[1], 8 * size[2])
@@ -257,7 +253,7 @@ def test_streamed_decode_equals_the_official_geometry(narrow, size):
 
 @pytest.mark.parametrize("size", [(3, 11, 9), (6, 10, 6)], ids=str)
 def test_streamed_decode_equals_diffusers_at_the_same_geometry(narrow, size):
-    """Spec section 5: an implementation of the same geometry by others agrees."""
+    """Spec section 5: diffusers' implementation of the same geometry agrees."""
     ours, theirs = narrow
     theirs.use_framewise_decoding = True
     theirs.enable_tiling(64, 64, 16, 48, 48, 12)
@@ -268,7 +264,7 @@ def test_streamed_decode_equals_diffusers_at_the_same_geometry(narrow, size):
 
 
 def _nearest(z: Tensor) -> Tensor:
-    """A stand-in decoder without receptive field: tiles agree where they overlap, so tiling must change nothing."""
+    """A decoder stand-in without receptive field: tiles agree where they overlap, so tiling must change nothing."""
     pixels = z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2).repeat_interleave(4, 2)
     return pixels[:, :, 3:].clone()
 
@@ -280,7 +276,7 @@ def _nearest(z: Tensor) -> Tensor:
     overlap=st.sampled_from([0.0, 0.25, 0.5]),
 )
 def test_tiles_cover_every_pixel_once_and_in_place(size, tiles, overlap):
-    """Spec section 5: at any size and geometry, no frame or pixel is lost, doubled or moved."""
+    """Spec section 5: at any size and geometry, no frame or pixel is lost, duplicated or moved."""
     vae = SimpleNamespace(
         config=VAEConfig(scaling_factor=1.0), dtype=torch.float32, device=torch.device("cpu"), decode=_nearest
     )
@@ -306,7 +302,7 @@ def test_official_tiles_of_720p_are_84():
 
 
 def test_chunks_come_before_later_tiles_are_decoded(narrow):
-    """P7: streaming; a chunk is handed out before the next temporal tile is touched."""
+    """P7: a chunk is yielded before the next temporal tile is decoded."""
     events: list[str] = []
 
     def decode(z: Tensor) -> Tensor:
@@ -330,7 +326,7 @@ def test_chunks_come_before_later_tiles_are_decoded(narrow):
     ],
 )
 def test_geometry_that_would_not_meet_is_refused(options, field):
-    """P6: tiles that could not be joined are refused before anything is decoded."""
+    """P6: a geometry whose tiles do not align is refused before anything is decoded."""
     with pytest.raises(UserError, match=field):
         TileGeometry(**options)
 
@@ -338,7 +334,7 @@ def test_geometry_that_would_not_meet_is_refused(options, field):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_uint8_is_truncated_as_released(dtype):
     """Spec section 1, step 5: (x / 2 + 0.5) clamped in its dtype, times 255 in float32, truncated, as [n, H, W, 3]; the
-    input stays."""
+    input is not modified."""
     values = torch.linspace(-1.2, 1.2, 2 * 3 * 4 * 5).reshape(1, 3, 2, 4, 5).to(dtype)
     before = values.clone()
     frames = to_uint8(values)
@@ -352,6 +348,6 @@ def test_uint8_is_truncated_as_released(dtype):
 
 
 def test_frames_that_are_not_finite_are_refused():
-    """P5: a numeric overflow fails the sample; it is not committed as black video."""
+    """P5: an overflow raises an error; it does not become a black video."""
     with pytest.raises(ValueError, match="finite"):
         to_uint8(torch.full((1, 3, 1, 2, 2), torch.nan))

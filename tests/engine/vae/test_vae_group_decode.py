@@ -1,4 +1,4 @@
-"""Decoding on all ranks of a group, on real process groups, against one decoder."""
+"""Group decoding on real process groups, against a single decoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.rank_processes import joined
 
 TILES = TileGeometry(spatial_px=64, temporal_frames=16)
 SIZES = [
-    (1, 5, 8),  # an image of one tile: the other ranks have nothing to do
+    (1, 5, 8),  # an image of one tile: the other ranks have no tile
     (8, 4, 5),  # tiled in time only, fewer tiles than ranks
     (5, 9, 13),  # 2 x 6 tiles
     (3, 11, 9),  # one temporal tile, 4 tiles
@@ -41,7 +41,7 @@ def latents_of(size: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((LATENT_CHANNELS, *size)).astype(np.float32)
 
 
-def complaint_of(decoder: HunyuanDecoder, latents: np.ndarray) -> str:
+def error_of(decoder: HunyuanDecoder, latents: np.ndarray) -> str:
     try:
         list(decoder.decode(latents))
     except NonFiniteError as error:
@@ -57,26 +57,26 @@ def rank_main(rank: int, folder: Path, plan: ParallelPlan, addresses: mp.Queue) 
         chunks = [list(decoder.decode(latents_of(size))) for size in SIZES]
         broken = latents_of(SIZES[2])
         broken[:, 0] = np.nan
-        complaint = complaint_of(decoder, broken)
-        begun = decoder.decode(latents_of(SIZES[1]))
-        begun_chunks = list(islice(begun, 1))
+        decode_error = error_of(decoder, broken)
+        partial = decoder.decode(latents_of(SIZES[1]))
+        partial_chunks = list(islice(partial, 1))
         if rank == 0:
-            begun.close()
+            partial.close()
         else:
-            list(begun)
+            list(partial)
         again = list(decoder.decode(latents_of(SIZES[2])))
         other = make_vae(seed=1 if rank == 1 else 0)
         try:
             check_decoding(other, mesh)
-            verdict = "agrees"
+            check_error = "none"
         except RuntimeError as error:
-            verdict = str(error)
-    torch.save((chunks, complaint, begun_chunks, again, verdict), folder / f"{rank}.pt")
+            check_error = str(error)
+    torch.save((chunks, decode_error, partial_chunks, again, check_error), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module", params=PLANS, ids=str)
 def ranks(request, tmp_path_factory):
-    """What every rank of a group has to tell."""
+    """The results of `rank_main` on every rank of a group."""
     plan, folder = request.param, tmp_path_factory.mktemp("ranks")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["hv_batch.engine.denoiser", "pytest"])
@@ -86,29 +86,29 @@ def ranks(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[np.ndarray]]:
-    """The chunks of each size, from one decoder."""
+    """The chunks of each size, from a single decoder."""
     torch.set_num_threads(1)
     decoder = HunyuanDecoder(make_vae(), TILES, SequenceMesh.single())
     return [list(decoder.decode(latents_of(size))) for size in SIZES]
 
 
 def test_a_group_decodes_the_pixels_of_one_decoder(ranks, alone):
-    """P3: where a video is decoded changes no bit; the frames come from rank 0 alone, in the same chunks."""
+    """P3: group decoding changes no bit; only rank 0 yields frames, in the same chunks."""
     chunks = ranks[0][0]
-    for expected, found in zip(alone, chunks, strict=True):
-        assert len(expected) == len(found)
-        assert all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True))
+    for expected, decoded in zip(alone, chunks, strict=True):
+        assert len(expected) == len(decoded)
+        assert all(np.array_equal(one, other) for one, other in zip(expected, decoded, strict=True))
     assert all(rank[0] == [[]] * len(SIZES) for rank in ranks[1:])
 
 
-def test_a_group_outlives_what_rank_0_refuses(ranks, alone):
-    """P5: frames that are not finite, and a reader who has seen enough, leave no rank waiting and no tile behind."""
+def test_a_group_stays_usable_after_an_error_or_an_early_close(ranks, alone):
+    """P5: after frames that are not finite, and after an early close, no rank waits and no tile is left over."""
     assert [rank[1] for rank in ranks] == ["the decoded frames are not finite"] + ["none"] * (len(ranks) - 1)
     assert np.array_equal(ranks[0][2][0], alone[1][0])
     assert all(np.array_equal(one, other) for one, other in zip(alone[2], ranks[0][3], strict=True))
 
 
-def test_a_rank_with_other_weights_is_found(ranks):
-    """The self-check of a group covers its decoding: rank 0 refuses tiles that it would not have made."""
-    assert "self-check: what the group decodes deviates" in ranks[0][4]
-    assert {rank[4] for rank in ranks[1:]} == {"agrees"}
+def test_a_rank_with_other_weights_is_detected(ranks):
+    """The self-check covers group decoding: rank 0 raises an error for tiles that it decodes differently."""
+    assert "self-check: the pixels that the group decodes deviate" in ranks[0][4]
+    assert {rank[4] for rank in ranks[1:]} == {"none"}

@@ -16,14 +16,14 @@ from hv_batch.job.storage.store import Store
 COLOCATED = {"placement": "colocated", "gpus": 0.3}
 
 
+def identity_of(config):
+    return run_identity(resolve_run(config))
+
+
 @pytest.fixture(autouse=True)
 def _a_new_process():
     """Every test begins without printed warnings."""
     retired_keys._warn.cache_clear()
-
-
-def identity_of(config):
-    return run_identity(resolve_run(config))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""hv_batch.job.manifest.files: which files a manifest is, in which order, and that they stay what they are."""
+"""hv_batch.job.manifest.files: the files of a manifest, their order, and the detection of changes."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def refusal(*urls):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three formats, one of them compressed, hidden files, and a folder below."""
+    """A folder with files of three formats, hidden files and a subfolder."""
     write(tmp_path / "in" / "b.jsonl", {"prompt": "b1"}, {"prompt": "b2"})
     write(tmp_path / "in" / "c" / "a.csv", "prompt,seed\n", "c1,5\n")
     pq.write_table(pa.table({"prompt": ["a1"]}), tmp_path / "in" / "a.parquet")
@@ -49,25 +49,25 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_all_its_files_sorted_by_path(folder):
-    """P3: one fixed order, whatever the order of a listing; rows are numbered over all files."""
+    """P3: the order does not depend on the listing, and rows are numbered over all files."""
     assert prompts(str(folder)) == ["a1", "b1", "b2", "c1"]
     assert [number for number, _ in Manifest(str(folder)).rows()] == [1, 2, 3, 3 + 2]  # a CSV's first row is line 2
     assert prompts(f"{folder}/") == prompts(f"{folder}/*.parquet", f"{folder}/**/*.csv", f"{folder}/b.jsonl")
 
 
-def test_what_two_patterns_mean_is_read_once(folder):
-    """A file is in a manifest or not, however often it is named, and the order of the options does not matter."""
+def test_a_file_that_matches_two_patterns_is_read_once(folder):
+    """A manifest has no duplicate files, and the order of the URLs does not matter."""
     assert prompts(f"{folder}/b.jsonl", f"{folder}/*.jsonl", str(folder)) == ["a1", "b1", "b2", "c1"]
     assert Manifest([f"{folder}/c", f"{folder}/b.jsonl"]).sources == Manifest([f"{folder}/b*", f"{folder}/c"]).sources
 
 
-def test_a_name_with_the_signs_of_a_glob_may_be_that_of_a_file(tmp_path):
-    """What exists as written is meant."""
+def test_a_file_name_may_contain_glob_characters(tmp_path):
+    """A URL that exists as written is not expanded as a glob."""
     assert prompts(write(tmp_path / "take[1].jsonl", {"prompt": "a"})) == ["a"]
 
 
 def test_folders_named_like_columns_are_columns(tmp_path):
-    """Hive-style partitions: parsed by the column's rule, percent-decoded, null under Hive's name for it."""
+    """Hive-style partitions are parsed by the rule of their column and percent-decoded; Hive's null name is a null."""
     for day, height in (("2026-11-19", "720"), ("2026-11-20", "__HIVE_DEFAULT_PARTITION__")):
         write(tmp_path / f"date={day}" / f"height={height}" / "kind=a%2Fb" / "m.jsonl", {"prompt": day})
     rows = [row for _, row in Manifest(str(tmp_path)).rows()]
@@ -82,8 +82,8 @@ def test_folders_named_like_columns_are_columns(tmp_path):
     ]
 
 
-def test_a_row_that_contradicts_its_folder_is_refused(tmp_path):
-    """P6: nobody can tell which of the two is meant; the same value twice is fine."""
+def test_a_row_that_contradicts_its_folder_is_invalid(tmp_path):
+    """P6: two different values are ambiguous; the same value twice is allowed."""
     write(tmp_path / "take=7" / "m.jsonl", {"prompt": "a", "take": 7}, {"prompt": "b", "take": 8})
     (_, same), (number, problem) = Manifest(str(tmp_path)).rows()
     assert same == {"prompt": "a", "take": "7"}
@@ -93,7 +93,7 @@ def test_a_row_that_contradicts_its_folder_is_refused(tmp_path):
 
 
 def test_problems_name_file_and_row(tmp_path):
-    """P6: with several files a number alone would not do; mixed schemas are judged row by row."""
+    """P6: with several files, the row number alone is not enough; mixed schemas are validated row by row."""
     write(tmp_path / "a.jsonl", {"prompt": "a", "id": "Shot"}, {"prompt": "b", "height": 1}, "{bad\n")
     write(tmp_path / "b.csv", "prompt,id,heights\n", "c,,1\n", "d,shot,1\n", "e,x,\n")
     pq.write_table(pa.table({"prompt": ["f", None], "seed": ["x", None]}), tmp_path / "c.parquet")
@@ -104,8 +104,8 @@ def test_problems_name_file_and_row(tmp_path):
     for expected in (
         f"{tmp_path}/a.jsonl: row 2: height = 1",
         f"{tmp_path}/a.jsonl: row 3: line = ",
-        f"{tmp_path}/b.csv: row 3: id = \"shot\"; allowed: an id whose key 'shot' is its own; "
-        f"{tmp_path}/a.jsonl: row 1 has it",
+        f'{tmp_path}/b.csv: row 3: id = "shot"; allowed: an id with a unique key; '
+        f"{tmp_path}/a.jsonl: row 1 has the key 'shot' too",
         f'{tmp_path}/c.parquet: row 1: seed = "x"',
         f"{tmp_path}/c.parquet: row 2: prompt is missing",
         f'column "heights" (first in {tmp_path}/b.csv: row 2)',
@@ -114,14 +114,14 @@ def test_problems_name_file_and_row(tmp_path):
 
 
 def test_mixed_schemas_join_their_columns(tmp_path):
-    """Files may have different columns; one that changes its type is carried as JSON text in all of them."""
+    """Files may have different columns; a column with several types is JSON text in all of them."""
     write(tmp_path / "a.jsonl", {"prompt": "a", "take": 1, "only_a": True})
     pq.write_table(pa.table({"prompt": ["b"], "take": ["x"]}), tmp_path / "b.parquet")
     assert check(Manifest(str(tmp_path))).summary.extra_kinds == {"take": "json", "only_a": "bool"}
 
 
-def test_what_is_not_there_or_not_a_manifest_is_told_by_name(folder, tmp_path):
-    """P6: no file is passed over in silence."""
+def test_missing_and_foreign_files_are_reported_by_name(folder, tmp_path):
+    """P6: no file is skipped silently."""
     assert f"{tmp_path}/none-*.jsonl does not exist" in refusal(f"{tmp_path}/none-*.jsonl")
     write(folder / "notes.txt", "hello")
     assert f"{folder}/notes.txt has the suffix '.txt'; allowed: .jsonl, .ndjson" in refusal(str(folder))
@@ -132,7 +132,7 @@ def test_what_is_not_there_or_not_a_manifest_is_told_by_name(folder, tmp_path):
 
 
 def test_the_digest_of_several_files_is_of_their_bytes_and_partitions(tmp_path):
-    """P2: a copy elsewhere is the same manifest; another byte, order or folder column is another."""
+    """P2: a copy elsewhere is the same manifest; other bytes, another order or folder column make another manifest."""
 
     def digest(root, *files):
         for name, prompt in files:
@@ -150,22 +150,22 @@ def test_the_digest_of_several_files_is_of_their_bytes_and_partitions(tmp_path):
     assert digest("dated", ("date=1/a.jsonl", "x")) != digest("other", ("date=2/a.jsonl", "x"))
 
 
-def test_a_file_that_changes_while_it_is_read_is_told_by_name(tmp_path):
-    """P2: every later look compares size and time (or etag), and a complete pass the bytes."""
+def test_a_file_that_changes_while_it_is_read_is_reported_by_name(tmp_path):
+    """P2: each open compares size and time (or ETag), and each complete pass compares the bytes."""
     first, second = (write(tmp_path / name, {"prompt": name}, {"prompt": "x"}) for name in ("a.jsonl", "b.jsonl"))
 
-    def read(then):
+    def error_of(change):
         manifest = Manifest(str(tmp_path))
         rows = manifest.rows()
         next(rows)
-        then()
+        change()
         with pytest.raises(UserError, match="changed while it was read") as caught:
             list(rows)
         return str(caught.value)
 
-    assert first in read(lambda: write(tmp_path / "a.jsonl", {"prompt": "longer than it was"}))
-    assert second in read(lambda: write(tmp_path / "b.jsonl", {"prompt": "longer than it was"}))
-    assert second in read(lambda: os.utime(second, (1, 1)))
+    assert first in error_of(lambda: write(tmp_path / "a.jsonl", {"prompt": "longer than it was"}))
+    assert second in error_of(lambda: write(tmp_path / "b.jsonl", {"prompt": "longer than it was"}))
+    assert second in error_of(lambda: os.utime(second, (1, 1)))
     write(tmp_path / "c.jsonl", {"prompt": "c"})
     assert "c.jsonl does not exist" in _read_until_gone(tmp_path)
 
@@ -181,7 +181,7 @@ def _read_until_gone(folder):
 
 
 def test_folders_and_globs_of_a_bucket(s3):
-    """design 4: any fsspec URL; names are whole URLs, and an etag that changes is noticed."""
+    """Design section 4: names of files in a bucket are complete URLs, and a changed ETag is detected."""
     bucket = fsspec.filesystem("s3", skip_instance_cache=True)
     name = f"in-{uuid.uuid4().hex}"
     bucket.mkdir(name)

@@ -1,4 +1,4 @@
-"""hv_batch.job.manifest.index: a run reads its samples from the output root; an index that is not right is as good as none."""
+"""hv_batch.job.manifest.index: a run reads its samples from the output root, and ignores an invalid index."""
 
 import json
 import os
@@ -34,13 +34,13 @@ def write(path, rows):
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch):
-    """Processes take a second to start; one test is about them."""
+    """Processes take a second to start, so only one test uses them."""
     monkeypatch.setattr(check.os, "cpu_count", lambda: 1)
 
 
 @pytest.fixture
 def manifest(tmp_path, monkeypatch):
-    """100 rows in several parts, some with more than one video."""
+    """A manifest of 100 rows in several parts, some rows with more than one video."""
     monkeypatch.setattr(formats, "CHUNK_BYTES", 1000)
     rows = [{"prompt": f"p {n}", "seed": n, "num_videos": 1 + n % 3, "take": n / 7, "tags": ["ä"]} for n in range(100)]
     return write(tmp_path / "m.jsonl", rows)
@@ -48,7 +48,7 @@ def manifest(tmp_path, monkeypatch):
 
 @pytest.fixture
 def published(manifest):
-    """(output root, config) of a run that has begun."""
+    """(output root, config) of a run that has started."""
     config, store = config_of(output={"shard_size": 7}), memory()
     check_manifest(manifest, config, memory()).publish(store)
     return store, config
@@ -67,7 +67,7 @@ def forbid_reading(monkeypatch):
 
 
 def test_a_loaded_index_gives_the_same_samples_without_the_manifest(manifest, published, monkeypatch):
-    """P2, P3: the next start does not read the manifest, and everything about every sample is the same."""
+    """P2, P3: the next start does not read the manifest, and all samples are equal in all fields."""
     store, config = published
     expected = check_manifest(manifest, config, memory())
     forbid_reading(monkeypatch)
@@ -87,7 +87,7 @@ def test_a_loaded_index_gives_the_same_samples_without_the_manifest(manifest, pu
     chunk_bytes=st.integers(1, 200),
 )
 def test_every_shard_holds_its_slice(videos, shard_size, chunk_bytes, tmp_path_factory):
-    """P3: however parts, shards and the videos of a row lie to each other."""
+    """P3: property: parts, shards and the videos of a row may overlap in any way."""
     rows = [{"prompt": "a", "id": f"r{at}", "num_videos": count} for at, count in enumerate(videos)]
     manifest = write(tmp_path_factory.mktemp("m") / "m.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
@@ -99,30 +99,32 @@ def test_every_shard_holds_its_slice(videos, shard_size, chunk_bytes, tmp_path_f
     assert list(map(len, shards)) == [index.size(shard) for shard in range(index.shards)]
 
 
-def test_processes_and_one_process_find_the_same(manifest, tmp_path, monkeypatch):
-    """P3, P6: how many processes judge a manifest makes no difference to what is found, nor to its order."""
+def test_several_processes_give_the_same_result_as_one(manifest, tmp_path, monkeypatch):
+    """P3, P6: the number of validating processes changes neither the problems found nor their order."""
     rows = [{"prompt": "a", "id": f"shot-{n}", "height": 719 + n % 2} for n in range(100)] * 2
     bad = write(tmp_path / "bad.jsonl", rows)
 
-    def find():
+    def results():
         with pytest.raises(UserError) as caught:
             check_manifest(fresh(bad), config_of(), memory())
         return str(caught.value), check_manifest(fresh(manifest), config_of(), memory())
 
-    text, index = find()
-    assert "row 101: id = \"shot-0\"; allowed: an id whose key 'shot-0' is its own; row 1 has it" in text
+    text, index = results()
+    assert "row 101: id = \"shot-0\"; allowed: an id with a unique key; row 1 has the key 'shot-0' too" in text
     monkeypatch.setattr(check.os, "cpu_count", lambda: 2)
-    text_of_two, index_of_two = find()
+    text_of_two, index_of_two = results()
     assert text_of_two == text
     assert index_of_two.summary == index.summary
     assert list(index_of_two) == list(index)
 
 
 def test_equal_hashes_are_compared_as_keys(tmp_path, monkeypatch):
-    """P6: 8 bytes a sample find every clash, and what only looks like one is not told."""
+    """P6: 8 bytes a sample detect each duplicate key, and a collision of hashes is not reported."""
     monkeypatch.setattr(formats, "CHUNK_BYTES", 1000)
     rows = [{"prompt": "a", "id": f"shot-{n}"} for n in range(200)] + [{"prompt": "b", "id": "SHOT-3"}]
-    with pytest.raises(UserError, match=r"row 201: id = .SHOT-3.; allowed: .* row 4 has it") as caught:
+    with pytest.raises(
+        UserError, match=r"row 201: id = .SHOT-3.; allowed: .* row 4 has the key .shot-3. too"
+    ) as caught:
         check_manifest(write(tmp_path / "m.jsonl", rows), config_of(), memory())
     assert "has 1 problem(s) in 201 row(s)" in str(caught.value)
     monkeypatch.setattr("hv_batch.job.manifest.row_validation.hash_key", lambda key: bytes(8))  # every two keys collide
@@ -132,9 +134,9 @@ def test_equal_hashes_are_compared_as_keys(tmp_path, monkeypatch):
 
 
 def test_a_touched_or_copied_manifest_is_compared_by_its_bytes(manifest, published, tmp_path, monkeypatch):
-    """P2: what counts is the content; another time, name or place costs one reading, not a check."""
+    """P2: a manifest with the same content but another time, name or place is hashed again, but not validated again."""
     store, config = published
-    monkeypatch.setattr(Manifest, "chunks", lambda self: pytest.fail("the manifest was judged again"))
+    monkeypatch.setattr(Manifest, "chunks", lambda self: pytest.fail("the manifest was validated again"))
     os.utime(manifest.name, (1, 1))
     assert load_index(store, fresh(manifest), config)
     copy = tmp_path / "copy.jsonl"
@@ -145,55 +147,55 @@ def test_a_touched_or_copied_manifest_is_compared_by_its_bytes(manifest, publish
     assert load_index(store, Manifest(str(copy)), config) is None
 
 
-def _spoil_document(change):
-    def spoil(store):
+def _damage_document(change):
+    def damage(store):
         document = json.loads(store.get(layout.INDEX))
         change(document)
         store.put(layout.INDEX, json.dumps(document).encode())
 
-    return spoil
+    return damage
 
 
-def _spoil_part(store):
+def _damage_part(store):
     part = sorted(store.list("plan/"))[1]
     store.put(part, store.get(part)[:-1] + b"x")
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda store: store.delete(layout.INDEX),
         lambda store: store.put(layout.INDEX, b"{cut sho"),
         lambda store: store.put(layout.INDEX, b"[]"),
         lambda store: store.put(layout.INDEX, b"\xff"),
-        _spoil_document(lambda document: document.update(schema="hv_batch/plan/0")),
-        _spoil_document(lambda document: document.update(key="of other defaults")),
-        _spoil_document(lambda document: document.pop("parts")),
-        _spoil_document(lambda document: document["summary"].update(surprise=1)),
-        _spoil_document(lambda document: document["summary"].update(extra_kinds={"take": "unheard"})),
-        _spoil_part,
+        _damage_document(lambda document: document.update(schema="hv_batch/plan/0")),
+        _damage_document(lambda document: document.update(key="of other defaults")),
+        _damage_document(lambda document: document.pop("parts")),
+        _damage_document(lambda document: document["summary"].update(surprise=1)),
+        _damage_document(lambda document: document["summary"].update(extra_kinds={"take": "unheard"})),
+        _damage_part,
         lambda store: store.delete(sorted(store.list("plan/"))[1]),
     ],
 )
-def test_an_index_that_is_not_right_is_ignored(manifest, published, spoil):
-    """P2: a damaged or foreign index is as good as none, and publishing anew mends it."""
+def test_an_invalid_index_is_ignored(manifest, published, damage):
+    """P2: a damaged or foreign index is treated as missing, and publishing again repairs it."""
     store, config = published
     assert load_index(store, fresh(manifest), config)
-    spoil(store)
+    damage(store)
     assert load_index(store, fresh(manifest), config) is None
     check_manifest(fresh(manifest), config, memory()).publish(store)
     assert load_index(store, fresh(manifest), config)
 
 
 def test_other_defaults_need_another_index(manifest, published):
-    """P6: what was checked with one default may be wrong with another."""
+    """P6: rows that are valid with one default may be invalid with another."""
     store, _ = published
     assert load_index(store, fresh(manifest), config_of(defaults={"num_videos": 2})) is None
     assert load_index(store, fresh(manifest), config_of(groups={"count": 3}))
 
 
-def test_a_part_that_is_lost_in_the_night_is_told_by_name(manifest, published):
-    """P2: the message says that nothing is lost and what to do."""
+def test_a_part_that_is_lost_during_a_run_is_reported_by_name(manifest, published):
+    """P2: the error names the part, and says that no commit is lost and what to do."""
     store, config = published
     index = load_index(store, fresh(manifest), config)
     last = sorted(store.list("plan/"))[-1]
@@ -203,8 +205,8 @@ def test_a_part_that_is_lost_in_the_night_is_told_by_name(manifest, published):
         index.samples(index.shards - 1)
 
 
-def test_a_missing_manifest_is_told_even_with_an_index(manifest, published):
-    """P6: a command that names a manifest which is not there is wrong, whatever the root holds."""
+def test_a_missing_manifest_is_reported_even_with_an_index(manifest, published):
+    """P6: a command that names a missing manifest is an error, whatever the output root contains."""
     store, config = published
     os.remove(manifest.name)
     with pytest.raises(UserError, match="does not exist"):

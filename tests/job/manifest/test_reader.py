@@ -1,4 +1,4 @@
-"""hv_batch.job.manifest.reader: rows come lazily, numbered, from any URL; what cannot be read is told, never guessed."""
+"""hv_batch.job.manifest.reader: rows are read lazily from any URL, and unreadable ones are reported."""
 
 import csv
 import datetime
@@ -40,7 +40,7 @@ def refusal(manifest):
 
 
 def test_jsonl_rows_carry_their_line_number(tmp_path):
-    """P6: row numbers are line numbers, so an editor finds them; blank lines count; BOM and CRLF are tolerated."""
+    """P6: row numbers are line numbers, as in an editor; blank lines count; BOM and CRLF are accepted."""
     manifest = jsonl(
         tmp_path / "m.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \n{"prompt": "\xc3\xa4"}\n{"prompt": "c"}'
     )
@@ -65,7 +65,7 @@ def test_jsonl_rows_carry_their_line_number(tmp_path):
     ],
 )
 def test_a_line_that_cannot_be_read_does_not_end_the_pass(tmp_path, line, allowed):
-    """P6: bad rows are reported together, so reading goes on behind one."""
+    """P6: invalid rows are reported together, so reading continues after one."""
     manifest = jsonl(tmp_path / "m.jsonl", b'{"prompt": "a"}\n' + line + b'\n{"prompt": "c"}\n')
     first, (number, problem), last = manifest.rows()
     assert (first, last) == ((1, {"prompt": "a"}), (3, {"prompt": "c"}))
@@ -75,13 +75,13 @@ def test_a_line_that_cannot_be_read_does_not_end_the_pass(tmp_path, line, allowe
 
 
 def test_unicode_line_separators_do_not_split_a_line(tmp_path):
-    """JSON Lines ends a line at \\n alone; U+2028 and surrogate pairs are ordinary text of a prompt."""
+    """Only \\n ends a line of JSON Lines; U+2028 and surrogate pairs are ordinary text of a prompt."""
     manifest = jsonl(tmp_path / "m.jsonl", '{"prompt": "a\u2028b\u0085c \\ud83d\\ude00"}\n')
     assert list(manifest.rows()) == [(1, {"prompt": "a\u2028b\u0085c 😀"})]
 
 
-def test_a_line_beyond_all_measure_is_one_bad_row(tmp_path):
-    """P6, P7: a 50 MB prompt is told by its row, and neither held as a whole nor the end of the pass."""
+def test_an_oversized_line_is_one_invalid_row(tmp_path):
+    """P6, P7: a 50 MB prompt is reported with its row number; it is not held in memory and does not end the pass."""
     short = b'{"prompt": "a"}\n'
     long = b'{"prompt": "' + b"x" * (3 * MAX_LINE_BYTES) + b'"}\n'
     for content, numbers in ((short + long + short, [1, 2, 3]), (long + short, [1, 2]), (short + long[:-1], [1, 2])):
@@ -93,8 +93,8 @@ def test_a_line_beyond_all_measure_is_one_bad_row(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_csv_says_what_jsonl_says(tmp_path, end):
-    """A cell becomes a number where the column has numbers, an empty one a null, all else stays the text it is."""
+def test_csv_gives_the_same_rows_as_jsonl(tmp_path, end):
+    """A cell of a number column becomes a number and an empty cell a null; all others stay text."""
     lines = [
         "\ufeffid,prompt,height,cfg_scale,seed,note,take",
         '1,"a ""red"" ball, rolling",720,1.5,,,007',
@@ -117,8 +117,8 @@ def _row(*values):
 @pytest.mark.parametrize(
     ("record", "allowed"),
     [
-        (b"a", "2 cells, as the header has"),
-        (b"a,b,c", "2 cells, as the header has"),
+        (b"a", "2 cells, like the header"),
+        (b"a,b,c", "2 cells, like the header"),
         (b'a,"b"c', "comma-separated cells"),
         (b"a,\xff", "text in UTF-8"),
     ],
@@ -131,8 +131,8 @@ def test_a_csv_record_that_cannot_be_read_does_not_end_the_pass(tmp_path, record
     assert allowed in problem.allowed
 
 
-def test_a_quote_that_is_never_closed_is_told_by_its_row(tmp_path):
-    """P6, P7: the rest of the file is one cell then, and must not be held."""
+def test_an_unclosed_quote_is_reported_with_its_row(tmp_path):
+    """P6, P7: the rest of the file is then one cell, which must not be held in memory."""
     content = b'prompt,note\na,b\nc,"d\n' + (b"e" * 9_999 + b"\n") * (MAX_LINE_BYTES // 5_000)
     problems = [(number, row) for number, row in jsonl(tmp_path / "m.csv", content).rows() if number == 3]
     assert "field larger than field limit" in problems[0][1].allowed
@@ -147,7 +147,7 @@ CELLS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @settings(deadline=None, max_examples=50)  # a busy machine is not a failure
 @given(cells=st.lists(st.tuples(CELLS.filter(str.strip), CELLS), min_size=1, max_size=5))
 def test_csv_round_trips_every_text(cells, tmp_path_factory):
-    """What the csv module of whoever wrote the manifest has quoted is read back as it was."""
+    """Property: any cell that a csv writer has quoted is read back unchanged."""
     path = tmp_path_factory.mktemp("csv") / "m.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "note"), *cells])
@@ -178,7 +178,7 @@ def test_where_a_file_is_cut_makes_no_difference(tmp_path, monkeypatch, chunk_by
 
 
 def test_parquet_values_that_python_lacks_are_one_bad_row(tmp_path):
-    """P6: text that is no UTF-8 and years beyond 9999 are told by their row; the rows beside them are read."""
+    """P6: text that is not UTF-8 and years after 9999 are reported with their row; the other rows are read."""
     foreign = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"\xff\xfe", b"c"]).buffers())
     manifest = parquet(tmp_path / "m.parquet", {"prompt": foreign})
     first, (number, problem), last = manifest.rows()
@@ -191,7 +191,7 @@ def test_parquet_values_that_python_lacks_are_one_bad_row(tmp_path):
 
 
 def test_first_rows_come_before_the_rest_is_read(tmp_path):
-    """P7: rows are read lazily. The end of both files is damaged, and the first rows do not know."""
+    """P7: rows are read lazily: the first rows of a file with a damaged end can be read."""
     lines = b'{"prompt": "a"}\n' * 400_000
     whole = gzip.compress(lines, 0)
     (tmp_path / "m.jsonl.gz").write_bytes(whole[:-100])
@@ -210,7 +210,7 @@ def test_first_rows_come_before_the_rest_is_read(tmp_path):
 
 
 def test_memory_stays_bounded(tmp_path):
-    """P7: neither format is held as a whole, not even a Parquet row group that is the whole file."""
+    """P7: no file is held in memory as a whole, not even a Parquet file of one row group."""
     prompts = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() * 160 for n in range(6000)]  # 60 MB
     as_jsonl = jsonl(tmp_path / "m.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     layout = {"compression": "none", "use_dictionary": False, "data_page_size": 1 << 16}
@@ -228,7 +228,7 @@ def test_memory_stays_bounded(tmp_path):
 
 
 def test_parquet_says_what_jsonl_says(tmp_path):
-    """Two formats, one manifest: equal rows, a null for a value left out."""
+    """JSON Lines and Parquet give equal rows, with a null for an absent value."""
     rows = [
         {"prompt": "a", "height": 720, "cfg_scale": 1.5, "tags": ["x", "y"], "meta": {"k": "v"}, "ok": True},
         {"prompt": "b", "height": None, "cfg_scale": None, "tags": [], "meta": {"k": None}, "ok": None},
@@ -269,7 +269,7 @@ def test_parquet_values_become_json(tmp_path):
 
 
 def test_digest_is_the_sha256_of_the_file(tmp_path):
-    """P2: a resumed run compares the manifest's bytes; they are known after a complete pass only."""
+    """P2: a resumed run compares the digest of the manifest, which is available only after a complete pass."""
     for manifest in (
         jsonl(tmp_path / "m.jsonl", b'{"prompt": "a"}\r\n\n{"prompt": "b"}'),
         parquet(tmp_path / "m.parquet", {"prompt": ["a", "b"]}),
@@ -283,20 +283,20 @@ def test_digest_is_the_sha256_of_the_file(tmp_path):
 
 
 def test_a_manifest_that_changes_between_passes_is_refused(tmp_path):
-    """P2: what was checked is what is rendered."""
+    """P2: a run renders the same rows that were validated."""
     manifest = jsonl(tmp_path / "m.jsonl", '{"prompt": "a"}\n')
     list(manifest.rows())
     jsonl(tmp_path / "m.jsonl", '{"prompt": "b"}\n')
     assert "changed while it was read" in refusal(manifest)
 
 
-def test_what_is_no_manifest_is_refused_by_name(tmp_path):
-    """P6: missing, empty, cut short, without prompts, of another format: one sentence with the file and the remedy."""
+def test_an_invalid_manifest_is_rejected_by_name(tmp_path):
+    """P6: missing, empty, truncated, without prompts, or another format: the error names the file and the remedy."""
     for name in ("m.txt", "m.json", "m", "m.jsonl.bz2", "m.parquet.gz"):
         assert "allowed: .jsonl, .ndjson (one JSON" in refusal(jsonl(tmp_path / name, '{"prompt": "a"}'))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.jsonl")))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.parquet")))
-    assert "cannot be reached" in refusal(Manifest("http://127.0.0.1:9/m.jsonl"))  # nobody listens at that port
+    assert "cannot be reached" in refusal(Manifest("http://127.0.0.1:9/m.jsonl"))  # no server listens on that port
     assert "has no rows" in refusal(jsonl(tmp_path / "empty.jsonl", b""))
     assert "has no rows" in refusal(jsonl(tmp_path / "blank.jsonl", b"\n \r\n"))
     assert "has no rows" in refusal(jsonl(tmp_path / "empty.csv", b""))
@@ -321,7 +321,7 @@ def test_what_is_no_manifest_is_refused_by_name(tmp_path):
 
 
 def test_manifests_come_from_any_url(tmp_path):
-    """design 4: any fsspec URL, chained ones and upper-case suffixes too."""
+    """Design section 4: a manifest may have any fsspec URL, including chained ones and upper-case suffixes."""
     memory = fsspec.filesystem("memory")
     memory.pipe("/night/m.JSONL", b'{"prompt": "a"}\n')
     parquet(tmp_path / "m.parquet", {"prompt": ["a"]})
@@ -331,7 +331,7 @@ def test_manifests_come_from_any_url(tmp_path):
 
 
 def test_manifests_come_from_s3(tmp_path):
-    """design 4: any fsspec URL; here a real S3 server, reached with storage options."""
+    """Design section 4: a manifest may be on an S3 server that is configured with storage options."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:

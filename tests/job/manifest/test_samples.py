@@ -1,4 +1,4 @@
-"""hv_batch.job.manifest.samples and rows: safe, unique, stable keys; seeds; and every bad row told before anything starts."""
+"""hv_batch.job.manifest.samples and rows: safe, unique and stable keys, seeds, and the report of all invalid rows."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def refusal(*rows, config=PLAIN):
 @example(row_id="x" * 5000)
 @example(row_id="\ud800")
 def test_a_key_never_leaves_its_directory(row_id):
-    """design 4: ids are made key-safe, whatever they hold."""
+    """Design section 4: any id becomes a key that is safe in a path."""
     key = make_key(row_id)
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", key)
     assert ".." not in key
@@ -78,7 +78,7 @@ def test_a_key_never_leaves_its_directory(row_id):
 @example(ids=["a/b", "a\\b"])
 @example(ids=["x" * 200 + "1", "x" * 200 + "2"])
 def test_different_ids_have_different_keys(ids):
-    """P1: one record a sample, so no two ids share a key."""
+    """P1: each sample has one record, so no two ids share a key."""
     assert make_key(ids[0]) != make_key(ids[1])
 
 
@@ -88,8 +88,8 @@ def test_different_ids_have_different_keys(ids):
 @example(row_id="e\u0301")
 @example(row_id="\u212b")
 @example(row_id="\ufb01lm")
-def test_ids_that_a_store_may_take_for_the_same_have_different_keys(row_id):
-    """P1: some stores normalise Unicode and fold case; keys are ASCII, and a clash in case alone is refused."""
+def test_ids_that_a_store_may_confuse_have_different_keys(row_id):
+    """P1: some stores normalise Unicode; keys are ASCII, and keys that differ only in case are rejected."""
     key = make_key(row_id)
     assert key.isascii()
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
@@ -98,18 +98,18 @@ def test_ids_that_a_store_may_take_for_the_same_have_different_keys(row_id):
 
 
 def _differ_in_case_alone(one, other):
-    """Both are keys as they stand."""
+    """Whether both ids are valid keys that differ only in case."""
     return make_key(one) == one and make_key(other) == other and one.lower() == other.lower()
 
 
 @pytest.mark.parametrize("row_id", ["a", "shot-0017", "2024.05.01_take-2", "A" * 96])
 def test_a_safe_id_is_its_own_key(row_id):
-    """What the user wrote is what the user finds in the output."""
+    """An id that is safe in a path is used as the key unchanged."""
     assert make_key(row_id) == row_id
 
 
 def test_ids_of_any_reasonable_type_are_taken():
-    """Parquet and pandas write ids as ints, or as floats beside nulls."""
+    """Parquet and pandas write ids as ints, or as floats in columns with nulls."""
     assert [sample.id for sample in samples_of(*({"prompt": "a", "id": value} for value in (7, 8.0, "9", "Ä b")))] == [
         "7",
         "8",
@@ -123,7 +123,7 @@ def test_ids_of_any_reasonable_type_are_taken():
 @settings(deadline=None)  # a busy machine is not a failure
 @given(order=st.permutations(["prompt", "seed", "height", "tag"]))
 def test_a_row_without_id_is_named_by_its_content(order):
-    """P2, P3: not by its position, its column order, nulls, or how a whole number was written."""
+    """P2, P3: the key does not depend on position, column order, nulls, or the notation of a whole number."""
     row = {"prompt": "a red ball", "seed": 5, "height": 720, "tag": "x"}
     key = read_row(1, row).key
     assert re.fullmatch(r"[0-9a-f]{16}", key)
@@ -133,8 +133,8 @@ def test_a_row_without_id_is_named_by_its_content(order):
         assert read_row(1, {**row, **changed}).key != key
 
 
-def test_keys_are_the_same_for_ever():
-    """P2: a new version must find the objects of an old output root; these are written down, not computed."""
+def test_keys_never_change_between_versions():
+    """P2: a new version must find the objects of an old output root, so the expected keys are literals."""
     assert read_row(1, {"prompt": "a red ball", "cfg_scale": 6}).key == "7e6ef1b4572139a2"
     assert make_key("shots/17 final") == "shots-17-final-3757c11cb4"
     assert derive_seed(0, "shot-17") == 1639044133
@@ -143,7 +143,7 @@ def test_keys_are_the_same_for_ever():
 @settings(deadline=None)  # a busy machine is not a failure
 @given(run_seed=st.integers(0, MAX_SEED), row_id=st.text("abc-1", min_size=1, max_size=8))
 def test_derived_seeds_are_31_bits_and_follow_run_seed_and_key(run_seed, row_id):
-    """P3: fixed by run seed and row, and with the video index added still a seed."""
+    """P3: the seed depends on run seed and row, and stays valid if the video index is added."""
     seed = derive_seed(run_seed, row_id)
     assert seed == derive_seed(run_seed, row_id)
     assert 0 <= seed < 2**31
@@ -152,8 +152,8 @@ def test_derived_seeds_are_31_bits_and_follow_run_seed_and_key(run_seed, row_id)
     assert seed != derive_seed(run_seed, row_id + "x")
 
 
-def test_videos_of_a_row_count_seeds_up():
-    """spec section 1: video i of a prompt uses seed + i; one video keeps the plain key."""
+def test_videos_of_a_row_have_consecutive_seeds():
+    """Spec section 1: video i of a prompt uses seed + i; a single video keeps the plain key."""
     four = samples_of(
         {"prompt": "a", "id": "one", "seed": 7}, {"prompt": "a", "id": "many", "seed": 7, "num_videos": 3}
     )
@@ -168,8 +168,8 @@ def test_videos_of_a_row_count_seeds_up():
     assert following.params.seed == derived.params.seed + 1
 
 
-def test_seeds_end_where_the_generator_does():
-    """spec section 1 with MAX_SEED: seed + i is judged with the row's, or the config's, number of videos."""
+def test_seeds_are_at_most_max_seed():
+    """Spec section 1: seed + i must be valid for the number of videos of the row or the config."""
     last = {"prompt": "a", "seed": MAX_SEED}
     assert samples_of(last)[0].params.seed == MAX_SEED
     assert "row 1: seed = 9223372036854775807; allowed: at most 2^63 - 2" in refusal({**last, "num_videos": 2})
@@ -179,7 +179,7 @@ def test_seeds_end_where_the_generator_does():
 
 
 def test_rows_are_completed_from_the_defaults():
-    """Config gives the defaults; every sampling parameter reaches the sample; further columns are carried untouched."""
+    """Defaults come from the config, each sampling parameter reaches the sample, further columns stay unchanged."""
     config = RunConfig.model_validate({"defaults": {"height": 256, "fps": 12}, "output": {"shard_size": 2}})
     row = {
         "prompt": "  a  ",
@@ -223,8 +223,8 @@ def test_rows_are_completed_from_the_defaults():
         json_values | st.sampled_from([16, 720.0, 33, 2**53, 2.0**60, 10**400, -1]),
     )
 )
-def test_a_row_is_either_refused_or_renderable(values):
-    """P6: a row becomes problems, or else parameters that break no rule and metadata that JSON can hold."""
+def test_a_row_is_either_invalid_or_renderable(values):
+    """P6: property: a row gives problems, or parameters that break no rule and metadata that JSON can hold."""
     row = read_row(1, values)
     if row.problems:
         assert all(isinstance(problem, FieldProblem) for problem in row.problems)
@@ -258,14 +258,14 @@ def test_a_row_is_either_refused_or_renderable(values):
         ({"num_videos": 10_001}, "num_videos = 10001; allowed: a whole number from 1 to 10000"),
     ],
 )
-def test_what_a_bad_value_is_told(values, expected):
-    """P6: row number, field, value, what is allowed."""
+def test_an_invalid_value_is_reported(values, expected):
+    """P6: the report has the row number, field, value and allowed values."""
     assert f"row 2: {next(iter(values))}" in (text := refusal({"prompt": "fine"}, {"prompt": "a", **values}))
     assert expected in text
 
 
-def test_every_bad_row_is_told_at_once():
-    """P6: unreadable lines, bad values, clashes of keys and likely typing errors, in one refusal."""
+def test_all_invalid_rows_are_reported_together():
+    """P6: one error lists unreadable lines, invalid values, duplicate keys and likely typing errors."""
     text = refusal(
         {"prompt": "a", "id": "Shot", "height": 1},
         "{not json",
@@ -281,7 +281,7 @@ def test_every_bad_row_is_told_at_once():
         "row 1: height = 1;",
         "row 2: line = ",
         "row 4: prompt is missing",
-        "row 4: id = \"shot\"; allowed: an id whose key 'shot' is its own; row 1 has it, ignoring case",
+        "row 4: id = \"shot\"; allowed: an id with a unique key; row 1 has the key 'shot' too, ignoring case",
         "row 5: id is missing; allowed: rows that differ; row 3 is the same. Give both an id or a seed",
         "row 6: cfg_scale = -1",
         'row 8: seed = "zzz',
@@ -295,12 +295,12 @@ def test_every_bad_row_is_told_at_once():
 def test_a_video_of_a_row_may_not_take_the_key_of_another_row():
     """P1: keys are unique over samples, not only over ids."""
     text = refusal({"prompt": "a", "id": "x", "num_videos": 3}, {"prompt": "b", "id": "x-V1"})
-    assert "row 2: id = \"x-V1\"; allowed: an id whose key 'x-v1' is its own; row 1 has it" in text
+    assert "row 2: id = \"x-V1\"; allowed: an id with a unique key; row 1 has the key 'x-v1' too" in text
     check(manifest_of({"prompt": "a", "id": "x", "num_videos": 3}, {"prompt": "b", "id": "x-v3"}))
 
 
-def test_what_is_too_much_is_told_by_its_row(tmp_path):
-    """P6, P7: texts of any length, nesting, digits and columns end as one problem each, never as a crash."""
+def test_oversized_values_are_reported_with_their_row(tmp_path):
+    """P6, P7: too long texts, too deep nesting and too many digits give one problem each, never a crash."""
     deep = "[" * 500 + "]" * 500
     text = refusal(
         {"prompt": "x" * 100_001},
@@ -329,14 +329,14 @@ def test_what_is_too_much_is_told_by_its_row(tmp_path):
         check(Manifest(str(tmp_path / "m.parquet")))
 
 
-def test_a_manifest_without_end_of_columns_is_refused():
-    """P7: every further column is one of the metadata; a thousand are enough, and the first beyond is told."""
+def test_a_manifest_with_too_many_columns_is_rejected():
+    """P7: each further column becomes a metadata column, so their number is limited to a thousand."""
     assert len(check(manifest_of(*({"prompt": "a", f"c{n}": n} for n in range(1000)))).summary.extra_kinds) == 1000
     assert "more than 1000 columns" in refusal(*({"prompt": "a", f"c{n}": n} for n in range(1001)))
 
 
-def test_a_flood_of_problems_is_cut():
-    """P7: details are kept for the first thousand problems, the rest are counted."""
+def test_the_report_of_problems_is_bounded():
+    """P7: the report has details of the first thousand problems and the number of the others."""
     text = refusal(*({"prompt": "a", "id": n, "height": 1} for n in range(1500)))
     assert "has 1500 problem(s)" in text
     assert len(text.splitlines()) == 1 + 1000 + 1
@@ -346,8 +346,8 @@ def test_a_flood_of_problems_is_cut():
     assert clashes.endswith("and 1500 more")
 
 
-def test_a_good_manifest_is_summed_up():
-    """`rows`, `samples`, `shards`, `shapes` and the digest follow from one pass."""
+def test_a_valid_manifest_has_a_summary():
+    """One pass gives `rows`, `samples`, `shards`, `shapes`, warnings and the digest."""
     config = RunConfig.model_validate({"output": {"shard_size": 2}})
     manifest = manifest_of(
         {"prompt": "a", "num_videos": 3, "Seed": 4},
@@ -372,7 +372,7 @@ def test_parquet_gives_the_same_samples_as_jsonl(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
     with_gaps = pa.Table.from_pylist(rows).set_column(2, "height", pa.array([720.0, None, 544.0]))
-    pq.write_table(with_gaps, tmp_path / "gaps.parquet")  # as pandas writes whole numbers beside nulls
+    pq.write_table(with_gaps, tmp_path / "gaps.parquet")  # pandas writes whole numbers like this in a column with nulls
     sparse = [{name: value for name, value in row.items() if value is not None} for row in rows]
     sparse[0]["cfg_scale"] = 6
     expected = samples_of(*sparse)
@@ -380,8 +380,8 @@ def test_parquet_gives_the_same_samples_as_jsonl(tmp_path):
         assert list(check(Manifest(str(path)))) == expected
 
 
-def test_parquet_columns_that_json_lacks_are_carried_as_text_and_numbers(tmp_path):
-    """Further columns never refuse a manifest: binary becomes base64, a duration seconds, NaN a missing value."""
+def test_parquet_values_without_a_json_type_become_text_and_numbers(tmp_path):
+    """Any type is allowed in a further column: binary becomes base64, a duration seconds, NaN a missing value."""
     columns = {"prompt": ["a"], "thumb": [b"\x89PNG"], "length": [timedelta(seconds=2.5)], "score": [float("nan")]}
     pq.write_table(pa.table(columns), tmp_path / "m.parquet")
     manifest = Manifest(str(tmp_path / "m.parquet"))
@@ -389,8 +389,8 @@ def test_parquet_columns_that_json_lacks_are_carried_as_text_and_numbers(tmp_pat
     assert sample.extra == {"thumb": "iVBORw==", "length": 2.5}
 
 
-def test_nan_in_a_known_column_is_refused(tmp_path):
-    """P6: a seed or scale that is no number is the user's to mend, not ours to guess."""
+def test_nan_in_a_known_column_is_invalid(tmp_path):
+    """P6: a NaN in a known column is reported and not replaced by a default."""
     pq.write_table(pa.table({"prompt": ["a"], "cfg_scale": [float("nan")]}), tmp_path / "m.parquet")
     with pytest.raises(UserError, match=r"row 1: cfg_scale = NaN; allowed: a number"):
         check(Manifest(str(tmp_path / "m.parquet")))

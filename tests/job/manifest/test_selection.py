@@ -1,4 +1,4 @@
-"""hv_batch.job.manifest.selection and plan: which samples a command renders, and what it leaves to others."""
+"""hv_batch.job.manifest.selection and hv_batch.job.records.pending: the samples that one command renders."""
 
 import json
 import uuid
@@ -57,7 +57,7 @@ def selected(index, **options):
 
 
 def test_without_options_everything_is_selected(index):
-    """The default is the whole manifest, in its order."""
+    """The default selection is the whole manifest, in its order."""
     assert selected(index) == [sample.key for sample in index]
     assert Selection().is_whole
 
@@ -80,8 +80,8 @@ def test_without_options_everything_is_selected(index):
         ({"where": ["prompt=p7"]}, ["s07"]),
     ],
 )
-def test_what_a_selection_means(index, options, expected):
-    """Shards and columns first, then the limit; a column named twice means any of its values."""
+def test_a_selection_picks_its_samples(index, options, expected):
+    """Shards and conditions apply first, then the limit; two conditions on one column allow either value."""
     assert selected(index, **options) == expected
 
 
@@ -101,15 +101,15 @@ def test_what_a_selection_means(index, options, expected):
         ({"shards": "0-999999999"}, "allowed are 0 to 5"),
     ],
 )
-def test_a_selection_that_cannot_be_is_told(index, options, message):
-    """P6: before anything starts, with what would be allowed."""
+def test_an_invalid_selection_is_rejected(index, options, message):
+    """P6: the error comes before the run starts and gives the allowed values."""
     with pytest.raises(UserError) as caught:
         selected(index, **options)
     assert message in str(caught.value)
 
 
-def test_a_selection_is_the_same_whatever_is_done_already(index):
-    """P2: the same command twice renders nothing the second time, limit or not."""
+def test_a_selection_does_not_depend_on_the_output_root(index):
+    """P2: the same command renders nothing the second time, with or without a limit."""
     store, chosen = memory(), parse_selection(limit=3, where=["kind=dog"])
     samples = list(index)
     commit(store, samples[1], samples[5])
@@ -120,8 +120,8 @@ def test_a_selection_is_the_same_whatever_is_done_already(index):
     assert plan.take_complete() == []
 
 
-def test_a_shard_is_sealed_by_whoever_renders_its_last_sample(index):
-    """P1: a run over a part seals only shards that are complete as a whole, with all their keys."""
+def test_a_shard_is_sealed_by_the_run_that_renders_its_last_sample(index):
+    """P1: a run with a selection seals only shards of which all samples are complete, with all their keys."""
     store, samples = memory(), list(index)
     plan = PendingSamples(store, index, parse_selection(where=["kind=cat"]))
     for sample in (found.sample for found in plan if not isinstance(found, ShardSkipped)):
@@ -143,19 +143,19 @@ def test_a_shard_is_sealed_by_whoever_renders_its_last_sample(index):
 @settings(deadline=None, max_examples=40)  # a busy machine is not a failure
 @given(
     done=st.sets(st.integers(0, 21)),
-    given_up=st.sets(st.integers(0, 21)),
-    waiting=st.sets(st.integers(0, 21)),
+    quarantined=st.sets(st.integers(0, 21)),
+    with_latents=st.sets(st.integers(0, 21)),
     chosen=st.sets(st.integers(0, 5), min_size=1),
     limit=st.none() | st.integers(1, 25),
 )
-def test_a_plan_is_what_is_selected_and_not_terminal(done, given_up, waiting, chosen, limit, tmp_path_factory):
-    """P1, P2: whatever state a root is in; samples with latents go on at the decode, complete shards get sealed."""
+def test_a_plan_is_what_is_selected_and_not_terminal(done, quarantined, with_latents, chosen, limit, tmp_path_factory):
+    """P1, P2: property: in any root, samples with latents continue at the decode and complete shards are sealed."""
     index = index_of(tmp_path_factory.mktemp("m"), [{"prompt": "a", "id": f"s{n:02d}"} for n in range(22)])
     store, samples = memory(), list(index)
     for numbers, key in (
         (done, layout.commit_key),
-        (given_up, layout.quarantine_key),
-        (waiting, layout.latent_key),
+        (quarantined, layout.quarantine_key),
+        (with_latents, layout.latent_key),
     ):
         for number in numbers:
             store.put(key(samples[number].shard, samples[number].key), b"{}")
@@ -164,19 +164,19 @@ def test_a_plan_is_what_is_selected_and_not_terminal(done, given_up, waiting, ch
     plan = PendingSamples(store, index, selection)
     found = [(item.sample.key, item.stage) for item in plan if not isinstance(item, ShardSkipped)]
     assert found == [
-        (f"s{number:02d}", Stage.DECODE if number in waiting else Stage.ENCODE)
+        (f"s{number:02d}", Stage.DECODE if number in with_latents else Stage.ENCODE)
         for number in inside
-        if number not in done | given_up
+        if number not in done | quarantined
     ]
     assert plan.counts.committed_before == len(done & {*inside})
-    assert plan.counts.quarantined_before == len((given_up - done) & {*inside})
+    assert plan.counts.quarantined_before == len((quarantined - done) & {*inside})
     for key, _ in found:
         plan.committed(samples[int(key[1:])])
-    terminal = done | given_up | {*inside}
+    terminal = done | quarantined | {*inside}
     whole = {number // 4 for number in inside if {*range(number // 4 * 4, min(22, number // 4 * 4 + 4))} <= terminal}
     assert {complete.shard for complete in plan.take_complete()} == whole
     left = {key for shard in range(6) for key in map(layout.sample_key, store.list(layout.latent_dir(shard)))}
-    assert left == {f"s{number:02d}" for number in waiting - ((done | given_up) & {*inside})}
+    assert left == {f"s{number:02d}" for number in with_latents - ((done | quarantined) & {*inside})}
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_a_plan_is_what_is_selected_and_not_terminal(done, given_up, waiting, ch
         ({"shards": "1-2"}, ["s05", "s10"]),
     ],
 )
-def test_only_what_failed(index, options, expected):
-    """`--failed-only`: of the selection only samples that were given up; others stay as they are, pending ones too."""
+def test_failed_only_selects_quarantined_samples(index, options, expected):
+    """`--failed-only` renders the quarantined samples of the selection and no others, not even pending ones."""
     store, samples = memory(), list(index)
     failed = [samples[n] for n in (0, 1, 5, 10)]
     store.put(layout.RUN, run_document.encode(root_of(index)))
@@ -215,37 +215,37 @@ def root_of(index) -> dict:
     return {"schema": run_document.RUN_SCHEMA, "identity": {}, "fingerprint": "", "manifest": facts, "config": config}
 
 
-def test_done_shards_cost_two_requests_and_no_look_at_the_manifest(tmp_path, monkeypatch):
-    """P2: a resume of which almost all is done begins at once: nothing is read of a sealed shard but two listings."""
+def test_complete_shards_cost_two_requests_and_no_read_of_the_manifest(tmp_path, monkeypatch):
+    """P2: a resume of an almost complete run starts at once: a sealed shard costs only two listings."""
     index = index_of(tmp_path, [{"prompt": "a", "id": f"s{n:03d}"} for n in range(400)])
     store, samples = memory(), list(index)
     commit(store, *samples[:-1])
     for shard in range(99):
         store.put(layout.metadata_key(shard), b"")
-    asked = []
+    requests = []
     for name in ("exists", "list", "get"):
         act = getattr(Store, name)
 
         def count(self, key, act=act, name=name):
             if self.url == store.url:
-                asked.append((name, key))
+                requests.append((name, key))
             return act(self, key)
 
         monkeypatch.setattr(Store, name, count)
-    looked = []
-    whole = index.samples
-    monkeypatch.setattr(index, "samples", lambda shard: looked.append(shard) or whole(shard))
+    read_shards = []
+    read_samples = index.samples
+    monkeypatch.setattr(index, "samples", lambda shard: read_shards.append(shard) or read_samples(shard))
     plan = PendingSamples(store, index)
     found = list(plan)
     assert [item.sample.key for item in found if not isinstance(item, ShardSkipped)] == ["s399"]
     assert plan.counts.committed_before == 399
-    assert looked == [99]
-    assert len(asked) <= 99 * 2 + 6
+    assert read_shards == [99]
+    assert len(requests) <= 99 * 2 + 6
     assert sum(isinstance(item, ShardSkipped) for item in found) < 10
 
 
-def test_a_sealed_shard_that_lost_a_record_is_not_taken_for_done(index):
-    """P1: the seal alone does not tell; what has no record is rendered."""
+def test_a_sealed_shard_that_lost_a_record_is_not_complete(index):
+    """P1: a seal alone is no proof; a sample without a record is rendered."""
     store, samples = memory(), list(index)
     commit(store, *samples[:3])
     store.put(layout.metadata_key(0), b"")
@@ -253,8 +253,8 @@ def test_a_sealed_shard_that_lost_a_record_is_not_taken_for_done(index):
 
 
 @pytest.mark.slow
-def test_shards_are_looked_up_a_little_ahead(tmp_path):
-    """P7: however long the manifest, only so many shards are looked up before their turn."""
+def test_shards_are_read_shards_up_a_little_ahead(tmp_path):
+    """P7: the number of shards that are read_shards up in advance does not depend on the manifest's length."""
     index = index_of(tmp_path, [{"prompt": "a", "id": f"s{n:03d}"} for n in range(300)], shard_size=1)
     store = memory()
     plan = iter(PendingSamples(store, index))
