@@ -148,7 +148,7 @@ def test_a_drain_without_haste_costs_nothing(fleet, grown, tmp_path):
     run.wait_until_held(1)
     fleet.add_node(gpus=3)
     drain(fleet, leaving)
-    run.wait_until_said("no new sample for denoise-0.0")
+    run.wait_until_said("no new samples for denoise-0.0")
     run.go()
     assert not any(run.history().values())
     assert records(run.output)["s00"]["places"]["denoise"]["worker"] == "denoise-0.0"

@@ -67,7 +67,7 @@ def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, 
     assert (output / "lease.json").exists(), "nobody was left to release it"
     code, text = render(config, manifest, output, ray_head[0])
     assert code == 0, text
-    assert "watching" not in text, "the holder was of this machine and is dead"
+    assert "heartbeats are watched" not in text, "the holder ran on this machine and has ended"
     assert count(marks, "denoised") == dict.fromkeys(PROMPTS, 1)
     assert dataset(output) == dataset(undisturbed)
     for folder in ("webdataset", "posters"):

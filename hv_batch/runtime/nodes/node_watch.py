@@ -64,7 +64,7 @@ class NodeWatch:
         for node in draining.keys() - self._draining:
             affected = ", ".join(str(worker_id) for worker_id, worker in workers.items() if node in worker.nodes)
             when = "" if draining[node] == math.inf else f" ({max(0.0, draining[node]):.0f} s left)"
-            what = f"; {affected} get no new samples, unfinished samples are rescheduled" if affected else ""
+            what = f"; no new samples for {affected}, unfinished samples are rescheduled" if affected else ""
             logger.warning(f"node {names.get(node, node[:8])} is draining{when}{what}")
         self._names, self._draining = names, set(draining)
 
