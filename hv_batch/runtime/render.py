@@ -135,16 +135,18 @@ def _close(store: Store, plan: PendingSamples, outcome: Outcome, stopped: Event)
         # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
         logger.info(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
         return ExitCode.STOPPED
+    timing = {"loop_max_s": outcome.loop_max_s}
     if not plan.is_whole and (left := read_status(store).pending):
         # Nothing is summed up: that is for the command which renders the last sample.
         logger.info(
-            f"finished the selection after {clock(outcome.seconds)}: {told}; {left} samples outside it are left"
+            f"finished the selection after {clock(outcome.seconds)}: {told}; {left} samples outside it are left",
+            extra=timing,
         )
         return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
     # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
     summary = _finish(store, own, Outage(), stopped)
-    logger.info(f"finished after {clock(outcome.seconds)}: {told}")
+    logger.info(f"finished after {clock(outcome.seconds)}: {told}", extra=timing)
     if groups := outcome.losses.describe():
         logger.info(f"denoise groups lost on the way: {groups}")
     if pending := summary["pending"]:
