@@ -174,7 +174,7 @@ def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stopped: Event
             finish_run(store, summary)
             return summary
         except StorageUnavailableError as error:
-            outage.met(error, time.monotonic())
+            outage.note_failure(error, time.monotonic())
             if stopped.wait(OUTAGE_PAUSE_S):
                 raise KeyboardInterrupt from error
 

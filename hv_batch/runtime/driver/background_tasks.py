@@ -80,12 +80,12 @@ class BackgroundTasks:
         self._sealing -= 1
         try:
             ray.get(ref)
-            self._outage.over(time.monotonic())
+            self._outage.note_success(time.monotonic())
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else None
             if isinstance(cause, StorageUnavailableError):
                 self._to_seal.appendleft(complete)
-                self._outage.met(cause, time.monotonic())
+                self._outage.note_failure(cause, time.monotonic())
             else:
                 # Nothing is lost: the records are there, and the same command seals the shard the next time.
                 logger.warning(f"a shard could not be sealed: {classify(error).message}")
@@ -107,7 +107,7 @@ class BackgroundTasks:
         return is_quarantined
 
     def _quarantined(self, sample: Sample, failures: tuple[Failure, ...], is_quarantined: bool) -> list[Event]:
-        self._outage.over(time.monotonic())
+        self._outage.note_success(time.monotonic())
         if is_quarantined:
             logger.warning(f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}")
             self._plan.quarantined(sample)

@@ -115,11 +115,11 @@ class IoWorker:
                 return
 
     def _note_outage(self, error: StorageUnavailableError) -> list[Event]:
-        self._outage.met(error, time.monotonic())
+        self._outage.note_failure(error, time.monotonic())
         return []
 
     def _note_end_of_outage(self) -> list[Event]:
-        self._outage.over(time.monotonic())
+        self._outage.note_success(time.monotonic())
         return []
 
 

@@ -141,7 +141,7 @@ class Driver:
 
     def commit_spooled(self) -> None:
         """Begin with the videos that an earlier run of this output root has left on the disks of the nodes."""
-        self._spool_drain.visit(alive_nodes())
+        self._spool_drain.scan_nodes(alive_nodes())
 
     def run(self) -> Outcome:
         """Raises UserError when the run cannot go on. However it ends, its actors and placement groups are gone."""
@@ -158,8 +158,8 @@ class Driver:
                     self._collect_events(has_ready)
                     self._process_events()
                     self._background_tasks.start_seals()
-                    self._spool_drain.go_on(time.monotonic())
-                    self._show()
+                    self._spool_drain.poll(time.monotonic())
+                    self._report()
             drained = self._end.drained or self._background_tasks.has_pending
             return Outcome(
                 drained, time.monotonic() - begun, self._exclusion.reasons(), self._table.losses, self._timer.max_s
@@ -231,7 +231,7 @@ class Driver:
             case TaskDone(worker) if worker in self._table.workers:
                 task = self._table.task_done(worker)
                 if task.stage is Stage.DECODE:
-                    self._outage.over(time.monotonic())
+                    self._outage.note_success(time.monotonic())
                     self._committed(*task.keys)
             case Spooled(worker, node, spooled) if worker in self._table.workers:
                 task = self._table.task_done(worker)
@@ -279,7 +279,7 @@ class Driver:
                     if failure.traceback:
                         logger.error(failure.traceback)
                     raise UserError(
-                        f"The run cannot go on: {failure.message.rstrip('. ')}. What is committed stays; mend this and "
+                        f"The run cannot go on: {failure.message.rstrip('. ')}. What is committed stays; fix this and "
                         "run the same command again to render the rest."
                     )
                 case Finish():
@@ -290,7 +290,7 @@ class Driver:
 
     def _may_admit(self) -> bool:
         """Whether samples are wanted; not before the nodes have committed what they hold, which is not looked up."""
-        return self._to_admit > 0 and not self._spool_drain.is_visiting
+        return self._to_admit > 0 and not self._spool_drain.is_scanning
 
     def _admit(self) -> None:
         """Pass the scheduler as many samples as it asks for, as far as they have been looked up."""
@@ -307,7 +307,7 @@ class Driver:
             size_class, work = self._context.run.groups.size_class(params.shape), Workload.of(params)
             self._events.append(Admitted(sample.key, pending.stage, params.latent_bytes, size_class, work))
 
-    def _show(self) -> None:
+    def _report(self) -> None:
         at, counts = self._scheduler.at, self._plan.counts
         snapshot = Snapshot(
             total=self._total,
@@ -321,4 +321,4 @@ class Driver:
             spooled=self._scheduler.spooled(),
         )
         self._progress.log(snapshot)
-        self._metrics.show(snapshot, self._timer)
+        self._metrics.update(snapshot, self._timer)

@@ -24,10 +24,10 @@ class OutageLog:
     def __init__(self):
         self.notes = []
 
-    def met(self, error, _now):
+    def note_failure(self, error, _now):
         self.notes.append((str(error), threading.get_ident()))
 
-    def over(self, _now):
+    def note_success(self, _now):
         self.notes.append(("over", threading.get_ident()))
 
 

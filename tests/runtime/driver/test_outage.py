@@ -25,13 +25,13 @@ AWAY = StorageUnavailableError("s3://bucket/run: 503")
 def test_an_outage_is_logged_once_and_so_is_its_end(logged):
     """P5: a line when it begins, with what to expect, and one when it is over; none for a root that answers."""
     outage = Outage()
-    outage.over(0.0)
+    outage.note_success(0.0)
     assert (logged, outage.pauses(0.0)) == ([], False)
-    outage.met(AWAY, 1.0)
-    outage.met(AWAY, 1.0 + OUTAGE_PAUSE_S)
+    outage.note_failure(AWAY, 1.0)
+    outage.note_failure(AWAY, 1.0 + OUTAGE_PAUSE_S)
     assert len(logged) == 1
     assert "503" in logged[0]
-    outage.over(100.0)
+    outage.note_success(100.0)
     assert logged[1:] == ["the output root answers again, after 01:39"]
     assert not outage.pauses(100.0)
 
@@ -39,7 +39,7 @@ def test_an_outage_is_logged_once_and_so_is_its_end(logged):
 def test_tries_are_far_between():
     """P5: a root that does not answer is not flooded with requests."""
     outage = Outage()
-    outage.met(AWAY, 10.0)
+    outage.note_failure(AWAY, 10.0)
     assert outage.pauses(10.0 + OUTAGE_PAUSE_S - 0.1)
     assert not outage.pauses(10.0 + OUTAGE_PAUSE_S)
 
@@ -47,13 +47,13 @@ def test_tries_are_far_between():
 def test_an_outage_without_end_ends_the_run():
     """P5: with the error and the remedy; a new outage has its own time."""
     outage = Outage()
-    outage.met(AWAY, 0.0)
-    outage.met(AWAY, OUTAGE_LIMIT_S)
-    outage.over(OUTAGE_LIMIT_S)
-    outage.met(AWAY, OUTAGE_LIMIT_S + 1)
-    outage.met(AWAY, 2 * OUTAGE_LIMIT_S)
+    outage.note_failure(AWAY, 0.0)
+    outage.note_failure(AWAY, OUTAGE_LIMIT_S)
+    outage.note_success(OUTAGE_LIMIT_S)
+    outage.note_failure(AWAY, OUTAGE_LIMIT_S + 1)
+    outage.note_failure(AWAY, 2 * OUTAGE_LIMIT_S)
     with pytest.raises(UserError, match=r"not answered for 30:0\d: s3://bucket/run: 503.*same command"):
-        outage.met(AWAY, 2 * OUTAGE_LIMIT_S + 2)
+        outage.note_failure(AWAY, 2 * OUTAGE_LIMIT_S + 2)
 
 
 @pytest.mark.parametrize("act", ["list", "delete"])
