@@ -152,7 +152,7 @@ class DenoiseGroup:
                 runtime_env=SHOW_GPUS if config.parallel.device == "cuda" else HIDE_GPUS,
             ).remote(self._context, self.plan, rank, str(self.id))
             self._ranks.append(actor)
-        start_s = min(RESTART_S, config.timeouts.start_s) if reservation.used else config.timeouts.start_s
+        start_s = min(RESTART_S, config.timeouts.start_s) if reservation.was_occupied else config.timeouts.start_s
         self._deadline = time.monotonic() + start_s
         # Every rank is asked, so that the death of any is noticed while the group is idle, too.
         self._heartbeats = [HeartbeatPoller(self.id, rank, self._watch_heartbeat) for rank in self._ranks]

@@ -34,9 +34,9 @@ class GroupReservation:
     def __init__(self, run: ResolvedRun, plan: ParallelPlan, name: str, avoid: frozenset[str]) -> None:
         self.plan = plan
         self.avoid = avoid
-        self.used = False  # whether the ranks of a group have all started here before
-        self.occupied = False  # whether the ranks of a group run here now
-        self.given_back = False  # whether the placement group is removed once no encoder uses it
+        self.was_occupied = False  # whether the ranks of a group have all started here before
+        self.is_occupied = False  # whether the ranks of a group run here now
+        self.is_released = False  # whether the placement group is removed once no encoder uses it
         self._encoders_per_node = run.colocated_per_node
         self._colocated_workers: Counter[int] = Counter()  # colocated encoders on each node, by the index of its bundle
         self._ranks_per_node = run.ranks_per_node(plan)
@@ -71,7 +71,7 @@ class GroupReservation:
 
     def find_slot(self) -> BundleSlot | None:
         """A slot for an encoder on the node that has the fewest; None if all nodes are full or no ranks run here."""
-        if not self.occupied:
+        if not self.is_occupied:
             return None
         node = min(range(len(self._group.bundle_specs)), key=lambda node: self._colocated_workers[node])
         if self._colocated_workers[node] >= self._encoders_per_node:
@@ -86,12 +86,12 @@ class GroupReservation:
     def leave(self, slot: BundleSlot) -> None:
         """The encoder of `slot` has ended."""
         self._colocated_workers[slot.node] -= 1
-        if self.given_back:
+        if self.is_released:
             self.release()
 
     def release(self) -> None:
         """Remove the placement group, or let the last encoder that uses it do so when it ends."""
-        self.occupied, self.given_back = False, True
+        self.is_occupied, self.is_released = False, True
         if not self.colocated_workers:
             remove_placement_group(self._group)
 

@@ -111,12 +111,12 @@ class ReservationPool:
 
     def mark_occupied(self, reservation: GroupReservation) -> None:
         """All ranks of a group have started there."""
-        reservation.used = reservation.occupied = True
+        reservation.was_occupied = reservation.is_occupied = True
         self._occupied.append(reservation)
 
     def mark_free(self, reservation: GroupReservation) -> None:
         """The ranks have been killed, if they had started."""
-        reservation.occupied = False
+        reservation.is_occupied = False
         if reservation in self._occupied:
             self._occupied.remove(reservation)
 
@@ -168,10 +168,10 @@ class ReservationPool:
         )
         asked = [group_bundles(self._run, plan) for plan in plans]
         if can_place(asked[:1], usable):
-            hope = "They begin when others let go of enough, or when nodes join."
+            outlook = "They start when other jobs release enough, or when nodes join."
         else:
-            hope = "The nodes here could never hold one, however idle: they begin only when others join."
+            outlook = "No node is large enough, even when idle: they start only if larger nodes join."
         return (
-            f"{len(self._placed)} denoise group(s) have their place, {len(self._waiting)} wait for nodes. Each asks "
-            f"for {' or '.join(map(format_bundles, asked))}; {show_cluster(list(nodes.values()))}. {hope}"
+            f"{len(self._placed)} denoise group(s) are placed, {len(self._waiting)} wait for nodes. Each asks "
+            f"for {' or '.join(map(format_bundles, asked))}; {show_cluster(list(nodes.values()))}. {outlook}"
         )

@@ -44,9 +44,9 @@ class ColocatedWorker:
         if self._encoder is None or self._slot is None:
             self._take_slot()
             return []
-        if self._slot.reservation.given_back:
+        if self._slot.reservation.is_released:
             return [WorkerLeaving(self.id, math.inf)]
-        if not self.nodes and not self._slot.reservation.occupied:
+        if not self.nodes and not self._slot.reservation.is_occupied:
             return [self._group_gone()]
         return self._encoder.poll(now)
 
@@ -69,11 +69,11 @@ class ColocatedWorker:
         assert self._slot
         reservation = self._slot.reservation
         match event:
-            case WorkerPlaced() if not reservation.occupied:
+            case WorkerPlaced() if not reservation.is_occupied:
                 return self._group_gone()
             case WorkerPlaced():
                 self.nodes = self._encoder.nodes
-            case WorkerLost() if reservation.given_back:
+            case WorkerLost() if reservation.is_released:
                 return self._group_gone()
         return event
 

@@ -128,11 +128,11 @@ class House:
     """Seats, a pool that holds them, and one colocated encoder."""
 
     def __init__(self, room=True):
-        self.reservation = SimpleNamespace(occupied=True, given_back=False)
+        self.reservation = SimpleNamespace(is_occupied=True, is_released=False)
         self.room = SimpleNamespace(reservation=self.reservation, leave=lambda: setattr(self, "left", True))
         self.heard, self.left, self.life = [], False, None
         self.has_room = room
-        pool = SimpleNamespace(find_room=lambda: self.room if self.has_room else None)
+        pool = SimpleNamespace(find_slot=lambda: self.room if self.has_room else None)
         self.colocated_worker = ColocatedWorker(
             WORKER, pool, lambda ref, then: self.heard.extend(then(ref)), self.begin
         )
@@ -164,7 +164,7 @@ def test_an_encoder_stays_while_its_group_is_rebuilt():
     """P5: a lost group does not stop the encoder on its GPUs."""
     house = House()
     house.life.tell(WorkerPlaced(WORKER))
-    house.reservation.occupied = False
+    house.reservation.is_occupied = False
     house.life.tell(TaskDone(WORKER))
     assert house.colocated_worker.poll(0.0) == []
     assert house.heard[1:] == [TaskDone(WORKER)]
@@ -174,7 +174,7 @@ def test_an_encoder_stays_while_its_group_is_rebuilt():
 def test_who_comes_while_the_ranks_are_away_is_turned_out(when):
     """Ray could have given it the share of a rank, which then would find no place."""
     house = House()
-    house.reservation.occupied = False
+    house.reservation.is_occupied = False
     if when == "as it is placed":
         house.life.tell(WorkerPlaced(WORKER))
         assert preempted(house.heard)
@@ -189,7 +189,7 @@ def test_an_encoder_stops_after_its_task_when_the_placement_group_is_released():
     """P5: it gets no further task; what becomes of it then is PREEMPTED, whatever its end looks like."""
     house = House()
     house.life.tell(WorkerPlaced(WORKER))
-    house.reservation.occupied, house.reservation.given_back = False, True
+    house.reservation.is_occupied, house.reservation.is_released = False, True
     assert house.colocated_worker.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
     house.life.tell(WorkerLost(WORKER, Failure(FailureClass.INFRA, "died")))
     assert preempted(house.heard[1:])
