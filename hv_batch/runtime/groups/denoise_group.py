@@ -2,7 +2,7 @@
 
 Life cycle: seats -> one actor a rank -> rank 0 opens the meeting point -> all ranks join and prove themselves -> ready.
 The first failure of any rank ends the whole group (the others would hang in a collective) and leaves the rebuild to the
-scheduler (P4, P5). Its seats are kept for that while their nodes are fit; see `group_pool`.
+scheduler (P4, P5). Its seats are kept for that while their nodes are fit; see `reservation_pool`.
 """
 
 from __future__ import annotations
