@@ -29,7 +29,8 @@ from hv_batch.job.records.latents import (
     put_latents,
     sample_identity,
 )
-from hv_batch.job.records.pending import Pending, PendingSamples, ShardSkipped
+from hv_batch.job.records.pending import PendingSamples
+from hv_batch.job.records.shard_scan import Pending
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
 from hv_batch.media.writer import write_media
@@ -80,9 +81,10 @@ def run_small(
     if store.exists(layout.SUCCESS):
         return
     plan = PendingSamples(store, ListedShards(samples))
-    for found in plan:
-        if not isinstance(found, ShardSkipped):
-            counts = denoised if denoised is not None else Counter()
+    counts = denoised if denoised is not None else Counter()
+    for scan in plan.scanner.scans():
+        plan.enter(scan)
+        for found in scan.pending:
             if found.sample.key in poison:
                 _give_up(store, found)
                 plan.quarantined(found.sample)

@@ -14,6 +14,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.progress import Snapshot
 from hv_batch.job.stages import Stage
+from hv_batch.runtime.driver.loop_timer import LoopTimer
 
 SHOW_EVERY_S = 2.0  # Ray forgets a gauge that has not been set for a minute, so an unchanged one is set again
 
@@ -32,13 +33,14 @@ class RunMetrics:
         self._seconds = Histogram("hv_task_seconds", "Time of a task that succeeded.", SECONDS, ("run", "stage"))
         self._lost = Counter("hv_groups_lost", "Denoise groups lost after they had started.", ("run", "cause"))
         self._wasted = Counter("hv_denoise_seconds_lost", "Time of denoises that were cut off.", ("run", "cause"))
-        gauges = (self._samples, self._in_work, self._spooled, self._starting)
+        self._loop = Gauge("hv_driver_loop_seconds", "Longest iteration of the driver's loop of late.", ("run",))
+        gauges = (self._samples, self._in_work, self._spooled, self._starting, self._loop)
         for metric in (*gauges, self._seconds, self._lost, self._wasted):
             metric.set_default_tags({"run": run})
         self._shown = -math.inf
 
-    def show(self, snapshot: Snapshot) -> None:
-        """As often as you like."""
+    def show(self, snapshot: Snapshot, timer: LoopTimer) -> None:
+        """Set the gauges, at most every SHOW_EVERY_S."""
         now = time.monotonic()
         if now - self._shown < SHOW_EVERY_S:
             return
@@ -55,6 +57,7 @@ class RunMetrics:
             self._in_work.set(count, {"stage": stage.name.lower()})
         self._spooled.set(snapshot.spooled)
         self._starting.set(snapshot.starting)
+        self._loop.set(timer.take_recent_max_s())
 
     def task_done(self, stage: Stage, seconds: float) -> None:
         self._seconds.observe(seconds, {"stage": stage.name.lower()})

@@ -34,6 +34,8 @@ from hv_batch.runtime.worker import Watch
 
 logger = logging.getLogger(__name__)
 
+Submit = Callable[[Callable[[], Event], Callable[[Event], list[Event]]], None]
+
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated one finds what the first has committed
 def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainResult:
@@ -41,21 +43,13 @@ def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainRes
 
 
 class SpoolDrain:
-    """`errand` takes acts on the output root, to be done when that answers; `tell` takes events, `say` a line."""
+    """`submit` runs an act on the output root in an I/O thread, and a function of its result in the loop's thread."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        watch: Watch,
-        outage: Outage,
-        errand: Callable[[Callable[[], None]], None],
-        tell: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, context: RunContext, watch: Watch, outage: Outage, submit: Submit) -> None:
         self._context = context
         self._watch = watch
         self._outage = outage
-        self._errand = errand
-        self._tell = tell
+        self._submit = submit
         self._waiting: dict[str, dict[str, Sample]] = {}  # by node, then by key
         self._unvisited: set[str] = set()  # nodes that may have what nobody knows of
         self._asked: set[str] = set()  # nodes with a task
@@ -116,16 +110,15 @@ class SpoolDrain:
             self._unvisited.discard(node)
             for key in expected:
                 if sample := waiting.pop(key, None):
-                    self._errand(partial(self._recover, sample))
+                    self._submit(partial(self._recover, sample), lambda event: [event])
         if not waiting:
             self._waiting.pop(node, None)
         return [Published(key) for key in published]
 
-    def _recover(self, sample: Sample) -> None:
-        """It may have been committed by a task that died before it could say so."""
+    def _recover(self, sample: Sample) -> Event:
+        """In the I/O thread. The video may have been committed by a task that died before it could report that."""
         store = self._context.store
         if store.exists(layout.commit_key(sample.shard, sample.key)):
-            self._tell(Published(sample.key))
-            return
+            return Published(sample.key)
         has_latents = store.exists(layout.latent_key(sample.shard, sample.key))
-        self._tell(SpoolLost(sample.key, Stage.DECODE if has_latents else Stage.ENCODE))
+        return SpoolLost(sample.key, Stage.DECODE if has_latents else Stage.ENCODE)

@@ -30,14 +30,14 @@ class Nodes:
 
     def __init__(self, monkeypatch, store, **output):
         self.asked = {}
-        self.background_tasks, self.told = [], []
+        self.submitted = []
         monkeypatch.setattr(spool_drain, "empty_spool", SimpleNamespace(options=self._options))
         monkeypatch.setattr(spool_drain.ray, "get", self._get)
         config = RunConfig.model_validate({"output": output})
         context = SimpleNamespace(config=config, store=store, fingerprint=FINGERPRINT)
         self.outage = Outage()
         self.spool_drain = spool_drain.SpoolDrain(
-            context, self._watch, self.outage, self.background_tasks.append, self.told.append
+            context, self._watch, self.outage, lambda act, then: self.submitted.append((act, then))
         )
 
     def _options(self, scheduling_strategy):
@@ -56,11 +56,12 @@ class Nodes:
     def answer(self, node, answer):
         return self.asked.pop(node)(answer)
 
-    def do_errands(self):
-        while self.background_tasks:
-            self.background_tasks.pop(0)()
-        told, self.told[:] = list(self.told), []
-        return told
+    def run_submitted(self):
+        events = []
+        while self.submitted:
+            act, then = self.submitted.pop(0)
+            events += then(act())
+        return events
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_what_is_gone_goes_on_from_what_the_root_has(nodes, store, answer):
         nodes.spool_drain.add(A, sample)
     nodes.spool_drain.go_on(0.0)
     assert nodes.answer(A, answer) == []
-    assert nodes.do_errands() == [
+    assert nodes.run_submitted() == [
         Published("s001"),
         SpoolLost("s002", Stage.DECODE),
         SpoolLost("s003", Stage.ENCODE),
@@ -126,7 +127,7 @@ def test_what_came_after_the_question_is_not_missed(nodes):
     nodes.spool_drain.go_on(0.0)
     nodes.spool_drain.add(A, SECOND)
     assert nodes.answer(A, DrainResult(("s001",))) == [Published("s001")]
-    assert not nodes.background_tasks
+    assert not nodes.submitted
     nodes.spool_drain.go_on(0.0)
     assert nodes.answer(A, DrainResult(("s002",))) == [Published("s002")]
 
