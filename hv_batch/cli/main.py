@@ -47,7 +47,7 @@ def main_options(
 app.add_typer(weights_app, name="weights")
 app.add_typer(bench_app, name="bench")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, such as groups.count=4", metavar="KEY=VALUE")]
 
 Address = Annotated[str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")]
 TakeOver = Annotated[

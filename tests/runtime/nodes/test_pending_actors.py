@@ -1,4 +1,4 @@
-"""What is said of encoders and decoders that find no room; the cluster is made up."""
+"""The warning about encoders and decoders that Ray cannot place. The cluster is simulated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = {"encoders": {"placement": "colocated", "gpus": 0.3}, "decoders": {"gpu
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """What the nodes have; one CPU of them is free."""
+    """The resources of the nodes; one CPU is free."""
     there = {"a": {"CPU": 16.0, "GPU": 8.0}, "b": {"CPU": 4.0}}
     monkeypatch.setattr(pending_actors, "alive_nodes", lambda: there)
     monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 1.0})
@@ -56,7 +56,7 @@ def test_a_station_without_room_is_told_of_once(nodes, logged):
 
 
 def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes, logged):
-    """Colocated encoders wait for a group, which reports its own waiting; at the tail no decoder may be needed."""
+    """Colocated encoders wait for a group, for which there is another warning; a stage without workers needs none."""
     watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     for now in (0.0, 2 * WARN_AFTER_S):
         watch.look(stage(Stage.ENCODE, ()), now)
