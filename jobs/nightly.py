@@ -1,4 +1,4 @@
-"""The nightly job; takes what `hv-batch nightly` takes, and ends with one line of JSON.
+"""Runs `hv-batch nightly` as a Ray job, with the same arguments. Prints one line of JSON at the end.
 
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/nightly.py --config C --output s3://bucket/nights \
     --manifest 's3://bucket/prompts/date={date}/prompts.parquet' --until 06:30

@@ -1,4 +1,4 @@
-"""The entry point of a Ray job; takes what `hv-batch run` takes.
+"""Runs `hv-batch run` as a Ray job, with the same arguments.
 
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/render.py --config C --manifest M --output O
 """

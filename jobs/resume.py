@@ -1,4 +1,4 @@
-"""Going on with a run by its output root alone, as a Ray job; takes what `hv-batch resume` takes.
+"""Runs `hv-batch resume` as a Ray job, with the same arguments. It needs nothing but the output root.
 
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/resume.py s3://bucket/run-1
 """

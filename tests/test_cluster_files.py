@@ -1,13 +1,15 @@
-"""The files of cluster/ say what the code understands: their commands parse, and what their nodes have is enough."""
+"""The files of cluster/: their commands parse, their nodes suffice, and their README quotes the code's messages."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import signal
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ def job_of(name):
 
 
 def pods(job):
-    """What each worker pod brings, as Ray counts it, as often as its group may have it."""
+    """The resources of each worker pod, as Ray counts them, repeated for every possible replica."""
     for group in job["rayClusterSpec"]["workerGroupSpecs"]:
         (container,) = group["template"]["spec"]["containers"]
         requests = container["resources"]["requests"]
@@ -64,7 +66,7 @@ def as_many_as_asked(config):
 
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-nightly.yaml"])
 def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
-    """P6: nobody finds out from a cluster that waits for ever that the example was wrong."""
+    """P6: the example requests no group that its nodes cannot hold, which would wait forever."""
     job = job_of(name)
     config = ordered(hv_batch_command(job["entrypoint"]))
     assert can_place(as_many_as_asked(config), list(pods(job)))
@@ -74,7 +76,7 @@ def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
 @pytest.mark.parametrize("code", [0, 1, 3, 143])
 @pytest.mark.parametrize(("name", "failures"), [("rayjob", {1, 143}), ("nightly", {1})])
 def test_only_what_a_new_cluster_can_mend_fails_the_job(tmp_path, name, failures, code):
-    """Exit codes of the README: quarantined samples, and a night's deadline, begin no second cluster."""
+    """Exit codes: quarantined samples and the deadline of a night do not create a second cluster."""
     pretend(tmp_path, "hv-batch", f"exit {code}")
     entrypoint = job_of(f"kuberay-{name}.yaml")["entrypoint"]
     done = subprocess.run(entrypoint, shell=True, env=seeing(tmp_path))
@@ -126,7 +128,7 @@ def seeing(folder, **more):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Slurm's and Ray's commands, which note how they were called; returns how to start the script."""
+    """Stand-ins for the commands of Slurm and Ray that record their calls; returns how to start the script."""
     note = f'echo "$(basename "$0") $*" >> {tmp_path}/calls'
     pretend(tmp_path, "srun", f'{note}; while [[ $1 == --* ]]; do shift; done; exec "$@"')
     pretend(tmp_path, "scontrol", f"[[ $1 == show ]] && printf 'localhost\\nother\\n' || {note}")
@@ -144,7 +146,7 @@ def slurm(tmp_path):
 
 @pytest.mark.parametrize("code", [0, 1, 3])
 def test_a_slurm_job_ends_as_its_driver_does(slurm, code):
-    """Its arguments are the driver's, every node but the first gets a worker, and nothing is left behind."""
+    """The driver gets the arguments, every node except the first gets a worker, and no process is left."""
     both_nodes_started = "until grep -q exclude= $(dirname $0)/calls; do sleep 0.02; done"
     assert slurm(f"{both_nodes_started}; exit {code}").wait(timeout=30) == code
     calls = slurm.calls()
@@ -154,7 +156,7 @@ def test_a_slurm_job_ends_as_its_driver_does(slurm, code):
 
 
 def test_slurms_notice_reaches_the_driver_and_the_job_is_queued_again(slurm):
-    """P4: a time limit costs what a drain does not finish, no more; the next life of the job goes on."""
+    """P4: at the time limit the driver drains and the job is queued again."""
     driver = "trap 'sleep 0.3; exit 143' TERM; echo driving; while :; do sleep 0.05; done"
     job = slurm(driver)
     while "driving" not in job.stdout.readline():
@@ -162,3 +164,24 @@ def test_slurms_notice_reaches_the_driver_and_the_job_is_queued_again(slurm):
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 143
     assert "scontrol requeue 77" in slurm.calls()
+
+
+def test_the_quoted_messages_are_those_of_the_code():
+    """An operator who searches the troubleshooting table for a message must find it."""
+    readme = (ROOT / "cluster" / "README.md").read_text()
+    table = readme.partition("## Troubleshooting")[2]
+    quotes = [re.sub("<[^>]+>", "<>", quote) for quote in re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)]
+    messages = [
+        text for path in (ROOT / "hv_batch").rglob("*.py") for text in string_texts(ast.parse(path.read_text()))
+    ]
+    assert len(quotes) > 15
+    assert not [quote for quote in quotes if not any(quote in message for message in messages)]
+
+
+def string_texts(tree: ast.Module) -> Iterator[str]:
+    """The strings of a module; `<>` stands for the values in an f-string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "<>" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value

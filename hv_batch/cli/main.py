@@ -1,4 +1,4 @@
-"""The commands: each a few lines over the layers below."""
+"""The command line `hv-batch`. Each command parses its flags and calls the layers below."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def main_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    """What precedes every command."""
+    """The options of `hv-batch` itself."""
 
 
 app.add_typer(weights_app, name="weights")
 app.add_typer(bench_app, name="bench")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="config overrides, as groups.count=4", metavar="KEY=VALUE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, such as groups.count=4", metavar="KEY=VALUE")]
 
 Address = Annotated[str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")]
 TakeOver = Annotated[
     bool,
-    typer.Option("--take-over", "--steal", help="replace a driver that holds the output root and is known to hang"),
+    typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
 ]
 Manifests = Annotated[
     list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
@@ -63,29 +63,29 @@ Manifests = Annotated[
 def run(
     config: Annotated[str, typer.Option(help="YAML file or URL")],
     manifest: Manifests,
-    output: Annotated[str, typer.Option(help="output root: folder or URL; an unfinished one is resumed")],
+    output: Annotated[str, typer.Option(help="output root: folder or URL; an unfinished run there is resumed")],
     overrides: Overrides = None,
     limit: Annotated[int | None, typer.Option(help="only the first N samples of the selection")] = None,
     where: Annotated[list[str] | None, typer.Option(help="only samples with column=value; repeatable")] = None,
-    shards: Annotated[str | None, typer.Option(help="only these shards, as 3,17-20")] = None,
+    shards: Annotated[str | None, typer.Option(help="only these shards, for example 3,17-20")] = None,
     failed_only: Annotated[
-        bool, typer.Option("--failed-only", help="only what was quarantined: it is taken back and rendered again")
+        bool, typer.Option("--failed-only", help="release quarantined samples and render only these")
     ] = False,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
 ) -> None:
-    """Render what the output root lacks of the manifest, or of a selection of it; the root is that of the whole.
+    """Render the samples of the manifest, or of a selection of it, that the output root does not have yet.
 
-    Exit codes: 0 all committed, 3 finished with quarantined samples, 1 fatal, 143 stopped by a signal after a drain.
+    Exit codes: 0 all committed, 3 finished with quarantined samples, 1 fatal error, 143 stopped by a signal.
     """
-    from hv_batch.runtime.render import render  # Ray and the engine take seconds to import; status does without
+    from hv_batch.runtime.render import render  # not at the top: Ray and the engine take seconds to import
 
     on_cluster = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     if on_cluster and "://" not in output and not Path(output).is_absolute():
         raise UserError(
-            f"The output root {output} is a relative path, which means another folder on every node of a cluster. Give "
+            f"The output root {output} is a relative path, which is a different folder on every node of a cluster. Use "
             "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
         )
     settings = load_config(config, overrides or [])
@@ -106,13 +106,13 @@ def run(
 @app.command()
 def resume(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
-    manifest: Annotated[str | None, typer.Option(help="where its manifest is now, should it have moved")] = None,
+    manifest: Annotated[str | None, typer.Option(help="new location of the manifest, if it has moved")] = None,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
 ) -> None:
-    """Render what is left of a run; its config and manifest are those of its run.json. Exit codes are those of run."""
+    """Resume a run with the config and manifest recorded in its run.json. Exit codes are those of run."""
     from hv_batch.runtime.render import resume as resume_run
 
     with command_logging(log_settings(log_level, log_format)):
@@ -123,24 +123,28 @@ def resume(
 @app.command()
 def nightly(
     config: Annotated[str, typer.Option(help="YAML file or URL")],
-    manifest: Annotated[str, typer.Option(help="prompts of a date, {date} standing for it, as 2026-11-20")],
-    output: Annotated[str, typer.Option(help="where the nights' output roots are, each named after its date")],
+    manifest: Annotated[str, typer.Option(help="prompts; {date} in it is replaced by the date, such as 2026-11-20")],
+    output: Annotated[str, typer.Option(help="folder or URL of the output roots, each named after its date")],
     overrides: Overrides = None,
-    day: Annotated[str | None, typer.Option("--date", help="of the partition; default: yesterday")] = None,
-    until: Annotated[str | None, typer.Option(help="be done by this local time, as 06:30; default: no limit")] = None,
-    catch_up: Annotated[int, typer.Option(min=0, help="days before, whose unfinished runs go first")] = 3,
+    day: Annotated[str | None, typer.Option("--date", help="date of the partition; default: yesterday")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="local time at which all work must have ended, such as 06:30; default: no limit")
+    ] = None,
+    catch_up: Annotated[
+        int, typer.Option(min=0, help="resume unfinished runs of this many days before the date first")
+    ] = 3,
     address: Address = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
 ) -> None:
-    """Render the partition of a date after resuming earlier nights, and print one line of JSON about it.
+    """Resume unfinished runs of earlier dates, render the partition of a date, and print one line of JSON.
 
-    The exit code is that of the worst night; a failed night does not keep the others from being rendered.
+    The exit code is that of the worst night. A failed night does not prevent the others.
     """
     from hv_batch.runtime.nightly import NightlyRequest, next_time, render_night, which_day
 
     now = datetime.now()
-    orders = NightlyRequest(
+    request = NightlyRequest(
         config=load_config(config, overrides or []),
         manifest=manifest,
         output=output,
@@ -149,17 +153,19 @@ def nightly(
         catch_up=catch_up,
     )
     with command_logging(log_settings(log_level, log_format)):
-        code = render_night(orders, address=address, report=sys.stdout)
+        code = render_night(request, address=address, report=sys.stdout)
     raise typer.Exit(code)
 
 
 @app.command()
 def demo(
-    output: Annotated[str, typer.Option(help="output root: folder or URL; run again, it is resumed")] = "hv_batch_demo",
+    output: Annotated[
+        str, typer.Option(help="output root: folder or URL; an unfinished run there is resumed")
+    ] = "hv_batch_demo",
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
 ) -> None:
-    """Render the shipped manifest with the real architecture at toy width, on a local Ray and this machine's CPU."""
+    """Render the demo manifest with the real architecture at toy width, on a local Ray on the CPU."""
     from hv_batch.cli.demo import run_demo
 
     with command_logging(log_settings(log_level, log_format)):
@@ -169,16 +175,16 @@ def demo(
 
 @app.command()
 def toy(
-    folder: Annotated[Path, typer.Argument(help="where to write it")],
+    folder: Annotated[Path, typer.Argument(help="folder to write to")],
 ) -> None:
-    """Write the toy checkpoint, a tree laid out like the released one, and print its model_base."""
+    """Write the toy checkpoint in the layout of the released one, and print the value for model_base."""
     from hv_batch.toy.trained import write_trained_checkpoint
 
     print(write_trained_checkpoint(folder.absolute()))
 
 
 @app.command(
-    add_help_option=False,  # it has flags of its own, those of the released command line, and its own help
+    add_help_option=False,  # `sample` parses the flags of the released command line, and --help, itself
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def sample(context: typer.Context) -> None:
@@ -193,17 +199,17 @@ def plan(
     config: Annotated[str, typer.Option(help="YAML file or URL")],
     manifest: Manifests,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option(help="H100, H200, A100, H20 or L40S; else the config's")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    gpu: Annotated[str | None, typer.Option(help="H100, H200, A100, H20 or L40S; default: the config's gpu")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Tell what a run will need and cost: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
+    """Estimate what a run needs: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
     from hv_batch.cli.plan import render_plan  # the engine takes seconds to import
     from hv_batch.job.config.hardware import find_gpu
     from hv_batch.job.cost_model.estimate import make_plan  # the engine takes seconds to import
 
     settings = load_config(config, overrides or [])
-    found = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
-    print(json.dumps(found, indent=1) if as_json else render_plan(found))
+    estimate = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
+    print(json.dumps(estimate, indent=1) if as_json else render_plan(estimate))
 
 
 for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
@@ -211,7 +217,7 @@ for operation in (output_root.status, output_root.verify, output_root.retry, out
 
 
 def main() -> None:
-    """Entry point: errors that the user can mend are one paragraph on stderr, not a traceback."""
+    """Entry point. Errors that the user can fix are printed to stderr as one paragraph, without a traceback."""
     try:
         with command_logging(log_settings(None, "text")):
             app()

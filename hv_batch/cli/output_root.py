@@ -1,11 +1,10 @@
-"""What an operator does with an output root: look at it, check it, take samples back, tidy up, compare two.
+"""The commands for an output root: `status`, `verify`, `retry`, `gc` and `diff`.
 
-All of it reads storage only and needs no Ray, but for `verify --repair`, which renders again what it has removed. What
-changes the root first says what it would do, does it when told so, and holds the root's lease meanwhile, so that no
-driver is at work in it.
+They read storage only and need no Ray, except `verify --repair`, which renders again what it has removed. Commands that
+change the root only report what they would do, unless a flag asks for the change. While they change the root they hold
+its lease, so that no driver works there at the same time.
 
-Exit codes: 0 as it should be, 3 something was found (faults, differences), 1 the command could not be carried out; of
-`verify --repair` those of `run`.
+Exit codes: 0 no problem, 3 faults or differences, 1 the command failed; `verify --repair` has those of `run`.
 """
 
 from __future__ import annotations
@@ -37,98 +36,100 @@ from hv_batch.job.storage.store import Store
 
 FOUND = 3
 
-WATCH_S = 5.0  # between two looks; a look at many shards takes longer, and then as long as it takes
-MIN_AGE_HOURS = 1.0  # longer than any upload: what is younger may be about to get its record
+WATCH_S = 5.0  # least time between two readings; after a reading that takes longer, that time
+MIN_AGE_HOURS = 1.0  # longer than any upload: a younger file may be about to get its record
 SAMPLED_DECODES = 16
 
 Output = Annotated[str, typer.Argument(help="output root: folder or URL")]
-Json = Annotated[bool, typer.Option("--json", help="for machines")]
-Yes = Annotated[bool, typer.Option("--yes", help="do it; without this the command only says what it would do")]
-Steal = Annotated[
-    bool, typer.Option("--take-over", "--steal", help="although a driver that is known to hang holds the root")
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Yes = Annotated[bool, typer.Option("--yes", help="make the change; without this flag it is only reported")]
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
 ]
-Shards = Annotated[str | None, typer.Option(help="only these, as 3,17-20", metavar="LIST")]
+Shards = Annotated[str | None, typer.Option(help="only these shards, for example 3,17-20", metavar="LIST")]
 
 
 def status(
     output: Output,
     shards: Shards = None,
-    watch: Annotated[bool, typer.Option("--watch", help="look again every few seconds until it is finished")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="repeat every few seconds until the run is finished")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell how an output root stands, shard by shard, who writes to it, and why samples were given up."""
+    """Show the state of an output root by shard, the writer that holds it, and why samples are quarantined."""
     store, chosen = Store(output), parse_shards(shards)
     if not watch:
         _show(read_status(store, chosen), as_json)
         return
-    for found in _looks(store, chosen):
+    for current in _readings(store, chosen):
         if not as_json:
-            click.clear()  # of a terminal; a log keeps every look
-        _show(found, as_json)
+            click.clear()  # has no effect if stdout is no terminal
+        _show(current, as_json)
 
 
 def verify(
     output: Output,
     shards: Shards = None,
     sample_decode: Annotated[
-        int, typer.Option(min=0, help="how many media to decode from end to end, spread over all")
+        int, typer.Option(min=0, help="number of media to decode completely, spread over all shards")
     ] = SAMPLED_DECODES,
     deep: Annotated[bool, typer.Option("--deep", help="decode all media")] = False,
     remove: Annotated[
-        bool, typer.Option("--remove", help="remove what is wrong, so that the run command renders and seals it again")
+        bool, typer.Option("--remove", help="remove faulty objects, so that the run command renders and seals again")
     ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="remove what is wrong, and render and seal it again, as resume would")
+        bool, typer.Option("--repair", help="remove faulty objects, then render and seal again, as resume does")
     ] = False,
     address: Annotated[
-        str | None, typer.Option(help="of the Ray cluster that repairs; default: RAY_ADDRESS, else a local Ray")
+        str | None, typer.Option(help="Ray cluster for --repair; default: RAY_ADDRESS, else a local Ray")
     ] = None,
     as_json: Json = False,
-    steal: Steal = False,
+    take_over: TakeOver = False,
 ) -> None:
-    """Check every record, its media and poster, and all that a seal wrote. Exit code 3 when something is wrong.
+    """Check all records, media, posters and sealed files. The exit code is 3 if there are faults.
 
-    With --repair the exit code is that of the rendering: 0 when all is as it should be again.
+    With --repair the exit code is that of the rendering: 0 if all faults are repaired.
     """
     from hv_batch.media.probe import decode_media
 
     store = Store(output)
-    with _changing(store, "verify", remove or repair, steal) as still_ours:
-        found = verify_root(store, decode_media, decodes=None if deep else sample_decode, shards=parse_shards(shards))
-        if found.findings and repair:
-            read_run_config(output)  # what nobody could render again is not removed
+    with _changing(store, "verify", remove or repair, take_over) as check_lease:
+        result = verify_root(store, decode_media, decodes=None if deep else sample_decode, shards=parse_shards(shards))
+        if result.findings and repair:
+            read_run_config(output)  # raises if the run cannot be resumed: then nothing must be removed
         if remove or repair:
-            still_ours()
-            remove_faults(store, found.findings)
-    print(json.dumps(found.to_dict() | {"removed": remove or repair}, indent=1) if as_json else found.render())
-    if not found.findings:
+            check_lease()
+            remove_faults(store, result.findings)
+    print(json.dumps(result.to_dict() | {"removed": remove or repair}, indent=1) if as_json else result.render())
+    if not result.findings:
         return
     if repair:
-        print("what is wrong was removed, and is rendered again", file=sys.stderr)
-        raise typer.Exit(_render_again(output, found.findings, address, steal))
+        print("faulty objects were removed; rendering the samples again", file=sys.stderr)
+        raise typer.Exit(_render_again(output, result.findings, address, take_over))
     if not as_json:
         print(
-            "It was removed; the same run command renders what is missing now and seals again."
+            "Faulty objects were removed. The same run command renders the missing samples and seals again."
             if remove
-            else "verify --repair renders it again; verify --remove leaves that to the same run command."
+            else "verify --repair renders them again; verify --remove leaves that to the same run command."
         )
     raise typer.Exit(FOUND)
 
 
 def retry(
     output: Output,
-    kinds: Annotated[
-        list[FailureClass] | None, typer.Option("--class", help="only this failure class, as POISON; may be repeated")
+    classes: Annotated[
+        list[FailureClass] | None,
+        typer.Option("--class", help="only this failure class, for example POISON; repeatable"),
     ] = None,
     shards: Shards = None,
     yes: Yes = False,
-    steal: Steal = False,
+    take_over: TakeOver = False,
 ) -> None:
-    """Take quarantined samples back: they are pending again, and the same run command renders them."""
+    """Release quarantined samples: they are pending again, and the same run command renders them."""
     store = Store(output)
-    with _changing(store, "retry", yes, steal) as still_ours:
+    with _changing(store, "retry", yes, take_over) as check_lease:
         chosen = chosen_shards(read_run(store), parse_shards(shards))
-        reasons = group_reasons(read_quarantined(store, chosen, kinds or ()))
+        reasons = group_reasons(read_quarantined(store, chosen, classes or ()))
         for reason in reasons:
             print(reason.render())
         if not reasons:
@@ -136,27 +137,25 @@ def retry(
             return
         count = sum(reason.samples for reason in reasons)
         if not yes:
-            print(f"{plural(count, 'sample')} would be taken back; --yes does it")
+            print(f"{plural(count, 'sample')} would be released; --yes does it")
             return
-        still_ours()
-        release(store, read_quarantined(store, chosen, kinds or ()))
-    print(
-        f"{plural(count, 'sample')} pending again. Run the same command as before: it renders them and nothing twice."
-    )
+        check_lease()
+        release(store, read_quarantined(store, chosen, classes or ()))
+    print(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")
 
 
 def gc(
     output: Output,
     min_age_hours: Annotated[
-        float, typer.Option(min=0.0, help="leave alone what was written since; a living writer may still need it")
+        float, typer.Option(min=0.0, help="keep younger objects, which an active writer may still need")
     ] = MIN_AGE_HOURS,
     yes: Yes = False,
     as_json: Json = False,
-    steal: Steal = False,
+    take_over: TakeOver = False,
 ) -> None:
-    """Remove what nobody needs: media without a record, latents of finished samples, drafts and the like."""
+    """Remove unneeded objects: media without a record, latents of finished samples, incomplete writes."""
     store = Store(output)
-    with _changing(store, "gc", yes, steal) as still_ours:
+    with _changing(store, "gc", yes, take_over) as check_lease:
         counts: Counter[str] = Counter()
         for garbage in find_garbage(store, older_than=time.time() - 3600 * min_age_hours):
             counts[garbage.kind.value] += 1
@@ -166,67 +165,68 @@ def gc(
                 else f"{garbage.kind.value:<8}{garbage.name}"
             )
             if yes:
-                still_ours()
+                check_lease()
                 remove(store, garbage)
     if not as_json:
-        told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "nothing"
-        print(f"{told} {'removed' if yes else 'would be removed; --yes does it' if counts else 'to remove'}")
+        totals = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "nothing"
+        print(f"{totals} {'removed' if yes else 'would be removed; --yes does it' if counts else 'to remove'}")
 
 
 def diff(
     a: Annotated[str, typer.Argument(help="output root: folder or URL")],
-    b: Annotated[str, typer.Argument(help="the one to compare it with")],
+    b: Annotated[str, typer.Argument(help="output root to compare with")],
     as_json: Json = False,
 ) -> None:
-    """Compare two runs sample by sample. Exit code 3 when any sample differs."""
-    found = compare(Store(a), Store(b))
-    print(json.dumps(found.to_dict(), indent=1) if as_json else found.render())
-    if not found.is_equal:
+    """Compare two runs sample by sample. The exit code is 3 if any sample differs."""
+    result = compare(Store(a), Store(b))
+    print(json.dumps(result.to_dict(), indent=1) if as_json else result.render())
+    if not result.is_equal:
         raise typer.Exit(FOUND)
 
 
 def parse_shards(text: str | None) -> list[int] | None:
-    """The shards of a list such as `3,17-20`. Raises UserError for anything else."""
+    """The shard numbers of a list such as `3,17-20`; None for all. Raises UserError if `text` is no such list."""
     if text is None:
         return None
     return sorted({shard for shards in parse_ranges(text) for shard in shards})
 
 
-def _render_again(output: str, findings: Sequence[Finding], address: str | None, steal: bool) -> int:
-    """Resume the run in the shards that are no longer whole; all of it where the run was not what it seemed."""
+def _render_again(output: str, findings: Sequence[Finding], address: str | None, take_over: bool) -> int:
+    """Resume the run in the shards with findings; the whole run if a finding belongs to no shard."""
     from hv_batch.runtime.render import resume  # Ray and the engine take seconds to import
 
     damaged = sorted({finding.shard for finding in findings if finding.shard is not None})
     is_whole = any(finding.shard is None for finding in findings)
     chosen = Selection(shards=() if is_whole else tuple(range(shard, shard + 1) for shard in damaged))
-    return resume(output, address=address, selection=chosen, steal=steal)
+    return resume(output, address=address, selection=chosen, steal=take_over)
 
 
 @contextmanager
-def _changing(store: Store, purpose: str, does: bool, steal: bool) -> Iterator[Callable[[], None]]:
-    """The lease of the root for a command that changes it; nothing for one that only looks.
+def _changing(store: Store, purpose: str, changes: bool, take_over: bool) -> Iterator[Callable[[], None]]:
+    """Hold the lease of the root if the command changes it.
 
-    What is yielded is called before a change: it raises when somebody has taken the root over meanwhile.
+    Yields a function that must be called before each change: it raises UserError if another writer has taken the root
+    over.
     """
-    if not does:
+    if not changes:
         yield lambda: None
         return
-    read_run(store)  # a mistyped path must not become a folder with a lease in it
-    with hold_lease(store, this_process(purpose), steal=steal) as lease:
-        assert lease is not None, "nobody asked to give up waiting"
+    read_run(store)  # raises if there is no run: a mistyped path must not become a folder with a lease
+    with hold_lease(store, this_process(purpose), steal=take_over) as lease:
+        assert lease is not None, "without `wait` the lease is held or refused"
         yield lease.check
 
 
-def _show(found: Status, as_json: bool) -> None:
-    print(json.dumps(found.to_dict(), indent=1) if as_json else found.render(), flush=True)
+def _show(current: Status, as_json: bool) -> None:
+    print(json.dumps(current.to_dict(), indent=1) if as_json else current.render(), flush=True)
 
 
-def _looks(store: Store, shards: list[int] | None) -> Iterator[Status]:
-    """A status again and again until the run is finished."""
+def _readings(store: Store, shards: list[int] | None) -> Iterator[Status]:
+    """The status of the root, repeatedly until the run is finished."""
     while True:
         begun = time.monotonic()
-        found = read_status(store, shards)
-        yield found
-        if found.finished:
+        current = read_status(store, shards)
+        yield current
+        if current.finished:
             return
         time.sleep(max(WATCH_S, time.monotonic() - begun))

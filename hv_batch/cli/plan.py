@@ -10,7 +10,7 @@ from hv_batch.job.workload import shape_name
 
 
 def render_plan(plan: Mapping[str, Any]) -> str:
-    """The plan as tables for people."""
+    """The plan as text tables."""
     return "\n".join(_lines(plan))
 
 
@@ -55,7 +55,7 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     if plan["encoders_colocated"]:
         yield "encoders share the groups' GPUs and slow down denoising: the hours below are a lower bound"
     if plan["groups_decode"]:
-        yield "groups also decode, and do not denoise meanwhile: the hours of both add up"
+        yield "groups also decode and do not denoise meanwhile: the hours of both are added"
     yield (
         f"sent by a rank in a step of {shape_name(traffic['shape'])}: {traffic['ulysses_bytes_a_step'] / 1e9:.1f} GB "
         f"by Ulysses, {traffic['ring_bytes_a_step'] / 1e9:.1f} GB by the ring; so {traffic['group']} keeps "
@@ -89,12 +89,12 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     if plan["cudnn_would_save"] > 0:
         yield (
             f"model.options.attention=cudnn would denoise this in {plan['cudnn_would_save']:.0%} less time on "
-            f"{gpu['name']}: as exact, other pixels in the last bits."
+            f"{gpu['name']}, with the same accuracy but other pixels in the last bits."
         )
 
 
 def size_lines(plan: Mapping[str, Any]) -> Iterator[str]:
-    """For people; nothing where one size for all was asked for."""
+    """The group of each shape, unless the config fixes one for all, and the GPU hours of `cfg_degree: 2` if fewer."""
     if any(size["why"] for size in plan["sizes"]):
         yield f"{'shape':<16}{'samples':>10}{'s/sample':>10}{'GPU hours':>11}  group"
         for size in plan["sizes"]:
@@ -105,7 +105,7 @@ def size_lines(plan: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     if halves := plan["halves"]:
         yield (
-            "every row uses guidance: with parallel.cfg_degree=2, half of a group for each branch, denoising would "
+            "every row uses guidance: with parallel.cfg_degree=2 (half of a group per branch), denoising would "
             f"take {halves['gpu_hours']:.1f} GPU hours instead of {halves['instead_of']:.1f}"
         )
         yield ""

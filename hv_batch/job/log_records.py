@@ -1,9 +1,9 @@
-"""Logging of a run: the driver and every actor write records of one format.
+"""Logging of a run: the driver and all actors write records in the same format.
 
-Modules log through `logging.getLogger(__name__)`. `configure_logging` attaches one handler to the logger of the package,
-in the driver and in each actor. Each record carries the run, worker, sample and attempt that it is about, so a search
-for a sample's key in all logs of a cluster gives its whole history. Secrets are removed by a filter of the handler:
-no formatter ever sees them.
+Modules log through `logging.getLogger(__name__)`. `configure_logging` attaches one handler to the package's logger,
+in the driver and in each actor. Each record has the fields run, worker, sample and attempt, so that a search for a
+sample's key in all logs of a cluster returns its whole history. A filter of the handler removes secrets before a
+formatter processes the record.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIN_SECRET_CHARS = 8  # a shorter value of an environment variable may be a comm
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """How a process writes its records; part of the run context, so actors use the driver's."""
+    """Level and format of the records. The run context carries the driver's settings to the actors."""
 
     level: Level = "info"
     format: Format = "text"
@@ -41,12 +41,12 @@ class LogSettings:
 
 _process_fields: Mapping[str, Any] = {}
 _settings: LogSettings | None = None  # of this process
-_context_fields: ContextVar[Mapping[str, Any]] = ContextVar("log_fields", default={})  # noqa: B039  # never changed
+_context_fields: ContextVar[Mapping[str, Any]] = ContextVar("log_fields", default={})  # noqa: B039  # never mutated
 
 
 @contextmanager
 def log_fields(**fields: Any) -> Iterator[None]:
-    """Add fields (of `FIELDS`) to all records of this thread within the block."""
+    """Add fields, named in `FIELDS`, to all records of this thread within the block."""
     token = _context_fields.set({**_context_fields.get(), **fields})
     try:
         yield
@@ -55,7 +55,7 @@ def log_fields(**fields: Any) -> Iterator[None]:
 
 
 def configure_logging(settings: LogSettings, handler: logging.Handler | None = None, **fields: Any) -> None:
-    """Write the package's records through `handler` (default: stderr), with these fields in all of them.
+    """Write the package's records through `handler` (default: stderr), and add `fields` to each.
 
     Replaces the handler of an earlier call.
     """
@@ -72,12 +72,12 @@ def configure_logging(settings: LogSettings, handler: logging.Handler | None = N
 
 
 def current_settings() -> LogSettings:
-    """What this process was configured with, for the processes that it starts."""
+    """The settings of this process, for the processes that it starts."""
     return _settings or LogSettings()
 
 
 def add_process_fields(**fields: Any) -> None:
-    """Add fields (of `FIELDS`) to all further records of this process."""
+    """Add fields, named in `FIELDS`, to all further records of this process."""
     global _process_fields
     _process_fields = {**_process_fields, **fields}
 
@@ -91,7 +91,7 @@ def _add_fields(record: logging.LogRecord) -> bool:
 
 
 class SecretFilter(logging.Filter):
-    """Removes secrets from a record: credentials in URLs, and the values of environment variables named like secrets."""
+    """Removes secrets from records: credentials in URLs, and values of environment variables with a secret's name."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; `time` is UTC, and `progress` holds the numbers of a progress record."""
+    """One JSON object per line. `time` is UTC; `progress` has the numbers of a progress record."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))

@@ -1,7 +1,7 @@
-"""Progress of a run: the numbers, the estimate of the remaining time, and the records that carry both.
+"""Progress of a run: the counts, the estimate of the remaining time, and the log records with both.
 
-A progress record is an ordinary log record with a `Snapshot` in its `progress` attribute. A terminal draws a bar from
-it; a log gets a line of it now and then (`ProgressThrottle`).
+A progress record is a log record with a `Snapshot` in its attribute `progress`. On a terminal the handler draws a bar
+from it; other handlers write it at a low rate (`ProgressThrottle`).
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 from hv_batch.job.formatting import clock
 
 LINE_EVERY_S = 30.0  # a job log of a night stays under a thousand lines
-RECORD_EVERY_S = 0.2  # what a bar on a terminal needs; the driver's loop turns far more often
+RECORD_EVERY_S = 0.2  # a smooth bar needs no more; the driver's loop iterates much more often
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """How far a run is."""
+    """The counts of a run's samples and workers at one time."""
 
     total: int
     committed: int
     quarantined: int
-    done_before: int  # terminal samples that this run found, of `committed` and `quarantined`
-    starting: int  # workers that are being placed or load their weights
+    done_before: int  # of `committed` and `quarantined`, the samples done by earlier commands
+    starting: int  # workers that wait for resources or load their weights
     encoding: int
     denoising: int
     decoding: int
-    spooled: int = 0  # videos on the disks of nodes, while the output root does not answer
+    spooled: int = 0  # finished videos on the disks of nodes, because the output root does not answer
     elapsed_s: float = 0.0
     eta_s: float | None = None  # None before a second sample is done
 
@@ -56,13 +56,13 @@ class Snapshot:
 
 
 class EtaEstimator:
-    """The mean rate since the first sample was done: the time of starting and loading says nothing about the rest."""
+    """Estimates the remaining time from the mean rate since the first sample was done, so without the start."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
 
     def eta_s(self, snapshot: Snapshot, now: float) -> float | None:
-        """Seconds to the end; None before a second sample is done."""
+        """Seconds until all samples are done; None before a second sample is done. `now` is a monotonic time."""
         done_here = snapshot.terminal - snapshot.done_before
         if self._first is None:
             self._first = (now, done_here) if done_here > 0 else None
@@ -74,7 +74,7 @@ class EtaEstimator:
 
 
 class ProgressThrottle(logging.Filter):
-    """Lets one progress record pass every `every_s` seconds, and every other record."""
+    """Passes at most one progress record per `every_s` seconds, and all other records."""
 
     def __init__(self, every_s: float = LINE_EVERY_S) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ProgressThrottle(logging.Filter):
 
 
 class ProgressLog:
-    """Emits progress records of a run that begins now, at most one every `RECORD_EVERY_S`."""
+    """Emits the progress records of a run that starts now, at most one per `RECORD_EVERY_S`."""
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
@@ -99,7 +99,7 @@ class ProgressLog:
         self._next = 0.0
 
     def log(self, snapshot: Snapshot) -> None:
-        """Call as often as convenient; `elapsed_s` and `eta_s` of the snapshot are filled in here."""
+        """May be called at any rate. Sets `elapsed_s` and `eta_s` of the snapshot."""
         now = time.monotonic()
         if now < self._next:
             return

@@ -1,4 +1,4 @@
-"""From an exception to a failure class: the one place that knows Ray's, torch's and the system's errors (design 6)."""
+"""Maps an exception to a failure class. Only this module interprets the errors of Ray, torch and the system."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ECHILD}  # the node's limits
 
-# torch.distributed raises plain RuntimeErrors; what it says of its transport is all there is to tell a lost peer from a
-# fault of the model.
+# torch.distributed raises plain RuntimeErrors. Only the words about the transport distinguish a lost peer from a fault
+# of the model.
 COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|socket|process group|store->|broken pipe", re.I)
 
-# After one of these a process's CUDA context stays broken: every later task would fail in it.
+# After one of these errors the CUDA context of the process stays broken: every later task in it would fail.
 DEVICE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|uncorrectable ECC", re.I)
 
-# When several ranks of a group fail at once, the others' errors are collateral: the most telling one speaks for all.
+# If several ranks of a group fail together, most of the errors are consequences of one. The class that comes first here
+# determines the failure of the group.
 MOST_TELLING = (
     FailureClass.PREEMPTED,
     FailureClass.FATAL,
@@ -35,30 +36,31 @@ MOST_TELLING = (
 
 
 class LatentsGoneError(Exception):
-    """The final latents a decode was to start from are neither in the object store nor in the output root."""
+    """The final latents that a decode needs are neither in the object store nor in the output root."""
 
 
 class NodeError(Exception):
-    """What this node lacks to work (disk for temporary files, a program); another node may have it."""
+    """This node lacks something that another node may have: disk space for temporary files, a program, GPU memory."""
 
 
-# A lost input object surfaces as the consumer's own task error with a Ray error as its cause.
+# Causes that lie outside the sample. Ray reports a lost input object as a task error whose cause is a Ray error.
 NOT_THE_SAMPLE = (RayError, MemoryError, TimeoutError, LatentsGoneError, NodeError)
 
 
 def classify(error: BaseException, where: str = "") -> Failure:
-    """The failure class of an exception that `ray.get` raised for a task of worker `where`."""
+    """The failure for an exception that `ray.get` raised for a task of worker `where`."""
     if isinstance(error, RayTaskError):
-        return _of_task(error.cause, str(error), where)  # Ray prints a task's error as the remote traceback
+        return _of_task(error.cause, str(error), where)  # str() of a RayTaskError is the remote traceback
     if isinstance(error, RayActorError) and getattr(error, "preempted", False):
         return Failure(FailureClass.PREEMPTED, f"its node was preempted: {error}", where=where).trimmed()
     return Failure(FailureClass.INFRA, f"{type(error).__name__}: {error}", where=where).trimmed()
 
 
 def worker_survives(error: BaseException) -> bool:
-    """Whether the actor that raised is fit for another task.
+    """Whether the actor can run another task after this error.
 
-    Its own exception left it alive, with a working device; or the task never began, because an input was lost.
+    True if the task raised an exception that leaves the device usable, or if the task did not start because an input
+    was lost.
     """
     if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
         return input_was_lost(error)
@@ -66,26 +68,29 @@ def worker_survives(error: BaseException) -> bool:
 
 
 def input_was_lost(error: BaseException) -> bool:
-    """Whether the task never began because the object it was to work on is gone with a node."""
+    """Whether the task did not start because one of its input objects was lost with a node."""
     return isinstance(error, RayTaskError) and isinstance(error.cause, ObjectLostError)
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether it speaks of the GPU, so of its node."""
+    """Whether the GPU of the task failed. Such a failure counts against the node."""
     return isinstance(error, RayTaskError) and _is_device_fault(error.cause)
 
 
 def is_node_fault(error: BaseException) -> bool:
-    """Whether its node lacks something that another may have."""
+    """Whether the node of the task lacks something that another node may have."""
     return isinstance(error, RayTaskError) and isinstance(error.cause, NodeError)
 
 
 def is_collateral(error: BaseException) -> bool:
-    """Whether a rank only says that its group fell apart, which says nothing of its own node."""
+    """Whether the error of a rank is a broken collective. Another rank caused it, so it does not count against the node
+    of this one.
+    """
     return isinstance(error, RayTaskError) and _is_collective(error.cause)
 
 
 def most_telling(failures: Sequence[Failure]) -> Failure:
+    """The failure that represents several simultaneous ones of a group, by the order of `MOST_TELLING`."""
     return min(failures, key=lambda failure: MOST_TELLING.index(failure.kind))
 
 
@@ -98,13 +103,13 @@ def _of_task(cause: BaseException, traceback: str, where: str) -> Failure:
     elif isinstance(cause, OSError):
         kind = _of_system(cause)
         if kind is FailureClass.FATAL:
-            remedy = "free some space there" if cause.errno in DISK_FULL else "grant access to it"
-            message = f"the output root cannot be written: {cause}; {remedy}, or choose another one"
+            remedy = "free space there" if cause.errno in DISK_FULL else "grant access to it"
+            message = f"the output root cannot be written: {cause}; {remedy}, or choose another output root"
     elif isinstance(cause, NOT_THE_SAMPLE) or _is_device_fault(cause) or _is_collective(cause):
         kind = FailureClass.INFRA
     else:
         kind = FailureClass.POISON
-    if kind is FailureClass.FATAL:  # the user's to mend: where in our code it was found says nothing
+    if kind is FailureClass.FATAL:  # the user fixes it by the message; a traceback of this package does not help
         traceback = ""
     return Failure(kind, message, traceback, where, begin_anew=isinstance(cause, LatentsGoneError)).trimmed()
 

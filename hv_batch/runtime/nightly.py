@@ -1,7 +1,7 @@
-"""The unattended night: the partition of a date, after what earlier nights have left, until a deadline.
+"""The nightly job: resumes unfinished runs of earlier dates, then renders the partition of a date, until a deadline.
 
-Every night has an output root of its own, named after its date. Whatever happens to one night, the others are still
-tried (P5), and the last word is one line of JSON for a pager to read.
+Each date has an output root of its own, named after it. A failure of one night does not prevent the others (P5). At the
+end the job prints one line of JSON for monitoring.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from hv_batch.runtime.render import ExitCode, render
 
 logger = logging.getLogger(__name__)
 
-PLACE = "{date}"  # in a manifest's URL; becomes 2026-11-20
+PLACE = "{date}"  # in a manifest's URL; replaced by a date such as 2026-11-20
 
-# From best to worst: a night that failed wakes somebody, one that was stopped goes on tomorrow.
+# From best to worst. A failed night needs attention; a stopped one is resumed by the next job.
 OUTCOMES = {
     ExitCode.COMMITTED: "committed",
     ExitCode.QUARANTINED: "quarantined",
@@ -38,13 +38,13 @@ OUTCOMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Night:
-    """What became of one date's partition."""
+    """The result of one date's partition."""
 
     date: str
     output: str
-    outcome: str  # of OUTCOMES
+    outcome: str  # one of OUTCOMES
     seconds: float
-    committed: int | None = None  # None where no summary was written
+    committed: int | None = None  # None if there is no summary
     quarantined: int | None = None
     pending: int | None = None
     error: str | None = None
@@ -52,19 +52,19 @@ class Night:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NightlyRequest:
-    """What to render tonight. `manifest` holds PLACE; `output` is the folder that the nights' roots are in."""
+    """What to render. `manifest` contains PLACE; `output` is the folder of the nights' output roots."""
 
     config: RunConfig
     manifest: str
     output: str
     day: date
-    until: datetime | None  # a time by which all work must have ended
-    catch_up: int  # days before `day` whose unfinished runs are resumed first
+    until: datetime | None  # the time at which all work must have ended
+    catch_up: int  # number of days before `day` whose unfinished runs are resumed first
 
     def __post_init__(self) -> None:
         if PLACE not in self.manifest:
             raise UserError(
-                f"The manifest {self.manifest} is the same on every date: put {PLACE} where the date belongs, as in "
+                f"The manifest {self.manifest} is the same on every date: insert {PLACE} in place of the date, as in "
                 f"s3://bucket/prompts/date={PLACE}/prompts.parquet."
             )
 
@@ -72,25 +72,28 @@ class NightlyRequest:
         return f"{self.output.rstrip('/')}/{day.isoformat()}"
 
 
-def render_night(orders: NightlyRequest, *, address: str | None, report: TextIO) -> ExitCode:
-    """Catch up, render the date, and write the line to `report`. The exit code is that of the worst night."""
+def render_night(request: NightlyRequest, *, address: str | None, report: TextIO) -> ExitCode:
+    """Resume unfinished runs, render the date, and write the line of JSON to `report`.
+
+    Returns the exit code of the worst night.
+    """
     begun, stopped = time.monotonic(), Event()
 
     def attempt(day: date) -> Night:
         def work() -> ExitCode:
-            tonight = orders.config, orders.manifest.replace(PLACE, day.isoformat())
-            config, manifest = tonight if day == orders.day else read_run_config(orders.root(day))
-            with stop_in_time(orders.until, config.timeouts.drain_s, stopped):
-                return render(config, manifest, orders.root(day), address=address, stopped=stopped)
+            own = request.config, request.manifest.replace(PLACE, day.isoformat())
+            config, manifest = own if day == request.day else read_run_config(request.root(day))
+            with stop_in_time(request.until, config.timeouts.drain_s, stopped):
+                return render(config, manifest, request.root(day), address=address, stopped=stopped)
 
-        logger.info(f"night of {day}: {orders.root(day)}")
-        return _judge(day, orders.root(day), work, stopped)
+        logger.info(f"night of {day}: {request.root(day)}")
+        return _run_night(day, request.root(day), work, stopped)
 
-    nights = [attempt(day) for day in (*_earlier(orders), orders.day)]
+    nights = [attempt(day) for day in (*_earlier(request), request.day)]
     worst = max((code for night in nights for code, name in OUTCOMES.items() if name == night.outcome), key=_badness)
     line = {
         "schema": "hv_batch/night/1",
-        "date": orders.day.isoformat(),
+        "date": request.day.isoformat(),
         "outcome": OUTCOMES[worst],
         "exit_code": int(worst),
         "seconds": round(time.monotonic() - begun, 1),
@@ -100,19 +103,19 @@ def render_night(orders: NightlyRequest, *, address: str | None, report: TextIO)
     return worst
 
 
-def unfinished(orders: NightlyRequest) -> Iterator[date]:
-    """The days before, oldest first, whose run was begun and has not ended. A day without a run is nobody's order."""
-    for back in range(orders.catch_up, 0, -1):
-        day = orders.day - timedelta(days=back)
-        store = Store(orders.root(day))
+def unfinished(request: NightlyRequest) -> Iterator[date]:
+    """The earlier days, oldest first, whose run was started and is not finished. Days without a run are skipped."""
+    for back in range(request.catch_up, 0, -1):
+        day = request.day - timedelta(days=back)
+        store = Store(request.root(day))
         if store.exists(layout.RUN) and not store.exists(layout.SUCCESS):
             yield day
 
 
-def _earlier(orders: NightlyRequest) -> list[date]:
+def _earlier(request: NightlyRequest) -> list[date]:
     try:
-        return list(unfinished(orders))
-    except (OSError, UserError) as problem:  # tonight's own attempt will say it in the report
+        return list(unfinished(request))
+    except (OSError, UserError) as problem:  # the run of `request.day` fails for the same reason, and is reported
         logger.warning(f"cannot look for unfinished nights: {problem}")
         return []
 
@@ -122,24 +125,24 @@ def which_day(text: str | None, now: datetime) -> date:
     try:
         return date.fromisoformat(text) if text else now.date() - timedelta(days=1)
     except ValueError:
-        raise UserError(f"--date {text!r} is not a date; give year, month and day, as 2026-11-20.") from None
+        raise UserError(f"--date {text!r} is not a date; use YYYY-MM-DD, for example 2026-11-20.") from None
 
 
 def next_time(text: str, now: datetime) -> datetime:
-    """The next moment at which a clock of this machine shows `text` (HH:MM), in a night of a time change, too.
+    """The next time at which a clock of this machine shows `text` (HH:MM), also across a change to or from summer time.
 
-    `now` is its local time, without a zone. Raises UserError for anything else than a time.
+    `now` is the local time, without a time zone. Raises UserError if `text` is not a time.
     """
     try:
         clock = datetime.strptime(text, "%H:%M").time()
     except ValueError:
-        raise UserError(f"--until {text!r} is not a time of day; give hours and minutes, as 06:30.") from None
+        raise UserError(f"--until {text!r} is not a time of day; use HH:MM, for example 06:30.") from None
     today = now.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
     return (today if today > now else today + timedelta(days=1)).astimezone()
 
 
-def _judge(day: date, output: str, work: Callable[[], ExitCode], stopped: Event) -> Night:
-    """Do a night's `work`, unless the time is up, and say what became of it."""
+def _run_night(day: date, output: str, work: Callable[[], ExitCode], stopped: Event) -> Night:
+    """Call `work`, unless the deadline has passed, and return the result of the night."""
     begun = time.monotonic()
     error = None
     try:
@@ -164,15 +167,15 @@ def _counts(store: Store) -> dict[str, Any]:
     try:
         summary = json.loads(store.get(layout.SUMMARY))
         return {name: summary[name] for name in ("committed", "quarantined", "pending")}
-    except (OSError, UserError):  # none was written; or the store is what failed, and that is told already
+    except (OSError, UserError):  # there is none, or the store fails, which the night's error already says
         return {}
-    except (ValueError, KeyError, TypeError):  # damaged; the pager's line must not be lost with it
+    except (ValueError, KeyError, TypeError):  # damaged: the line of JSON must be printed nevertheless
         return {}
 
 
 @contextmanager
 def stop_in_time(until: datetime | None, drain_s: float, stopped: Event) -> Iterator[None]:
-    """Ask for a drain so early that it has ended by `until`."""
+    """Set `stopped` `drain_s` seconds before `until`, so that the drain ends by then."""
     if until is None:
         yield
         return

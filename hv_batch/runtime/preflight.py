@@ -1,4 +1,4 @@
-"""Every check that needs no cluster, before Ray is started."""
+"""Checks a run and resolves its config before Ray is started: everything that needs no cluster."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ from hv_batch.runtime.run_context import RunContext, short_id
 
 logger = logging.getLogger(__name__)
 
-# What a record's reader needs to reproduce its bytes.
+# Packages whose versions are recorded, because the bytes of a video may depend on them.
 RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
+    """A run that has passed all checks."""
+
     context: RunContext
     index: Index
     plan: PendingSamples
@@ -49,29 +51,31 @@ class PreparedRun:
 def prepare_run(
     config: RunConfig, manifest: Manifest, store: Store, spool: Store, selection: Selection | None
 ) -> PreparedRun:
-    """Every check that needs no cluster; writes nothing but the probe of the output root.
+    """Check the engine, its weights, ffmpeg, the manifest and the GPU memory.
 
-    Raises UserError that tells what is wrong with the engine, its weights and the manifest, all at once.
+    Writes only the index of the manifest into `spool`, a temporary folder, and the probe of the output root.
+
+    Raises UserError with all problems of the engine, ffmpeg and the manifest at once.
     """
-    found: list[str] = []
-    with _collected(found):
+    problems: list[str] = []
+    with _collected(problems):
         engine = build_engine(config.model.engine, config.model.options)
         _check_engine(engine, config)
-    with _collected(found):
+    with _collected(problems):
         check_encoder(config.media)
-    with _collected(found):
+    with _collected(problems):
         index = _read_manifest(config, manifest, store, spool)
         plan = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
-    if found:
-        raise UserError("\n".join(found))
-    # Last: they trust the options that the engine has accepted.
+    if problems:
+        raise UserError("\n".join(problems))
+    # Only now, because these checks require options that the engine has accepted.
     run = resolve_run(config, index.summary.shapes, _recorded_plans(store))
     groups = run.groups
     if len(groups.plans) > 1:
-        told = ", ".join(f"{plan.world_size} for {len(groups.shapes(plan))} shape(s)" for plan in groups.plans)
-        logger.info(f"groups of several sizes, in ranks: {told}")
+        sizes = ", ".join(f"{plan.world_size} for {len(groups.shapes(plan))} shape(s)" for plan in groups.plans)
+        logger.info(f"groups of several sizes, in ranks: {sizes}")
     check_memory(run)
-    _refuse([fault for plan in groups.plans for fault in engine.group_problems(plan, groups.shapes(plan))], config)
+    _refuse([problem for plan in groups.plans for problem in engine.group_problems(plan, groups.shapes(plan))], config)
     versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
@@ -89,7 +93,7 @@ def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:
 
 
 def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store) -> Index:
-    """From the index in the output root where it is of this manifest, else checked anew into the spool."""
+    """The index in the output root if it is that of this manifest; otherwise, check and index the manifest."""
     index = load_index(store, manifest, config)
     if index:
         logger.info(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")
@@ -103,11 +107,11 @@ def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: S
 
 
 @contextmanager
-def _collected(found: list[str]) -> Iterator[None]:
+def _collected(problems: list[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        found.append(str(error))
+        problems.append(str(error))
 
 
 def _check_engine(engine: Engine, config: RunConfig) -> None:
@@ -115,9 +119,10 @@ def _check_engine(engine: Engine, config: RunConfig) -> None:
     _refuse(engine.check() + (engine.group_problems(plan) if plan else []), config)
 
 
-def _refuse(found: list[str], config: RunConfig) -> None:
-    if found:
-        listing = "\n".join(f"  - {problem}" for problem in found)
+def _refuse(problems: list[str], config: RunConfig) -> None:
+    """Raises UserError if there are problems."""
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"The engine {config.model.engine} cannot render with this config:\n{listing}")
 
 

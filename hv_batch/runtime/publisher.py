@@ -1,7 +1,8 @@
-"""From decoded frames to a committed video, on the node that decodes it: whoever decodes publishes through this.
+"""Writes decoded frames to media files and commits them. Decoder actors and rank 0 of a decoding group use it.
 
-The order is that of P1: media under a name made of their hash, then the record, which is the commit; only then goes
-what led there (latents, step checkpoint). While the output root does not answer, all of it goes to the node's spool.
+The order of the writes implements P1: the media under a name that contains their hash, then the record, which is the
+commit. The latents and the step checkpoint are deleted last. While the output root does not answer, media and record
+go to the spool on the node's disk.
 """
 
 from __future__ import annotations
@@ -38,27 +39,27 @@ from hv_batch.runtime.run_context import RunContext, StageReport, see_output_roo
 logger = logging.getLogger(__name__)
 
 SCRATCH = "hv_batch-"
-SCRATCH_AGE_S = 6 * 3600.0  # older than any encoding: what is left by a process that was killed
+SCRATCH_AGE_S = 6 * 3600.0  # longer than any encode takes: an older folder belongs to a process that was killed
 
 Stages = Mapping[str, StageReport]
 
 
 def sweep_scratch(folder: Path) -> None:
-    """Remove the temporary folders that killed decoders have left behind."""
+    """Remove the temporary folders of killed decoders from `folder`."""
     for path in folder.glob(f"{SCRATCH}*-*"):
-        with suppress(OSError):  # another decoder of this node sweeps too
+        with suppress(OSError):  # another decoder of this node may remove it at the same time
             if time.time() - path.stat().st_mtime > SCRATCH_AGE_S:
                 shutil.rmtree(path)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedVideo:
-    """A video that is to be committed."""
+    """A decoded video that is not committed yet."""
 
     sample: Sample
     media: MediaInfo
-    seconds: float  # that its decode took
-    stages: Stages  # behind it
+    seconds: float  # duration of its decode
+    stages: Stages  # reports of the stages before the decode
     failures: Sequence[Failure]
 
     @property
@@ -73,33 +74,37 @@ class DecodedVideo:
 
     @property
     def files(self) -> dict[str, Path]:
-        """All that belong to it, by their keys."""
+        """The local paths of its files by their keys in the output root."""
         poster = {self.poster_file: self.media.poster.path} if self.media.poster and self.poster_file else {}
         return {self.file: self.media.path} | poster
 
 
 class Publisher:
-    """Of the worker `name`. `count` grows with every frame that was written."""
+    """Publishes the videos of the worker `name`. `count` is the number of frames written so far."""
 
     def __init__(self, context: RunContext, name: str) -> None:
         self._context = context
         self._name = name
         self._spool = Spool(context.config.output, context.store, context.fingerprint)
-        self._away_until = 0.0  # on the monotonic clock: the output root has not answered, and is not asked before
+        self._away_until = 0.0  # monotonic time until which the output root is assumed unreachable
         self.count = 0
 
     def check(self) -> None:
-        """Whether this node can publish; raises UserError where it does not see the output root or has no encoder."""
+        """Check that this node can publish, and remove leftovers of killed processes from its disk.
+
+        Raises UserError if the node does not see the output root or ffmpeg lacks the encoder.
+        """
         see_output_root(self._context.store)
         sweep_scratch(Path(tempfile.gettempdir()))
         self._spool.remove_stale()
-        check_encoder(self._context.config.media)  # a node without ffmpeg is found here, not at its first sample
+        check_encoder(self._context.config.media)  # otherwise a node without ffmpeg would fail at its first sample
 
     def is_committed(self, sample: Sample) -> bool:
-        """Asked before a decode: an earlier try may have committed and died before it could say so.
+        """Whether the sample has a commit record. Called before a decode, because an earlier try may have committed the
+        sample and died before it could report that.
 
-        While the output root does not answer, nobody knows; then False where the video could wait in the spool, else
-        StorageUnavailableError: a question finds out in place of a decode, which takes half a minute of a GPU.
+        If the output root does not answer, returns False if the spool has room for the video. Otherwise raises
+        StorageUnavailableError: a failed decode would waste half a minute of a GPU.
         """
         has_room = partial(self._spool.has_room, sample.params.latent_bytes)
         if self._is_away() and has_room():
@@ -116,14 +121,20 @@ class Publisher:
         return found
 
     def stored(self, sample: Sample) -> tuple[np.ndarray, Stages]:
-        """The final latents in the output root, and the reports of the stages behind them."""
+        """The final latents in the output root, [C, T, H, W], and the reports of the stages that made them.
+
+        Raises LatentsGoneError if there are none of this run.
+        """
         stored = get_latents(self._context.store, sample, sample_identity(sample, self._context.fingerprint))
         if stored is None:
             raise LatentsGoneError(f"no stored latents of sample {sample.key} that belong to this run")
         return stored.latents, {name: StageReport.from_dict(report) for name, report in stored.stages.items()}
 
     def write(self, sample: Sample, chunks: Iterable[np.ndarray], folder: Path) -> MediaInfo:
-        """The video in a file of `folder`, named after the sample."""
+        """Encode the frames, uint8 [F, H, W, 3] per chunk, to a media file in `folder`, named after the sample.
+
+        Raises NodeError if the disk of the node is full.
+        """
         params, media = sample.params, self._context.config.media
         try:
             return write_media(
@@ -141,14 +152,14 @@ class Publisher:
             raise
 
     def publish(self, made: Sequence[DecodedVideo]) -> list[str | None]:
-        """Commit each of what was decoded, unless another has (P1).
+        """Commit each video, unless the sample is already committed (P1).
 
-        The answers are None, or the id of this node where the output root did not answer and the video waits in the
-        spool. Raises StorageUnavailableError where there is no room for it either.
+        Returns, per video, None if it is committed, or the id of this node if the output root did not answer and the
+        video waits in the spool. Raises StorageUnavailableError if the spool has no room either.
         """
         try:
             if self._is_away():
-                raise StorageUnavailableError("the output root did not answer a moment ago")
+                raise StorageUnavailableError("the output root did not answer to a recent request")
             with self._noting_outages():
                 with stopwatch() as uploading:
                     self._context.store.put_finished({name: path for one in made for name, path in one.files.items()})
@@ -160,7 +171,7 @@ class Publisher:
         except StorageUnavailableError:
             if not all([self._spool.add(self._record(one, {"spooled": True}), one.files) for one in made]):
                 raise
-            self._log(made, "the output root does not answer; kept on this node's disk")
+            self._log(made, "the output root does not answer, spooled on this node's disk")
             return [ray.get_runtime_context().get_node_id()] * len(made)
         self._log(made, "committed")
         return [None] * len(made)
@@ -205,5 +216,5 @@ class Publisher:
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for the videos of a task, named so that `sweep_scratch` finds it."""
+    """A temporary folder for the videos of a task. `sweep_scratch` recognizes its name."""
     return tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-")

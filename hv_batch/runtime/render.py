@@ -1,7 +1,7 @@
-"""One whole run, from a checked config to a finished output root: what `hv-batch run` and jobs/render.py call.
+"""One whole run, from a validated config to a finished output root: `hv-batch run` and jobs/render.py call `render`.
 
-Everything that can be found wrong is found in `prepare_run`, before Ray is touched (P6); everything that is rendered is
-found again by the same call after a crash (P2).
+`prepare_run` makes every check that needs no cluster before Ray is started (P6). After a crash the same call resumes
+the run (P2).
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def render(
     stopped: Event | None = None,
     failed_only: bool = False,
 ) -> ExitCode:
-    """Render what `output_url` lacks of the manifest, or of a selection of it; `failed_only` what was given up there.
+    """Render the samples of the manifest, or of a selection of it, that have no record in `output_url`.
 
-    While another driver is writing there this is refused, unless `steal` makes that one stop. `stopped` may be set by
-    anybody to end the run after a drain; SIGTERM and SIGINT set it, too. Raises UserError, which means exit code 1.
+    `failed_only` renders only the quarantined samples of the selection. While another driver holds the output root, the
+    run is refused; with `steal` it takes the root over and the other driver stops. If `stopped` is set, the run drains
+    and ends; SIGTERM and SIGINT set it as well. Raises UserError for every error that the user can fix (exit code 1).
     """
     with _stop_signals(stopped) as stopped, tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
         try:
@@ -71,16 +72,16 @@ def render(
             if failed_only:
                 selection = only_failed(store, selection or Selection())
                 if not selection.failed:
-                    logger.info(f"nothing to render: no such sample of {public_url(store.url)} was given up")
+                    logger.info(f"nothing to render: no such sample of {public_url(store.url)} is quarantined")
                     return ExitCode.COMMITTED
             job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection)
             return _render(job, address, stopped, steal)
         except KeyboardInterrupt:
-            logger.info("stopped at once; run the same command again to go on")
+            logger.info("stopped at once; run the same command again to resume")
             return ExitCode.STOPPED
-        except OSError as error:  # a store that went away, a disk that is full: nothing of ours is broken
+        except OSError as error:  # an unreachable store or a full disk: the user can fix these
             raise UserError(
-                f"{error}. What is committed stays; mend this and run the same command again to go on."
+                f"{error}. Committed samples are safe; fix this and run the same command again to resume."
             ) from error
 
 
@@ -90,10 +91,10 @@ def _render(job: PreparedRun, address: str | None, stopped: Event, steal: bool) 
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
     me = this_process("run", submission_id())
-    # Held before Ray is asked for anything: a second driver would wait for GPUs that the first one has.
+    # The lease is taken before Ray is used: otherwise a second driver would wait for the GPUs of the first one.
     with hold_lease(store, me, steal=steal, wait=stopped.wait) as lease:
         if lease is None:
-            logger.info("stopped while waiting for the output root; nothing was begun")
+            logger.info("stopped while waiting for the output root; nothing was started")
             return ExitCode.STOPPED
         return _render_pending(job, address, stopped, lease)
 
@@ -103,22 +104,21 @@ def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease
     run = job.context.run
 
     def should_stop() -> bool:
-        lease.check()  # raises where the root is another driver's now: a drain would only render what that one renders
+        lease.check()  # raises if another driver has taken the root over: a drain would render samples twice
         return stopped.is_set()
 
     logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
     with ray_session(run, address) as local, _stop_signals(stopped):
-        patience_s = 0.0 if local else config.timeouts.start_s
-        shortage = ResourceShortage(run, patience_s=patience_s)
+        shortage = ResourceShortage(run, timeout_s=0.0 if local else config.timeouts.start_s)
         if not await_resources(shortage, should_stop):
-            logger.info("stopped while waiting for nodes; nothing was begun")
+            logger.info("stopped while waiting for nodes; nothing was started")
             return ExitCode.STOPPED
-        # Only now is the root claimed: whoever asked for more than there is may ask for something else.
+        # The root gets its run.json only now, so that a config that asks for too much can still be changed.
         open_run(store, job.document)
         job.index.publish(store)
         if plan.takes_back:
-            logger.info(f"taken back of the quarantine: {plan.take_back()} samples")
+            logger.info(f"released from quarantine: {plan.take_back()} samples")
         driver = Driver(job.context, plan, plan.total, kinds, shortage, should_stop)
         if job.state is RunState.RESUMED:
             driver.commit_spooled()
@@ -129,43 +129,44 @@ def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease
 
 def _close(store: Store, plan: PendingSamples, outcome: Outcome, stopped: Event) -> ExitCode:
     counts = plan.counts
-    found = counts.committed_before + counts.quarantined_before
-    told = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {found} were done before"
+    done_before = counts.committed_before + counts.quarantined_before
+    totals = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {done_before} were done before"
     if outcome.drained:
-        # No summary: reading every record of a large run would outlast the patience of whoever sent the signal.
-        logger.info(f"stopped after {clock(outcome.seconds)}: {told}; run the same command again to go on")
+        # No summary, because reading every record of a large run takes longer than a stopped process may live.
+        logger.info(f"stopped after {clock(outcome.seconds)}: {totals}; run the same command again to resume")
         return ExitCode.STOPPED
     timing = {"loop_max_s": outcome.loop_max_s}
     if not plan.is_whole and (left := read_status(store).pending):
-        # Nothing is summed up: that is for the command which renders the last sample.
+        # No summary: the command that renders the last sample writes it.
         logger.info(
-            f"finished the selection after {clock(outcome.seconds)}: {told}; {left} samples outside it are left",
+            f"finished the selection after {clock(outcome.seconds)}: {totals}; {left} samples outside it are pending",
             extra=timing,
         )
         return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
-    # Of this command alone, unlike the rest of the summary: a resume may run on other nodes.
+    # These facts are about this command only, unlike the rest of the summary: a resume may run on other nodes.
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
     summary = _finish(store, own, Outage(), stopped)
-    logger.info(f"finished after {clock(outcome.seconds)}: {told}", extra=timing)
+    logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
     if groups := outcome.losses.describe():
-        logger.info(f"denoise groups lost on the way: {groups}")
+        logger.info(f"denoise groups lost during the run: {groups}")
     if pending := summary["pending"]:
         raise UserError(
-            f"{pending} samples that were rendered have no record in {public_url(store.url)}. Either somebody removes "
-            "objects there, or the actors write to another place than this driver reads. Mend that and run again."
+            f"{pending} samples that were rendered have no record in {public_url(store.url)}. Either another process "
+            "removes objects there, or the actors write to a place that this driver does not read. Fix that and run "
+            "the same command again."
         )
     if unsealed := summary["shards"] - summary["shards_sealed"]:
         raise UserError(
-            f"Every sample of {public_url(store.url)} is done, but {unsealed} shard(s) could not be sealed, as said "
-            "above. Run the same command again: it seals them and renders nothing."
+            f"Every sample of {public_url(store.url)} is done, but {unsealed} shard(s) could not be sealed; the "
+            "warnings above give the reasons. Run the same command again: it seals them and renders nothing."
         )
     return _exit_code(summary)
 
 
 def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stopped: Event) -> dict[str, Any]:
-    """Write summary, report and seal, however often it takes; `own` are facts that no record holds.
+    """Write the summary, the report and _SUCCESS; retry while the output root does not answer. Returns the summary.
 
-    Raises KeyboardInterrupt when stopped while it waits.
+    `own` are facts that no record holds. Raises KeyboardInterrupt if a stop is requested during an outage.
     """
     while True:
         try:
@@ -185,9 +186,9 @@ def _exit_code(summary: dict[str, Any]) -> ExitCode:
 
 @contextmanager
 def _stop_signals(stopped: Event | None = None) -> Iterator[Event]:
-    """SIGTERM and SIGINT set the event: a handler does nothing else. A second one ends the process at once.
+    """Let SIGTERM and SIGINT set the event. A second signal raises KeyboardInterrupt.
 
-    Used again after `ray.init`, which installs handlers of its own.
+    Called again after `ray.init`, which installs handlers of its own.
     """
     stopped = stopped or Event()
 
@@ -213,11 +214,10 @@ def resume(
     steal: bool = False,
     stopped: Event | None = None,
 ) -> ExitCode:
-    """Render what is left of the run at `output`, or of a selection of it, with the config and the manifest it was
-    begun with.
+    """Resume the run at `output`, or a selection of it, with the config and the manifest recorded in its run.json.
 
-    `manifest` is where the same manifest is now, should it have moved; `steal` as in `render`. Raises UserError when
-    there is no run, or its run.json does not hold everything.
+    `manifest` is the new location if the manifest has moved; `steal` and `stopped` as in `render`. Raises UserError if
+    there is no run, or if its run.json is incomplete.
     """
     config, recorded = read_run_config(output)
     urls = manifest or recorded

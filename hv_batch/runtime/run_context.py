@@ -1,4 +1,4 @@
-"""What every actor of a run is given, and what it reports back: small messages that travel through Ray."""
+"""The arguments and reports of a run's actors: small messages that travel through Ray."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from hv_batch.protocol import Engine, UserError
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """One run as its actors see it."""
+    """Everything that the actors of a run share. Every actor gets a copy when it starts."""
 
     run: ResolvedRun
     engine: Engine
     store: Store
     fingerprint: str
     versions: Mapping[str, str]
-    log: LogSettings = LogSettings()
+    log: LogSettings = field(default_factory=LogSettings)
 
     @property
     def config(self) -> RunConfig:
         return self.run.config
 
     def configure_actor(self, name: str) -> None:
-        """In an actor of this run: log as the driver does, with the run and the actor's name in every record."""
+        """Configure the logging of an actor like the driver's, with the run and the actor's name in every record."""
         configure_logging(self.log, run=short_id(self.fingerprint), worker=name)
 
 
 def short_id(fingerprint: str) -> str:
-    """The run as log records name it."""
+    """The short name of the run in log records."""
     return fingerprint[:8]
 
 
 def see_output_root(store: Store) -> None:
-    """Raises UserError where the output root is not the one that the driver has claimed."""
+    """Check that this node reads the output root to which the driver writes. Raises UserError if it does not."""
     if not store.exists(layout.RUN):
         node = ray.util.get_node_ip_address()
         raise UserError(
-            f"The node {node} does not see the output root {public_url(store.url)}: it finds no {layout.RUN} there, "
-            "which the driver has written. Give storage that every node of the cluster shares, as a URL or as a folder "
-            "that is mounted everywhere."
+            f"The node {node} does not see the output root {public_url(store.url)}: {layout.RUN}, which the driver has "
+            "written, does not exist there. Use storage that every node of the cluster can reach: a URL, or a folder "
+            "that is mounted on every node."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """What one stage did for one sample: goes into the commit record."""
+    """How one stage processed one sample. It becomes part of the commit record."""
 
     seconds: float
     node: str
     worker: str
     details: Mapping[str, Any] = field(default_factory=dict)
-    result_bytes: int = 0  # of what it handed over, where nobody knows that before; for the scheduler, not the record
+    result_bytes: int = 0  # size of the result if the scheduler cannot compute it beforehand; not in the record
 
     def to_dict(self) -> dict[str, Any]:
         return {"seconds": round(self.seconds, 3), "node": self.node, "worker": self.worker, **self.details}
@@ -77,9 +77,9 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class ProgressReport:
-    """What an actor answers while it works, whatever it is at."""
+    """The answer of an actor to a progress request."""
 
-    count: int  # grows with all progress
+    count: int  # grows with every step, text or frame
     next_within_s: float = math.inf  # the count grows again within this time; inf if that is not known
 
 

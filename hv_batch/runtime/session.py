@@ -1,4 +1,4 @@
-"""Reaching Ray: a running cluster where one is named, else a local Ray that lives as long as the command."""
+"""Connects to Ray: to a running cluster if an address is given, otherwise to a local Ray that ends with the command."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.protocol import UserError
 from hv_batch.runtime.nodes.resources import minimum_resources, total
 
-# Only embeddings and latents pass through the object store (about 30 MB a sample in flight at 720p), never frames.
-# Ray's own default would take a third of a small machine's memory for it.
+# Only embeddings and latents go through the object store (about 30 MB per sample in flight at 720p), never frames.
+# Ray's default would reserve a third of a small machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 CONNECT_TIMEOUT_S = 10.0
@@ -26,12 +26,13 @@ CONNECT_TIMEOUT_S = 10.0
 
 @contextmanager
 def ray_session(run: ResolvedRun, address: str | None) -> Iterator[bool]:
-    """Connect for the length of a `with`; yields whether the Ray is a local one of our own.
+    """Connect to Ray for the duration of the block. Yields whether it is a local Ray that this process started.
 
-    `address` None means RAY_ADDRESS, which `ray job submit` sets, and without that "local": a Ray of our own.
+    If `address` is None, the environment variable RAY_ADDRESS is used, which `ray job submit` sets. Without it the
+    address is "local". Raises UserError if no Ray answers or can be started.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # Every failed task is looked at by the driver; Ray would print the tracebacks of those it has classified as well.
+    # The driver handles the error of every task. Ray would also print the tracebacks of the ones already handled.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     if address == "local":
         _start_local(run)
@@ -44,10 +45,10 @@ def ray_session(run: ResolvedRun, address: str | None) -> Iterator[bool]:
 
 
 def submission_id() -> str | None:
-    """The name of the job that `ray job submit` started this process for; None for any other process."""
+    """The submission id of the Ray job that runs this process; None if it was not started by `ray job submit`."""
     try:
-        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-        name: str | None = told["metadata"]["job_submission_id"]
+        job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+        name: str | None = job["metadata"]["job_submission_id"]
     except (ValueError, KeyError, TypeError):
         return None
     return name
@@ -56,18 +57,18 @@ def submission_id() -> str | None:
 def _connect(address: str) -> None:
     try:
         if match := re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d+)", address):
-            # Asked first, because Ray itself tries an address that does not answer for minutes.
+            # Ray itself retries an address that does not answer for minutes.
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"No Ray cluster answers at {address}: {error}. Start one (`ray start --head`) and give the address it "
-            "prints with --address, or leave out both --address and RAY_ADDRESS for a local Ray."
+            f"No Ray cluster answers at {address}: {error}. Start one (`ray start --head`) and pass the address that "
+            "it prints with --address, or omit both --address and RAY_ADDRESS to use a local Ray."
         ) from error
 
 
 def _start_local(run: ResolvedRun) -> None:
-    # CPUs are bookkeeping to Ray. A laptop with fewer cores than the config counts runs the same actors, only slower.
+    # Ray only counts CPUs. A machine with fewer cores than the config asks for runs the same actors more slowly.
     needed = total([bundle for bundles in minimum_resources(run) for bundle in bundles]).get("CPU", 0.0)
     try:
         ray.init(
@@ -78,8 +79,9 @@ def _start_local(run: ResolvedRun) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except Exception as error:  # Ray raises bare ones, as when a busy machine takes too long
+    except Exception as error:  # Ray raises bare exceptions, for example if the start times out on a busy machine
         raise UserError(
-            f"No local Ray could be started: {error}. Run the same command again when the machine has less to do, and "
-            "see that there is memory and space in the temporary folder; or name a running cluster with --address."
+            f"No local Ray could be started: {error}. Check the free memory and the free space in the temporary "
+            "folder, and run the same command again when the machine is less busy; or use a running cluster with "
+            "--address."
         ) from error

@@ -1,4 +1,4 @@
-"""What every worker of the driver has: one actor or group behind one interface."""
+"""The interface between the driver and its workers. A worker is one pool actor or one denoise group."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from hv_batch.runtime.run_context import ProgressReport, StageReport
 Watch = Callable[[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]], None]
 
 
-# A CPU-only actor must not open a context on a GPU that belongs to somebody else; Ray leaves it all of them in sight.
+# Runtime environment of an actor without GPUs. Ray leaves all GPUs of the node visible to it, and it must not create a
+# CUDA context on a GPU that is reserved for another actor.
 HIDE_GPUS = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
 
 
 @dataclass(slots=True)
 class InFlight:
-    """One sample on its way: references and small reports, never a payload."""
+    """One sample between admission and its record. It holds references and small reports, never a payload."""
 
     sample: Sample
     embeddings: ray.ObjectRef | None = None
-    latents: ray.ObjectRef | None = None  # None also where the decoder shall read them from the output root
+    latents: ray.ObjectRef | None = None  # None also if the decoder must read them from the output root
     stages: dict[str, StageReport] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
-    earlier: tuple[Failure, ...] = ()  # of before it was taken back: they cost it no try now
-    has_steps: bool = False  # there may be a step checkpoint of it in the output root
+    earlier: tuple[Failure, ...] = ()  # from before its release from quarantine; they do not count as tries now
+    has_steps: bool = False  # the output root may hold a step checkpoint of it
 
     @property
     def history(self) -> tuple[Failure, ...]:
@@ -45,29 +46,32 @@ class InFlight:
         return len(self.history) + 1
 
     def may_resume(self) -> bool:
-        """Whether to look for a step checkpoint.
+        """Whether the next denoise may start from a step checkpoint.
 
-        Once an engine has refused its own result, what led to it is not trusted: the next try is one from the start.
+        After a POISON failure it must start from the first step, because the checkpoint may contain the fault.
         """
         return self.has_steps and all(failure.kind is not FailureClass.POISON for failure in self.failures)
 
 
 class Worker(Protocol):
-    nodes: frozenset[str]  # Ray's ids of those it stands on; none until it is placed
+    nodes: frozenset[str]  # ids of the Ray nodes on which it runs; empty until it is placed
 
     def run(self, items: Sequence[InFlight], stage: Stage) -> None: ...
 
     def poll(self, now: float) -> list[Event]:
-        """Ask for progress; also the moment to give up a start that takes too long."""
+        """Request a progress report, and end a start that has exceeded its time limit. `now` is a monotonic time."""
         ...
 
     def kill(self, *, rebuild: bool = False) -> None:
-        """End this life. With `rebuild` the slot will have another, which may want what this one stood on."""
+        """End this incarnation. With `rebuild` the slot gets another one, which may reuse the reservation."""
         ...
 
 
 class HeartbeatPoller:
-    """Asks one actor for its progress counter, at most one question at a time, and turns changes into beats."""
+    """Polls the progress counter of one actor, and turns each change into a `Heartbeat`.
+
+    At most one request is outstanding. `count` is the last value received.
+    """
 
     def __init__(self, worker: WorkerId, actor: Any, watch: Watch) -> None:
         self._worker, self._actor, self._watch = worker, actor, watch
@@ -90,13 +94,20 @@ class HeartbeatPoller:
 
 
 def start_failure(failure: Failure) -> Failure:
-    """No sample is to blame for a worker that does not start, so what is somebody's fault counts against the slot."""
+    """The failure of a worker that did not start, as INFRA unless its class already charges no sample.
+
+    No sample caused it, so it must count against the worker's slot.
+    """
     if failure.kind in (FailureClass.FATAL, FailureClass.PREEMPTED, FailureClass.OUTAGE):
         return failure
-    return replace(failure, kind=FailureClass.INFRA, message=f"it did not start: {failure.message}")
+    return replace(failure, kind=FailureClass.INFRA, message=f"the worker did not start: {failure.message}")
 
 
 def decoded(worker: WorkerId, items: Sequence[InFlight], nodes: Sequence[str | None]) -> Event:
-    """What the answer to a decode means: each is committed, or waits on the disk of its one of `nodes`."""
+    """The event for the result of a decode task.
+
+    `nodes` has an entry for each of `items`: None if the sample is committed, or the id of the node on whose disk the
+    video waits for the output root.
+    """
     spooled = {item.sample.key: node for item, node in zip(items, nodes, strict=True) if node is not None}
     return Spooled(worker, next(iter(spooled.values())), tuple(spooled)) if spooled else TaskDone(worker)

@@ -1,4 +1,4 @@
-"""The command line where no Ray is needed: every refusal is one clear text, exit code 1, and no traceback."""
+"""Commands that need no Ray: every refusal is one clear message with exit code 1 and no traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.runs import write_config, write_manifest
 
 
 def hv_batch(*arguments):
-    """Exit code, stdout and stderr of a command in this process: to import all of it anew each time takes a minute."""
+    """Exit code, stdout and stderr of a command that runs in this process, which saves the imports."""
     stdout, stderr = io.StringIO(), io.StringIO()
     command = patch.object(sys, "argv", ["hv-batch", *map(str, arguments)])
     environment = patch.dict(os.environ, {"RAY_ADDRESS": ""})
@@ -40,7 +40,7 @@ def hv_batch(*arguments):
 
 @pytest.fixture
 def good(tmp_path):
-    """(config, manifest, output root) of a run that would go."""
+    """(config, manifest, output root) of a valid run."""
     (tmp_path / "marks").mkdir()
     config = write_config(tmp_path, tmp_path / "marks")
     return config, write_manifest(tmp_path, ["a prompt"]), tmp_path / "out"
@@ -61,7 +61,7 @@ def test_the_version_is_that_of_the_package():
 
 
 def test_every_bad_row_is_told_at_once(good, tmp_path):
-    """P6: row number, field, value and what is allowed, for all rows in one go."""
+    """P6: row number, field, value and allowed values, for all rows at once."""
     manifest = tmp_path / "bad.jsonl"
     rows = [{"prompt": "ok"}, {"prompt": "x", "height": 100}, {"prompt": ""}, {"prompt": "y", "num_frames": 8}]
     manifest.write_text("\n".join(map(json.dumps, rows)) + "\n{not json\n")
@@ -71,7 +71,7 @@ def test_every_bad_row_is_told_at_once(good, tmp_path):
 
 
 def test_unknown_config_keys_are_errors(good):
-    """P6: a misspelt key is named with the nearest known one."""
+    """P6: a misspelt key is named together with the closest known one."""
     assert "groups.cuont" in refused(*good, "groups.cuont=2")
 
 
@@ -96,13 +96,13 @@ def test_an_engine_that_is_not_there_is_told(good):
 
 
 def test_an_unwritable_output_is_told(good, tmp_path):
-    """P6: found by trying, before anything is rendered."""
+    """P6: the check writes a probe before anything is rendered."""
     (tmp_path / "file").write_text("in the way")
     assert "is a file, or lies below one" in refused(good[0], good[1], tmp_path / "file" / "out")
 
 
 def test_config_weights_and_manifest_are_told_together(good, tmp_path):
-    """P6: what is wrong with the plan does not hide what is wrong with the rows."""
+    """P6: problems of the plan and of the rows are reported together."""
     manifest = tmp_path / "bad.jsonl"
     manifest.write_text('{"prompt": ""}\n')
     text = refused(good[0], manifest, good[2], "parallel.ulysses_degree=5")
@@ -118,7 +118,7 @@ def test_an_unknown_engine_option_is_told_with_the_known_ones(good):
 
 
 def test_an_address_where_nothing_answers_is_told(good):
-    """P6: within seconds, and not in the words of a network library."""
+    """P6: the address and the remedy are in the message."""
     code, _, stderr = hv_batch(
         "run", "--config", good[0], "--manifest", good[1], "--output", good[2], "--address", "127.0.0.1:9"
     )
@@ -184,7 +184,7 @@ def test_secrets_do_not_reach_run_json_or_messages(good):
     ],
 )
 def test_messages_lose_the_secrets_of_their_urls_and_nothing_else(text, public):
-    """Safe: what drivers of stores say in their errors is logged and recorded without passwords and signatures."""
+    """Safe: errors of storage libraries are logged and recorded without passwords and signatures."""
     assert public_text(text) == public
     assert Failure(FailureClass.INFRA, text, text).to_dict()["message"] == public
     assert Failure(FailureClass.INFRA, text, text).to_dict()["traceback"] == public
@@ -192,7 +192,7 @@ def test_messages_lose_the_secrets_of_their_urls_and_nothing_else(text, public):
 
 @pytest.mark.parametrize("role", ["config", "manifest"])
 def test_a_refused_command_shows_no_secret(good, monkeypatch, role):
-    """Safe: whatever is wrong with a URL, its password is not in the answer."""
+    """Safe: the error about a URL does not contain its password."""
     url = "http://user:planted-1@127.0.0.1:9/x.jsonl?X-Amz-Signature=planted-2"
     files = {"config": good[0], "manifest": good[1], "output": good[2], role: url}
     options = [f"--{name}={value}" for name, value in files.items()]
@@ -209,7 +209,7 @@ def test_a_missing_manifest_is_told(good, tmp_path):
 
 
 def test_several_manifests_and_a_selection_are_options(good, tmp_path):
-    """P6: bad rows of all files are told together, a selection of what is not there by what would be allowed."""
+    """P6: bad rows of all files are reported together; a wrong selection is reported with the allowed values."""
     for name in ("b.jsonl", "c.jsonl"):
         (tmp_path / name).write_text('{"prompt": ""}\n')
     text = refused(good[0], good[1], good[2], "--manifest", tmp_path / "b.jsonl", "--manifest", f"{tmp_path}/c.*")
@@ -227,7 +227,7 @@ def test_status_of_something_else_is_told(tmp_path):
 
 
 def test_toy_writes_a_checkpoint_and_prints_its_path(tmp_path):
-    """What the configs' comments tell the user to run."""
+    """The command that the comments of the configs name."""
     code, stdout, _ = hv_batch("toy", tmp_path)
     assert code == 0
     assert (Path(stdout.strip()) / "hunyuan-video-t2v-720p" / "vae" / "config.json").is_file()

@@ -1,4 +1,4 @@
-"""The operator's commands as they are typed: what they print, what they change, and their exit codes."""
+"""The commands for an output root: what they print, what they change, and their exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLES = some_samples(6, height=32, width=32, num_frames=5)
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> Path:
-    """A finished root with four real videos and two samples given up."""
+    """A finished root with four real videos and two quarantined samples."""
     root = tmp_path_factory.mktemp("rendered") / "root"
     run_small(Store(str(root)), SAMPLES, poison={"s003", "s005"}, media=real_media)
     return root
@@ -32,12 +32,12 @@ def rendered(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def root(rendered, tmp_path) -> str:
-    """A copy of it to change."""
+    """A copy that the test may change."""
     return str(shutil.copytree(rendered, tmp_path / "root"))
 
 
 def test_verify_says_what_is_wrong_and_mends_it(root):
-    """Exit codes: 0 sound, 3 faults, whether they were removed or not; looking changes nothing."""
+    """Exit codes: 0 no faults, 3 faults, removed or not; without --remove nothing changes."""
     assert hv_batch("verify", root, "--deep")[0] == 0
     (media,) = Path(root).glob("data/*/s002-*")
     media.unlink()
@@ -85,7 +85,7 @@ def test_repair_renders_again_what_was_wrong(root, monkeypatch):
 
 
 def test_what_nobody_could_render_again_is_not_removed(root):
-    """P2: a run whose run.json lacks a secret is not taken apart by a command that could not put it together."""
+    """P2: if run.json lacks a secret, the run cannot be resumed, so --repair must remove nothing."""
     run = json.loads(Path(root, layout.RUN).read_text())
     run["config"]["model"]["options"] = {"model_base": MASK}
     Path(root, layout.RUN).write_text(json.dumps(run))
@@ -98,12 +98,12 @@ def test_what_nobody_could_render_again_is_not_removed(root):
 
 
 def test_retry_first_says_what_it_would_do(root):
-    """P2: nothing is changed without --yes; with it the run command has something to do."""
+    """P2: nothing is changed without --yes; with it the samples are pending again."""
     before = files(root)
     code, text = hv_batch("retry", root, "--class", "POISON")
     assert code == 0
     assert "2  POISON" in text
-    assert "2 samples would be taken back" in text
+    assert "2 samples would be released" in text
     assert files(root) == before
     assert "no such sample" in hv_batch("retry", root, "--class", "GPU_OOM")[1]
     code, text = hv_batch("retry", root, "--shards", "0", "--yes")
@@ -114,7 +114,7 @@ def test_retry_first_says_what_it_would_do(root):
 
 
 def test_gc_first_says_what_it_would_do(root):
-    """P1: a dry run, then the removal; what is young stays."""
+    """P1: without --yes it only lists; recent objects are kept."""
     orphan = Path(root, "data", "shard-00000", "s001-0a1b2c3d.mp4")
     orphan.write_bytes(b"of the slower of two")
     assert "nothing to remove" in hv_batch("gc", root)[1]
@@ -131,7 +131,7 @@ def test_gc_first_says_what_it_would_do(root):
     "command", [("retry", "--yes"), ("gc", "--yes"), ("verify", "--remove"), ("verify", "--repair")]
 )
 def test_what_changes_a_root_waits_for_its_driver(root, command):
-    """P1: while a driver renders, nothing is taken from under it; looking is always allowed."""
+    """P1: while a driver holds the lease, changes are refused; reading is always allowed."""
     name, flag = command
     with hold_lease(Store(root), this_process("run", "raysubmit_9")):
         before = files(root)
@@ -143,7 +143,7 @@ def test_what_changes_a_root_waits_for_its_driver(root, command):
 
 @pytest.mark.parametrize("command", [("retry", "--yes"), ("gc", "--yes"), ("verify", "--repair"), ("status",)])
 def test_a_path_that_is_no_root_stays_as_it_is(tmp_path, command):
-    """P6: a mistyped path is said so, and does not become a folder with a lease in it."""
+    """P6: a mistyped path is reported, and no folder with a lease is created."""
     name, *flags = command
     with pytest.raises(UserError, match="is not an output root"):
         hv_batch(name, str(tmp_path / "nothing"), *flags)
@@ -161,7 +161,7 @@ def test_diff_tells_by_its_exit_code(root, rendered):
 
 
 def test_watching_ends_with_the_run(root, monkeypatch):
-    """`status --watch` looks again until the run is finished, and finishes it in this test between two looks."""
+    """`status --watch` repeats until the run is finished, which this test does between two readings."""
     Path(root, layout.SUCCESS).unlink()
     monkeypatch.setattr(time, "sleep", lambda _: Path(root, layout.SUCCESS).touch())
     code, text = hv_batch("status", root, "--watch")
@@ -171,7 +171,7 @@ def test_watching_ends_with_the_run(root, monkeypatch):
 
 
 def test_status_for_machines(root):
-    """`--json` has the reasons and the shards asked for."""
+    """`--json` contains the reasons and the requested shards."""
     found = json.loads(hv_batch("status", root, "--shards", "1", "--json")[1])
     assert [shard["shard"] for shard in found["shards"]] == [1]
     assert found["reasons"] == [

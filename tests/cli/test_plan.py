@@ -40,7 +40,7 @@ DECODE_S = 115  # of the released code, which decodes on every rank: what its se
 
 # ---- speeds
 
-PUBLISHED = [  # spec section 9: GPU, work, {ranks: seconds}
+PUBLISHED = [  # GPU, work, {ranks: seconds}
     ("h100", HD, {1: 1904, 2: 930, 4: 514, 8: 338}),
     ("h20", HD, {1: 6639, 2: 3401, 4: 1763, 8: 941}),
     ("h100", SQUARE, {1: 1735, 2: 934, 3: 645, 6: 367}),
@@ -50,7 +50,7 @@ PUBLISHED = [  # spec section 9: GPU, work, {ranks: seconds}
 
 @pytest.mark.parametrize(("gpu", "work", "series"), PUBLISHED)
 def test_the_published_series_are_met(gpu, work, series):
-    """Efficiencies and link speed are fitted, and the fit holds within 13 % for every figure it was made from."""
+    """Efficiencies and link speeds are fitted: the estimates are within 13 % of every published figure."""
     for ranks, seconds in series.items():
         predicted = denoise_seconds(GPUS[gpu], RELEASED, work, ParallelPlan(ulysses_degree=ranks)) + DECODE_S
         assert predicted == pytest.approx(seconds, rel=0.13), ranks
@@ -71,7 +71,7 @@ def test_the_timed_decodes_are_met(shape, seconds):
 
 @given(st.sampled_from(sorted(GPUS)), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 33))
 def test_more_ranks_are_never_slower_nor_superlinear(gpu, ulysses, ring, scale):
-    """What every choice of a group rests on: time falls with ranks, and no rank does more than its share."""
+    """The choice of a group depends on it: time decreases with ranks, and GPU seconds do not."""
     tokens = 3600 * scale
     alone = forward_seconds(GPUS[gpu], RELEASED, tokens, 1, 1)
     group = forward_seconds(GPUS[gpu], RELEASED, tokens, ulysses, ring)
@@ -88,8 +88,8 @@ def test_the_published_efficiency_of_eight_is_met():
 
 
 @given(st.sampled_from(sorted(GPUS)), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 33))
-def test_halves_of_a_group_exchange_velocities_only(gpu, ulysses, ring, scale):
-    """Two branches on two halves: the time of one branch on one half, and of one velocity on the wire a step."""
+def test_halves_of_a_group_exchange_only_velocities(gpu, ulysses, ring, scale):
+    """Two branches on two halves take the time of one branch on one half plus one velocity transfer per step."""
     work = Workload((16 * 60 * scale, 16 * 60, 1), 50, 2)
     half = ParallelPlan(ulysses_degree=ulysses, ring_degree=ring)
     whole = replace(half, cfg_degree=2)
@@ -109,7 +109,7 @@ STEPS_SEEN = [
 
 @pytest.mark.parametrize(("gpu", "shape", "sdpa", "cudnn"), STEPS_SEEN)
 def test_the_steps_that_were_timed_are_met(gpu, shape, sdpa, cudnn):
-    """Own timings, which nothing was fitted to but the speed of cuDNN's attention."""
+    """Measured steps; only the speed of cuDNN's attention was fitted to them."""
     step = Workload(shape, 1, 1)
     for name, seen in (("sdpa", sdpa), ("cudnn", cudnn)):
         predicted = denoise_seconds(GPUS[gpu], replace(RELEASED, attention=name), step, ParallelPlan())
@@ -117,7 +117,7 @@ def test_the_steps_that_were_timed_are_met(gpu, shape, sdpa, cudnn):
 
 
 def test_streaming_weights_bounds_a_short_step():
-    """Offloaded, a step takes at least as long as 25 GB take to arrive; a long one hides them."""
+    """With offloading, a step takes at least as long as the transfer of 25 GB; a long step hides it."""
     gpu, offloaded = GPUS["h100"], ModelShape(offload=True)
     arrival = offloaded.streamed_bytes / HOST_LINK
     assert forward_seconds(gpu, offloaded, 3600, 1, 1) == arrival > forward_seconds(gpu, RELEASED, 3600, 1, 1)
@@ -125,13 +125,13 @@ def test_streaming_weights_bounds_a_short_step():
 
 
 def test_ranks_are_planned_for_ulysses_first():
-    """Design section 5: the Ulysses degree divides the heads; what it cannot take goes to the ring."""
+    """Design section 5: the Ulysses degree divides the heads; the ring has the remaining factor."""
     assert [plan_ranks(24, ranks) for ranks in (1, 2, 4, 8, 16, 5)] == [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (1, 5)]
     assert rank_traffic(RELEASED, 118_800, 1, 1).total == 0
 
 
-def test_an_unknown_gpu_is_told_with_those_that_are_known():
-    """P6."""
+def test_an_unknown_gpu_is_reported_with_the_known_ones():
+    """P6: the message names what is allowed."""
     assert find_gpu("h100").name == "H100"
     with pytest.raises(UserError, match=r"known are H100, H200, A100, H20, L40S"):
         find_gpu("RTX 9090")
@@ -160,7 +160,7 @@ def config():
 
 
 def test_a_plan_counts_samples_by_what_they_cost(config, manifest):
-    """Samples of one shape, number of steps and guidance are one line; guidance doubles the operations."""
+    """Samples with the same shape, steps and guidance are one line; guidance doubles the operations."""
     plan = make_plan(config, manifest, GPUS["h100"])
     assert plan["manifest"]["samples"] == 7
     counted = [(w["height"], w["num_frames"], w["steps"], w["cfg"], w["samples"], w["tokens"]) for w in plan["work"]]
@@ -176,7 +176,7 @@ def test_a_plan_counts_samples_by_what_they_cost(config, manifest):
 
 
 def test_a_plan_adds_up(config, manifest):
-    """GPUs are those that are reserved, hours those of the slowest stage, and the text round-trips through JSON."""
+    """GPUs are those that are reserved, hours those of the slowest stage, and the plan round-trips through JSON."""
     plan = make_plan(config, manifest, GPUS["h100"])
     assert plan == json.loads(json.dumps(plan))
     assert plan["gpus"] == {"groups": 8, "encoders": 1, "decoders": 1, "total": 10}
@@ -189,14 +189,14 @@ def test_a_plan_adds_up(config, manifest):
     assert eight["seconds_a_sample"] * 7 / 3600 == pytest.approx(estimate["stage_hours"]["denoise"])
     assert eight["gpu_hours"] == pytest.approx(8 * estimate["stage_hours"]["denoise"])
     videos = [size["videos_a_node_a_day"] for size in plan["group_sizes"]]
-    assert videos == sorted(videos, reverse=True), "small groups give throughput (spec section 9)"
+    assert videos == sorted(videos, reverse=True), "small groups give throughput"
     (rank,) = [stage for stage in plan["memory"] if stage["stage"] == "denoise rank"]
     assert rank["shape"] == [720, 1280, 129]
     assert rank["total"] == denoiser_footprint(RELEASED, count_tokens((720, 1280, 129)), 8, 1).total
 
 
 def test_a_plan_sizes_auto_pools_as_a_run_would(config, manifest):
-    """Stages: with `count: auto` the bill and the hours are those of the pools that the predicted times call for."""
+    """With `count: auto`, GPUs and hours are those of the pools that the predicted durations require."""
     groups = config.groups.model_copy(update={"count": 40})
     pools = {name: getattr(config, name).model_copy(update={"count": "auto"}) for name in ("encoders", "decoders")}
     plan = make_plan(config.model_copy(update={"groups": groups, **pools}), manifest, GPUS["h100"])
@@ -211,7 +211,7 @@ def test_a_plan_sizes_auto_pools_as_a_run_would(config, manifest):
 
 
 def test_groups_that_decode_add_up_their_hours(config, manifest):
-    """decoders.placement: group: no GPUs for decoders, the VAE beside the DiT, and no denoise during a decode."""
+    """decoders.placement: group: no GPUs for decoders, the VAE besides the DiT, and no denoise during a decode."""
     plan = make_plan(config, manifest, GPUS["h100"])
     inside = make_plan(
         config.model_copy(update={"decoders": config.decoders.model_copy(update=IN_GROUP)}),
@@ -227,11 +227,11 @@ def test_groups_that_decode_add_up_their_hours(config, manifest):
     rank, before = inside["memory"][1], plan["memory"][1]
     assert rank["weights"] == before["weights"] + RELEASED.vae_bytes
     assert rank["activations"] == max(before["activations"], plan["memory"][2]["activations"])
-    assert "the hours of both add up" in render_plan(inside)
+    assert "the hours of both are added" in render_plan(inside)
 
 
-def test_a_plan_knows_halves_of_groups(config, tmp_path):
-    """P6: with cfg_degree 2 a rank passes through the DiT once a step; a row without guidance is refused by number."""
+def test_a_plan_counts_cfg_degree_2(config, tmp_path):
+    """P6: with cfg_degree 2, a rank runs one forward per step; a row without guidance is refused by its number."""
     manifest = tmp_path / "guided.jsonl"
     manifest.write_text('{"prompt": "a", "cfg_scale": 3.0}\n')
     shared = config.parallel.model_copy(update={"cfg_degree": 2})
@@ -254,8 +254,8 @@ def test_a_plan_knows_halves_of_groups(config, tmp_path):
         make_plan(config.model_copy(update={"parallel": shared}), str(manifest), GPUS["h100"])
 
 
-def test_a_plan_tells_which_shape_gets_which_size(manifest):
-    """Sizes: with auto, the group of every shape and why; hours are those of all ranks, GPUs those of the largest."""
+def test_a_plan_lists_the_group_of_each_shape(manifest):
+    """With auto: the group of every shape and the reason. Hours count all ranks, GPUs those of the largest group."""
     auto = ["parallel.gpus_per_group=auto", "gpu=H100", "gpu_memory_gib=79.6", "groups.max_sample_minutes=10"]
     config = load_config(str(shipped("720p_8gpu.yaml")), auto)
     plan = make_plan(config, manifest, GPUS["h100"])
@@ -270,12 +270,12 @@ def test_a_plan_tells_which_shape_gets_which_size(manifest):
     assert plan["estimate"]["h100"]["stage_hours"]["denoise"] == pytest.approx(hours / 4)
     assert plan["halves"] is None, "not every row has guidance"
     text = render_plan(plan)
-    assert "4 (Ulysses 4 x ring 1), smaller ones take longer than 10 min" in text
+    assert "4 (Ulysses 4 x ring 1), smaller groups take longer than 10 min" in text
     assert "1 (Ulysses 1 x ring 1), the cheapest" in text
 
 
-def test_a_plan_tells_what_a_faster_kernel_would_save(manifest):
-    """Kind to users: a third of the GPU hours is one option away, where it is known to be faster and can run."""
+def test_a_plan_reports_what_a_faster_kernel_would_save(manifest):
+    """cuDNN's kernel saves a third of the GPU hours on GPUs where it is known to be faster and can run."""
 
     def saving(gpu: str, *overrides: str) -> tuple[float, str]:
         plan = make_plan(load_config(str(shipped("720p_8gpu.yaml")), overrides), manifest, GPUS[gpu])
@@ -294,8 +294,8 @@ def test_a_plan_tells_what_a_faster_kernel_would_save(manifest):
         assert "cudnn" not in line
 
 
-def test_a_plan_proposes_halves(config, tmp_path):
-    """Sizes: where every row uses guidance, what cfg_degree 2 would cost, if it is less."""
+def test_a_plan_proposes_cfg_degree_2(config, tmp_path):
+    """If every row uses guidance: the GPU hours of cfg_degree 2, if they are fewer."""
     manifest = tmp_path / "guided.jsonl"
     manifest.write_text('{"prompt": "a", "cfg_scale": 3.0}\n')
     plan = make_plan(config, str(manifest), GPUS["h100"])
@@ -306,7 +306,7 @@ def test_a_plan_proposes_halves(config, tmp_path):
 
 
 def test_sizes_that_the_chosen_attention_cannot_share_are_refused(config, tmp_path):
-    """P6: xfuser's attention would attend to padding; by shape, before anything starts."""
+    """P6: xfuser's attention would attend to padding. Each shape is refused before anything starts."""
     manifest = tmp_path / "square.jsonl"
     manifest.write_text('{"prompt": "a", "height": 720, "width": 720}\n{"prompt": "b"}\n')
     xfuser = config.model.model_copy(update={"options": {**config.model.options, "sequence_parallel": "xfuser"}})
@@ -326,8 +326,8 @@ def test_options_of_the_model_are_counted(manifest):
     assert rank("model.options.offload=blocks") == rank("model.options.offload=mapped") == pytest.approx(2.1, abs=0.1)
 
 
-def test_the_tree_tells_the_widths_that_the_options_do_not(tmp_path):
-    """A plan for another checkpoint is made with that checkpoint's VAE and towers."""
+def test_widths_come_from_the_checkpoint_tree(tmp_path):
+    """A plan for another checkpoint uses the widths of its VAE and text towers."""
     base = write_toy_checkpoint(tmp_path)
     model = ModelShape.from_options({"model_base": str(base)})
     assert model.vae.block_out_channels == TOY_VAE["block_out_channels"]
@@ -348,8 +348,8 @@ def test_the_tree_tells_the_widths_that_the_options_do_not(tmp_path):
     assert ModelShape.from_options({"model_base": str(base)}).llama.hidden_size == 4096
 
 
-def test_the_text_says_what_the_plan_says(config, manifest):
-    """For people: every table, and that speeds are estimates."""
+def test_the_text_contains_the_whole_plan(config, manifest):
+    """Every table, and the note that speeds are estimates."""
     text = render_plan(make_plan(config, manifest, GPUS["l40s"]))
     for expected in ("7 samples", "118,800", "12,821,012,544", "= 10", "19.2 GB by Ulysses", "(speed assumed)"):
         assert expected in text
@@ -359,7 +359,7 @@ def test_the_text_says_what_the_plan_says(config, manifest):
     assert "24.92 stream from the host" in text
 
 
-def test_what_does_not_fit_the_gpu_asked_about_is_marked(manifest):
+def test_a_worker_that_does_not_fit_the_gpu_is_marked(manifest):
     """720p in fp32 on one L40S needs more memory than there is."""
     in_fp32 = ["parallel.ulysses_degree=1", "model.options.precision=fp32", "model.options.attention=sdpa"]
     config = load_config(str(shipped("throughput_1gpu.yaml")), in_fp32)
@@ -368,14 +368,14 @@ def test_what_does_not_fit_the_gpu_asked_about_is_marked(manifest):
     assert "DOES NOT FIT into the 45 of one L40S" in render_plan(plan)
 
 
-def test_another_engine_has_no_known_costs(config, manifest):
-    """P6: no numbers are made up for a model that is not this one."""
+def test_another_engine_has_no_cost_model(config, manifest):
+    """P6: there are no estimates for another model."""
     other = config.model.model_copy(update={"engine": "tests.support.doubles:Double"})
     with pytest.raises(UserError, match=r"costs of the engine tests.support.doubles:Double are not known"):
         make_plan(config.model_copy(update={"model": other}), manifest, GPUS["h100"])
 
 
-# ---- refusing what cannot fit
+# ---- runs that do not fit into GPU memory
 
 
 def problems_of(config, shapes):
@@ -383,7 +383,7 @@ def problems_of(config, shapes):
 
 
 def test_a_run_that_cannot_fit_is_refused_with_every_reason(manifest):
-    """P6: too little GPU memory is found before a GPU is taken; each shape and stage with the remedy."""
+    """P6: too little GPU memory is reported before a GPU is taken, for each shape and stage with the remedy."""
     config = load_config(str(shipped("throughput_1gpu.yaml")), ["gpu_memory_gib=24"])
     found = problems_of(config, [(720, 1280, 129), (720, 1280, 1)])
     subjects = ("720x1280x1 needs", "720x1280x129 needs", "the text encoders need")
@@ -405,8 +405,8 @@ def test_a_run_that_cannot_fit_claims_no_output_root(manifest, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_fits_and_a_memory_unknown_are_let_through():
-    """Nothing is refused on a guess: without the key, on a CPU, or for another engine there is no judgement."""
+def test_runs_that_fit_and_unknown_memory_are_accepted():
+    """Without gpu_memory_gib, on a CPU, or for another engine, there is no memory check."""
     shapes = [(720, 1280, 129)]
     path = str(shipped("720p_8gpu.yaml"))
     assert problems_of(load_config(path), shapes) == []
@@ -421,7 +421,7 @@ def test_a_run_that_fits_and_a_memory_unknown_are_let_through():
 
 
 def test_the_limit_is_the_computed_peak():
-    """The refusal is neither early nor late."""
+    """A run is refused if and only if the computed peak exceeds gpu_memory_gib."""
     need = denoiser_footprint(RELEASED, 118_800, 8, 1).total / GIB
     for memory, refused in ((need - 0.01, True), (need + 0.01, False)):
         config = load_config(str(shipped("720p_8gpu.yaml")), [f"gpu_memory_gib={memory}"])

@@ -62,7 +62,7 @@ def undisturbed(ray_head, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def expected(undisturbed):
-    """What samples s00 ... s09 come to, whatever befalls them and whatever their prompts say of it (P3): (name, bytes)
+    """Media of samples s00 ... s09, which depend neither on failures nor on prompts that cause them (P3): (name, bytes)
     of each medium.
     """
     return videos(undisturbed / "out").items()

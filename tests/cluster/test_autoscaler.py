@@ -1,4 +1,4 @@
-"""A run under Ray's own autoscaler, whose cloud is this machine: it starts a raylet for every node that it asks for."""
+"""A run under Ray's autoscaler. The cloud is this machine: each requested node is a raylet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NONE += ("head_setup_commands", "worker_setup_commands", "head_start_ray_command
 
 
 def cloud(address):
-    """What `ray start` is told of the machines that it may ask for."""
+    """The autoscaling config: the node types that Ray may request."""
     return {
         "cluster_name": "cloud",
         "max_workers": MOST_NODES,
@@ -60,7 +60,7 @@ def cloud(address):
 
 @pytest.fixture
 def autoscaled(ray_environment, tmp_path):
-    """The address of a head without GPUs, to which nodes of two come when they are asked for."""
+    """The address of a head without GPUs; the autoscaler adds nodes of two GPUs."""
     config, port = tmp_path / "cloud.json", free_port()
     config.write_text(json.dumps(cloud(f"127.0.0.1:{port}")))
     arguments = ["--num-cpus=4", "--num-gpus=0", f"--autoscaling-config={config}"]
@@ -94,7 +94,7 @@ def test_an_autoscaler_brings_nodes_for_the_groups_and_takes_them_away(autoscale
     (marks / "go").touch()
     code, text = finish(driver)
     assert code == 0, text
-    assert "waiting for nodes: Needed at least: a group of 2 rank(s)" in text
+    assert "waiting for nodes: Minimum: a group of 2 rank(s)" in text
     assert "INFRA" not in text
     assert len(count(marks, "ranks")) == 6, "three groups of two"
     assert len(records(output)) == 4

@@ -1,4 +1,4 @@
-"""Stages of unequal speed: a slow one slows those before it, or is given more workers where its pool is `auto`."""
+"""Stages of unequal speed: a slow stage slows those before it, or gets more workers if its pool is `auto`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_held_decoder_stops_the_groups_before_the_store_is_full(held):
 
 @pytest.mark.slow
 def test_groups_that_had_to_wait_render_the_same(held, ray_head, tmp_path):
-    """P3, P7: the output root of a run that had room for all is the same, byte for byte."""
+    """P3, P7: the output root equals that of a run without limits, byte for byte."""
     code, text = render(*images(tmp_path), tmp_path / "out", ray_head[0])
     assert code == 0, text
     assert dataset(held[0] / "out") == dataset(tmp_path / "out")

@@ -42,7 +42,7 @@ SCENES = {
 
 @pytest.fixture(scope="module")
 def home(ray_environment, tmp_path_factory):
-    """A cache folder as empty as a new user's, shared by the demos of this file."""
+    """An empty cache folder, shared by the demos of this file."""
     folder = tmp_path_factory.mktemp("demo")
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
@@ -89,7 +89,7 @@ def test_the_videos_depend_on_their_prompts(finished):
 
 
 def test_the_videos_show_what_their_prompts_say(finished):
-    """The README's promise, read back from the files; nearly all of it, for the toy is small."""
+    """The videos show what their prompts say, as far as the small toy can."""
     output, _ = finished
     found = records(output)
     scores = {name: score(scene, shown(output / found[name]["file"])) for name, scene in SCENES.items()}
@@ -122,7 +122,7 @@ def test_a_killed_demo_goes_on_to_the_same_bytes(finished, home):
 
 
 def test_a_second_demo_renders_nothing(finished):
-    """P2: run again over its output, the demo says that there is nothing to do."""
+    """P2: a second run of the demo reports that there is nothing to render."""
     before = dataset(finished[0])
     code, text = finish(demo(finished[0]), timeout=DEADLINE_S)
     assert code == 0, text

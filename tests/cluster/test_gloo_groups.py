@@ -1,4 +1,4 @@
-"""Groups of the real engine over real gloo, of which one rank raises, dies or hangs."""
+"""Groups of the real engine over gloo, in which one rank raises, dies or hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN_S = 400  # a busy machine takes its time to start twelve ranks
 
 
 def gang_config(folder, base, marks, step_cache):
-    """Four ranks, Ulysses 2 x ring 2, a checkpoint every step; no rank that hangs is noticed by timeouts.stall_s."""
+    """Four ranks, Ulysses 2 x ring 2, a checkpoint every step; timeouts.stall_s is too long to detect a hang."""
     config = yaml.safe_load((ROOT / "configs" / "fake_gpus_8rank.yaml").read_text())
     config["model"]["engine"] = "tests.support.faulty_engine:FaultyVideo"
     video = config["model"]["options"] | {"model_base": str(base), "step_cache": step_cache}

@@ -34,7 +34,7 @@ def submit(dashboard, config, manifest, output, *overrides, flags=()):
 
 @pytest.mark.slow
 def test_the_real_engine_on_eight_ranks(ray_head, tmp_path):
-    """A submitted job renders with a group of eight ranks, Ulysses 4 x ring 2, on GPUs that Ray only believes in."""
+    """A submitted job renders with a group of eight ranks, Ulysses 4 x ring 2, on GPUs that Ray only counts."""
     model_base = write_toy_checkpoint(tmp_path / "ckpts")
     manifest = write_manifest(tmp_path, ["a kite over a green hill", "a kettle in the rain"], num_inference_steps=2)
     output = tmp_path / "out"
@@ -48,7 +48,7 @@ def test_the_real_engine_on_eight_ranks(ray_head, tmp_path):
 
 @pytest.mark.slow
 def test_ray_job_stop_drains(ray_head, tmp_path, marks):
-    """`ray job stop` lets the running samples finish, and the run goes on from there."""
+    """`ray job stop` lets the running samples finish, and the same command resumes the run."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.3}), tmp_path / "out"
     manifest = write_manifest(tmp_path, [f"prompt {i}" for i in range(6)])
     _, text = submit(ray_head[1], config, manifest, output, flags=("--no-wait",))
@@ -70,7 +70,7 @@ def test_ray_job_stop_drains(ray_head, tmp_path, marks):
 
 
 def test_a_relative_output_is_refused_on_a_cluster(ray_head, tmp_path, marks):
-    """P6: a relative path would mean another folder on every node."""
+    """P6: a relative path is a different folder on every node."""
     config, manifest = write_config(tmp_path, marks), write_manifest(tmp_path, ["prompt"])
     code, text = submit(ray_head[1], config, manifest, "somewhere")
     assert code != 0

@@ -1,4 +1,4 @@
-"""What Prometheus is told, as scraped from a real Ray head, and what the files of cluster/ make of it."""
+"""The metrics of a run, scraped from a real Ray head, and their use in the files of cluster/."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scrape(url, run):
 
 @pytest.mark.slow
 def test_a_run_tells_prometheus_how_it_stands(ray_head, metrics_url, tmp_path, marks):
-    """While a sample is held in its last step: what is pending and where, what was lost; no tag names a sample."""
+    """While samples are held in their last step: pending samples by stage, lost groups; no label names a sample."""
     config = write_config(tmp_path, marks, {"hold_after": [4]})
     manifest, output = write_manifest(tmp_path, ["a !kill-denoise-once", "b", "c"]), tmp_path / "out"
     driver = start(command(config, manifest, output, ray_head[0]))

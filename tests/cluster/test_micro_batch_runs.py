@@ -1,4 +1,4 @@
-"""Quick samples that travel together on a real Ray: what one of them meets costs the others nothing."""
+"""Micro-batches on a real Ray: a failure of one sample does not charge the others."""
 
 from __future__ import annotations
 

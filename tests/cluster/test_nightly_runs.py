@@ -1,4 +1,4 @@
-"""Unattended nights on a real Ray with the fake engine."""
+"""The nightly job on a real Ray with the fake engine."""
 
 from __future__ import annotations
 

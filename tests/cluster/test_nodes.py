@@ -30,7 +30,7 @@ PROMPTS = [f"prompt {i} !hold-denoise" for i in range(6)]
 
 
 def drain(fleet, node, seconds=None):
-    """As a cloud's notice that the node will be taken away, or an operator's `ray drain-node`."""
+    """Like a preemption notice of a cloud, or an operator's `ray drain-node`."""
     accepted, why_not = GcsClient(address=fleet.address).drain_node(
         node.node_id,
         autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
@@ -62,14 +62,14 @@ class Run:
             self.text += line
 
     def go(self):
-        """Let everything render to its end."""
+        """Let all samples finish."""
         (self.marks / "go").touch()
         code, rest = finish(self.driver)
         self.text += rest
         assert code == 0, self.text
 
     def history(self):
-        """Of every sample, the classes of its failed tries."""
+        """The failure classes of each sample's failed tries."""
         return {key: [failure["kind"] for failure in record["history"]] for key, record in records(self.output).items()}
 
     def groups(self):
@@ -81,7 +81,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def grown(fleet_head, tmp_path_factory):
-    """A run that began on one node with one group, and was joined by a second node; nothing went wrong."""
+    """A run that starts on one node with one group; then a second node joins. Nothing fails."""
     fleet_head.add_node(gpus=3)
     run = Run(tmp_path_factory.mktemp("grown"), fleet_head, groups={"count": 3})
     run.wait_until_held(1)
@@ -108,7 +108,7 @@ def test_a_node_that_joins_speeds_up_the_run(grown, expected):
 
 @pytest.mark.slow
 def test_what_the_rest_cannot_use_is_released(grown):
-    """Elastic, P5: the group that never found room is withdrawn once the others suffice; no failure is said of it."""
+    """Elastic, P5: a group that was never placed is withdrawn once the others suffice, without a failure."""
     (withdrawn,) = {"denoise-1.0", "denoise-2.0"} - grown.groups()  # Ray chooses which of two that wait to place
     assert f"{withdrawn} is released" in grown.text
     assert "encode-0.0 is released" in grown.text
@@ -131,7 +131,7 @@ def test_nodes_that_are_drained_or_die_cost_steps_only(fleet, grown, tmp_path):
     fleet.kill_node(dying)
     run.wait_until_said("denoise-0.1 with s01: INFRA")  # the first one is encoded anew meanwhile
     run.go()
-    assert "is to be taken away in" in run.text
+    assert "is draining (" in run.text
     assert not {"denoise-0.0", "denoise-0.1"} & run.groups()
     steps = count(run.marks, "steps")
     assert [steps[f"{prompt} 1"] for prompt in PROMPTS[:2]] == [1, 1], "they went on from their step checkpoints"
@@ -142,7 +142,7 @@ def test_nodes_that_are_drained_or_die_cost_steps_only(fleet, grown, tmp_path):
 
 @pytest.mark.slow
 def test_a_drain_without_haste_costs_nothing(fleet, grown, tmp_path):
-    """P4: a denoise that can finish before its node goes does; the group starts again elsewhere for the next one."""
+    """P4: a denoise that can finish before its node is removed does; then the group starts on another node."""
     leaving = fleet.add_node(gpus=3)
     run = Run(tmp_path, fleet)
     run.wait_until_held(1)
@@ -158,7 +158,7 @@ def test_a_drain_without_haste_costs_nothing(fleet, grown, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
-    """P4, P5: a run on two nodes survives the loss of one, and what was rendered there is rendered again."""
+    """P4, P5: a run on two nodes survives the loss of one; samples in progress there are rendered again."""
     fleet.add_node(gpus=3)
     run = Run(tmp_path, fleet, groups={"count": 2})
     run.wait_until_held(1)
@@ -185,7 +185,7 @@ def test_the_notice_itself_asks_for_a_checkpoint(fleet, tmp_path, expected):
     wait_for(lambda: count(run.marks, "steps").total() == 1, "the first step")
     fleet.add_node(gpus=3)
     drain(fleet, leaving, seconds=20)
-    run.wait_until_said("is to be taken away")
+    run.wait_until_said("is draining (")
     (run.marks / "go-1").touch()
     run.wait_until_said("denoise-0.0 with s00: PREEMPTED")
     (run.marks / "go-2").touch()

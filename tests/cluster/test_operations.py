@@ -1,4 +1,4 @@
-"""Real processes that die between two writes, drivers that meet on one root, and what an operator does afterwards."""
+"""Processes that die between two writes, two drivers on one output root, and the operator's commands afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def files(folder):
 
 
 def with_quick_heart(arguments):
-    """The command, with heartbeats that a test need not wait for."""
+    """The command with short heartbeat intervals."""
     program = (
         "from hv_batch.job.records import lease; lease.HEARTBEAT_S = 0.2; from hv_batch.cli.main import main; main()"
     )
@@ -79,7 +79,7 @@ def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, 
 
 @pytest.mark.slow
 def test_a_damaged_root_is_repaired_by_one_command(undisturbed, ray_head, tmp_path, marks):
-    """P2, P3: `verify --repair` renders again what does not hold, and nothing else, and leaves the bytes of before."""
+    """P2, P3: `verify --repair` renders exactly the faulty samples again; the bytes are the same as before."""
     config, output = write_config(tmp_path, marks, **ADORNED), tmp_path / "out"
     code, text = render(config, write_manifest(tmp_path, PROMPTS), output, ray_head[0])
     assert code == 0, text
@@ -97,7 +97,7 @@ def test_a_damaged_root_is_repaired_by_one_command(undisturbed, ray_head, tmp_pa
 
 @pytest.mark.slow
 def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
-    """P1: the second is told about the first and refused; with --steal it is the first that stops, and says why."""
+    """P1: the second driver is refused with the first one's name; with --take-over the first one stops and says why."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
     slow = write_config(tmp_path, marks, {"step_seconds": 30.0}, **ADORNED)
     first = start(with_quick_heart(command(slow, manifest, output, ray_head[0])))
@@ -120,7 +120,7 @@ def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
 
 @pytest.mark.slow
 def test_a_sample_that_was_given_up_is_taken_back(undisturbed, ray_head, tmp_path, marks):
-    """P5: retry makes it pending, the same command renders it and nothing else, and the root is sound."""
+    """P5: after retry, the same command renders only that sample, and verify finds no fault."""
     config = write_config(tmp_path, marks, retries={"poison": 1})
     prompts = ["good 0", "bad !raise-denoise-once", "good 1"]
     manifest, output = write_manifest(tmp_path, prompts), tmp_path / "out"
@@ -153,7 +153,7 @@ def test_what_failed_is_rendered_again_by_one_command(ray_head, tmp_path, marks)
     assert code == 3, text
     code, text = render(*arguments)
     assert code == 3, text
-    assert "taken back of the quarantine: 2 samples" in text
+    assert "released from quarantine: 2 samples" in text
     assert count(marks, "denoised") == dict.fromkeys(prompts[:3], 1)
     assert [failure["kind"] for failure in records(output)["s01"]["history"]] == ["POISON"]
     assert records(output, "quarantine")["s03"]["attempts"] == 2
@@ -171,7 +171,7 @@ def test_what_failed_is_rendered_again_by_one_command(ray_head, tmp_path, marks)
 
 @pytest.mark.slow
 def test_a_resume_takes_over_from_a_driver_that_hangs(undisturbed, ray_head, tmp_path, marks):
-    """P1, P2: `resume --steal` needs the root alone; the driver that lost it stops and says so."""
+    """P1, P2: `resume --take-over` needs only the root; the driver that loses the lease stops and says why."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
     config = write_config(tmp_path, marks, {"hold_after": [2]}, **ADORNED)
     first = start(with_quick_heart(command(config, manifest, output, ray_head[0])))
@@ -191,7 +191,7 @@ def test_a_resume_takes_over_from_a_driver_that_hangs(undisturbed, ray_head, tmp
 
 
 def test_a_run_of_an_earlier_version_goes_on(ray_head, tmp_path, marks):
-    """P2: `resume` of a root whose run.json holds a removed key renders what is left, with one warning."""
+    """P2: `resume` of a root whose run.json contains a removed key renders the pending samples, with one warning."""
     manifest, output = write_manifest(tmp_path, PROMPTS[:2]), tmp_path / "out"
     code, text = render(write_config(tmp_path, marks), manifest, output, ray_head[0], "--limit", "1")
     assert code == 0, text

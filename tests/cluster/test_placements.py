@@ -1,4 +1,4 @@
-"""Where videos are decoded: each choice of decoders.placement gives the bytes of the others, whatever happens (P3)."""
+"""decoders.placement: both placements give the same bytes, with and without failures (P3)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.runs import (
     write_manifest,
 )
 
-# The pauses of an outage are made for nights.
+# The default pause between two tries is too long for a test.
 QUICK = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 0.5"
 IMPATIENT = f"{QUICK}; from hv_batch.cli.main import main; main()"
 
@@ -35,7 +35,7 @@ IN_GROUP = {"placement": "group"}
 
 
 def manifest_in(folder):
-    """Three videos of other sizes, and an image with guidance."""
+    """Three videos of different sizes, and an image with guidance."""
     rows = [{"id": prompt, "prompt": prompt, "width": width} for prompt, width in zip(PROMPTS, WIDTHS, strict=True)]
     rows.append({"id": "heron", "prompt": "heron", "num_frames": 1, "cfg_scale": 2.0, "width": 112})
     path = folder / "manifest.jsonl"
@@ -44,7 +44,7 @@ def manifest_in(folder):
 
 
 def rendered(output):
-    """All that a record says but who did it, how long it took and what had failed before."""
+    """A record without workers, durations and earlier failures."""
     own = {"places", "stages", "created_at", "attempts", "history"}
     return {
         key: {name: value for name, value in record.items() if name not in own}
@@ -53,12 +53,12 @@ def rendered(output):
 
 
 def lives(marks):
-    """How many groups have met."""
+    """The number of groups whose ranks have joined."""
     return sum(count(marks, "join-0-of-2").values())
 
 
 def gpus(marks):
-    """Ray's numbers of the GPUs that ranks and actors got, life after life."""
+    """The ids of the GPUs that ranks and actors got, by incarnation."""
     found = defaultdict(list)
     path = marks / "gpus"
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -1,4 +1,4 @@
-"""Whole runs on a real Ray with the fake engine: what is promised when things go well, and when they do not."""
+"""Whole runs on a real Ray with the fake engine, with and without failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.runs import (
 
 
 def test_every_sample_is_committed_once(undisturbed):
-    """P1: one record a sample, its media where the record says, shards sealed, summary and _SUCCESS written."""
+    """P1: one record per sample, its media at the recorded key, shards sealed, summary and _SUCCESS written."""
     output = undisturbed / "out"
     found = records(output)
     assert list(found) == [f"s{i:02d}" for i in range(10)]
@@ -81,7 +81,7 @@ def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, mar
 
 @pytest.mark.slow
 def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tmp_path, marks):
-    """P2, P3: selections are no part of the identity; the last sample's command sums up, and the bytes are the same."""
+    """P2, P3: a selection is not part of the identity; the last command writes the summary; bytes are the same."""
     config, manifest = write_config(tmp_path, marks), write_manifest(tmp_path, PROMPTS)
     output = tmp_path / "out"
     for selection, done in ((["--where", "id=s09", "--where", "id=s02"], 2), (["--shards", "0,2", "--limit", "3"], 4)):
@@ -100,7 +100,7 @@ def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tm
 
 @pytest.mark.slow
 def test_a_manifest_that_is_gone_in_the_night_is_not_missed(ray_head, tmp_path, marks):
-    """P2: once its index is in the output root, a run does not depend on its manifest."""
+    """P2: once the index is in the output root, a run does not need its manifest."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.05}), tmp_path / "out"
     manifest = write_manifest(tmp_path, PROMPTS[:6])
     driver = start(command(config, manifest, output, ray_head[0]))
@@ -113,7 +113,7 @@ def test_a_manifest_that_is_gone_in_the_night_is_not_missed(ray_head, tmp_path, 
 
 @pytest.mark.slow
 def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
-    """Exit codes: a stop lets what is running finish, exits 143, and the same command goes on from there."""
+    """Exit codes: after SIGTERM running samples finish, the exit code is 143, and the same command resumes the run."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.2}), tmp_path / "out"
     manifest = write_manifest(tmp_path, PROMPTS[:6])
     driver = start(command(config, manifest, output, ray_head[0]))
@@ -133,7 +133,7 @@ def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
 
 @pytest.mark.slow
 def test_a_second_signal_stops_at_once(ray_head, tmp_path, marks):
-    """Exit codes: who asks twice does not wait for the drain, and the same command still goes on from there."""
+    """Exit codes: a second signal ends the drain at once, and the same command still resumes the run."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 5.0}), tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:2]), output, ray_head[0]))
     wait_for(lambda: count(marks, "denoising"), "a denoise")  # of 20 s, which a drain would wait for
@@ -147,7 +147,7 @@ def test_a_second_signal_stops_at_once(ray_head, tmp_path, marks):
 
 
 def test_a_stop_while_waiting_for_nodes_is_heard(ray_head, tmp_path, marks):
-    """Exit codes: SIGTERM is answered before anything is placed, and the output root is not claimed."""
+    """Exit codes: SIGTERM ends the wait for nodes, and no run.json is written."""
     config, output = write_config(tmp_path, marks, parallel={"ulysses_degree": 12}), tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:1]), output, ray_head[0]))
     wait_for(lambda: "waiting for nodes" in driver.stdout.readline(), "the waiting")
@@ -179,7 +179,7 @@ def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
 
 @pytest.mark.slow
 def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks):
-    """P5: when all ranks refuse a sample alike, the group keeps its weights and renders the next one."""
+    """P5: if all ranks raise the same error for a sample, the group keeps its weights and renders the next one."""
     config, output = write_config(tmp_path, marks), tmp_path / "out"
     code, text = render(config, write_manifest(tmp_path, ["good 0", "bad !nan-denoise", "good 1"]), output, ray_head[0])
     assert code == 3, text
@@ -195,7 +195,7 @@ def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks
     ],
 )
 def test_a_lost_worker_costs_one_try(expected, ray_head, tmp_path, marks, fault):
-    """P4: a rank or encoder that dies or hangs is replaced, the sample tried again, and the bytes are the same."""
+    """P4: a rank or encoder that dies or hangs is replaced, the sample is retried, and the bytes are the same."""
     config = write_config(tmp_path, marks, timeouts={"stall_s": 4})
     prompts = ["good 0", f"bad {fault}", "good 1"]
     output = tmp_path / "out"
@@ -224,7 +224,7 @@ def test_a_dead_decoder_never_repeats_a_denoise(expected, ray_head, tmp_path, ma
 
 @pytest.mark.slow
 def test_eight_ranks_are_placed_on_fake_gpus(expected, ray_head, tmp_path, marks):
-    """Placement, P3: a group of eight one-GPU bundles stands where Ray counts eight GPUs, real or not."""
+    """Placement, P3: a group of eight ranks is placed on eight GPUs that Ray counts, real or not."""
     config = write_config(tmp_path, marks, parallel={"ulysses_degree": 4, "ring_degree": 2})
     code, text = render(config, write_manifest(tmp_path, PROMPTS[:2]), tmp_path / "out", ray_head[0])
     assert code == 0, text
@@ -233,7 +233,7 @@ def test_eight_ranks_are_placed_on_fake_gpus(expected, ray_head, tmp_path, marks
 
 
 def test_more_gpus_than_the_cluster_has_are_said(ray_head, tmp_path, marks):
-    """P6: what was asked and what there is, before anything is placed."""
+    """P6: the message has the needed and the existing GPUs, before anything is placed."""
     config = write_config(
         tmp_path, marks, parallel={"ulysses_degree": 12}, timeouts={"start_s": 1, "stall_s": 60, "drain_s": 30}
     )
@@ -246,7 +246,7 @@ def test_more_gpus_than_the_cluster_has_are_said(ray_head, tmp_path, marks):
 
 
 def test_changed_config_is_refused_with_the_difference(undisturbed, ray_head):
-    """P2: another config on the same output root is refused, and the difference named."""
+    """P2: another config for the same output root is refused with the difference."""
     arguments = (undisturbed / "config.yaml", undisturbed / "manifest.jsonl", undisturbed / "out", ray_head[0])
     code, text = render(*arguments, "defaults.num_inference_steps=5")
     assert code == 1

@@ -1,4 +1,4 @@
-"""A whole run whose output root is an S3 endpoint that goes away for a while, with credentials that must not show."""
+"""A whole run on an S3 endpoint that fails for a while, with credentials that must not appear anywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.support.runs import finish, start, write_config
 from tests.support.s3_runs import BUCKET, SECRET, objects
 
-# The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
+# The default pause is too long for a test. The Ray is local, so that the actors inherit the credentials.
 QUICK = "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0"
 IMPATIENT = f"{QUICK}; from hv_batch.cli.main import main; main()"
 DEADLINE_S = 240  # a machine that is busy with other things takes its time

@@ -1,4 +1,4 @@
-"""Step checkpoints in whole runs on a real Ray: what a lost rank or a short drain costs, and what comes out (P4)."""
+"""Step checkpoints in whole runs on a real Ray: the steps that a lost rank or a short drain costs (P4)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def checkpoints(output):
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_head, tmp_path_factory):
-    """The dataset of PROMPTS when nothing goes wrong and no checkpoint is written."""
+    """The dataset of PROMPTS without failures and checkpoints."""
     folder = tmp_path_factory.mktemp("undisturbed")
     marks = folder / "marks"
     marks.mkdir()
@@ -49,7 +49,7 @@ def undisturbed(ray_head, tmp_path_factory):
 
 
 def assert_resumed(output, marks, reached):
-    """The first prompt's lost try had made `reached` steps; only those after its checkpoint were made again."""
+    """The failed try of the first prompt made `reached` steps; only the steps after its checkpoint were repeated."""
     record = records(output)["s00"]
     resumed_from = record["places"]["denoise"]["resumed_from_step"]
     made = {step: count(marks, "steps")[f"{PROMPTS[0]} {step}"] for step in range(1, STEPS + 1)}
@@ -59,7 +59,7 @@ def assert_resumed(output, marks, reached):
 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(undisturbed, ray_head, tmp_path, marks):
-    """P4, P3: rank 0 dies by SIGKILL; the rebuilt group goes on after the checkpoint, and the bytes are the same."""
+    """P4, P3: rank 0 dies by SIGKILL; the rebuilt group resumes from the checkpoint, and the bytes are the same."""
     config = config_in(tmp_path, marks, every=2, engine_options={"hold_after": [5]})
     output = tmp_path / "out"
     driver = start(command(config, manifest_in(tmp_path), output, ray_head[0]))
@@ -77,7 +77,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(undisturbed, ra
 
 @pytest.mark.slow
 def test_a_drain_that_is_too_short_leaves_a_checkpoint(undisturbed, ray_head, tmp_path, marks):
-    """P4, P2: SIGTERM asks the running denoise for a checkpoint, and the same command goes on from there."""
+    """P4, P2: SIGTERM requests a checkpoint of the running denoise, and the same command resumes from it."""
     options = {"hold_after": [3, STEPS], "step_seconds": 0.3}
     config = config_in(tmp_path, marks, every=0, engine_options=options, timeouts={"drain_s": 4})
     output, manifest = tmp_path / "out", manifest_in(tmp_path)
@@ -101,7 +101,7 @@ def test_a_drain_that_is_too_short_leaves_a_checkpoint(undisturbed, ray_head, tm
 
 @pytest.mark.slow
 def test_checkpoints_that_cannot_be_written_disturb_nothing(undisturbed, ray_head, tmp_path, marks):
-    """P4: insurance that is not to be had costs nothing but itself, and the record says so."""
+    """P4: a failed checkpoint does not affect the denoise; the record counts it."""
     output = tmp_path / "out"
     (output / "steps").mkdir(parents=True)
     (output / "steps" / "shard-00000").touch()  # where a folder should be

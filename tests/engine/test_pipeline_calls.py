@@ -59,7 +59,7 @@ def test_seeds_are_assigned_as_in_the_release(prompts, seed, num_videos, planned
 @pytest.mark.parametrize(
     ("prompts", "seed", "num_videos", "message"),
     [
-        ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2: one for each"),
+        ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2: one per prompt"),
         (None, 0, 1, "prompt is None, allowed is a text or a list of at least one text"),
         (["a", "b"], [], 1, r"seed is \[\]"),
         ("a", "7", 1, "seed is '7'"),

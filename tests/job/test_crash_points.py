@@ -1,4 +1,4 @@
-"""A crash before and after every act that changes an output root, and the same command again (P1, P2, P4)."""
+"""A crash before and after every operation that changes an output root, followed by the same command (P1, P2, P4)."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from tests.support.small_runs import TRIES, everything
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("point", NAMED)
 def test_a_crash_at_a_named_point(tmp_path, point, when):
-    """P1, P2: on a real disk the root ends byte for byte as the undisturbed one, and nothing is paid for twice."""
+    """P1, P2: on a local disk, the root ends byte for byte as after an undisturbed run, and no work is done twice."""
     crash_and_resume(str(tmp_path / "root"), [(number_of(NAMED[point]), when)])
 
 
 @pytest.mark.parametrize("point", ["record", "seal"])
 def test_a_crash_on_s3(s3_store, point):
-    """P1, P2: the same where names come by conditional PUT instead of by link."""
+    """P1, P2: the same with conditional PUTs in place of hard links."""
     crash_and_resume(s3_store.url, [(number_of(NAMED[point]), "after")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(4))
 def test_a_crash_at_every_point_on_s3(s3_store, first):
-    """P1, P2: no act is left out there either; in four parts, for a server of one request at a time."""
+    """P1, P2: every operation on S3; in four parts, because the server handles one request at a time."""
     for point in points(len(ACTS))[first::4]:
         crash_and_resume(f"{s3_store.url}/{point[0]}-{point[1]}", [point])
 
@@ -60,7 +60,7 @@ def test_a_crash_at_every_point_on_s3(s3_store, first):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tmp_path", "s3_store"])
 def test_two_drivers_at_once(request, kind):
-    """P1: where a lease was no help, two runs end as one would have, with one record a sample."""
+    """P1: if the lease fails, two concurrent runs end like one run, with one record for each sample."""
     place = request.getfixturevalue(kind)
     for again in range(2):
         url = f"{place.url if isinstance(place, Store) else place}/{again}"
@@ -71,7 +71,7 @@ def test_two_drivers_at_once(request, kind):
 
 
 def test_a_crash_at_every_point():
-    """P1, P2: no act of a run is left out."""
+    """P1, P2: every operation of a run."""
     for point in points(len(ACTS)):
         crash_and_resume(fresh_url(), [point])
 
@@ -79,16 +79,17 @@ def test_a_crash_at_every_point():
 @settings(deadline=None, max_examples=12)
 @given(st.lists(st.tuples(st.integers(0, len(ACTS) - 1), st.sampled_from(["before", "after"])), max_size=4))
 def test_crash_after_crash(crashes):
-    """P2: the resume may be killed as well, as often as you like."""
+    """P2: resumes may be killed as well, any number of times."""
     crash_and_resume(fresh_url(), crashes)
 
 
-# What an operator does may be killed too ------------------------------------------------------------------------------
+# The commands of an operator may be killed as well --------------------------------------------------------------------
 
 
 def test_a_retry_that_is_killed():
-    """P2, P5: whatever it had done, the run command leaves a sound root, and the retry can be repeated; no try that
-    ended a sample is forgotten."""
+    """P2, P5: at whatever point it is killed, the run command leaves a valid root, and the retry can be repeated. No
+    terminal attempt is lost from the history.
+    """
     for at, when in points(acts_of(take_back)):
         url = finished_url()
         with pytest.raises(Crash):
@@ -107,7 +108,7 @@ def test_a_retry_that_is_killed():
 
 
 def test_a_repair_that_is_killed():
-    """P2: the run command renders what was removed and leaves the root as it was, wherever the repair stopped."""
+    """P2: at whatever point it is killed, the run command renders what was removed and restores the root."""
     for at, when in points(acts_of(mend)):
         url = finished_url()
         with pytest.raises(Crash):

@@ -1,4 +1,4 @@
-"""hv_batch.job.log_records: every record carries what it is about, in both formats, and no secret reaches a log."""
+"""hv_batch.job.log_records: both formats, the fields of each record, and no secret in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One function, one table: what each exception says about sample, worker and run (design section 6)."""
+"""The failure class of each exception, and whether the worker survives it (P5)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hv_batch.runtime.worker import start_failure
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named and placed as torch's."""
+    """Has the name and module of torch's exception."""
 
     __module__ = "torch.cuda"
 
@@ -58,7 +58,7 @@ def raised_by_a_task(cause):
     ],
 )
 def test_task_errors_are_classified_by_their_cause(cause, kind, survives):
-    """P5: the sample is blamed only for what is its own fault; a lost input surfaces as the consumer's task error."""
+    """P5: only errors of the sample itself are POISON; Ray reports a lost input as a task error of the consumer."""
     error = raised_by_a_task(cause)
     failure = classify(error, "denoise-0.0")
     assert failure.kind is kind
@@ -79,19 +79,19 @@ def test_task_errors_are_classified_by_their_cause(cause, kind, survives):
     ],
 )
 def test_a_start_that_fails_counts_against_the_slot_unless_nobody_could_have_started(cause, kind):
-    """P5: no sample is to blame, and in an outage no worker either: it waits and does not use up its losses."""
+    """P5: a failed start charges no sample, and during an outage it does not count against the slot either."""
     assert start_failure(classify(raised_by_a_task(cause))).kind is kind
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), NodeDiedError("node died")])
 def test_lost_actors_and_nodes_are_infrastructure(error):
-    """P5: a death is nobody's fault until it repeats."""
+    """P5: a lost actor is INFRA."""
     assert classify(error).kind is FailureClass.INFRA
     assert not worker_survives(error)
 
 
 def test_preemption_is_its_own_class():
-    """P5: a reclaimed node is never blamed on the sample."""
+    """P5: a preempted node does not count against the sample."""
     error = ActorDiedError()
     error._preempted = True
     assert error.preempted
@@ -99,7 +99,7 @@ def test_preemption_is_its_own_class():
 
 
 def test_collateral_errors_do_not_hide_the_cause():
-    """The survivors of a group fail with connection errors; the one that raised speaks for all, a preemption first."""
+    """Other ranks fail with connection errors; the rank with the cause determines the class, a preemption first."""
     infra, poison, preempted = (Failure(kind, kind) for kind in ("INFRA", "POISON", "PREEMPTED"))
     infra, poison, preempted = (Failure(FailureClass(f.kind), f.message) for f in (infra, poison, preempted))
     assert most_telling([infra, poison, infra]) is poison
@@ -118,13 +118,13 @@ def test_collateral_errors_do_not_hide_the_cause():
     ],
 )
 def test_what_an_error_says_of_its_node(error, device, collateral):
-    """P5: a node answers for its devices and ranks that fail by themselves, not for collateral."""
+    """P5: device faults and own errors of ranks count against a node, broken collectives do not."""
     assert is_device_fault(error) is device
     assert is_collateral(error) is collateral
 
 
 @pytest.mark.parametrize(("cause", "is_fault"), [(NodeError("no ffmpeg"), True), (OSError(5, "input"), False)])
 def test_what_a_node_lacks_is_told_from_what_a_sample_has(cause, is_fault):
-    """P5: a group that decodes leaves a node whose disk is full, and stays for everything else."""
+    """P5: a full disk for temporary files counts against the node; other errors of a decode do not."""
     assert is_node_fault(raised_by_a_task(cause)) is is_fault
     assert not is_node_fault(cause)

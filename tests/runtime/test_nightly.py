@@ -1,4 +1,4 @@
-"""Which nights are rendered, and until when."""
+"""The nightly job: which dates are rendered, and until when."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hv_batch.runtime.nightly import NightlyRequest, next_time, stop_in_time, un
 NOON = datetime(2026, 11, 20, 12, 0)
 
 
-def orders(output, **changes) -> NightlyRequest:
+def request_for(output, **changes) -> NightlyRequest:
     values = {"manifest": "p/{date}.jsonl", "day": date(2026, 11, 19), "until": None, "catch_up": 3} | changes
     return NightlyRequest(config=RunConfig(), output=str(output), **values)
 
@@ -32,14 +32,14 @@ def test_yesterday_is_the_default():
 
 @pytest.mark.parametrize("text", ["20.11.2026", "2026-13-01", "yesterday"])
 def test_a_date_that_is_none_is_refused(text):
-    """P6: with the format that is meant."""
-    with pytest.raises(UserError, match="as 2026-11-20"):
+    """P6: the message names the expected format."""
+    with pytest.raises(UserError, match="for example 2026-11-20"):
         which_day(text, NOON)
 
 
 @given(st.integers(0, 23), st.integers(0, 59), st.datetimes(datetime(1971, 1, 1), datetime(2100, 1, 1)))
 def test_a_deadline_is_the_next_such_time(hour, minute, now):
-    """`--until 06:30` at 23:00 means tomorrow morning: always ahead, never more than a day."""
+    """`--until 06:30` at 23:00 means the next morning: always in the future, at most a day ahead."""
     until = next_time(f"{hour:02d}:{minute:02d}", now)
     assert timedelta(0) < until - now.astimezone() <= timedelta(days=1)
     assert (until.hour, until.minute) == (hour, minute)
@@ -62,30 +62,30 @@ def test_a_deadline_is_what_the_clock_on_the_wall_shows(monkeypatch, day, hours)
 
 @pytest.mark.parametrize("text", ["25:00", "6.30", "", "06:30:00"])
 def test_a_time_that_is_none_is_refused(text):
-    """P6: with the format that is meant."""
-    with pytest.raises(UserError, match=r"as 06:30"):
+    """P6: the message names the expected format."""
+    with pytest.raises(UserError, match=r"for example 06:30"):
         next_time(text, NOON)
 
 
 def test_a_manifest_without_a_place_for_the_date_is_refused(tmp_path):
-    """P6: every night would render the same prompts."""
+    """P6: without {date}, every night would render the same prompts."""
     with pytest.raises(UserError, match=r"\{date\}"):
-        orders(tmp_path, manifest="prompts.jsonl")
+        request_for(tmp_path, manifest="prompts.jsonl")
 
 
 def test_unfinished_nights_come_oldest_first(tmp_path):
-    """A run that was begun and has no _SUCCESS is unfinished; one that was never begun is nobody's order."""
+    """A run that was started and has no _SUCCESS is unfinished; days without a run are skipped."""
     for day, finished in ((15, False), (16, False), (17, True), (18, False), (19, False)):
         store = Store(f"{tmp_path}/2026-11-{day}")
         store.put(layout.RUN, b"{}")
         if finished:
             store.put(layout.SUCCESS, b"")
-    assert list(unfinished(orders(tmp_path))) == [date(2026, 11, 16), date(2026, 11, 18)]
-    assert list(unfinished(orders(tmp_path, catch_up=0))) == []
+    assert list(unfinished(request_for(tmp_path))) == [date(2026, 11, 16), date(2026, 11, 18)]
+    assert list(unfinished(request_for(tmp_path, catch_up=0))) == []
 
 
 def test_the_drain_begins_so_early_that_it_ends_in_time():
-    """`--until`: a drain may take drain_s, so it is asked for that much before; at once where that is past."""
+    """`--until`: the drain is requested drain_s before the deadline, or at once if that time has passed."""
     soon = datetime.now(UTC) + timedelta(seconds=100)
     for drain_s, begins in ((99.9, True), (200.0, True), (1.0, False)):
         stopped = Event()

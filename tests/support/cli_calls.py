@@ -1,4 +1,4 @@
-"""Commands as a user types them, in this process."""
+"""Runs commands in this process."""
 
 from __future__ import annotations
 

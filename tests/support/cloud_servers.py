@@ -1,6 +1,6 @@
-"""Stand-ins for Google Cloud Storage and Azure Blob Storage on this machine that speak HTTP.
+"""Emulators of Google Cloud Storage and Azure Blob Storage on this machine, over HTTP.
 
-Neither comes with the tests' own packages: `pip install gcsfs gcp-storage-emulator adlfs`, `npm install -g azurite`.
+Their packages are not part of the test extra: `pip install gcsfs gcp-storage-emulator adlfs`, `npm install -g azurite`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-# The account that every Azurite has; its key is public.
+# The default account of Azurite; its key is public.
 AZURE_ACCOUNT = "devstoreaccount1"
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 START_S = 60
 
 
 class GcsServer:
-    """An emulator that judges `ifGenerationMatch=0`, which the package itself overlooks, one request at a time."""
+    """An emulator that checks `ifGenerationMatch=0`, which the package ignores, and handles one request at a time."""
 
     def __init__(self) -> None:
         server = pytest.importorskip("gcp_storage_emulator.server")
@@ -56,7 +56,7 @@ class GcsServer:
 
 @contextmanager
 def azurite(folder: Path) -> Iterator[str]:
-    """Microsoft's own emulator; its connection string."""
+    """Starts Microsoft's emulator and returns its connection string."""
     program = shutil.which("azurite-blob")
     if program is None:
         pytest.skip("azurite is not installed")

@@ -1,4 +1,4 @@
-"""Small runs that crash before or after a named act on the output root."""
+"""Small runs that crash before or after a given operation on the output root."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POISON = frozenset({"s003", "s005"})
 SHARDS = range(2)
 
 
-# Every run here makes posters and tars as well: more acts, and more that may be left half done.
+# Every run here writes posters and tars as well: more operations, and more states after a crash.
 run_small = partial(run_plain, adorned=True)
 
 
@@ -60,7 +60,7 @@ def number_of(act: str) -> int:
     return next(number for number, done in enumerate(ACTS) if done.startswith(act))
 
 
-# What P1 and P2 are about, by name; the test after it takes every other act of a run as well.
+# The operations that matter most for P1 and P2, by name. Another test covers every operation of a run.
 NAMED = {
     "run.json": "put_new run.json",
     "latents": "put latents/shard-00000/s002",
@@ -81,7 +81,7 @@ NAMED = {
 
 
 def crash_and_resume(store_url: str, crashes: list[tuple[int, str]]) -> None:
-    """Crash at each (act number, before or after) in turn, checking each resume; then run to the end and compare."""
+    """Crash at each (operation number, before or after) and check each resume, then run to the end and compare."""
     denoised: Counter[str] = Counter()
     committed: frozenset[str] = frozenset()
     for at, when in [*crashes, (None, "never")]:
@@ -104,12 +104,12 @@ def drive(url: str) -> None:
 
 
 def points(acts: int) -> list[tuple[int, str]]:
-    """Every moment between two of so many acts, and both ends: just after an act is just before the next."""
+    """Every moment between two operations, and both ends: just after one is just before the next."""
     return [*((at, "before") for at in range(acts)), (acts - 1, "after")]
 
 
 def is_sound(store: Store) -> None:
-    """P1: one record a sample, sealed tables that say the same, and the run finished."""
+    """P1: one record for each sample, sealed tables that match the records, and a finished run."""
     found = verify(store, lambda data, suffix: MediaShape(17, 128, 96), decodes=None)
     assert found.findings == []
     assert (found.pending, found.tables) == (0, len(SHARDS))
@@ -135,7 +135,7 @@ def take_back(store: Store) -> None:
 
 
 def mend(store: Store) -> None:
-    """Take away one sample of each shard, as if its media were broken."""
+    """Removes one sample of each shard, as `verify --repair` does for damaged media."""
     found = []
     for shard, key in ((0, "s002"), (1, "s006")):
         (media,) = [name for name in Store(store.url).list(layout.media_dir(shard)) if f"/{key}-" in name]

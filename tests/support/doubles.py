@@ -1,4 +1,4 @@
-"""A stand-in for the model, behind the engine protocol: instant, deterministic, and able to fail on command.
+"""A fake engine: fast, deterministic, and able to fail on command.
 
 A prompt says what goes wrong with it, as in "... !kill-denoise-once". Faults that happen once leave a mark in `marks`,
 a folder that all actors share, and so do all calls: tests read there how often something was really done.
@@ -68,7 +68,7 @@ class FakeEngine:
         self._arm()
 
     def _arm(self):
-        """Driver or actor, this process dies just after it has written the first object whose key begins so.
+        """This process, driver or actor, dies after it has written the first object whose key starts with a prefix.
 
         With `root_goes_away` the output root takes no file while there is a mark "away".
         """
@@ -138,7 +138,7 @@ class FakeEngine:
             file.write(text.replace("\n", " ") + "\n")
 
     def mark_gpus(self, who):
-        """Which GPUs Ray has counted for this actor; it tells those that are not hidden, and all are on a CPU."""
+        """Record the GPUs that Ray has reserved for this actor. On a CPU, Ray's public API returns all GPUs."""
         held = ray._private.worker.global_worker.core_worker.resource_ids()
         names = [name for name in held if re.fullmatch("GPU(_group_[0-9a-f]+)?", name)]
         self.mark("gpus", " ".join([who, *(str(gpu) for name in names for gpu, _ in held[name])]))
@@ -155,7 +155,7 @@ class FakeEngine:
             time.sleep(0.02)
 
     def misbehave(self, stage, text):
-        """Do what the prompt's commands say for this stage."""
+        """Run the commands of the prompt for this stage."""
         for command in (word for word in text.split() if word.startswith("!")):
             fault, where, *once = command[1:].split("-")
             if where != stage or (once and not self.first(f"{command[1:]}-{text.split()[0]}")):
@@ -186,7 +186,7 @@ class FakeEncoder:
 
 
 class FakeDenoiser:
-    """Every step adds its own noise to what was there, so that a step left out, or made twice, is seen in the end."""
+    """Every step adds its own noise, so that a skipped or repeated step changes the result."""
 
     def __init__(self, engine, place):
         self.engine = engine
@@ -239,7 +239,7 @@ class FakeDenoiser:
 
 
 class FakeDecoder:
-    """Grey frames whose level follows the latents; knows the prompt only through a mark the denoiser left."""
+    """Grey frames whose level depends on the latents."""
 
     def __init__(self, engine):
         self.engine = engine
@@ -265,11 +265,11 @@ class FakeDecoder:
 
 
 class Crash(BaseException):
-    """The process is gone; no handler of ours catches it."""
+    """Simulates the death of the process; no handler of the package catches it."""
 
 
 class CrashingStore(Store):
-    """A real store whose process dies just before or just after the act number `at` of those that change something."""
+    """A real store whose process dies just before or just after change number `at`."""
 
     def __init__(self, url, at=None, when="before"):
         super().__init__(url)

@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, whose nodes come, go and are killed while a test runs.
+"""A real Ray cluster of several nodes on this machine; tests add, remove and kill nodes.
 
 Each node is a raylet of its own with an address of its own (127.0.0.x) and GPUs that do not exist. Nothing is shared
 with the head of conftest.py but the machine: ports are free ones, and Ray names a session's folder after its process.
@@ -16,7 +16,7 @@ import pytest
 from ray._private.internal_api import node_stats
 from ray.cluster_utils import Cluster
 
-# Ray waits 15 s before it believes that a silent node is dead; tests of lost nodes should not.
+# By default Ray declares a silent node dead after 15 s, which is too long for tests of lost nodes.
 QUICK_OBITUARY = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
@@ -25,7 +25,7 @@ QUICK_OBITUARY = {
 
 
 class Fleet:
-    """The head, which has CPUs only, and the nodes that a test has added."""
+    """The head, which has only CPUs, and the nodes that a test has added."""
 
     def __init__(self):
         self._cluster = Cluster(
@@ -45,7 +45,7 @@ class Fleet:
 
     @property
     def nodes(self):
-        """Those that a test has added and not removed."""
+        """The nodes that a test has added and not removed."""
         return list(self._cluster.worker_nodes)
 
     def add_node(self, *, gpus, cpus=2, labels=None, store_bytes=150 * 2**20):
@@ -59,12 +59,12 @@ class Fleet:
         )
 
     def object_store(self, node):
-        """What Ray counts of a node's object store: bytes used, bytes spilled to disk, ..."""
+        """Ray's statistics of a node's object store: bytes used, bytes spilled to disk, ..."""
         (entry,) = [entry for entry in self._cluster.global_state.node_table() if entry["NodeID"] == node.node_id]
         return node_stats(entry["NodeManagerAddress"], entry["NodeManagerPort"]).store_stats
 
     def kill_node(self, node):
-        """As a power cut: raylet, actors and agents die by SIGKILL. Ray finds out a moment later."""
+        """Like a power failure: raylet, actors and agents die by SIGKILL, and Ray detects it later."""
         raylets = [process.process.pid for process in node.all_processes["raylet"]]
         victims = [pid for raylet in raylets for pid in descendants(raylet)]
         self._cluster.remove_node(node, allow_graceful=False)
@@ -73,11 +73,11 @@ class Fleet:
                 os.kill(pid, signal.SIGKILL)
 
     def remove_node(self, node):
-        """As `ray stop`: the node takes its leave, and its actors end with it."""
+        """Like `ray stop`: the node unregisters, and its actors end."""
         self._cluster.remove_node(node)
 
     def clear(self):
-        """Remove every node but the head; on return Ray knows that none is left."""
+        """Remove every node except the head, and wait until Ray has registered that."""
         for node in self.nodes:
             self._cluster.remove_node(node)
         self._cluster.wait_for_nodes()
@@ -87,7 +87,7 @@ class Fleet:
 
 
 def descendants(parent: int) -> list[int]:
-    """Processes that `parent` has started, and those that they have; Linux tells each one's parent in /proc."""
+    """All descendant processes of `parent`, read from /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -109,6 +109,6 @@ def fleet_head(ray_environment):
 
 @pytest.fixture
 def fleet(fleet_head):
-    """The cluster with its head alone; the nodes that a test adds end with it."""
+    """The cluster with only its head; nodes that a test adds are removed after it."""
     yield fleet_head
     fleet_head.clear()

@@ -11,7 +11,7 @@ from hv_batch.job.log_records import PACKAGE
 
 
 class ListHandler(logging.Handler):
-    """Keeps the messages of the records it gets."""
+    """Collects the messages of the records."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,8 +26,8 @@ def free_port() -> int:
 
 @contextmanager
 def started_head(log: Path, port: int, *arguments: str, **environment: str):
-    """(GCS address, dashboard URL) of a `ray start --head` on this machine, for the length of a `with`."""
-    # Ray's fixed default ports may be taken by the local Ray of another test that is just ending.
+    """Runs `ray start --head` on this machine within the block; yields (GCS address, dashboard URL)."""
+    # The local Ray of another test may still use Ray's default ports.
     dashboard, agent, client = (free_port() for _ in range(3))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]

@@ -1,4 +1,4 @@
-"""Output roots as a run leaves them, made of real records without rendering anything."""
+"""Output roots as a run writes them, with real records but without rendering."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_failure(kind: FailureClass = FailureClass.POISON, message: str = "not f
 
 
 def make_commit(sample: Sample, **changes: Any) -> dict[str, Any]:
-    """Its commit record, whose media facts follow from the sample alone, as they do for real (P3)."""
+    """Its commit record, whose media facts are derived from the sample alone, as in a real run (P3)."""
     sha256 = hashlib.sha256(sample.key.encode()).hexdigest()
     params = sample.params
     media = RenderedMedia(1000, sha256, sha256[::-1], params.num_frames, params.height, params.width)
@@ -81,7 +81,7 @@ def make_quarantine(sample: Sample, *failures: dict[str, Any]) -> dict[str, Any]
 
 
 def open_root(store: Store, samples: int, *, device: str = "cpu", adorned: bool = False) -> None:
-    """A run of so many samples in shards of SHARD_SIZE, in groups of 2 x 1 ranks; `adorned` with posters and tars."""
+    """A run of `count` samples in shards of SHARD_SIZE, with groups of 2 x 1 ranks; `adorned` adds posters and tars."""
     config = {
         "seed": 0,
         "model": {"engine": "hv_batch.engine.hunyuan:HunyuanVideo"},

@@ -1,4 +1,4 @@
-"""Small runs for the cluster tests: their manifests, configs and what they leave behind."""
+"""Small runs for the cluster tests: manifests, configs, commands, and reading the output roots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 from tests.support.repository import ROOT
 
-DEADLINE_S = 120  # of a wait; a machine that is busy with other things takes its time to start a worker
+DEADLINE_S = 120  # limit of a wait; a busy machine needs long to start a worker
 PROMPTS = [f"prompt {i}" for i in range(10)]
 
 FAKE_CONFIG = {
@@ -88,7 +88,7 @@ def records(output: Path, kind: str = "commits") -> dict[str, dict]:
 
 
 def dataset(output: Path) -> dict[str, bytes]:
-    """What P2 and P3 promise to be equal whatever happened on the way: media and sealed tables, byte for byte."""
+    """The bytes that must not depend on failures (P2, P3): media and sealed tables."""
     return {str(p.relative_to(output)): p.read_bytes() for p in sorted((output / "data").rglob("[!.]*")) if p.is_file()}
 
 

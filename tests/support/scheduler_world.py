@@ -1,5 +1,7 @@
-"""A world around the scheduler: carries out its actions as the runtime would, answers as told, and checks after every
-step the invariants of its docstring.
+"""A simulated runtime for the scheduler.
+
+It carries out the actions of the scheduler, lets a test decide the outcome of each task and start, and checks the
+invariants in the docstring of scheduler.py after each step.
 """
 
 from __future__ import annotations
@@ -48,15 +50,17 @@ from hv_batch.job.stages import Stage
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)
 STALL_S = 50.0
 MIB = 2**20
-BLAMED = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
+CHARGED_KINDS = [FailureClass.POISON, FailureClass.INFRA, FailureClass.GPU_OOM, FailureClass.PREEMPTED]
 
 
 def limits(
     encoders=1, groups=2, decoders=1, batch=3, result_bytes=math.inf, *, colocated=False, ranks=(1,), micro_batch=1
 ):
-    """With `colocated`, encoders use the groups' resources; without decoders, groups decode. There are
-    `groups` of the largest size; `ranks` are those of a group of each size, largest first. Quick samples are denoised,
-    and decoded by decoders, up to `micro_batch` at a time.
+    """Stage limits for a test.
+
+    With `colocated`, encoders use the groups' resources. With `decoders=0`, groups decode. `groups` is the number of
+    groups of the largest size; `ranks` has the ranks of a group of each size, largest first. Up to `micro_batch` quick
+    samples share a denoise, or a decode of a decoder.
     """
     share = {"task_timeout_s": STALL_S, "result_bytes": result_bytes}
     size_classes = [
@@ -87,16 +91,16 @@ def limits(
 
 @dataclass
 class World:
-    """Carries out actions the way the runtime would, and keeps the books the invariants are checked against."""
+    """The simulated runtime, with its own accounts of samples, workers and bytes to check the scheduler against."""
 
     stages: dict[Stage, StageLimits]
     plan: list[Admitted]
     drain_timeout_s: float = 100.0
-    has_room: bool = True  # whoever is asked for is placed at once
+    has_room: bool = True  # requested workers are placed at once
     embedding_bytes: dict[str, int] = field(default_factory=dict)
     now: float = 0.0
     starting: list[WorkerId] = field(default_factory=list)
-    given_up: set[tuple[Stage, int]] = field(default_factory=set)  # slots that were said to have no further life
+    abandoned: set[tuple[Stage, int]] = field(default_factory=set)  # slots killed without a rebuild
     idle: set[WorkerId] = field(default_factory=set)
     running: dict[WorkerId, tuple[str, ...]] = field(default_factory=dict)
     leaving: dict[WorkerId, float] = field(default_factory=dict)
@@ -106,14 +110,16 @@ class World:
     events: deque = field(default_factory=deque)
     stopped_at: float | None = None
     at: dict[str, Stage] = field(default_factory=dict)
-    sizes: dict[WorkerId, int] = field(default_factory=dict)  # the size class of every group that ever was
+    sizes: dict[WorkerId, int] = field(default_factory=dict)  # size class of each worker that was ever started
     spooled: dict[str, bool] = field(default_factory=dict)  # videos on the disks of nodes; whether latents are stored
     committed: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
     quarantines: list[Quarantine] = field(default_factory=list)
     runs: Counter = field(default_factory=Counter)
-    holds: dict[tuple[Stage, int], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))  # by maker, bytes
-    heaviest: int = 0  # of the embeddings that came
+    held_bytes: dict[tuple[Stage, int], dict[str, int]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )  # by producing (stage, slot), then by sample
+    largest_embedding: int = 0  # bytes
     finish: Finish | None = None
     abort: Abort | None = None
 
@@ -121,13 +127,13 @@ class World:
         self.scheduler = Scheduler(self.stages, RETRIES, self.drain_timeout_s)
         self.queue = list(self.plan)
         self.carry_out(self.scheduler.begin())
-        self.work_off()
+        self.process_events()
 
     def feed(self, event):
         self.events.append(event)
-        self.work_off()
+        self.process_events()
 
-    def work_off(self):
+    def process_events(self):
         while self.events:
             event = self.events.popleft()
             if isinstance(event, Admitted):
@@ -138,7 +144,7 @@ class World:
 
     def carry_out(self, actions):
         for action in actions:
-            assert self.finish is None, f"{action} after the end"
+            assert self.finish is None, f"{action} after the end of the run"
             assert self.abort is None, f"{action} after the abort"
             self.carry_out_one(action)
         self.check([action for action in actions if isinstance(action, ReleaseWorker)])
@@ -152,18 +158,20 @@ class World:
                     self.events.append(PlanExhausted())
             case StartWorker(worker, size_class):
                 self.sizes[worker] = size_class
-                assert (worker.stage, worker.slot) not in self.given_up, "what it stood on is gone"
+                assert (worker.stage, worker.slot) not in self.abandoned, (
+                    "started in a slot that was killed without a rebuild"
+                )
                 self.starting.append(worker)
                 if self.has_room:
                     self.events.append(WorkerPlaced(worker))
             case KillWorker(worker, failure, rebuild):
                 if not rebuild and failure.kind is not FailureClass.PREEMPTED and worker not in self.leaving:
-                    self.given_up.add((worker.stage, worker.slot))
-                self.back_in_line(self.running.pop(worker, ()))
+                    self.abandoned.add((worker.stage, worker.slot))
+                self.put_back(self.running.pop(worker, ()))
                 self.end(worker)
                 self.killed[worker] = failure
             case ReleaseWorker(worker):
-                assert worker not in self.running, "released in the middle of a task"
+                assert worker not in self.running, "released while it runs a task"
                 self.end(worker)
                 self.released.append(worker)
             case Checkpoint(worker):
@@ -172,19 +180,21 @@ class World:
                 self.checkpoints.append(worker)
             case Run(worker, keys, stage):
                 self.idle.remove(worker)
-                assert worker not in self.leaving, "a task for a worker that leaves"
+                assert worker not in self.leaving, "a task for a worker on a draining node"
                 assert all(self.at[key] == stage for key in keys), "ran at the wrong stage"
-                assert worker.stage is self.staffed(stage)
+                assert worker.stage is self.worker_stage(stage)
                 size_classes = {begun.size_class for begun in self.plan if begun.key in keys}
-                assert stage is not Stage.DENOISE or size_classes == {self.sizes[worker]}, "ran on another size"
+                assert stage is not Stage.DENOISE or size_classes == {self.sizes[worker]}, (
+                    "ran on a group of another size"
+                )
                 assert not {k for task in self.running.values() for k in task} & set(keys), "ran twice at once"
                 assert len(keys) <= self.stages[stage].batch
                 self.running[worker] = keys
                 self.runs.update((stage, key) for key in keys)
                 if stage is not Stage.DECODE:
-                    self.load(worker, keys)
+                    self.reserve_bytes(worker, keys)
             case Quarantine(key, _):
-                self.unload(key, *Stage)
+                self.release_bytes(key, *Stage)
                 self.quarantined.append(key)
                 self.quarantines.append(action)
                 del self.at[key]
@@ -193,25 +203,33 @@ class World:
             case Finish():
                 self.finish = action
 
-    def load(self, worker, keys):
-        """What the worker is going to make takes its place beside what it has made; one result always may."""
-        mine, latents = self.holds[worker.stage, worker.slot], {begun.key: begun.latent_bytes for begun in self.plan}
-        coming = {Stage.ENCODE: lambda key: self.heaviest or ASSUMED_EMBEDDING_BYTES, Stage.DENOISE: latents.get}
-        mine.update((key, coming[worker.stage](key)) for key in keys if worker.stage in coming)
-        assert sum(mine.values()) <= self.stages[worker.stage].result_bytes or len(mine) == 1, f"{mine} of {worker}"
+    def reserve_bytes(self, worker, keys):
+        """Reserve the expected result bytes of a task. They must fit the budget, unless they are the only result."""
+        own_bytes, latents = (
+            self.held_bytes[worker.stage, worker.slot],
+            {begun.key: begun.latent_bytes for begun in self.plan},
+        )
+        coming = {
+            Stage.ENCODE: lambda key: self.largest_embedding or ASSUMED_EMBEDDING_BYTES,
+            Stage.DENOISE: latents.get,
+        }
+        own_bytes.update((key, coming[worker.stage](key)) for key in keys if worker.stage in coming)
+        assert sum(own_bytes.values()) <= self.stages[worker.stage].result_bytes or len(own_bytes) == 1, (
+            f"{own_bytes} of {worker}"
+        )
 
-    def unload(self, key, *stages):
-        for (stage, _), mine in self.holds.items():
+    def release_bytes(self, key, *stages):
+        for (stage, _), own_bytes in self.held_bytes.items():
             if stage in stages:
-                mine.pop(key, None)
+                own_bytes.pop(key, None)
 
-    def staffed(self, stage):
-        """The stage whose workers do its tasks."""
+    def worker_stage(self, stage):
+        """The stage whose workers run the tasks of `stage`."""
         return stage if self.stages[stage].workers else Stage.DENOISE
 
-    def will_come(self, key, stage):
-        """Whether a sample in flight still needs who works at the stage; a drain begins nothing but decodes."""
-        decodes = stage is self.staffed(Stage.DECODE)
+    def still_needs(self, key, stage):
+        """Whether a sample in flight still needs a worker of the stage. A drain starts only decodes."""
+        decodes = stage is self.worker_stage(Stage.DECODE)
         if self.stopped_at is None:
             return decodes or self.at[key] <= stage
         if not decodes or self.at[key] is Stage.ENCODE:
@@ -224,21 +242,22 @@ class World:
         self.leaving.pop(worker, None)
 
     def check_released(self, action):
-        """A stage with work keeps, or asks for, somebody, and a size of groups one of its own, unless another size
-        took the place; and all make room for the first group.
+        """A release must leave a stage, or a group size, with work at least one worker, alive or requested.
+
+        The exceptions: another group size takes the place, or other stages make room for the first group.
         """
         stage, size_class = action.worker.stage, self.sizes[action.worker]
         left = [w for w in (*self.starting, *self.idle, *self.running) if w.stage is stage]
         if action.reason == OTHER_SIZE:
-            assert left, "released for nobody"
+            assert left, "released in favour of no other group"
             return
         if action.reason == MAKES_ROOM and stage is not Stage.DENOISE and set(self.groups()) <= set(self.starting):
             return
-        coming = [begun for begun in self.plan if begun.key in self.at and self.will_come(begun.key, stage)]
+        coming = [begun for begun in self.plan if begun.key in self.at and self.still_needs(begun.key, stage)]
         if stage is Stage.DENOISE:
             left = [worker for worker in left if self.sizes[worker] == size_class]
             coming = [begun for begun in coming if begun.size_class == size_class]
-        assert left or not coming, "released what is needed"
+        assert left or not coming, "released the last worker that is needed"
 
     def groups(self):
         return [w for w in (*self.starting, *self.idle, *self.running) if w.stage is Stage.DENOISE]
@@ -247,9 +266,9 @@ class World:
         return sum(self.stages[Stage.DENOISE].sizes[self.sizes[group]].ranks for group in self.groups())
 
     def check(self, released):
-        """The invariants that hold after every step; `released` are those who have just been let go."""
+        """Check the invariants after a step. `released` are the ReleaseWorker actions of the step."""
         gone = Counter(self.committed) + Counter(self.quarantined)
-        assert all(count == 1 for count in gone.values()), "a sample went twice"
+        assert all(count == 1 for count in gone.values()), "a sample left twice"
         assert not self.spooled.keys() & (gone.keys() | self.at.keys()), "in two places"
         assert self.scheduler.spooled() == len(self.spooled) <= backpressure.MAX_SPOOLED
         assert len(self.at) <= self.scheduler.window
@@ -261,11 +280,11 @@ class World:
             for action in released:
                 self.check_released(action)
             for worker, until in self.leaving.items():
-                assert worker in self.running, "kept though it leaves and has nothing to finish"
-                assert self.now < until - END_MARGIN_S, "kept until its node was gone"
-        for (stage, _), mine in self.holds.items():
+                assert worker in self.running, "kept on a draining node without a task"
+                assert self.now < until - END_MARGIN_S, "kept until its node went away"
+        for (stage, _), own_bytes in self.held_bytes.items():
             if stage is Stage.DENOISE:
-                assert sum(mine.values()) <= self.stages[stage].result_bytes or len(mine) == 1
+                assert sum(own_bytes.values()) <= self.stages[stage].result_bytes or len(own_bytes) == 1
         for stage in (Stage.DENOISE, Stage.DECODE):
             begun_elsewhere = sum(1 for admitted in self.plan if admitted.stage is stage)
             running = {key for task in self.running.values() for key in task}
@@ -273,7 +292,7 @@ class World:
             room = (self.stages[stage].ahead + self.stages[stage].workers) * self.stages[stage].batch
             assert len(waiting) <= room + begun_elsewhere
 
-    # What the world may answer --------------------------------------------------------------------------------------
+    # Events of the simulated cluster ----------------------------------------------------------------------------------
 
     def ready(self, worker):
         self.starting.remove(worker)
@@ -284,7 +303,7 @@ class World:
         keys = self.running.pop(worker)
         self.idle.add(worker)
         for key in keys:
-            self.unload(key, Stage(self.at[key] - 1) if self.at[key] else None)
+            self.release_bytes(key, Stage(self.at[key] - 1) if self.at[key] else None)
             if self.at[key] is Stage.DECODE:
                 self.committed.append(key)
                 del self.at[key]
@@ -292,16 +311,16 @@ class World:
                 self.at[key] = Stage(self.at[key] + 1)
         weights = tuple(self.embedding_bytes.get(key, 1) for key in keys if worker.stage is Stage.ENCODE)
         if weights:
-            self.heaviest = max(self.heaviest, *weights)
-            self.holds[worker.stage, worker.slot].update(zip(keys, weights, strict=True))
+            self.largest_embedding = max(self.largest_embedding, *weights)
+            self.held_bytes[worker.stage, worker.slot].update(zip(keys, weights, strict=True))
         self.feed(TaskDone(worker, weights))
 
     def spool(self, worker):
-        """The output root is away for every other video of a decode, and these wait on a disk."""
+        """Finish a decode during an outage: every other video is spooled, the others are committed."""
         keys = self.running.pop(worker)
         self.idle.add(worker)
         for key in keys:
-            self.unload(key, Stage.DENOISE)
+            self.release_bytes(key, Stage.DENOISE)
             del self.at[key]
         self.spooled.update((key, True) for key in keys[::2])
         self.committed.extend(keys[1::2])
@@ -317,17 +336,17 @@ class World:
         self.at[key] = stage
         self.feed(SpoolLost(key, stage))
 
-    def back_in_line(self, keys):
+    def put_back(self, keys):
         for key in keys:
             if key in self.at and self.at[key] is not Stage.DECODE:
-                self.unload(key, Stage.ENCODE, Stage.DENOISE)
+                self.release_bytes(key, Stage.ENCODE, Stage.DENOISE)
             if key in self.at and self.at[key] is Stage.DENOISE:
                 self.at[key] = Stage.ENCODE
 
     def failed(self, worker, kind):
         keys = self.running.pop(worker)
         self.idle.add(worker)
-        self.back_in_line(keys)
+        self.put_back(keys)
         self.feed(TaskFailed(worker, Failure(kind, "failed")))
 
     def lost(self, worker, kind):
@@ -341,16 +360,16 @@ class World:
         self.now += seconds
         self.feed(Tick())
 
-    def idle_away(self, seconds, until):
-        """Let time pass without anything hanging, until `until()` holds."""
+    def pass_time_until(self, seconds, until):
+        """Let at most `seconds` pass, with heartbeats of all running tasks, until `until()` holds."""
         end = self.now + seconds
         while self.now < end and not until():
             for worker in self.running:
                 self.feed(Heartbeat(worker))
             self.tick(1.0)
 
-    def calm_down(self, limit=10_000):
-        """Everything works from now on."""
+    def run_to_end(self, limit=10_000):
+        """Let every start and task succeed until the run ends."""
         for _ in range(limit):
             if self.finish or self.abort:
                 return
@@ -362,7 +381,7 @@ class World:
                 self.publish(next(iter(self.spooled)))
             else:
                 self.tick(1.0)
-        pytest.fail(f"no end: {self.at} waiting, {self.running} running")
+        pytest.fail(f"the run did not end: {self.at} in flight, {self.running} running")
 
 
 def plan_of(count, stage=Stage.ENCODE):
@@ -370,7 +389,7 @@ def plan_of(count, stage=Stage.ENCODE):
 
 
 def advance(world, until):
-    """Let everything work until `until(world)` holds."""
+    """Let every start and task succeed until `until(world)` holds."""
     for _ in range(1000):
         if until(world):
             return
@@ -380,11 +399,11 @@ def advance(world, until):
             world.done(next(iter(world.running)))
         else:
             world.tick(1.0)
-    pytest.fail("never came to it")
+    pytest.fail("the condition was never reached")
 
 
 def pass_time(world, seconds):
-    """Without anything hanging."""
+    """Let `seconds` pass, with heartbeats of all running tasks."""
     while seconds > 0:
         for worker in world.running:
             world.feed(Heartbeat(worker))

@@ -1,7 +1,7 @@
-"""A whole run in one thread: the real job layer, without Ray and without a model.
+"""A whole run in one thread: the real job package, without Ray and without a model.
 
-It does what the driver and its workers do to the output root, in their order: scan, latents, media, record, seal,
-summary, `_SUCCESS`. What a sample's pixels are follows from its seed alone (P3).
+It writes to the output root what the driver and its workers write, in the same order: scan, latents, media, record,
+seal, summary, `_SUCCESS`. A sample's pixels depend on its seed alone (P3).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hv_batch.media.writer import write_media
 from tests.support.rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
 
 COMPARED = ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards")
-# What a record tells of tries from before its sample was taken back, and the totals of that.
+# Fields that hold the attempts from before a sample was released, and the totals over them.
 TRIES = frozenset({"history", "attempts", "retries"})
 
 WriteMedia = Callable[[Sample, np.ndarray, Path], tuple[Path, str, RenderedMedia]]
@@ -48,7 +48,7 @@ def some_samples(count: int = 6, **changes) -> list[Sample]:
 
 
 class ListedShards:
-    """What a plan asks of an index, over samples at hand."""
+    """The part of `Index` that PendingSamples uses, over a list of samples."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._shards: dict[int, list[Sample]] = {}
@@ -73,9 +73,9 @@ def run_small(
     media: WriteMedia | None = None,
     adorned: bool = False,
 ) -> None:
-    """What one call of the run command does. `denoised` counts by key; the samples of `poison` are given up.
+    """One call of the run command. `denoised` counts denoises by key; the samples in `poison` are quarantined.
 
-    `adorned` makes posters and tars as well.
+    `adorned` adds posters and tars.
     """
     open_root(store, len(samples), adorned=adorned)
     if store.exists(layout.SUCCESS):
@@ -140,7 +140,7 @@ def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, 
 
 
 def _put_poster(store: Store, sample: Sample, info: RenderedMedia, folder: Path) -> str:
-    """No picture, but it follows from the frames."""
+    """A poster that is not an image; its bytes depend on the frames."""
     path = folder / "poster.jpg"
     path.write_bytes(info.frames_sha256.encode())
     key = layout.poster_key(sample.shard, sample.key, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -153,7 +153,7 @@ def fingerprint(store: Store) -> str:
 
 
 def digest_media(sample: Sample, latents: np.ndarray, folder: Path) -> tuple[Path, str, RenderedMedia]:
-    """A file that is no video but depends on the latents, at no cost."""
+    """A media file that is not a video; its bytes depend on the latents. It costs no time."""
     data = hashlib.sha256(latents.tobytes()).digest() * 8
     path = folder / "media.mp4"
     path.write_bytes(data)
@@ -162,7 +162,7 @@ def digest_media(sample: Sample, latents: np.ndarray, folder: Path) -> tuple[Pat
 
 
 def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30) -> tuple[Path, str, RenderedMedia]:
-    """A real video or image, made by ffmpeg."""
+    """A real video or image, encoded by ffmpeg."""
     params = sample.params
     levels = (127 + 40 * np.tanh(latents.mean(axis=(0, 2, 3)) * 10)).astype(np.uint8)
     shape = (params.height, params.width, 3)
@@ -180,9 +180,9 @@ def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30)
 
 
 def everything(store: Store, *, ignoring: Collection[str] = ()) -> dict[str, bytes | dict]:
-    """A whole root as P2 and P3 promise it: media, tables and summary byte for byte, records without their dates.
+    """The objects of a root that P2 and P3 cover: media, tables and summary byte for byte, records without their dates.
 
-    `ignoring` are further fields of records, sums and summary.
+    `ignoring` are further fields of records, totals and summary to leave out.
     """
     found: dict[str, bytes | dict] = {}
     unlike = {"created_at", *ignoring}

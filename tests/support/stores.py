@@ -1,4 +1,4 @@
-"""Real places to store things: a folder, fsspec's memory, and an S3 endpoint that speaks HTTP on this machine."""
+"""Stores for tests: a local folder, fsspec's memory, and an S3 endpoint on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.s3_server import S3Server
 
 @pytest.fixture(scope="module", autouse=True)
 def _empty_memory() -> None:
-    """fsspec's memory is that of the whole process, and each listing walks over all that other modules left there."""
+    """fsspec's memory file system is shared by the whole process, and each listing walks over all its files."""
     MemoryFileSystem.store.clear()
 
 
@@ -29,13 +29,13 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, with this process's credentials set for it the way a user sets them."""
+    """The server, with the credentials of this process set in the environment, as users do."""
     s3_server.reset()
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # so that the retries seen are ours
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # only the retries of `Store` are counted
     monkeypatch.setattr("hv_batch.job.storage.store.PAUSES_S", (0.0, 0.0, 0.0))
     return s3_server
 
@@ -49,7 +49,7 @@ def s3_store(s3: S3Server) -> Store:
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def any_store(request: pytest.FixtureRequest, tmp_path: Any) -> Store:
-    """An empty output root, on each kind of store in turn."""
+    """An empty output root on each kind of store."""
     if request.param == "local":
         return Store(str(tmp_path / "root"))
     if request.param == "memory":

@@ -1,8 +1,9 @@
-"""Prints configs/README.md: the guide (guide.md), then every key of the config with its docstring.
+"""Prints configs/README.md: the guide, then every key of the config with its docstring.
 
     python -m hv_batch.job.config.reference > configs/README.md
 
-A test checks that the file is up to date and that every key has a docstring.
+The guide is guide.md.in, whose links are relative to configs/. A test checks that the file is up to date and that every
+key has a docstring.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 def render_reference() -> str:
     """The text of configs/README.md."""
-    guide = resources.files("hv_batch.job.config").joinpath("guide.md").read_text("utf-8")
+    guide = resources.files("hv_batch.job.config").joinpath("guide.md.in").read_text("utf-8")
     return "\n".join([guide, *_lines()])
 
 

@@ -1,7 +1,7 @@
-"""What a sample costs, before it is rendered: operations of each stage, and bytes that ranks send each other.
+"""The operations of each stage for a sample, and the bytes that the ranks of a group send each other.
 
-Pure functions of the model's numbers and of a video's shape (spec section 2). Seconds are the business of
-`hv_batch.job.cost_model.speed`.
+Pure functions of the model's widths and the shape of a video. `hv_batch.job.cost_model.speed` turns
+them into seconds.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COM
 
 
 def count_work(samples: Iterable[SamplingParams]) -> Counter[Workload]:
-    """The samples of each kind of work; as many entries as kinds, however long the manifest (P7)."""
+    """The number of samples of each workload. Its size is bounded by the distinct workloads of the manifest (P7)."""
     return Counter(map(Workload.of, samples))
 
 
 def forward_flops(model: ModelShape, tokens: int) -> float:
-    """One pass of one item through the DiT; the text's share, below 1 % at video sizes, is left out as in the spec."""
+    """One forward of one item through the DiT, without the text tokens (below 1 % at video sizes), as in the spec."""
     return linear_flops(model, tokens) + attention_flops(model, tokens)
 
 
 def linear_flops(model: ModelShape, tokens: int) -> float:
     dit = model.dit
-    # Q, K, V, the projection out, and the MLP of the image stream. Both kinds of block have as many.
+    # Q, K, V, the output projection, and the MLP of the image stream: the same in double and single blocks.
     return 2.0 * tokens * dit.depth * dit.hidden_size * (4 * dit.hidden_size + 2 * dit.mlp_width)
 
 
@@ -38,12 +38,12 @@ def attention_flops(model: ModelShape, tokens: int) -> float:
 
 
 def decode_flops(model: ModelShape, shape: Shape) -> float:
-    """All tiles of a video through the VAE's decoder."""
+    """Decoding all tiles of a video."""
     return sum(count * tile_flops(model.vae, tile) for tile, count in count_tiles(model, shape).items())
 
 
 def count_tiles(model: ModelShape, shape: Shape) -> Counter[Shape]:
-    """The tiles of a video, by latent (frames, height, width): the geometry of spec section 5."""
+    """The number of tiles of each size, in latent (frames, height, width): the tile geometry of the release."""
     height, width, frames = shape
     latent = ((frames - 1) // TEMPORAL_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
     time, space = model.tile.time, model.tile.space
@@ -60,22 +60,22 @@ def _cut(side: int, axis: Axis) -> list[int]:
 
 
 def tile_flops(vae: VAEConfig, tile: Shape) -> float:
-    """One tile of latents (frames, height, width) through the decoder, as the engine computes it."""
+    """Decoding one tile of latents (frames, height, width), as the engine computes it."""
     frames, height, width = tile
     widths = vae.block_out_channels[::-1]
-    taps = 27.0 if frames > 1 else 9.0  # of a single frame, all taps in time meet one input and are added up before
+    taps = 27.0 if frames > 1 else 9.0  # of a single frame, the taps in time have one input and are summed beforehand
     area = frames * height * width
     macs = area * taps * LATENT_CHANNELS * widths[0]
     macs += area * (4 * taps + 4) * widths[0] ** 2  # two resnets; the projections of the attention
-    macs += area**2 * widths[0]  # a token sees the frames up to its own: half of all pairs, twice (scores, values)
+    macs += area**2 * widths[0]  # causal in time: half of all pairs, twice (scores, values)
     before = widths[0]
     for level, after in enumerate(widths):
         area = frames * height * width
         shortcut = before if before != after else 0
         macs += area * after * (taps * (before + after) + shortcut + vae.layers_per_block * 2 * taps * after)
         if level < len(widths) - 1:
-            doubles_time = level > 0  # counted from the latents: space, then twice space and time
-            # Upsampling merges the taps that meet equal inputs: 2 a doubled axis instead of 3.
+            doubles_time = level > 0  # from the latents on: space first, then twice space and time
+            # The upsampler merges taps that apply to equal inputs: 2 per doubled axis instead of 3.
             merged = 4 * (1 if frames == 1 else 2 if doubles_time else 3)
             frames, height, width = (2 * frames - 1 if doubles_time else frames), 2 * height, 2 * width
             macs += frames * height * width * after**2 * merged
@@ -85,10 +85,10 @@ def tile_flops(vae: VAEConfig, tile: Shape) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that one rank sends in one pass through the DiT."""
+    """Bytes that one rank sends in one forward of the DiT."""
 
-    ulysses: float  # while nothing computes
-    ring: float  # while attention computes
+    ulysses: float  # not overlapped with computation
+    ring: float  # overlapped with attention
     gather: float  # the velocity, at the end
 
     @property
@@ -97,17 +97,17 @@ class Traffic:
 
 
 def rank_traffic(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = MAX_TEXT_TOKENS) -> Traffic:
-    """The rank that sends most, with prompts of `text` tokens."""
+    """The traffic of the rank that sends most, with prompts of `text` tokens."""
     dit, item = model.dit, ITEMSIZE[model.precision]
     ranks = ulysses * ring
     local = -(-tokens // ranks)
     row = dit.hidden_size * item
-    # To each of the others 1/u of the heads: q, k, v of the own rows; back, attended rows and as many of the text.
-    abroad = (ulysses - 1) / ulysses
-    per_block = abroad * (3 * local * row + (local + text) * row)
-    # Keys and values of a chunk of u shards, 1/u of the heads, are passed on ring - 1 times.
+    # To each of the other ranks, 1/u of the heads: q, k, v of its own rows, and later the attended rows and text rows.
+    to_others = (ulysses - 1) / ulysses
+    per_block = to_others * (3 * local * row + (local + text) * row)
+    # Keys and values of a chunk of u shards, 1/u of the heads, are sent ring - 1 times.
     passed = (ring - 1) * 2 * local * row
-    replicated = text * row / ulysses if ring > 1 else 0  # ring rank 0's text rows, to all
+    replicated = text * row / ulysses if ring > 1 else 0  # the text rows of ring rank 0, to all
     return Traffic(
         ulysses=dit.depth * (per_block + replicated),
         ring=float(dit.depth * passed),
@@ -116,19 +116,19 @@ def rank_traffic(model: ModelShape, tokens: int, ulysses: int, ring: int, text: 
 
 
 def exchange_bytes(model: ModelShape, tokens: int) -> float:
-    """What a rank sends its counterpart once a step, where two halves of a group compute a guidance branch each."""
+    """Bytes that a rank sends once per step to its counterpart in the other half of the group, with cfg_degree 2."""
     return float(tokens * _velocity_bytes(model))
 
 
 def _velocity_bytes(model: ModelShape) -> int:
-    """Of one token."""
+    """Bytes of the velocity of one token."""
     return model.dit.out_channels * math.prod(model.dit.patch_size) * ITEMSIZE[model.precision]
 
 
 def plan_ranks(heads: int, ranks: int, ring_multiple: int = 1) -> tuple[int, int]:
-    """(Ulysses degree, ring degree) of a group: as much Ulysses as the heads allow, because it sends less.
+    """(Ulysses degree, ring degree) of a group: the largest Ulysses degree that divides the heads.
 
-    The ring degree is a multiple of `ring_multiple`, which must divide the ranks.
+    Ulysses sends less than the ring. The ring degree is a multiple of `ring_multiple`, which must divide the ranks.
     """
     ulysses = max(degree for degree in _divisors(ranks // ring_multiple) if heads % degree == 0)
     return ulysses, ranks // ulysses

@@ -126,11 +126,11 @@ def explain_choice(run: ResolvedRun, shape: Shape) -> str:
     options, limit = _options(run, shape), f"{run.config.groups.max_sample_minutes or 0:g} min"
     chosen = next(option for option in options if option.plan == _cheapest(run, shape))
     if chosen.seconds > _limit_s(run):
-        return f"the fastest, though it takes longer than {limit}"
+        return f"the fastest, although it takes longer than {limit}"
     smaller = options[: options.index(chosen)]
     if not smaller:
         return "the cheapest"
-    return f"smaller ones take longer than {limit}" if smaller[-1].fits else "smaller ones have not the memory"
+    return f"smaller groups take longer than {limit}" if smaller[-1].fits else "smaller groups have too little memory"
 
 
 def _too_large(run: ResolvedRun, shape: Shape) -> str:

@@ -1,31 +1,27 @@
-"""Peak memory of each kind of worker, computed before any GPU is taken.
+"""Peak memory of each kind of worker, computed before a run takes any GPU.
 
-Activations are counted by reading the engine: the formulas below name the tensors that are alive at the widest points
-of a pass, so a change of the engine's code changes them. Tests hold them against every allocation of real passes: of
-groups at toy width, of one rank at the released width and size (traced, not computed), and against the peaks of a GPU's
-allocator. What these cannot see is what the libraries keep: `RESERVE_BYTES`, an assumption.
+The formulas for activations follow the engine's code: they sum the tensors that are alive at the widest points of a
+forward, so they must be changed with it. Tests compare them with every allocation of real forwards (groups at toy
+width; one rank at the released width and size, traced without computing) and with the peaks of a GPU's allocator. The
+tests cannot measure what the libraries allocate: `RESERVE_BYTES` is an assumption.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hv_batch.architecture import MAX_TEXT_TOKENS
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import count_tokens
 from hv_batch.protocol import TEMPORAL_COMPRESSION, Shape
 
-if TYPE_CHECKING:
-    pass
-
 GIB = 2**30
 
-# CUDA context, workspaces of cuBLAS, NCCL's buffers, gaps between the allocator's blocks. Not measured.
+# CUDA context, workspaces of cuBLAS, buffers of NCCL, fragmentation of the allocator. Not measured.
 RESERVE_BYTES = 2 * GIB
 
-TEMPLATE_TOKENS = 95  # of the video template, in front of the prompt while the LLaMA tower reads it
+TEMPLATE_TOKENS = 95  # of the video template, which precedes the prompt in the LLaMA tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,79 +37,79 @@ class Footprint:
 
 
 def denoiser_footprint(model: ModelShape, tokens: int, ulysses: int, ring: int) -> Footprint:
-    """One rank of a group."""
+    """One rank of a group of `ulysses` x `ring` ranks, for a video of so many tokens."""
     resident = model.dit_bytes
     if model.offload:
         resident += 2 * model.largest_block_bytes - model.streamed_bytes
-    if model.fp8:  # one weight at a time is dequantised, the widest Linear's: before and after its scale
+    if model.fp8:  # one weight at a time is dequantised; the widest Linear's exists before and after scaling
         width = model.dit.hidden_size
         resident += 2 * width * (3 * width + model.dit.mlp_width) * ITEMSIZE[model.precision]
-    # The sampler keeps them in float32, whole on every rank: before the step, velocity, its product, after the step.
+    # The sampler's whole float32 tensors on every rank: latents before the step, velocity, its product, latents after.
     latents = 4 * tokens * _token_values(model) * 4
-    # What the first block and all others have added to a rank's tokens, of both guidance branches.
+    # The step cache holds the residuals of the first block and of all others, for both guidance branches.
     kept = 4 * -(-tokens // (ulysses * ring)) * model.dit.hidden_size * ITEMSIZE[model.precision]
     activations = dit_activations(model, tokens, ulysses, ring) + latents + (kept if model.step_cache else 0)
     return Footprint(resident, activations)
 
 
 def dit_activations(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = MAX_TEXT_TOKENS) -> int:
-    """Bytes of one forward of one item, at its widest. Guidance branches run one after the other."""
+    """Peak bytes of one forward of one item. Guidance branches run one after the other."""
     dit, item, mlp = model.dit, ITEMSIZE[model.precision], model.dit.mlp_width_ratio
     local = -(-tokens // (ulysses * ring))
     rows = local + text
-    attending = max(_meet(item, ulysses, ring), _rotate(item))
-    widest = 0.0  # in tensors of one row of hidden channels, in the model's precision
+    attending = max(_attention_tensors(item, ulysses, ring), _rotary_tensors(item))
+    widest = 0.0  # in rows of hidden channels, in the model's precision
     if dit.mm_double_blocks_depth:
-        # The image's MLP: stream before and after attention, attended, modulated, hidden layer, result. Meanwhile of
-        # the text: stream and attended.
+        # In the image's MLP: stream before and after attention, attended, modulated, hidden layer, result; and of the
+        # text: stream and attended.
         widest = max(widest, local * (5 + mlp) + text * 2)
         widest = max(widest, rows * (1 + 3 + attending))  # stream; q, k, v
     if dit.mm_single_blocks_depth:
         fused = 1 + 3 + mlp  # stream; q, k, v and the MLP's input
-        widest = max(widest, rows * (fused + 1 + 1 + mlp))  # attended; it and the MLP's hidden layer, joined
+        widest = max(widest, rows * (fused + 1 + 1 + mlp))  # attended; concatenated with the MLP's hidden layer
         widest = max(widest, rows * (fused + attending))
     rotary = 2 * local * dit.head_dim * 4  # cos and sin of half of the head's channels, in float32 and as one complex
     return int(widest * dit.hidden_size * item) + rotary + tokens * _token_values(model) * item
 
 
-def _meet(item: int, ulysses: int, ring: int) -> float:
-    """What joint attention holds beside q, k and v, in tensors of a rank's rows."""
-    wide, cast = 4 / item, 4 / item if item < 4 else 0  # in float32, and a copy where that is another precision
-    chunk = 3 if ulysses > 1 else 0  # q, k, v of a chunk's tokens and some heads
-    trade = chunk + 4 if ulysses > 1 else 1  # attended rows, and on their way back: packed, received, unpacked
+def _attention_tensors(item: int, ulysses: int, ring: int) -> float:
+    """Tensors of a rank's rows that joint attention holds besides q, k and v."""
+    wide, cast = 4 / item, 4 / item if item < 4 else 0  # in float32, and a copy if the model's precision is another
+    chunk = 3 if ulysses > 1 else 0  # q, k, v of the chunk's tokens and 1/u of the heads
+    trade = chunk + 4 if ulysses > 1 else 1  # attended rows; returned rows packed, received, unpacked
     if ring == 1:
         return trade
-    moving = 2 * (2 if ring > 2 else 1)  # k and v that are here and, unless it is the last hop, those that arrive
-    return max(trade, chunk + moving + 2 * wide + 1 + cast)  # two partial results and their merged sum
+    moving = 2 * (2 if ring > 2 else 1)  # k and v, and those that are being received unless it is the last hop
+    return max(trade, chunk + moving + 2 * wide + 1 + cast)  # two partial results and their sum
 
 
-def _rotate(item: int) -> float:
-    """What turning q and k by their positions holds: both in float32, unless they are."""
+def _rotary_tensors(item: int) -> float:
+    """Tensors that the rotary embedding of q and k holds: a float32 copy of both, unless they are float32."""
     return 2 * 4 / item if item < 4 else 0
 
 
 def _token_values(model: ModelShape) -> int:
-    """Latent values of one token."""
+    """Number of latent values of one token."""
     return model.dit.in_channels * math.prod(model.dit.patch_size)
 
 
 def encoder_footprint(model: ModelShape) -> Footprint:
-    """Both text towers, reading one prompt."""
+    """Both text towers, encoding one prompt."""
     llama, item = model.llama, ITEMSIZE[model.text_encoder_precision]
     tokens = MAX_TEXT_TOKENS + TEMPLATE_TOKENS
-    # In a layer's MLP: gate, up and their product, beside the stream and its norm in float32.
+    # In a layer's MLP: gate, up and their product, besides the stream and its float32 norm.
     return Footprint(
         model.text_bytes, tokens * (3 * llama.intermediate_size * item + llama.hidden_size * (2 * item + 8))
     )
 
 
 def decoder_footprint(model: ModelShape, shape: Shape) -> Footprint:
-    """The VAE, decoding tile by tile."""
+    """The VAE, decoding a video tile by tile."""
     return Footprint(model.vae_bytes, decode_activations(model, shape))
 
 
 def rank_footprint(model: ModelShape, shape: Shape, ulysses: int, ring: int, *, decodes: bool) -> Footprint:
-    """One rank of a group; one that `decodes` too holds the VAE beside the DiT, and computes with one at a time."""
+    """One rank of a group. If it also `decodes`, it holds the VAE besides the DiT and computes with one at a time."""
     denoiser = denoiser_footprint(model, count_tokens(shape), ulysses, ring)
     if not decodes:
         return denoiser
@@ -122,7 +118,7 @@ def rank_footprint(model: ModelShape, shape: Shape, ulysses: int, ring: int, *, 
 
 
 def decode_activations(model: ModelShape, shape: Shape) -> int:
-    """Bytes while the largest tile of a video is decoded."""
+    """Peak bytes while the largest tile of a video is decoded."""
     height, width, frames = shape
     tile, item = model.tile, ITEMSIZE[model.vae_precision]
     most_frames = tile.time.tile
@@ -131,14 +127,15 @@ def decode_activations(model: ModelShape, shape: Shape) -> int:
     tile_frames = (in_tile - 1) * TEMPORAL_COMPRESSION + 1
     tiled = max(height, width) > tile.spatial_px
     tall, broad = (min(side, tile.spatial_px) if tiled else side for side in (height, width))
-    # The last level, at full resolution, is the widest. Its first resnet: input, that normed and padded by 2 frames and
-    # by one pixel around, hidden. A later one: the level's input, its own, hidden, that normed and padded, result.
+    # The peak is in the last level, at full resolution. Its first resnet holds: input; the input normed and padded by 2
+    # frames and by one pixel on each side; hidden. A later resnet: the level's input, its own input, hidden, hidden
+    # normed and padded, result.
     narrow, before = model.vae.block_out_channels[:2]
     front = 2 if tile_frames > 1 else 0
     padding = (tile_frames + front) * (tall + 2) * (broad + 2) / (tile_frames * tall * broad)
     channels = max((1 + padding) * before + narrow, before + (3 + padding) * narrow)
     decoding = channels * tile_frames * tall * broad * item
-    # Frames of a temporal tile: being put together, and the tile before in the hands of the caller.
+    # Frames of a temporal tile while it is assembled, and of the previous tile, which the caller still holds.
     frames_held = 3 * tile_frames * height * width * item
     whole = frames_held * ((2 if latent_frames > most_frames else 1) + tile.overlap if tiled else 1)
     return int(decoding + whole)

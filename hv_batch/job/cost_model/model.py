@@ -1,7 +1,7 @@
-"""One model as a config describes it: its networks, precisions and options, and the bytes of its weights.
+"""The model of a config: the shapes of its networks, precisions, options, and the bytes of its weights.
 
-Widths come from `model.options`, and from the JSON files of the checkpoint tree where there is one; what neither says
-is as released. So a plan can be made before anything is downloaded.
+Widths come from `model.options` and from the JSON files of the checkpoint tree, if there is one. All other widths are
+those of the release, so `hv-batch plan` works before anything is downloaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """All of it, in the precisions that are computed with."""
+    """All networks, and the precisions that they compute with."""
 
     dit: DiTConfig = field(default_factory=DiTConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -39,14 +39,14 @@ class ModelShape:
 
     @property
     def dit_bytes(self) -> int:
-        """The DiT's weights, wherever they lie."""
+        """Bytes of the DiT's weights, on the GPU and on the host."""
         dit, itemsize = self.dit, ITEMSIZE[self.precision]
         saved = dit.block_linears * (itemsize - 1) if self.fp8 else 0
         return dit.parameters * itemsize - saved
 
     @property
     def streamed_bytes(self) -> int:
-        """Of these, what offloading leaves on the host: the blocks."""
+        """Bytes of the DiT's weights that offloading keeps on the host: those of its blocks."""
         if not self.offload:
             return 0
         return self.dit_bytes - (self.dit.parameters - self.dit.blocks) * ITEMSIZE[self.precision]
@@ -68,7 +68,7 @@ class ModelShape:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ModelShape:
-        """From options that the engine has accepted; what neither they nor the tree say is as released."""
+        """From the engine's options, which the engine must have accepted, and the checkpoint tree that they name."""
         base = Path(str(options.get("model_base", ""))).expanduser()
         precisions = {
             name: options[name]
@@ -76,7 +76,7 @@ class ModelShape:
             if options.get(name) in ITEMSIZE
         }
         return cls(
-            dit=_shape(DiTConfig, {**_dit_beside(base, options.get("dit_weight")), **(options.get("dit") or {})}),
+            dit=_shape(DiTConfig, {**_dit_values(base, options.get("dit_weight")), **(options.get("dit") or {})}),
             vae=_shape(VAEConfig, _read_json(base / "hunyuan-video-t2v-720p" / "vae" / "config.json")),
             llama=_shape(LlamaShape, _read_json(base / "text_encoder" / "config.json")),
             clip=_shape(ClipShape, _clip_text(_read_json(base / "text_encoder_2" / "config.json"))),
@@ -90,7 +90,7 @@ class ModelShape:
 
 
 def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The released widths replace values that do not fit together: the engine refuses them, or they are another's."""
+    """A `kind` of these values, or the released one if they are inconsistent, which the engine reports."""
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
@@ -99,7 +99,7 @@ def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    """A checkpoint's own words about itself; nothing where it is absent or, for the engine to tell, unreadable."""
+    """The JSON object in a file of the checkpoint; empty if it is missing or unreadable, which the engine reports."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -107,14 +107,14 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _dit_beside(base: Path, dit_weight: Any) -> Mapping[str, Any]:
-    """What a config.json beside the DiT's weights says, if it is one of this engine's."""
-    place = Path(str(dit_weight)).expanduser() if dit_weight else base / "hunyuan-video-t2v-720p" / "transformers"
-    values = _read_json((place if place.is_dir() else place.parent) / "config.json")
+def _dit_values(base: Path, dit_weight: Any) -> Mapping[str, Any]:
+    """The values of a config.json beside the DiT's weights, if it describes this engine's DiT."""
+    path = Path(str(dit_weight)).expanduser() if dit_weight else base / "hunyuan-video-t2v-720p" / "transformers"
+    values = _read_json((path if path.is_dir() else path.parent) / "config.json")
     return values if values.get("_class_name") == DIT_CLASS else {}
 
 
 def _clip_text(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text half of a config of both of CLIP's towers."""
+    """The values of CLIP's text tower, in a config of that tower alone or of both towers."""
     text: Mapping[str, Any] = values.get("text_config") or values
     return text

@@ -1,11 +1,12 @@
-"""How fast GPUs are: from operations and bytes to seconds.
+"""Estimates the seconds of each stage on a GPU, from operations and bytes.
 
-Peaks are the vendors' figures for dense bf16. What is reached of them is fitted to published runs of the released code
-(spec section 9), whose attention kernel this engine's "sdpa" is; figures without such an anchor are assumptions, and
-say so. Everything here is an estimate for planning: tests hold it within 13 % of the published series it was fitted to.
+Peaks are the vendors' figures for dense bf16. The efficiencies are fitted to published runs of the released code,
+which has the same attention kernel as this engine's "sdpa". Values without such a measurement are
+assumptions and marked as such. All results are estimates for planning; tests keep them within 13 % of the published
+series.
 
-An efficiency is that of a whole step at 720x1280x129, 87 % attention. Smaller shapes, where the faster matrix products
-weigh more, take somewhat less than predicted.
+An efficiency is that of a whole step at 720x1280x129, of which attention is 87 %. Smaller shapes take somewhat less
+than predicted, because their share of matrix products, which are faster, is larger.
 """
 
 from __future__ import annotations
@@ -26,29 +27,30 @@ from hv_batch.protocol import ParallelPlan
 # Bytes/s from pinned host memory to one GPU: 80 % of PCIe 4 x16; assumed.
 HOST_LINK = 25e9
 
-# Of the peak, while decoding. Fitted to two figures of an H100: 4.81 s for 544x960x129, 9.00 s for 720x1280x129.
+# Fraction of the peak that a decode reaches. Fitted to two measurements on an H100: 4.81 s for 544x960x129, 9.00 s for
+# 720x1280x129.
 DECODE_EFFICIENCY = 0.37
 
-ENCODE_SECONDS = 0.1  # a prompt, on any of these GPUs: the LLaMA tower's 14 GB are read once
+ENCODE_SECONDS = 0.1  # per prompt, on any of these GPUs: the 14 GB of the LLaMA tower are read once
 
 
 def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring: int) -> float:
-    """One pass of one item through the DiT, on a group of ulysses x ring ranks."""
+    """One forward of one item through the DiT, on a group of ulysses x ring ranks."""
     ranks = ulysses * ring
     rate = gpu.tflops * 1e12 * gpu.efficiency
-    local = -(-tokens // ranks) / tokens  # with the padding that the tail shards carry
+    local = -(-tokens // ranks) / tokens  # with the padding of the last shards
     attending = attention_flops(model, tokens) * local / (rate * (gpu.cudnn_gain if model.attention == "cudnn" else 1))
     computing = linear_flops(model, tokens) * local / rate + attending
     traffic = rank_traffic(model, tokens, ulysses, ring)
-    # A ring passes keys on while it computes with those it has: all hops but the last can hide.
+    # The ring sends keys while it computes with those it has, so all hops but the last can overlap with computation.
     hidden = attending * (ring - 1) / ring
     waiting = (traffic.ulysses + traffic.gather) / gpu.link + max(0.0, traffic.ring / gpu.link - hidden)
-    # Streamed weights arrive while the block before computes.
+    # The weights of a block are streamed while the previous block computes.
     return max(computing + waiting, model.streamed_bytes / HOST_LINK)
 
 
 def denoise_seconds(gpu: Gpu, model: ModelShape, work: Workload, plan: ParallelPlan) -> float:
-    """One sample, on a group of that plan; with two guidance branches where the plan shares them out."""
+    """Denoising one sample on a group of that plan."""
     seconds = work.forwards * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree)
     if plan.cfg_degree == 1:
         return seconds
@@ -56,7 +58,7 @@ def denoise_seconds(gpu: Gpu, model: ModelShape, work: Workload, plan: ParallelP
 
 
 def decode_seconds(gpu: Gpu, model: ModelShape, work: Workload, ranks: int = 1) -> float:
-    """One sample, its tiles dealt out to so many ranks: as long as the one takes that has most of them."""
+    """Decoding one sample whose tiles are divided among `ranks`: the time of the rank with the most tiles."""
     tiles = count_tiles(model, work.shape).total()
     share = -(-tiles // ranks) / tiles
     return share * decode_flops(model, work.shape) / (gpu.tflops * 1e12 * DECODE_EFFICIENCY)

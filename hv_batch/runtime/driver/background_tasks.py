@@ -109,7 +109,10 @@ class BackgroundTasks:
     def _quarantined(self, sample: Sample, failures: tuple[Failure, ...], is_quarantined: bool) -> list[Event]:
         self._outage.note_success(time.monotonic())
         if is_quarantined:
-            logger.warning(f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}")
+            logger.warning(
+                f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}",
+                extra={"sample": sample.key, "attempt": len(failures)},
+            )
             self._plan.quarantined(sample)
         else:
             self._plan.committed(sample)

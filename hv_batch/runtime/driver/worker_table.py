@@ -129,8 +129,11 @@ class WorkerTable:
 
 
 def _log_failure(worker: WorkerId, task: Task | None, failure: Failure) -> None:
-    during = f" with {', '.join(task.keys)}" if task else ""
-    fields: dict[str, object] = {"worker": str(worker)}
-    if task:
-        fields |= {"sample": ",".join(task.keys), "attempt": task.items[0].attempt}
-    logger.warning(f"{worker}{during}: {failure.kind.value}: {failure.first_line}", extra=fields)
+    """One record per sample of the task, so that a search for the sample finds it."""
+    what = f"{failure.kind.value}: {failure.first_line}"
+    if not task:
+        logger.warning(f"{worker}: {what}", extra={"worker": str(worker)})
+        return
+    for item in task.items:
+        fields = {"worker": str(worker), "sample": item.sample.key, "attempt": item.attempt}
+        logger.warning(f"{worker} with {item.sample.key}: {what}", extra=fields)

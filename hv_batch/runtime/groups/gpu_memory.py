@@ -1,6 +1,7 @@
-"""Is a GPU really free? Ray counts reservations; a killed process's memory comes back when the GPU's driver is done.
+"""Waits until the memory of a GPU is free.
 
-A rank that loads 26 GB beside what is left of the last life runs out of memory, and a sample would be blamed for it.
+Ray counts reservations only. The memory of a killed process is released later, when the GPU driver has cleaned up. A
+rank that loads 26 GB before that runs out of memory, and the failure would be charged to a sample.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ from collections.abc import Callable
 
 from hv_batch.runtime.classify import NodeError
 
-# Contexts and displays take well below a tenth of a GPU; whatever else computes there takes more.
+# CUDA contexts and displays use much less than a tenth of a GPU. Any process that computes uses more.
 FREE_SHARE = 0.9
 
-# Tearing down a killed process with all its memory takes seconds; what holds it longer does not let go by itself.
-PATIENCE_S = 60.0
+# The cleanup of a killed process takes seconds. Memory that is held longer is not released without intervention.
+TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.5
 
 
-def await_free_memory(memory: Callable[[], tuple[int, int]], where: str, patience_s: float = PATIENCE_S) -> None:
-    """Wait until `memory()`, the bytes (free, in all) of the GPU called `where`, is nearly all free.
+def await_free_memory(memory: Callable[[], tuple[int, int]], where: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Wait until nearly all memory of a GPU is free. `memory()` returns its (free, total) bytes; `where` is its name.
 
-    Raises NodeError, which sends the group elsewhere, when it is not after `patience_s`.
+    Raises NodeError after `timeout_s`, so that the group can be placed on another node.
     """
-    deadline = time.monotonic() + patience_s
-    while (found := memory())[0] < FREE_SHARE * found[1]:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        free, total = memory()
+        if free >= FREE_SHARE * total:
+            return
         if time.monotonic() >= deadline:
-            free, total = (amount / 2**30 for amount in found)
             raise NodeError(
-                f"only {free:.1f} of {total:.1f} GiB of {where} are free, and stayed so for {patience_s:g} s: another "
-                "process, perhaps one that could not be killed, holds the rest. See nvidia-smi there and end it: a "
-                "rank with groups.gpus_per_rank = 1 needs its GPU whole"
+                f"only {free / 2**30:.1f} of {total / 2**30:.1f} GiB of {where} are free after {timeout_s:g} s: "
+                "another process, perhaps one that could not be killed, uses the rest. Find it with nvidia-smi and end "
+                "it: a rank with groups.gpus_per_rank = 1 needs the whole GPU"
             )
         time.sleep(LOOK_EVERY_S)

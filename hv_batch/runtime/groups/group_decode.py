@@ -1,8 +1,8 @@
-"""Rank 0's side of a decode in a group: the file is made while all ranks decode, and what is wrong with it told later.
+"""Rank 0's part of a group decode: it writes the media file while all ranks decode, and defers its own errors.
 
-In the middle of a decode an error of one rank leaves the others waiting for it, and the whole group has to go. A full
-disk, an encoder that dies and pixels that are not finite are no reason for that: rank 0 takes what the others still
-send, all ranks end as ever, and the error is raised when rank 0 is asked to commit.
+If one rank stops in the middle of a decode, the other ranks wait for it and the whole group must be rebuilt. A full
+disk, a dead ffmpeg and non-finite pixels are errors of rank 0 alone. After such an error rank 0 still receives the
+remaining tiles, all ranks finish, and the error is raised in the next call, `publish`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Chunks = Generator[np.ndarray, None, None]
 @dataclass(frozen=True, slots=True)
 class RecordedDecode:
     media: MediaInfo
-    seconds: float  # that decoding took
+    seconds: float  # duration of the decode
 
 
 def record_decode(publisher: Publisher, sample: Sample, chunks: Chunks, folder: Path) -> RecordedDecode | Exception:
-    """The media file, or why there is none; raises only what leaves ranks waiting for each other."""
+    """The media file, or the error that prevented it. Raises only errors of the collective decode itself."""
     stream = _Stream(chunks)
     try:
         with stopwatch() as watch:
@@ -44,7 +44,7 @@ def record_decode(publisher: Publisher, sample: Sample, chunks: Chunks, folder: 
 
 
 class _Stream:
-    """The chunks of a `Denoiser`, and whether it was the ranks that ended them."""
+    """The frames of a group decode. `is_broken` is set if the decode itself failed, so that ranks may be waiting."""
 
     def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks
@@ -60,7 +60,7 @@ class _Stream:
             raise
 
     def finish(self) -> None:
-        """Nobody wants the rest, but the other ranks are to end."""
+        """Receive the remaining tiles, so that the other ranks can finish."""
         with suppress(NonFiniteError):
-            next(self._chunks, None)  # closed before it had begun, it would not know that it was to take anything
+            next(self._chunks, None)  # a generator that is closed before its first item would receive nothing
             self._chunks.close()

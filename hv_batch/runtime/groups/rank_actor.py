@@ -1,4 +1,4 @@
-"""The inside of a denoise group: one actor a rank, one GPU (or CPU process) each."""
+"""The actor of one rank of a denoise group. Each rank uses one GPU, or runs on the CPU."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RankLocation:
-    """Where Ray put a rank: what the ranks of a group need to know of each other before they can meet."""
+    """The node and the GPUs of a rank. The ranks of a group need each other's locations to join."""
 
-    node: str  # Ray's id: several nodes of a cluster may share an address
+    node: str  # the id of the Ray node, because several nodes of a cluster may share an address
     gpus: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiseTask:
-    """One sample of a task, but for its embeddings."""
+    """One sample of a task, without its embeddings."""
 
     sample: Sample
-    stages: Mapping[str, StageReport]  # behind it
+    stages: Mapping[str, StageReport]  # reports of the stages before the denoise
     attempt: int
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
 class RankActor:
-    """One rank. A restarted rank would have no process group, hence no restarts: the driver rebuilds the whole group."""
+    """One rank. Ray must not restart it, because it would have no process group: the driver rebuilds all ranks."""
 
     def __init__(self, context: RunContext, plan: ParallelPlan, rank: int, name: str) -> None:
         self._context = context
@@ -57,9 +57,9 @@ class RankActor:
         self._rank = rank
         context.configure_actor(f"{name}.rank{rank}")
         self._name = name
-        self._pace = StepTimer()
-        self._checkpoint_asked = Event()
-        self._publisher = Publisher(context, name)  # of rank 0, where the group decodes
+        self._timer = StepTimer()
+        self._checkpoint_requested = Event()
+        self._publisher = Publisher(context, name)  # used by rank 0 if the group decodes
         self._recording: RecordedDecode | Exception | None = None
 
     def location(self) -> RankLocation:
@@ -67,11 +67,17 @@ class RankActor:
         return RankLocation(ray.get_runtime_context().get_node_id(), gpus)
 
     def host_rendezvous(self) -> str:
-        """Rank 0: open the meeting point on a port that is free at this moment, and keep it (no port race)."""
+        """Rank 0: open the rendezvous store on a free port, and return its address.
+
+        The port stays open until the group ends, so no other process can take it before the ranks join.
+        """
         return self._context.engine.host_rendezvous(ray.util.get_node_ip_address(), self._plan.world_size)
 
     def join(self, address: str, reservation: Sequence[RankLocation]) -> None:
-        """Load the weights, meet the other ranks, and see that the group computes what one rank alone would."""
+        """Load the weights, join the process group, and check that the group computes what one rank alone computes.
+
+        `address` is that of the rendezvous store; `reservation` holds the location of every rank, in order.
+        """
         decodes = self._context.run.groups_decode
         if self._rank == 0:
             self._publisher.check() if decodes else see_output_root(self._context.store)
@@ -80,8 +86,8 @@ class RankActor:
             rank for rank, location in enumerate(reservation) if location.node == reservation[self._rank].node
         ]
         if parallel.device == "cuda":
-            # Every rank of a node sees the same GPUs in the same order: peer-to-peer copies and NCCL's topology search
-            # need to see the neighbours. Takes effect because CUDA starts only in the engine.
+            # Every rank of a node must see the same GPUs in the same order, for peer-to-peer copies and NCCL's topology
+            # detection. This takes effect because nothing initializes CUDA before the engine does.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for rank in neighbours for gpu in reservation[rank].gpus)
             self._await_own_gpu(neighbours.index(self._rank))
         timeouts = self._context.config.timeouts
@@ -91,8 +97,8 @@ class RankActor:
             plan=self._plan,
             device=parallel.device,
             address=address,
-            # Ranks may finish loading as far apart as a start may take. A hang in a collective does not wait for this:
-            # the scheduler misses the steps after timeouts.stall_s.
+            # One rank may finish loading this much later than another. A hang in a collective is detected earlier, by
+            # missing heartbeats.
             timeout_s=max(timeouts.start_s, timeouts.stall_s),
             decodes=decodes,
         )
@@ -101,24 +107,26 @@ class RankActor:
         logger.info(f"rank {self._rank} of {self._plan.world_size} is ready")
 
     def _await_own_gpu(self, local_rank: int) -> None:
-        if self._context.run.rank_gpus < 1:  # others may compute there, too
+        if self._context.run.rank_gpus < 1:  # other processes may use this GPU as well
             return
-        import torch  # only where there are GPUs: not every engine needs torch
+        import torch  # not at the top: an engine on the CPU may not need torch
 
         where = f"GPU {local_rank} of this group on node {ray.util.get_node_ip_address()}"
         await_free_memory(lambda: torch.cuda.mem_get_info(local_rank), where)
 
     def read_steps(self, sample: Sample) -> StepState | None:
-        """Rank 0: the step checkpoint that an earlier try has left in the output root."""
+        """Rank 0: the step checkpoint of an earlier try, from the output root; None if there is none."""
         return read_steps(self._context.store, sample, sample_identity(sample, self._context.fingerprint))
 
     def denoise(self, tasks: Sequence[DenoiseTask], *inputs: Any) -> Any:
-        """The latents of each from rank 0, then their reports; None elsewhere. Rank 0 has put the latents into the
-        output root first (P4).
+        """Denoise the samples of a task. Every rank of the group must be called with the same arguments.
 
-        `inputs` are the embeddings of each, a pair, then the state that each resumes from: Ray looks for references
-        among the arguments alone, not inside them. Every rank is given the same states, which rank 0 read: a rank that
-        looked for itself might see another one.
+        `inputs` are the pairs of embeddings of all tasks, then the states from which they resume. They are separate
+        arguments because Ray resolves only references that are arguments themselves. Rank 0 has read the states: if
+        each rank read its own, they could differ.
+
+        Rank 0 writes the final latents to the output root (P4), then returns them, [C, T, H, W] per task, followed by
+        the list of reports. Other ranks return None.
         """
         embeddings, resumes = inputs[: len(tasks)], inputs[len(tasks) :]
         each = zip(tasks, embeddings, resumes, strict=True)
@@ -134,16 +142,16 @@ class RankActor:
                     own, report = self._denoise(task, texts, resume)
                 denoised.append(own)
                 reports.append(report)
-        finally:  # whatever becomes of the others
-            # An output root that does not answer is no reason to lose a denoise: the latents also travel by reference.
+        finally:  # an error of one sample must not discard the latents of the others
+            # If the output root does not answer, the denoise is not lost: the latents are also returned.
             with suppress(StorageUnavailableError):
                 put_latents(self._context.store, denoised)
         return *(own.latents for own in denoised), reports
 
     def _assist(self, sample: Sample, embeddings: tuple[Any, Any], resume: StepState | None) -> None:
         positive, negative = embeddings
-        with self._pace.of(sample.params.num_inference_steps) as pace:
-            self._denoiser.denoise(sample.params, positive, negative, lambda done, _: pace(done), resume)
+        with self._timer.of(sample.params.num_inference_steps) as step_done:
+            self._denoiser.denoise(sample.params, positive, negative, lambda done, _: step_done(done), resume)
 
     def _denoise(
         self, task: DenoiseTask, embeddings: tuple[Any, Any], resume: StepState | None
@@ -157,12 +165,12 @@ class RankActor:
         )
         with (
             stopwatch() as watch,
-            StepWriter(context.store, sample, identity, every, self._checkpoint_asked) as writer,
-            self._pace.of(sample.params.num_inference_steps) as pace,
+            StepWriter(context.store, sample, identity, every, self._checkpoint_requested) as writer,
+            self._timer.of(sample.params.num_inference_steps) as step_done,
         ):
 
             def on_step(done: int, read: Callable[[], np.ndarray] | None) -> None:
-                pace(done)
+                step_done(done)
                 writer.after_step(done, read)
 
             latents = self._denoiser.denoise(sample.params, positive, negative, on_step, resume)
@@ -175,9 +183,10 @@ class RankActor:
         return FinalLatents(sample, latents, identity, reports), report
 
     def find_latents(self, sample: Sample, stages: Stages | None) -> tuple[np.ndarray | None, Stages | None]:
-        """Rank 0: what is to be decoded, and the reports behind it; None for these when the sample is committed.
+        """Rank 0: the latents to decode, [C, T, H, W], and the reports of the stages before the decode.
 
-        With `stages` the caller has the latents; without, both are read from the output root.
+        If `stages` is given, the caller has the latents, and None is returned in their place. Otherwise both are read
+        from the output root. Returns (None, None) if the sample is already committed.
         """
         if self._publisher.is_committed(sample):
             return None, None
@@ -185,9 +194,9 @@ class RankActor:
         return self._publisher.stored(sample) if stages is None else (None, stages)
 
     def decode(self, sample: Sample, latents: np.ndarray) -> None:
-        """Every rank is given the same latents; rank 0 makes the media file and keeps it for `publish`.
+        """Every rank must be called with the same latents. Rank 0 writes the media file and keeps it for `publish`.
 
-        An error here leaves ranks waiting for each other.
+        After an error here, other ranks may be waiting in a collective: the group must be rebuilt.
         """
         frames = self._denoiser.decode(latents)
         if self._rank == 0:
@@ -196,9 +205,12 @@ class RankActor:
             deque(frames, maxlen=0)
 
     def publish(self, sample: Sample, stages: Stages, failures: Sequence[Failure]) -> str | None:
-        """Rank 0, when all ranks have decoded: as `DecoderActor.decode`."""
+        """Rank 0, after all ranks have decoded: commit the video. Returns as `Publisher.publish` for one video.
+
+        Raises the deferred error if rank 0 could not write the media file.
+        """
         recording, self._recording = self._recording, None
-        assert recording, "nothing was decoded"
+        assert recording, "publish was called before decode"
         with self._folder:
             if isinstance(recording, Exception):
                 raise recording
@@ -206,11 +218,11 @@ class RankActor:
             made = DecodedVideo(sample, recording.media, recording.seconds, stages, failures)
             return self._publisher.publish([made])[0]
 
-    @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
+    @ray.method(concurrency_group="health", enable_task_events=False)  # called every second
     def progress(self) -> ProgressReport:
-        return ProgressReport(self._pace.steps + self._publisher.count, self._pace.patience_s)
+        return ProgressReport(self._timer.steps + self._publisher.count, self._timer.next_within_s)
 
     @ray.method(concurrency_group="health")
     def checkpoint(self) -> None:
-        """Rank 0: have the step that is under way followed by a step checkpoint."""
-        self._checkpoint_asked.set()
+        """Rank 0: request a step checkpoint after the current step."""
+        self._checkpoint_requested.set()

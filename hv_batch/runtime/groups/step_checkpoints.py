@@ -1,8 +1,8 @@
-"""Between two steps, inside a group: rank 0 writes step checkpoints and reads one to resume from (P4), and every rank
-tells by how long its steps take when the next one is overdue.
+"""Step checkpoints and step times of a denoise.
 
-A checkpoint is insurance, and must never cost more than what it insures: one that cannot be written or read is as good
-as none, and what is wrong with the store is said where the final latents or the video go there.
+Rank 0 writes step checkpoints and reads one to resume from (P4). Every rank measures its steps, so that the driver
+notices a hang. A checkpoint that cannot be written or read must never fail a denoise: the denoise goes on without it,
+and a permanent fault of the store is reported when the final latents or the video are written.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ from hv_batch.job.records.latents import get_steps, put_steps
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 
-# All steps of a denoise take about as long, so one that takes several times longer than any before it hangs, and eight
-# GPUs need not wait for timeouts.stall_s. But a busy node, or a neighbour that loads 26 GB, may hold up any step.
+# All steps of a denoise take about the same time. A step that takes several times longer than the longest one before
+# it hangs, and is detected earlier than by timeouts.stall_s. The minimum allows for a busy node and for another group
+# that loads 26 GB of weights.
 OVERDUE = 5.0
-LEAST_PATIENCE_S = 60.0
+MIN_LIMIT_S = 60.0
 
 
 class StepTimer:
-    """Of the denoises of one rank, one after the other; asked from another thread."""
+    """Measures the steps of one rank's denoises. Another thread of the actor reads the attributes."""
 
     def __init__(self) -> None:
-        self.steps = 0  # of all of them
-        self.patience_s = math.inf  # within which the next step will be made; inf where nobody knows
+        self.steps = 0  # of all denoises
+        self.next_within_s = math.inf  # the next step ends within this time; inf if that is not known
 
     @contextmanager
     def of(self, steps: int) -> Iterator[Callable[[int], None]]:
-        """A denoise that ends with step `steps`; yields what is to be called after each, with its number.
+        """Measure a denoise of `steps` steps. Yields a function that must be called with the number of each finished
+        step.
 
-        Nothing is known of the first two, which begin with reading a checkpoint and with choosing kernels, and of what
-        follows the last one: that is the output root's pace.
+        There is no limit for the first two steps, which include reading a checkpoint and selecting kernels, and none
+        after the last step, when the latents are written to the output root.
         """
         last, longest = math.inf, 0.0
 
@@ -49,26 +51,26 @@ class StepTimer:
             nonlocal last, longest
             now = time.monotonic()
             longest, last = max(longest, now - last), now
-            self.patience_s = max(LEAST_PATIENCE_S, OVERDUE * longest) if longest > 0 and done < steps else math.inf
+            self.next_within_s = max(MIN_LIMIT_S, OVERDUE * longest) if longest > 0 and done < steps else math.inf
             self.steps += 1
 
         try:
             yield after_step
         finally:
-            self.patience_s = math.inf
+            self.next_within_s = math.inf
 
 
 class StepWriter:
-    """Writes the step checkpoints of one denoise, every `every` steps (0: never by itself) and when `asked` is set.
+    """Writes the step checkpoints of one denoise, every `every` steps (0: only on request) and when `asked` is set.
 
-    A context manager: after it no write is under way, so none can land once the sample's last word is spoken.
+    A context manager. On exit it waits for a running write, so that none lands after the sample has its final record.
     """
 
     def __init__(self, store: Store, sample: Sample, identity: str, every: int, asked: Event) -> None:
         self._store, self._sample, self._identity = store, sample, identity
         self._every = every
         self._asked = asked
-        self._thread: ThreadPoolExecutor | None = None  # most denoises write none
+        self._thread: ThreadPoolExecutor | None = None  # started by the first checkpoint; most denoises write none
         self._is_due = False
         self._writing: Future[None] | None = None
         self.failed = 0  # writes that did not succeed
@@ -83,10 +85,11 @@ class StepWriter:
             self._thread.shutdown()
 
     def after_step(self, done: int, read: Callable[[], np.ndarray] | None) -> None:
-        """Begin a write if one is due; the ranks wait for nothing but the copy to host memory.
+        """Start a write if one is due. The ranks wait only for the copy of the latents to host memory.
 
-        While the last write is under way no other begins: on a slow store checkpoints become rare, and do not pile up.
-        What is due after a step that cannot be resumed from is written after the next one that can.
+        `done` is the number of finished steps; `read` returns the latents, or is None if a denoise cannot resume from
+        this step. Then the write starts after the next step from which it can. No write starts while the last one runs,
+        so on a slow store checkpoints become rare instead of piling up.
         """
         self._is_due |= self._every > 0 and done % self._every == 0
         is_last = done == self._sample.params.num_inference_steps
@@ -102,13 +105,13 @@ class StepWriter:
     def _write(self, state: StepState) -> None:
         try:
             put_steps(self._store, self._sample, state, self._identity)
-        except Exception:  # noqa: BLE001  # every store has errors of its own, and none may end a denoise
+        except Exception:  # noqa: BLE001  # stores raise errors of many types, and none may fail a denoise
             self.failed += 1
 
 
 def read_steps(store: Store, sample: Sample, identity: str) -> StepState | None:
-    """The last step checkpoint, or None where there is none or the store does not give it."""
+    """The last step checkpoint; None if there is none or it cannot be read."""
     try:
         return get_steps(store, sample, identity)
-    except Exception:  # noqa: BLE001  # as above: the denoise can begin anew
+    except Exception:  # noqa: BLE001  # as above: the denoise can start from the first step
         return None

@@ -1,8 +1,8 @@
-"""The nodes that this run's GPU actors keep off: asked before an actor is placed, told when one fails, said to people.
+"""Excludes failing nodes from a run: it records failures, selects the nodes that an actor must avoid, and logs changes.
 
-What is decided (which node is excluded) is the pure layer's, `job.nodes`. Groups keep off whatever is excluded. Single
-actors do too, as long as the other nodes could host one of each stage; else a run whose only spare GPU is on such a
-node would wait for ever. Pools without GPUs neither blame nodes nor keep off any.
+`node_health` decides which nodes are excluded. Groups avoid all excluded nodes. Encoders and decoders with GPUs avoid
+them if the other nodes can host one of each stage; otherwise a run whose only spare GPU is on an excluded node would
+wait forever. Pools without GPUs count no failures against nodes and avoid none.
 """
 
 from __future__ import annotations
@@ -32,33 +32,36 @@ class NodeExclusion:
         pools: dict[Stage, EncodersConfig | DecodersConfig]
         pools = {Stage.ENCODE: run.config.encoders, Stage.DECODE: run.config.decoders}
         self._singles = {stage: [actor_bundle(pool.cpus, pool.gpus)] for stage, pool in pools.items() if pool.gpus}
-        self._names: dict[str, str] = {}  # of nodes that were blamed, which may be gone when they are told of
+        self._names: dict[str, str] = {}  # of nodes with failures, which may have left the cluster when they are logged
 
     @property
     def excluded(self) -> frozenset[str]:
         return self._health.excluded
 
     def reasons(self) -> dict[str, str]:
-        """The excluded nodes, as people know them, each with what was too much."""
+        """The names of the excluded nodes, each with the failure that excluded it."""
         return {self._name(node): reason for node, reason in self._health.reasons.items()}
 
     def avoided(self, stage: Stage) -> frozenset[str]:
-        """Where no actor of the stage is to be placed now."""
+        """The nodes on which no actor of the stage may be placed now.
+
+        Readmits all nodes if no other node could host a group.
+        """
         if self.excluded and stage is Stage.DENOISE and not self._can_spare(self.excluded, stage):
-            pardoned = ", ".join(self._name(node) for node in sorted(self._health.pardon()))
-            logger.warning(f"nothing else could host a group any more, so {pardoned} may be used again")
+            readmitted = ", ".join(self._name(node) for node in sorted(self._health.readmit()))
+            logger.warning(f"no other node can host a group any more: {readmitted} may be used again")
         if stage is Stage.DENOISE:
             return self.excluded
         is_sparable = self.excluded and stage in self._singles and self._can_spare(self.excluded, stage)
         return self.excluded if is_sparable else frozenset()
 
     def start_failed(self, stage: Stage, nodes: Iterable[str], reason: str) -> bool:
-        """A worker failed to start because of these nodes; whether one of them is excluded for it."""
-        return self._tell(self._health.start_failed, stage, nodes, f"{_NAMES[stage]} do not start there: {reason}")
+        """Record that a worker failed to start because of these nodes. Returns whether one of them is now excluded."""
+        return self._record(self._health.start_failed, stage, nodes, f"{_NAMES[stage]} do not start there: {reason}")
 
     def device_faulted(self, stage: Stage, nodes: Iterable[str], reason: str) -> bool:
-        """A device of these nodes broke under a sample; whether one of them is excluded for it."""
-        return self._tell(self._health.device_faulted, stage, nodes, f"its device fails: {reason}")
+        """Record that a device of these nodes failed in a task. Returns whether one of them is now excluded."""
+        return self._record(self._health.device_faulted, stage, nodes, f"its device fails: {reason}")
 
     def started(self, stage: Stage, nodes: Iterable[str]) -> None:
         self._health.started(stage, nodes)
@@ -67,24 +70,24 @@ class NodeExclusion:
         self._health.worked(stage, nodes)
 
     def _can_spare(self, nodes: frozenset[str], stage: Stage) -> bool:
-        bill = [self._group] if stage is Stage.DENOISE else [self._group, *self._singles.values()]
-        return can_place(bill, [resources for node, resources in alive_nodes().items() if node not in nodes])
+        needed = [self._group] if stage is Stage.DENOISE else [self._group, *self._singles.values()]
+        return can_place(needed, [resources for node, resources in alive_nodes().items() if node not in nodes])
 
-    def _tell(
-        self, blame: Callable[[Stage, Iterable[str], str], list[str]], stage: Stage, nodes: Iterable[str], why: str
+    def _record(
+        self, count: Callable[[Stage, Iterable[str], str], list[str]], stage: Stage, nodes: Iterable[str], why: str
     ) -> bool:
         if stage is not Stage.DENOISE and stage not in self._singles:
             return False
         before, why = self.excluded, why.strip().partition("\n")[0]
-        whom = "a group" if stage is Stage.DENOISE else f"a group and the {_NAMES[stage]}"
-        for node in blame(stage, nodes, why):
-            logger.warning(f"{self._name(node)} fails again and again, but no other node could host {whom}: it stays")
+        needed = "a group" if stage is Stage.DENOISE else f"a group and the {_NAMES[stage]}"
+        for node in count(stage, nodes, why):
+            logger.warning(f"{self._name(node)} fails repeatedly, but no other node can host {needed}: it stays in use")
         for node in sorted(self.excluded - before):
             logger.warning(f"{self._name(node)} is excluded for the rest of this run: {why}")
         return self.excluded != before
 
     def _name(self, node: str) -> str:
-        """The node's address and the beginning of Ray's id: one address may have several nodes."""
+        """The node's address and the first characters of its Ray id, because one address may have several nodes."""
         if node not in self._names:
             addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
             self._names[node] = f"node {addresses.get(node, 'unknown')} ({node[:8]})"

@@ -1,9 +1,10 @@
-"""Which nodes a run's actors keep off: a node that fails again and again must not have the night's samples (P5).
+"""Counts the failures of nodes and decides which nodes a run excludes (P5).
 
-Only what speaks of the node counts: a worker that did not start there, and a device that faulted. A sample can kill a
-process, so lost ranks and hangs stay with the samples and the slots. Stages are counted apart: a node has several
-GPUs, and groups that render on seven of them say nothing of the eighth, under a decoder. Pure bookkeeping: nodes are
-opaque names, and whether a run could do without some is asked of the caller.
+Two kinds of failures count against a node: a worker that does not start there, and a device that faults. Lost ranks
+and hangs do not count, because a sample can kill a process; they count against the sample and the slot. Each stage has
+its own counts, because a node has several GPUs: groups that render on seven of them prove nothing about the eighth, on
+which a decoder runs. This module does no I/O: nodes are opaque names, and a callback decides whether the run can do
+without some of them.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from collections.abc import Callable, Iterable
 
 from hv_batch.job.stages import Stage
 
-# Failures of one kind in a row, of whichever workers of a stage. One is bad luck: a port, a passing shortage of
-# memory. Two must be enough: with a third, a sample that met a faulty GPU each time would have used up its tries
+# Consecutive failures of one kind, of any workers of a stage. One may be an accident: a port in use, a short lack of
+# memory. A third would be too many, because a sample that met the faulty GPU each time would have used up its tries
 # (retries.infra: 3).
 EXCLUDE_AFTER = 2
 
 
 class NodeHealth:
-    """What speaks against each node, and which of them are excluded for the rest of the run.
+    """The failure counts of each node, and the nodes that are excluded for the rest of the run.
 
-    `can_spare(nodes, stage)` tells whether the stage's workers could still be placed without all of `nodes`. A node
-    is excluded only then: a run on its last nodes goes on trying, and ends by the budgets of its samples and slots.
+    `can_spare(nodes, stage)` returns whether the stage's workers could be placed without any of `nodes`. A node is
+    excluded only if it returns True. Otherwise the run keeps trying there, until samples or slots run out of retries.
     """
 
     def __init__(self, can_spare: Callable[[frozenset[str], Stage], bool]) -> None:
@@ -38,15 +39,15 @@ class NodeHealth:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Of every excluded node, the failure that was too much."""
+        """The failure that excluded each node."""
         return dict(self._excluded)
 
     def start_failed(self, stage: Stage, nodes: Iterable[str], reason: str) -> list[str]:
-        """A worker failed to start because of these nodes. Returns the nodes that should go but cannot be spared."""
+        """Count a failed start against these nodes. Returns the nodes to exclude that the run cannot spare."""
         return self._count(self._failed_starts, stage, nodes, reason)
 
     def device_faulted(self, stage: Stage, nodes: Iterable[str], reason: str) -> list[str]:
-        """A device of these nodes broke under a sample. Returns the nodes that should go but cannot be spared."""
+        """Count a device fault against these nodes. Returns the nodes to exclude that the run cannot spare."""
         return self._count(self._faults, stage, nodes, reason)
 
     def started(self, stage: Stage, nodes: Iterable[str]) -> None:
@@ -54,18 +55,18 @@ class NodeHealth:
             del self._failed_starts[stage, node]
 
     def worked(self, stage: Stage, nodes: Iterable[str]) -> None:
-        """A whole task: what a faulty device would not have got through."""
+        """A task succeeded on these nodes, so their devices work."""
         for node in nodes:
             del self._faults[stage, node]
 
-    def pardon(self) -> frozenset[str]:
-        """Take every node back, because without them nothing can be placed any more; the nodes taken back."""
-        pardoned = self.excluded
+    def readmit(self) -> frozenset[str]:
+        """End all exclusions and reset the counts of these nodes. Returns the nodes."""
+        readmitted = self.excluded
         self._excluded.clear()
         for failures in (self._failed_starts, self._faults):
-            for stage, node in [known for known in failures if known[1] in pardoned]:
+            for stage, node in [counted for counted in failures if counted[1] in readmitted]:
                 del failures[stage, node]
-        return pardoned
+        return readmitted
 
     def _count(
         self, failures: Counter[tuple[Stage, str]], stage: Stage, nodes: Iterable[str], reason: str

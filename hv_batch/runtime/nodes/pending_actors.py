@@ -1,4 +1,4 @@
-"""Encoders and decoders that find no room: people are told, because groups that wait for them only look slow."""
+"""Warns if Ray cannot place any encoder or decoder. Without the warning, groups that wait for them only look slow."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from hv_batch.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-# Ray places a single actor within a second, and asks an autoscaler that brings a node for it within some minutes.
-SAY_AFTER_S = 60.0
+# Ray places an actor within a second if there are resources. An autoscaler needs some minutes to add a node.
+WARN_AFTER_S = 60.0
 
 
 class PendingActorWatch:
-    """Of the stages that stand by themselves. Groups tell of their own waiting; see `group_pool`."""
+    """For the stages with pools of their own. `groups.reservation_pool` logs the groups that wait."""
 
     def __init__(self, run: ResolvedRun) -> None:
-        self._asked = single_actors(run)
-        self._since: dict[Stage, float] = {}  # nobody of the stage has room, and somebody wants it
-        self._said: set[Stage] = set()
+        self._bundles = single_actors(run)
+        self._since: dict[Stage, float] = {}  # since when the stage has workers, and none of them is placed
+        self._warned: set[Stage] = set()
 
     def look(self, workers: Mapping[WorkerId, Worker], now: float) -> None:
-        """As often as you like; each waiting is told of once."""
-        for stage in self._asked:
-            lives = [life for worker, life in workers.items() if worker.stage is stage]
-            if not lives or any(life.nodes for life in lives):
+        """May be called at any rate; logs one warning per stage and wait. `now` is a monotonic time."""
+        for stage in self._bundles:
+            own = [worker for worker_id, worker in workers.items() if worker_id.stage is stage]
+            if not own or any(worker.nodes for worker in own):
                 self._since.pop(stage, None)
-                self._said.discard(stage)
-            elif now - self._since.setdefault(stage, now) >= SAY_AFTER_S and stage not in self._said:
-                self._said.add(stage)
+                self._warned.discard(stage)
+            elif now - self._since.setdefault(stage, now) >= WARN_AFTER_S and stage not in self._warned:
+                self._warned.add(stage)
                 logger.warning(self._why_waiting(stage))
 
     def _why_waiting(self, stage: Stage) -> str:
-        nodes, bundle = list(alive_nodes().values()), self._asked[stage]
-        hope = "It begins when others let go of enough, or when nodes join."
-        if not can_place([[bundle]], nodes):
-            hope = "No node here could ever hold it: it begins only when others join."
+        nodes, bundle = list(alive_nodes().values()), self._bundles[stage]
+        if can_place([[bundle]], nodes):
+            remedy = "It starts when other actors release enough, or when nodes join."
+        else:
+            remedy = "No node of the cluster is large enough, even when idle: it starts only when nodes join."
         return (
-            f"{SINGLES[stage]} waits for room, and the samples for it: it asks for one node with {show(bundle)}; "
-            f"{show_cluster(nodes)}. {hope}"
+            f"{SINGLES[stage]} waits for resources, and samples wait for it: it needs one node with {show(bundle)}; "
+            f"{show_cluster(nodes)}. {remedy}"
         )

@@ -1,4 +1,4 @@
-"""Where a run's actors may stand: the bill of materials, and whether a cluster can ever pay it (P6)."""
+"""The resources that a run needs, and whether the cluster can ever provide them (P6)."""
 
 from __future__ import annotations
 
@@ -18,32 +18,31 @@ logger = logging.getLogger(__name__)
 
 Bundle = dict[str, float]
 
-NODE_LABEL = "ray.io/node-id"  # which Ray itself puts on every node
+NODE_LABEL = "ray.io/node-id"  # Ray sets this label on every node
 
 LOOK_EVERY_S = 2.0
 SAY_EVERY_S = 30.0
 
-# Of a node's object store, for embeddings and again for latents. The other half is for the copies that readers on other
-# nodes pull, for what else runs on the cluster, and for Ray, which begins to spill to disk at 80 %.
+# The share of a node's object store for embeddings, and the same for latents. The other half is for the copies that
+# readers on other nodes pull, and for other users of the cluster. Ray starts to spill to disk at 80 %.
 STORE_SHARE = 0.25
-STORE = "object_store_memory"  # Ray's name for it among a node's resources
-
+STORE = "object_store_memory"  # Ray's name of the object store among a node's resources
 
 SINGLES = {Stage.ENCODE: "an encoder", Stage.DECODE: "a decoder"}
 
 
 def actor_bundle(cpus: float, gpus: float) -> Bundle:
-    """Ray refuses zero amounts in a bundle."""
+    """The bundle of an actor, without zero amounts, which Ray refuses."""
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
 
 
 def avoid_nodes(avoid: frozenset[str]) -> dict[str, str]:
-    """The label selector that keeps a bundle or an actor off these nodes."""
+    """The label selector that excludes these nodes for a bundle or an actor."""
     return {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
 
 
 def group_bundles(run: ResolvedRun, plan: ParallelPlan) -> list[Bundle]:
-    """One bundle a node, with room for its ranks: so the ranks of a node are consecutive whatever Ray chooses.
+    """One bundle per node, with the resources of all ranks there, so that the ranks of a node are always consecutive.
 
     Colocated encoders add their CPUs; they use the ranks' GPUs.
     """
@@ -53,16 +52,16 @@ def group_bundles(run: ResolvedRun, plan: ParallelPlan) -> list[Bundle]:
 
 
 def minimum_resources(run: ResolvedRun) -> list[list[Bundle]]:
-    """The least that renders everything: one group, of the largest plan there is, and an encoder and a decoder where
-    these stand by themselves.
+    """The minimum with which the run can render all samples: one group of the largest plan, and one encoder and one
+    decoder if these have pools of their own.
 
-    The bundles of one inner list must stand on different nodes.
+    The bundles of one inner list must be on different nodes.
     """
     return [group_bundles(run, run.groups.largest), *([bundle] for bundle in single_actors(run).values())]
 
 
 def single_actors(run: ResolvedRun) -> dict[Stage, Bundle]:
-    """What one encoder and one decoder ask of a node, where they stand by themselves."""
+    """The bundles of one encoder and one decoder, as far as these have pools of their own."""
     return {stage: actor_bundle(pool.cpus, pool.gpus) for stage, pool in run.pools.items()}
 
 
@@ -71,13 +70,13 @@ def total(bundles: Sequence[Mapping[str, float]]) -> Bundle:
     return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in sorted(names)}
 
 
-def can_place(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether every bundle finds a node, and those of one inner list different ones.
+def can_place(needed: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether every bundle fits on a node, and the bundles of each inner list on different nodes.
 
-    Largest first into the first node that has room: enough for one group and two single actors.
+    First fit, largest first. This is sufficient for one group and two single actors.
     """
     free = [dict(node) for node in nodes]
-    for apart in sorted(bill, key=lambda bundles: sorted(total(bundles).values()), reverse=True):
+    for apart in sorted(needed, key=lambda bundles: sorted(total(bundles).values()), reverse=True):
         untaken = list(free)
         for need in apart:
             node = next((n for n in untaken if all(n.get(k, 0.0) >= v - 1e-9 for k, v in need.items())), None)
@@ -90,49 +89,52 @@ def can_place(bill: Sequence[Sequence[Bundle]], nodes: Sequence[Mapping[str, flo
 
 
 class ResourceShortage:
-    """Whether the nodes that there are could not hold the least bill, however idle: said, and told to an autoscaler.
+    """Detects that the cluster's nodes, even when idle, cannot hold the minimum resources of a run.
 
-    Before a run begins that is all it waits for, and when its nodes are gone, it waits for others in the same way.
+    It logs the shortage and requests the resources from an autoscaler. A run waits for the end of the shortage before
+    it starts, and again if its nodes are lost.
     """
 
-    def __init__(self, run: ResolvedRun, *, patience_s: float) -> None:
+    def __init__(self, run: ResolvedRun, *, timeout_s: float) -> None:
         self._run = run
-        self._patience_s = patience_s
-        self._bill = minimum_resources(run)
+        self._timeout_s = timeout_s
+        self._needed = minimum_resources(run)
         self._since: float | None = None
-        self._said = -math.inf
+        self._logged = -math.inf
 
     def lasts(self, now: float, *, is_busy: bool = False) -> bool:
-        """Raises UserError after `patience_s` of it with nothing to do, with what was asked and what there is."""
+        """Whether there is a shortage at the monotonic time `now`.
+
+        Raises UserError after `timeout_s` of a shortage in which the run is not busy.
+        """
         nodes = list(alive_nodes().values())
-        if can_place(self._bill, nodes):
+        if can_place(self._needed, nodes):
             self.forget()
             return False
-        told = _asked_and_there(self._run, nodes)
+        comparison = _compare(self._run, nodes)
         self._since = now if is_busy or self._since is None else self._since
-        if not is_busy and now - self._since >= self._patience_s:
+        if not is_busy and now - self._since >= self._timeout_s:
             raise UserError(
-                f"Ray has not the resources that this run needs. {told} However idle these are, the run could not go "
-                "on there. Add nodes, or ask for less in the config (parallel, groups, encoders, decoders), and run "
-                "the same command again."
+                f"The cluster is too small for this run, even when idle. {comparison} Add nodes, or request less in "
+                "the config (parallel, groups, encoders, decoders), and run the same command again."
             )
-        if self._said == -math.inf or (not is_busy and now - self._said > SAY_EVERY_S):
-            self._said = now
-            request_resources(bundles=[bundle for bundles in self._bill for bundle in bundles])
-            logger.warning(f"waiting for nodes: {told}")
+        if self._logged == -math.inf or (not is_busy and now - self._logged > SAY_EVERY_S):
+            self._logged = now
+            request_resources(bundles=[bundle for bundles in self._needed for bundle in bundles])
+            logger.warning(f"waiting for nodes: {comparison}")
         return True
 
     def forget(self) -> None:
-        """There is enough, or nobody waits any more."""
-        if self._said > -math.inf:
+        """End the shortage, and withdraw the request to the autoscaler."""
+        if self._logged > -math.inf:
             request_resources(bundles=[])
-        self._since, self._said = None, -math.inf
+        self._since, self._logged = None, -math.inf
 
 
 def await_resources(shortage: ResourceShortage, should_stop: Callable[[], bool]) -> bool:
-    """Wait until the cluster has what the least bill asks for; nothing is reserved.
+    """Wait until the cluster can hold the minimum resources. Nothing is reserved.
 
-    False when `should_stop` ended the waiting. Raises UserError as `ResourceShortage.lasts`.
+    Returns False if `should_stop` ended the wait. Raises UserError as `ResourceShortage.lasts` does.
     """
     try:
         while shortage.lasts(time.monotonic()):
@@ -145,16 +147,16 @@ def await_resources(shortage: ResourceShortage, should_stop: Callable[[], bool])
 
 
 def alive_nodes() -> dict[str, Bundle]:
-    """What each node of the cluster has in all, by Ray's id of the node."""
+    """The total resources of each node that is alive, by its Ray id."""
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def result_shares(run: ResolvedRun) -> dict[Stage, float]:
-    """Bytes of an object store that the results of one worker may hold, by its stage; asked of the cluster as it is.
+    """The bytes of an object store that the results of one worker may use, by stage, for the current cluster.
 
-    A worker's results lie where it stands. So each gets its part of the smallest store on which one can stand, divided
-    by how many of its kind may come together on one node; of the groups' plans, the smallest is the one of which most
-    do.
+    The results of a worker are in the object store of its node. Each worker gets an equal part of the smallest store of
+    a node that can hold one, divided by the largest number of such workers on one node. For groups that number is the
+    one of the smallest plan.
     """
     nodes, most, encoders = list(alive_nodes().values()), run.max_workers, run.config.encoders
     group, encoder = group_bundles(run, run.groups.plans[-1])[0], actor_bundle(encoders.cpus, encoders.gpus)
@@ -165,27 +167,30 @@ def result_shares(run: ResolvedRun) -> dict[Stage, float]:
 
 
 def result_share(bundle: Bundle, count: int, nodes: Sequence[Mapping[str, float]]) -> float:
-    """Of each of `count` workers that want `bundle` of a node; inf where none of `nodes` has room for one."""
-    rooms = [(node[STORE], min(count, _how_many(bundle, node))) for node in nodes]
-    stores, crowds = [store for store, room in rooms if room >= 1], [int(room) for _, room in rooms if room >= 1]
-    return STORE_SHARE * min(stores) / max(crowds) if stores else math.inf
+    """The bytes for the results of each of `count` workers that need `bundle`; inf if none of `nodes` can hold one."""
+    capacities = [(node[STORE], min(count, _capacity(bundle, node))) for node in nodes]
+    usable = [(store, int(workers)) for store, workers in capacities if workers >= 1]
+    if not usable:
+        return math.inf
+    return STORE_SHARE * min(store for store, _ in usable) / max(workers for _, workers in usable)
 
 
-def _how_many(bundle: Bundle, node: Mapping[str, float]) -> float:
-    """Workers that `node` has room for while it is idle."""
+def _capacity(bundle: Bundle, node: Mapping[str, float]) -> float:
+    """The number of workers that `node` can hold while it is idle."""
     return min((node.get(name, 0.0) / amount + 1e-9 for name, amount in bundle.items()), default=math.inf)
 
 
-def _asked_and_there(run: ResolvedRun, nodes: Sequence[Mapping[str, float]]) -> str:
+def _compare(run: ResolvedRun, nodes: Sequence[Mapping[str, float]]) -> str:
+    """The minimum resources and the cluster's nodes, for messages."""
     actors = "".join(f", {SINGLES[stage]} with {show(bundle)}" for stage, bundle in single_actors(run).items())
-    there = "; ".join(show_hardware(node) for node in nodes) or "none"
+    existing = "; ".join(show_hardware(node) for node in nodes) or "none"
     largest = run.groups.largest
     ranks, group = largest.world_size, format_bundles(group_bundles(run, largest))
-    return f"Needed at least: a group of {ranks} rank(s) on {group}{actors}. Nodes there are: {there}."
+    return f"Minimum: a group of {ranks} rank(s) on {group}{actors}. Nodes of the cluster: {existing}."
 
 
 def format_bundles(bundles: Sequence[Bundle]) -> str:
-    """As "2 nodes with 4 GPU each"; the bundles are equal."""
+    """For example "2 nodes with 4 GPU each". The bundles must be equal."""
     if len(bundles) == 1:
         return f"one node with {show(bundles[0])}"
     return f"{len(bundles)} nodes with {show(bundles[0])} each"
@@ -196,9 +201,9 @@ def show_hardware(node: Mapping[str, float]) -> str:
 
 
 def show_cluster(nodes: Sequence[Mapping[str, float]]) -> str:
-    """All of `nodes` together, and what of it is free now."""
-    there, free = show_hardware(total(nodes)), show_hardware(ray.available_resources())
-    return f"the cluster has {there} on {len(nodes)} node(s), of which {free} are free"
+    """The total hardware of `nodes`, and how much of it is free now."""
+    existing, free = show_hardware(total(nodes)), show_hardware(ray.available_resources())
+    return f"the cluster has {existing} on {len(nodes)} node(s), of which {free} are free"
 
 
 def show(resources: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""VAE-decoder actors: latents in, a video out that is committed, or waits for that on the disk of its node.
+"""VAE-decoder actors: they decode latents, encode the frames to media files and commit them.
 
 Frames never leave the actor that decoded them.
 """
@@ -21,16 +21,16 @@ from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport
 
 @dataclass(frozen=True, slots=True)
 class DecodeTask:
-    """One sample of a task, but for its latents."""
+    """One sample of a task, without its latents."""
 
     sample: Sample
-    stages: Mapping[str, StageReport]  # behind it
+    stages: Mapping[str, StageReport]  # reports of the stages before the decode
     failures: Sequence[Failure]
 
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
 class DecoderActor:
-    """Holds the VAE decoder; decodes, encodes to mp4, uploads and commits, one sample after the other."""
+    """Holds the VAE decoder. Decodes the samples of a task one after the other, then commits them together."""
 
     def __init__(self, context: RunContext, name: str) -> None:
         context.configure_actor(name)
@@ -38,19 +38,19 @@ class DecoderActor:
         self._publisher = Publisher(context, name)
 
     def node_id(self) -> str:
-        """Ray's id of the node it stands on; the first answer says that it does."""
+        """The id of its Ray node. The driver takes the first answer as the sign that the actor is placed."""
         return ray.get_runtime_context().get_node_id()
 
     def load(self) -> None:
-        """Not in __init__: an exception here keeps its type on the way to the driver."""
+        """Check the node and load the weights. Not in __init__, where Ray would hide the type of an exception."""
         self._publisher.check()
         self._decoder: Decoder = self._context.engine.decoder(self._context.config.parallel.device)
 
     def decode(self, tasks: Sequence[DecodeTask], *latents: np.ndarray | None) -> list[str | None]:
-        """Render the latents of each (None: those in the output root) and publish, unless another has committed
-        already (P1).
+        """Decode and commit each sample that is not committed yet (P1).
 
-        The answers are the id of this node where a video waits on its disk, else None.
+        `latents` has an entry per task: [C, T, H, W], or None to read them from the output root. Returns, per task,
+        None, or the id of this node if the video waits on its disk for the output root.
         """
         made: dict[int, DecodedVideo] = {}
         answers: list[str | None] = [None] * len(tasks)
@@ -60,7 +60,7 @@ class DecoderActor:
                 for number, (task, own) in enumerate(zip(tasks, latents, strict=True)):
                     if not committed[number]:
                         made[number] = self._decode(task, own, Path(folder))
-            finally:  # whatever becomes of the others
+            finally:  # an error of one sample must not discard the videos of the others
                 for number, answer in zip(made, self._publisher.publish(list(made.values())), strict=True):
                     answers[number] = answer
         return answers
@@ -73,6 +73,6 @@ class DecoderActor:
             media = self._publisher.write(sample, self._decoder.decode(latents), folder)
         return DecodedVideo(sample, media, decoding.seconds, stages, task.failures)
 
-    @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
+    @ray.method(concurrency_group="health", enable_task_events=False)  # called every second
     def progress(self) -> ProgressReport:
         return ProgressReport(self._publisher.count)

@@ -1,4 +1,4 @@
-"""Text-encoder actors: prompts in, one embedding object a sample out."""
+"""Text-encoder actors: they encode the prompts of a task and return one embedding object per sample."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EncodeTask:
 
 @ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
 class EncoderActor:
-    """Holds both text towers. Retries are the scheduler's business alone, hence no restarts by Ray."""
+    """Holds both text encoders. Ray must not restart it, because only the scheduler decides about retries."""
 
     def __init__(self, context: RunContext, name: str) -> None:
         context.configure_actor(name)
@@ -38,25 +38,28 @@ class EncoderActor:
         self._embedder: Embedder | None = None
 
     def node_id(self) -> str:
-        """Ray's id of the node it stands on; the first answer says that it does."""
+        """The id of its Ray node. The driver takes the first answer as the sign that the actor is placed."""
         return ray.get_runtime_context().get_node_id()
 
     def load(self) -> None:
-        """Not in __init__: an exception here keeps its type on the way to the driver."""
+        """Load the weights. Not in __init__, where Ray would hide the type of an exception from the driver."""
         self._embedder = Embedder(self._context.engine.text_encoder(self._context.config.parallel.device))
 
     def encode(self, tasks: Sequence[EncodeTask]) -> tuple[Any, ...]:
-        """One (positive, negative or None) pair for each of `tasks`, then the reports; each its own Ray object."""
+        """Returns a pair (positive embedding, negative embedding or None) per task, then the list of reports.
+
+        Each return value is a Ray object of its own (`num_returns`).
+        """
         assert self._embedder is not None
         wanted = [_texts(task.params) for task in tasks]
         with stopwatch() as watch:
             embeddings, encoded = self._embedder.embed(text for texts in wanted for text in texts)
         node = ray.util.get_node_ip_address()
-        pairs, reports, told = [], [], set[Text]()
+        pairs, reports, counted = [], [], set[Text]()
         for task, texts in zip(tasks, wanted, strict=True):
             positive, negative = embeddings[texts[0]], embeddings[texts[1]] if len(texts) > 1 else None
-            new = (encoded & set(texts)) - told  # each counts for the first sample of the batch that needs it
-            told |= new
+            new = (encoded & set(texts)) - counted  # each text counts for the first sample of the task that needs it
+            counted |= new
             details = {
                 "num_tokens": positive.num_tokens,
                 "tokens_lost": positive.tokens_lost,
@@ -65,18 +68,18 @@ class EncoderActor:
             }
             pair = (positive, negative)
             pairs.append(pair)
-            weight = len(cloudpickle.dumps(pair))  # as Ray will: a view of a larger tensor takes that tensor along
-            reports.append(StageReport(watch.seconds / len(tasks), node, self._name, details, weight))
+            size = len(cloudpickle.dumps(pair))  # as Ray serializes it: with the whole tensor behind a view
+            reports.append(StageReport(watch.seconds / len(tasks), node, self._name, details, size))
             with log_fields(sample=task.key, attempt=task.attempt):
                 logger.info(f"encoded {positive.num_tokens} text tokens")
         return *pairs, reports
 
-    @ray.method(concurrency_group="health", enable_task_events=False)  # a question a second is no news
+    @ray.method(concurrency_group="health", enable_task_events=False)  # called every second
     def progress(self) -> ProgressReport:
         return ProgressReport(self._embedder.count if self._embedder else 0)
 
 
 def _texts(params: SamplingParams) -> list[Text]:
-    """The prompt and, where it is rendered, the negative one."""
+    """The prompt and, with classifier-free guidance, the negative prompt."""
     prompts = [params.prompt, params.negative_prompt] if params.uses_cfg else [params.prompt]
     return [Text(prompt, params.is_image) for prompt in prompts]

@@ -1,7 +1,7 @@
-"""The driver's side of the pool actors: start one, give it a task, ask how it is doing, end it.
+"""The driver's side of the pool actors: starts an actor, sends it tasks, polls its progress, and ends it.
 
-Every answer of an actor becomes scheduler events. A worker never blocks: it asks its `watch` to call back when a Ray
-reference is there, and the callback returns the events.
+A worker never blocks. It registers each Ray reference with `watch`; when the reference is ready, the driver calls the
+callback, which returns events for the scheduler.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Place = Callable[[frozenset[str]], Any]
 
 
 class PoolWorker:
-    """One encoder or decoder actor; the two differ in what a task is. `place(avoid)` asks Ray for it."""
+    """One encoder or decoder actor. Subclasses implement `run`. `place(avoid)` creates the actor off those nodes."""
 
     def __init__(
         self, worker: WorkerId, place: Place, watch: Watch, start_timeout_s: float, exclusion: NodeExclusion
@@ -52,17 +52,17 @@ class PoolWorker:
         self._exclusion = exclusion
         self._ready = False
         self._start_timeout_s = start_timeout_s
-        self._deadline = math.inf  # of the start, once placed: waiting for room is not a fault of the worker
-        self._ask_for_room()
+        self._deadline = math.inf  # of the start, set once the actor is placed: waiting for resources is no failure
+        self._create_actor()
 
     def poll(self, now: float) -> list[Event]:
         if self._ready:
-            self._pulse.ask()
+            self._heartbeat.ask()
         elif not self.nodes and self._avoid != self._exclusion.avoided(self.id.stage):
             ray.kill(self._actor, no_restart=True)
-            self._ask_for_room()
+            self._create_actor()
         elif now > self._deadline:
-            message = "it did not load within timeouts.start_s"
+            message = "the worker did not load within timeouts.start_s"
             counts = not self._exclusion.start_failed(self.id.stage, self.nodes, message)
             return [WorkerLost(self.id, Failure(FailureClass.INFRA, message, where=str(self.id)), counts)]
         return []
@@ -70,17 +70,17 @@ class PoolWorker:
     def kill(self, *, rebuild: bool = False) -> None:
         ray.kill(self._actor, no_restart=True)
 
-    def _ask_for_room(self) -> None:
+    def _create_actor(self) -> None:
         self._avoid = self._exclusion.avoided(self.id.stage)
         self._actor = actor = self._place(self._avoid)
-        self._pulse = HeartbeatPoller(self.id, actor, self._watch)
+        self._heartbeat = HeartbeatPoller(self.id, actor, self._watch)
         self._watch(actor.node_id.remote(), lambda ref: self._placed(ref) if actor is self._actor else [])
         self._watch(actor.load.remote(), lambda ref: self._loaded(ref) if actor is self._actor else [])
 
     def _placed(self, ref: ray.ObjectRef) -> list[Event]:
         try:
             self.nodes = frozenset([ray.get(ref)])
-        except RayError:  # `load` has failed of the same, and is heard
+        except RayError:  # `load` fails with the same error, and `_loaded` handles it
             return []
         self._deadline = time.monotonic() + self._start_timeout_s
         return [WorkerPlaced(self.id)]
@@ -140,7 +140,7 @@ class DecoderWorker(PoolWorker):
         except RayError as error:
             if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
                 for item in items:
-                    item.latents = None  # may be what was lost; the next try reads the output root
+                    item.latents = None  # the lost object may be this one; the next try reads the output root
             return self._failed(error)
         self._exclusion.worked(self.id.stage, self.nodes)
         return [decoded(self.id, items, nodes)]
@@ -166,7 +166,7 @@ def _place(
     room: BundleSlot | None,
     avoid: frozenset[str],
 ) -> Any:
-    """In a room on the seats of a group, or wherever Ray finds place but on those nodes."""
+    """Create an actor in the bundle `room` of a group's reservation, or else on any node that is not in `avoid`."""
     return actor_class.options(
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,

@@ -1,6 +1,6 @@
-"""Each distinct prompt is encoded once while the actor remembers it.
+"""Encodes prompts, with a cache of recent embeddings.
 
-The videos of one row, and the negative prompt that most rows share, need the same embedding within moments.
+The videos of one row need the same embedding soon after each other, and most rows share one negative prompt.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from dataclasses import dataclass
 
 from hv_batch.protocol import Embedding, TextEncoder
 
-REMEMBERED = 64  # embeddings of at most 2 MB: the samples in flight and then some
+CACHE_SIZE = 64  # embeddings of at most 2 MB: more than the samples in flight need
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Text:
-    """What is encoded: the prompt, and whether with the template of an image."""
+    """A prompt, and whether it is encoded with the template of an image instead of that of a video."""
 
     prompt: str
     is_image: bool
 
 
 class Embedder:
-    """`count` is the number of texts embedded so far, encoded or remembered."""
+    """`count` is the number of texts embedded so far, from the cache or not."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._memory: OrderedDict[Text, Embedding] = OrderedDict()
+        self._cache: OrderedDict[Text, Embedding] = OrderedDict()
         self.count = 0
 
     def embed(self, texts: Iterable[Text]) -> tuple[dict[Text, Embedding], frozenset[Text]]:
-        """The embedding of each text, and those of the texts that had to be encoded."""
+        """The embedding of each distinct text, and the set of the texts that were not in the cache."""
         found: dict[Text, Embedding] = {}
         missing: list[Text] = []
         for text in sorted(set(texts)):
-            embedding = self._memory.get(text)
+            embedding = self._cache.get(text)
             if embedding is None:
                 missing.append(text)
             else:
@@ -46,10 +46,10 @@ class Embedder:
             if group:
                 found.update(self._encode(group, is_image))
         for text, embedding in found.items():
-            self._memory[text] = embedding
-            self._memory.move_to_end(text)
-        while len(self._memory) > REMEMBERED:
-            self._memory.popitem(last=False)
+            self._cache[text] = embedding
+            self._cache.move_to_end(text)
+        while len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
         return found, frozenset(missing)
 
     def _encode(self, texts: list[Text], is_image: bool) -> dict[Text, Embedding]:

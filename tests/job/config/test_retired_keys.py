@@ -1,4 +1,4 @@
-"""hv_batch.job.config.retired_keys: configs and output roots of earlier versions go on working."""
+"""hv_batch.job.config.retired_keys: configs and output roots of earlier versions are accepted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_removed_key_is_ignored_with_one_warning(write, capsys, value):
 
 
 def test_a_removed_key_that_is_null_gives_no_warning(write, capsys):
-    """P2: null was the default; it never asked for anything."""
+    """P2: null was the default and had no effect."""
     assert load_config(write("encoders: {cache: null}")) == RunConfig()
     assert load_config(write(), ["encoders.cache=null"]) == RunConfig()
     assert capsys.readouterr().err == ""
@@ -72,7 +72,7 @@ def test_only_the_removed_key_is_accepted(write, capsys):
 
 
 def test_a_retired_value_is_replaced_with_one_warning(write, capsys, monkeypatch):
-    """P2: a value that was renamed is read as its successor; other values of the key are left alone."""
+    """P2: a renamed value is read as its successor; other values of the key do not change."""
     table = {"decoders.placement": {"separate": ("pool", "write pool")}}
     monkeypatch.setattr(retired_keys, "RETIRED_VALUES", table)
     assert load_config(write("decoders: {placement: separate}")).decoders.placement == "pool"
@@ -98,7 +98,7 @@ def test_a_warning_is_printed_once_per_process(write, capsys):
 
 @pytest.mark.parametrize(("value", "warnings"), [(None, 0), ("/shared/embeddings", 1), (MASK, 1)])
 def test_a_run_of_an_earlier_version_is_resumed(tmp_path, capsys, value, warnings):
-    """P2: its run.json may hold a removed key, with a masked secret too; the run is the same and can be resumed."""
+    """P2: its run.json may contain a removed key, also with a masked secret; the run can be resumed."""
     store, config = Store(str(tmp_path)), RunConfig()
     written = config.model_dump(mode="json")
     written["encoders"]["cache"] = value

@@ -37,13 +37,13 @@ def refusal(url, *overrides):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_load_and_say_when_to_use_them(path):
-    """design 7: one YAML per real situation, each with a first comment saying when to use it."""
+    """Each shipped config begins with a comment that says when to use it."""
     load_config(str(path))
     assert path.read_text(encoding="utf-8").startswith("# Use it ")
 
 
 def test_shipped_configs_reserve_what_their_comments_say():
-    """The demo fits two cores, the 720p bill is 10 GPUs, the throughput node and the fake cluster have 8."""
+    """The demo needs two CPUs, 720p_8gpu 10 GPUs, throughput_1gpu and fake_gpus_8rank 8."""
 
     def bill(name):
         config = load_config(str(CONFIGS / name))
@@ -62,7 +62,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
 
 def test_an_empty_config_has_the_release_defaults(write):
-    """spec section 1: 720x1280, 129 frames, 50 steps, guidance 6, shift 7, CFG off."""
+    """The released defaults: 720x1280, 129 frames, 50 steps, guidance 6, shift 7, CFG off."""
     config = load_config(write())
     assert config == RunConfig()
     defaults = config.defaults.model_dump()
@@ -73,8 +73,8 @@ def test_an_empty_config_has_the_release_defaults(write):
     assert problems(defaults) == []
 
 
-def test_every_problem_is_told_at_once(write):
-    """P6: bad values, unknown keys, cross-field rules and unreadable overrides in one refusal."""
+def test_all_problems_are_reported_at_once(write):
+    """P6: bad values, unknown keys, rules across keys and invalid overrides are in one error."""
     text = refusal(
         write(
             "seed: -1\n"
@@ -135,8 +135,8 @@ def test_every_problem_is_told_at_once(write):
         ("media.crf=[", "not valid YAML"),
     ],
 )
-def test_what_a_value_may_not_be(write, override, allowed):
-    """P6: each refusal says what is allowed."""
+def test_invalid_values_are_refused(write, override, allowed):
+    """P6: each error names what is allowed."""
     assert allowed in refusal(write(), override)
 
 
@@ -147,7 +147,7 @@ def test_one_rank_may_share_a_gpu(write):
 
 
 def test_overrides_are_yaml_values_laid_over_the_file(write):
-    """The command line's key=value wins over the file, and can reach into the opaque engine options."""
+    """key=value of the command line overrides the file, also inside model.options."""
     url = write("groups: &same {count: 2}\nencoders: *same\nmodel: {options: {dit: {depth: 1}}}\n")
     config = load_config(
         url,
@@ -173,8 +173,8 @@ def test_overrides_are_yaml_values_laid_over_the_file(write):
 
 @settings(deadline=None)  # a busy machine is not a failure
 @given(text=st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_categories=["Cc"])))
-def test_an_unquoted_text_is_taken_as_it_stands(tmp_path_factory, text):
-    """A prompt on the command line may hold ': ', ' #', braces and quotes."""
+def test_an_unquoted_text_is_one_scalar(tmp_path_factory, text):
+    """A prompt on the command line may contain ': ', ' #', braces and quotes."""
     path = tmp_path_factory.getbasetemp() / "empty.yaml"
     path.touch()
     config = load_config(str(path), [f"defaults.negative_prompt=an {text}"])
@@ -192,19 +192,19 @@ def test_an_unquoted_text_is_taken_as_it_stands(tmp_path_factory, text):
         ("seed: 2024-13-45\n", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_config(write, text, expected):
-    """P6: a broken file is refused with the place, and YAML tags run no code."""
+def test_a_file_that_is_not_a_config(write, text, expected):
+    """P6: an invalid file is refused with the position, and YAML tags run no code."""
     assert expected in refusal(write(text))
 
 
 def test_a_file_that_is_not_text(tmp_path):
-    """P6: bytes that are no UTF-8 are an error of the user's file, not a traceback."""
+    """P6: bytes that are not UTF-8 are a user error, not a traceback."""
     (tmp_path / "config.yaml").write_bytes(b"seed: \xff\xfe\n")
     assert "not valid YAML" in refusal(str(tmp_path / "config.yaml"))
 
 
 def test_configs_come_from_any_url(tmp_path):
-    """design 4: any fsspec URL; what cannot be opened is refused by name."""
+    """A config may be at any fsspec URL; the error for a missing file names it."""
     fsspec.filesystem("memory").pipe("/configs/night.yaml", b"seed: 7\n")
     assert load_config("memory://configs/night.yaml").seed == 7
     assert "does not exist" in refusal("memory://configs/day.yaml")
@@ -240,8 +240,8 @@ def test_identity_is_what_changes_pixels_and_keys():
     assert json.loads(json.dumps(identity_of(plain))) == identity_of(plain)
 
 
-def test_a_later_key_is_in_the_identity_where_it_is_used():
-    """P2: output roots that were begun before there was a cfg_degree can be resumed; P3: another one cannot."""
+def test_a_new_key_is_in_the_identity_only_if_it_is_used():
+    """P2: output roots of versions without cfg_degree can be resumed; P3: not with another cfg_degree."""
     assert "cfg_degree" not in identity_of(RunConfig.model_validate({"parallel": {"cfg_degree": 1}}))["parallel"]
     halves = RunConfig.model_validate({"parallel": {"cfg_degree": 2}})
     assert identity_of(halves)["parallel"]["cfg_degree"] == 2
@@ -258,7 +258,7 @@ def test_equal_settings_have_equal_identities():
 
 
 def test_only_the_ring_crosses_nodes(write):
-    """groups.nodes_per_group: a plan whose Ulysses part would cross nodes is refused with those that would not."""
+    """groups.nodes_per_group: a plan whose Ulysses part would cross nodes is refused, with the allowed plans."""
     overrides = ["groups.nodes_per_group=2", "parallel.ulysses_degree=4", "parallel.ring_degree=1"]
     text = refusal(write(""), *overrides)
     assert "groups.nodes_per_group = 2" in text
@@ -270,7 +270,7 @@ def test_only_the_ring_crosses_nodes(write):
 
 
 def test_a_stopped_job_has_time_to_drain():
-    """Exit codes: `ray job stop` waits for longer than a drain takes, so that the run ends by itself."""
+    """`ray job stop` waits longer than a drain takes, so the run ends by itself."""
     wait_s = float(
         yaml.safe_load((CONFIGS.parent / "jobs" / "runtime_env.yaml").read_text())["env_vars"][
             "RAY_JOB_STOP_WAIT_TIME_S"

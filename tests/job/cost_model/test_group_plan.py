@@ -1,4 +1,4 @@
-"""How many ranks render a shape: what the config may say, what `auto` chooses, and that a run keeps to it."""
+"""hv_batch.job.cost_model.group_plan: which plans a config allows, which `auto` chooses, and that a run keeps them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPES = st.tuples(
 
 
 def auto(**sections):
-    """A config that leaves the sizes to the cost model."""
+    """A config with parallel.gpus_per_group: auto."""
     sections = {"gpu": "H100", "gpu_memory_gib": 79.6, **sections}
     sections["parallel"] = {"gpus_per_group": "auto", **sections.get("parallel", {})}
     return RunConfig.model_validate(sections)
@@ -45,7 +45,7 @@ def need_gib(shape, ranks):
     return denoiser_footprint(RELEASED, count_tokens(shape), ranks, 1).total / GIB
 
 
-# ---- one size for all
+# ---- one plan for all shapes
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def need_gib(shape, ranks):
     ],
 )
 def test_degrees_are_chosen_for_a_size(parallel, nodes, plan):
-    """Design section 5: as much Ulysses as the heads allow and a node holds; given degrees stay as they are."""
+    """Design section 5: the largest Ulysses degree that divides the heads and fits a node; given degrees are kept."""
     config = RunConfig.model_validate({"parallel": parallel, "groups": {"nodes_per_group": nodes}})
     assert resolve_run(config).fixed_plan == ParallelPlan(
         ulysses_degree=plan[0], ring_degree=plan[1], cfg_degree=plan[2]
@@ -77,7 +77,7 @@ def test_degrees_are_chosen_for_a_size(parallel, nodes, plan):
 
 @pytest.mark.parametrize("parallel", [{}, {"gpus_per_group": 8}, {"ulysses_degree": 8, "gpus_per_group": 8}])
 def test_the_identity_is_that_of_the_degrees(parallel):
-    """P2, P3: however one size is written, roots that were begun before there was a gpus_per_group can be resumed."""
+    """P2, P3: roots of versions without gpus_per_group can be resumed, however the config writes the same plan."""
     config = RunConfig.model_validate({"parallel": parallel})
     assert run_identity(resolve_run(config))["parallel"] == {"device": "cuda", "ulysses_degree": 8, "ring_degree": 1}
     assert run_identity(resolve_run(RunConfig.model_validate(config.model_dump(mode="json")))) == run_identity(
@@ -86,7 +86,7 @@ def test_the_identity_is_that_of_the_degrees(parallel):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"parallel": {"gpus_per_group": 8, "ulysses_degree": 4, "ring_degree": 1}}, "degrees whose product is 8"),
         (
@@ -103,15 +103,15 @@ def test_the_identity_is_that_of_the_degrees(parallel):
         ({"gpu": "RTX 9090"}, "H100, H200, A100, H20, L40S"),
     ],
 )
-def test_sizes_that_contradict_themselves_are_refused(values, said):
-    """P6: each with what is allowed."""
+def test_contradictory_sizes_are_refused(values, message):
+    """P6: each message names what is allowed."""
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(values)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_what_auto_needs_is_told_at_once():
-    """P6: the costs of another engine are unknown, and nothing is guessed of the GPUs; every reason in one refusal."""
+def test_all_requirements_of_auto_are_reported_at_once():
+    """P6: another engine, unknown GPUs, given degrees, several nodes and colocated encoders, in one error."""
     values = {
         "model": {"engine": "my.engine:Engine"},
         "parallel": {"gpus_per_group": "auto", "ulysses_degree": 8},
@@ -134,14 +134,14 @@ def test_what_auto_needs_is_told_at_once():
 
 
 def test_the_smallest_group_that_fits_is_the_cheapest():
-    """Published H100 figures: 8 groups of 1 render 42 % more than one of 8; memory is what asks for more."""
+    """Published H100 figures: 8 groups of 1 render 42 % more than one of 8. Only memory requires a larger group."""
     assert plan_for(auto(), HD).world_size == 1
     assert plan_for(auto(gpu_memory_gib=32), HD).world_size == 2
     assert plan_for(auto(gpu_memory_gib=32), IMAGE).world_size == 1
 
 
-def test_a_bound_on_a_samples_time_asks_for_more():
-    """groups.max_sample_minutes: 720p takes 30 minutes on one H100; where none keeps to it, the fastest is taken."""
+def test_a_maximum_duration_requires_larger_groups():
+    """groups.max_sample_minutes: 720p takes 30 minutes on one H100. If no group is fast enough, the fastest is used."""
     sizes = {
         minutes: plan_for(auto(groups={"max_sample_minutes": minutes}), HD).world_size for minutes in (40, 20, 10, 5, 1)
     }
@@ -150,8 +150,8 @@ def test_a_bound_on_a_samples_time_asks_for_more():
     assert plan_for(twice_the_steps, HD).world_size == 4
 
 
-def test_halves_stay_halves():
-    """parallel.cfg_degree is kept: with it every size has two halves, so the smallest has two ranks."""
+def test_cfg_degree_is_kept():
+    """With parallel.cfg_degree: 2, every group has two halves, so the smallest has two ranks."""
     halves = auto(parallel={"cfg_degree": 2}, defaults={"cfg_scale": 3.0})
     assert plan_for(halves, IMAGE) == ParallelPlan(cfg_degree=2)
 
@@ -165,7 +165,7 @@ def test_halves_stay_halves():
     cfg=st.sampled_from([1, 2]),
 )
 def test_a_chosen_group_fits_and_none_is_cheaper(shape, gib, gpu, minutes, cfg):
-    """Property: never a size that does not fit; of those that fit and keep to the bound, the fewest GPU seconds."""
+    """Property: the group fits; of the sizes that fit and are fast enough, it costs the fewest GPU seconds."""
     config = auto(gpu=gpu, gpu_memory_gib=gib, groups={"max_sample_minutes": minutes}, parallel={"cfg_degree": cfg})
     fitting = [n for n in GROUP_SIZES if n % cfg == 0 and need_gib(shape, n // cfg) <= gib]
     if not fitting:
@@ -190,8 +190,8 @@ def test_a_chosen_group_fits_and_none_is_cheaper(shape, gib, gpu, minutes, cfg):
 
 @settings(max_examples=100)
 @given(shape=SHAPES, gib=st.floats(30, 150), more=st.floats(0, 50), minutes=st.floats(1, 200), later=st.floats(0, 100))
-def test_looser_bounds_never_ask_for_larger_groups(shape, gib, more, minutes, later):
-    """Property: with more memory a GPU, or more time, no shape gets a larger group."""
+def test_looser_bounds_never_require_larger_groups(shape, gib, more, minutes, later):
+    """Property: with more memory per GPU or more time, no shape gets a larger group."""
     tight, loose = (
         auto(gpu_memory_gib=memory, groups={"max_sample_minutes": bound})
         for memory, bound in ((gib, minutes), (gib + more, minutes + later))
@@ -203,8 +203,8 @@ def test_looser_bounds_never_ask_for_larger_groups(shape, gib, more, minutes, la
     assert plan_for(loose, shape).world_size <= before
 
 
-def test_shapes_that_fit_nowhere_are_told_at_once():
-    """P6: every shape with its need, and the remedy."""
+def test_all_shapes_that_fit_no_group_are_reported_at_once():
+    """P6: every shape with the memory that it needs, and the remedy."""
     with pytest.raises(UserError) as caught:
         resolve_run(auto(gpu_memory_gib=24), [HD, SD, IMAGE])
     text = str(caught.value)
@@ -213,8 +213,8 @@ def test_shapes_that_fit_nowhere_are_told_at_once():
     assert "offload" in text
 
 
-def test_lanes_are_the_sizes_largest_first():
-    """Each shape finds its size class, and each plan its shapes."""
+def test_size_classes_are_sorted_largest_first():
+    """Each shape has a size class, and each plan its shapes."""
     sizes = resolve_run(auto(gpu_memory_gib=32), [IMAGE, HD, SD]).groups
     assert [plan.world_size for plan in sizes.plans] == [2, 1]
     assert sizes.largest.world_size == 2
@@ -223,21 +223,21 @@ def test_lanes_are_the_sizes_largest_first():
 
 
 def test_every_choice_is_explained():
-    """`hv-batch plan` says why a shape has its size."""
+    """`hv-batch plan` reports why a shape has its group size."""
     config = auto(gpu_memory_gib=32, groups={"max_sample_minutes": 10})
     slow = auto(gpu="L40S", groups={"max_sample_minutes": 5})
     assert explain_choice(resolve_run(config), IMAGE) == "the cheapest"
-    assert explain_choice(resolve_run(config), HD) == "smaller ones take longer than 10 min"
-    assert explain_choice(resolve_run(slow), HD) == "the fastest, though it takes longer than 5 min"
-    assert explain_choice(resolve_run(auto(gpu_memory_gib=32)), HD) == "smaller ones have not the memory"
+    assert explain_choice(resolve_run(config), HD) == "smaller groups take longer than 10 min"
+    assert explain_choice(resolve_run(slow), HD) == "the fastest, although it takes longer than 5 min"
+    assert explain_choice(resolve_run(auto(gpu_memory_gib=32)), HD) == "smaller groups have too little memory"
     assert explain_choice(resolve_run(RunConfig()), HD) == ""
 
 
-# ---- a run keeps to what it has chosen
+# ---- a run keeps its plans
 
 
 def test_the_identity_names_the_plan_of_every_shape():
-    """P3: resolved, not "auto"; and what was recorded can be read back."""
+    """P3: the identity contains the resolved plans, not "auto", and recorded_plans reads them back."""
     config = auto(gpu_memory_gib=32)
     run = resolve_run(config, [HD, IMAGE])
     identity = json.loads(json.dumps(run_identity(run)))
@@ -248,13 +248,13 @@ def test_the_identity_names_the_plan_of_every_shape():
     assert recorded_plans(run_identity(resolve_run(RunConfig()))) == {}
 
 
-def test_recorded_plans_outlive_the_cost_model():
-    """P3: a resumed run takes the plans that its run.json names, whatever would be chosen now."""
+def test_recorded_plans_are_kept():
+    """P3: a resumed run uses the plans of its run.json, even if the cost model would choose others now."""
     recorded = resolve_run(auto(gpu_memory_gib=32), [HD, IMAGE]).groups.by_shape
     now = auto(groups={"max_sample_minutes": 5})
     assert resolve_run(now, [HD, IMAGE]).groups.by_shape != recorded
     kept = resolve_run(now, [HD, IMAGE, SD], recorded).groups.by_shape
     assert {shape: kept[shape] for shape in recorded} == recorded
-    assert kept[SD] == plan_for(now, SD), "what was not recorded is chosen"
+    assert kept[SD] == plan_for(now, SD), "a shape without a recorded plan gets a new one"
     halves = auto(parallel={"cfg_degree": 2})
-    assert resolve_run(halves, [HD], recorded).groups.largest.cfg_degree == 2, "another guidance is another run"
+    assert resolve_run(halves, [HD], recorded).groups.largest.cfg_degree == 2, "another cfg_degree is another run"

@@ -1,4 +1,4 @@
-"""A sealed output root is a dataset to the libraries that people train with: design section 4."""
+"""The common training libraries load a sealed output root as a dataset."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def fill(store: Store) -> list[str]:
-    """Two sealed shards: s001 to s004 with an image (s002) and a quarantined sample (s003), then s005; their keys."""
+    """Two sealed shards: s001 to s004 with an image (s002) and a quarantined sample (s003), then s005. Returns the
+    committed keys.
+    """
     samples = [make_sample(n, num_frames=1 if n == 2 else 17, extra={"topic": f"t{n}"}) for n in range(1, 6)]
     for sample in samples:
         if sample.row == 3:
@@ -59,13 +61,15 @@ def fill(store: Store) -> list[str]:
 
 
 def load(builder: str, store: Store, cache: Path, **options) -> datasets.Dataset:
-    """The `data` folder by one of the Hugging Face loaders. The order of the shards is the loader's own."""
+    """The `data` folder, read by one of the Hugging Face loaders and sorted by row. The loader has its own order of
+    shards.
+    """
     found = datasets.load_dataset(builder, data_dir=f"{store.url}/data", split="train", cache_dir=str(cache), **options)
     return found.select(sorted(range(len(found)), key=list(found["row"]).__getitem__))
 
 
 def test_hugging_face_loads_it_as_a_video_folder(store, tmp_path):
-    """Design 4: every row of every shard, our columns and the user's, and a path that leads to the media."""
+    """P1: every row of every shard, with the columns of hv_batch and the user's, and the path of the media file."""
     keys = fill(store)
     rows = load("videofolder", store, tmp_path / "cache").cast_column("video", datasets.Video(decode=False))
     assert rows.column_names == ["video", *COLUMNS, "topic"]
@@ -78,14 +82,14 @@ def test_hugging_face_loads_it_as_a_video_folder(store, tmp_path):
 
 
 def test_hugging_face_loads_the_images_alone(store, tmp_path):
-    """Design 4: rows of one frame are PNG files, which the image loader opens when it is told to take only them."""
+    """P1: rows with one frame are PNG files, which the image loader opens if it selects only them."""
     fill(store)
     rows = load("imagefolder", store, tmp_path / "cache", filters=[("num_frames", "==", 1)])
     assert [(row["id"], row["image"].size) for row in rows] == [("s002", (96, 128))]
 
 
 def test_arrow_reads_all_shards_as_one_table(store):
-    """Design 4: one schema in all shards, with its version, the run's identity and the licence beside it."""
+    """P3: one schema in all shards; the file metadata holds its version, the run's identity and the licence."""
     keys = fill(store)
     found = pyarrow.dataset.dataset(f"{store.url}/data", format="parquet", exclude_invalid_files=True)
     assert found.to_table(columns=["key"]).column("key").to_pylist() == keys
@@ -97,7 +101,7 @@ def test_arrow_reads_all_shards_as_one_table(store):
 
 
 def test_webdataset_reads_the_tars(store):
-    """Design 4: optionally a tar a shard; each sample its media and its row, in plan order."""
+    """P1: one tar for each shard; each sample is its media and its row, in plan order."""
     keys = fill(store)
     tars = [f"{store.url}/{layout.tar_key(shard)}" for shard in (0, 1)]
     samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
@@ -111,8 +115,9 @@ def test_webdataset_reads_the_tars(store):
 
 @pytest.mark.slow
 def test_all_of_them_read_it_from_s3(s3_store, tmp_path):
-    """Design 4: where a dataset lies makes no difference to who reads it, with the same credentials. The Hugging Face
-    loader must stream: what it downloads it names anew, and then misses it under the name in the table."""
+    """P1: the libraries read a dataset on S3 with the same credentials. The Hugging Face loader must stream: it renames
+    downloaded files, and then does not find them by the name in the table.
+    """
     keys = fill(s3_store)
     files = f"{s3_store.url}/data/**"
     rows = datasets.load_dataset("videofolder", data_files=files, split="train", streaming=True)
@@ -130,8 +135,8 @@ def test_all_of_them_read_it_from_s3(s3_store, tmp_path):
     assert [sample["__key__"] for sample in webdataset.WebDataset(urls, shardshuffle=False)] == keys
 
 
-def test_tars_are_equal_bytes_whatever_the_night(tmp_path):
-    """P3: no date, owner or order of completion is in a tar."""
+def test_tars_of_equal_runs_have_equal_bytes(tmp_path):
+    """P3: a tar does not depend on dates, owners or the order of completion."""
     tars = []
     for night in range(2):
         store = Store(str(tmp_path / str(night)))
@@ -143,7 +148,7 @@ def test_tars_are_equal_bytes_whatever_the_night(tmp_path):
 
 
 def test_a_key_with_dots_stays_one_sample_of_a_tar(store):
-    """Design 4: a reader takes what follows the first dot for the extension; two keys never become one name."""
+    """P1: readers take what follows the first dot for the extension; two keys must not become one name."""
     media, sha256 = b"video", hashlib.sha256(b"video").hexdigest()
     keys = ["a.b", "a-b", "a.mp4"]
     for number, key in enumerate(keys, start=1):
@@ -158,7 +163,7 @@ def test_a_key_with_dots_stays_one_sample_of_a_tar(store):
 
 
 def test_a_tar_of_other_bytes_than_recorded_is_refused(store):
-    """P1: a shard whose media was tampered with does not seal as if nothing had been."""
+    """P1: a shard whose media was changed must not be sealed."""
     record = make_commit(make_sample(1))
     store.put(record["file"], b"something else")
     commits.commit(store, record)
@@ -167,8 +172,8 @@ def test_a_tar_of_other_bytes_than_recorded_is_refused(store):
     assert not store.exists(layout.metadata_key(0))
 
 
-def test_the_lineage_table_tells_how_the_videos_came_to_be(store):
-    """Lineage: tries, times, places and versions of every video, beside the dataset and not in it."""
+def test_the_lineage_table_describes_how_the_videos_were_rendered(store):
+    """Lineage: attempts, times, places and versions of every video, outside the dataset."""
     keys = fill(store)
     table = pq.read_table(f"{store.url}/{layout.lineage_key(0)}")
     assert table.schema.metadata[b"hv_batch.schema"].decode() == LINEAGE

@@ -1,4 +1,4 @@
-"""Sealing a shard into a dataset: promises P1, P2, P3 and design section 4."""
+"""Sealing a shard into a dataset (P1, P2, P3)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_sealed_shard_reads_back_in_plan_order(store):
-    """Design 4: one row a committed video, our columns typed, then the user's own."""
+    """P1: one row for each committed video, with typed columns, then the user's columns."""
     samples = [make_sample(n, extra={"topic": f"t{n}", "score": n / 2}) for n in (1, 2, 3)]
     for sample in reversed(samples):
         assert commits.commit(store, make_commit(sample))
@@ -65,7 +65,7 @@ def test_sealed_shard_reads_back_in_plan_order(store):
 
 
 def test_second_seal_is_a_no_op(store):
-    """P1: a sealed shard is never written again, and its records are not even read again."""
+    """P1: a sealed shard is not written again, and its records are not read again."""
     commits.commit(store, make_commit(make_sample(1)))
     assert seal_shard(store, 0, ["s001"])
     before = store.get(layout.metadata_key(0))
@@ -75,8 +75,8 @@ def test_second_seal_is_a_no_op(store):
 
 
 @pytest.mark.parametrize("backend", ["disk", "memory"])
-def test_bytes_do_not_depend_on_how_the_night_went(tmp_path, backend):
-    """P2: other completion order, timings, attempts, versions and dates seal the very same bytes."""
+def test_bytes_do_not_depend_on_how_the_run_went(tmp_path, backend):
+    """P2: another order of completion, other timings, attempts, versions and dates give the same bytes."""
     samples = [make_sample(n, extra={"topic": n}) for n in range(1, 5)]
     sealed = []
     for night in range(2):
@@ -93,7 +93,7 @@ def test_bytes_do_not_depend_on_how_the_night_went(tmp_path, backend):
 
 
 def test_quarantined_sample_is_absent(store):
-    """P5: the rest of a shard is a good dataset; a commit that came late wins (P1)."""
+    """P5: the rest of the shard is a valid dataset; a late commit takes precedence (P1)."""
     for number in (1, 3):
         commits.commit(store, make_commit(make_sample(number)))
     commits.quarantine(store, make_quarantine(make_sample(2)))
@@ -103,7 +103,7 @@ def test_quarantined_sample_is_absent(store):
 
 
 def test_pending_sample_stops_the_seal(store):
-    """P1: a shard seals only when every sample is terminal; the error names the one that is not."""
+    """P1: a shard is sealed only if every sample is terminal; the error names the pending one."""
     commits.commit(store, make_commit(make_sample(1)))
     with pytest.raises(ValueError, match="'s002' is still pending"):
         seal_shard(store, 0, ["s001", "s002"])
@@ -111,7 +111,7 @@ def test_pending_sample_stops_the_seal(store):
 
 
 def test_shard_without_any_video_seals_without_a_row_group(store):
-    """Design 4: the Hugging Face loader asks the first row group for its size, and fails on 0."""
+    """P5: the Hugging Face loader fails on a row group of size 0."""
     commits.quarantine(store, make_quarantine(make_sample(1)))
     assert seal_shard(store, 0, ["s001"])
     table = pq.ParquetFile(io.BytesIO(store.get(layout.metadata_key(0))))
@@ -121,7 +121,7 @@ def test_shard_without_any_video_seals_without_a_row_group(store):
 
 
 def test_all_shards_share_one_schema(store):
-    """Design 4: a loader refuses shards of different schemas, so the kinds of the whole manifest decide in each."""
+    """P3: loaders refuse shards with different schemas, so the types of the whole manifest are used in each."""
     extras = [{"score": 1}, {"score": 2}, {"score": 3}, {"score": 4}, {"score": 0.5, "topic": "sea"}, {"mix": [1]}]
     samples = [make_sample(number, extra=extra) for number, extra in enumerate(extras, start=1)]
     kinds: dict[str, ColumnType] = {}
@@ -138,7 +138,7 @@ def test_all_shards_share_one_schema(store):
 
 
 def test_clashing_columns_keep_both_values(store):
-    """A user's column with the name of one of ours is carried under another name; ours is not touched."""
+    """P1: a user's column with the name of an hv_batch column is renamed; the hv_batch column is not changed."""
     extra = {"seed_note": "x", "sha256": "mine", "file_name": "old.mp4", "video": "v", "source_file_name": "a.mov"}
     commits.commit(store, make_commit(make_sample(1, extra=extra)))
     assert seal_shard(store, 0, ["s001"])
@@ -153,7 +153,7 @@ def test_clashing_columns_keep_both_values(store):
 
 
 def test_text_that_utf8_cannot_hold_does_not_stop_the_seal(store):
-    """P5: JSON can spell a lone surrogate; one such prompt must not keep a shard from sealing."""
+    """P5: JSON can hold a lone surrogate; one such prompt must not prevent a seal."""
     commits.commit(store, make_commit(make_sample(1, prompt="a \ud800 bird", extra={"\udfff": "\ud800"})))
     assert seal_shard(store, 0, ["s001"])
     assert read_table(store)["prompt"].to_pylist() == ["a ? bird"]
@@ -161,7 +161,7 @@ def test_text_that_utf8_cannot_hold_does_not_stop_the_seal(store):
 
 @given(KINDS, KINDS, KINDS)
 def test_join_does_not_depend_on_order(a, b, c):
-    """P2: a column's kind is the same whatever the order in which its values are seen."""
+    """P2: the type of a column does not depend on the order of its values."""
     assert common_type(a, b) == common_type(b, a)
     assert common_type(a, common_type(b, c)) == common_type(common_type(a, b), c)
     assert common_type(a, a) == a
@@ -169,7 +169,7 @@ def test_join_does_not_depend_on_order(a, b, c):
 
 @given(st.lists(JSON, max_size=6))
 def test_column_gives_back_every_value(values):
-    """Metadata: further columns are carried into the metadata untouched, whatever mixture they hold."""
+    """P1: the user's columns are copied into the metadata without change, whatever mixture of values they hold."""
     kinds: dict[str, ColumnType] = {}
     for value in values:
         merge_types(kinds, {"c": value})
@@ -191,13 +191,13 @@ def test_column_gives_back_every_value(values):
     ],
 )
 def test_kind_of_edges(value, kind):
-    """No whole number is bent: beyond float64's exact range and beyond int64 the kind changes."""
+    """P1: no integer is changed: beyond the exact range of float64, and beyond int64, the type changes."""
     assert column_type(value) is kind
 
 
 @given(st.lists(NAMES, unique=True))
 def test_column_names_are_unique_and_mean_nothing_else(names):
-    """Design 4: no user's column becomes one of ours, another user's, or a media path to a dataset loader."""
+    """P1: a user's column never gets the name of an hv_batch column, of another user's column, or of a media column."""
     taken = ["file_name", *COLUMNS]
     named = column_names(names, taken)
     columns = list(named.values())

@@ -1,4 +1,4 @@
-"""What the operator's commands make of roots that somebody, or a disk, has damaged: words, and never a traceback."""
+"""Commands on damaged output roots: each reports the problem in a sentence and never with a traceback."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.small_runs import ListedShards, run_small, some_samples
 
 SAMPLES = some_samples(6)
 RECORD, GIVEN_UP = "commits/shard-00000/s001.json", "quarantine/shard-00000/s003.json"
-OPEN = [layout.SUCCESS, layout.metadata_key(0)]  # so that records are read, and not the table made of them
+OPEN = [layout.SUCCESS, layout.metadata_key(0)]  # removed, so that the records are read and not the table
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> Path:
-    """A finished root of two shards, with two samples given up."""
+    """A finished root of two shards, with two quarantined samples."""
     root = tmp_path_factory.mktemp("rendered") / "root"
     run_small(Store(str(root)), SAMPLES, poison={"s003", "s005"})
     return root
@@ -47,7 +47,7 @@ def spoil(text: bytes) -> Callable[[Path], None]:
 
 
 def change(**values) -> Callable[[Path], None]:
-    """A JSON document with other values, or without those that are None here."""
+    """A JSON document with other values, and without those that are None here."""
 
     def act(path: Path) -> None:
         document = {name: value for name, value in (json.loads(path.read_text()) | values).items() if value is not None}
@@ -57,7 +57,7 @@ def change(**values) -> Callable[[Path], None]:
 
 
 def answer(*arguments: str) -> tuple[int, str]:
-    """Exit code and words of a command, also of one that tells what is wrong in a paragraph."""
+    """The exit code and the output of a command, also if it reports a problem."""
     try:
         return hv_batch(*arguments)
     except UserError as error:
@@ -87,8 +87,8 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
 @pytest.mark.parametrize("is_open", [False, True])
-def test_no_damage_is_answered_with_a_traceback(root, rendered, name, damage, is_open):
-    """P5: each command does its work or tells in a paragraph what is wrong, and with what; looking changes nothing."""
+def test_no_damage_causes_a_traceback(root, rendered, name, damage, is_open):
+    """P5: each command does its work or reports what is damaged; read-only commands change nothing."""
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     damage(root / name)
     for seal in OPEN if is_open else ():
@@ -102,8 +102,8 @@ def test_no_damage_is_answered_with_a_traceback(root, rendered, name, damage, is
 
 
 @pytest.mark.parametrize("damage", [damage for name, damage in DAMAGES if name == RECORD])
-def test_a_damaged_record_is_told_by_name_where_all_are_needed(root, rendered, damage):
-    """P5: `diff` and the end of a run name it and the remedy, which is `verify`; and this mends it."""
+def test_a_damaged_record_is_named_if_all_are_needed(root, rendered, damage):
+    """P5: `diff` and the end of a run name it and the remedy, which is `verify --repair`; this repairs it."""
     damage(root / RECORD)
     for seal in OPEN:
         (root / seal).unlink()
@@ -117,7 +117,7 @@ def test_a_damaged_record_is_told_by_name_where_all_are_needed(root, rendered, d
 
 
 def test_a_foreign_file_hides_no_pending_sample(root):
-    """P2: what lies beside the records is not counted as one of them: not in a status, nor by a resume."""
+    """P2: other files in the folders of records are counted neither by a status nor by a resume."""
     (root / RECORD).rename(root / f"{RECORD}~")
     (root / "commits" / "shard-00000" / "readme.txt").touch()
     assert "3 of 6 samples committed, 2 quarantined, 1 pending" in hv_batch("status", root)[1]
@@ -126,8 +126,8 @@ def test_a_foreign_file_hides_no_pending_sample(root):
     assert pending == ["s001"]
 
 
-def test_a_run_document_without_its_parts_is_none_of_ours(root):
-    """P2: nothing is taken for granted of a root whose run.json lacks what every run.json has."""
+def test_a_run_document_without_a_required_field_is_refused(root):
+    """P2: a run.json that lacks a required field is not used."""
     change(manifest=None)(root / layout.RUN)
     with pytest.raises(UserError, match="not written by this version"):
         run_document.read_run(Store(str(root)))

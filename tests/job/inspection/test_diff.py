@@ -1,4 +1,4 @@
-"""`diff` tells how two runs differ, sample by sample (P3)."""
+"""`diff` reports how two runs differ, sample by sample (P3)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stores(tmp_path):
 
 
 def test_equal_runs(stores):
-    """P3: same plan, same bytes, on another store and with another history."""
+    """P3: equal plans give equal bytes, on another store and with another history."""
     run_small(stores[0], some_samples(6), poison={"s003"})
     run_small(stores[1], some_samples(6), poison={"s003"})
     found = compare(*stores)
@@ -29,7 +29,7 @@ def test_equal_runs(stores):
 
 
 def test_every_kind_of_difference(stores):
-    """P3: each sample is in the one category that tells most about it."""
+    """P3: each sample is in one category, the most informative one."""
     for store in stores:
         open_root(store, 9)
     a, b = stores
@@ -69,8 +69,8 @@ def test_every_kind_of_difference(stores):
     assert "s004 (width, seed)" in found.render()
 
 
-def test_sealed_and_open_shards_tell_the_same(stores):
-    """P1: the table of a sealed shard and the records of an open one compare as equal."""
+def test_sealed_and_open_shards_compare_as_equal(stores):
+    """P1: the table of a sealed shard and the records of an open shard compare as equal."""
     run_small(stores[0], some_samples(6))
     open_root(stores[1], 6)
     for key in stores[0].list("commits"):
@@ -78,7 +78,7 @@ def test_sealed_and_open_shards_tell_the_same(stores):
     assert compare(*stores).equal_bytes == 6
 
 
-def test_a_table_that_lags_behind_its_records_is_not_believed(stores):
+def test_an_outdated_table_is_not_used(stores):
     """P1: a sample that was committed after the seal counts."""
     for store in stores:
         run_small(store, some_samples(4), poison={"s002"})
@@ -89,7 +89,7 @@ def test_a_table_that_lags_behind_its_records_is_not_believed(stores):
 
 
 def test_runs_of_different_layout_are_matched_by_key(stores):
-    """P3: another shard size moves samples to other shards and changes no pixel."""
+    """P3: another shard size moves samples to other shards and changes no pixels."""
     samples = some_samples(6)
     run_small(stores[0], samples)
     moved = [dataclasses.replace(sample, shard=5 - number) for number, sample in enumerate(samples)]
@@ -106,8 +106,8 @@ def test_runs_of_different_layout_are_matched_by_key(stores):
     assert found.identity == ["shard_size: (absent) -> 1"]
 
 
-def test_something_that_is_no_run(stores):
-    """P6: the path that is wrong is named."""
+def test_a_root_without_a_run_is_refused(stores):
+    """P6: the message names the wrong path."""
     run_small(stores[0], some_samples(1))
     with pytest.raises(UserError, match="/b is not an output root"):
         compare(*stores)

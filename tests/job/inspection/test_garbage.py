@@ -1,4 +1,4 @@
-"""`gc` finds what nobody needs and nothing else (P1, P4)."""
+"""`gc` finds the files that are not needed, and nothing else (P1, P4)."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def keep_latents(store: Store, sample) -> None:
 
 
 def test_a_clean_root_has_no_garbage(store):
-    """P1: everything a finished run leaves is needed."""
+    """P1: all files of a finished run are needed."""
     run_small(store, SAMPLES, poison={"s003"})
     assert list(find_garbage(store, older_than=FUTURE)) == []
 
 
 def litter(store: Store) -> set[tuple[Kind, str]]:
-    """What killed workers leave in a root of which s006 is pending; returns what of it is garbage."""
+    """Adds files of killed workers to a root in which s006 is pending. Returns those that are garbage."""
     run_small(store, SAMPLES, poison={"s003"})
     (media,) = [key for key in store.list("data/shard-00001") if "/s006-" in key]
     unseal_shard(store, 1)
@@ -65,10 +65,10 @@ def litter(store: Store) -> set[tuple[Kind, str]]:
     }
 
 
-def test_what_killed_workers_leave_is_found_and_removed(any_store):
-    """P1, P4: media without a record, latents and checkpoints of finished samples; those of a pending one are kept.
+def test_files_of_killed_workers_are_found_and_removed(any_store):
+    """P1, P4: media without a record, latents and checkpoints of finished samples. Those of a pending sample are kept.
 
-    What is young is left alone: a decoder uploads its media before it commits them.
+    New files are kept, because a decoder uploads its media before it commits them.
     """
     expected = litter(any_store)
     assert list(find_garbage(any_store, older_than=time.time() - 3600)) == []
@@ -89,9 +89,10 @@ def test_what_killed_workers_leave_is_found_and_removed(any_store):
     }
 
 
-def test_posters_and_half_written_seals(store):
-    """P1: a poster that no record names, what was written for a seal that never came, parts of no index; and what a
-    sealed shard holds is kept."""
+def test_posters_and_interrupted_seals(store):
+    """P1: a poster that no record names, files of an interrupted seal, and parts without an index are garbage; the
+    files of a sealed shard are kept.
+    """
     run_small(store, SAMPLES, poison={"s003"}, adorned=True)
     assert list(find_garbage(store, older_than=FUTURE)) == []
     expected = everything(store)
@@ -129,8 +130,8 @@ LITTER = st.one_of(
 
 @settings(max_examples=10)
 @given(st.sets(LITTER, max_size=12), st.sets(st.sampled_from([s.key for s in SAMPLES])))
-def test_whatever_lies_about_nothing_needed_is_removed(litter, poison):
-    """P1: a finished run holds what it held before, byte for byte and nothing else, and is sound."""
+def test_nothing_that_is_needed_is_removed(litter, poison):
+    """P1: a finished run is byte for byte as before the garbage was added, and valid."""
     store = Store(f"memory://{uuid.uuid4().hex}")
     run_small(store, SAMPLES, poison=poison, adorned=True)
     expected = everything(store)
@@ -144,7 +145,7 @@ def test_whatever_lies_about_nothing_needed_is_removed(litter, poison):
 
 
 def test_the_parts_of_an_index_are_kept(store):
-    """P2: a resume reads its samples from them; with a document that cannot be read, nothing is judged."""
+    """P2: a resume reads its samples from them; if the document cannot be read, no part is garbage."""
     run_small(store, SAMPLES)
     parts = [f"plan/part-0000{number}-0a1b2c3d.parquet" for number in range(2)]
     for part in parts:
@@ -157,7 +158,7 @@ def test_the_parts_of_an_index_are_kept(store):
 
 
 def test_media_that_belong_to_a_committed_file_are_kept(store):
-    """Files beside a video that carry its name (a poster) are as needed as it is."""
+    """P1: files with the name of a committed video (a poster) are needed as well."""
     run_small(store, SAMPLES)
     (media,) = [key for key in store.list("data/shard-00000") if "/s001-" in key]
     store.put(media.replace(".mp4", ".jpg"), b"its poster")
@@ -167,7 +168,7 @@ def test_media_that_belong_to_a_committed_file_are_kept(store):
 
 
 def test_a_record_that_cannot_be_read_makes_no_garbage(store):
-    """P1: with no record to go by, nothing of that sample is removed."""
+    """P1: without a readable record, no file of the sample is removed."""
     run_small(store, SAMPLES)
     store.put("data/shard-00000/s001-0a1b2c3d.mp4", b"another version")
     store.put(layout.commit_key(0, "s001"), b"{")
@@ -175,7 +176,7 @@ def test_a_record_that_cannot_be_read_makes_no_garbage(store):
 
 
 def test_drafts_of_killed_writers(tmp_path):
-    """P2: hidden files on a local disk, seen by no listing."""
+    """P2: hidden files on a local disk, which no listing shows."""
     store = Store(str(tmp_path))
     run_small(store, SAMPLES)
     for name in ("data/shard-00000/.draft-01", ".probe-02"):
@@ -192,7 +193,7 @@ def test_drafts_of_killed_writers(tmp_path):
 
 
 def test_unfinished_uploads_on_s3(s3_store):
-    """What S3 bills and no listing shows; those of other roots in the bucket are not ours."""
+    """P2: S3 bills them and no listing shows them; those of other roots in the bucket are not touched."""
     run_small(s3_store, SAMPLES[:1])
     bucket, client = s3_store.url.split("/")[2], boto3.client("s3")
     for key in ("some/root/data/shard-00000/x.mp4", "some/root-2/x.mp4"):
@@ -211,8 +212,8 @@ def test_unfinished_uploads_on_s3(s3_store):
     ]
 
 
-def test_something_else_is_not_tidied(store):
-    """P6: a wrong path is said so before anything is looked at."""
+def test_a_root_without_a_run_is_refused(store):
+    """P6: a wrong path is refused before any listing."""
     store.put("data/shard-00000/a-0a1b2c3d.mp4", b"x")
     with pytest.raises(UserError, match=r"run\.json"):
         list(find_garbage(store, older_than=FUTURE))

@@ -23,7 +23,9 @@ def store(request, tmp_path: Path) -> Store:
 
 
 def half_rendered(store: Store) -> None:
-    """10 samples: a sealed shard with one quarantined, one partly done, and a short last one that nobody touched."""
+    """10 samples: a sealed shard with one quarantined sample, a partly rendered shard, and a short, untouched last
+    shard.
+    """
     open_root(store, 10)
     for number in (1, 2, 3, 5):
         commits.commit(store, make_commit(make_sample(number)))
@@ -33,7 +35,7 @@ def half_rendered(store: Store) -> None:
 
 
 def test_counts_by_shard(store):
-    """P1, P2: each sample is in exactly one of committed, quarantined, pending; the last shard may be short."""
+    """P1, P2: each sample is either committed, quarantined or pending; the last shard may be short."""
     half_rendered(store)
     found = status.read_status(store)
     assert [(s.samples, s.committed, s.quarantined, s.pending, s.state) for s in found.shards] == [
@@ -46,14 +48,14 @@ def test_counts_by_shard(store):
 
 
 def test_commit_beside_a_quarantine_counts_once(store):
-    """P1: what a crash between two writes left behind does not make a sample count twice."""
+    """P1: a crash between two writes leaves both records, and the sample counts once."""
     half_rendered(store)
     store.put(layout.quarantine_key(0, "s001"), commits.encode(make_quarantine(make_sample(1))))
     assert status.read_status(store).shards[0].quarantined == 1
 
 
 def test_complete_shard_that_is_not_sealed_and_finished_run(store):
-    """P2: the words tell what a resume still has to do."""
+    """P2: the state says what a resume still has to do."""
     open_root(store, 1)
     commits.commit(store, make_commit(make_sample(1)))
     assert status.read_status(store).shards[0].state == "complete"
@@ -62,7 +64,7 @@ def test_complete_shard_that_is_not_sealed_and_finished_run(store):
 
 
 def test_dict_is_json_and_adds_up(store):
-    """`status --json` is for programs: plain JSON, totals equal to the sums over the shards."""
+    """P2: `status --json` is plain JSON, and its totals equal the sums over the shards."""
     half_rendered(store)
     document = json.loads(json.dumps(status.read_status(store).to_dict()))
     for name in ("samples", "committed", "quarantined", "pending"):
@@ -70,7 +72,7 @@ def test_dict_is_json_and_adds_up(store):
 
 
 def test_table_names_every_shard(store):
-    """The text table has a line a shard, the totals, and why samples were given up."""
+    """P2: the text table has one line for each shard, the totals, and the reasons of quarantined samples."""
     half_rendered(store)
     table = status.read_status(store).render()
     assert [line.split() for line in table.splitlines()[4:7]] == [
@@ -83,7 +85,7 @@ def test_table_names_every_shard(store):
 
 
 def test_long_table_lists_what_needs_attention():
-    """P7: a terminal gets the shards that matter of 40,000, and is told how many were left out."""
+    """P7: of 40,000 shards, the table lists those that need attention and the number of the others."""
     clean = {"samples": 4, "committed": 4, "quarantined": 0, "sealed": True}
     many = [status.ShardStatus(shard=n, **clean) for n in range(1000)]
     many[7] = status.ShardStatus(shard=7, samples=4, committed=3, quarantined=1, sealed=True)
@@ -98,7 +100,7 @@ def test_long_table_lists_what_needs_attention():
 
 
 def test_some_shards_alone(store):
-    """The view of a few shards counts those only; one that is not there is said."""
+    """P2: the status of some shards counts only these; a shard that does not exist is refused."""
     half_rendered(store)
     found = status.read_status(store, [2, 1])
     assert [shard.shard for shard in found.shards] == [1, 2]
@@ -108,8 +110,8 @@ def test_some_shards_alone(store):
         status.read_status(store, [0, 3])
 
 
-def test_it_tells_who_is_writing(store):
-    """P1: while a driver is at work, and after one was killed."""
+def test_the_holder_of_the_lease_is_shown(store):
+    """P1: while a driver is running, and after it was killed."""
     half_rendered(store)
     assert status.read_status(store).to_dict()["holder"] is None
     me = lease.this_process("run", "raysubmit_1")
@@ -122,6 +124,6 @@ def test_it_tells_who_is_writing(store):
 
 
 def test_root_without_a_run(store):
-    """P6: a wrong path is said so, with the path."""
+    """P6: the message names the wrong path."""
     with pytest.raises(UserError, match=r"run\.json"):
         status.read_status(store)

@@ -1,4 +1,4 @@
-"""The numbers of summary.json and the gallery page."""
+"""The numbers of summary.json, and the report page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOID = {"meta", "img", "input", "br", "link"}
 
 
 class Page(HTMLParser):
-    """What a browser would see: elements, and whether every one is closed in order."""
+    """The elements of a page as a browser sees them, and whether each one is closed in order."""
 
     def __init__(self, markup: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def store(request, tmp_path: Path) -> Store:
 
 
 def test_aggregate_adds_up(store):
-    """Summary: counts, seconds by stage as sum and mean, GPU seconds, media, failures and retries by class."""
+    """P1: counts, seconds by stage as sum and mean, GPU seconds, media, failures and retries by class."""
     open_root(store, 9, device="cuda")
     lost = make_failure(FailureClass.INFRA)
     commits.commit(store, make_commit(make_sample(1)))
@@ -83,13 +83,13 @@ def test_aggregate_adds_up(store):
 
 @pytest.mark.parametrize(("key", "ranks"), [({}, 2), ({"cfg_degree": 1}, 2), ({"cfg_degree": 2}, 4)])
 def test_gpu_time_counts_every_rank(key, ranks):
-    """Also of roots that were begun before there was a cfg_degree."""
+    """P2: also for roots of earlier versions, without a cfg_degree."""
     parallel = {"device": "cuda", "ulysses_degree": 2, "ring_degree": 1, **key}
     assert summary._gpu_seconds({"identity": {"parallel": parallel}}, {"": 10_000}) == 10.0 * ranks
 
 
 def test_gpu_time_counts_each_group_by_its_size(store):
-    """Groups of several sizes: a record tells the ranks of its group; one of before does not, and had the run's."""
+    """P2: a record holds the ranks of its group; an older record does not, and its run had one size."""
     open_root(store, 3, device="cuda")
     for number, told in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
         commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **told}}))
@@ -97,7 +97,7 @@ def test_gpu_time_counts_each_group_by_its_size(store):
 
 
 def test_aggregate_counts_what_was_encoded_once(store):
-    """summary.json: counts of prompts encoded and of prompts that an encoder remembered, over the committed samples."""
+    """summary.json: prompts that were encoded and prompts found in an encoder's memory, over the committed samples."""
     open_root(store, 3)
     for number, (encoded, recalled) in enumerate([(1, 1), (0, 2)], start=1):
         stages = {"encode": {"seconds": 0.1, "encoded": encoded, "recalled": recalled}}
@@ -107,14 +107,14 @@ def test_aggregate_counts_what_was_encoded_once(store):
     assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, "one that tells nothing"
 
 
-def test_aggregate_without_gpus_claims_no_gpu_time(store):
-    """A CPU run reports no GPU seconds rather than a wrong number."""
+def test_aggregate_without_gpus_reports_no_gpu_time(store):
+    """summary.json: a CPU run reports null, not a wrong number."""
     open_root(store, 1)
     assert summary.aggregate(store)["denoise_gpu_seconds"] is None
 
 
 def rich_root(store, seals):
-    """Nine samples in three shards, with everything a summary counts; `seals` says which shards are sealed."""
+    """Nine samples in three shards, with everything a summary counts; `seals` are the sealed shards."""
     open_root(store, 9, device="cuda")
     lost = make_failure(FailureClass.INFRA)
     for number in (1, 2, 3, 5, 6, 8, 9):
@@ -131,8 +131,8 @@ def rich_root(store, seals):
 
 
 @pytest.mark.parametrize("seals", itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in range(4)))
-def test_the_sums_of_sealed_shards_give_the_same_summary(tmp_path, seals):
-    """P7: whichever shards are sealed, the summary equals the one made of every record, digit for digit."""
+def test_stored_totals_give_the_same_summary(tmp_path, seals):
+    """P7: whichever shards are sealed, the summary equals the one computed from all records, digit for digit."""
     store, unsealed = Store(str(tmp_path / "a")), Store(str(tmp_path / "b"))
     rich_root(store, seals)
     rich_root(unsealed, ())
@@ -140,7 +140,7 @@ def test_the_sums_of_sealed_shards_give_the_same_summary(tmp_path, seals):
 
 
 def test_records_of_a_sealed_shard_are_not_read_again(store, monkeypatch):
-    """P7: the end of a long run reads one object a shard."""
+    """P7: the end of a long run reads one object for each shard."""
     rich_root(store, (0, 1, 2))
     expected = summary.aggregate(store)
     monkeypatch.setattr(summary, "read_commit", None)
@@ -148,8 +148,8 @@ def test_records_of_a_sealed_shard_are_not_read_again(store, monkeypatch):
 
 
 @pytest.mark.parametrize("sums", [b"", b"{}", b'{"schema": "hv_batch/sums/0"}', None])
-def test_sums_that_cannot_be_used_are_made_again(store, sums):
-    """P2: lost, damaged or of another version: the records say it."""
+def test_invalid_totals_are_computed_again(store, sums):
+    """P2: missing, damaged or of another version: the totals are computed from the records."""
     rich_root(store, (0, 1, 2))
     expected = summary.aggregate(store)
     store.delete(layout.totals_key(1))
@@ -159,7 +159,7 @@ def test_sums_that_cannot_be_used_are_made_again(store, sums):
 
 
 def test_a_commit_after_the_seal_is_counted(store):
-    """P1: a sample that was given up and committed late counts once, as committed."""
+    """P1: a quarantined sample that was committed late counts once, as committed."""
     rich_root(store, (0, 1, 2))
     commits.commit(store, make_commit(make_sample(4)))
     totals = summary.aggregate(store)
@@ -168,13 +168,13 @@ def test_a_commit_after_the_seal_is_counted(store):
 
 
 def test_aggregate_needs_a_run(store):
-    """P6: a wrong path is said so."""
+    """P6: the message names the wrong path."""
     with pytest.raises(UserError):
         summary.aggregate(store)
 
 
-def test_page_shows_videos_in_plan_order_from_beside_it(store):
-    """Design 4: relative sources that resolve to the media keys; an image is an image; nothing from elsewhere."""
+def test_page_shows_videos_in_plan_order_with_relative_paths(store):
+    """P1: relative sources lead to the media keys; an image is an image; nothing comes from another host."""
     open_root(store, 5)
     records = [make_commit(make_sample(n, num_frames=1 if n == 3 else 17)) for n in (5, 3, 2, 1, 4)]
     for record in records:
@@ -192,8 +192,8 @@ def test_page_shows_videos_in_plan_order_from_beside_it(store):
     assert "http" not in store.get(layout.REPORT).decode()
 
 
-def test_page_shows_posters_where_there_are_some(store):
-    """Design 4: the picture that `media.poster` wrote stands in until a video plays."""
+def test_page_shows_the_posters_that_exist(store):
+    """P1: the poster that `media.poster` wrote is shown until a video plays."""
     open_root(store, 2)
     poster = layout.poster_key(0, "s001", "ab" * 32)
     for record in (make_commit(make_sample(1), poster=poster), make_commit(make_sample(2))):
@@ -203,7 +203,7 @@ def test_page_shows_posters_where_there_are_some(store):
 
 
 def test_hostile_texts_stay_text(store):
-    """Prompts, ids, columns and errors come from outside: they are shown, never interpreted."""
+    """P5: prompts, ids, columns and errors are untrusted: they are escaped, never interpreted."""
     open_root(store, 2)
     commits.commit(store, make_commit(make_sample(1, prompt=HOSTILE, num_frames=1, extra={HOSTILE: HOSTILE})))
     failure = make_failure(FailureClass.POISON, HOSTILE, HOSTILE)
@@ -219,8 +219,8 @@ def test_hostile_texts_stay_text(store):
     assert "".join(page.words).count(shown) == 7
 
 
-def test_page_tells_failures_totals_and_licence(store):
-    """P5: each quarantined sample with its reason; spec section 10: the licence where users see it."""
+def test_page_shows_failures_totals_and_licence(store):
+    """P5: each quarantined sample with its reason, and the licence notice."""
     open_root(store, 3)
     commits.commit(store, make_commit(make_sample(1)))
     commits.quarantine(store, make_quarantine(make_sample(2)))
@@ -230,15 +230,15 @@ def test_page_tells_failures_totals_and_licence(store):
         assert expected in words
 
 
-def test_page_of_a_run_that_has_nothing_yet(store):
-    """The report can be made at any moment."""
+def test_page_of_a_run_without_commits(store):
+    """P2: the report can be written at any moment."""
     open_root(store, 3)
     summary.write_report(store, summary.aggregate(store))
     assert "No sample is committed yet." in read_page(store).words
 
 
-def test_gallery_is_capped_with_a_note(store, monkeypatch):
-    """P7: a long run makes a page of bounded size that says what it leaves out."""
+def test_gallery_is_limited_with_a_note(store, monkeypatch):
+    """P7: the page of a long run has a bounded size and says how much it leaves out."""
     monkeypatch.setattr(summary, "MAX_CARDS", 3)
     monkeypatch.setattr(summary, "MAX_FAILED", 1)
     open_root(store, 8)
@@ -255,7 +255,7 @@ def test_gallery_is_capped_with_a_note(store, monkeypatch):
 
 
 def test_template_has_no_placeholder_left_over():
-    """The page's own script and style must not collide with the template's placeholders."""
+    """P5: the script and the style of the page must not collide with the template's placeholders."""
     template = (Path(gallery.__file__).parent / "report_page.html").read_text("utf-8")
     names = re.findall(r"\$(\w*)", template)
     assert all(names)
@@ -266,14 +266,14 @@ def test_template_has_no_placeholder_left_over():
     ("seconds", "shown"),
     [(0.42, "0.42 s"), (12.34, "12.3 s"), (250, "4.2 min"), (11520, "3.2 h"), (5999, "100.0 min")],
 )
-def test_durations_are_told_at_a_useful_precision(seconds, shown):
-    """Report: a reader sees two or three digits of any length of time."""
+def test_durations_have_two_or_three_digits(seconds, shown):
+    """Report: any duration is shown with two or three digits."""
     assert gallery.duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
     ("count", "shown"), [(999, "999 B"), (1500, "1.5 kB"), (357_000_000, "357 MB"), (5e15, "5e+03 TB")]
 )
-def test_sizes_are_told_in_decimal_units(count, shown):
+def test_sizes_have_decimal_units(count, shown):
     """Report: sizes as object stores bill them."""
     assert gallery.size(count) == shown

@@ -1,4 +1,4 @@
-"""`verify` finds what is wrong with a root, and nothing else; `--remove` lets the run command mend it (P1, P2)."""
+"""`verify` finds what is damaged in a root, and nothing else; with `--remove`, the run command repairs it (P1, P2)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rendered(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def root(rendered, tmp_path) -> Path:
-    """A copy of it to break."""
+    """A copy of it to damage."""
     return Path(shutil.copytree(rendered, tmp_path / "root"))
 
 
@@ -63,7 +63,7 @@ def change_record(root: Path, sample: str, values: dict) -> None:
 
 
 def rewrite_media(root: Path, key: str, data: bytes) -> None:
-    """Other bytes and a record that agrees with them, so that only decoding can tell."""
+    """Changes the bytes of a video and its record consistently, so that only decoding finds the damage."""
     media_of(root, key).write_bytes(data)
     change_record(root, key, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
 
@@ -73,8 +73,8 @@ def change_table(root: Path, change) -> None:
     pq.write_table(change(pq.read_table(path)), path)
 
 
-def test_a_sound_root(rendered):
-    """P1: everything is read, everything decodes, nothing is wrong; a sample of decodes is spread over the run."""
+def test_a_valid_root(rendered):
+    """P1: everything is read, everything decodes, no problem is found; a subset of decodes is spread over the run."""
     found = verify(Store(str(rendered)), decode_media, decodes=None)
     assert found.findings == []
     assert (found.checked, found.decoded, found.tables, found.pending, found.quarantined) == (6, 6, 2, 0, 0)
@@ -122,13 +122,13 @@ ONLY_DECODING_TELLS = {Fault.UNDECODABLE, Fault.GEOMETRY}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_found_and_mended(rendered, root, fault):
-    """P1, P2: it is named with its sample, repair removes only that, and the same run leaves the root as it was."""
+def test_each_fault_is_found_and_repaired(rendered, root, fault):
+    """P1, P2: the finding names the sample, repair removes only that, and the same run restores the root."""
     FAULTS[fault](root)
     store = Store(str(root))
     found = verify(store, decode_media, decodes=None if fault in ONLY_DECODING_TELLS else 0)
     told = {finding.fault for finding in found.findings}
-    # A record whose hash was changed no longer agrees with its table, and one that is gone leaves a row behind.
+    # A record with a changed hash differs from its table, and a removed record leaves its row in the table.
     assert fault in told
     assert told <= {fault, Fault.TABLE}
     assert all(finding.key in ("s002", None) for finding in found.findings)
@@ -157,8 +157,8 @@ def test_each_fault_is_found_and_mended(rendered, root, fault):
         {"poster": "data/shard-00000/s002-00000000.jpg"},
     ],
 )
-def test_a_record_of_something_else(root, values):
-    """P1: a record of another sample or run, or that points elsewhere, is told; no other file is touched."""
+def test_a_record_of_another_sample_or_run(root, values):
+    """P1: a record of another sample or run, or with a path outside its shard, is reported; nothing else is touched."""
     change_record(root, "s002", values)
     found = verify(Store(str(root)), decode_media, decodes=0)
     (wrong,) = [finding for finding in found.findings if finding.fault is Fault.RECORD]
@@ -174,16 +174,16 @@ def test_a_record_of_something_else(root, values):
         (lambda table: table.slice(0, 0), "4 committed samples have no row"),
     ],
 )
-def test_a_table_that_says_otherwise(root, change, said):
-    """P1: the dataset that users load is that of the records."""
+def test_a_table_that_differs_from_the_records(root, change, said):
+    """P1: the dataset that users load must match the records."""
     change_table(root, change)
     (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
     assert wrong.fault is Fault.TABLE
     assert said in wrong.details
 
 
-def test_a_table_that_is_none(root):
-    """P1: the same for a file that never was one."""
+def test_a_table_of_another_format(root):
+    """P1: the same for a file that is not a table."""
     (root / layout.metadata_key(0)).write_bytes(b"PAR1 no")
     (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
     assert wrong.fault is Fault.TABLE
@@ -196,8 +196,8 @@ def test_a_table_that_is_none(root):
         lambda root: change_record(root, "s002", {"poster": None}),
     ],
 )
-def test_a_poster_of_something_else(root, spoil):
-    """P1: a poster is the bytes that its name tells, and every video of such a run has one."""
+def test_a_poster_with_other_bytes(root, spoil):
+    """P1: a poster has the bytes of the hash in its name, and every video of such a run has one."""
     spoil(root)
     (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
     assert (wrong.key, wrong.fault) == ("s002", Fault.POSTER)
@@ -210,15 +210,15 @@ def another_lineage(root: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [another_lineage, lambda root: (root / layout.lineage_key(0)).write_bytes(b"PAR1")])
-def test_a_lineage_that_says_otherwise(root, spoil):
-    """Lineage: the table of tries, times and places is that of the records."""
+def test_a_lineage_that_differs_from_the_records(root, spoil):
+    """Lineage: the table of attempts, times and places must match the records."""
     spoil(root)
     (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
     assert wrong.fault is Fault.LINEAGE
 
 
 def rewrite_tar(root: Path, change) -> None:
-    """The tar with its members (name, bytes) changed by `change`."""
+    """Rewrites the tar with its members (name, bytes) changed by `change`."""
     path = root / layout.tar_key(0)
     with tarfile.open(path) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar]
@@ -242,8 +242,8 @@ def rewrite_tar(root: Path, change) -> None:
         ),
     ],
 )
-def test_a_tar_of_something_else(root, change, said):
-    """P1: those who train from the tars get the samples of the table, in its order and byte for byte."""
+def test_a_tar_that_differs_from_the_table(root, change, said):
+    """P1: a tar holds the samples of the table, in its order and byte for byte."""
     rewrite_tar(root, change)
     (wrong,) = verify(Store(str(root)), decode_media, decodes=0).findings
     assert wrong.fault is Fault.TAR
@@ -251,15 +251,15 @@ def test_a_tar_of_something_else(root, change, said):
 
 
 @pytest.mark.parametrize("size", [0, 5, 700, 10_300])
-def test_half_a_tar(root, size):
-    """P1: a tar that was cut short is told, wherever it was cut."""
+def test_a_truncated_tar(root, size):
+    """P1: a truncated tar is reported, wherever it was cut."""
     path = root / layout.tar_key(0)
     path.write_bytes(path.read_bytes()[:size])
     assert [finding.fault for finding in verify(Store(str(root)), decode_media, decodes=0).findings] == [Fault.TAR]
 
 
 def write_index(root: Path, extra_kinds: dict[str, str]) -> Path:
-    """An index of one part, which is returned."""
+    """Writes an index of one part and returns the part."""
     digest = hashlib.sha256(b"rows").hexdigest()
     part = root / layout.index_part(0, digest)
     part.parent.mkdir(exist_ok=True)
@@ -274,8 +274,9 @@ def write_index(root: Path, extra_kinds: dict[str, str]) -> Path:
     [Path.unlink, lambda part: part.write_bytes(b"other"), lambda part: (part.parent / "index.json").write_text("{}")],
 )
 def test_a_checked_manifest_that_is_damaged(root, spoil):
-    """P2: what a resume could not use is told while the manifest may still be there; without it the next one checks
-    the manifest anew, and the dataset stays as it is."""
+    """P2: damage that a resume could not use is reported while the manifest may still exist. If the index is removed,
+    the next run checks the manifest again and the dataset stays the same.
+    """
     store = Store(str(root))
     spoil(write_index(root, {}))
     found = verify(store, decode_media, decodes=0).findings
@@ -285,8 +286,8 @@ def test_a_checked_manifest_that_is_damaged(root, spoil):
     assert store.exists(layout.SUCCESS)
 
 
-def test_the_manifests_own_columns_are_held_against_the_records(root):
-    """P1: a further column that was changed, or lost, is told where the plan tells its type."""
+def test_the_users_columns_are_compared_with_the_records(root):
+    """P1: a user's column that was changed or lost is reported if the index holds its type."""
     write_index(root, {"topic": "text"})
     (first, _) = verify(Store(str(root)), decode_media, decodes=0).findings
     assert first.fault is Fault.TABLE
@@ -298,7 +299,7 @@ def test_the_manifests_own_columns_are_held_against_the_records(root):
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b"\xff", b'{"class": "POISON"}'])
 def test_a_quarantine_record_that_cannot_be_read(tmp_path, data):
-    """P1, P5: its sample counts as given up wherever that is counted, is told, and mended by being rendered again."""
+    """P1, P5: its sample counts as quarantined everywhere, is reported, and is repaired by rendering it again."""
     store = Store(str(tmp_path / "root"))
     run_small(store, SAMPLES, poison={"s001"}, media=real_media)
     store.put(layout.quarantine_key(0, "s001"), data)
@@ -313,8 +314,8 @@ def test_a_quarantine_record_that_cannot_be_read(tmp_path, data):
     assert (found.findings, found.checked) == ([], 6)
 
 
-def test_a_run_that_counts_as_finished_and_is_not(root):
-    """P2: a pending sample that no run command would look for is told, and repair lets them look."""
+def test_a_run_that_is_wrongly_marked_as_finished(root):
+    """P2: a pending sample that no run command would render is reported, and repair removes `_SUCCESS`."""
     store = Store(str(root))
     for key in (layout.commit_key(1, "s005"), layout.metadata_key(1)):
         store.delete(key)
@@ -326,14 +327,14 @@ def test_a_run_that_counts_as_finished_and_is_not(root):
 
 
 def test_hostile_prompts_are_no_fault(tmp_path):
-    """P1: text that UTF-8 cannot hold is cleaned in the table, and that is as it should be."""
+    """P1: text that UTF-8 cannot hold is cleaned in the table, which is correct."""
     store = Store(str(tmp_path / "root"))
     run_small(store, some_samples(2, prompt="a \ud800 bird", extra={"\udfff": "\ud800"}))
     assert verify(store, decode_media, decodes=0).findings == []
 
 
 def test_pending_and_quarantined_samples_are_no_faults(tmp_path):
-    """P2: verify judges what is there; what is missing the run command renders."""
+    """P2: verify checks what exists; the run command renders what is missing."""
     store = Store(str(tmp_path / "root"))
     run_small(store, SAMPLES, poison={"s001"}, media=real_media)
     store.delete(layout.commit_key(1, "s005"))

@@ -147,7 +147,7 @@ CELLS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @settings(deadline=None, max_examples=50)  # a busy machine is not a failure
 @given(cells=st.lists(st.tuples(CELLS.filter(str.strip), CELLS), min_size=1, max_size=5))
 def test_csv_round_trips_every_text(cells, tmp_path_factory):
-    """What the csv module of whoever wrote the manifest has quoted is read back as it was."""
+    """Property: any cell that a csv writer has quoted is read back unchanged."""
     path = tmp_path_factory.mktemp("csv") / "m.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "note"), *cells])
@@ -191,7 +191,7 @@ def test_parquet_values_that_python_lacks_are_one_bad_row(tmp_path):
 
 
 def test_first_rows_come_before_the_rest_is_read(tmp_path):
-    """P7: rows are read lazily. The end of both files is damaged, and the first rows do not know."""
+    """P7: rows are read lazily: the first rows of a file with a damaged end can be read."""
     lines = b'{"prompt": "a"}\n' * 400_000
     whole = gzip.compress(lines, 0)
     (tmp_path / "m.jsonl.gz").write_bytes(whole[:-100])
@@ -210,7 +210,7 @@ def test_first_rows_come_before_the_rest_is_read(tmp_path):
 
 
 def test_memory_stays_bounded(tmp_path):
-    """P7: neither format is held as a whole, not even a Parquet row group that is the whole file."""
+    """P7: no file is held in memory as a whole, not even a Parquet file of one row group."""
     prompts = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() * 160 for n in range(6000)]  # 60 MB
     as_jsonl = jsonl(tmp_path / "m.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     layout = {"compression": "none", "use_dictionary": False, "data_page_size": 1 << 16}
@@ -228,7 +228,7 @@ def test_memory_stays_bounded(tmp_path):
 
 
 def test_parquet_says_what_jsonl_says(tmp_path):
-    """Two formats, one manifest: equal rows, a null for a value left out."""
+    """JSON Lines and Parquet give equal rows, with a null for an absent value."""
     rows = [
         {"prompt": "a", "height": 720, "cfg_scale": 1.5, "tags": ["x", "y"], "meta": {"k": "v"}, "ok": True},
         {"prompt": "b", "height": None, "cfg_scale": None, "tags": [], "meta": {"k": None}, "ok": None},

@@ -98,18 +98,18 @@ def test_ids_that_a_store_may_confuse_have_different_keys(row_id):
 
 
 def _differ_in_case_alone(one, other):
-    """Both are keys as they stand."""
+    """Whether both ids are valid keys that differ only in case."""
     return make_key(one) == one and make_key(other) == other and one.lower() == other.lower()
 
 
 @pytest.mark.parametrize("row_id", ["a", "shot-0017", "2024.05.01_take-2", "A" * 96])
 def test_a_safe_id_is_its_own_key(row_id):
-    """What the user wrote is what the user finds in the output."""
+    """An id that is safe in a path is used as the key unchanged."""
     assert make_key(row_id) == row_id
 
 
 def test_ids_of_any_reasonable_type_are_taken():
-    """Parquet and pandas write ids as ints, or as floats beside nulls."""
+    """Parquet and pandas write ids as ints, or as floats in columns with nulls."""
     assert [sample.id for sample in samples_of(*({"prompt": "a", "id": value} for value in (7, 8.0, "9", "Ä b")))] == [
         "7",
         "8",

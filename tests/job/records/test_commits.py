@@ -1,4 +1,4 @@
-"""The records that end a sample, and the latents that wait for their decode."""
+"""The terminal records of samples, and the scan of a shard."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tests.support.records import FAILURES, PARAMS, SAMPLE, STAGES, a_commit, a_
 # Records --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_commit_record_says_everything(any_store):
-    """Design 4: file, hash, parameters, timings, attempts and versions, readable on its own."""
+def test_the_commit_record_is_complete(any_store):
+    """P1: file, hash, parameters, timings, attempts and versions; readable on its own."""
     assert commit(any_store, a_commit())
     record = read_commit(any_store, 17, SAMPLE.key)
     assert record["schema"] == "hv_batch/commit/1"
@@ -47,11 +47,11 @@ def test_the_commit_record_says_everything(any_store):
     assert (record["attempts"], record["history"]) == (2, FAILURES[:1])
     assert (record["fps"], record["extra"], record["licence"]) == (24, {"category": "animals"}, LICENCE_ID)
     assert record["fingerprint"] == "f" * 64
-    assert "狐狸".encode() in any_store.get(layout.commit_key(17, SAMPLE.key)), "people read these files"
+    assert "狐狸".encode() in any_store.get(layout.commit_key(17, SAMPLE.key)), "text is readable"
 
 
-def test_the_quarantine_record_says_why(any_store):
-    """P5: class, message, traceback and the whole history of a sample that was given up."""
+def test_the_quarantine_record_is_complete(any_store):
+    """P5: class, message, traceback and all failed attempts of a quarantined sample."""
     assert quarantine(any_store, a_quarantine())
     record = read_quarantine(any_store, 17, SAMPLE.key)
     assert record["schema"] == "hv_batch/quarantine/1"
@@ -74,13 +74,13 @@ json_values = st.recursive(
 @settings(deadline=None)
 @given(extra=st.dictionaries(st.text(alphabet=st.characters(), max_size=8), json_values, max_size=4))
 def test_columns_of_the_user_survive(extra):
-    """Any text, also one that UTF-8 cannot hold, comes back as it was; key order does not change the bytes."""
+    """P1: any text, also one that UTF-8 cannot hold, is read back unchanged; key order does not change the bytes."""
     assert decode(encode(extra)) == json.loads(json.dumps(extra)) == extra
     assert encode(extra) == encode(dict(reversed(extra.items())))
 
 
 def test_not_a_number_is_no_json():
-    """A record that other programs cannot read must not be written."""
+    """P1: a record must be JSON that other programs can read."""
     with pytest.raises(ValueError, match="JSON"):
         encode({"x": float("nan")})
 
@@ -89,7 +89,7 @@ def test_not_a_number_is_no_json():
 
 
 def test_a_sample_is_committed_once(any_store):
-    """P1: a late writer finds the record there and changes nothing; the winner may ask again."""
+    """P1: a late writer finds the record and changes nothing; a repeated commit of the first writer succeeds."""
     first, second = a_commit(), a_commit(sha256="ef" * 32)
     assert commit(any_store, first)
     assert not commit(any_store, second)
@@ -97,15 +97,15 @@ def test_a_sample_is_committed_once(any_store):
     assert read_commit(any_store, 17, SAMPLE.key) == first
 
 
-def test_a_commit_whose_answer_was_lost_is_ours(s3, s3_store):
-    """P1: the PUT arrived but its answer did not; the repeated one meets a conflict that is ourselves."""
-    s3.faults, s3.loses_answers = [503], True
+def test_a_commit_whose_reply_was_lost_counts_as_ours(s3, s3_store):
+    """P1: the PUT succeeded but its reply was lost; the retry finds its own record."""
+    s3.faults, s3.loses_replies = [503], True
     assert commit(s3_store, a_commit())
-    assert s3.spoilt == 1
+    assert s3.failed_requests == 1
 
 
 def test_a_committed_sample_is_never_quarantined(any_store, monkeypatch):
-    """P1: late news of a failure does not take a video away, and writes nothing, not even for a moment."""
+    """P1: a late failure does not remove a video, and writes nothing, not even temporarily."""
     commit(any_store, a_commit())
     with monkeypatch.context() as patch:
         patch.setattr(Store, "put_new_all", None)
@@ -115,7 +115,7 @@ def test_a_committed_sample_is_never_quarantined(any_store, monkeypatch):
 
 
 def test_a_late_commit_ends_the_quarantine(any_store):
-    """P1: the video exists after all, and the sample has one record."""
+    """P1: the late commit removes the quarantine record, so the sample has one record."""
     assert quarantine(any_store, a_quarantine())
     assert scan_shard(any_store, 17).quarantined == {SAMPLE.key}
     assert commit(any_store, a_commit())
@@ -124,7 +124,7 @@ def test_a_late_commit_ends_the_quarantine(any_store):
 
 
 class TurnTaking:
-    """A store of which each act waits until a schedule names its thread."""
+    """A store whose operations wait until a schedule names their thread."""
 
     def __init__(self, store: Store, schedule: list[str]) -> None:
         self._store, self._schedule = store, schedule
@@ -159,14 +159,14 @@ class TurnTaking:
 
 
 def schedules() -> Iterator[tuple[str, ...]]:
-    """Every order of the four acts of a quarantine among the four of a commit, at most."""
+    """Every interleaving of at most four operations of a quarantine with at most four of a commit."""
     for places in itertools.combinations(range(8), 4):
         yield tuple("commit" if i in places else "quarantine" for i in range(8))
 
 
 @pytest.mark.parametrize("schedule", schedules())
 def test_commit_and_quarantine_race_to_one_record(schedule):
-    """P1: whatever the order of their acts, what is left is the commit record, alone."""
+    """P1: in every order of their operations, only the commit record is left."""
     store, results = Store(f"memory://{uuid.uuid4().hex}"), {}
     turns = TurnTaking(store, list(schedule))
     threads = [
@@ -185,8 +185,8 @@ def test_commit_and_quarantine_race_to_one_record(schedule):
 # The scan of a shard --------------------------------------------------------------------------------------------------
 
 
-def test_scan_tells_a_shard_apart_from_its_neighbours(any_store):
-    """P2: a resume knows exactly what is done, given up and half done in this shard."""
+def test_scan_reports_one_shard_only(any_store):
+    """P2: a resume finds the committed, quarantined and denoised samples of this shard only."""
     keys = {"committed": "a", "quarantined": "b.json", "latents": "c.d"}
     for shard in (1, 10):
         commit(any_store, a_commit(dataclasses.replace(SAMPLE, shard=shard, key=keys["committed"])))
@@ -202,7 +202,7 @@ def test_scan_tells_a_shard_apart_from_its_neighbours(any_store):
 
 
 def test_after_a_crash_between_two_steps_the_commit_counts(any_store):
-    """P1: a writer that died before it removed the quarantine record leaves both; they count as one."""
+    """P1: a writer that died before it removed the quarantine record leaves both; the sample counts as committed."""
     any_store.put_new(layout.quarantine_key(17, SAMPLE.key), encode(a_quarantine()))
     any_store.put_new(layout.commit_key(17, SAMPLE.key), encode(a_commit()))
     state = scan_shard(any_store, 17)

@@ -1,4 +1,4 @@
-"""What is kept of a sample before it is committed: its final latents, and the step checkpoints of its denoise."""
+"""Intermediate results of uncommitted samples: final latents and step checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.records import PARAMS, SAMPLE, STAGES
 
 
 def damage(store: Store, key: str, data: st.DataObject) -> None:
-    """Cut an object short, or alter one of its bytes."""
+    """Truncate an object, or change one of its bytes."""
     whole = store.get(key)
     if data.draw(st.booleans(), label="truncate"):
         damaged = whole[: data.draw(st.integers(0, len(whole) - 1))]
@@ -42,8 +42,8 @@ def some_latents() -> np.ndarray:
     return np.random.default_rng(0).standard_normal(PARAMS.latent_shape).astype(np.float32)
 
 
-def test_latents_come_back_bit_for_bit(any_store):
-    """P4: a decode that starts from storage decodes the same latents, and knows what they cost."""
+def test_latents_are_read_back_bit_for_bit(any_store):
+    """P4: a decode from storage decodes the same latents, and gets the reports of the upstream stages."""
     latents = some_latents()
     put_latents(
         any_store, [FinalLatents(SAMPLE, latents.transpose(0, 1, 3, 2).transpose(0, 1, 3, 2), "identity", STAGES)]
@@ -52,20 +52,20 @@ def test_latents_come_back_bit_for_bit(any_store):
     assert stored.latents.dtype == np.float32
     assert stored.latents.tobytes() == latents.tobytes()
     assert stored.stages == STAGES
-    assert stored.latents.flags.writeable, "torch.from_numpy wants an array it may write to"
+    assert stored.latents.flags.writeable, "torch.from_numpy needs a writable array"
     drop_latents(any_store, SAMPLE.shard, SAMPLE.key)
     assert get_latents(any_store, SAMPLE, "identity") is None
     drop_latents(any_store, SAMPLE.shard, SAMPLE.key)
 
 
-def test_latents_of_another_identity_are_not_ours(any_store):
-    """P3: latents of another config or another seed would give another video."""
+def test_latents_of_another_identity_are_ignored(any_store):
+    """P3: latents of another config or seed would give another video."""
     put_latents(any_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     assert get_latents(any_store, SAMPLE, "another") is None
 
 
 def test_latents_of_another_shape_are_refused(any_store):
-    """P4: on the way in it is an error of the engine, on the way out a reason to denoise again."""
+    """P4: a write with a wrong shape is an error of the engine; after a read, the sample is denoised again."""
     with pytest.raises(ValueError, match="latents of"):
         put_latents(any_store, [FinalLatents(SAMPLE, some_latents()[:, :, :, :4], "identity", STAGES)])
     put_latents(any_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
@@ -75,26 +75,28 @@ def test_latents_of_another_shape_are_refused(any_store):
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_damaged_latents_are_not_trusted(data):
-    """P4: a truncated or altered file means denoise again, never an exception and never a wrong video."""
+def test_damaged_latents_are_ignored(data):
+    """P4: a truncated or changed file means that the sample is denoised again; it never raises and never gives a wrong
+    video.
+    """
     store = Store(f"memory://{uuid.uuid4().hex}")
     key = layout.latent_key(SAMPLE.shard, SAMPLE.key)
     put_latents(store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     damage(store, key, data)
     stored = get_latents(store, SAMPLE, "identity")
-    # The reports of the stages are not hashed: a changed letter there is of no account.
+    # The reports of the stages are not hashed: a changed letter there does not matter.
     assert stored is None or stored.latents.tobytes() == some_latents().tobytes()
 
 
 @pytest.mark.parametrize("junk", [b"", b"{}", b"\x02" + bytes(7) + b"[]", b"\xff" * 64, b"\x04" + bytes(7) + b"null"])
-def test_junk_is_no_latents(any_store, junk):
-    """P4: the same for a file that never was one."""
+def test_a_file_of_another_format_is_ignored(any_store, junk):
+    """P4: the same for a file that was never a latents file."""
     any_store.put(layout.latent_key(17, SAMPLE.key), junk)
     assert get_latents(any_store, SAMPLE, "identity") is None
 
 
 def test_an_outage_is_not_a_missing_latent(s3, s3_store):
-    """P4: if an outage read as "nothing there", a paid denoise would be paid again."""
+    """P4: if an outage looked like a missing file, a finished denoise would be repeated."""
     put_latents(s3_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
     s3.faults = [503] * 100
     with pytest.raises(ConnectionError):
@@ -103,7 +105,7 @@ def test_an_outage_is_not_a_missing_latent(s3, s3_store):
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_the_identity_covers_every_parameter(field):
-    """P3: whatever the user chose, and the run; not where the sample stands in the manifest."""
+    """P3: every parameter of the sample and the run's fingerprint; not the position in the manifest."""
     value = getattr(PARAMS, field)
     changed = value + "!" if isinstance(value, str) else value + 16
     other = dataclasses.replace(SAMPLE, params=dataclasses.replace(PARAMS, **{field: changed}))
@@ -114,8 +116,8 @@ def test_the_identity_covers_every_parameter(field):
 # Step checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_the_last_step_checkpoint_comes_back_bit_for_bit(any_store):
-    """P4: written in the place of the one before, and listed for the next run until it is dropped."""
+def test_the_last_step_checkpoint_is_read_back_bit_for_bit(any_store):
+    """P4: it replaces the previous one, and is listed for the next run until it is dropped."""
     put_steps(any_store, SAMPLE, StepState(1, some_latents()), "identity")
     put_steps(any_store, SAMPLE, StepState(3, -some_latents()), "identity")
     state = get_steps(any_store, SAMPLE, "identity")
@@ -131,7 +133,7 @@ def test_the_last_step_checkpoint_comes_back_bit_for_bit(any_store):
 
 
 def test_step_checkpoints_and_final_latents_are_kept_apart(any_store):
-    """P4: neither is ever taken for the other."""
+    """P4: one is never read as the other."""
     put_steps(any_store, SAMPLE, StepState(1, some_latents()), "identity")
     assert get_latents(any_store, SAMPLE, "identity") is None
     put_latents(any_store, [FinalLatents(SAMPLE, some_latents(), "identity", STAGES)])
@@ -145,13 +147,13 @@ def test_step_checkpoints_and_final_latents_are_kept_apart(any_store):
 
 @pytest.mark.parametrize("step", [0, 4, 5])
 def test_a_step_checkpoint_lies_between_two_steps(any_store, step):
-    """P3: of a run of another length, or of a writer that miscounted, nothing is gone on from."""
+    """P3: a step number outside the denoise (of a run with another number of steps, say) is rejected."""
     put_steps(any_store, SAMPLE, StepState(step, some_latents()), "identity")
     assert get_steps(any_store, SAMPLE, "identity") is None
 
 
-def test_a_step_checkpoint_of_another_identity_or_shape_is_not_ours(any_store):
-    """P3: the steps before it were those of another video."""
+def test_a_step_checkpoint_of_another_identity_or_shape_is_ignored(any_store):
+    """P3: its steps belong to another video."""
     put_steps(any_store, SAMPLE, StepState(1, some_latents()), "identity")
     assert get_steps(any_store, SAMPLE, "another") is None
     taller = dataclasses.replace(SAMPLE, params=dataclasses.replace(PARAMS, height=128))
@@ -162,8 +164,8 @@ def test_a_step_checkpoint_of_another_identity_or_shape_is_not_ours(any_store):
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_a_damaged_step_checkpoint_is_not_trusted(data):
-    """P3, P4: truncated or altered anywhere, its step number included, it means beginning anew, not a wrong video."""
+def test_a_damaged_step_checkpoint_is_ignored(data):
+    """P3, P4: if any byte changes, the step number included, the sample starts again and never gives a wrong video."""
     store = Store(f"memory://{uuid.uuid4().hex}")
     put_steps(store, SAMPLE, StepState(2, some_latents()), "identity")
     damage(store, layout.step_key(SAMPLE.shard, SAMPLE.key), data)
@@ -171,8 +173,8 @@ def test_a_damaged_step_checkpoint_is_not_trusted(data):
     assert state is None or (state.step, state.latents.tobytes()) == (2, some_latents().tobytes())
 
 
-def test_an_altered_step_number_is_not_trusted(any_store):
-    """P3: the same latents one step earlier would give another video."""
+def test_a_changed_step_number_is_rejected(any_store):
+    """P3: the same latents with another step number would give another video."""
     key = layout.step_key(SAMPLE.shard, SAMPLE.key)
     put_steps(any_store, SAMPLE, StepState(2, some_latents()), "identity")
     data = any_store.get(key)

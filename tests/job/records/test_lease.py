@@ -1,4 +1,4 @@
-"""Who is writing to an output root, and how a second one is told (P1, P2)."""
+"""The lease of an output root: how a second process finds the first (P1, P2)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.repository import ROOT
 
 @pytest.fixture(autouse=True)
 def no_heartbeat(monkeypatch):
-    """Beats come when a test calls for them, not when the clock does."""
+    """Heartbeats are sent only by the tests, not by the timer."""
     monkeypatch.setattr(lease, "HEARTBEAT_S", 3600.0)
 
 
@@ -38,7 +38,7 @@ def never(seconds):
 
 
 def elsewhere(**changes):
-    """A holder on a machine that cannot be seen from here."""
+    """A holder on another machine."""
     return dataclasses.replace(this_process("run", "raysubmit_1"), host="node-7", machine="another", **changes)
 
 
@@ -46,8 +46,8 @@ def put(store, holder):
     store.put(layout.LEASE, lease._encode(holder))
 
 
-def test_the_lease_is_there_while_it_is_held(any_store):
-    """P1: an operator reads who writes here; a clean end leaves nothing behind."""
+def test_the_lease_exists_while_it_is_held(any_store):
+    """P1: an operator can read which process writes; a normal end removes the lease."""
     me = this_process("run", "raysubmit_1")
     with hold_lease(any_store, me, wait=never):
         found = read_lease(any_store)
@@ -56,16 +56,16 @@ def test_the_lease_is_there_while_it_is_held(any_store):
     assert read_lease(any_store) is None
 
 
-def test_a_failed_run_releases_too(any_store):
-    """P2: after any error the same command goes on at once."""
+def test_a_failed_run_releases_the_lease(any_store):
+    """P2: after any error, the same command can start at once."""
     with pytest.raises(ZeroDivisionError), hold_lease(any_store, this_process("run"), wait=never):
         raise ZeroDivisionError
     with hold_lease(any_store, this_process("run"), wait=never) as mine:
         assert mine is not None
 
 
-def test_the_second_is_told_about_the_first(any_store):
-    """P1: host, process, job, since and last heartbeat, at once on the same machine; the first notices nothing."""
+def test_a_second_process_is_refused_with_a_description_of_the_first(any_store):
+    """P1: host, process, job, start and last heartbeat, at once on the same machine; the first is not affected."""
     first = this_process("run", "raysubmit_1")
     with hold_lease(any_store, first, wait=never) as mine:
         with pytest.raises(LeaseHeldError) as caught, hold_lease(any_store, this_process("run"), wait=never):
@@ -76,8 +76,8 @@ def test_the_second_is_told_about_the_first(any_store):
         mine.check()
 
 
-def test_a_killed_driver_of_this_machine_hinders_nobody(tmp_path):
-    """P2: SIGKILL, then the same command: its process is gone, so nothing is waited for."""
+def test_the_lease_of_a_killed_driver_on_this_machine_is_replaced_at_once(tmp_path):
+    """P2: after a SIGKILL, the same command sees that the process does not exist, and does not wait."""
     store = Store(str(tmp_path / "root"))
     script = """
 import os, sys, signal
@@ -98,22 +98,22 @@ with hold_lease(Store(sys.argv[1]), this_process("run")):
     with pytest.raises(LeaseHeldError, match=str(driver.pid)), hold_lease(store, this_process("run"), wait=never):
         pass
     driver.kill()
-    # Not reaped yet: a zombie is as dead as one that is.
+    # Not reaped yet: a zombie counts as ended.
     os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)
     with hold_lease(store, this_process("run"), wait=never) as mine:
         assert mine is not None
     driver.communicate()
 
 
-def test_a_process_id_that_came_round_again_is_somebody_else(any_store):
-    """P2: after a reboot or a long night the number may belong to another process."""
+def test_a_reused_process_id_is_another_process(any_store):
+    """P2: after a reboot, or after many processes, the id may belong to another process."""
     put(any_store, dataclasses.replace(this_process("run"), process="1"))
     with hold_lease(any_store, this_process("run"), wait=never) as mine:
         assert mine is not None
 
 
-def test_a_living_driver_elsewhere_is_recognised_by_its_beat(any_store, logged):
-    """P1: its clock may say anything; what counts is that the beats rise while we look."""
+def test_a_running_driver_on_another_machine_is_recognised_by_its_heartbeats(any_store, logged):
+    """P1: whatever its clock is, its heartbeat count increases while it is watched."""
     theirs = elsewhere(beats=5, beat_at="2001-01-01T00:00:00+00:00")
     theirs = dataclasses.replace(theirs, beat_at=(datetime.now(UTC) - timedelta(hours=5)).isoformat())
     put(any_store, theirs)
@@ -135,8 +135,8 @@ def test_a_living_driver_elsewhere_is_recognised_by_its_beat(any_store, logged):
     assert read_lease(any_store).token == theirs.token
 
 
-def test_a_dead_driver_elsewhere_is_replaced_after_a_minute(any_store):
-    """P2: no beat for as long as six would take, whatever the clocks say (this one is ahead of ours)."""
+def test_a_dead_driver_on_another_machine_is_replaced_after_a_minute(any_store):
+    """P2: no heartbeat for STALE_S, whatever the clocks are (this holder's is ahead)."""
     put(any_store, elsewhere(beat_at=(datetime.now(UTC) + timedelta(days=2)).isoformat()))
     waited = []
     with hold_lease(any_store, this_process("run"), wait=lambda s: waited.append(s) or False) as mine:
@@ -145,8 +145,8 @@ def test_a_dead_driver_elsewhere_is_replaced_after_a_minute(any_store):
         mine.check()
 
 
-def test_a_stop_while_waiting_is_heard(any_store):
-    """Exit codes: SIGTERM is answered before anything is begun, and the lease stays theirs."""
+def test_a_stop_ends_the_wait(any_store):
+    """Exit codes: SIGTERM ends the wait, and the lease is not changed."""
     theirs = elsewhere()
     put(any_store, theirs)
     with hold_lease(any_store, this_process("run"), wait=lambda _: True) as mine:
@@ -156,30 +156,30 @@ def test_a_stop_while_waiting_is_heard(any_store):
 
 @pytest.mark.parametrize("beat_at", ["2001-01-01T00:00:00+00:00", "not a time"])
 def test_only_an_ancient_lease_is_not_watched(any_store, beat_at):
-    """P2: a root that was left for days is taken over at once; a beat that says nothing is watched."""
+    """P2: a lease that is days old is replaced at once; one with an invalid time is watched."""
     put(any_store, elsewhere(beat_at=beat_at))
     waited = []
     with hold_lease(any_store, this_process("run"), wait=lambda s: waited.append(s) or False):
         assert bool(waited) == (beat_at == "not a time")
 
 
-def test_a_stolen_lease_stops_its_holder(any_store):
-    """P1: the first driver learns at its next beat who took over, and leaves the new lease alone."""
+def test_a_lease_that_was_taken_over_stops_its_holder(any_store):
+    """P1: the first driver finds the new holder at its next heartbeat, and does not remove the new lease."""
     with hold_lease(any_store, this_process("run"), wait=never) as first:
-        thief = this_process("run", "raysubmit_2")
-        with hold_lease(any_store, thief, wait=never, steal=True) as second:
+        new_holder = this_process("run", "raysubmit_2")
+        with hold_lease(any_store, new_holder, wait=never, steal=True) as second:
             first.check()
             first.heartbeat()
             with pytest.raises(LeaseLostError, match="raysubmit_2"):
                 first.check()
             first.release()
-            assert read_lease(any_store).token == thief.token
+            assert read_lease(any_store).token == new_holder.token
             second.heartbeat()
             second.check()
 
 
-def test_of_many_at_once_one_holds(any_store):
-    """P1: an empty root and a stale lease alike end with one holder once everybody has beaten."""
+def test_of_many_concurrent_processes_one_holds_the_lease(any_store):
+    """P1: a stale lease has one new holder after each process has sent a heartbeat."""
     put(any_store, dataclasses.replace(this_process("run"), process="1"))
     taken, barrier = [], threading.Barrier(6)
 
@@ -212,16 +212,16 @@ def test_of_many_at_once_one_holds(any_store):
 
 
 @pytest.mark.parametrize("junk", [b"", b"[]", b"{}", b"null", b"\xff", encode({"token": 1})])
-def test_junk_is_no_lease(any_store, junk):
-    """P2: a file that is none hinders nobody."""
+def test_a_file_that_is_not_a_lease_is_replaced(any_store, junk):
+    """P2: an invalid file does not prevent a run."""
     any_store.put(layout.LEASE, junk)
     assert read_lease(any_store) is None
     with hold_lease(any_store, this_process("run"), wait=never):
         assert read_lease(any_store) is not None
 
 
-def test_a_lease_that_was_deleted_is_put_back(any_store):
-    """P1: somebody tidied up; the holder still holds."""
+def test_a_deleted_lease_is_written_again(any_store):
+    """P1: the holder keeps the lease if the file is deleted."""
     with hold_lease(any_store, this_process("run"), wait=never) as mine:
         any_store.delete(layout.LEASE)
         mine.heartbeat()
@@ -230,7 +230,7 @@ def test_a_lease_that_was_deleted_is_put_back(any_store):
 
 
 def test_an_outage_does_not_end_the_heartbeat(s3, s3_store, monkeypatch):
-    """P5: beats that fail are tried again; the run has its own patience with a store that is away."""
+    """P5: failed heartbeats are repeated; the run handles the outage itself."""
     with hold_lease(s3_store, this_process("run"), wait=never):
         pass
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
@@ -242,7 +242,7 @@ def test_an_outage_does_not_end_the_heartbeat(s3, s3_store, monkeypatch):
 
 
 def read_lease_when(store, s3, condition):
-    while True:  # ended by the test's own time limit
+    while True:  # bounded by the time limit of the test
         if not s3.faults and (found := read_lease(store)) is not None and condition(found):
             return found
         threading.Event().wait(0.01)

@@ -1,4 +1,4 @@
-"""The samples that were given up: their reasons in groups, and taking them back (P5)."""
+"""Quarantined samples: their reasons in groups, and their release (P5)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def quarantined(store: Store, number: int, kind: FailureClass, message: str) -> 
 
 
 def test_reasons_are_grouped(store):
-    """P5: what differs from sample to sample (numbers, addresses, later lines) does not make another reason."""
+    """P5: details that differ from sample to sample (numbers, addresses, later lines) do not make another reason."""
     open_root(store, 8)
     for number in (1, 2, 5, 6):
         quarantined(store, number, FailureClass.POISON, f"step {number}: not finite at 0xA{number}f\nline {number}")
@@ -57,7 +57,7 @@ def test_reasons_are_grouped(store):
 
 
 def test_only_some_classes_and_shards(store):
-    """Operating: `retry --class GPU_OOM --shards 1` means these and no others."""
+    """P5: `retry --class GPU_OOM --shards 1` selects these samples and no others."""
     open_root(store, 8)
     for number, kind in ((1, FailureClass.GPU_OOM), (5, FailureClass.GPU_OOM), (6, FailureClass.POISON)):
         quarantined(store, number, kind, "x")
@@ -65,8 +65,8 @@ def test_only_some_classes_and_shards(store):
     assert [record["key"] for record in found] == ["s005"]
 
 
-def test_a_thousand_messages_do_not_fill_the_memory():
-    """P7: what does not fit into the groups is counted together, and no sample is lost from the count."""
+def test_the_number_of_reasons_is_bounded():
+    """P7: further reasons are counted together, and every sample is counted."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     records = [{"class": "POISON", "message": a + b, "key": a + b} for a in letters for b in letters]
     reasons = group_reasons(records)
@@ -75,8 +75,10 @@ def test_a_thousand_messages_do_not_fill_the_memory():
     assert reasons[0].message == OTHER_REASONS
 
 
-def test_what_was_released_is_rendered_by_the_same_command(store):
-    """P2, P5: only those, and the root ends as if they had never failed, but for what their records tell of it."""
+def test_released_samples_are_rendered_by_the_same_command(store):
+    """P2, P5: only these are rendered, and the root ends as if they had never failed, except for the history in their
+    records.
+    """
     samples = some_samples(6)
     run_small(store, samples, poison={"s003", "s005"})
     assert release(store, read_quarantined(store, range(2))) == 2
@@ -93,8 +95,8 @@ def test_what_was_released_is_rendered_by_the_same_command(store):
     assert commits.read_commit(store, 0, "s002")["history"] == []
 
 
-def test_tries_of_before_are_told_however_often_a_sample_is_taken_back(store):
-    """P5: a record that ends a sample tells all its tries; a history that cannot be read stops nobody."""
+def test_earlier_attempts_are_recorded_after_several_releases(store):
+    """P5: a terminal record holds all attempts; a damaged history does not prevent the retry."""
     samples = some_samples(2)
     for times in range(1, 4):
         run_small(store, samples, poison={"s002"})
@@ -108,13 +110,15 @@ def test_tries_of_before_are_told_however_often_a_sample_is_taken_back(store):
 
 @given(st.builds(Failure, st.sampled_from(FailureClass), st.text(), st.text(), st.text(), st.booleans()))
 def test_a_failure_is_read_back_from_a_record(failure):
-    """P5: as it was written, which is without secrets."""
+    """P5: it is read back as it was written, which is without secrets."""
     written = failure.to_dict()
     assert Failure.from_dict(commits.decode(commits.encode(written))).to_dict() == written
 
 
-def test_what_failed_is_found_until_it_is_committed(store):
-    """P2: `--failed-only` twice means what is left of it, also when the first was killed after it took samples back."""
+def test_failed_samples_are_found_until_they_are_committed(store):
+    """P2: a second `--failed-only` finds those that are left, also if the first was killed after it had released
+    samples.
+    """
     samples = some_samples(6)
     run_small(store, samples, poison={"s002", "s003", "s005"})
     assert failed_keys(store, range(2)) == {0: {"s002", "s003"}, 1: {"s005"}}
@@ -130,7 +134,7 @@ def test_what_failed_is_found_until_it_is_committed(store):
 
 
 def test_a_release_leaves_other_shards_sealed(store):
-    """P2: what is complete stays complete."""
+    """P2: complete shards stay sealed."""
     run_small(store, some_samples(6), poison={"s005"})
     release(store, read_quarantined(store, range(2)))
     assert scan_shard(store, 0).sealed
@@ -139,14 +143,14 @@ def test_a_release_leaves_other_shards_sealed(store):
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=20))
 def test_shards_are_parsed_as_they_are_written(shards):
-    """Operating: any list of numbers and ranges is the set of its numbers."""
+    """P6: any list of numbers and ranges gives the set of its numbers."""
     text = ",".join(f"{number}" if number % 2 else f"{number}-{number + 3}" for number in shards)
     expected = {n for number in shards for n in range(number, number + (1 if number % 2 else 4))}
     assert parse_shards(text) == sorted(expected)
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-", "-3", "5-2", "1,,2", "1.5", "²"])
-def test_what_is_no_shard_is_refused(text):
-    """P6: with what is allowed."""
+def test_an_invalid_shard_list_is_refused(text):
+    """P6: the message shows an allowed value."""
     with pytest.raises(UserError, match="3,17-20"):
         parse_shards(text)

@@ -1,4 +1,4 @@
-"""What an output root is for, and whose."""
+"""run.json: the identity of an output root."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DOCUMENT = {
 
 
 def changed(**leaves) -> dict:
-    """DOCUMENT with other values of its identity, by dotted path spelt with double underscores."""
+    """DOCUMENT with other values in its identity, by dotted path with double underscores for dots."""
     document = copy.deepcopy(DOCUMENT)
     for path, value in leaves.items():
         *parents, last = path.split("__")
@@ -51,24 +51,24 @@ def changed(**leaves) -> dict:
     return document
 
 
-def test_the_life_of_a_run(any_store):
-    """P2: the first command claims the root, the same one resumes it, and a finished run is recognised."""
+def test_the_states_of_a_run(any_store):
+    """P2: the first command claims the root, the same command resumes it, and a finished run is recognised."""
     assert open_run(any_store, DOCUMENT) is RunState.NEW
     first = any_store.get(layout.RUN)
     assert open_run(any_store, DOCUMENT) is RunState.RESUMED
     open_shard, sealed = {"shards": 1, "shards_sealed": 0}, {"shards": 1, "shards_sealed": 1}
     finish_run(any_store, {"committed": 3, "pending": 1, **open_shard})
-    assert open_run(any_store, DOCUMENT) is RunState.RESUMED, "nothing seals a run with pending samples"
+    assert open_run(any_store, DOCUMENT) is RunState.RESUMED, "a run with pending samples is not finished"
     finish_run(any_store, {"committed": 4, "pending": 0, **open_shard})
-    assert open_run(any_store, DOCUMENT) is RunState.RESUMED, "nor one with a shard that is not sealed"
+    assert open_run(any_store, DOCUMENT) is RunState.RESUMED, "nor is one with an open shard"
     finish_run(any_store, {"committed": 4, "pending": 0, **sealed})
     assert open_run(any_store, DOCUMENT) is RunState.FINISHED
-    assert any_store.get(layout.RUN) == first, "a resume does not rewrite history"
+    assert any_store.get(layout.RUN) == first, "a resume does not change run.json"
     assert b'"committed": 4' in any_store.get(layout.SUMMARY)
 
 
-def test_run_json_says_what_the_root_is(any_store):
-    """Design 4: resolved config, fingerprint, manifest digest, versions and the licence notice."""
+def test_run_json_is_complete(any_store):
+    """P2: resolved config, fingerprint, manifest digest, versions and the licence notice."""
     open_run(any_store, DOCUMENT)
     run = read_run(any_store)
     assert {name: run[name] for name in DOCUMENT} == DOCUMENT
@@ -77,8 +77,8 @@ def test_run_json_says_what_the_root_is(any_store):
     assert run["licence"] == licence_notice()
 
 
-def test_what_changes_no_pixels_may_change(any_store):
-    """P2: a resume may have more groups, other retries, another manifest path, newer packages."""
+def test_values_outside_the_identity_may_change(any_store):
+    """P2: a resume may have more groups, other retries, another manifest path and newer packages."""
     open_run(any_store, DOCUMENT)
     again = copy.deepcopy(DOCUMENT)
     again["config"]["groups"]["count"] = 8
@@ -89,7 +89,7 @@ def test_what_changes_no_pixels_may_change(any_store):
 
 
 def test_another_config_is_refused_with_the_difference(any_store):
-    """P2: every dotted path that differs, theirs and ours; nothing that is equal; and what to do."""
+    """P2: every dotted path that differs with both values, nothing that is equal, and the remedy."""
     open_run(any_store, DOCUMENT)
     other = changed(seed=5, parallel__ulysses_degree=4, manifest="ee" * 32, model__tile=[256, 16])
     del other["identity"]["defaults"]["guidance_scale"]
@@ -121,7 +121,7 @@ def test_a_difference_deep_in_a_long_text_is_shown(any_store):
 
 
 def test_a_long_difference_is_cut(any_store):
-    """P2: a wholly other identity does not fill the screen."""
+    """P2: the message about an entirely different identity is bounded."""
     open_run(any_store, DOCUMENT)
     with pytest.raises(UserError, match="and 12 more"):
         open_run(any_store, changed(model={f"option_{i:02}": i for i in range(MAX_DIFFERENCES + 10)}))
@@ -138,12 +138,12 @@ identities = st.dictionaries(
 @settings(deadline=None)
 @given(theirs=identities, ours=identities)
 def test_a_refusal_always_has_a_difference_to_show(theirs, ours):
-    """P2: fingerprints differ exactly when there is a line to show, as 1 and 1.0 and true do."""
+    """P2: fingerprints differ exactly if there is a line to show, also for 1, 1.0 and true."""
     assert (fingerprint(theirs) != fingerprint(ours)) == bool(list(_differences(theirs, ours)))
 
 
 def test_of_many_commands_one_claims_the_root(any_store):
-    """P1: two commands started together on an empty root: one owns it, the other resumes or is refused."""
+    """P1: of two commands that start together on an empty root, one claims it and the other resumes or is refused."""
     outcomes: list[object] = [None] * 6
     barrier = threading.Barrier(len(outcomes))
 
@@ -166,7 +166,7 @@ def test_of_many_commands_one_claims_the_root(any_store):
 
 
 def test_records_without_a_run_are_refused(any_store):
-    """P2: commits of an unknown config must not be taken for ours."""
+    """P2: commits of an unknown config must not be resumed."""
     any_store.put(layout.commit_key(3, "a"), b"{}")
     with pytest.raises(UserError, match=r"holds commit records but no run\.json"):
         open_run(any_store, DOCUMENT)
@@ -177,7 +177,7 @@ def test_records_without_a_run_are_refused(any_store):
     "junk", [b"", b"[1]", b'{"a": 1}', b'{"schema": "hv_batch/run/0"}', b"\xff\xfe", b"null", b"3"]
 )
 def test_a_foreign_run_json_is_refused(any_store, junk):
-    """P6: a folder that belongs to something else is not written to."""
+    """P6: a folder with a file of another program is not written to."""
     any_store.put(layout.RUN, junk)
     with pytest.raises(UserError, match="not written by this version"):
         open_run(any_store, DOCUMENT)
@@ -185,12 +185,12 @@ def test_a_foreign_run_json_is_refused(any_store, junk):
 
 
 def test_a_root_without_a_run_is_named(tmp_path):
-    """P6: a mistyped path says so."""
+    """P6: the message names a mistyped path."""
     with pytest.raises(UserError, match="is not an output root"):
         read_run(Store(str(tmp_path)))
 
 
-def test_the_licence_notice_says_what_matters():
-    """Spec section 10: the territories, and what outputs may not be used for."""
+def test_the_licence_notice_is_complete():
+    """The territories, and the forbidden use of outputs."""
     for words in ("European Union", "United Kingdom", "South Korea", "must not be used to improve any AI model"):
         assert words in licence_notice()

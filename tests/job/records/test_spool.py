@@ -1,4 +1,4 @@
-"""What waits on a node's disk for an output root that does not answer: P1, P2, P4, P7."""
+"""The spool: videos on a node's disk while the output root is unreachable (P1, P2, P4, P7)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.doubles import Crash, CrashingStore
 from tests.support.rendered_roots import FINGERPRINT, RenderedMedia, make_commit, make_sample
 
 AWAY = StorageUnavailableError("s3://bucket/run: 503")
-SIZE = 1000  # bytes of a video here
+SIZE = 1000  # bytes of a video
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def settings(tmp_path):
-    """Room for ten videos, on a disk that others need nothing of."""
+    """A spool with room for ten videos, on a disk with enough free space."""
     return OutputConfig(spool_gib=10 * SIZE / 2**30, spool_folder=str(tmp_path / "disk"))
 
 
@@ -42,7 +42,7 @@ def spool(root, settings):
 
 
 def make_video(tmp_path: Path, number: int) -> tuple[dict, dict[str, Path]]:
-    """A record, and the files that it names by their keys: a video and its poster."""
+    """A commit record and its files by key: a video and its poster."""
     sample = make_sample(number)
     video, poster = (tmp_path / f"{sample.key}{suffix}" for suffix in (".mp4", ".jpg"))
     video.write_bytes(hashlib.sha256(sample.key.encode()).digest() * (SIZE // 32))
@@ -55,7 +55,7 @@ def make_video(tmp_path: Path, number: int) -> tuple[dict, dict[str, Path]]:
 
 
 def go_away(monkeypatch: pytest.MonkeyPatch, root: Store, after: int = 0) -> None:
-    """From its act number `after` on, the root does not answer."""
+    """The root is unreachable from its operation number `after` on."""
     acts: list[str] = []
 
     def away(name, act):
@@ -86,8 +86,8 @@ def assert_committed(root: Store, *videos: tuple[dict, dict[str, Path]]) -> None
             assert root.get(name) == path.read_bytes()
 
 
-def test_what_waits_is_committed_when_the_root_answers_again(tmp_path, root, settings, spool, monkeypatch):
-    """P1, P2: record, video and poster are those that an undisturbed commit had left; nothing stays on the disk."""
+def test_spooled_videos_are_committed_after_the_outage(tmp_path, root, settings, spool, monkeypatch):
+    """P1, P2: record, video and poster are those of an undisturbed commit, and the spool is empty."""
     videos = [make_video(tmp_path, number) for number in (1, 2, 3)]
     for record, files in videos:
         root.put(layout.latent_key(record["shard"], record["key"]), b"latents")
@@ -103,7 +103,9 @@ def test_what_waits_is_committed_when_the_root_answers_again(tmp_path, root, set
 
 @pytest.mark.parametrize("after", range(1, 16))
 def test_an_outage_in_the_middle_loses_nothing(tmp_path, root, settings, spool, monkeypatch, after):
-    """P1, P2: wherever the root goes away again, what was told committed is, and the rest is still there."""
+    """P1, P2: at whatever operation the next outage begins, reported samples are committed and the rest is still in the
+    spool.
+    """
     videos = [make_video(tmp_path, number) for number in (1, 2, 3)]
     for video in videos:
         assert spool.add(*video)
@@ -120,8 +122,8 @@ def test_an_outage_in_the_middle_loses_nothing(tmp_path, root, settings, spool, 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", range(3))
-def test_a_death_while_it_is_kept_leaves_a_whole_entry_or_none(tmp_path, root, settings, spool, at, when):
-    """P1: a decoder that dies between any two of its writes leaves nothing that could be committed wrongly."""
+def test_a_crash_during_add_leaves_a_complete_entry_or_none(tmp_path, root, settings, spool, at, when):
+    """P1: a decoder that dies between any two of its writes leaves no entry that could be committed wrongly."""
     record, files = make_video(tmp_path, 1)
     spool._local = CrashingStore(spool._local.url, at, when)
     with pytest.raises(Crash):
@@ -129,13 +131,13 @@ def test_a_death_while_it_is_kept_leaves_a_whole_entry_or_none(tmp_path, root, s
     whole = (at, when) == (2, "after")
     assert Spool(settings, root, FINGERPRINT).drain() == DrainResult(("s001",) if whole else ())
     assert len(list(root.list(layout.COMMITS))) == whole
-    assert spool.add(record, files), "the next try takes its place"
+    assert spool.add(record, files), "a new entry replaces it"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", range(7))
-def test_a_death_while_it_is_committed_is_made_good(tmp_path, root, settings, spool, at, when):
-    """P1, P2: between any two writes, at the root or on the disk: one record, and nothing stays on the disk."""
+def test_a_crash_during_drain_is_repaired_by_the_next_one(tmp_path, root, settings, spool, at, when):
+    """P1, P2: between any two writes, to the root or the disk: one record, and the spool is empty at the end."""
     video = make_video(tmp_path, 1)
     assert spool.add(*video)
     acts = CrashingStore(root.url, at, when)
@@ -151,8 +153,8 @@ def test_a_death_while_it_is_committed_is_made_good(tmp_path, root, settings, sp
     assert_committed(root, video)
 
 
-def test_a_record_that_is_there_stays(tmp_path, root, settings, spool):
-    """P1: who was rendered again meanwhile keeps the later record, and nothing is uploaded beside it."""
+def test_an_existing_record_is_kept(tmp_path, root, settings, spool):
+    """P1: a sample that was rendered again meanwhile keeps the other record, and nothing is uploaded."""
     other = make_commit(make_sample(1))
     commits.commit(root, other)
     assert spool.add(*make_video(tmp_path, 1))
@@ -165,7 +167,7 @@ def test_a_record_that_is_there_stays(tmp_path, root, settings, spool):
 @pytest.mark.parametrize("damaged", ["data/*/*.mp4", "posters/*/*.jpg"])
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), Path.unlink])
 def test_a_damaged_video_is_not_committed(tmp_path, root, spool, damaged, damage):
-    """P3: what is not of the hash that its record names, or is not there, is rendered again."""
+    """P3: a file that is missing or does not have the recorded hash is rendered again."""
     assert spool.add(*make_video(tmp_path, 1))
     (path,) = Path(spool._local.url).glob(damaged)
     damage(path)
@@ -174,11 +176,11 @@ def test_a_damaged_video_is_not_committed(tmp_path, root, spool, damaged, damage
 
 
 @pytest.mark.parametrize(
-    "spoilt",
+    "invalid",
     [b"", b'{"schema": "hv_batch/', b"[]", b"{}", "another run", "another sample", "another schema"],
 )
-def test_a_record_that_proves_nothing_is_not_committed(tmp_path, root, spool, spoilt):
-    """P2: no half-written record, none of another run, sample or version; it is removed, so it is found once."""
+def test_an_invalid_record_is_not_committed(tmp_path, root, spool, invalid):
+    """P2: a truncated record, or one of another run, sample or version, is removed."""
     record, files = make_video(tmp_path, 1)
     assert spool.add(record, files)
     name = layout.commit_key(0, "s001")
@@ -187,14 +189,14 @@ def test_a_record_that_proves_nothing_is_not_committed(tmp_path, root, spool, sp
         "another sample": record | {"key": "s002"},
         "another schema": record | {"schema": "hv_batch/commit/2"},
     }
-    spool._local.put(name, spoilt if isinstance(spoilt, bytes) else commits.encode(changed[spoilt]))
+    spool._local.put(name, invalid if isinstance(invalid, bytes) else commits.encode(changed[invalid]))
     assert spool.drain() == DrainResult(())
     assert not list(root.list(layout.COMMITS))
     assert not spool._local.exists(name)
 
 
 def test_runs_do_not_see_each_others_videos(tmp_path, root, settings, spool):
-    """P2: neither a run of another config nor one of the same into another root."""
+    """P2: neither a run of another config, nor the same run into another root."""
     assert spool.add(*make_video(tmp_path, 1))
     assert Spool(settings, root, "0" * 64).drain() == DrainResult(())
     assert Spool(settings, Store(str(tmp_path / "elsewhere")), FINGERPRINT).drain() == DrainResult(())
@@ -202,21 +204,21 @@ def test_runs_do_not_see_each_others_videos(tmp_path, root, settings, spool):
 
 
 def test_the_cap_holds_for_all_decoders_and_runs_of_a_node(tmp_path, root, settings):
-    """P7: however many come at once, a node keeps no more than it may; the others are told that there is no room."""
+    """P7: the spool of a node never exceeds its limit, whatever the number of decoders; further videos are refused."""
     spool_drain = [Spool(settings, root, FINGERPRINT), Spool(settings, root, "0" * 64)]
     videos = [make_video(tmp_path, number) for number in range(1, 21)]
     with ThreadPoolExecutor(8) as pool:
         kept = list(pool.map(lambda pair: pair[1].add(*videos[pair[0]]), enumerate(spool_drain * 10)))
     disk = Path(settings.spool_folder)
     media = sum(path.stat().st_size for path in disk.rglob("*.[mj]p*") if path.is_file())
-    assert 0 < sum(kept) < 10, "records weigh, too"
+    assert 0 < sum(kept) < 10, "records also take space"
     assert media <= 10 * SIZE
     assert not spool_drain[0].has_room(SIZE)
-    assert spool_drain[0].has_room(0) is False, "the next one is expected to be as large as the last"
+    assert spool_drain[0].has_room(0) is False, "the next video may be as large as the largest"
 
 
-def test_no_room_is_asked_for_twice(tmp_path, root, settings):
-    """P7: a video that turned out larger than its latents is decoded in vain once, not every 15 seconds."""
+def test_room_is_estimated_from_the_largest_video(tmp_path, root, settings):
+    """P7: a video that was larger than its latents is decoded in vain once, not every 15 seconds."""
     spool = Spool(settings.model_copy(update={"spool_gib": SIZE / 2 / 2**30}), root, FINGERPRINT)
     assert spool.has_room(10)
     assert not spool.add(*make_video(tmp_path, 1))
@@ -224,7 +226,7 @@ def test_no_room_is_asked_for_twice(tmp_path, root, settings):
     assert left_on_disk(settings) == []
 
 
-def test_a_disk_that_others_need_gets_nothing(tmp_path, root, settings, monkeypatch):
+def test_a_nearly_full_disk_is_not_used(tmp_path, root, settings, monkeypatch):
     """P5: a full disk would fail every later decode of the node."""
     monkeypatch.setattr(spooling, "KEPT_FREE", 2**60)
     spool = Spool(settings, root, FINGERPRINT)
@@ -233,8 +235,8 @@ def test_a_disk_that_others_need_gets_nothing(tmp_path, root, settings, monkeypa
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_fails_is_one_without_room(tmp_path, root, spool, monkeypatch, code):
-    """P5: no sample is to blame for the disk of a node; it waits as it does where there is no room."""
+def test_a_failing_disk_counts_as_full(tmp_path, root, spool, monkeypatch, code):
+    """P5: a disk error of the node counts against no sample; the video waits as if there were no room."""
 
     def fail(*_):
         raise OSError(code, os.strerror(code))
@@ -245,8 +247,8 @@ def test_a_disk_that_fails_is_one_without_room(tmp_path, root, spool, monkeypatc
     assert not spool.has_room(0)
 
 
-def test_without_a_cap_nothing_is_touched(tmp_path, root, settings):
-    """output.spool_gib: 0 is off."""
+def test_a_limit_of_0_disables_the_spool(tmp_path, root, settings):
+    """`output.spool_gib: 0` disables the spool."""
     spool = Spool(settings.model_copy(update={"spool_gib": 0.0}), root, FINGERPRINT)
     assert not spool.has_room(0)
     assert not spool.add(*make_video(tmp_path, 1))
@@ -254,7 +256,7 @@ def test_without_a_cap_nothing_is_touched(tmp_path, root, settings):
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, root, settings):
-    """Its name is known on a machine that is shared: what somebody else puts there must not reach the output root."""
+    """Its name can be guessed on a shared machine: another user's files must not reach the output root."""
     folder = Path(settings.spool_folder, f"hv_batch_spool-{os.getuid()}")
     folder.mkdir(parents=True)
     folder.chmod(0o777)
@@ -266,8 +268,8 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, root, settings)
     assert not spool.has_room(1)
 
 
-def test_stale_spools_are_swept(tmp_path, root, settings, spool):
-    """What nobody came for in a week goes; a run to which something happened since keeps all of its own."""
+def test_stale_spools_are_removed(tmp_path, root, settings, spool):
+    """A spool that has not changed for a week is removed; one with a recent change is kept completely."""
     fresh = Spool(settings, root, "0" * 64)
     for each, number in ((spool, 1), (fresh, 2), (fresh, 3)):
         assert each.add(*make_video(tmp_path, number))

@@ -1,4 +1,4 @@
-"""Encoders on the GPUs of denoise groups: how many there are, what they leave to the ranks, and when they stop."""
+"""Colocated encoders: their number, their share of the groups' GPUs, and when they stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.repository import CONFIGS
 from tests.support.scheduler_world import World, limits, plan_of
 
 WORKER = WorkerId(Stage.ENCODE, 0, 0)
-LODGING = {"placement": "colocated", "gpus": 0.2}
+COLOCATED = {"placement": "colocated", "gpus": 0.2}
 
 
 def config_of(ranks=8, groups=1, encoders=1, nodes=1):
@@ -30,13 +30,13 @@ def config_of(ranks=8, groups=1, encoders=1, nodes=1):
         {
             "parallel": {"ulysses_degree": 1, "ring_degree": ranks},
             "groups": {"count": groups, "nodes_per_group": nodes},
-            "encoders": {"count": encoders, **LODGING},
+            "encoders": {"count": encoders, **COLOCATED},
             "decoders": {"placement": "group"},
         }
     )
 
 
-# How many, and where --------------------------------------------------------------------------------------------------
+# Number and resources -------------------------------------------------------------------------------------------------
 
 
 def problems_of(config, shapes):
@@ -44,7 +44,7 @@ def problems_of(config, shapes):
 
 
 def test_a_group_reserves_the_resources_of_its_encoders():
-    """encoders.placement: colocated: one node of eight GPUs renders; a rank gets the rest of its GPU."""
+    """encoders.placement: colocated: the group's bundles include the encoders, and a rank gets the rest of its GPU."""
     run = resolve_run(config_of())
     assert minimum_resources(run) == [group_bundles(run, run.groups.largest)] == [[{"CPU": 8.0 + 1.0, "GPU": 8.0}]]
     assert run.rank_gpus == 0.8
@@ -53,11 +53,13 @@ def test_a_group_reserves_the_resources_of_its_encoders():
 
 
 def test_one_node_of_eight_gpus_is_enough():
-    """configs/720p_one_node.yaml: nothing stands beside the group, and 720p fits."""
+    """configs/720p_one_node.yaml: the group needs no further resources, and 720p fits into its memory."""
     config = load_config(str(CONFIGS / "720p_one_node.yaml"))
     assert [bundle["GPU"] for bundles in minimum_resources(resolve_run(config)) for bundle in bundles] == [8.0]
     assert problems_of(config, [(720, 1280, 129), (1280, 720, 129), (720, 1280, 1)]) == []
-    assert problems_of(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), "by 0.7 of it"
+    assert problems_of(config.model_copy(update={"gpu_memory_gib": 47.0}), [(720, 1280, 129)]), (
+        "0.7 of the memory is too little"
+    )
 
 
 POOLS = st.integers(1, 20) | st.just("auto")
@@ -65,8 +67,8 @@ POOLS = st.integers(1, 20) | st.just("auto")
 
 @given(st.integers(1, 8), st.integers(1, 4), POOLS, st.integers(1, 2))
 def test_every_colocated_encoder_finds_a_gpu(ranks, groups, encoders, nodes):
-    """Property: a node holds at least one encoder and at most one for each GPU; the run does not wait for the rest of
-    encoders.count.
+    """Property: a node holds at least one encoder and at most one for each GPU, and the run needs no more encoders than
+    that.
     """
     run = resolve_run(config_of(ranks * nodes, groups, encoders, nodes))
     on_node = run.colocated_per_node
@@ -76,8 +78,8 @@ def test_every_colocated_encoder_finds_a_gpu(ranks, groups, encoders, nodes):
 
 
 @pytest.mark.parametrize("override", ["encoders.gpus=0.5", "encoders.gpus=1", "groups.gpus_per_rank=0.9"])
-def test_shares_that_let_two_ranks_meet_on_a_gpu_are_refused(tmp_path, override):
-    """P6: NCCL wants a GPU a rank, and Ray puts two ranks of half a GPU each onto one."""
+def test_shares_that_allow_two_ranks_on_a_gpu_are_rejected(tmp_path, override):
+    """P6: NCCL needs one GPU for each rank, and Ray would place two ranks of half a GPU each onto one."""
     path = tmp_path / "config.yaml"
     path.write_text("parallel: {ulysses_degree: 1}\nencoders: {placement: colocated, gpus: 0.49}\n")
     assert load_config(str(path))
@@ -85,16 +87,16 @@ def test_shares_that_let_two_ranks_meet_on_a_gpu_are_refused(tmp_path, override)
         load_config(str(path), [override])
 
 
-# What the scheduler does about it -------------------------------------------------------------------------------------
+# With the scheduler --------------------------------------------------------------------------------------------------
 
 
 def test_groups_do_not_wait_for_colocated_encoders():
-    """Elastic: colocated encoders need no resources of their own, so the second group is requested without them."""
+    """Scaling: colocated encoders need no resources of their own, so the second group is requested without them."""
     world = World(limits(groups=3, decoders=0, colocated=True), plan_of(7), has_room=False)
     world.feed(WorkerPlaced(world.starting[0]))
     assert sum(worker.stage is Stage.DENOISE for worker in world.starting) == 3
     world.has_room = True
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 7
 
 
@@ -102,19 +104,19 @@ def test_stored_latents_need_no_group_for_pool_decoders():
     """P4: a resume with nothing left to denoise starts decoders alone, even if the encoders are colocated."""
     world = World(limits(groups=2, colocated=True), plan_of(1, Stage.DECODE))
     assert [worker.stage for worker in world.starting] == [Stage.DECODE]
-    world.calm_down()
+    world.run_to_end()
     assert world.committed == ["s0"]
 
 
-# The life of one ------------------------------------------------------------------------------------------------------
+# One worker -----------------------------------------------------------------------------------------------------------
 
 
-class Life:
-    """An actor's driver side, that hears what a test tells it."""
+class FakeWorker:
+    """A driver-side worker whose events are sent by the test."""
 
     def __init__(self, watch):
         self.nodes = frozenset({"node"})
-        self.tell = lambda event: watch("ref", lambda _: [event])
+        self.send = lambda event: watch("ref", lambda _: [event])
         self.killed = False
 
     def poll(self, now):
@@ -124,22 +126,22 @@ class Life:
         self.killed = True
 
 
-class House:
-    """Seats, a pool that holds them, and one colocated encoder."""
+class Setup:
+    """A group reservation with one bundle slot, its pool, and one colocated encoder."""
 
-    def __init__(self, room=True):
+    def __init__(self, has_slot=True):
         self.reservation = SimpleNamespace(is_occupied=True, is_released=False)
         self.room = SimpleNamespace(reservation=self.reservation, leave=lambda: setattr(self, "left", True))
-        self.heard, self.left, self.life = [], False, None
-        self.has_room = room
-        pool = SimpleNamespace(find_slot=lambda: self.room if self.has_room else None)
+        self.events, self.left, self.worker = [], False, None
+        self.has_slot = has_slot
+        pool = SimpleNamespace(find_slot=lambda: self.room if self.has_slot else None)
         self.colocated_worker = ColocatedWorker(
-            WORKER, pool, lambda ref, then: self.heard.extend(then(ref)), self.begin
+            WORKER, pool, lambda ref, then: self.events.extend(then(ref)), self.begin
         )
 
     def begin(self, _room, watch):
-        self.life = Life(watch)
-        return self.life
+        self.worker = FakeWorker(watch)
+        return self.worker
 
 
 def preempted(events):
@@ -148,48 +150,48 @@ def preempted(events):
 
 
 def test_an_encoder_waits_for_a_group():
-    """It starts in the first room that there is, and does nothing before."""
-    house = House(room=False)
-    assert house.colocated_worker.poll(0.0) == []
-    assert house.life is None
-    house.colocated_worker.kill()
-    house.has_room = True
-    house.colocated_worker.poll(1.0)
-    house.life.tell(WorkerPlaced(WORKER))
-    assert house.heard == [WorkerPlaced(WORKER)]
-    assert house.colocated_worker.nodes == {"node"}
+    """The encoder starts in the first free bundle slot, and does nothing before."""
+    setup = Setup(has_slot=False)
+    assert setup.colocated_worker.poll(0.0) == []
+    assert setup.worker is None
+    setup.colocated_worker.kill()
+    setup.has_slot = True
+    setup.colocated_worker.poll(1.0)
+    setup.worker.send(WorkerPlaced(WORKER))
+    assert setup.events == [WorkerPlaced(WORKER)]
+    assert setup.colocated_worker.nodes == {"node"}
 
 
 def test_an_encoder_stays_while_its_group_is_rebuilt():
     """P5: a lost group does not stop the encoder on its GPUs."""
-    house = House()
-    house.life.tell(WorkerPlaced(WORKER))
-    house.reservation.is_occupied = False
-    house.life.tell(TaskDone(WORKER))
-    assert house.colocated_worker.poll(0.0) == []
-    assert house.heard[1:] == [TaskDone(WORKER)]
+    setup = Setup()
+    setup.worker.send(WorkerPlaced(WORKER))
+    setup.reservation.is_occupied = False
+    setup.worker.send(TaskDone(WORKER))
+    assert setup.colocated_worker.poll(0.0) == []
+    assert setup.events[1:] == [TaskDone(WORKER)]
 
 
 @pytest.mark.parametrize("when", ["before it is placed", "as it is placed"])
-def test_who_comes_while_the_ranks_are_away_is_turned_out(when):
-    """Ray could have given it the share of a rank, which then would find no place."""
-    house = House()
-    house.reservation.is_occupied = False
+def test_an_encoder_that_is_placed_while_the_ranks_are_absent_ends(when):
+    """Ray may have given it the share of a rank, which could then not be placed."""
+    setup = Setup()
+    setup.reservation.is_occupied = False
     if when == "as it is placed":
-        house.life.tell(WorkerPlaced(WORKER))
-        assert preempted(house.heard)
+        setup.worker.send(WorkerPlaced(WORKER))
+        assert preempted(setup.events)
     else:
-        assert preempted(house.colocated_worker.poll(0.0))
-    house.colocated_worker.kill()
-    assert house.life.killed
-    assert house.left
+        assert preempted(setup.colocated_worker.poll(0.0))
+    setup.colocated_worker.kill()
+    assert setup.worker.killed
+    assert setup.left
 
 
 def test_an_encoder_stops_after_its_task_when_the_placement_group_is_released():
-    """P5: it gets no further task; what becomes of it then is PREEMPTED, whatever its end looks like."""
-    house = House()
-    house.life.tell(WorkerPlaced(WORKER))
-    house.reservation.is_occupied, house.reservation.is_released = False, True
-    assert house.colocated_worker.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
-    house.life.tell(WorkerLost(WORKER, Failure(FailureClass.INFRA, "died")))
-    assert preempted(house.heard[1:])
+    """P5: the encoder gets no further task, and its loss is PREEMPTED, whatever failure it reports."""
+    setup = Setup()
+    setup.worker.send(WorkerPlaced(WORKER))
+    setup.reservation.is_occupied, setup.reservation.is_released = False, True
+    assert setup.colocated_worker.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
+    setup.worker.send(WorkerLost(WORKER, Failure(FailureClass.INFRA, "died")))
+    assert preempted(setup.events[1:])

@@ -1,4 +1,4 @@
-"""Runs without decoders: what the scheduler promises of groups that decode what groups have denoised."""
+"""hv_batch.job.scheduling.scheduler in runs without decoders, where groups decode what groups have denoised."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def decoding(world):
 
 
 def test_a_group_decodes_before_it_denoises_again():
-    """Placement group: what is nearest to a commit goes first, and each stage sees each sample once."""
+    """The stage closest to the commit has priority, and each stage processes each sample once."""
     world = World(limits(groups=1, decoders=0), plan_of(4))
     advance(world, decoding)
     assert world.at["s0"] is Stage.DECODE
     assert [key for stage, key in world.runs if stage is Stage.DENOISE] == ["s0"]
-    world.calm_down()
+    world.run_to_end()
     assert world.committed == ["s0", "s1", "s2", "s3"]
     assert set(world.runs.values()) == {1}
     assert Stage.DECODE not in {worker.stage for worker in (*world.idle, *world.released)}
@@ -32,19 +32,19 @@ def test_a_group_decodes_before_it_denoises_again():
 @pytest.mark.parametrize("how", ["failed", "lost"])
 @pytest.mark.parametrize("kind", [FailureClass.INFRA, FailureClass.GPU_OOM])
 def test_a_failed_decode_repeats_no_denoise(how, kind):
-    """P4: whether the group outlives it or not, the sample is decoded again, and encoded and denoised no more."""
+    """P4: whether or not the group survives, the sample is decoded again and neither encoded nor denoised again."""
     world = World(limits(groups=2, decoders=0), plan_of(3))
     advance(world, decoding)
     (group,) = decoding(world)
     (key,) = world.running[group]
     getattr(world, how)(group, kind)
-    world.calm_down()
+    world.run_to_end()
     assert sorted(world.committed) == ["s0", "s1", "s2"]
     assert (world.runs[Stage.DENOISE, key], world.runs[Stage.DECODE, key]) == (1, 2)
 
 
 def test_a_poisoned_decode_is_quarantined_after_its_budget():
-    """P5: frames that are not finite cost their sample its place, the group nothing."""
+    """P5: frames that are not finite quarantine their sample and do not affect the group."""
     world = World(limits(groups=1, decoders=0), plan_of(2))
     while not world.finish:
         bad = [worker for worker in decoding(world) if world.running[worker] == ("s0",)]
@@ -60,13 +60,13 @@ def test_a_poisoned_decode_is_quarantined_after_its_budget():
     assert world.runs[Stage.DECODE, "s0"] == RETRIES.poison
 
 
-def test_groups_go_on_denoising_in_an_outage():
-    """While the output root is away no decode begins; groups denoise until as much waits as there is room for."""
+def test_groups_continue_to_denoise_in_an_outage():
+    """P5: in an outage no decode starts, and groups denoise until the decode queue is full."""
     world = World(limits(groups=2, decoders=0), plan_of(20))
     advance(world, decoding)
     world.failed(decoding(world)[0], FailureClass.OUTAGE)
     for _ in range(30):
-        world.work_off()
+        world.process_events()
         busy = [worker for worker in world.running if worker not in decoding(world)]
         if busy:
             world.done(busy[0])
@@ -76,28 +76,28 @@ def test_groups_go_on_denoising_in_an_outage():
     assert not world.killed
     pass_time(world, OUTAGE_PAUSE_S)
     assert decoding(world)
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 20
 
 
 def test_stored_latents_need_only_a_group():
-    """P4: a resume that has nothing left to denoise starts no encoder, and as many groups as have something to do."""
+    """P4: a resume with only decodes left starts no encoder, and as many groups as there are decodes."""
     world = World(limits(groups=3, decoders=0), plan_of(2, Stage.DECODE))
     assert [worker.stage for worker in world.starting] == [Stage.DENOISE] * 2
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 2
 
 
 def test_the_last_group_stays_for_the_last_decode():
-    """Elastic: at the tail no more groups are kept than there are videos to decode, and no fewer."""
+    """Scaling: at the tail, as many groups are kept as there are videos to decode."""
     world = World(limits(groups=3, decoders=0), plan_of(7))
     advance(world, lambda world: len(world.committed) == 6)
     assert [worker.stage for worker in (*world.starting, *world.idle, *world.running)] == [Stage.DENOISE]
     assert not world.killed
 
 
-def test_idle_groups_make_no_room_for_decoders_that_do_not_exist():
-    """P33: a full decode queue is the groups' own to empty."""
+def test_idle_groups_are_not_released_for_missing_decoders():
+    """P33: without decoders, a full decode queue releases no group, because the groups empty it."""
     world = World(limits(groups=2, decoders=0), plan_of(30), has_room=False)
     for worker in list(world.starting):
         world.feed(WorkerPlaced(worker))
@@ -107,9 +107,9 @@ def test_idle_groups_make_no_room_for_decoders_that_do_not_exist():
     assert not [worker for worker in world.released if worker.stage is Stage.DENOISE]
 
 
-def test_the_config_says_who_decodes():
-    """decoders.placement: group leaves the stage without workers, whatever decoders.count says."""
+def test_group_placement_leaves_the_decode_stage_without_workers():
+    """decoders.placement: group overrides decoders.count."""
     config = RunConfig.model_validate({"decoders": {"placement": "group", "count": 5}, "groups": {"count": 3}})
     limits_of = resolve_run(config).stage_limits({})[Stage.DECODE]
     assert limits_of.workers == 0
-    assert limits_of.ahead == 6, "a group that has denoised may wait for room as before"
+    assert limits_of.ahead == 6, "a group may have one finished denoise in the queue"

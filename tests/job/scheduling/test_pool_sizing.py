@@ -1,4 +1,4 @@
-"""How many workers an `auto` pool should have: what is learnt from the times of tasks, and when it is acted upon."""
+"""hv_batch.job.scheduling.pool_sizing: the size of `auto` pools and when it changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.scheduler_world import RETRIES, STALL_S, World, limits, plan_
 
 
 def auto_pools(groups=8, most=16):
-    """Pools whose decoders are learnt."""
+    """A PoolSizer with an `auto` pool of decoders."""
     return PoolSizer(limits(groups=groups) | {Stage.DECODE: auto(most)})
 
 
@@ -34,7 +34,7 @@ def measure(pools, stage, *seconds):
 
 
 def resize(pools, groups, now):
-    """Feed the groups that there are, and how many decoders that makes."""
+    """Resize for `groups` groups and return the number of decoders."""
     for change in pools.resize(groups, now, may_shrink=True):
         assert change.stage is Stage.DECODE
         assert change.workers == pools.most(Stage.DECODE)
@@ -51,8 +51,8 @@ def resize(pools, groups, now):
     seed=st.integers(0, 1000),
 )
 def test_a_pool_converges_and_stays(groups, denoise_s, share, noise, seed):
-    """Property: whatever the times and their noise, the pool comes within one worker and what it may have to spare of
-    what the groups keep busy, and then does not grow and shrink in turns.
+    """Property: for any times and noise, the pool size settles between the need and SPARE times the need, within one
+    worker, and then does not oscillate.
     """
     pools, drawn, now = auto_pools(groups, most=2 * groups), random.Random(seed), 0.0
     need = max(1, groups * share * HEADROOM)
@@ -65,28 +65,28 @@ def test_a_pool_converges_and_stays(groups, denoise_s, share, noise, seed):
         measure(pools, Stage.DECODE, share * denoise_s * drawn.uniform(1 - noise, 1 + noise))
         sizes.append(resize(pools, groups, now))
     settled = sizes[settled_from:]
-    sway = 1 + 0.4 * noise  # of the mean of 64 times, divided by that of as many others: four times its deviation
+    sway = 1 + 0.4 * noise  # four standard deviations of the quotient of two means of 64 times
     assert all(need / sway - 1 <= size <= need * SPARE * sway + 1 for size in settled)
     turns = [before < after for before, after in pairwise(settled) if before != after]
-    assert len(set(turns)) <= 1, f"grew (True) and shrank in turns: {turns}"
+    assert len(set(turns)) <= 1, f"grew (True) and shrank alternately: {turns}"
 
 
-def test_nothing_is_concluded_from_a_warm_up():
-    """One worker before anything is known, and still one when its first task took longer than any other will."""
+def test_a_warm_up_does_not_change_the_size():
+    """A pool has one worker until task times are known; a first task, which includes warm-up, does not count."""
     pools = auto_pools()
     assert resize(pools, 8, 0.0) == 1
     pools.measure(Stage.DENOISE, 100.0, first=True)
     pools.measure(Stage.DECODE, 500.0, first=True)
     assert resize(pools, 8, 1.0) == 1
     measure(pools, Stage.DECODE, 50.0)
-    assert resize(pools, 8, 2.0) == 5, "the first denoises count until there are others: those take minutes"
+    assert resize(pools, 8, 2.0) == 5, "first denoises count until later ones have ended, which takes minutes"
     measure(pools, Stage.DENOISE, 200.0)
     assert resize(pools, 8, 2.0) == 5
     assert resize(pools, 8, 2.0 + SHRINK_AFTER_S) == 3
 
 
-def test_one_outlier_moves_nothing():
-    """A decode that met a store which did not answer for ten minutes buys no decoders."""
+def test_one_outlier_changes_nothing():
+    """One decode that waited ten minutes for an unreachable store does not grow the pool."""
     pools = auto_pools()
     measure(pools, Stage.DENOISE, *[100.0] * 5)
     measure(pools, Stage.DECODE, *[20.0] * 5)
@@ -96,7 +96,7 @@ def test_one_outlier_moves_nothing():
 
 
 def test_mixed_shapes_are_averaged_over_samples():
-    """Eight groups of images (1 s) and videos (99 s) in turns make a sample every 6.25 s: 1.6 decoders of 10 s."""
+    """Eight groups with images (1 s) and videos (99 s) in turn give a sample every 6.25 s: 1.6 decoders of 10 s."""
     pools = auto_pools()
     measure(pools, Stage.DENOISE, *[1.0, 99.0] * (RECENT // 2))
     measure(pools, Stage.DECODE, *[1.0, 19.0] * (RECENT // 2))
@@ -104,7 +104,7 @@ def test_mixed_shapes_are_averaged_over_samples():
 
 
 def test_a_pool_grows_at_once_and_shrinks_after_minutes():
-    """Hysteresis: groups that come are served; those that go must be away for long, and a need in between counts."""
+    """Hysteresis: more groups grow the pool at once; fewer groups shrink it only later, to the largest recent need."""
     pools = auto_pools()
     measure(pools, Stage.DENOISE, *[100.0] * 3)
     measure(pools, Stage.DECODE, *[50.0] * 3)
@@ -113,12 +113,12 @@ def test_a_pool_grows_at_once_and_shrinks_after_minutes():
     assert resize(pools, 1, 2.0) == 5
     assert resize(pools, 4, 100.0) == 5
     assert resize(pools, 1, 1.0 + SHRINK_AFTER_S) == 5
-    assert resize(pools, 1, 2.0 + SHRINK_AFTER_S) == 3, "what four groups needed meanwhile"
+    assert resize(pools, 1, 2.0 + SHRINK_AFTER_S) == 3, "the need of four groups in between"
     assert resize(pools, 8, 3.0 + SHRINK_AFTER_S) == 5
 
 
-def test_a_pool_has_a_most():
-    """A decode that takes far longer than a denoise does not buy all GPUs there are; fixed pools are never touched."""
+def test_a_pool_has_a_maximum():
+    """A decode that takes far longer than a denoise grows the pool only to its limit; fixed pools do not change."""
     pools = auto_pools(groups=3, most=6)
     measure(pools, Stage.DENOISE, *[1.0] * 3)
     measure(pools, Stage.DECODE, *[60.0] * 3)
@@ -128,8 +128,8 @@ def test_a_pool_has_a_most():
     assert list(pools.resize(3, 1.0, may_shrink=True)) == []
 
 
-def test_a_config_says_which_pools_are_auto():
-    """`count: auto` is at most one encoder and two decoders a group; the default is one of each."""
+def test_the_config_determines_which_pools_are_auto():
+    """`count: auto` allows one encoder and two decoders for each group; the default is one of each."""
     config = RunConfig.model_validate({"groups": {"count": 3}, "decoders": {"count": "auto"}})
     assert resolve_run(config).max_workers == {Stage.ENCODE: 1, Stage.DENOISE: 3, Stage.DECODE: 6}
     assert [stage for stage, of_stage in resolve_run(config).stage_limits({}).items() if of_stage.auto] == [
@@ -139,18 +139,18 @@ def test_a_config_says_which_pools_are_auto():
     assert resolve_run(config).max_workers == {Stage.ENCODE: 3, Stage.DENOISE: 3, Stage.DECODE: 1}
 
 
-# ---- with the scheduler
+# With the scheduler --------------------------------------------------------------------------------------------------
 
 
-class Shift:
-    """A world whose tasks take their time; the decodes of all decoders run side by side."""
+class TimedWorld:
+    """A World whose tasks take a given time and run in parallel."""
 
     def __init__(self, world, denoise_s, decode_s):
         self.world, self.seconds = world, {Stage.ENCODE: 0.1, Stage.DENOISE: denoise_s, Stage.DECODE: decode_s}
         self.ends = {}
 
     def work(self, until):
-        """Let tasks end in the order of their time until `until()` holds."""
+        """Let tasks end in the order of their times until `until()` holds."""
         world = self.world
         while not until():
             while world.starting:
@@ -170,28 +170,28 @@ class Shift:
         return {w for w in (*world.starting, *world.idle, *world.running) if w.stage is Stage.DECODE}
 
 
-def test_decoders_come_when_they_are_needed_and_go_when_they_are_not():
-    """Stages: an `auto` pool begins with one decoder, asks for more when it has seen how long decodes take, and
-    lets go of them, idle ones first, minutes after decodes have become short. Nobody counts as lost.
+def test_an_auto_pool_grows_and_shrinks_during_a_run():
+    """Scaling: an `auto` pool starts with one decoder, grows once decode times are known, and releases decoders, idle
+    ones first, minutes after decodes have become short. No worker counts as lost.
     """
     world = World(limits(groups=4) | {Stage.DECODE: auto(8)}, plan_of(240))
-    shift = Shift(world, denoise_s=30.0, decode_s=24.0)
-    shift.work(lambda: world.committed)
-    assert len(shift.decoders()) == 1
-    shift.work(lambda: world.now > 200.0)
-    assert len(shift.decoders()) == 4
-    shift.seconds[Stage.DECODE] = 1.0
+    timed = TimedWorld(world, denoise_s=30.0, decode_s=24.0)
+    timed.work(lambda: world.committed)
+    assert len(timed.decoders()) == 1
+    timed.work(lambda: world.now > 200.0)
+    assert len(timed.decoders()) == 4
+    timed.seconds[Stage.DECODE] = 1.0
     changed = world.now
-    shift.work(lambda: len(shift.decoders()) < 4)
+    timed.work(lambda: len(timed.decoders()) < 4)
     assert world.now - changed >= SHRINK_AFTER_S
-    shift.work(lambda: len(shift.decoders()) == 1)
+    timed.work(lambda: len(timed.decoders()) == 1)
     assert not world.killed
-    shift.work(lambda: world.finish)
+    timed.work(lambda: world.finish)
     assert len(world.committed) == 240
 
 
 def test_a_pool_whose_only_worker_never_starts_ends_the_run():
-    """P6: spare slots of an `auto` pool are no reason to try a decoder that cannot start twenty times."""
+    """P6: the spare slots of an `auto` pool do not add starts of a decoder that cannot start."""
     world = World(limits(groups=2) | {Stage.DECODE: auto(4)}, plan_of(3))
     losses = 0
     while not world.abort:
@@ -205,19 +205,19 @@ def test_a_pool_whose_only_worker_never_starts_ends_the_run():
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_a_decoder_that_is_given_up_is_replaced(lost):
-    """P5: in an `auto` pool another slot takes the place of one whose starts fail on and on, while others work."""
+def test_an_abandoned_decoder_is_replaced(lost):
+    """P5: in an `auto` pool, another slot replaces an abandoned one while other decoders work."""
     world = World(limits(groups=4) | {Stage.DECODE: auto(8)}, plan_of(100))
-    shift = Shift(world, denoise_s=10.0, decode_s=8.0).work(lambda: world.now > 100.0)
-    for victim in sorted(shift.decoders())[:lost]:
+    timed = TimedWorld(world, denoise_s=10.0, decode_s=8.0).work(lambda: world.now > 100.0)
+    for victim in sorted(timed.decoders())[:lost]:
         slot = victim.slot
         for _ in range(RETRIES.worker):
-            alive = [worker for worker in shift.decoders() if worker.slot == slot]
+            alive = [worker for worker in timed.decoders() if worker.slot == slot]
             while not alive:
                 world.tick(10.0)
                 alive = [worker for worker in world.starting if worker.slot == slot]
             world.lost(alive[0], FailureClass.INFRA)
-    shift.work(lambda: world.now > 200.0)
-    assert len(shift.decoders()) == 4
-    shift.work(lambda: world.finish)
+    timed.work(lambda: world.now > 200.0)
+    assert len(timed.decoders()) == 4
+    timed.work(lambda: world.finish)
     assert len(world.committed) + len(world.quarantined) == 100

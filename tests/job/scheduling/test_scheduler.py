@@ -1,4 +1,4 @@
-"""The scheduler under generated histories: whatever the world answers, the invariants of its docstring hold."""
+"""hv_batch.job.scheduling.scheduler: its invariants hold under any history of events."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDING_BYTES
 from hv_batch.job.scheduling.worker_slots import MAX_BACKOFF_S
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Workload
-from tests.support.scheduler_world import BLAMED, MIB, RETRIES, STALL_S, World, limits, plan_of
+from tests.support.scheduler_world import CHARGED_KINDS, MIB, RETRIES, STALL_S, World, limits, plan_of
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_every_history_ends_with_each_sample_gone_once(data):
+def test_each_sample_leaves_exactly_once_in_any_history(data):
     """P1, P4, P5, P7: through any failures, preemptions and releases, each sample is committed or quarantined once,
     within queues that are bounded in samples and in bytes.
     """
@@ -71,7 +71,7 @@ def test_every_history_ends_with_each_sample_gone_once(data):
         if what == "leave":
             world.leave(worker, data.draw(st.sampled_from([1.0, 20.0, 120.0, math.inf])))
         elif what in ("failed", "lost"):
-            kinds = [*BLAMED, FailureClass.OUTAGE] if world.running.get(worker) else BLAMED
+            kinds = [*CHARGED_KINDS, FailureClass.OUTAGE] if world.running.get(worker) else CHARGED_KINDS
             getattr(world, what)(worker, data.draw(st.sampled_from(kinds)))
         elif what == "lose_spooled":
             world.lose_spooled(worker, data.draw(st.sampled_from([Stage.DECODE, Stage.ENCODE])))
@@ -82,7 +82,7 @@ def test_every_history_ends_with_each_sample_gone_once(data):
         else:
             getattr(world, what)(worker)
     assert_announced_groups_come(world)
-    world.calm_down()
+    world.run_to_end()
     if world.abort:
         assert "in a row" in world.abort.failure.message or world.now > OUTAGE_LIMIT_S
     elif world.stopped_at is not None:
@@ -95,14 +95,14 @@ def test_every_history_ends_with_each_sample_gone_once(data):
 
 
 def assert_announced_groups_come(world):
-    """P4: seats are kept for groups that will come, so a group that is announced comes, without other news."""
+    """P4: reservations are retained for groups to come, so an announced group must start without a further event."""
 
-    def over():
+    def none_announced():
         return not any(world.scheduler.groups_to_come(world.now))
 
-    if not over():
+    if not none_announced():
         waiting = [worker for worker in world.starting if worker.stage is Stage.DENOISE]
-        world.idle_away(MAX_BACKOFF_S + OUTAGE_PAUSE_S, over)
+        world.pass_time_until(MAX_BACKOFF_S + OUTAGE_PAUSE_S, none_announced)
         started = [worker for worker in world.starting if worker.stage is Stage.DENOISE and worker not in waiting]
         assert started or world.finish or world.abort
 
@@ -117,11 +117,11 @@ def until_denoising(world, groups):
         world.ready(world.starting[0]) if world.starting else world.done(early[0])
 
 
-def test_no_group_is_announced_that_nothing_is_left_for():
-    """P4: at the end of a run, or in a drain, the seats of a lost group are free for others."""
+def test_no_group_is_announced_without_work():
+    """P4: at the tail of a run, and in a drain, the reservation of a lost group can be released."""
     world = World(limits(groups=2, batch=1), plan_of(2))
     until_denoising(world, groups=2)
-    assert world.scheduler.groups_to_come(world.now) == [0], "both are there"
+    assert world.scheduler.groups_to_come(world.now) == [0], "both groups exist"
     while not world.quarantined:
         world.lost(denoising(world)[0], FailureClass.INFRA)
         until_denoising(world, groups=2)
@@ -132,16 +132,16 @@ def test_no_group_is_announced_that_nothing_is_left_for():
     assert world.scheduler.groups_to_come(world.now) == [0]
 
 
-def test_undisturbed_run_does_each_station_once():
+def test_undisturbed_run_does_each_stage_once():
     """P2: without failures each sample is encoded, denoised and decoded exactly once."""
     world = World(limits(), plan_of(20))
-    world.calm_down()
+    world.run_to_end()
     assert sorted(world.committed) == sorted(f"s{i}" for i in range(20))
     assert set(world.runs.values()) == {1}
 
 
 def test_a_finished_plan_starts_no_worker():
-    """P2: a second run over a finished output takes no resource at all."""
+    """P2: a second run over a finished output root starts no worker."""
     world = World(limits(), [])
     assert world.finish == Finish(drained=False)
     assert not world.starting
@@ -151,13 +151,13 @@ def test_stored_latents_need_only_decoders():
     """P4: samples whose final latents are stored start neither encoder nor group."""
     world = World(limits(), plan_of(3, Stage.DECODE))
     assert {worker.stage for worker in world.starting} == {Stage.DECODE}
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 3
 
 
-@pytest.mark.parametrize(("kind", "tries"), [(k, RETRIES.tries(k)) for k in BLAMED])
+@pytest.mark.parametrize(("kind", "tries"), [(k, RETRIES.tries(k)) for k in CHARGED_KINDS])
 def test_a_sample_is_quarantined_after_its_budget(kind, tries):
-    """P5: one sample that always fails ends in quarantine after its budget; the others are rendered."""
+    """P5: a sample that always fails is quarantined after its tries; the others are rendered."""
     world = World(limits(groups=1), plan_of(4))
     while not (world.finish or world.abort):
         if world.starting:
@@ -175,7 +175,7 @@ def test_a_sample_is_quarantined_after_its_budget(kind, tries):
 
 
 def test_a_failed_batch_is_tried_one_by_one():
-    """P5: the members of a failed batch are not charged for it, and the bad one is found."""
+    """P5: the members of a failed batch are not charged; alone, the faulty sample is found."""
     world = World(limits(batch=3), plan_of(3))
     while not world.finish:
         if world.starting:
@@ -192,7 +192,7 @@ def test_a_failed_batch_is_tried_one_by_one():
 
 
 def denoise_tasks(world, seconds):
-    """Run to the end, and what each denoise took, in order. Each sample's takes so long, by its work; else no time."""
+    """Run to the end and return the keys of each denoise in order. `seconds`: of one sample's denoise, by workload."""
     work = {begun.key: begun.work for begun in world.plan}
     tasks = []
     while not (world.finish or world.abort):
@@ -207,9 +207,9 @@ def denoise_tasks(world, seconds):
     return tasks
 
 
-def test_quick_samples_travel_together():
-    """Stages: once a kind of sample is known to be quick, groups share out what waits, and each takes several; slow
-    ones, and kinds that nobody knows yet, go one by one. Nothing is rendered twice or left.
+def test_quick_samples_share_tasks():
+    """Micro-batches: samples of a workload that is measured to be quick share tasks; slow samples, and samples of an
+    unknown workload, run alone. Each sample is rendered once.
     """
     quick, slow = Workload((64, 64, 1), 2, 1), Workload((720, 1280, 129), 50, 1)
     plan = [Admitted(f"s{i:02}", work=slow if i % 10 == 9 else quick) for i in range(60)]
@@ -219,12 +219,12 @@ def test_quick_samples_travel_together():
     assert set(world.runs.values()) == {1}
     alone = [keys[0] for keys in tasks if len(keys) == 1]
     assert {begun.key for begun in plan if begun.work == slow} <= set(alone)
-    assert max(map(len, tasks)) == 5, "half a second's worth"
-    assert len(tasks[0]) == len(tasks[1]) == 1, "nothing is known before a worker's second task"
+    assert max(map(len, tasks)) == 5, "MICRO_BATCH_SECONDS of samples"
+    assert len(tasks[0]) == len(tasks[1]) == 1, "no estimate exists before the worker's second task ends"
 
 
-def test_a_parcel_that_is_lost_charges_nobody():
-    """P5: its samples are tried again alone, so that the one to blame is found; the others are committed."""
+def test_a_lost_micro_batch_charges_no_sample():
+    """P5: its samples are tried again alone, so that the faulty one is found; the others are committed."""
     world = World(limits(groups=1, batch=8, micro_batch=16), plan_of(40))
     seen = []
 
@@ -235,14 +235,14 @@ def test_a_parcel_that_is_lost_charges_nobody():
         return None
 
     drive(world, bad)
-    assert seen[0] > 1, "it was in no micro-batch"
+    assert seen[0] > 1, "the sample was in no micro-batch"
     assert seen[1:] == [1] * RETRIES.infra
     assert world.quarantined == ["s20"]
     assert len(world.committed) == 39
 
 
-def test_one_group_that_never_starts_ends_the_run():
-    """P6: a stage with no worker left is said so instead of waiting for ever."""
+def test_groups_that_never_start_end_the_run():
+    """P6: a run with a stage of abandoned slots ends with an error and does not wait forever."""
     world = World(limits(groups=2), plan_of(3))
     while not world.abort:
         groups = [w for w in world.starting if w.stage is Stage.DENOISE]
@@ -254,26 +254,26 @@ def test_one_group_that_never_starts_ends_the_run():
     assert "lost" in world.abort.failure.message
 
 
-@pytest.mark.parametrize("sick", [RETRIES.worker - 1, RETRIES.worker])
-def test_a_node_that_is_excluded_counts_once(sick):
-    """P5, P6: nodes on which nothing starts, each found out by two starts, cost a slot one loss each: after three of
-    them in a row the fourth renders. Four in a row are not the nodes' fault, and the run ends.
+@pytest.mark.parametrize("excluded_nodes", [RETRIES.worker - 1, RETRIES.worker])
+def test_a_node_that_is_excluded_counts_once(excluded_nodes):
+    """P5, P6: a node that is excluded after two failed starts counts as one loss of the slot. After three such nodes in
+    a row the fourth renders. Four in a row abandon the slot, and the run ends.
     """
     world = World(limits(groups=1), plan_of(3))
-    for failed_starts in range(2 * sick):
+    for failed_starts in range(2 * excluded_nodes):
         if not world.abort:
             group = next(worker for worker in world.starting if worker.stage is Stage.DENOISE)
             world.feed(WorkerLost(group, Failure(FailureClass.INFRA, "no device"), counts=failed_starts % 2 == 0))
             world.tick(MAX_BACKOFF_S)
-    world.calm_down()
-    if sick < RETRIES.worker:
+    world.run_to_end()
+    if excluded_nodes < RETRIES.worker:
         assert len(world.committed) == 3
     else:
         assert "every denoise group was lost 4 times in a row" in world.abort.failure.message
 
 
 def drive(world, bad):
-    """Run to the end; `bad(worker, keys)` says what goes wrong with a task, as (what, kind), or None."""
+    """Run to the end. `bad(worker, keys)` returns the failure of a task as (World method, failure class), or None."""
     for _ in range(10_000):
         if world.finish or world.abort:
             return
@@ -285,11 +285,11 @@ def drive(world, bad):
             getattr(world, fault[0])(worker, fault[1]) if fault else world.done(worker)
         else:
             world.tick(5.0)
-    pytest.fail("no end")
+    pytest.fail("the run did not end")
 
 
 def test_samples_that_kill_their_group_do_not_use_it_up():
-    """P5: a slot counts each sample once, so killers that take turns end in quarantine and the run does not abort."""
+    """P5: a slot counts each sample once, so samples that kill in turns are quarantined and the run continues."""
     world = World(limits(groups=1), plan_of(8))
     killers = {("s2",), ("s3",)}
     drive(world, lambda w, k: ("lost", FailureClass.INFRA) if w.stage is Stage.DENOISE and k in killers else None)
@@ -299,7 +299,7 @@ def test_samples_that_kill_their_group_do_not_use_it_up():
 
 
 def test_a_batch_with_a_killer_does_not_use_up_the_encoder():
-    """P5: losing the whole batch counts for nobody; the killer is found alone and quarantined."""
+    """P5: the loss of a batch does not count; the killing sample is found alone and quarantined."""
     world = World(limits(batch=4), plan_of(8))
     drive(world, lambda w, k: ("lost", FailureClass.INFRA) if w.stage is Stage.ENCODE and "s7" in k else None)
     assert world.finish
@@ -308,7 +308,7 @@ def test_a_batch_with_a_killer_does_not_use_up_the_encoder():
 
 
 def test_different_samples_that_kill_a_lone_group_end_the_run():
-    """P6: a group that loses every sample it is given is sick, and with no other left the run says so."""
+    """P6: a group that is lost with each of its samples is abandoned, and without another group the run ends."""
     world = World(limits(groups=1), plan_of(20))
     drive(world, lambda w, k: ("lost", FailureClass.INFRA) if w.stage is Stage.DENOISE else None)
     assert world.abort
@@ -316,18 +316,18 @@ def test_different_samples_that_kill_a_lone_group_end_the_run():
 
 
 def test_a_worker_on_which_everything_fails_is_rebuilt():
-    """P5: three different samples that fail in a row on a worker that survives them are a sign against the worker."""
+    """P5: a worker that survives three failures of different samples in a row is rebuilt."""
     world = World(limits(groups=1), plan_of(12))
     drive(
         world, lambda w, k: ("failed", FailureClass.POISON) if w.stage is Stage.DECODE and w.incarnation == 0 else None
     )
     assert world.finish
-    assert len(world.quarantined) <= 3, "what had both its tries before the worker fell under suspicion"
+    assert len(world.quarantined) <= 3, "only samples with both tries before the rebuild"
     assert len(world.committed) >= 9
 
 
-def test_an_outage_of_the_output_root_blames_nobody():
-    """P5: while the store does not answer, decodes wait and are tried again; no sample is charged."""
+def test_an_outage_of_the_output_root_charges_no_sample():
+    """P5: while the store is unreachable, decodes wait and are tried again; no sample is charged."""
     world = World(limits(groups=1), plan_of(4))
     drive(
         world, lambda w, k: ("failed", FailureClass.OUTAGE) if w.stage is Stage.DECODE and world.now < 600.0 else None
@@ -337,9 +337,9 @@ def test_an_outage_of_the_output_root_blames_nobody():
     assert world.runs[Stage.DENOISE, "s0"] == 1
 
 
-def test_what_waits_on_disks_lets_the_groups_go_on():
-    """P5, P7: in an outage a video on a disk takes no room of the queues or the object store; all are committed later,
-    rendered once, and a worker that cannot start meanwhile holds up no decode.
+def test_spooled_videos_do_not_stop_the_groups():
+    """P5, P7: in an outage, a spooled video takes no queue place and no object-store bytes; all videos are committed
+    later and rendered once.
     """
     plan = [Admitted(f"s{i}", Stage.ENCODE, MIB) for i in range(30)]
     world = World(limits(groups=2, result_bytes=MIB), plan)
@@ -357,8 +357,8 @@ def test_what_waits_on_disks_lets_the_groups_go_on():
     assert set(world.runs.values()) == {1}
 
 
-def test_a_worker_that_cannot_start_in_an_outage_holds_up_no_decode():
-    """P5: it tries again later, as often as it takes, and who is there fills the disks."""
+def test_a_worker_that_cannot_start_in_an_outage_delays_no_decode():
+    """P5: its start is retried without limit, and the other workers decode to their spools."""
     world = World(limits(groups=1, decoders=2), plan_of(30))
     late = [worker for worker in world.starting if worker.stage is Stage.DECODE][-1]
     for _ in range(RETRIES.worker + 1):
@@ -371,12 +371,12 @@ def test_a_worker_that_cannot_start_in_an_outage_holds_up_no_decode():
         world.tick(OUTAGE_PAUSE_S)
         (late,) = [worker for worker in world.starting if worker.stage is Stage.DECODE]
     assert not world.abort
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 30
 
 
-def test_two_outages_far_apart_are_two():
-    """P5: a worker that starts has seen the output root, and a long denoise between two short outages is no outage."""
+def test_two_short_outages_are_not_one_long_outage():
+    """P5: a started worker has reached the output root, so a long denoise between two outages does not count."""
     world = World(limits(groups=1), plan_of(1))
     decoder = next(worker for worker in world.starting if worker.stage is Stage.DECODE)
     world.lost(decoder, FailureClass.OUTAGE)
@@ -385,17 +385,17 @@ def test_two_outages_far_apart_are_two():
         world.ready(world.starting[0]) if world.starting else world.done(next(iter(world.running)))
     for worker in list(world.starting):
         world.ready(worker)
-    world.idle_away(OUTAGE_LIMIT_S + 1, lambda: False)
+    world.pass_time_until(OUTAGE_LIMIT_S + 1, lambda: False)
     world.done(next(iter(world.running)))
     world.failed(next(iter(world.running)), FailureClass.OUTAGE)
     assert not world.abort
-    world.calm_down()
+    world.run_to_end()
     assert world.committed == ["s0"]
 
 
 @pytest.mark.parametrize(("stage", "denoises"), [(Stage.DECODE, 1), (Stage.ENCODE, 1 + 2 * RETRIES.infra)])
-def test_a_lost_spool_costs_a_render_and_charges_nobody(stage, denoises):
-    """P4, P5: it goes on from its latents where these are stored, else from the start, however often that happens."""
+def test_a_lost_spool_charges_no_sample(stage, denoises):
+    """P4, P5: the sample continues from its stored latents, or else from the start, any number of times."""
     world = World(limits(groups=1), plan_of(1))
     for _ in range(2 * RETRIES.infra):
         while not (decodes := [worker for worker in world.running if worker.stage is Stage.DECODE]):
@@ -403,13 +403,13 @@ def test_a_lost_spool_costs_a_render_and_charges_nobody(stage, denoises):
         world.spool(decodes[0])
         world.lose_spooled("s0", stage)
         assert world.scheduler.failures("s0") == ()
-    world.calm_down()
+    world.run_to_end()
     assert world.committed == ["s0"]
     assert world.runs[Stage.DENOISE, "s0"] == denoises
 
 
-def test_the_driver_keeps_account_of_so_many_spooled_videos(monkeypatch):
-    """P7: beyond that, decodes wait as they do when the disks are full."""
+def test_the_number_of_spooled_videos_is_bounded(monkeypatch):
+    """P7: beyond MAX_SPOOLED, decodes wait, as they do if the disks are full."""
     monkeypatch.setattr(backpressure, "MAX_SPOOLED", 5)
     world = World(limits(groups=2, decoders=2), plan_of(30))
     for _ in range(200):
@@ -422,12 +422,12 @@ def test_the_driver_keeps_account_of_so_many_spooled_videos(monkeypatch):
             world.done(next(iter(world.running)))
     assert len(world.spooled) == 5
     assert not world.running
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 30
 
 
-def test_a_drain_decodes_to_disk_and_waits_no_longer_than_it_may():
-    """P4: in an outage a stop leaves on disks what was denoised; the resume commits it."""
+def test_a_drain_in_an_outage_spools_and_ends_in_time():
+    """P4: a drain during an outage leaves denoised samples in the spools; the resume commits them."""
     world = World(limits(groups=1), plan_of(8), drain_timeout_s=60.0)
     until_denoising(world, groups=1)
     world.feed(StopRequested())
@@ -443,7 +443,7 @@ def test_a_drain_decodes_to_disk_and_waits_no_longer_than_it_may():
 
 
 def test_an_outage_that_does_not_end_ends_the_run():
-    """Design section 6: after half an hour without its output root a run stops, and says why."""
+    """Design section 6: after half an hour without its output root a run ends with an error."""
     world = World(limits(groups=1), plan_of(4))
     drive(world, lambda w, k: ("failed", FailureClass.OUTAGE) if w.stage is Stage.DECODE else None)
     assert world.abort.failure.kind is FailureClass.FATAL
@@ -451,35 +451,35 @@ def test_an_outage_that_does_not_end_ends_the_run():
 
 
 def test_groups_are_placed_before_single_actors():
-    """P33: an actor that wants one GPU must not stand where only a whole group fits."""
+    """P33: an actor with one GPU must not block a node that a whole group needs."""
     world = World(limits(), plan_of(4), has_room=False)
     assert {worker.stage for worker in world.starting} == {Stage.DENOISE}
     world.feed(WorkerPlaced(world.starting[0]))
     assert {worker.stage for worker in world.starting} == set(Stage)
 
 
-def test_a_node_that_is_not_right_does_not_end_a_proven_run():
-    """P5: where the same config has started before, a start that fails for good is that node's fault."""
+def test_a_faulty_node_does_not_end_a_proven_run():
+    """P5: if the same config has started before, a FATAL start failure is a failure of the node."""
     world = World(limits(groups=2), plan_of(6))
     for _ in range(3):
         world.ready(world.starting[0])
     second = next(worker for worker in world.starting if worker.stage is Stage.DENOISE)
     world.lost(second, FailureClass.FATAL)
     assert not world.abort
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 6
 
 
 def test_fatal_failure_aborts_at_once():
-    """Design section 6: FATAL stops the run."""
+    """Design section 6: a FATAL failure aborts the run."""
     world = World(limits(), plan_of(3))
     world.lost(world.starting[0], FailureClass.FATAL)
     assert world.abort
     assert world.abort.failure.kind is FailureClass.FATAL
 
 
-def test_a_hung_task_is_given_up_and_retried():
-    """P4: no beat for the stall time means the worker is killed and its sample tried again."""
+def test_a_hung_task_is_killed_and_retried():
+    """P4: without a heartbeat for the stall time the worker is killed and its sample tried again."""
     world = World(limits(groups=1), plan_of(1))
     for _ in range(3):
         world.ready(world.starting[0])
@@ -488,16 +488,16 @@ def test_a_hung_task_is_given_up_and_retried():
     world.tick(STALL_S - 1)
     world.feed(Heartbeat(group))
     world.tick(STALL_S - 1)
-    assert group in world.running, "a beat restarts the clock"
+    assert group in world.running, "a heartbeat restarts the timeout"
     world.tick(2)
     assert group not in world.running
-    world.calm_down()
+    world.run_to_end()
     assert world.committed == ["s0"]
 
 
 def test_a_step_that_is_overdue_is_a_hang():
-    """P4: who tells when the next step is due is given up then, and not after the stall time; for one that does not
-    tell, or would wait longer than that, the stall time counts.
+    """P4: a worker that misses the announced time of its next heartbeat is killed before the stall time. Without an
+    announcement, or with a longer one, the stall time is valid.
     """
     world = World(limits(groups=1), plan_of(2))
     until_denoising(world, groups=1)
@@ -511,22 +511,22 @@ def test_a_step_that_is_overdue_is_a_hang():
     assert "no progress for 10 s" in world.killed[group].message
     until_denoising(world, groups=1)
     world.tick(STALL_S)
-    assert denoising(world), "of another task nothing is known yet"
+    assert denoising(world), "the announcement is not valid for another task"
 
 
 def work_without_decoding(world):
-    """Until nothing moves but the decodes, which do not end."""
+    """Let starts, encodings and denoises succeed until only decodes run."""
     for _ in range(1000):
         able = [worker for worker in world.running if worker.stage is not Stage.DECODE]
         if not (world.starting or able):
             return
         world.ready(world.starting[0]) if world.starting else world.done(able[0])
-    pytest.fail("it never stopped")
+    pytest.fail("the groups never stopped")
 
 
 @pytest.mark.parametrize(("share", "most"), [(math.inf, 5), (2 * MIB, 4), (1, 2)])
 def test_a_slow_decoder_stops_the_groups_before_the_store_is_full(share, most):
-    """P7: each of two groups makes what its share of the store holds, or one sample, what is being decoded included."""
+    """P7: each of two groups has as many results as its budget allows, or one, including those being decoded."""
     stages = limits(groups=2, decoders=1, result_bytes=share) | {
         Stage.DECODE: StageLimits(workers=1, ahead=4, task_timeout_s=STALL_S)
     }
@@ -534,20 +534,20 @@ def test_a_slow_decoder_stops_the_groups_before_the_store_is_full(share, most):
     work_without_decoding(world)
     denoised = sum(stage is Stage.DENOISE for stage, _ in world.runs)
     assert denoised == most
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 12
 
 
-def test_stored_latents_take_no_room():
-    """P4, P7: latents that a decoder will read from the output root keep no group from working."""
+def test_stored_latents_take_no_budget():
+    """P4, P7: latents that a decoder reads from the output root do not block a group."""
     plan = [Admitted(f"stored{i}", Stage.DECODE, MIB) for i in range(2)] + [Admitted("new", Stage.ENCODE, MIB)]
     world = World(limits(groups=1, result_bytes=MIB), plan)
     work_without_decoding(world)
     assert world.runs[Stage.DENOISE, "new"] == 1
 
 
-def test_an_embedding_that_came_heavier_is_remembered():
-    """P7: what the next embeddings will weigh is learnt from those that came."""
+def test_the_largest_embedding_is_the_expected_size():
+    """P7: the expected size of the next embeddings is the largest size so far."""
     share = 3 * ASSUMED_EMBEDDING_BYTES
     keys = [f"s{i}" for i in range(8)]
     world = World(
@@ -567,8 +567,8 @@ def test_an_embedding_that_came_heavier_is_remembered():
     assert batches == [3, 1, 1, 1, 1, 1]
 
 
-def test_stale_news_changes_nothing():
-    """A late answer of a worker's earlier life is ignored."""
+def test_stale_events_change_nothing():
+    """An event of an earlier incarnation of a worker is ignored."""
     world = World(limits(groups=1), plan_of(2))
     first = next(w for w in world.starting if w.stage is Stage.DENOISE)
     world.lost(first, FailureClass.INFRA)
@@ -576,24 +576,24 @@ def test_stale_news_changes_nothing():
     for stale in (WorkerReady(first), TaskDone(first), WorkerLost(first, Failure(FailureClass.FATAL, "late"))):
         world.feed(stale)
     assert not world.abort
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 2
 
 
-def test_drain_finishes_what_runs_and_begins_nothing():
-    """Exit code 143: after a stop, running denoises are decoded and committed, nothing else is begun."""
+def test_drain_finishes_running_samples_and_starts_none():
+    """Exit code 143: after a stop, running denoises are decoded and committed, and no other sample starts."""
     world = World(limits(groups=1), plan_of(8))
     while not any(worker.stage is Stage.DENOISE for worker in world.running):
         world.ready(world.starting[0]) if world.starting else world.done(next(iter(world.running)))
     (sample,) = next(task for worker, task in world.running.items() if worker.stage is Stage.DENOISE)
     world.feed(StopRequested())
-    world.calm_down()
+    world.run_to_end()
     assert world.finish == Finish(drained=True)
     assert world.committed == [sample]
 
 
 def test_a_stop_asks_every_running_denoise_for_a_checkpoint():
-    """P4: once, at once, and nobody else: the denoise may outlast the drain."""
+    """P4: each running denoise gets one request at once, because it may outlast the drain; other workers get none."""
     world = World(limits(groups=2), plan_of(8))
     while sum(worker.stage is Stage.DENOISE for worker in world.running) < 2:
         early = [worker for worker in world.running if worker.stage is Stage.ENCODE]
@@ -605,21 +605,21 @@ def test_a_stop_asks_every_running_denoise_for_a_checkpoint():
     assert sorted(world.checkpoints) == sorted(groups)
 
 
-def test_a_long_drain_asks_again_near_its_end():
-    """P4: what a denoise has done since the stop is not lost either, if it will not be through in time."""
+def test_a_long_drain_requests_checkpoints_again_near_its_end():
+    """P4: the steps since the stop are not lost either, if a denoise does not end in time."""
     world = World(limits(groups=1), plan_of(8), drain_timeout_s=600.0)
     until_denoising(world, groups=1)
     (group,) = denoising(world)
     world.feed(StopRequested())
-    world.idle_away(569.0, lambda: False)
+    world.pass_time_until(569.0, lambda: False)
     assert world.checkpoints == [group]
-    world.idle_away(30.0, lambda: False)
+    world.pass_time_until(30.0, lambda: False)
     assert world.checkpoints == [group, group]
     assert not world.finish
 
 
 def test_drain_ends_at_its_deadline():
-    """A drain waits no longer than drain_timeout_s for a task that does not end."""
+    """P4: a drain waits at most drain_timeout_s for a running task."""
     world = World(limits(groups=1), plan_of(8), drain_timeout_s=20.0)
     while not any(worker.stage is Stage.DENOISE for worker in world.running):
         world.ready(world.starting[0]) if world.starting else world.done(next(iter(world.running)))
@@ -631,7 +631,7 @@ def test_drain_ends_at_its_deadline():
 
 
 def test_lost_latents_begin_anew():
-    """P4: when even the stored latents are gone, the sample is rendered from the start."""
+    """P4: a sample whose stored latents are lost is rendered from the start."""
     world = World(limits(groups=1), plan_of(1, Stage.DECODE))
     world.ready(world.starting[0])
     (decoder,) = world.running
@@ -639,14 +639,14 @@ def test_lost_latents_begin_anew():
     world.idle.add(decoder)
     world.at["s0"] = Stage.ENCODE
     world.feed(TaskFailed(decoder, Failure(FailureClass.INFRA, "no latents", begin_anew=True)))
-    world.calm_down()
+    world.run_to_end()
     assert world.committed == ["s0"]
     assert world.runs[Stage.DENOISE, "s0"] == 1
 
 
-def test_encoders_take_whole_batches_while_groups_have_work():
-    """Stages: a batch takes hardly longer than one sample, so an encoder waits until a whole one has room; but not
-    while a group has nothing to do.
+def test_encoders_take_full_batches_while_groups_have_work():
+    """Backpressure: a batch takes hardly longer than one sample, so an encoder waits for room for a full one, unless a
+    group is idle.
     """
     world = World(limits(groups=2, batch=4), plan_of(60))
     batches = []

@@ -1,7 +1,7 @@
-"""A night on a thousand GPUs in seconds: the real scheduler, and a cluster that is made up of an event heap.
+"""Simulated nights on up to a thousand GPUs: the real scheduler on a cluster that is simulated with an event heap.
 
-The cluster knows nodes with GPUs, which come, are reclaimed with and without notice, and hold what the scheduler asks
-for only while they have room. So what the scheduler decides shows in what the night yields.
+The simulated nodes have GPUs, join, are reclaimed with and without notice, and host a worker only if they have free
+GPUs. So the results of a night depend on the decisions of the scheduler.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 
 GROUP_GPUS = 8
-BEAT_S = 200.0
+HEARTBEAT_S = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class Shape:
     """Samples of one shape."""
 
     ranks: int
@@ -64,30 +64,30 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What the night is like; seconds and GPUs are those of 720p on eight GPUs unless a test says otherwise."""
+    """Parameters of a night. The defaults are the times of 720p on eight GPUs."""
 
     samples: int
     groups: int
     encoders: int
     decoders: int | Literal["auto"]  # 0: the groups decode
-    nodes: int  # of eight GPUs, at the beginning; encoders and decoders stand on nodes of their own
+    nodes: int  # of eight GPUs, at the beginning; further nodes are added for encoders and decoders
     batch: int = 8
     load_s: float = 300.0
     encode_s: float = 1.0  # a prompt
     denoise_s: float = 338.0
-    mix: tuple[Kind, ...] = ()  # of what the manifest is made, largest groups first; none: all on eight GPUs
+    mix: tuple[Shape, ...] = ()  # of the manifest's samples, largest groups first; empty: all on eight GPUs
     decode_s: float = 60.0
-    turn_s: float = 0.02  # what the driver takes to hear one thing and order the next
+    turn_s: float = 0.02  # the driver's time for one event and the next action
     poisoned: int = 0  # samples whose denoise always fails
-    crash_every_s: float = 0.0  # some worker dies
-    reclaim_every_s: float = 0.0  # some node is taken away, half of them with two minutes' notice; another joins later
+    crash_every_s: float = 0.0  # mean time between deaths of a worker
+    reclaim_every_s: float = 0.0  # mean time between node losses, half with two minutes' notice; a node joins later
     joins: tuple[float, ...] = ()  # when further nodes join
     seed: int = 0
 
 
 @dataclass
-class Life:
-    worker: WorkerId
+class SimulatedWorker:
+    id: WorkerId
     gpus: int
     node: int | None = None
     ready: bool = False
@@ -100,17 +100,17 @@ class Night:
     scene: Scene
     now: float = 0.0
     heap: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
-    free: dict[int, int] = field(default_factory=dict)  # GPUs of each node that nobody holds
+    free: dict[int, int] = field(default_factory=dict)  # free GPUs of each node
     draining: set[int] = field(default_factory=set)
-    lives: dict[WorkerId, Life] = field(default_factory=dict)
-    waiting: list[Life] = field(default_factory=list)  # for room, longest first
+    workers: dict[WorkerId, SimulatedWorker] = field(default_factory=dict)
+    waiting: list[SimulatedWorker] = field(default_factory=list)  # not placed yet, in the order of request
     committed: Counter = field(default_factory=Counter)
     quarantined: list[str] = field(default_factory=list)
     lost: Counter = field(default_factory=Counter)  # GPU-seconds by cause
     denoised: Counter = field(default_factory=Counter)
-    sizes: list[int] = field(default_factory=list)  # of the pool of decoders, whenever it changed
+    sizes: list[int] = field(default_factory=list)  # sizes of the decoder pool, in order
     ended: float | None = None
-    room: bool = False  # something may have become free, or been asked for, since the last look
+    room: bool = False  # whether a placement may have become possible since the last attempt
 
     def __post_init__(self):
         scene = self.scene
@@ -119,9 +119,9 @@ class Night:
         self.node_ids = count()
         self.events: deque[Event] = deque()
         self.plan = deque(f"s{i}" for i in range(scene.samples))
-        self.mix = scene.mix or (Kind(ranks=GROUP_GPUS, share=1.0, denoise_s=scene.denoise_s),)
-        drawn = self.random.choices(range(len(self.mix)), [kind.share for kind in self.mix], k=scene.samples)
-        self.kinds = dict(zip(self.plan, drawn, strict=True))
+        self.mix = scene.mix or (Shape(ranks=GROUP_GPUS, share=1.0, denoise_s=scene.denoise_s),)
+        drawn = self.random.choices(range(len(self.mix)), [shape.share for shape in self.mix], k=scene.samples)
+        self.shapes = dict(zip(self.plan, drawn, strict=True))
         self.bad = set(self.random.sample(sorted(self.plan), scene.poisoned))
         self.busy_s, self.idle_s = 0.0, 0.0  # GPU-seconds of ready groups, while there was work
         self.idle_since: dict[WorkerId, float] = {}
@@ -130,11 +130,11 @@ class Night:
                 "groups": {"count": scene.groups},
                 "encoders": {"count": scene.encoders, "batch_size": scene.batch},
                 "decoders": {"count": scene.decoders} if scene.decoders else {"placement": "group"},
-                "timeouts": {"stall_s": 3 * BEAT_S},
+                "timeouts": {"stall_s": 3 * HEARTBEAT_S},
             }
         )
         run = resolve_run(config)
-        plans = tuple(ParallelPlan(ulysses_degree=kind.ranks) for kind in self.mix)
+        plans = tuple(ParallelPlan(ulysses_degree=shape.ranks) for shape in self.mix)
         limits = replace(run, groups=GroupPlans(plans, {})).stage_limits({})
         self.scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
         decoders = run.max_workers[Stage.DECODE]
@@ -146,7 +146,7 @@ class Night:
             self.at(self.random.expovariate(1 / scene.crash_every_s), self.crash)
         if scene.reclaim_every_s:
             self.at(self.random.expovariate(1 / scene.reclaim_every_s), self.reclaim)
-        self.at(BEAT_S, self.tick)
+        self.at(HEARTBEAT_S, self.tick)
 
     def at(self, when: float, what: Callable[[], None]) -> None:
         heapq.heappush(self.heap, (when, next(self.order), what))
@@ -156,12 +156,12 @@ class Night:
 
     def run(self) -> Night:
         self.carry_out(self.scheduler.begin())
-        self.work_off()
+        self.process_events()
         while self.ended is None:
             self.now, _, what = heapq.heappop(self.heap)
             what()
             self.place()
-            self.work_off()
+            self.process_events()
         return self
 
     @property
@@ -172,33 +172,35 @@ class Night:
     def loss_share(self) -> float:
         return sum(self.lost.values()) / self.busy_s
 
-    def work_off(self) -> None:
+    def process_events(self) -> None:
         while self.events and self.ended is None:
             self.carry_out(self.scheduler.step(self.events.popleft(), self.now))
 
-    # What the scheduler orders --------------------------------------------------------------------------------------
+    # Actions of the scheduler ---------------------------------------------------------------------------------------
 
     def carry_out(self, actions) -> None:
         for action in actions:
             match action:
                 case Admit(wanted):
                     batch = [self.plan.popleft() for _ in range(min(wanted, len(self.plan)))]
-                    self.events.extend(Admitted(key, size_class=self.kinds[key]) for key in batch)
+                    self.events.extend(Admitted(key, size_class=self.shapes[key]) for key in batch)
                     if len(batch) < wanted:
                         self.events.append(PlanExhausted())
                 case StartWorker(worker, size_class):
-                    life = Life(worker, self.mix[size_class].ranks if worker.stage is Stage.DENOISE else 1)
-                    self.lives[worker] = life
-                    self.waiting.append(life)
+                    simulated = SimulatedWorker(
+                        worker, self.mix[size_class].ranks if worker.stage is Stage.DENOISE else 1
+                    )
+                    self.workers[worker] = simulated
+                    self.waiting.append(simulated)
                     self.room = True
                 case KillWorker(worker, failure):
-                    life = self.end(worker)
-                    if life.keys and worker.stage is Stage.DENOISE:
-                        self.lost[failure.kind] += life.gpus * (self.now - life.begun)
+                    simulated = self.end(worker)
+                    if simulated.keys and worker.stage is Stage.DENOISE:
+                        self.lost[failure.kind] += simulated.gpus * (self.now - simulated.begun)
                 case ReleaseWorker(worker):
                     assert not self.end(worker).keys
                 case Run(worker, keys, stage):
-                    self.begin_task(self.lives[worker], keys, stage)
+                    self.begin_task(self.workers[worker], keys, stage)
                 case Resized(Stage.DECODE, workers):
                     self.sizes.append(workers)
                 case Quarantine(key, _):
@@ -211,85 +213,85 @@ class Night:
                     self.ended = self.now
         self.place()
 
-    def end(self, worker: WorkerId) -> Life:
-        life = self.lives.pop(worker)
-        if life in self.waiting:
-            self.waiting.remove(life)
-        if life.node in self.free:
-            self.free[life.node] += life.gpus
+    def end(self, worker: WorkerId) -> SimulatedWorker:
+        simulated = self.workers.pop(worker)
+        if simulated in self.waiting:
+            self.waiting.remove(simulated)
+        if simulated.node in self.free:
+            self.free[simulated.node] += simulated.gpus
             self.room = True
         if worker in self.idle_since:
-            self.idle_s += life.gpus * (self.now - self.idle_since.pop(worker)) if self.plan else 0.0
-        return life
+            self.idle_s += simulated.gpus * (self.now - self.idle_since.pop(worker)) if self.plan else 0.0
+        return simulated
 
-    def begin_task(self, life: Life, keys: tuple[str, ...], stage: Stage) -> None:
+    def begin_task(self, simulated: SimulatedWorker, keys: tuple[str, ...], stage: Stage) -> None:
         scene = self.scene
-        life.keys, life.begun = keys, self.now
-        if life.worker.stage is Stage.DENOISE:
-            self.count_idle(life.worker)
-        denoise_s = self.mix[self.kinds[keys[0]]].denoise_s
+        simulated.keys, simulated.begun = keys, self.now
+        if simulated.id.stage is Stage.DENOISE:
+            self.count_idle(simulated.id)
+        denoise_s = self.mix[self.shapes[keys[0]]].denoise_s
         each = {Stage.ENCODE: scene.encode_s, Stage.DENOISE: denoise_s, Stage.DECODE: scene.decode_s}[stage]
         seconds = len(keys) * each * self.random.uniform(0.95, 1.05) + scene.turn_s
-        self.after(seconds, lambda: self.end_task(life, keys, stage))
+        self.after(seconds, lambda: self.end_task(simulated, keys, stage))
 
-    def end_task(self, life: Life, keys: tuple[str, ...], stage: Stage) -> None:
-        if self.lives.get(life.worker) is not life or life.keys != keys:
+    def end_task(self, simulated: SimulatedWorker, keys: tuple[str, ...], stage: Stage) -> None:
+        if self.workers.get(simulated.id) is not simulated or simulated.keys != keys:
             return
-        life.keys = ()
-        if life.worker.stage is Stage.DENOISE:
-            self.busy_s += life.gpus * (self.now - life.begun)
-            self.idle_since[life.worker] = self.now
+        simulated.keys = ()
+        if simulated.id.stage is Stage.DENOISE:
+            self.busy_s += simulated.gpus * (self.now - simulated.begun)
+            self.idle_since[simulated.id] = self.now
         if stage is Stage.DENOISE:
             if keys[0] in self.bad:
-                self.events.append(TaskFailed(life.worker, Failure(FailureClass.POISON, "latents are not finite")))
+                self.events.append(TaskFailed(simulated.id, Failure(FailureClass.POISON, "latents are not finite")))
                 return
             self.denoised.update(keys)
         if stage is Stage.DECODE:
             self.committed.update(keys)
-        self.events.append(TaskDone(life.worker))
+        self.events.append(TaskDone(simulated.id))
 
     def count_idle(self, worker: WorkerId) -> None:
-        """Idle time counts only while more work was to come: at the tail there is nothing to do."""
+        """Count idle time only while the plan has samples; at the tail, idle groups are expected."""
         idle_s = self.now - self.idle_since.pop(worker, self.now)
-        self.idle_s += self.lives[worker].gpus * idle_s if self.plan else 0.0
+        self.idle_s += self.workers[worker].gpus * idle_s if self.plan else 0.0
 
-    # What the world does --------------------------------------------------------------------------------------------
+    # Events of the cluster ------------------------------------------------------------------------------------------
 
     def place(self) -> None:
         if not (self.waiting and self.room):
             return
         self.room = False
-        for life in list(self.waiting):
-            fitting = [n for n, gpus in self.free.items() if gpus >= life.gpus and n not in self.draining]
+        for simulated in list(self.waiting):
+            fitting = [n for n, gpus in self.free.items() if gpus >= simulated.gpus and n not in self.draining]
             if fitting:
-                life.node = min(fitting, key=lambda node: self.free[node])
-                self.free[life.node] -= life.gpus
-                self.waiting.remove(life)
-                self.events.append(WorkerPlaced(life.worker))
-                self.after(self.scene.load_s, lambda life=life: self.loaded(life))
+                simulated.node = min(fitting, key=lambda node: self.free[node])
+                self.free[simulated.node] -= simulated.gpus
+                self.waiting.remove(simulated)
+                self.events.append(WorkerPlaced(simulated.id))
+                self.after(self.scene.load_s, lambda simulated=simulated: self.loaded(simulated))
 
-    def loaded(self, life: Life) -> None:
-        if self.lives.get(life.worker) is life:
-            life.ready = True
-            self.events.append(WorkerReady(life.worker))
-            if life.worker.stage is Stage.DENOISE:
-                self.idle_since[life.worker] = self.now
+    def loaded(self, simulated: SimulatedWorker) -> None:
+        if self.workers.get(simulated.id) is simulated:
+            simulated.ready = True
+            self.events.append(WorkerReady(simulated.id))
+            if simulated.id.stage is Stage.DENOISE:
+                self.idle_since[simulated.id] = self.now
 
     def tick(self) -> None:
-        for life in self.lives.values():
-            if life.keys:
-                self.events.append(Heartbeat(life.worker))
+        for simulated in self.workers.values():
+            if simulated.keys:
+                self.events.append(Heartbeat(simulated.id))
         self.events.append(Tick())
-        self.after(BEAT_S if not self.draining else 5.0, self.tick)
+        self.after(HEARTBEAT_S if not self.draining else 5.0, self.tick)
 
     def join(self) -> None:
         self.free[next(self.node_ids)] = GROUP_GPUS
         self.room = True
 
     def crash(self) -> None:
-        victims = [life for life in self.lives.values() if life.ready]
+        victims = [simulated for simulated in self.workers.values() if simulated.ready]
         if victims:
-            worker = self.random.choice(victims).worker
+            worker = self.random.choice(victims).id
             self.events.append(WorkerLost(worker, Failure(FailureClass.INFRA, "died")))
         self.after(self.random.expovariate(1 / self.scene.crash_every_s), self.crash)
 
@@ -299,8 +301,8 @@ class Night:
             node, notice_s = self.random.choice(nodes), self.random.choice([0.0, 120.0])
             if notice_s:
                 self.draining.add(node)
-                for life in [life for life in self.lives.values() if life.node == node]:
-                    self.events.append(WorkerLeaving(life.worker, self.now + notice_s))
+                for simulated in [simulated for simulated in self.workers.values() if simulated.node == node]:
+                    self.events.append(WorkerLeaving(simulated.id, self.now + notice_s))
             self.after(notice_s, lambda: self.take_away(node))
             self.after(self.random.uniform(300.0, 1800.0), self.join)
         self.after(self.random.expovariate(1 / self.scene.reclaim_every_s), self.reclaim)
@@ -308,14 +310,14 @@ class Night:
     def take_away(self, node: int) -> None:
         del self.free[node]
         self.draining.discard(node)
-        for life in [life for life in self.lives.values() if life.node == node]:
-            self.events.append(WorkerLost(life.worker, Failure(FailureClass.INFRA, "its node died")))
+        for simulated in [simulated for simulated in self.workers.values() if simulated.node == node]:
+            self.events.append(WorkerLost(simulated.id, Failure(FailureClass.INFRA, "its node died")))
 
 
 @pytest.mark.slow
 def test_a_night_on_a_thousand_gpus():
-    """P1, P4, P5: crashes, poison, reclaims with and without notice, and nodes that join while up to 125 groups render:
-    every sample ends in one record, little is lost, and groups seldom wait.
+    """P1, P4, P5: through crashes, poisoned samples, node losses with and without notice and joining nodes, with up to
+    125 groups, each sample ends in one record, little work is lost, and groups are seldom idle.
     """
     scene = Scene(
         samples=2500,
@@ -331,14 +333,14 @@ def test_a_night_on_a_thousand_gpus():
     night = Night(scene).run()
     assert sorted(night.quarantined) == sorted(night.bad)
     assert night.committed == Counter(f"s{i}" for i in range(scene.samples) if f"s{i}" not in night.bad)
-    assert night.denoised == night.committed, "a denoise that has ended is never repeated"
+    assert night.denoised == night.committed, "a completed denoise is never repeated"
     assert set(night.lost) == {FailureClass.INFRA, FailureClass.PREEMPTED}
-    assert night.loss_share < 0.02, "about eighty cut-off denoises of half their length, of 2500"
+    assert night.loss_share < 0.02, "about eighty half denoises of 2500 denoises"
     assert night.idle_share < 0.05
 
 
 def test_a_night_of_groups_that_decode():
-    """P1, P4, P5: without decoders, through crashes and reclaims, no denoise is repeated and groups seldom wait."""
+    """P1, P4, P5: without decoders, through crashes and node losses, no denoise is repeated and idle time is small."""
     scene = Scene(
         samples=600, groups=20, encoders=2, decoders=0, nodes=20, poisoned=4, crash_every_s=600.0, reclaim_every_s=900.0
     )
@@ -349,15 +351,15 @@ def test_a_night_of_groups_that_decode():
 
 
 def test_groups_do_not_wait_for_work():
-    """Design section 2: eight groups of 50 one-second steps are idle for less than 2 % while there is work."""
+    """Design section 2: eight groups with 50-second denoises are idle for less than 2 % while there is work."""
     scene = Scene(samples=400, groups=8, encoders=1, decoders=2, nodes=8, denoise_s=50.0, decode_s=10.0)
     assert Night(scene).run().idle_share < 0.02
 
 
 @pytest.mark.parametrize(("decode_s", "ideal"), [(60.0, 2), (169.0, 4), (473.0, 12)])
 def test_an_auto_pool_finds_its_size(decode_s, ideal):
-    """Stages: eight groups wait for less than 2 % of a night whose decoders nobody has counted: the pool finds how
-    many it takes, or one more for the headroom, and stays there.
+    """Pool sizing: with an `auto` pool of decoders, eight groups are idle for less than 2 % of the night. The pool
+    finds the ideal size, or one more for headroom, and stays there.
     """
     scene = Scene(samples=800, groups=8, encoders=1, decoders="auto", nodes=8, decode_s=decode_s)
     night = Night(scene).run()
@@ -367,8 +369,8 @@ def test_an_auto_pool_finds_its_size(decode_s, ideal):
     assert len(night.sizes) <= 2
 
 
-def test_groups_that_took_all_room_give_some_back():
-    """P33: where groups stand on what the decoders need, they do not wait for these all night."""
+def test_groups_make_room_for_decoders():
+    """P33: groups that occupy the resources of the decoders do not wait for them all night."""
     scene = Scene(samples=600, groups=20, encoders=2, decoders=14, nodes=10, denoise_s=100.0, decode_s=60.0)
     night = Night(scene).run()
     assert len(night.committed) == scene.samples
@@ -376,29 +378,29 @@ def test_groups_that_took_all_room_give_some_back():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_lost_nodes_never_leave_a_run_without_a_station(seed):
-    """P5, property: whatever nodes go and come, down to room for hardly more than one group, the run ends."""
+def test_lost_nodes_never_leave_a_run_without_a_stage(seed):
+    """P5, property: a run ends through any node losses, down to resources for hardly more than one group."""
     scene = Scene(samples=60, groups=4, encoders=2, decoders=3, nodes=2, reclaim_every_s=900.0, seed=seed)
     night = Night(scene).run()
     assert len(night.committed) + len(night.quarantined) == scene.samples
-    assert len(night.quarantined) <= 1, "three nodes in a row died under it"
+    assert len(night.quarantined) <= 1, "a sample on three lost nodes in a row"
 
 
 def gpu_seconds(night):
-    return sum(night.mix[kind].ranks * night.mix[kind].denoise_s for kind in night.kinds.values())
+    return sum(night.mix[shape].ranks * night.mix[shape].denoise_s for shape in night.shapes.values())
 
 
 MIXES = {
-    "halves": (4, (Kind(ranks=8, share=0.5, denoise_s=338.0), Kind(ranks=1, share=0.5, denoise_s=600.0))),
+    "halves": (4, (Shape(ranks=8, share=0.5, denoise_s=338.0), Shape(ranks=1, share=0.5, denoise_s=600.0))),
     "thirds": (
         4,
         (
-            Kind(ranks=8, share=0.3, denoise_s=338.0),
-            Kind(ranks=4, share=0.3, denoise_s=400.0),
-            Kind(ranks=1, share=0.4, denoise_s=600.0),
+            Shape(ranks=8, share=0.3, denoise_s=338.0),
+            Shape(ranks=4, share=0.3, denoise_s=400.0),
+            Shape(ranks=1, share=0.4, denoise_s=600.0),
         ),
     ),
-    "in turn": (1, (Kind(ranks=8, share=0.5, denoise_s=338.0), Kind(ranks=1, share=0.5, denoise_s=600.0))),
+    "in turn": (1, (Shape(ranks=8, share=0.5, denoise_s=338.0), Shape(ranks=1, share=0.5, denoise_s=600.0))),
 }
 
 
@@ -406,12 +408,12 @@ MIXES = {
     ("mix", "idle", "longer"), [("halves", 0.05, 1.2), ("thirds", 0.05, 1.2), ("in turn", 0.1, 1.4)]
 )
 def test_groups_of_several_sizes_share_a_night(mix, idle, longer):
-    """P1, sizes: groups of one run that differ in size seldom wait, and the night takes hardly longer than its GPU
-    seconds; also on one node, where a group of eight and eight of one take turns.
+    """P1, size classes: groups of several sizes are seldom idle, and the night takes hardly longer than its GPU
+    seconds, also on one node, where a group of eight and eight groups of one alternate.
     """
-    nodes, kinds = MIXES[mix]
+    nodes, shapes = MIXES[mix]
     scene = Scene(
-        samples=300, groups=nodes, encoders=1, decoders=4, nodes=nodes, decode_s=20.0, load_s=120.0, mix=kinds
+        samples=300, groups=nodes, encoders=1, decoders=4, nodes=nodes, decode_s=20.0, load_s=120.0, mix=shapes
     )
     night = Night(scene).run()
     assert len(night.committed) == scene.samples
@@ -420,12 +422,12 @@ def test_groups_of_several_sizes_share_a_night(mix, idle, longer):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sizes_that_lose_nodes_all_get_through(seed):
-    """P5, property: whatever goes and comes, down to room for hardly more than one large group, no size is left out."""
-    kinds = (Kind(ranks=8, share=0.2, denoise_s=338.0), Kind(ranks=1, share=0.8, denoise_s=600.0))
+def test_all_sizes_are_rendered_through_node_losses(seed):
+    """P5, property: no size starves through node losses, down to resources for hardly more than one large group."""
+    shapes = (Shape(ranks=8, share=0.2, denoise_s=338.0), Shape(ranks=1, share=0.8, denoise_s=600.0))
     scene = Scene(
-        samples=80, groups=3, encoders=2, decoders=3, nodes=2, reclaim_every_s=1500.0, seed=seed, mix=kinds, poisoned=2
+        samples=80, groups=3, encoders=2, decoders=3, nodes=2, reclaim_every_s=1500.0, seed=seed, mix=shapes, poisoned=2
     )
     night = Night(scene).run()
     assert len(night.committed) + len(night.quarantined) == scene.samples
-    assert len(night.quarantined) <= 4, "two were poisoned, and three nodes in a row died under others"
+    assert len(night.quarantined) <= 4, "two poisoned samples, and samples on three lost nodes in a row"

@@ -1,4 +1,4 @@
-"""Groups of several sizes: who makes room for whom, and when; every choice seen from outside, by whole schedules."""
+"""hv_batch.job.scheduling.size_classes: when groups of one size are released for another, in whole schedules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def denoising(world):
 
 
 def others_work(world):
-    """Whoever is asked for stands, and whatever is no denoise is done."""
+    """Let all starts, encodings and decodes succeed."""
     for _ in range(1000):
         busy = [worker for worker in world.running if worker.stage is not Stage.DENOISE]
         if world.starting:
@@ -32,11 +32,11 @@ def others_work(world):
             world.done(busy[0])
         else:
             return
-    pytest.fail("never came to rest")
+    pytest.fail("the other stages never stopped")
 
 
 def render_for(world, seconds):
-    """Denoises take DENOISE_S, one after the other."""
+    """Let `seconds` pass in which each denoise takes DENOISE_S."""
     until = world.now + seconds
     while world.now < until and not world.finish:
         others_work(world)
@@ -46,31 +46,31 @@ def render_for(world, seconds):
         others_work(world)
 
 
-def test_a_size_with_samples_and_no_group_has_its_turn():
-    """No starvation: while another has an endless supply, a size waits MAX_WAIT_S and the end of a sample."""
+def test_a_size_without_a_group_gets_one_after_a_bounded_wait():
+    """No starvation: while another size has an endless supply, a size waits at most MAX_WAIT_S and one sample."""
     world = World(limits(groups=1, ranks=(8, 1)), samples(LARGE, SMALL, *[LARGE] * 40))
     render_for(world, MAX_WAIT_S - 2 * DENOISE_S)
-    assert "s1" in world.at, "a group with work of its own is not given up before"
+    assert "s1" in world.at, "a group with samples was released too early"
     assert not world.released
     render_for(world, 4 * DENOISE_S)
     assert "s1" in world.committed
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 42
 
 
-def test_a_large_group_is_gathered_from_small_ones():
-    """No starvation: eight groups of one rank go, each at the end of its sample, and are not asked for again."""
+def test_small_groups_are_released_for_a_large_one():
+    """No starvation: eight groups of one rank are released, each after its sample, and not requested again."""
     world = World(limits(groups=1, batch=16, ranks=(8, 1)), samples(*[SMALL] * 8, LARGE, *[SMALL] * 200))
     others_work(world)
     assert len(world.groups()) == 8
     render_for(world, MAX_WAIT_S + 3 * DENOISE_S)
     assert "s8" in world.committed
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 209
 
 
 def test_an_idle_group_is_kept_as_long_as_a_load_takes():
-    """No thrashing: a group without samples makes room for another size, but not at once."""
+    """No thrashing: a group without samples is released for another size only after LOAD_S."""
     world = World(limits(groups=1, ranks=(8, 1)), samples(LARGE, *[SMALL] * 40, *[LARGE] * 40))
     render_for(world, DENOISE_S)
     assert "s0" in world.committed
@@ -82,23 +82,23 @@ def test_an_idle_group_is_kept_as_long_as_a_load_takes():
     assert world.sizes[released] == LARGE
     others_work(world)
     assert set(denoising(world)) == {SMALL}
-    assert len(world.groups()) == 8, "in the place of one, as many as there is room for"
-    world.calm_down()
+    assert len(world.groups()) == 8, "eight groups of one rank replace the group of eight"
+    world.run_to_end()
     assert len(world.committed) == 81
 
 
-def test_one_size_never_makes_room():
-    """All groups alike: nobody is let go for another before the tail."""
+def test_groups_of_a_single_size_are_never_exchanged():
+    """If all groups have one size, none is released before the tail."""
     world = World(limits(groups=2, ranks=(8,)), samples(*[LARGE] * 60))
     render_for(world, MAX_WAIT_S + 2 * DENOISE_S)
     assert world.queue
     assert not world.released
-    world.calm_down()
+    world.run_to_end()
     assert len(world.committed) == 60
 
 
-def test_a_size_of_which_no_group_starts_ends_the_run_by_name():
-    """P6: as with a stage, its samples could never be rendered; the reason names the size."""
+def test_a_size_whose_groups_never_start_ends_the_run():
+    """P6: samples of an abandoned size can never be rendered, so the run ends; the reason names the size."""
     world = World(limits(groups=1, ranks=(2, 1)), samples(LARGE, SMALL, SMALL, SMALL))
     for _ in range(4000):
         if world.abort or world.finish:

@@ -1,4 +1,4 @@
-"""Objects that are stored many at a time: each keeps the promises that it would have alone."""
+"""Batched writes give the same guarantees for each object as single writes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def content(store):
 
 
 @given(OBJECTS, OBJECTS, st.sampled_from(["put_new", "put", "put_file"]))
-def test_together_is_one_after_the_other(there, coming, act):
-    """P1: what exists is kept or replaced as by acts of one object; the answers are the same."""
+def test_a_batch_equals_single_writes(there, coming, act):
+    """P1: existing objects are kept or replaced as by single writes, and the return values are the same."""
     with tempfile.TemporaryDirectory() as folder:
         single, many = Store(f"{folder}/single"), Store(f"{folder}/many")
         for store in (single, many):
@@ -51,8 +51,8 @@ def test_together_is_one_after_the_other(there, coming, act):
         assert not many.leftovers()
 
 
-def test_together_in_any_store(any_store, tmp_path):
-    """P1: in memory and in an object store, too, where each is a request of its own."""
+def test_a_batch_in_any_store(any_store, tmp_path):
+    """P1: the same in memory and in an object store, where each object is a request of its own."""
     files = {f"data/{number}.png": tmp_path / f"{number}.png" for number in range(40)}
     for number, path in enumerate(files.values()):
         path.write_bytes(b"%d" % number)
@@ -69,7 +69,7 @@ def test_together_in_any_store(any_store, tmp_path):
 
 @pytest.fixture
 def acts(monkeypatch):
-    """What is flushed, linked and renamed, in order: ("flush", path) and ("name", old, new)."""
+    """The flushes, links and renames, in order: ("flush", path) and ("name", old, new)."""
     found = []
     fsync, link, replace = os.fsync, os.link, os.replace
 
@@ -84,8 +84,8 @@ def acts(monkeypatch):
 
 
 @pytest.mark.parametrize("act", ["put_new_all", "put_all", "put_finished"])
-def test_bytes_are_on_the_disk_before_names_and_names_before_the_answer(act, acts, tmp_path):
-    """P1: a power cut at any moment leaves whole objects only, and all of them once they were said to be stored."""
+def test_bytes_are_flushed_before_names_and_names_before_the_return(act, acts, tmp_path):
+    """P1: a power failure at any moment leaves complete objects only, and all of them once the call has returned."""
     store = Store(str(tmp_path / "root"))
     if act == "put_finished":
         given = {f"data/{name}": tmp_path / name for name in NAMES}
@@ -102,7 +102,7 @@ def test_bytes_are_on_the_disk_before_names_and_names_before_the_answer(act, act
 
 
 def test_a_crash_between_any_two_names(tmp_path, monkeypatch):
-    """P1: whatever part of a micro-batch was committed, its media are there, and the rest can be committed again."""
+    """P1: whatever part of a micro-batch is committed, its media are stored, and the rest can be committed again."""
     records = [{**a_commit(), "key": name, "file": layout.media_key(SHARD, name, "ab" * 32, ".mp4")} for name in NAMES]
     link, seen = os.link, set()
     for survivors in count():

@@ -1,4 +1,4 @@
-"""The store on Google Cloud Storage and Azure Blob Storage, by their own fsspec drivers over HTTP (P1)."""
+"""The store on Google Cloud Storage and Azure Blob Storage, with their own fsspec drivers over HTTP (P1)."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def store(request) -> Store:
 
 
 def test_the_probe_finds_a_conditional_put(store):
-    """P1: and leaves nothing behind."""
+    """P1: the probe finds a conditional PUT and leaves nothing behind."""
     assert store.probe() is PutIfAbsent.CONDITIONAL_PUT
     assert not store.leftovers()
 
 
 @pytest.mark.parametrize("size", [10, 7 * 2**20])
 def test_of_many_writers_one_wins(store, size):
-    """P1: whoever looks later finds its bytes; also where the driver would send a large object in parts."""
+    """P1: one writer succeeds and its bytes are stored, also if the driver uploads a large object in parts."""
     store.probe()
 
     def write(number: int) -> bool:
@@ -83,7 +83,9 @@ def test_of_many_writers_one_wins(store, size):
 
 
 def test_what_a_store_does(store, tmp_path: Path):
-    """P1: put replaces, a missing object is missing, a folder is no object, files go up and come down whole."""
+    """P1: put replaces, a missing object is missing, a folder is not an object, files are uploaded and downloaded
+    complete.
+    """
     store.put("a/b.json", b"1")
     store.put("a/b.json", b"2")
     assert store.get("a/b.json") == b"2"
@@ -106,15 +108,15 @@ def test_what_a_store_does(store, tmp_path: Path):
 
 
 @pytest.mark.parametrize("point", ["media", "record", "seal", "_SUCCESS"])
-def test_a_run_that_crashes_and_goes_on(store, point):
-    """P1, P2: the whole protocol; the root ends byte for byte as on a disk, sound and without garbage."""
+def test_a_run_that_crashes_and_resumes(store, point):
+    """P1, P2: the whole protocol; the root ends byte for byte as on a local disk, valid and without garbage."""
     crash_and_resume(store.url, [(number_of(NAMED[point]), "after")])
     assert verify(store, lambda data, suffix: MediaShape(17, 128, 96), decodes=None).findings == []
     assert list(find_garbage(store, older_than=FUTURE)) == []
 
 
 def test_posters_and_tars(store, tmp_path):
-    """Design 4: all that a root may hold is there as on a disk."""
+    """P2: a root with posters and tars is complete, as on a local disk."""
     samples = some_samples(6)
     run_small(store, samples, poison=POISON, adorned=True)
     disk = Store(str(tmp_path / "root"))
@@ -126,7 +128,7 @@ def test_posters_and_tars(store, tmp_path):
     assert "missing" in wrong.details
 
 
-def test_a_server_that_ignores_conditions_is_found_out(gcs, gcs_store):
-    """P1: the probe tries instead of believing, and the user is warned."""
+def test_a_server_that_ignores_conditions_is_detected(gcs, gcs_store):
+    """P1: the probe writes a test object, detects that the condition is ignored, and the user is warned."""
     gcs.ignores_conditions = True
     assert gcs_store.probe() is PutIfAbsent.UNSAFE

@@ -1,4 +1,4 @@
-"""The few acts of a store, on a real disk, in memory, and against a real S3 endpoint."""
+"""The operations of a store, on a local disk, in memory, and on an S3 endpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.repository import ROOT
 
 
 def at_once(count, act):
-    """What `act(i)` returns for i < count, all begun at the same moment."""
+    """The results of `act(i)` for i < count, all started at the same moment."""
     results, barrier = [None] * count, threading.Barrier(count)
 
     def run(i):
@@ -52,21 +52,21 @@ def files_below(folder: Path) -> list[str]:
 
 
 def test_put_new_creates_once(any_store):
-    """P1: the first writer wins, later ones change nothing."""
+    """P1: the first writer succeeds, later writers change nothing."""
     assert any_store.put_new("commits/shard-00000/a.json", b"first")
     assert not any_store.put_new("commits/shard-00000/a.json", b"second")
     assert any_store.get("commits/shard-00000/a.json") == b"first"
 
 
 def test_put_replaces(any_store):
-    """Design 4: summaries and latents are replaced as a whole, also by shorter ones."""
+    """P1: summaries and latents are replaced as a whole, also by shorter objects."""
     any_store.put("summary.json", b"a long first version")
     any_store.put("summary.json", b"short")
     assert any_store.get("summary.json") == b"short"
 
 
 def test_put_file_stores_the_bytes(any_store, tmp_path):
-    """Design 4: media are files of any content; writing the same one again is harmless."""
+    """P1: a media file may hold any bytes; a second upload of the same file is harmless."""
     media, data = tmp_path / "media.mp4", os.urandom(300_000)
     media.write_bytes(data)
     any_store.put_file("data/shard-00000/a-12345678.mp4", media)
@@ -77,7 +77,7 @@ def test_put_file_stores_the_bytes(any_store, tmp_path):
 
 @pytest.mark.parametrize("is_finished", [False, True])
 def test_a_stored_file_outlives_its_source(any_store, tmp_path, is_finished):
-    """P1: scratch files go as soon as they are stored, and one that is not finished may even be written to again."""
+    """P1: the source file is removed after the upload; a file that is not finished may even be written to again."""
     source = tmp_path / "media.mp4"
     source.write_bytes(b"first")
     if is_finished:
@@ -90,8 +90,8 @@ def test_a_stored_file_outlives_its_source(any_store, tmp_path, is_finished):
     assert list(any_store.list("data")) == ["data/a.mp4"]
 
 
-def test_a_finished_file_takes_the_place_of_a_damaged_one(tmp_path):
-    """P1: a repair renders the same name again; whoever reads sees one or the other, whole."""
+def test_a_finished_file_replaces_a_damaged_one(tmp_path):
+    """P1: a repair renders the same name again; a reader sees one of the two files, complete."""
     source, store = tmp_path / "media.mp4", Store(str(tmp_path / "root"))
     source.write_bytes(b"bytes")
     store.put("data/a.mp4", b"dam")
@@ -101,7 +101,7 @@ def test_a_finished_file_takes_the_place_of_a_damaged_one(tmp_path):
 
 
 def test_a_finished_file_of_another_disk_is_copied(tmp_path, monkeypatch):
-    """P1: where a file cannot have a second name, the object is a copy of it."""
+    """P1: if a file cannot be hard-linked, the object is a copy."""
     source, store = tmp_path / "media.mp4", Store(str(tmp_path / "root"))
     source.write_bytes(b"bytes")
     store.put_finished({"data/linked.mp4": source})
@@ -117,14 +117,14 @@ def test_a_finished_file_of_another_disk_is_copied(tmp_path, monkeypatch):
 
 
 def test_empty_objects_exist(any_store):
-    """Design 4: `_SUCCESS` is empty and still there."""
+    """P2: `_SUCCESS` is empty and exists."""
     any_store.put("_SUCCESS", b"")
     assert any_store.exists("_SUCCESS")
     assert any_store.get("_SUCCESS") == b""
 
 
 def test_a_missing_object(any_store):
-    """Reading says FileNotFoundError, deleting is fine, listing is empty."""
+    """Reads raise FileNotFoundError, a delete does nothing, a listing is empty."""
     with pytest.raises(FileNotFoundError):
         any_store.get("run.json")
     assert not any_store.exists("run.json")
@@ -133,7 +133,7 @@ def test_a_missing_object(any_store):
 
 
 def test_delete_removes(any_store):
-    """A deleted object may be created anew."""
+    """A deleted object can be created again."""
     any_store.put("a/b", b"1")
     any_store.delete("a/b")
     assert not any_store.exists("a/b")
@@ -141,13 +141,13 @@ def test_delete_removes(any_store):
 
 
 def test_a_folder_is_no_object(any_store):
-    """Otherwise a shard with records would hide a sample named like its folder."""
+    """A shard's folder must not look like the record of a sample with the same name."""
     any_store.put("a/b", b"1")
     assert not any_store.exists("a")
 
 
 def test_list_is_recursive_relative_and_sorted(any_store):
-    """Keys come back as they were written, and only those below the folder itself, not of its namesakes."""
+    """Keys are returned as they were written, and only those below the folder, not those with the same prefix."""
     keys = ["commits/shard-00001/b.json", "commits/shard-00001/a.x.json", "commits/shard-00001/deep/er/c.json"]
     for key in [*keys, "commits/shard-000010/d.json", "run.json"]:
         any_store.put(key, b"x")
@@ -155,8 +155,8 @@ def test_list_is_recursive_relative_and_sorted(any_store):
     assert list(any_store.list("commits/shard-00001")) == sorted(keys)
 
 
-def test_nothing_is_answered_from_a_cache(any_store):
-    """P2: what another worker wrote or removed since the last look is seen."""
+def test_nothing_comes_from_a_cache(any_store):
+    """P2: objects that another worker has written or removed are seen."""
     other = pickle.loads(pickle.dumps(any_store))
     assert list(any_store.list("commits/")) == []
     other.put("commits/a.json", b"1")
@@ -168,7 +168,7 @@ def test_nothing_is_answered_from_a_cache(any_store):
 
 
 def test_another_machine_writes_to_s3(s3_store):
-    """P2: the same, past every cache of this process."""
+    """P2: the same for another machine; this process must not cache listings."""
     bucket = s3_store.url.split("/")[2]
     assert list(s3_store.list("commits/")) == []
     assert not s3_store.exists("commits/a.json")
@@ -182,7 +182,7 @@ def test_another_machine_writes_to_s3(s3_store):
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../a", "a/../b", "a//b", "a/", ".", "./a", "a\\b", "a\0b"])
 def test_keys_that_leave_the_root_are_refused(any_store, key):
-    """Keys are made from ids that users choose; none may reach another place."""
+    """Keys are made from ids that users choose; no key may lead outside the root."""
     with pytest.raises(ValueError, match="not a key"):
         any_store.put(key, b"x")
     with pytest.raises(ValueError, match="not a key"):
@@ -192,7 +192,7 @@ def test_keys_that_leave_the_root_are_refused(any_store, key):
 @settings(deadline=None)
 @given(key=st.text(alphabet=st.sampled_from("ab./\\\0 ~"), max_size=12))
 def test_a_key_stays_below_the_root(key):
-    """The same for any key: refused, or below the root and not the root itself."""
+    """Any key is either refused or leads to a path below the root."""
     try:
         checked = store._checked(key)
     except ValueError:
@@ -201,7 +201,7 @@ def test_a_key_stays_below_the_root(key):
 
 
 def test_a_local_root_is_absolute(tmp_path, monkeypatch):
-    """Workers have another working directory than the driver."""
+    """Workers have a different working directory than the driver."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     store = Store("out")
@@ -214,7 +214,7 @@ def test_a_local_root_is_absolute(tmp_path, monkeypatch):
 
 
 def test_a_pickled_store_holds_its_url_only(s3_store):
-    """Credentials come from each machine's own environment and never travel."""
+    """Credentials come from the environment of each machine and are never sent."""
     s3_store.put("a", b"1")
     assert pickle.loads(pickle.dumps(s3_store)).__dict__ == Store(s3_store.url).__dict__
 
@@ -223,7 +223,7 @@ def test_a_pickled_store_holds_its_url_only(s3_store):
 
 
 def test_of_many_threads_one_creates(any_store):
-    """P1: of any number of writers at one moment exactly one wins, and its bytes are what is there."""
+    """P1: exactly one of several concurrent writers succeeds, and its bytes are stored."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # threads change places inside the act, not only between two acts
     try:
@@ -236,8 +236,8 @@ def test_of_many_threads_one_creates(any_store):
         sys.setswitchinterval(usual)
 
 
-def test_nothing_changes_under_a_listing_of_memory(monkeypatch, tmp_path):
-    """P2: fsspec's memory breaks off a walk when a key comes or goes meanwhile; shards are looked up beside commits."""
+def test_nothing_changes_during_a_listing_of_memory(monkeypatch, tmp_path):
+    """P2: a walk of fsspec's memory file system fails if keys change; shards are scanned during commits."""
     find = MemoryFileSystem.find
 
     def slow_find(self, path, **options):
@@ -261,8 +261,8 @@ def test_nothing_changes_under_a_listing_of_memory(monkeypatch, tmp_path):
     )
 
 
-def test_threads_take_turns_where_no_server_judges(monkeypatch):
-    """P1: without a conditional write the look and the write are two acts, and no thread may come between."""
+def test_threads_are_serialized_without_a_conditional_write(monkeypatch):
+    """P1: without a conditional write, no thread may write between another thread's check and its write."""
     exists = MemoryFileSystem.exists
 
     def slow_exists(self, path, **options):  # the driver's own look, just before it writes
@@ -276,7 +276,7 @@ def test_threads_take_turns_where_no_server_judges(monkeypatch):
 
 
 def python(script: str, *args: object) -> subprocess.Popen:
-    """A fresh interpreter that has `Store` at hand."""
+    """A new interpreter that has imported `Store`."""
     return subprocess.Popen(
         [sys.executable, "-c", f"import sys\nfrom hv_batch.job.storage.store import Store\n{script}", *map(str, args)],
         stdin=subprocess.PIPE,
@@ -287,7 +287,7 @@ def python(script: str, *args: object) -> subprocess.Popen:
 
 
 def test_of_many_processes_one_creates(tmp_path):
-    """P1: the same for processes on a local disk, key by key."""
+    """P1: exactly one process on a local disk creates each key."""
     script = """
 store, me = Store(sys.argv[1]), sys.argv[2].encode() * 1000
 for key in sys.stdin:
@@ -308,7 +308,7 @@ for key in sys.stdin:
 
 
 def test_a_killed_writer_leaves_no_partial_object(tmp_path):
-    """P2: whenever a writer is killed, readers see whole objects or none."""
+    """P2: whenever a writer is killed, readers see complete objects or none."""
     size = 3_000_000
     script = """
 store, size, media = Store(sys.argv[1]), int(sys.argv[2]), __import__("pathlib").Path(sys.argv[3])
@@ -348,16 +348,16 @@ def _check_whole(store: Store, size: int) -> int:
     return seen
 
 
-def test_list_hides_what_a_killed_writer_left(tmp_path):
-    """P2: a draft is no object."""
+def test_list_hides_drafts(tmp_path):
+    """P2: a draft of a killed writer is not an object."""
     store = Store(str(tmp_path))
     store.put("commits/a.json", b"1")
     (tmp_path / "commits" / ".draft-0123").write_bytes(b"hal")
     assert list(store.list("commits/")) == ["commits/a.json"]
 
 
-def test_a_file_comes_back_as_it_went(any_store, tmp_path):
-    """P1: whole, and not at all where there is none."""
+def test_a_file_is_downloaded_as_it_was_uploaded(any_store, tmp_path):
+    """P1: a file is downloaded complete; a missing one raises FileNotFoundError."""
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(bytes(range(256)) * 2048)
     any_store.put_file("a/b.mp4", source)
@@ -368,14 +368,14 @@ def test_a_file_comes_back_as_it_went(any_store, tmp_path):
 
 
 @pytest.mark.parametrize("act", ["put_new", "put", "put_file"])
-def test_a_full_disk_surfaces_and_leaves_nothing(tmp_path, monkeypatch, act):
-    """Design 6: a full disk is FATAL, so its errno must arrive; what was half written is gone."""
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch, act):
+    """A full disk is FATAL, so its errno must be kept; partially written files are removed."""
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def free_space(_):
-        assert files_below(tmp_path / "root") == [], "what was half written would count as taken"
+        assert files_below(tmp_path / "root") == [], "partial files would count as used space"
         return SimpleNamespace(free=900)
 
     media = tmp_path / "media"
@@ -390,8 +390,8 @@ def test_a_full_disk_surfaces_and_leaves_nothing(tmp_path, monkeypatch, act):
     assert files_below(tmp_path / "root") == []
 
 
-def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeypatch):
-    """Design 4: CIFS and some FUSE mounts keep folders themselves and refuse the call."""
+def test_a_disk_that_cannot_flush_folders_is_used(tmp_path, monkeypatch):
+    """CIFS and some FUSE mounts refuse to flush a folder; the store still works."""
     fsync = os.fsync
 
     def picky(descriptor):
@@ -405,8 +405,8 @@ def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeyp
     assert store.get("a/b") == b"1"
 
 
-def test_the_names_of_new_folders_are_flushed_before_what_is_in_them(tmp_path, monkeypatch):
-    """P1: a power cut takes no record away that was said to be there, nor the first one of a shard with its folder."""
+def test_new_folders_are_flushed_before_their_contents(tmp_path, monkeypatch):
+    """P1: a power failure must not remove a stored record, nor the first record of a shard together with its folder."""
     flushed = []
     flush = local_disk._flush
     monkeypatch.setattr(
@@ -421,8 +421,8 @@ def test_the_names_of_new_folders_are_flushed_before_what_is_in_them(tmp_path, m
     assert [path for path in flushed if "draft" not in path] == folders[-1:]
 
 
-def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
-    """P1 on NFS: a repeated link reports our own success as a conflict."""
+def test_a_link_whose_reply_was_lost_counts_as_created(tmp_path, monkeypatch):
+    """P1: NFS repeats a link request and then reports the first success as a conflict."""
     link = os.link
 
     def link_twice(source, target):
@@ -438,8 +438,8 @@ def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
 # Probe ----------------------------------------------------------------------------------------------------------------
 
 
-def test_probe_knows_the_stores(any_store):
-    """P1: each kind of store says how it keeps the promise; only the one that cannot comes with a warning."""
+def test_probe_reports_the_mechanism_of_each_store(any_store):
+    """P1: the probe names the put-if-absent mechanism; only a store without one has a warning."""
     expected = {"s3": PutIfAbsent.CONDITIONAL_PUT, "memory": PutIfAbsent.UNSAFE}
     claim = any_store.probe()
     assert claim is expected.get(any_store.url.split(":")[0], PutIfAbsent.EXCLUSIVE_LINK)
@@ -447,7 +447,7 @@ def test_probe_knows_the_stores(any_store):
 
 
 def test_probe_leaves_nothing(tmp_path, s3_store):
-    """An output root that was only looked at stays empty."""
+    """A root that was only probed stays empty."""
     Store(str(tmp_path / "root")).probe()
     assert files_below(tmp_path) == []
     s3_store.probe()
@@ -455,15 +455,15 @@ def test_probe_leaves_nothing(tmp_path, s3_store):
 
 
 def test_probe_finds_a_server_that_ignores_the_condition(s3, s3_store):
-    """P1: some S3-compatible servers accept every PUT; the user is told."""
+    """P1: some S3-compatible servers accept every PUT; the user is warned."""
     s3.ignores_conditions = True
     assert s3_store.probe() is PutIfAbsent.UNSAFE
     assert s3_store.put_new("a", b"1")
-    assert not s3_store.put_new("a", b"2"), "the look beforehand still helps one run at a time"
+    assert not s3_store.put_new("a", b"2"), "the check beforehand still protects one run at a time"
 
 
 def test_probe_finds_a_disk_without_hard_links(tmp_path, monkeypatch):
-    """P1: FAT and many FUSE mounts have none; the root still works, with a warning."""
+    """P1: FAT and many FUSE mounts have no hard links; the root works, with a warning."""
 
     def refuse(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -477,8 +477,8 @@ def test_probe_finds_a_disk_without_hard_links(tmp_path, monkeypatch):
     assert files_below(tmp_path / "root") == ["a"]
 
 
-def test_probe_refuses_what_cannot_be_written(tmp_path, s3):
-    """P6: an unwritable root is found at the start, and the message names it."""
+def test_probe_refuses_a_root_that_cannot_be_written(tmp_path, s3):
+    """P6: a root that cannot be written is found at the start, and the message names it."""
     (tmp_path / "file").write_bytes(b"")
     for url in [str(tmp_path / "file" / "root"), "/proc/nowhere/root", "s3://no-such-bucket/root"]:
         with pytest.raises(UserError, match=r"cannot be written|lies below one") as caught:
@@ -487,7 +487,7 @@ def test_probe_refuses_what_cannot_be_written(tmp_path, s3):
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/root", "hdfs://host/root"])
-def test_probe_refuses_what_cannot_be_opened(url):
+def test_probe_refuses_a_url_that_cannot_be_opened(url):
     """P6: an unknown protocol, or one whose package is not installed."""
     with pytest.raises(UserError, match=url):
         Store(url).probe()
@@ -498,28 +498,28 @@ def test_probe_refuses_what_cannot_be_opened(url):
 
 @pytest.fixture
 def large(tmp_path, monkeypatch) -> Path:
-    """A file of three parts, of the smallest size that S3 takes."""
+    """A file of three parts, each of the smallest size that S3 allows."""
     monkeypatch.setattr(object_store, "PART_BYTES", 5 * 2**20)
     path = tmp_path / "large.mp4"
     path.write_bytes(os.urandom(2**20) * 11)
     return path
 
 
-def test_large_objects_go_in_parts(s3, s3_store, large):
-    """Design 4: what is too large for one request; a part that fails is repeated by itself."""
+def test_large_objects_are_uploaded_in_parts(s3, s3_store, large):
+    """P1: an object that is too large for one request; a failed part is repeated alone."""
     s3.faults, s3.methods = [503], {"PUT"}
     s3_store.put_file("data/a.mp4", large)
     bucket = s3_store.url.split("/")[2]
     found = boto3.client("s3").head_object(Bucket=bucket, Key="some/root/data/a.mp4")
-    assert found["ETag"].endswith('-3"'), "S3 tells the number of parts in the tag"
+    assert found["ETag"].endswith('-3"'), "the ETag holds the number of parts"
     assert s3_store.get("data/a.mp4") == large.read_bytes()
-    assert s3.spoilt == 1
+    assert s3.failed_requests == 1
 
 
 def test_an_upload_in_parts_that_fails_leaves_nothing(s3, s3_store, large):
-    """P1: no object, and no parts that are paid for and never seen."""
+    """P1: a failed upload leaves no object and no parts, which S3 would bill."""
     s3.faults, s3.methods = [400] * 3, {"PUT"}
-    with pytest.raises(OSError, match="spoilt"):
+    with pytest.raises(OSError, match="injected fault"):
         s3_store.put_file("data/a.mp4", large)
     assert not s3_store.exists("data/a.mp4")
     assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket=s3_store.url.split("/")[2])
@@ -529,9 +529,9 @@ def test_an_upload_in_parts_that_fails_leaves_nothing(s3, s3_store, large):
 
 
 @pytest.mark.parametrize("place", [".aws/config", ".config/fsspec/conf.json"])
-def test_credentials_come_from_the_usual_places(s3, s3_store, tmp_path, place):
-    """Design 4: what the user's other tools find, ours find, the environment first of all (as in all other tests here);
-    nothing of it passes through config or URL.
+def test_credentials_come_from_the_default_locations(s3, s3_store, tmp_path, place):
+    """A store finds the credentials that the user's other tools find (the other tests use the environment); no
+    credential is in the config or the URL.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FSSPEC_"))}
     aws = f"[default]\naws_access_key_id = test\naws_secret_access_key = test\nendpoint_url = {s3.endpoint}\n"
@@ -555,34 +555,34 @@ def test_credentials_come_from_the_usual_places(s3, s3_store, tmp_path, place):
 
 @pytest.mark.parametrize("status", [500, 503, 429, 409])
 def test_transient_errors_are_retried(s3, s3_store, status):
-    """Design 4: throttling, a server's hiccup and S3's answer to two conditional PUTs at once all pass."""
+    """P5: throttling, server errors and S3's reply to concurrent conditional PUTs are retried."""
     s3.faults = [status] * 3
     assert s3_store.put_new("a", b"1")
-    assert s3.spoilt == 3
+    assert s3.failed_requests == 3
     s3.faults = [status] * 3
     assert s3_store.get("a") == b"1"
 
 
-def test_a_store_that_stays_away_is_named_as_such(s3, s3_store):
-    """P5: after four tries it is a fault of the infrastructure, with a type that says so and survives pickling."""
+def test_an_unreachable_store_raises_storage_unavailable(s3, s3_store):
+    """P5: after four attempts, an infrastructure failure with its own type, which can be pickled."""
     s3.faults = [503] * 100
     with pytest.raises(StorageUnavailableError, match=s3_store.url) as caught:
         s3_store.put("a", b"1")
-    assert s3.spoilt == 4
+    assert s3.failed_requests == 4
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), ConnectionError)
 
 
 def test_refused_credentials_are_not_retried(s3, s3_store):
-    """Design 6: a permission error stops the run at once; its errno tells it from a sample's own error."""
+    """A permission error stops the run at once; its errno distinguishes it from an error of the sample."""
     s3.faults = [403] * 100
     with pytest.raises(PermissionError) as caught:
         s3_store.put("a", b"1")
     assert caught.value.errno == errno.EACCES
-    assert s3.spoilt == 1
+    assert s3.failed_requests == 1
 
 
 def test_a_server_that_is_full_is_a_full_disk(s3, s3_store):
-    """Design 6: FATAL, as on a local disk."""
+    """A full server is FATAL, as a full local disk."""
     s3.faults = [507] * 100
     with pytest.raises(OSError, match=r"12,345 bytes are needed: .*507") as caught:
         s3_store.put("a", bytes(12_345))
@@ -590,7 +590,7 @@ def test_a_server_that_is_full_is_a_full_disk(s3, s3_store):
 
 
 def test_an_error_never_looks_like_a_missing_object(s3, s3_store):
-    """P2: if `exists` answered False to an outage, a resume would render what is committed."""
+    """P2: if `exists` returned False during an outage, a resume would render committed samples again."""
     s3_store.put("commits/a.json", b"1")
     s3.faults, s3.methods = [503] * 100, {"GET", "HEAD"}
     with pytest.raises(StorageUnavailableError):

@@ -1,4 +1,4 @@
-"""Rank 0's side of a decode in a group: no fault of a file may leave the other ranks waiting (P5)."""
+"""Rank 0's part of a group decode: an error of the media file must not leave the other ranks waiting (P5)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNKS = 4
 
 
 class Group:
-    """What a denoiser yields on rank 0; `taken` are the chunks that the other ranks got rid of."""
+    """The frames that a denoiser yields on rank 0; `taken` are the chunks received from the other ranks."""
 
     def __init__(self, fault: Exception | None = None, at: int = 2):
         self.taken: list[int] = []
@@ -40,7 +40,7 @@ class Group:
 
 
 class Writer:
-    """Stands for the publisher: reads `reads` chunks, then fails, if it is to."""
+    """A publisher that reads `reads` chunks and then raises its error, if any."""
 
     def __init__(self, fault: Exception | None = None, reads: int = CHUNKS):
         self.fault, self.reads = fault, reads
@@ -55,7 +55,7 @@ class Writer:
 
 
 def test_a_file_is_made_of_all_chunks(tmp_path):
-    """The way it should go: the media and how long it took."""
+    """Without errors: the media and the duration."""
     group = Group()
     recording = record_decode(Writer(), SAMPLE, group.decode(), tmp_path)
     assert isinstance(recording, RecordedDecode)
@@ -65,14 +65,14 @@ def test_a_file_is_made_of_all_chunks(tmp_path):
 
 @pytest.mark.parametrize("reads", range(CHUNKS + 1))
 def test_what_is_wrong_with_a_file_is_told_when_all_ranks_have_ended(tmp_path, reads):
-    """P5: a full disk before the first chunk, after the last and in between; every tile has been taken."""
+    """P5: the disk is full before the first chunk, after the last, or in between; every tile is received."""
     fault, group = OSError(errno.ENOSPC, "no space"), Group()
     assert record_decode(Writer(fault, reads), SAMPLE, group.decode(), tmp_path) is fault
     assert group.taken == [0, 1, 2, 3]
 
 
 def test_frames_that_are_not_finite_are_told_likewise(tmp_path):
-    """P5: rank 0 alone sees them; the group is as good as before."""
+    """P5: only rank 0 has the error; the group stays usable."""
     fault = NonFiniteError("not finite")
     group = Group(fault)
     assert record_decode(Writer(), SAMPLE, group.decode(), tmp_path) is fault
@@ -81,7 +81,7 @@ def test_frames_that_are_not_finite_are_told_likewise(tmp_path):
 
 @pytest.mark.parametrize("writer", [Writer(), Writer(OSError(errno.ENOSPC, "no space"), 1)], ids=["well", "disk full"])
 def test_a_rank_that_is_gone_ends_the_group(tmp_path, writer):
-    """P5: whoever is left in a collective cannot be given another sample, whatever else was wrong."""
+    """P5: the error is raised at once, because the other ranks may be waiting in a collective."""
     group = Group(RuntimeError("connection closed by peer"))
     with pytest.raises(RuntimeError, match="closed by peer"):
         record_decode(writer, SAMPLE, group.decode(), tmp_path)

@@ -18,7 +18,7 @@ from hv_batch.job.records.latents import get_steps, put_steps
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 from hv_batch.runtime.groups import step_checkpoints
-from hv_batch.runtime.groups.step_checkpoints import LEAST_PATIENCE_S, OVERDUE, StepTimer, StepWriter, read_steps
+from hv_batch.runtime.groups.step_checkpoints import MIN_LIMIT_S, OVERDUE, StepTimer, StepWriter, read_steps
 from hv_batch.runtime.worker import InFlight
 from tests.support.records import PARAMS, SAMPLE
 
@@ -33,7 +33,7 @@ DEADLINE_S = 30  # of what takes milliseconds, so that a test that fails does no
 
 
 class GatedStore(Store):
-    """Lets a write through only when told."""
+    """A store whose writes wait until the test allows them."""
 
     def __init__(self, url):
         super().__init__(url)
@@ -47,7 +47,7 @@ class GatedStore(Store):
 
 
 class Denoise:
-    """Reports the steps that a test makes, and counts the copies that were made of their latents."""
+    """Reports the steps of a test, and counts the copies of their latents."""
 
     def __init__(self, store, every, asked=None):
         self.read = []
@@ -73,7 +73,7 @@ def test_checkpoints_are_written_every_so_many_steps(any_store, every, written):
 
 
 def test_a_checkpoint_that_is_asked_for_follows_the_step_under_way(tmp_path):
-    """P4: one for one request, whatever `checkpoint_every` says."""
+    """P4: one checkpoint per request, for any `checkpoint_every`."""
     store = Store(str(tmp_path))
     denoise = Denoise(store, every=0)
     with denoise.writer:
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_asked_for_follows_the_step_under_way(tmp_path):
 
 
 def test_what_cannot_be_resumed_from_is_not_written(tmp_path):
-    """P4: what is due then, or asked for, follows the next step that can."""
+    """P4: a checkpoint that is due or requested then is written after the next step that can be resumed from."""
     store = Store(str(tmp_path))
     denoise = Denoise(store, every=2)
     with denoise.writer:
@@ -104,7 +104,7 @@ def test_what_cannot_be_resumed_from_is_not_written(tmp_path):
 
 
 def test_a_slow_store_makes_checkpoints_rare_and_holds_no_step_up(tmp_path):
-    """P4, P7: one write at a time; what falls due meanwhile is skipped, what was asked for follows when it can."""
+    """P4, P7: one write at a time; checkpoints that become due meanwhile are skipped, requested ones come later."""
     store = GatedStore(str(tmp_path))
     denoise = Denoise(store, every=1)
     with denoise.writer:
@@ -123,7 +123,7 @@ def test_a_slow_store_makes_checkpoints_rare_and_holds_no_step_up(tmp_path):
 
 
 def test_a_write_under_way_ends_before_the_denoise_does(tmp_path):
-    """P1: whoever commits, quarantines or retries the sample next finds no late write, not even after a failure."""
+    """P1: no write lands after the denoise has ended, not even after a failure."""
     store = GatedStore(str(tmp_path))
     denoise = Denoise(store, every=1)
     ended = threading.Event()
@@ -146,7 +146,7 @@ def test_a_write_under_way_ends_before_the_denoise_does(tmp_path):
 
 
 def test_a_store_that_does_not_answer_disturbs_no_denoise(s3, s3_store):
-    """P4: a checkpoint that cannot be written is counted and forgotten; one that cannot be read is as good as none."""
+    """P4: a failed write is only counted; a checkpoint that cannot be read is treated as missing."""
     put_steps(s3_store, SAMPLE, StepState(1, latents_after(1)), "identity")
     s3.faults = [503] * 1000
     denoise = Denoise(s3_store, every=1)
@@ -161,7 +161,7 @@ def test_a_store_that_does_not_answer_disturbs_no_denoise(s3, s3_store):
 
 
 def test_a_place_that_cannot_be_written_disturbs_no_denoise(tmp_path):
-    """P4: nor do errors that will not pass."""
+    """P4: the same for permanent errors."""
     store = Store(str(tmp_path))
     store.put(layout.STEPS + layout.shard_name(SAMPLE.shard), b"a file where the folder should be")
     denoise = Denoise(store, every=1)
@@ -171,7 +171,7 @@ def test_a_place_that_cannot_be_written_disturbs_no_denoise(tmp_path):
 
 
 def test_what_led_to_a_refused_result_is_not_gone_on_from():
-    """P5: a sample that was not finite is tried again from its noise: the same steps could only fail alike."""
+    """P5: after a POISON failure the sample starts from its noise, because the checkpoint may contain the fault."""
     lost, poisoned = (Failure(kind, "failed") for kind in (FailureClass.INFRA, FailureClass.POISON))
     assert InFlight(SAMPLE, has_steps=True, failures=(lost,)).may_resume()
     assert not InFlight(SAMPLE, has_steps=True, failures=(poisoned, lost)).may_resume()
@@ -190,9 +190,9 @@ def test_a_rank_tells_when_its_next_step_is_overdue(monkeypatch):
             for done, seconds in enumerate(took, 1):
                 now += seconds
                 after_step(done)
-                told.append(pace.patience_s)
+                told.append(pace.next_within_s)
             raise RuntimeError("lost peer")
-        assert pace.patience_s == math.inf
+        assert pace.next_within_s == math.inf
     slowest = OVERDUE * 40.0
-    assert told == [math.inf, LEAST_PATIENCE_S, slowest, slowest, math.inf, math.inf, OVERDUE * 20.0]
+    assert told == [math.inf, MIN_LIMIT_S, slowest, slowest, math.inf, math.inf, OVERDUE * 20.0]
     assert pace.steps == 7

@@ -1,4 +1,4 @@
-"""Which nodes the actors of each stage keep off, and what is said of it (P5); the cluster is made up."""
+"""The nodes that the actors of each stage avoid, and the warnings about them (P5). The cluster is simulated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hv_batch.runtime.nodes.resources import NODE_LABEL, avoid_nodes
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """What each node of the cluster has; a test changes it."""
+    """The resources of each node of the cluster; tests change them."""
     there = {"a": {"CPU": 8.0, "GPU": 3.0}, "b": {"CPU": 8.0, "GPU": 3.0}}
     monkeypatch.setattr(exclusion, "alive_nodes", lambda: there)
     monkeypatch.setattr(
@@ -40,7 +40,7 @@ def break_down(sick, stage, node):
 
 @pytest.mark.parametrize("stage", list(Stage))
 def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage, logged):
-    """P5: whoever found it, groups, encoders and decoders keep off, and people are told once."""
+    """P5: groups, encoders and decoders avoid an excluded node, whichever stage failed there; one warning is logged."""
     sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, stage, "a")
     assert all(sick.avoided(other) == {"a"} for other in Stage)
@@ -50,14 +50,14 @@ def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage, logged
 
 
 def test_who_got_a_node_excluded_is_told(nodes):
-    """P5: the slot that failed there is not given up for it; of the first failure, nobody knows yet whose it was."""
+    """P5: the failure that excludes a node does not count against the slot; the first one does."""
     sick = NodeExclusion(run_of(gpus=0.5))
     assert [sick.start_failed(Stage.DENOISE, ["a"], "no device") for _ in range(3)] == [False, True, False]
     assert [sick.device_faulted(Stage.DENOISE, ["b"], "ECC") for _ in range(3)] == [False] * 3, "it cannot be spared"
 
 
 def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
-    """P5: a decoder on a CPU has nothing to fear from a node's GPU, and knows nothing of it."""
+    """P5: decoders on the CPU neither avoid a node with a faulty GPU nor count failures against it."""
     sick = NodeExclusion(run_of(gpus=0.0))
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
@@ -68,7 +68,7 @@ def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
 
 
 def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
-    """P5: groups leave a node that the decoders cannot do without; once there is room elsewhere, these leave, too."""
+    """P5: groups leave a node that the decoders need; the decoders leave it once another node has room."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
     sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, Stage.DENOISE, "a")
@@ -79,17 +79,17 @@ def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
 
 
 def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes, logged):
-    """P5: a node that cannot be spared is named and stays."""
+    """P5: a node that the run cannot spare is named in a warning and stays in use."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
     sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, Stage.DECODE, "a")
     assert not sick.excluded
     (line,) = logged
-    assert line.endswith("fails again and again, but no other node could host a group and the decoders: it stays")
+    assert line.endswith("fails repeatedly, but no other node can host a group and the decoders: it stays in use")
 
 
 def test_nodes_are_taken_back_when_no_group_could_stand_elsewhere(nodes, logged):
-    """P5: the node that was left is lost, so the excluded one is better than none."""
+    """P5: if the last good node is lost, excluded nodes are readmitted."""
     sick = NodeExclusion(run_of(gpus=0.5))
     break_down(sick, Stage.DENOISE, "a")
     del nodes["b"]

@@ -18,7 +18,7 @@ def leaves_one(nodes, stage=Stage.DENOISE):
 
 
 def test_two_failed_starts_in_a_row_exclude_a_node():
-    """P5: one failed start is bad luck, the second in a row speaks of the node, of whichever group they were."""
+    """P5: two failed starts in a row exclude a node, whichever groups failed; one does not."""
     health = NodeHealth(leaves_one)
     health.start_failed(Stage.DENOISE, ["a"], "no device")
     assert not health.excluded
@@ -28,7 +28,7 @@ def test_two_failed_starts_in_a_row_exclude_a_node():
 
 
 def test_a_start_forgives_starts_and_a_sample_forgives_faults():
-    """P5: a sick GPU lets groups start and faults under every sample, so only a rendered sample clears a fault."""
+    """P5: with a faulty GPU groups start and then fail in every sample, so only a rendered sample resets the count."""
     health = NodeHealth(leaves_one)
     health.start_failed(Stage.DENOISE, ["a"], "bad luck")
     health.started(Stage.DENOISE, ["a"])
@@ -44,7 +44,7 @@ def test_a_start_forgives_starts_and_a_sample_forgives_faults():
 
 
 def test_the_last_node_that_could_host_a_group_stays():
-    """P5: whoever cannot be spared is named and stays, until another node has come."""
+    """P5: a node that cannot be spared is returned by name and stays, until another node has joined."""
     spare = False
     health = NodeHealth(lambda nodes, stage: spare)
     health.start_failed(Stage.DENOISE, ["a"], "1")
@@ -63,7 +63,7 @@ EVENTS = st.tuples(
 
 
 def leaves_enough(nodes, stage):
-    """A group wants one node, and a decoder another one beside it."""
+    """A group needs one node, and a decoder another one."""
     return len(nodes) < len(NODES) - (stage is Stage.DECODE)
 
 
@@ -93,7 +93,7 @@ def test_only_nodes_that_failed_in_a_row_are_excluded_and_never_all(history):
 
 
 def test_a_group_that_renders_says_nothing_of_a_decoders_gpu():
-    """P5: stages are counted apart, because they stand on different GPUs of a node."""
+    """P5: each stage has its own counts, because its workers use other GPUs of the node."""
     health = NodeHealth(leaves_one)
     for _ in range(EXCLUDE_AFTER):
         health.device_faulted(Stage.DECODE, ["a"], "ECC")
@@ -102,10 +102,10 @@ def test_a_group_that_renders_says_nothing_of_a_decoders_gpu():
 
 
 def test_a_pardon_starts_afresh():
-    """P5: when only excluded nodes are left, they are taken back with nothing held against them."""
+    """P5: readmitted nodes start with counts of zero."""
     health = NodeHealth(leaves_one)
     for _ in range(EXCLUDE_AFTER):
         health.start_failed(Stage.DENOISE, ["a"], "no device")
-    assert health.pardon() == {"a"}
+    assert health.readmit() == {"a"}
     health.start_failed(Stage.DENOISE, ["a"], "no device")
     assert not health.excluded

@@ -1,4 +1,4 @@
-"""What is said of encoders and decoders that find no room; the cluster is made up."""
+"""The warning about encoders and decoders that Ray cannot place. The cluster is simulated."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.nodes import pending_actors, resources
-from hv_batch.runtime.nodes.pending_actors import SAY_AFTER_S, PendingActorWatch
+from hv_batch.runtime.nodes.pending_actors import WARN_AFTER_S, PendingActorWatch
 
 CONFIG = {"encoders": {"placement": "colocated", "gpus": 0.3}, "decoders": {"gpus": 1.0, "cpus": 2.0}}
 
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """What the nodes have; one CPU of them is free."""
+    """The resources of the nodes; one CPU is free."""
     there = {"a": {"CPU": 16.0, "GPU": 8.0}, "b": {"CPU": 4.0}}
     monkeypatch.setattr(pending_actors, "alive_nodes", lambda: there)
     monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 1.0})
@@ -35,29 +35,29 @@ def test_a_station_without_room_is_told_of_once(nodes, logged):
     """
     watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     alone, joined = stage(Stage.DECODE, ()), stage(Stage.DECODE, (), ("a",))
-    for now in (0.0, SAY_AFTER_S - 1.0):
+    for now in (0.0, WARN_AFTER_S - 1.0):
         watch.look(alone, now)
     assert not logged
-    watch.look(joined, SAY_AFTER_S)
-    watch.look(alone, SAY_AFTER_S + 1.0)
+    watch.look(joined, WARN_AFTER_S)
+    watch.look(alone, WARN_AFTER_S + 1.0)
     assert not logged, "one of them had room meanwhile"
-    for now in (2 * SAY_AFTER_S + 1.0, 9 * SAY_AFTER_S):
+    for now in (2 * WARN_AFTER_S + 1.0, 9 * WARN_AFTER_S):
         watch.look(alone, now)
     assert logged == [
-        "a decoder waits for room, and the samples for it: it asks for one node with 2 CPU + 1 GPU; the cluster has "
-        "20 CPU + 8 GPU on 2 node(s), of which 1 CPU + 0 GPU are free. It begins when others let go of enough, or when "
-        "nodes join."
+        "a decoder waits for resources, and samples wait for it: it needs one node with 2 CPU + 1 GPU; the cluster has "
+        "20 CPU + 8 GPU on 2 node(s), of which 1 CPU + 0 GPU are free. It starts when other actors release enough, or "
+        "when nodes join."
     ]
-    watch.look(joined, 10 * SAY_AFTER_S)
+    watch.look(joined, 10 * WARN_AFTER_S)
     del nodes["a"]
-    for now in (11 * SAY_AFTER_S, 12 * SAY_AFTER_S):
+    for now in (11 * WARN_AFTER_S, 12 * WARN_AFTER_S):
         watch.look(alone, now)
-    assert logged[1].endswith("No node here could ever hold it: it begins only when others join.")
+    assert logged[1].endswith("No node of the cluster is large enough, even when idle: it starts only when nodes join.")
 
 
 def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes, logged):
-    """Colocated encoders wait for a group, which reports its own waiting; at the tail no decoder may be needed."""
+    """Colocated encoders wait for a group, for which there is another warning; a stage without workers needs none."""
     watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
-    for now in (0.0, 2 * SAY_AFTER_S):
+    for now in (0.0, 2 * WARN_AFTER_S):
         watch.look(stage(Stage.ENCODE, ()), now)
     assert not logged

@@ -1,4 +1,4 @@
-"""The bill of materials, and whether nodes can pay it (P6)."""
+"""The minimum resources of a run, and whether nodes can provide them (P6)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hv_batch.runtime.nodes.resources import (
 
 
 def test_a_group_of_eight_wants_one_node():
-    """Design section 5: a group's bundles are packed strictly, so eight GPUs over two nodes are not enough."""
+    """P6: the bundle of a group must fit on one node, so eight GPUs on two nodes are not enough."""
     run = resolve_run(RunConfig())
     bill = minimum_resources(run)
     assert total(group_bundles(run, run.groups.largest)) == {"CPU": 8.0, "GPU": 8.0}
@@ -36,7 +36,7 @@ def test_a_group_of_eight_wants_one_node():
 
 
 def test_a_group_over_two_nodes_wants_two():
-    """groups.nodes_per_group: the halves of a spanning group stand on different nodes, however large one of them is."""
+    """groups.nodes_per_group: the halves of a group are on different nodes, however large one of them is."""
     config = RunConfig.model_validate(
         {"parallel": {"ulysses_degree": 4, "ring_degree": 2}, "groups": {"nodes_per_group": 2}}
     )
@@ -48,7 +48,7 @@ def test_a_group_over_two_nodes_wants_two():
 
 
 def test_shares_of_a_gpu_add_up():
-    """An encoder and a decoder with half a GPU each stand on one."""
+    """An encoder and a decoder with half a GPU each share one."""
     config = RunConfig.model_validate(
         {"parallel": {"ulysses_degree": 1}, "encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
     )
@@ -57,7 +57,7 @@ def test_shares_of_a_gpu_add_up():
 
 
 def test_who_may_meet_on_a_node_share_its_store():
-    """P7: however Ray places the workers of a stage, together they hold a part of the smallest store there."""
+    """P7: however Ray places a stage's workers, their shares add up to at most STORE_SHARE of the smallest store."""
     small = {"CPU": 64.0, "GPU": 8.0, "object_store_memory": 800.0}
     large = {"CPU": 64.0, "GPU": 16.0, "object_store_memory": 1e4}
     head = {"CPU": 8.0, "object_store_memory": 10.0}
@@ -78,7 +78,7 @@ def test_groups_that_decode_want_no_decoder():
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=4), st.lists(st.integers(0, 8), max_size=4))
 def test_nothing_fits_into_less_than_it_is(needs, nodes):
-    """What fits never exceeds the sum, and always fits where every need has a node of its own."""
+    """What can be placed never exceeds the sum of the nodes; everything fits if each bundle has an own node."""
     bill = [[{"GPU": float(need)}] for need in needs]
     there = [{"GPU": float(size)} for size in nodes]
     if sum(needs) > sum(nodes):
@@ -88,7 +88,7 @@ def test_nothing_fits_into_less_than_it_is(needs, nodes):
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """What the nodes of a made-up cluster have; a test changes it. Nobody is there to bring others."""
+    """The resources of the nodes of a simulated cluster without an autoscaler; tests change them."""
     there = {"node": {"CPU": 64.0, "GPU": 10.0}}
     monkeypatch.setattr(resources, "alive_nodes", lambda: there)
     monkeypatch.setattr(resources, "request_resources", lambda bundles: None)
@@ -99,19 +99,19 @@ def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes, logged):
     """P5, P6: when its nodes are gone, and it has had nothing to do for as long as a start may take, a run says what it
     asks, what there is, and that this will never do.
     """
-    shortage = ResourceShortage(resolve_run(RunConfig()), patience_s=100.0)
+    shortage = ResourceShortage(resolve_run(RunConfig()), timeout_s=100.0)
     assert not shortage.lasts(0.0)
     nodes["node"]["GPU"] = 7.0
     assert shortage.lasts(200.0, is_busy=True)
     assert shortage.lasts(200.0 + 2 * SAY_EVERY_S, is_busy=True)
     (line,) = logged
-    assert line.startswith("waiting for nodes: Needed at least: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
-    assert line.endswith("Nodes there are: 64 CPU + 7 GPU.")
+    assert line.startswith("waiting for nodes: Minimum: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
+    assert line.endswith("Nodes of the cluster: 64 CPU + 7 GPU.")
     assert shortage.lasts(300.0, is_busy=True), "decodes that still run are worth waiting for"
     assert shortage.lasts(399.0)
     nodes["another"] = {"CPU": 64.0, "GPU": 10.0}
     assert not shortage.lasts(399.5), "one has come in time"
     del nodes["another"]
     assert shortage.lasts(450.0)
-    with pytest.raises(UserError, match=r"(?s)8 GPU.* 7 GPU\. However idle these are, the run could not go on there"):
+    with pytest.raises(UserError, match=r"(?s)8 GPU.* 7 GPU\. Add nodes, or request less"):
         shortage.lasts(550.0)

@@ -1,13 +1,13 @@
-"""Prompts are encoded once while an encoder remembers them."""
+"""The encoder actor encodes each distinct prompt once while it is in the cache."""
 
 from __future__ import annotations
 
-from hv_batch.runtime.pools.prompt_encoder import REMEMBERED, Embedder, Text
+from hv_batch.runtime.pools.prompt_encoder import CACHE_SIZE, Embedder, Text
 from tests.support.doubles import FakeEmbedding
 
 
 class CountingEncoder:
-    """Counts what it is asked for."""
+    """Counts its calls."""
 
     def __init__(self):
         self.asked = []
@@ -18,7 +18,7 @@ class CountingEncoder:
 
 
 def test_equal_prompts_are_encoded_once():
-    """Design 2: in one call and in later ones; the template tells texts apart."""
+    """Equal texts share an embedding, in one call and in later ones, unless their templates differ."""
     encoder = CountingEncoder()
     embedder = Embedder(encoder)
     cat, dog, picture = Text("cat", False), Text("dog", False), Text("cat", True)
@@ -32,14 +32,14 @@ def test_equal_prompts_are_encoded_once():
 
 
 def test_memory_is_bounded():
-    """P7: the texts longest unused are forgotten, also when one batch is larger than what is remembered."""
-    texts = [Text(f"{number:03d}", False) for number in range(REMEMBERED + 2)]
+    """P7: the least recently used texts are evicted, also if one batch is larger than the cache."""
+    texts = [Text(f"{number:03d}", False) for number in range(CACHE_SIZE + 2)]
     embedder = Embedder(CountingEncoder())
     found, _ = embedder.embed(texts)
-    assert len(found) == REMEMBERED + 2
+    assert len(found) == CACHE_SIZE + 2
     embedder = Embedder(CountingEncoder())
-    embedder.embed(texts[:REMEMBERED])
+    embedder.embed(texts[:CACHE_SIZE])
     embedder.embed(texts[:1])
-    embedder.embed(texts[REMEMBERED:])
+    embedder.embed(texts[CACHE_SIZE:])
     _, encoded = embedder.embed(texts[:3])
     assert encoded == set(texts[1:3])
