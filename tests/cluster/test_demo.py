@@ -23,7 +23,7 @@ def one(shape, colour, size=Size.MEDIUM, motion=Motion.STILL):
     return Thing(Shape(shape), colour, size, motion)
 
 
-# What the prompts of the shipped manifest say; that of a row without guidance is not judged.
+# What the prompts of the shipped manifest say; the row without guidance is not checked.
 SCENES = {
     "circle-crosses": Scene((one("circle", "red", motion=Motion.RIGHT),), "blue"),
     "star-rises": Scene((one("star", "red", Size.LARGE, Motion.UP),), "yellow"),

@@ -91,8 +91,8 @@ def test_gpu_time_counts_every_rank(key, ranks):
 def test_gpu_time_counts_each_group_by_its_size(store):
     """P2: a record holds the ranks of its group; an older record does not, and its run had one size."""
     open_root(store, 3, device="cuda")
-    for number, told in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
-        commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **told}}))
+    for number, details in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
+        commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **details}}))
     assert summary.aggregate(store)["denoise_gpu_seconds"] == 10.0 * (8 + 1 + 2)
 
 

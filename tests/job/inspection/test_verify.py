@@ -127,10 +127,10 @@ def test_each_fault_is_found_and_repaired(rendered, root, fault):
     FAULTS[fault](root)
     store = Store(str(root))
     found = verify(store, decode_media, decodes=None if fault in ONLY_DECODING_TELLS else 0)
-    told = {finding.fault for finding in found.findings}
+    faults = {finding.fault for finding in found.findings}
     # A record with a changed hash differs from its table, and a removed record leaves its row in the table.
-    assert fault in told
-    assert told <= {fault, Fault.TABLE}
+    assert fault in faults
+    assert faults <= {fault, Fault.TABLE}
     assert all(finding.key in ("s002", None) for finding in found.findings)
     assert fault.value in found.render()
     remove_faults(store, found.findings)

@@ -19,7 +19,7 @@ DEADLINE_S = 60
 
 
 class OutageLog:
-    """Stands for `Outage`: what it is told, and in which thread."""
+    """Stands for `Outage`: records its calls and their threads."""
 
     def __init__(self):
         self.notes = []
