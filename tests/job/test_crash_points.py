@@ -26,9 +26,9 @@ from tests.support.crash_points import (
     finished_url,
     fresh_url,
     is_sound,
-    repair,
     number_of,
     points,
+    repair,
     run_small,
     take_back,
 )
