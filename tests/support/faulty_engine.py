@@ -28,7 +28,7 @@ class FaultyVideo(HunyuanVideo):
         self.patience_s = patience_s
 
     def join(self, spec):
-        step_checkpoints.LEAST_PATIENCE_S = self.patience_s
+        step_checkpoints.MIN_LIMIT_S = self.patience_s
         denoiser = super().join(spec)
         denoise = denoiser.denoise
 

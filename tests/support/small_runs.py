@@ -32,6 +32,7 @@ from hv_batch.job.records.latents import (
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.shard_scan import Pending
 from hv_batch.job.stages import Stage
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.writer import write_media
 from tests.support.rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
@@ -191,5 +192,5 @@ def everything(store: Store, *, ignoring: Collection[str] = ()) -> dict[str, byt
         data = store.get(key) if store.exists(key) else b"(absent)"
         found[key] = data
         if key.endswith(".json") and data != b"(absent)" and (ignoring or key != layout.SUMMARY):
-            found[key] = {name: value for name, value in commits.decode(data).items() if name not in unlike}
+            found[key] = {name: value for name, value in canonical_json.decode(data).items() if name not in unlike}
     return found

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urljoin
 
 import pytest
 
-from hv_batch.job import layout
+from hv_batch.job import formatting, layout
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.inspection import gallery, summary
@@ -268,7 +268,7 @@ def test_template_has_no_placeholder_left_over():
 )
 def test_durations_have_two_or_three_digits(seconds, shown):
     """Report: any duration is shown with two or three digits."""
-    assert gallery.duration(seconds) == shown
+    assert formatting.duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -276,4 +276,4 @@ def test_durations_have_two_or_three_digits(seconds, shown):
 )
 def test_sizes_have_decimal_units(count, shown):
     """Report: sizes as object stores bill them."""
-    assert gallery.size(count) == shown
+    assert formatting.size(count) == shown

@@ -18,6 +18,7 @@ from hv_batch.job.records.commits import quarantine, quarantine_record
 from hv_batch.job.records.pending import PendingSamples, only_failed
 from hv_batch.job.records.shard_scan import LOOK_AHEAD
 from hv_batch.job.stages import Stage
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.support.pending import iterate
@@ -194,7 +195,7 @@ def test_failed_only_selects_quarantined_samples(index, options, expected):
     """`--failed-only` renders the quarantined samples of the selection and no others, not even pending ones."""
     store, samples = memory(), list(index)
     failed = [samples[n] for n in (0, 1, 5, 10)]
-    store.put(layout.RUN, run_document.encode(root_of(index)))
+    store.put(layout.RUN, canonical_json.encode(root_of(index)))
     commit(store, *(sample for sample in samples[:15] if sample not in failed))
     for sample in failed:
         failure = Failure(FailureClass.POISON, "not finite").to_dict()
