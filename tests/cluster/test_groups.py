@@ -204,7 +204,7 @@ def test_a_run_whose_nodes_are_gone_ends_in_time_and_is_resumed(fleet, tmp_path,
     assert code == 1, text
     assert "The cluster is too small for this run, even when idle. Minimum: a group of 2 rank(s)" in text
     assert "one node with 2 GPU" in text
-    assert "However idle these are, the run could not go on there" in text
+    assert "Add nodes, or request less in the config" in text
     assert "Traceback" not in text
     fleet.add_node(gpus=2)
     code, text = render(config, manifest, output, fleet.address)

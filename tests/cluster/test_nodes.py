@@ -167,7 +167,7 @@ def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
     run.wait_until_said(f"({dying.node_id[:8]}) has joined")  # of a node that dies between two looks nobody is told
     fleet.kill_node(dying)
     run.wait_until_said("denoise-1.0 with s01: INFRA")
-    run.wait_until_said("is gone")
+    run.wait_until_said("has left")
     run.go()
     assert run.history() == {"s01": ["INFRA"], **{f"s{i:02d}": [] for i in (0, 2, 3, 4, 5)}}
     assert run.groups_lost() == {"INFRA": {"groups": 1, "gpu_seconds": None}}
