@@ -111,6 +111,8 @@ def test_a_disturbed_group_keeps_its_reservation(fleet, rival, tmp_path, marks, 
     wait_for(lambda: ranks(marks), "the first incarnation")
     stranger = rival()
     for lives, sent in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):
+        # First the new ranks: rank 0 of the old ones may end its denoise after the kill of its peer.
+        wait_for(lambda lives=lives: len(ranks(marks)) >= 2 * lives, "the next incarnation")
         done = len(count(marks, "denoised"))
         wait_for(lambda done=done: len(count(marks, "denoised")) > done, "another denoise")
         assert not stranger.wait(0)
