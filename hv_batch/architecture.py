@@ -1,7 +1,7 @@
 """Widths, tile sizes and parameter counts of the networks. Does not import torch.
 
 The engine builds its modules from these dataclasses, and the cost model computes with them. The defaults are those of
-the released model (spec sections 2, 3 and 5). Tests compare every parameter count with the torch modules.
+the released model. Tests compare every parameter count with the torch modules.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class DiTConfig:
 
     @property
     def block_linears(self) -> int:
-        """Number of weights that an FP8 checkpoint stores in one byte each (spec section 6)."""
+        """Number of weights that an FP8 checkpoint stores in one byte each."""
         return self.mm_double_blocks_depth * self.double_linears + self.mm_single_blocks_depth * self.single_linears
 
     @property

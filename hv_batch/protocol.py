@@ -35,7 +35,7 @@ MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1  # torch.Generator takes a signed 64-bit seed
 
 
-DEFAULT_NEGATIVE_PROMPT = (  # spec section 3.3
+DEFAULT_NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
     "bad hands, bad teeth, bad eyes, bad limbs, distortion"
 )
@@ -68,7 +68,7 @@ class DeviceError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """All user-chosen values that change the pixels of one video (spec section 1).
+    """All user-chosen values that change the pixels of one video.
 
     Validate untrusted values with `problems` before you build one.
     """

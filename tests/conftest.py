@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-# No test judges by the clock: on a busy machine an example of a millisecond takes a second now and then.
+# No example has a deadline: on a busy machine one that needs a millisecond sometimes takes a second.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

@@ -69,6 +69,7 @@ class JobReport:
     first_denoise_s: float  # from the command to the first denoise: manifest check, start of Ray and of the workers
     groups_busy: float  # fraction of the time between the first and the last commit that groups spend in denoising
     driver_mb: float  # peak resident memory of the driver process, in MB
+    loop_max_ms: float  # longest iteration of the driver's loop, without its wait for events, in milliseconds
     ray_data: Throughput | None = None  # throughput of `ray_data_baseline`; None if it was not measured
 
     def render(self) -> str:
@@ -77,7 +78,8 @@ class JobReport:
             f"{load.samples:,} samples of {load.frames} frame(s), {load.groups} groups, {load.decoders} decoders: "
             f"{self.pace.render()}, groups busy {self.groups_busy:.1%} of the time",
             f"{load.all_rows:,} rows ({load.format}), {load.committed:,} committed earlier: first denoise after "
-            f"{self.first_denoise_s:.1f} s, driver {self.driver_mb:,.0f} MB",
+            f"{self.first_denoise_s:.1f} s, driver {self.driver_mb:,.0f} MB, longest iteration of its loop "
+            f"{self.loop_max_ms:.0f} ms",
         ]
         if self.ray_data is not None:
             ratio = self.pace.per_second / self.ray_data.per_second
@@ -122,6 +124,7 @@ def bench_job(load: Load, *, with_ray_data: bool = False) -> JobReport:
         first_denoise_s=min(record.begin for record in records) - begun,
         groups_busy=(len(ends) - 1) * load.steps * load.step_seconds / (load.groups * span),
         driver_mb=driver_mb,
+        loop_max_ms=1000 * meter.loop_max_s,
         ray_data=ray_data,
     )
 

@@ -67,8 +67,10 @@ class ProgressMeter(logging.Handler):
         super().__init__()
         self._due = list(MIDDLE)  # fractions of the samples at which to read the meter
         self.meter = Meter()
+        self.loop_max_s = 0.0  # longest iteration of the driver's loop, known when the run has finished
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.loop_max_s = getattr(record, "loop_max_s", self.loop_max_s)
         snapshot: Snapshot | None = getattr(record, "progress", None)
         if snapshot is None:
             return

@@ -56,12 +56,12 @@ class HunyuanVideo:
 
     All options except the paths and `offload` are part of a video's identity:
 
-    - `model_base`: the checkpoint tree (spec section 7). `dit_weight`: another DiT file, or a folder that holds one.
+    - `model_base`: the checkpoint tree. `dit_weight`: another DiT file, or a folder that holds one.
       `load_key`: the set of tensors to read from the file, "module" or "ema".
     - `dit`: fields of `DiTConfig` that differ from the released model and from a config.json beside the weights.
     - `precision`, `vae_precision`, `text_encoder_precision`, `text_encoder_precision_2`: "bf16", "fp16" or "fp32". The
       last one is for CLIP and defaults to that of LLaMA.
-    - `fp8`: "none" dequantises FP8 weights (spec section 6) at load time, "storage" on every use; both give equal
+    - `fp8`: "none" dequantises FP8 weights at load time, "storage" on every use; both give equal
       pixels. "matmul" computes the products of the blocks in FP8, from any weights, and gives other pixels; see
       `hv_batch.engine.dit.fp8_matmul`.
     - `attention`: the attention kernel of the DiT: "sdpa", "cudnn", "flash" or "math".

@@ -8,7 +8,7 @@
         latents  = euler_step(latents, velocity, ...)
 
 Latents and velocities are float32, and so is their arithmetic; only the model computes in its own dtype. The method
-follows the released HunyuanVideo run (spec section 4).
+follows the released HunyuanVideo run.
 
 Shapes: N videos in a batch, B batch items (N, or 2N with classifier-free guidance), C latent channels, T latent frames,
 H and W latent rows and columns, L text tokens, D and P widths of the text states and of the pooled vector.
@@ -73,7 +73,7 @@ class SamplingOptions:
         return self.step_cache == 0 or step_cache.can_resume(step)
 
 
-# "official" draws as the release does: on the model's device, in the dtype of the prompt embedding (spec section 4).
+# "official" draws as the release does: on the model's device, in the dtype of the prompt embedding.
 NOISES = ("cpu-fp32", "official")
 
 

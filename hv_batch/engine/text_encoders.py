@@ -1,4 +1,4 @@
-"""The two text encoders (towers): convert prompts to the conditioning of the DiT (spec section 3).
+"""The two text encoders (towers): convert prompts to the conditioning of the DiT.
 
     prompt --template, LLaMA tokenizer--> ids --LLaMA without its last two layers--> one state per token (content)
     prompt --CLIP tokenizer-------------> ids --CLIP text model--------------------> one pooled vector   (overall style)
@@ -70,7 +70,7 @@ class TextEmbedding:
     for the template's closing token, unless the prompt fills all 256 rows.
     """
 
-    states: torch.Tensor  # [valid tokens <= 256, D], without padding, which does not change the result (spec section 2)
+    states: torch.Tensor  # [valid tokens <= 256, D], without padding, which does not change the result
     pooled: torch.Tensor  # [D2]
     num_tokens: int
     tokens_lost: int

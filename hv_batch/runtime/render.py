@@ -135,16 +135,18 @@ def _close(store: Store, plan: PendingSamples, outcome: Outcome, stopped: Event)
         # No summary, because reading every record of a large run takes longer than a stopped process may live.
         logger.info(f"stopped after {clock(outcome.seconds)}: {totals}; run the same command again to resume")
         return ExitCode.STOPPED
+    timing = {"loop_max_s": outcome.loop_max_s}
     if not plan.is_whole and (left := read_status(store).pending):
         # No summary: the command that renders the last sample writes it.
         logger.info(
-            f"finished the selection after {clock(outcome.seconds)}: {totals}; {left} samples outside it are pending"
+            f"finished the selection after {clock(outcome.seconds)}: {totals}; {left} samples outside it are pending",
+            extra=timing,
         )
         return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
     # These facts are about this command only, unlike the rest of the summary: a resume may run on other nodes.
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
     summary = _finish(store, own, Outage(), stopped)
-    logger.info(f"finished after {clock(outcome.seconds)}: {totals}")
+    logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
     if groups := outcome.losses.describe():
         logger.info(f"denoise groups lost during the run: {groups}")
     if pending := summary["pending"]:
@@ -173,7 +175,7 @@ def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stopped: Event
             finish_run(store, summary)
             return summary
         except StorageUnavailableError as error:
-            outage.met(error, time.monotonic())
+            outage.note_failure(error, time.monotonic())
             if stopped.wait(OUTAGE_PAUSE_S):
                 raise KeyboardInterrupt from error
 

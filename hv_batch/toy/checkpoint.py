@@ -1,4 +1,4 @@
-"""Toy checkpoints: the real architecture at toy width, in the layout of the released checkpoint (spec 7).
+"""Toy checkpoints: the real architecture at toy width, in the layout of the released checkpoint.
 
 The checkpoint of this module is not trained; `hv_batch.toy.random_weights` describes its weights. The trained toy is in
 `hv_batch.toy.trained`.

@@ -17,9 +17,10 @@ from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.progress import Snapshot
 from hv_batch.job.records.commits import read_commit
-from hv_batch.job.records.pending import PendingSamples, ShardSkipped
+from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import open_run
 from hv_batch.job.storage.store import Store
+from tests.support.pending import iterate
 
 CONFIG = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=1))
 
@@ -99,7 +100,7 @@ def test_a_synthetic_output_root_can_be_resumed(tmp_path):
     open_run(store, document)
     synthetic_data.commit_first(output, manifest, CONFIG, committed)
     plan = PendingSamples(store, index)
-    pending = [item.sample.row for item in plan if not isinstance(item, ShardSkipped)]
+    pending = [found.sample.row for found in iterate(plan)]
     assert pending == list(range(committed + 1, rows + 1))
     assert plan.counts.committed_before == committed
     assert plan.take_complete() == []

@@ -40,7 +40,7 @@ DECODE_S = 115  # of the released code, which decodes on every rank: what its se
 
 # ---- speeds
 
-PUBLISHED = [  # spec section 9: GPU, work, {ranks: seconds}
+PUBLISHED = [  # GPU, work, {ranks: seconds}
     ("h100", HD, {1: 1904, 2: 930, 4: 514, 8: 338}),
     ("h20", HD, {1: 6639, 2: 3401, 4: 1763, 8: 941}),
     ("h100", SQUARE, {1: 1735, 2: 934, 3: 645, 6: 367}),
@@ -189,7 +189,7 @@ def test_a_plan_adds_up(config, manifest):
     assert eight["seconds_a_sample"] * 7 / 3600 == pytest.approx(estimate["stage_hours"]["denoise"])
     assert eight["gpu_hours"] == pytest.approx(8 * estimate["stage_hours"]["denoise"])
     videos = [size["videos_a_node_a_day"] for size in plan["group_sizes"]]
-    assert videos == sorted(videos, reverse=True), "small groups give throughput (spec section 9)"
+    assert videos == sorted(videos, reverse=True), "small groups give throughput"
     (rank,) = [stage for stage in plan["memory"] if stage["stage"] == "denoise rank"]
     assert rank["shape"] == [720, 1280, 129]
     assert rank["total"] == denoiser_footprint(RELEASED, count_tokens((720, 1280, 129)), 8, 1).total

@@ -45,7 +45,7 @@ RELEASED_COMMANDS = [
     "--embedded-cfg-scale 6.0 --flow-shift 7.0 --flow-reverse --use-cpu-offload --use-fp8 --save-path ./results",
 ]
 
-# Every flag of the released parser except --prompt, with its released default (spec section 1).
+# Every flag of the released parser except --prompt, with its released default.
 RELEASED_DEFAULTS = {
     "model": "HYVideo-T/2-cfgdistill",
     "latent_channels": 16,

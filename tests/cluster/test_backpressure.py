@@ -71,7 +71,7 @@ def test_a_held_decoder_stops_the_groups_before_the_store_is_full(held):
     assert spilled == 0
     began = (folder / "marks" / "trace").read_text().split()
     lead = [began[: i + 1].count("denoising") - began[: i + 1].count("decoded") for i in range(len(began))]
-    assert max(lead) == 2, f"a denoise that nobody had room for: {began}"
+    assert max(lead) == 2, f"a denoise whose result had no room: {began}"
 
 
 @pytest.mark.slow

@@ -27,4 +27,5 @@ def test_the_bench_reports_what_it_rendered(ray_environment):
     assert report["first_denoise_s"] > 0
     assert 0 < report["groups_busy"] <= 1
     assert report["driver_mb"] > 50
+    assert 0 < report["loop_max_ms"] < 60_000
     assert report["ray_data"]["per_second"] > 0

@@ -16,7 +16,7 @@ STEPS = 8
 RUN_S = 400  # a busy machine takes its time to start twelve ranks
 
 
-def gang_config(folder, base, marks, step_cache):
+def group_config(folder, base, marks, step_cache):
     """Four ranks, Ulysses 2 x ring 2, a checkpoint every step; timeouts.stall_s is too long to detect a hang."""
     config = yaml.safe_load((ROOT / "configs" / "fake_gpus_8rank.yaml").read_text())
     config["model"]["engine"] = "tests.support.faulty_engine:FaultyVideo"
@@ -42,7 +42,7 @@ def test_a_gang_that_raises_dies_or_hangs_renders_the_same(ray_head, tmp_path, s
     base, manifest = write_toy_checkpoint(tmp_path / "toy"), write_manifest(tmp_path, PROMPTS)
     marks = tmp_path / "marks"
     marks.mkdir()
-    config = gang_config(tmp_path, base, marks, step_cache)
+    config = group_config(tmp_path, base, marks, step_cache)
     code, text = finish(start(command(config, manifest, tmp_path / "out", ray_head[0])), RUN_S)
     assert code == 0, text
     assert {path.name for path in marks.iterdir()} == {f"once-{what}" for what in TROUBLES}
@@ -55,7 +55,7 @@ def test_a_gang_that_raises_dies_or_hangs_renders_the_same(ray_head, tmp_path, s
         ["INFRA"],
         ["INFRA"],
     ]
-    assert "told to fail on rank 1" in found["s00"]["history"][0]["message"]
+    assert "made to fail on rank 1" in found["s00"]["history"][0]["message"]
     assert "no progress for" in found["s02"]["history"][0]["message"]
     resumed = [found[key]["places"]["denoise"].get("resumed_from_step") for key in sorted(found)]
     assert resumed[0] is None, "what led to an error of the sample is not trusted"

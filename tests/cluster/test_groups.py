@@ -1,4 +1,4 @@
-"""The life of denoise groups on clusters of several nodes: where they stand, what they lose, and what they keep off."""
+"""Denoise groups on clusters of several nodes: placement, the cost of failures, and nodes that are avoided."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rank(NamedTuple):
 
 
 def ranks(marks):
-    """Every rank that ever joined, in order."""
+    """Every rank that has joined, in order."""
     path = marks / "ranks"
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
     return [Rank(host, *map(int, numbers)) for host, *numbers in lines]
@@ -44,14 +44,14 @@ def ranks(marks):
 
 @pytest.fixture(scope="module")
 def spanning(fleet_head, tmp_path_factory):
-    """A run of groups of eight over nodes of four and five GPUs; its folder, and what it said."""
+    """A run of groups of eight over nodes of four and five GPUs; its folder, and its output."""
     folder = tmp_path_factory.mktemp("spanning")
     marks = folder / "marks"
     marks.mkdir()
     config = write_config(
         folder,
         marks,
-        {"step_seconds": 0.6},  # long enough for the second group to be missed
+        {"step_seconds": 0.6},  # long enough for the second group to be reported as waiting
         parallel={"ulysses_degree": 4, "ring_degree": 2},
         groups={"count": 2, "nodes_per_group": 2},
     )
@@ -79,38 +79,40 @@ def test_a_group_of_eight_spans_two_nodes(spanning, expected):
 
 
 @pytest.mark.slow
-def test_groups_that_cannot_be_placed_are_told_of_together(spanning):
-    """Start-up, P6: what is asked, what there is and whether it could ever fit, once while nothing changes."""
+def test_groups_that_cannot_be_placed_are_reported_together(spanning):
+    """Start-up, P6: one line while nothing changes: what a group needs, what there is, and whether it fits."""
     said = [line for line in spanning[1].splitlines() if "wait for nodes" in line]
     assert len(said) == 1
-    assert "1 denoise group(s) have their place, 1 wait" in said[0]
+    assert "1 denoise group(s) are placed, 1 wait" in said[0]
     assert "2 nodes with 4 GPU each; the cluster has 12 CPU + 9 GPU on 3 node(s)" in said[0]
-    assert "when others let go" in said[0]
+    assert "when other jobs release enough" in said[0]
 
 
 @pytest.fixture
 def rival(fleet):
-    """A placement group of somebody else, who waits for two GPUs of one node."""
+    """Creates a placement group of another job, which waits for two GPUs of one node."""
     ray.init(address=fleet.address, log_to_driver=False, logging_level="ERROR")
     yield lambda: placement_group([{"GPU": 1}] * 2, strategy="STRICT_PACK")
     ray.shutdown()
 
 
 @pytest.mark.slow
-def test_a_group_that_is_disturbed_keeps_its_seats(fleet, rival, tmp_path, marks, expected):
-    """P3, P4: a group that disagrees with itself renders nothing; a rank that dies or hangs costs one rebuild.
+def test_a_disturbed_group_keeps_its_reservation(fleet, rival, tmp_path, marks, expected):
+    """P3, P4: a group whose self-check fails renders nothing; a rank that dies or hangs costs one rebuild.
 
-    Others wait all the time for the same two GPUs: a second group of the run, which may take them over, and a stranger,
-    who does not get them. The bytes are the undisturbed ones.
+    A second group of the run and another job wait for the same two GPUs all the time. The second group may get them,
+    and the other job must not. The bytes are those of an undisturbed run.
     """
     fleet.add_node(gpus=2)
     (marks / "disagree").touch()
     config = write_config(tmp_path, marks, {"step_seconds": 0.1}, groups={"count": 2}, timeouts={"stall_s": 3})
     output = tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:5]), output, fleet.address))
-    wait_for(lambda: ranks(marks), "the first life")
+    wait_for(lambda: ranks(marks), "the first incarnation")
     stranger = rival()
     for lives, sent in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):
+        # First the new ranks: rank 0 of the old ones may end its denoise after the kill of its peer.
+        wait_for(lambda lives=lives: len(ranks(marks)) >= 2 * lives, "the next incarnation")
         done = len(count(marks, "denoised"))
         wait_for(lambda done=done: len(count(marks, "denoised")) > done, "another denoise")
         assert not stranger.wait(0)
@@ -122,15 +124,15 @@ def test_a_group_that_is_disturbed_keeps_its_seats(fleet, rival, tmp_path, marks
     assert "this rank computes something else" in text
     found = records(output)
     assert [failure["kind"] for record in found.values() for failure in record["history"]] == ["INFRA"] * 2
-    assert len(ranks(marks)) == 8, "four lives of two ranks"
+    assert len(ranks(marks)) == 8, "four incarnations of two ranks"
     assert len(found) == 5
     assert videos(output).items() <= expected
 
 
 @pytest.mark.slow
-def test_the_seats_of_a_group_that_nobody_needs_are_given_back(fleet, rival, tmp_path, marks, expected):
-    """P5: a group dies with its last sample, and nothing is left for another: a stranger gets its GPUs while the other
-    group still renders.
+def test_the_reservation_of_a_group_that_is_not_rebuilt_is_released(fleet, rival, tmp_path, marks, expected):
+    """P5: a group dies with its last sample, and no sample is left for another: another job gets its GPUs while the
+    other group still renders.
     """
     fleet.add_node(gpus=4)
     config = write_config(tmp_path, marks, groups={"count": 2}, retries={"infra": 1})
@@ -151,8 +153,8 @@ def test_the_seats_of_a_group_that_nobody_needs_are_given_back(fleet, rival, tmp
 
 @pytest.mark.slow
 def test_an_idle_group_is_released_at_the_tail(fleet, rival, tmp_path, marks, expected):
-    """Elastic, P3: of two groups, the one for which no sample is left makes room: a stranger gets its GPUs while the
-    other one still renders. No failure is said of it.
+    """Elastic, P3: of two groups, the one for which no sample is left is released: another job gets its GPUs while the
+    other group still renders. No failure is reported.
     """
     fleet.add_node(gpus=4)
     prompts, output = [f"{PROMPTS[0]} !hold-denoise", PROMPTS[1]], tmp_path / "out"
@@ -163,20 +165,20 @@ def test_an_idle_group_is_released_at_the_tail(fleet, rival, tmp_path, marks, ex
     assert not stranger.wait(0)
     (marks / "go-2").touch()
     assert stranger.wait(60)
-    assert not records(output).keys() - {"s01"}, "the other one is not through"
+    assert not records(output).keys() - {"s01"}, "the other one still renders"
     (marks / "go").touch()
     code, text = finish(driver)
     assert code == 0, text
     assert "is released: the rest of the run cannot keep it busy" in text
     assert "INFRA" not in text
     assert len(records(output)) == 2
-    assert len(ranks(marks)) == 4, "nobody was started again"
+    assert len(ranks(marks)) == 4, "no group was started again"
     assert videos(output).items() <= expected
 
 
 @pytest.mark.slow
 def test_a_node_that_is_lost_costs_one_rebuild_elsewhere(fleet, tmp_path, marks, expected):
-    """P3, P4, P5: the node under the group dies as by a power cut; its sample is rendered on the other node."""
+    """P3, P4, P5: the node of the group is killed as by a power cut; its sample is rendered on the other node."""
     nodes = {node.node_ip_address: node for node in (fleet.add_node(gpus=2), fleet.add_node(gpus=2))}
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.3}), tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:3]), output, fleet.address))
@@ -185,14 +187,14 @@ def test_a_node_that_is_lost_costs_one_rebuild_elsewhere(fleet, tmp_path, marks,
     code, text = finish(driver)
     assert code == 0, text
     assert len(records(output)) == 3
-    assert {rank.host for rank in ranks(marks)} == set(nodes), "it went on on the other node"
+    assert {rank.host for rank in ranks(marks)} == set(nodes), "it was rendered on the other node"
     assert videos(output).items() <= expected
 
 
 @pytest.mark.slow
 def test_a_run_whose_nodes_are_gone_ends_in_time_and_is_resumed(fleet, tmp_path, marks, expected):
-    """P2, P3, P5: the only node that could host a group dies; the run says what it asks, what there is and that this
-    will never do, waits as long as a start may take, and ends. With a node again, the same command finishes it.
+    """P2, P3, P5: the only node that could host a group is killed. The run reports what it needs and that the cluster
+    is too small, waits for timeouts.start_s and ends. With a node again, the same command finishes it.
     """
     dying = fleet.add_node(gpus=2)
     config = write_config(tmp_path, marks, {"step_seconds": 0.3}, timeouts={"start_s": 40})
@@ -215,9 +217,9 @@ def test_a_run_whose_nodes_are_gone_ends_in_time_and_is_resumed(fleet, tmp_path,
 
 @pytest.mark.slow
 def test_sick_nodes_are_excluded_as_soon_as_they_can_be_spared(fleet, tmp_path, marks, expected):
-    """P5: a node where no group starts stays while it is the only one, and gets none once there are others.
+    """P5: a node where no group starts is used as long as it is the only one, and avoided once there are others.
 
-    One of those has a GPU that breaks under every sample: two tries later the sample is rendered on the third node.
+    One of those has a GPU that fails with every sample: after two tries the sample is rendered on the third node.
     """
     sick = fleet.add_node(gpus=2)
     (marks / f"sick-{sick.node_ip_address}").touch()
@@ -245,8 +247,8 @@ def test_sick_nodes_are_excluded_as_soon_as_they_can_be_spared(fleet, tmp_path, 
 
 @pytest.mark.slow
 def test_an_excluded_node_is_left_by_the_pools_too(fleet, tmp_path, marks, expected):
-    """P5: encoder and decoder stand on a node where no group starts; when the decoder's GPU breaks there, the next one
-    gets a place elsewhere, though there is more room where it was.
+    """P5: encoder and decoder run on a node where no group starts; when the decoder's GPU fails there, the next decoder
+    is placed on another node, although the first has more free resources.
     """
     sick = fleet.add_node(gpus=3)
     (marks / f"sick-{sick.node_ip_address}").touch()
@@ -271,8 +273,8 @@ def test_an_excluded_node_is_left_by_the_pools_too(fleet, tmp_path, marks, expec
 
 @pytest.mark.slow
 def test_a_group_that_does_not_meet_in_time_is_built_again(fleet, tmp_path, marks, expected):
-    """Start-up, P3, P5: a rank that hangs while it joins is given up after timeouts.start_s, said, and blamed on no
-    sample.
+    """Start-up, P3, P5: a rank that hangs while it joins is given up after timeouts.start_s, which is reported and
+    costs no sample a try.
     """
     fleet.add_node(gpus=2)
     (marks / "never-meets").touch()

@@ -54,5 +54,5 @@ def test_the_logs_of_the_actors_hold_the_history_of_every_sample(ray_environment
     (failure,) = [record for record in map(json.loads, text.splitlines()) if record.get("sample") == "s01"]
     assert (failure["level"], failure["attempt"]) == ("warning", 1)
     assert "POISON" in failure["message"]
-    assert any("told to log at encode: bad" in log for log in logs)
+    assert any("made to log at encode: bad" in log for log in logs)
     assert not [log for log in (*logs, text) if SECRET in log]

@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from hv_batch.job import layout
-from hv_batch.job.records import commits
 from hv_batch.job.records.lease import LEASE_SCHEMA, hold_lease, this_process
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from tests.support.repository import ROOT
 from tests.support.runs import dataset, render, write_config, write_manifest
@@ -78,7 +78,7 @@ def test_a_night_and_the_leases_of_others(ray_head, tmp_path, marks):
     assert code == 0, text
     left = Store(str(tmp_path / "nights" / "2026-11-18"))
     gone = replace(this_process("run"), machine="another", host="node-7")
-    left.put(layout.LEASE, commits.encode({"schema": LEASE_SCHEMA, **asdict(gone)}))
+    left.put(layout.LEASE, canonical_json.encode({"schema": LEASE_SCHEMA, **asdict(gone)}))
     left.delete(layout.SUCCESS)
     partition(tmp_path, "2026-11-19", PROMPTS)
     with hold_lease(Store(str(tmp_path / "nights" / "2026-11-19")), this_process("run", "raysubmit_9")):

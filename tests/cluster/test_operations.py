@@ -64,7 +64,7 @@ def test_processes_that_die_between_two_writes(undisturbed, ray_head, tmp_path, 
     assert died == {prefix.replace("/", "") for prefix in DEATHS}
     assert (output / "summary.json").exists()
     assert not (output / "_SUCCESS").exists()
-    assert (output / "lease.json").exists(), "nobody was left to release it"
+    assert (output / "lease.json").exists(), "the killed driver cannot release it"
     code, text = render(config, manifest, output, ray_head[0])
     assert code == 0, text
     assert "heartbeats are watched" not in text, "the holder ran on this machine and has ended"
@@ -128,7 +128,7 @@ def test_a_sample_that_was_given_up_is_taken_back(undisturbed, ray_head, tmp_pat
     assert code == 3, text
     code, text = hv_batch("retry", output, "--class", "POISON", "--yes")
     assert code == 0, text
-    assert "told to fail at denoise" in text
+    assert "made to fail at denoise" in text
     code, text = render(config, manifest, output, ray_head[0])
     assert code == 0, text
     assert count(marks, "denoised") == dict.fromkeys(prompts, 1)

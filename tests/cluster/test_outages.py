@@ -1,4 +1,4 @@
-"""Whole runs whose S3 endpoint is stopped and started again: videos wait on the node's disk, and none is made twice."""
+"""Runs whose S3 endpoint is stopped and started again: videos wait on the node's disk, and none is rendered twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.runs import count, finish, start, write_config, write_manifes
 from tests.support.runs import dataset as local_dataset
 from tests.support.s3_runs import BUCKET, objects
 
-# The pauses of an outage are made for nights. The Ray is a local one: actors take credentials from where they run.
+# Shortens the pauses of an outage. The runs use a local Ray: actors inherit the credentials of its environment.
 IMPATIENT = (
     "from hv_batch.job.scheduling import limits; limits.OUTAGE_PAUSE_S = 1.0; "
     "from hv_batch.cli.main import main; main()"
@@ -36,7 +36,7 @@ def wait_for(condition, what, process):
 
 
 def begin(folder: Path, marks: Path, root: str, spool_gib: float = 1.0, placement: str = "pool"):
-    """All samples are in one shard: to begin another one, the output root is asked what it knows of it."""
+    """All samples are in one shard, because the next shard would have to be looked up in the output root."""
     config = write_config(
         folder,
         marks,
@@ -50,7 +50,7 @@ def begin(folder: Path, marks: Path, root: str, spool_gib: float = 1.0, placemen
 
 
 def root_in_bucket(folder: Path) -> str:
-    """What was stored outlives a server: each test has a root of its own."""
+    """Objects outlast a restart of the server, so each test has a root of its own."""
     return f"s3://{BUCKET}/{folder.name}"
 
 
@@ -60,7 +60,7 @@ def waiting(folder: Path, what: str = "*.json") -> list[Path]:
 
 
 def begin_and_stop_endpoint(server, folder: Path, marks: Path, **options):
-    """A run that has decoded its first video when its endpoint goes."""
+    """A run that has decoded its first video when its endpoint is stopped."""
     (marks / "hold-decodes").touch()
     driver = begin(folder, marks, root_in_bucket(folder), **options)
     wait_for(lambda: count(marks, "decoded"), "a decode", driver)
@@ -71,7 +71,7 @@ def begin_and_stop_endpoint(server, folder: Path, marks: Path, **options):
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_environment, tmp_path_factory):
-    """What a run leaves whose output root always answers."""
+    """The dataset of a run whose output root always answers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "marks").mkdir()
     code, text = finish(begin(folder, folder / "marks", str(folder / "out")))
@@ -80,7 +80,7 @@ def undisturbed(ray_environment, tmp_path_factory):
 
 
 def assert_undisturbed(undisturbed, folder: Path, marks: Path) -> None:
-    """The root is that of an undisturbed run, each sample was rendered once, and nobody is charged."""
+    """The root is that of an undisturbed run, and each sample was rendered once and has one attempt."""
     own = f"{folder.name}/"
     found = {key.removeprefix(own): data for key, data in objects().items() if key.startswith(own)}
     assert {key: data for key, data in found.items() if key.startswith("data/")} == undisturbed
@@ -98,8 +98,8 @@ def assert_undisturbed(undisturbed, folder: Path, marks: Path) -> None:
 
 @pytest.mark.parametrize("placement", ["pool", "group"])
 def test_a_run_goes_on_while_its_endpoint_is_stopped(undisturbed, s3_root, tmp_path, marks, placement):
-    """P5, P7, P3: all samples are rendered while the server is down; when it is back all are committed, and the bytes
-    are those of an undisturbed run.
+    """P5, P7, P3: all samples are rendered while the server is down; when it answers again all are committed, and the
+    bytes are those of an undisturbed run.
     """
     driver = begin_and_stop_endpoint(s3_root, tmp_path, marks, placement=placement)
     wait_for(lambda: len(waiting(tmp_path)) == len(PROMPTS), "all videos on the disk", driver)
@@ -128,7 +128,7 @@ def test_a_resume_commits_what_a_killed_run_left_on_the_disk(undisturbed, s3_roo
 
 
 def test_a_full_spool_makes_the_groups_wait(undisturbed, s3_root, tmp_path, marks):
-    """P7, P5: beyond its cap nothing is written, latents wait, groups stop, nobody is charged; later all is there."""
+    """P7, P5: beyond its limit nothing is written, groups stop, and no attempt is counted; later all is committed."""
     cap_bytes = 24_000
     driver = begin_and_stop_endpoint(s3_root, tmp_path, marks, spool_gib=cap_bytes / 2**30)
     said = ""

@@ -168,7 +168,7 @@ def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
     bad = records(output, "quarantine")
     assert set(bad) == {"s01", "s03"}
     assert bad["s01"]["class"] == "POISON"
-    assert "told to fail at denoise" in bad["s01"]["message"]
+    assert "made to fail at denoise" in bad["s01"]["message"]
     assert "misbehave" in bad["s01"]["traceback"]
     assert [row["id"] for row in table(output)] == ["s00", "s02"]
     assert count(marks, "steps")["bad !raise-denoise 1"] == 2, "the second try trusted nothing of the first"

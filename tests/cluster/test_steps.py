@@ -54,7 +54,7 @@ def assert_resumed(output, marks, reached):
     resumed_from = record["places"]["denoise"]["resumed_from_step"]
     made = {step: count(marks, "steps")[f"{PROMPTS[0]} {step}"] for step in range(1, STEPS + 1)}
     assert made == {step: 2 if resumed_from < step <= reached else 1 for step in range(1, STEPS + 1)}
-    assert not checkpoints(output), "nobody needs it any more"
+    assert not checkpoints(output), "it is not needed any more"
     return record, resumed_from
 
 
@@ -95,7 +95,7 @@ def test_a_drain_that_is_too_short_leaves_a_checkpoint(undisturbed, ray_head, tm
     assert code == 0, text
     record, resumed_from = assert_resumed(output, marks, reached=STEPS)
     assert 3 < resumed_from < STEPS
-    assert record["attempts"] == 1, "who stopped the run did not blame the sample"
+    assert record["attempts"] == 1, "a stop does not count against the sample"
     assert dataset(output) == undisturbed
 
 

@@ -1,4 +1,4 @@
-"""The text encoders against the released procedure, written out with the transformers library (spec section 3)."""
+"""The text encoders against the released procedure, written out with the transformers library."""
 
 from __future__ import annotations
 

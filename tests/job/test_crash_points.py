@@ -26,9 +26,9 @@ from tests.support.crash_points import (
     finished_url,
     fresh_url,
     is_sound,
-    mend,
     number_of,
     points,
+    repair,
     run_small,
     take_back,
 )
@@ -98,21 +98,21 @@ def test_a_retry_that_is_killed():
         run_small(store, SAMPLES, poison=POISON)
         is_sound(store)
         assert everything(store, ignoring=TRIES) == EXPECTED_BUT_TRIES
-        told = [record["attempts"] for record in read_quarantined(store, SHARDS)]
+        attempts_before = [record["attempts"] for record in read_quarantined(store, SHARDS)]
         take_back(store)
         run_small(store, SAMPLES)
         is_sound(store)
         assert len(list(store.list("commits"))) == len(SAMPLES)
         again = [read_commit(store, shard, key)["attempts"] for shard, key in ((0, "s003"), (1, "s005"))]
-        assert again == [attempts + 1 for attempts in told]
+        assert again == [attempts + 1 for attempts in attempts_before]
 
 
 def test_a_repair_that_is_killed():
     """P2: at whatever point it is killed, the run command renders what was removed and restores the root."""
-    for at, when in points(acts_of(mend)):
+    for at, when in points(acts_of(repair)):
         url = finished_url()
         with pytest.raises(Crash):
-            mend(CrashingStore(url, at, when))
+            repair(CrashingStore(url, at, when))
         run_small(Store(url), SAMPLES, poison=POISON)
         is_sound(Store(url))
         assert everything(Store(url)) == EXPECTED

@@ -207,7 +207,7 @@ def test_one_frame_is_an_exact_png(tmp_path):
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0, 1, 7, 255]), st.integers(0, 2**32 - 1))
 def test_every_png_is_lossless(height, width, contrast, seed):
-    """P3, spec section 1: frames of any size and content are exact, and equal frames give equal bytes."""
+    """P3: frames of any size and content are exact, and equal frames give equal bytes."""
     frame = np.random.default_rng(seed).integers(0, contrast + 1, (height, width, 3), np.uint8)
     data = encode_png(frame)
     with Image.open(io.BytesIO(data)) as image:

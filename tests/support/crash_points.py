@@ -134,7 +134,7 @@ def take_back(store: Store) -> None:
     release(store, read_quarantined(store, SHARDS))
 
 
-def mend(store: Store) -> None:
+def repair(store: Store) -> None:
     """Removes one sample of each shard, as `verify --repair` does for damaged media."""
     found = []
     for shard, key in ((0, "s002"), (1, "s006")):

@@ -163,11 +163,11 @@ class FakeEngine:
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif fault == "raise":
-                raise ValueError(f"told to fail at {stage}: {text}")
+                raise ValueError(f"made to fail at {stage}: {text}")
             elif fault == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif fault == "log":
-                logger.warning(f"told to log at {stage}: {text}")
+                logger.warning(f"made to log at {stage}: {text}")
             elif fault == "hold":
                 self.mark("held", text)
                 while not (self.marks / "go").exists():

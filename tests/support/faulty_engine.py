@@ -28,7 +28,7 @@ class FaultyVideo(HunyuanVideo):
         self.patience_s = patience_s
 
     def join(self, spec):
-        step_checkpoints.LEAST_PATIENCE_S = self.patience_s
+        step_checkpoints.MIN_LIMIT_S = self.patience_s
         denoiser = super().join(spec)
         denoise = denoiser.denoise
 
@@ -49,7 +49,7 @@ class FaultyVideo(HunyuanVideo):
         if not match or int(match[2]) != rank or not self.is_first(match[1]):
             return
         if match[1] == "raise":
-            raise ValueError(f"told to fail on rank {rank}")
+            raise ValueError(f"made to fail on rank {rank}")
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[match[1]])
 
     def is_first(self, fault: str) -> bool:

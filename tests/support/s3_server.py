@@ -9,7 +9,7 @@ from moto.server import ThreadedMotoServer
 
 
 class S3Server:
-    """An S3 endpoint that can be told to fail requests."""
+    """An S3 endpoint that can be set to fail requests."""
 
     def __init__(self) -> None:
         self._port = 0  # any free port

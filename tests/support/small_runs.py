@@ -29,8 +29,10 @@ from hv_batch.job.records.latents import (
     put_latents,
     sample_identity,
 )
-from hv_batch.job.records.pending import Pending, PendingSamples, ShardSkipped
+from hv_batch.job.records.pending import PendingSamples
+from hv_batch.job.records.shard_scan import Pending
 from hv_batch.job.stages import Stage
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.writer import write_media
 from tests.support.rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
@@ -80,9 +82,10 @@ def run_small(
     if store.exists(layout.SUCCESS):
         return
     plan = PendingSamples(store, ListedShards(samples))
-    for found in plan:
-        if not isinstance(found, ShardSkipped):
-            counts = denoised if denoised is not None else Counter()
+    counts = denoised if denoised is not None else Counter()
+    for scan in plan.scanner.scans():
+        plan.enter(scan)
+        for found in scan.pending:
             if found.sample.key in poison:
                 _give_up(store, found)
                 plan.quarantined(found.sample)
@@ -189,5 +192,5 @@ def everything(store: Store, *, ignoring: Collection[str] = ()) -> dict[str, byt
         data = store.get(key) if store.exists(key) else b"(absent)"
         found[key] = data
         if key.endswith(".json") and data != b"(absent)" and (ignoring or key != layout.SUMMARY):
-            found[key] = {name: value for name, value in commits.decode(data).items() if name not in unlike}
+            found[key] = {name: value for name, value in canonical_json.decode(data).items() if name not in unlike}
     return found

@@ -1,4 +1,4 @@
-"""hv_batch.toy.checkpoint: released layout, reproducible bytes, and renders with visible content (spec section 7)."""
+"""hv_batch.toy.checkpoint: released layout, reproducible bytes, and renders with visible content."""
 
 from __future__ import annotations
 

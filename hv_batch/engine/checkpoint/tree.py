@@ -1,6 +1,6 @@
 """Checkpoint trees: the paths of their files, and a check for missing files.
 
-The released layout (spec section 7), and the safetensors that `hv-batch weights convert` writes:
+The released layout, and the safetensors that `hv-batch weights convert` writes:
 
 model_base/
   hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt    {"module": tensors}, optionally {"ema": tensors}

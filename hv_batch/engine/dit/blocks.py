@@ -1,4 +1,4 @@
-"""The double-stream and single-stream transformer blocks, and the final layer (spec section 2).
+"""The double-stream and single-stream transformer blocks, and the final layer.
 
 A block processes one item without batch dimension: text [S, C], this rank's image tokens [l, C], conditioning [C]. It
 does not depend on the mesh: `attend` takes the packed qkv of text and local image rows and returns the attended rows.

@@ -41,7 +41,7 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
 
 @lru_cache(maxsize=2)  # one sample runs at a time; two entries cover alternating shapes
 def rope_table(grid: Grid, span: tuple[int, int], axes_dims: tuple[int, ...], device: torch.device) -> Rope:
-    """Return rotary cos and sin of the tokens `span` of a (t, h, w) grid, one angle per channel pair (spec section 2).
+    """Return rotary cos and sin of the tokens `span` of a (t, h, w) grid, one angle per channel pair.
 
     Computed on the CPU in float32, so that all devices rotate by the same bits. A span may extend past the end of the
     grid; these rows are padding.

@@ -1,4 +1,4 @@
-"""FP8 weights as released (spec section 6): 8 bits per element and one scale per matrix, dequantised on every use.
+"""FP8 weights as released: 8 bits per element and one scale per matrix, dequantised on every use.
 
 The file has the same tensor names as the bf16 file. The weights of every Linear in the blocks are float8_e4m3fn. A
 second file, the map, holds one scale per module. These weights take half the memory. The speed is the same, because the

@@ -1,7 +1,7 @@
 """The HunyuanVideo diffusion transformer: predicts the velocity from latents, timestep and text.
 
 The module runs in the order of its code. Parameter names and shapes are those of the released checkpoint
-("HYVideo-T/2-cfgdistill", spec section 2), so its state dict loads without changes.
+("HYVideo-T/2-cfgdistill"), so its state dict loads without changes.
 
 The items of a batch (two with classifier-free guidance) run one by one. At video lengths one item fills any device, so
 this costs no speed. Each item uses only its own valid text tokens, so no padding must be masked, and the bits of an

@@ -1,4 +1,4 @@
-"""The modules of the causal 3D VAE (spec section 5). Their names are those of the released checkpoint.
+"""The modules of the causal 3D VAE. Their names are those of the released checkpoint.
 
 Every `x` is [batch, channels, frames, height, width]. Convolutions and attention are causal in time: a convolution pads
 only before the first frame, and attention covers a token's own frame and earlier frames. Padding replicates the edge.

@@ -1,4 +1,4 @@
-"""The causal 3D VAE "884-16c-hy" (spec section 5): compresses pixels to latents 8x in space and 4x in time.
+"""The causal 3D VAE "884-16c-hy": compresses pixels to latents 8x in space and 4x in time.
 
 The module tree and all parameter names are those of the released checkpoint. `CausalVAE.decode` decodes a video as a
 whole; real sizes are decoded in tiles by `hv_batch.engine.vae.tiling`.

@@ -1,4 +1,4 @@
-"""Streamed decoding in overlapping tiles with the tile geometry of the release (spec section 5).
+"""Streamed decoding in overlapping tiles with the tile geometry of the release.
 
 Tiled pixels differ from untiled pixels, so the geometry is part of a video's identity. With the numbers of the release:
 

@@ -1,6 +1,6 @@
 """The operations of each stage for a sample, and the bytes that the ranks of a group send each other.
 
-Pure functions of the model's widths and the shape of a video (spec section 2). `hv_batch.job.cost_model.speed` turns
+Pure functions of the model's widths and the shape of a video. `hv_batch.job.cost_model.speed` turns
 them into seconds.
 """
 
@@ -43,7 +43,7 @@ def decode_flops(model: ModelShape, shape: Shape) -> float:
 
 
 def count_tiles(model: ModelShape, shape: Shape) -> Counter[Shape]:
-    """The number of tiles of each size, in latent (frames, height, width): the geometry of spec section 5."""
+    """The number of tiles of each size, in latent (frames, height, width): the tile geometry of the release."""
     height, width, frames = shape
     latent = ((frames - 1) // TEMPORAL_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
     time, space = model.tile.time, model.tile.space

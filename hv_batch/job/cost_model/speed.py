@@ -1,7 +1,7 @@
 """Estimates the seconds of each stage on a GPU, from operations and bytes.
 
-Peaks are the vendors' figures for dense bf16. The efficiencies are fitted to published runs of the released code (spec
-section 9), which has the same attention kernel as this engine's "sdpa". Values without such a measurement are
+Peaks are the vendors' figures for dense bf16. The efficiencies are fitted to published runs of the released code,
+which has the same attention kernel as this engine's "sdpa". Values without such a measurement are
 assumptions and marked as such. All results are estimates for planning; tests keep them within 13 % of the published
 series.
 

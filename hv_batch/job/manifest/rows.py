@@ -95,7 +95,7 @@ def normalise(name: str, value: Any) -> Any:
     """
     type_ = type(value)  # not isinstance, for which True is an int
     if type_ is str:
-        return value.strip() if name == "prompt" else value  # spec section 1
+        return value.strip() if name == "prompt" else value
     if type_ is float and name in _WHOLE_OR_ID and value.is_integer() and abs(value) < MAX_EXACT:
         value, type_ = int(value), int
     if type_ is int and name == "id":

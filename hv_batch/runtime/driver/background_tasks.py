@@ -1,15 +1,11 @@
-"""The driver's own acts on the output root: quarantine records, seals, and what others ask of it.
-
-They are done in order, between two turns of the driver's loop; shards are sealed elsewhere, in an order of their own.
-Where the root does not answer, that act and all behind it wait: there is nobody else to try them again.
-"""
+"""What the driver itself writes into the output root: quarantine records, in an I/O thread, and seals, in Ray tasks."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import ray
@@ -24,6 +20,7 @@ from hv_batch.job.records.pending import CompleteShard, PendingSamples
 from hv_batch.job.scheduling.messages import Event
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime.classify import classify
+from hv_batch.runtime.driver.io_worker import IoWorker
 from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.driver.seal_task import seal
 from hv_batch.runtime.run_context import RunContext
@@ -31,12 +28,12 @@ from hv_batch.runtime.worker import Watch
 
 logger = logging.getLogger(__name__)
 
-# Complete shards that must wait for each worker that seals, before another joins in: its start takes a second of CPU.
-SHARDS_A_SEALER = 4
+# Complete shards that must wait for each worker that seals, before another is started: its start takes a second of CPU.
+SHARDS_PER_SEALER = 4
 
 
 class BackgroundTasks:
-    """`watch` takes references to wait for."""
+    """`watch` is the driver's; `records_io` runs acts on the output root in order."""
 
     def __init__(
         self,
@@ -44,40 +41,33 @@ class BackgroundTasks:
         plan: PendingSamples,
         extra_kinds: Mapping[str, ColumnType],
         outage: Outage,
+        records_io: IoWorker,
         watch: Watch,
     ) -> None:
         self._context = context
         self._plan = plan
         self._extra_kinds = extra_kinds
         self._outage = outage
+        self._records_io = records_io
         self._watch = watch
-        self._waiting: deque[Callable[[], None]] = deque()
         self._to_seal: deque[CompleteShard] = deque()
         self._sealing = 0
 
     @property
     def has_pending(self) -> bool:
-        return bool(self._waiting or self._to_seal or self._sealing)
-
-    def add(self, act: Callable[[], None]) -> None:
-        self._waiting.append(act)
+        return bool(self._records_io.has_pending or self._to_seal or self._sealing)
 
     def quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
-        """Give the sample up, when its turn comes."""
-        self.add(partial(self._quarantine, sample, failures))
+        """Write the sample's quarantine record, after all acts that were submitted before."""
+        self._records_io.submit(
+            partial(self._quarantine, sample, failures), partial(self._quarantined, sample, failures)
+        )
 
-    def run(self) -> None:
-        """What can be done now. Raises UserError when the output root has not answered for too long."""
-        while self._waiting and not self._outage.pauses(time.monotonic()):
-            try:
-                self._waiting[0]()
-            except StorageUnavailableError as error:
-                self._outage.met(error, time.monotonic())
-            else:
-                self._waiting.popleft()
+    def start_seals(self) -> None:
+        """Seal the shards that have become complete, unless the output root does not answer."""
         self._to_seal.extend(self._plan.take_complete())
         if not self._outage.pauses(time.monotonic()):
-            while self._to_seal and len(self._to_seal) >= SHARDS_A_SEALER * self._sealing:
+            while self._to_seal and len(self._to_seal) >= SHARDS_PER_SEALER * self._sealing:
                 self._seal(self._to_seal.popleft())
 
     def _seal(self, complete: CompleteShard) -> None:
@@ -90,31 +80,40 @@ class BackgroundTasks:
         self._sealing -= 1
         try:
             ray.get(ref)
-            self._outage.over(time.monotonic())
+            self._outage.note_success(time.monotonic())
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else None
             if isinstance(cause, StorageUnavailableError):
                 self._to_seal.appendleft(complete)
-                self._outage.met(cause, time.monotonic())
+                self._outage.note_failure(cause, time.monotonic())
             else:
-                # Nothing is lost: the records are there, and the next run of the same command seals the shard.
+                # Nothing is lost: the records are there, and the same command seals the shard the next time.
                 logger.warning(f"a shard could not be sealed: {classify(error).message}")
         return []
 
-    def _quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> None:
+    def _quarantine(self, sample: Sample, failures: tuple[Failure, ...]) -> bool:
+        """In the I/O thread. False if the sample has been committed, which a worker may not have lived to report."""
+        store = self._context.store
         record = quarantine_record(
             sample,
             failures=[failure.to_dict() for failure in failures],
             fingerprint=self._context.fingerprint,
             versions=self._context.versions,
         )
-        given_up = quarantine(self._context.store, record)
-        if given_up:
-            drop_latents(self._context.store, sample.shard, sample.key)
-            drop_steps(self._context.store, sample.shard, sample.key)
-        self._outage.over(time.monotonic())
-        if given_up:
-            logger.warning(f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}")
+        is_quarantined = quarantine(store, record)
+        if is_quarantined:
+            drop_latents(store, sample.shard, sample.key)
+            drop_steps(store, sample.shard, sample.key)
+        return is_quarantined
+
+    def _quarantined(self, sample: Sample, failures: tuple[Failure, ...], is_quarantined: bool) -> list[Event]:
+        self._outage.note_success(time.monotonic())
+        if is_quarantined:
+            logger.warning(
+                f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}",
+                extra={"sample": sample.key, "attempt": len(failures)},
+            )
             self._plan.quarantined(sample)
         else:
             self._plan.committed(sample)
+        return []

@@ -1,7 +1,7 @@
-"""How the driver bears an output root that does not answer: it waits, says so, and gives up in the end.
+"""How the driver handles an output root that does not answer: it waits, logs it, and ends the run after a limit.
 
-The actors' part is the scheduler's: a decode that meets an outage is tried again and nobody is charged. The driver has
-errands of its own (looking shards up, quarantining, sealing), and nobody to try them again for it.
+The scheduler handles the outages that actors meet: it tries their tasks again and charges no sample. This is for what
+the driver itself does in the output root: look-ups of shards, quarantine records and seals.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 class Outage:
-    """At most one at a time; times are seconds of any monotonic clock."""
+    """The outage of one output root, if there is one. Times are seconds of any monotonic clock."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._try_at = 0.0
 
     def pauses(self, now: float) -> bool:
-        """Whether the next try should wait: each takes the driver some 15 s, in which it hears nobody."""
+        """Whether new tries should wait, because one has failed less than OUTAGE_PAUSE_S ago."""
         return now < self._try_at
 
-    def met(self, error: StorageUnavailableError, now: float) -> None:
-        """A try has failed. Raises UserError when that has gone on for too long."""
+    def note_failure(self, error: StorageUnavailableError, now: float) -> None:
+        """A try has failed. Raises UserError if tries have failed for longer than OUTAGE_LIMIT_S."""
         self._try_at = now + OUTAGE_PAUSE_S
         if self._since is None:
             self._since = now
@@ -39,11 +39,11 @@ class Outage:
         elif now - self._since > OUTAGE_LIMIT_S:
             raise UserError(
                 f"The run cannot go on: the output root has not answered for {clock(now - self._since)}: {error}. What "
-                "is committed stays; mend this and run the same command again to render the rest."
+                "is committed stays; fix this and run the same command again to render the rest."
             )
 
-    def over(self, now: float) -> None:
-        """A try has succeeded."""
+    def note_success(self, now: float) -> None:
+        """A try has succeeded, which ends the outage."""
         if self._since is not None:
             logger.info(f"the output root answers again, after {clock(now - self._since)}")
         self._since, self._try_at = None, 0.0

@@ -1,6 +1,6 @@
-"""Sealing in a task of its own: a shard's records are a few hundred reads, and the driver must keep feeding.
+"""The Ray task that seals a shard: it reads a few hundred records, which the driver has no time for.
 
-A module of its own, too: the process that Ray takes for it imports this and no more.
+This is a module of its own so that the process that Ray starts for the task imports nothing else.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage.store import Store
 
 
-@ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and leaves it
+@ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and keeps it
 def seal(
     store: Store, shard: int, keys: Sequence[str], extra_kinds: Mapping[str, ColumnType], webdataset: bool
 ) -> None:
-    """As `seal_shard`, with the run's own identity."""
+    """Seal `shard` of the run in `store`; see `seal_shard`."""
     seal_shard(store, shard, keys, extra_kinds, identity=read_run(store)["identity"], webdataset=webdataset)

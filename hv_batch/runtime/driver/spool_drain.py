@@ -1,8 +1,8 @@
-"""The driver's account of videos that wait on the disks of nodes, and the tasks there that commit them.
+"""The videos that wait on the disks of nodes for the output root, and the Ray tasks that commit them there.
 
-One task a node at a time, each trying what its node has (see `job/spool.py`); while the output root does not answer,
-that is a try now and then. What a node should have and does not is looked for in the output root, and rendered again
-where it is not there either.
+A node has at most one task at a time, which tries to commit all that the node has (see `job/records/spool.py`). While
+the output root does not answer, the tasks are repeated after pauses. If a node has lost a video that it should have,
+the driver looks for its record in the output root, and the sample is rendered again if there is none.
 """
 
 from __future__ import annotations
@@ -34,58 +34,54 @@ from hv_batch.runtime.worker import Watch
 
 logger = logging.getLogger(__name__)
 
+Submit = Callable[[Callable[[], Event], Callable[[Event], list[Event]]], None]
 
-@ray.remote(num_cpus=0, max_retries=3)  # a repeated one finds what the first has committed
+
+@ray.remote(num_cpus=0, max_retries=3)  # a repeated task finds what the first has committed
 def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainResult:
     return Spool(output, root, fingerprint).drain()
 
 
 class SpoolDrain:
-    """`errand` takes acts on the output root, to be done when that answers; `tell` takes events, `say` a line."""
+    """`submit` runs an act on the output root in an I/O thread, and a function of its result in the loop's thread."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        watch: Watch,
-        outage: Outage,
-        errand: Callable[[Callable[[], None]], None],
-        tell: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, context: RunContext, watch: Watch, outage: Outage, submit: Submit) -> None:
         self._context = context
         self._watch = watch
         self._outage = outage
-        self._errand = errand
-        self._tell = tell
+        self._submit = submit
         self._waiting: dict[str, dict[str, Sample]] = {}  # by node, then by key
-        self._unvisited: set[str] = set()  # nodes that may have what nobody knows of
-        self._asked: set[str] = set()  # nodes with a task
+        self._unscanned: set[str] = set()  # nodes that may have videos of an earlier run of this output root
+        self._draining: set[str] = set()  # nodes with a task
 
     @property
-    def is_visiting(self) -> bool:
-        """What nodes may have is about to be committed, and should not be rendered meanwhile."""
-        return bool(self._unvisited)
+    def is_scanning(self) -> bool:
+        """Whether nodes may still commit videos of an earlier run, which must not be rendered meanwhile."""
+        return bool(self._unscanned)
 
-    def visit(self, nodes: Iterable[str]) -> None:
+    def scan_nodes(self, nodes: Iterable[str]) -> None:
+        """Commit what an earlier run of this output root has left on the disks of `nodes`."""
         if self._context.config.output.spool_gib > 0:
-            self._unvisited.update(nodes)
+            self._unscanned.update(nodes)
 
     def add(self, node: str, sample: Sample) -> None:
+        """The video of `sample` waits on the disk of `node`."""
         self._waiting.setdefault(node, {})[sample.key] = sample
 
-    def go_on(self, now: float) -> None:
-        """Let nodes try to commit what they have."""
+    def poll(self, now: float) -> None:
+        """Start a task on each node that may have videos and has no task, unless the output root does not answer."""
         if self._outage.pauses(now):
             return
         context = self._context
-        for node in (self._unvisited | self._waiting.keys()) - self._asked:
+        for node in (self._unscanned | self._waiting.keys()) - self._draining:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             task = empty_spool.options(scheduling_strategy=strategy)
             ref = task.remote(context.config.output, context.store, context.fingerprint)
-            self._asked.add(node)
-            self._watch(ref, partial(self._answered, node, tuple(self._waiting.get(node, ()))))
+            self._draining.add(node)
+            self._watch(ref, partial(self._drained, node, tuple(self._waiting.get(node, ()))))
 
     def describe(self) -> str:
-        """What is left behind, for people; nothing where nothing is."""
+        """A log line about the videos that are left on disks; empty if there are none."""
         count = sum(map(len, self._waiting.values()))
         if not count:
             return ""
@@ -94,38 +90,37 @@ class SpoolDrain:
             "committed: a resume commits what it finds on the nodes it runs on, and renders the rest again"
         )
 
-    def _answered(self, node: str, expected: Iterable[str], ref: ray.ObjectRef) -> list[Event]:
-        """`expected` is what the node had when it was asked."""
-        self._asked.discard(node)
+    def _drained(self, node: str, expected: Iterable[str], ref: ray.ObjectRef) -> list[Event]:
+        """The task of a node has ended. `expected` are the keys that the node had when the task was started."""
+        self._draining.discard(node)
         try:
-            emptied = ray.get(ref)
+            result = ray.get(ref)
         except RayError as error:
             failure = classify(error, f"the spool of node {node}")
             if failure.kind is FailureClass.FATAL:
                 raise UserError(f"The run cannot go on: {failure.message.rstrip('. ')}.") from error
-            emptied = DrainResult(())
+            result = DrainResult(())
         waiting = self._waiting.get(node, {})
-        published = [key for key in emptied.committed if waiting.pop(key, None)]
-        if found := len(emptied.committed) - len(published):
-            logger.info(f"committed {plural(found, 'video')} that an earlier outage had left on the disk of a node")
-        if emptied.outage:
-            self._outage.met(StorageUnavailableError(emptied.outage), time.monotonic())
+        published = [key for key in result.committed if waiting.pop(key, None)]
+        if others := len(result.committed) - len(published):
+            logger.info(f"committed {plural(others, 'video')} that an earlier outage had left on the disk of a node")
+        if result.outage:
+            self._outage.note_failure(StorageUnavailableError(result.outage), time.monotonic())
         else:
-            if emptied.committed:
-                self._outage.over(time.monotonic())
-            self._unvisited.discard(node)
+            if result.committed:
+                self._outage.note_success(time.monotonic())
+            self._unscanned.discard(node)
             for key in expected:
                 if sample := waiting.pop(key, None):
-                    self._errand(partial(self._recover, sample))
+                    self._submit(partial(self._recover, sample), lambda event: [event])
         if not waiting:
             self._waiting.pop(node, None)
         return [Published(key) for key in published]
 
-    def _recover(self, sample: Sample) -> None:
-        """It may have been committed by a task that died before it could say so."""
+    def _recover(self, sample: Sample) -> Event:
+        """In the I/O thread. The video may have been committed by a task that died before it could report that."""
         store = self._context.store
         if store.exists(layout.commit_key(sample.shard, sample.key)):
-            self._tell(Published(sample.key))
-            return
+            return Published(sample.key)
         has_latents = store.exists(layout.latent_key(sample.shard, sample.key))
-        self._tell(SpoolLost(sample.key, Stage.DECODE if has_latents else Stage.ENCODE))
+        return SpoolLost(sample.key, Stage.DECODE if has_latents else Stage.ENCODE)

@@ -1,14 +1,14 @@
-"""The seats of one denoise group: its placement group, which outlives a life of the group while its nodes are fit.
+"""The reservation of one denoise group: its placement group, which outlasts the ranks as long as its nodes are usable.
 
-A group that is rebuilt in the same placement group cannot lose its GPUs to somebody else in between. The placement group
-belongs to this driver, so Ray reclaims it if we are killed.
+A group that is rebuilt in the same placement group cannot lose its GPUs to another job in between. The placement group
+belongs to the driver, so Ray removes it if the driver is killed.
 """
 
 from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,63 +20,61 @@ from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.nodes.resources import avoid_nodes, group_bundles
 
-# What Ray calls a placement group that is whole, or has not been placed yet. Anything else has lost a node, and is
-# quicker built anew than waited for.
-SOUND = ("PENDING", "PREPARED", "CREATED")
+# States of a placement group that has lost no node. One that has is quicker replaced than waited for.
+INTACT = ("PENDING", "PREPARED", "CREATED")
 
+CONNECT_TIMEOUT_S = 1.0  # a node that is switched off refuses no connection, it does not answer
 
-# A node that is switched off refuses nothing; the driver stands still for so long, once a group that it takes along.
-ANSWER_S = 1.0
+Address = tuple[str, int]  # host and port
 
 
 class GroupReservation:
-    """Asked for at once; `ready` tells when Ray has reserved them. `plan` is that of the group that is to sit there,
-    `avoid` are ids of nodes that get no seat.
-    """
+    """Asks Ray for the resources of a group of `plan` at once. `avoid` are ids of nodes that must not be used."""
 
     def __init__(self, run: ResolvedRun, plan: ParallelPlan, name: str, avoid: frozenset[str]) -> None:
         self.plan = plan
         self.avoid = avoid
-        self.used = False  # whether ranks have sat here
-        self.occupied = False  # whether ranks sit here now
-        self.given_back = False
-        self._rooms = run.colocated_per_node
+        self.was_occupied = False  # whether the ranks of a group have all started here before
+        self.is_occupied = False  # whether the ranks of a group run here now
+        self.is_released = False  # whether the placement group is removed once no encoder uses it
+        self._encoders_per_node = run.colocated_per_node
         self._colocated_workers: Counter[int] = Counter()  # colocated encoders on each node, by the index of its bundle
         self._ranks_per_node = run.ranks_per_node(plan)
         bundles = group_bundles(run, plan)
-        # Spread strictly, a bundle a node: or Ray could put both halves of a group onto one large node, whose GPUs
-        # another group needs whole.
+        # STRICT_SPREAD puts each bundle on a node of its own. Otherwise Ray could put both halves of a group onto one
+        # large node, and split the GPUs that another group needs on one node.
         strategy = "STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK"
         self._group: PlacementGroup = placement_group(
             bundles, strategy=strategy, name=name, bundle_label_selector=[avoid_nodes(avoid)] * len(bundles)
         )
 
     def ready(self) -> ray.ObjectRef:
+        """A reference that is ready once Ray has reserved the resources."""
         return self._group.ready()
 
-    def sound(self, alive: Collection[str]) -> bool:
-        """Whether nothing of them is lost; `alive` are the ids of the nodes that there are."""
-        return self._table()["state"] in SOUND and all(node in alive for node in self.nodes())
+    def is_intact(self, alive: Collection[str]) -> bool:
+        """Whether no node of the reservation is lost; `alive` are the ids of the cluster's nodes."""
+        return self._table()["state"] in INTACT and all(node in alive for node in self.nodes())
 
-    def answer(self) -> bool:
-        """Whether their nodes do, asked one by one: Ray takes seconds to believe that a silent node is dead."""
-        mine = set(self.nodes())
-        return all(answers(entry) for entry in ray.nodes() if entry["NodeID"] in mine)
+    def addresses(self) -> list[Address]:
+        """Where the raylets of its nodes listen, to which the driver itself connects."""
+        own = set(self.nodes())
+        return [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["NodeID"] in own]
 
     def nodes(self) -> list[str]:
-        """Ray's id of each node, in the order of the ranks; empty while they are not placed."""
+        """Ray's id of each node, in the order of the ranks; empty before the placement group is placed."""
         placed = self._table()["bundles_to_node_id"]
         return [placed[bundle] for bundle in sorted(placed) if placed[bundle]]
 
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return self._on(rank // self._ranks_per_node)
 
-    def find_room(self) -> BundleSlot | None:
-        """Room for an encoder on the node that has the fewest; None if all are full or no ranks sit here."""
-        if not self.occupied:
+    def find_slot(self) -> BundleSlot | None:
+        """A slot for an encoder on the node that has the fewest; None if all nodes are full or no ranks run here."""
+        if not self.is_occupied:
             return None
         node = min(range(len(self._group.bundle_specs)), key=lambda node: self._colocated_workers[node])
-        if self._colocated_workers[node] >= self._rooms:
+        if self._colocated_workers[node] >= self._encoders_per_node:
             return None
         self._colocated_workers[node] += 1
         return BundleSlot(self, node, self._on(node))
@@ -85,14 +83,15 @@ class GroupReservation:
     def colocated_workers(self) -> int:
         return self._colocated_workers.total()
 
-    def leave(self, room: BundleSlot) -> None:
-        self._colocated_workers[room.node] -= 1
-        if self.given_back:
+    def leave(self, slot: BundleSlot) -> None:
+        """The encoder of `slot` has ended."""
+        self._colocated_workers[slot.node] -= 1
+        if self.is_released:
             self.release()
 
     def release(self) -> None:
-        """Give them back when the last encoder has left."""
-        self.occupied, self.given_back = False, True
+        """Remove the placement group, or let the last encoder that uses it do so when it ends."""
+        self.is_occupied, self.is_released = False, True
         if not self.colocated_workers:
             remove_placement_group(self._group)
 
@@ -105,20 +104,27 @@ class GroupReservation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BundleSlot:
-    """A colocated encoder's, on one of the nodes of some seats."""
+    """The place of a colocated encoder, on one of the nodes of a reservation."""
 
     reservation: GroupReservation
-    node: int
+    node: int  # index of the bundle
     strategy: PlacementGroupSchedulingStrategy
 
     def leave(self) -> None:
         self.reservation.leave(self)
 
 
-def answers(node: Mapping[str, Any]) -> bool:
-    """Whether somebody listens where the node's raylet did; the driver itself talks to it there."""
+def all_answer(addresses: Iterable[Address]) -> bool:
+    """Whether each accepts a TCP connection: Ray takes seconds to notice that a silent node is dead.
+
+    Blocks for up to CONNECT_TIMEOUT_S an address.
+    """
+    return all(map(_answers, addresses))
+
+
+def _answers(address: Address) -> bool:
     try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S).close()
+        socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
     except OSError:
         return False
     return True

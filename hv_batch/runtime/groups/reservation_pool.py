@@ -1,7 +1,7 @@
-"""What the denoise groups of a run share: the seats that wait for a rebuild, and one voice.
+"""The reservations of a run's denoise groups: the retained ones, and one log line for all groups that wait.
 
-A group asks here for its seats. Who is waiting for what is said for all groups together, because on a cluster that is
-too small for `groups.count` the operator needs one sentence and not one a group.
+A group asks here for its reservation. What groups wait for is logged for all of them together: on a cluster that is too
+small for `groups.count`, the operator needs one line and not one a group.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
 
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
-from hv_batch.job.scheduling.messages import WorkerId
+from hv_batch.job.scheduling.messages import Event, WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
-from hv_batch.runtime.groups.reservation import BundleSlot, GroupReservation
+from hv_batch.runtime.groups.reservation import BundleSlot, GroupReservation, all_answer
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import (
     SAY_EVERY_S,
@@ -29,106 +30,133 @@ from hv_batch.runtime.nodes.resources import (
 
 logger = logging.getLogger(__name__)
 
-# Ray places a group on idle nodes within a second; a sentence about each would be noise.
-FIRST_WORD_S = 5.0
+# Ray places a group on idle nodes within a second; a line about each would be noise.
+FIRST_LINE_S = 5.0
 
-# Seats that no group will come for, as things stand, are kept a little longer: a retry at the end of a run first waits
-# for an encoder that had been let go, which Ray places within seconds where there is room.
-KEEP_S = 10.0
+# How long a reservation is retained that no group is expected to use: a retry at the end of a run first waits for an
+# encoder that had been released, which Ray places within seconds if there is room.
+RETAIN_S = 10.0
+
+# Runs its first argument in an I/O thread, and its second with the result in the loop's thread.
+Submit = Callable[[Callable[[], bool], Callable[[bool], list[Event]]], None]
 
 
 class ReservationPool:
-    """One for all groups of a run."""
+    """One for all groups of a run. `submit` is the driver's, for the probes of nodes."""
 
-    def __init__(self, run: ResolvedRun, exclusion: NodeExclusion) -> None:
+    def __init__(self, run: ResolvedRun, exclusion: NodeExclusion, submit: Submit) -> None:
         self._run = run
         self._exclusion = exclusion
-        self._kept: list[tuple[float, GroupReservation]] = []  # since when
+        self._submit = submit
+        self._retained: list[tuple[float, GroupReservation]] = []  # with the time since when
+        self._probing: list[GroupReservation] = []  # retained ones whose nodes are being probed
         self._occupied: list[GroupReservation] = []
         self._serial = count()
-        self._waiting: dict[WorkerId, tuple[float, GroupReservation]] = {}  # since when, for what
+        self._waiting: dict[WorkerId, tuple[float, GroupReservation]] = {}  # since when, and for what
         self._placed: set[WorkerId] = set()
-        self._said: tuple[float, str] = (-math.inf, "")  # when, what
+        self._logged: tuple[float, str] = (-math.inf, "")  # time and text of the last line
 
-    # Seats ------------------------------------------------------------------------------------------------------------
+    # Reservations -----------------------------------------------------------------------------------------------------
 
-    def reservation(self, worker: WorkerId, plan: ParallelPlan) -> GroupReservation:
-        """Kept ones of that size where they are still good, else new ones."""
-        for since, kept in self._kept_for(plan):
-            self._kept.remove((since, kept))
-            if self.good(kept) and kept.answer():
-                return kept
-            kept.release()
+    def request(self, worker: WorkerId, plan: ParallelPlan, grant: Callable[[GroupReservation], None]) -> None:
+        """Call `grant` with a reservation for a group of `plan`: a retained one that is usable, otherwise a new one.
+
+        A new one is granted at once, a retained one after its nodes have been probed.
+        """
+        for since, retained in self._retained_for(plan):
+            self._retained.remove((since, retained))
+            if self.is_usable(retained):
+                self._probing.append(retained)
+                probe = partial(all_answer, retained.addresses())
+                self._submit(probe, partial(self._probed, retained, worker, grant))
+                return
+            retained.release()
         name = f"hv-group-{worker.slot}-{next(self._serial)}"
-        return GroupReservation(self._run, plan, name, self._exclusion.avoided(Stage.DENOISE))
+        grant(GroupReservation(self._run, plan, name, self._exclusion.avoided(Stage.DENOISE)))
 
-    def good(self, reservation: GroupReservation) -> bool:
-        """Whether a group may be built there: no node is lost, and none has been excluded since they were asked for."""
+    def _probed(
+        self, retained: GroupReservation, worker: WorkerId, grant: Callable[[GroupReservation], None], answered: bool
+    ) -> list[Event]:
+        self._probing.remove(retained)
+        if answered and self.is_usable(retained):
+            grant(retained)
+        else:
+            retained.release()
+            self.request(worker, retained.plan, grant)
+        return []
+
+    def is_usable(self, reservation: GroupReservation) -> bool:
+        """Whether a group may be built there: no node is lost, and none has been excluded since the request."""
         nodes, excluded = reservation.nodes(), self._exclusion.excluded
-        fit = excluded.isdisjoint(nodes) if nodes else reservation.avoid == excluded
-        return fit and reservation.sound(alive_nodes())
+        is_allowed = excluded.isdisjoint(nodes) if nodes else reservation.avoid == excluded
+        return is_allowed and reservation.is_intact(alive_nodes())
 
-    def worth_keeping(self, pending: GroupReservation) -> bool:
-        """Whether to go on waiting for these, or to ask anew: another group's may have become free meanwhile."""
-        return not self._kept_for(pending.plan) and self.good(pending)
+    def is_worth_waiting_for(self, pending: GroupReservation) -> bool:
+        """False if a new request may be served sooner: another group's reservation is retained, or this one is lost."""
+        return not self._retained_for(pending.plan) and self.is_usable(pending)
 
-    def keep(self, reservation: GroupReservation) -> None:
-        """For the next group of their size, of whichever slot: bound to its own, they could wait for it for ever."""
-        self._kept.append((time.monotonic(), reservation))
+    def retain(self, reservation: GroupReservation) -> None:
+        """Keep it for the next group of its plan, whatever its slot: that of its own may never be started again."""
+        self._retained.append((time.monotonic(), reservation))
 
-    def give_back(self, groups_to_come: Mapping[ParallelPlan, int], now: float) -> None:
-        """Let go of seats that nobody will come for: others may wait for exactly these GPUs."""
+    def release_unused(self, groups_to_come: Mapping[ParallelPlan, int], now: float) -> None:
+        """Release retained reservations beyond the groups to come: other jobs may wait for exactly these GPUs."""
         for plan, coming in groups_to_come.items():
             coming += sum(reservation.plan == plan for _, reservation in self._waiting.values())
-            kept = self._kept_for(plan)
-            for since, reservation in kept[: max(0, len(kept) - coming)]:
-                if now - since > KEEP_S:
-                    self._kept.remove((since, reservation))
+            retained = self._retained_for(plan)
+            for since, reservation in retained[: max(0, len(retained) - coming)]:
+                if now - since > RETAIN_S:
+                    self._retained.remove((since, reservation))
                     reservation.release()
 
-    def occupy(self, reservation: GroupReservation) -> None:
-        """All ranks of a group sit there."""
-        reservation.used = reservation.occupied = True
+    def mark_occupied(self, reservation: GroupReservation) -> None:
+        """All ranks of a group have started there."""
+        reservation.was_occupied = reservation.is_occupied = True
         self._occupied.append(reservation)
 
-    def vacate(self, reservation: GroupReservation) -> None:
-        """The ranks are gone, if they had ever sat there."""
-        reservation.occupied = False
+    def mark_free(self, reservation: GroupReservation) -> None:
+        """The ranks have been killed, if they had started."""
+        reservation.is_occupied = False
         if reservation in self._occupied:
             self._occupied.remove(reservation)
 
-    def find_room(self) -> BundleSlot | None:
-        """Room for an encoder, in the group that has the fewest encoders."""
-        rooms = (
-            reservation.find_room()
+    def find_slot(self) -> BundleSlot | None:
+        """A slot for an encoder, in the group that has the fewest encoders."""
+        slots = (
+            reservation.find_slot()
             for reservation in sorted(self._occupied, key=lambda reservation: reservation.colocated_workers)
         )
-        return next((room for room in rooms if room), None)
+        return next((slot for slot in slots if slot), None)
 
     def close(self) -> None:
-        while self._kept:
-            self._kept.pop()[1].release()
+        """Release what no group holds."""
+        while self._retained:
+            self._retained.pop()[1].release()
+        while self._probing:
+            self._probing.pop().release()
 
-    def _kept_for(self, plan: ParallelPlan) -> list[tuple[float, GroupReservation]]:
-        return [entry for entry in self._kept if entry[1].plan == plan]
+    def _retained_for(self, plan: ParallelPlan) -> list[tuple[float, GroupReservation]]:
+        return [entry for entry in self._retained if entry[1].plan == plan]
 
     # Waiting ----------------------------------------------------------------------------------------------------------
 
     def waits(self, worker: WorkerId, reservation: GroupReservation, now: float) -> None:
-        """Called again and again while a group has no seats; says what all of them wait for, when there is news."""
+        """To be called in every poll while a group is not placed. Logs what all groups wait for, if it has changed."""
         since, _ = self._waiting[worker] = (self._waiting.get(worker, (now, reservation))[0], reservation)
-        if now - since < FIRST_WORD_S or now - self._said[0] < SAY_EVERY_S:
+        if now - since < FIRST_LINE_S or now - self._logged[0] < SAY_EVERY_S:
             return
         text = self._why_waiting()
-        if text != self._said[1]:
+        if text != self._logged[1]:
             logger.warning(text)
-        self._said = (now, text)
+        self._logged = (now, text)
 
     def placed(self, worker: WorkerId) -> None:
+        """The actors of the group have been started in its reservation."""
         self._waiting.pop(worker, None)
         self._placed.add(worker)
 
     def ended(self, worker: WorkerId) -> None:
+        """The group has been killed or released."""
         self._waiting.pop(worker, None)
         self._placed.discard(worker)
 
@@ -140,10 +168,10 @@ class ReservationPool:
         )
         asked = [group_bundles(self._run, plan) for plan in plans]
         if can_place(asked[:1], usable):
-            hope = "They begin when others let go of enough, or when nodes join."
+            outlook = "They start when other jobs release enough, or when nodes join."
         else:
-            hope = "The nodes here could never hold one, however idle: they begin only when others join."
+            outlook = "No node is large enough, even when idle: they start only if larger nodes join."
         return (
-            f"{len(self._placed)} denoise group(s) have their place, {len(self._waiting)} wait for nodes. Each asks "
-            f"for {' or '.join(map(format_bundles, asked))}; {show_cluster(list(nodes.values()))}. {hope}"
+            f"{len(self._placed)} denoise group(s) are placed, {len(self._waiting)} wait for nodes. Each asks "
+            f"for {' or '.join(map(format_bundles, asked))}; {show_cluster(list(nodes.values()))}. {outlook}"
         )

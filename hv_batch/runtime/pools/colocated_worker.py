@@ -22,7 +22,7 @@ from hv_batch.runtime.worker import InFlight, Watch
 
 
 class ColocatedWorker:
-    """One life of an encoder; `begin` starts its actor as soon as a group has room for it."""
+    """One incarnation of an encoder; `begin` starts its actor as soon as a group has a slot for it."""
 
     def __init__(
         self, worker: WorkerId, pool: ReservationPool, watch: Watch, begin: Callable[[BundleSlot, Watch], EncoderWorker]
@@ -32,50 +32,51 @@ class ColocatedWorker:
         self._pool = pool
         self._watch = watch
         self._begin = begin
-        self._room: BundleSlot | None = None
-        self._life: EncoderWorker | None = None
-        self._move_in()
+        self._slot: BundleSlot | None = None
+        self._encoder: EncoderWorker | None = None
+        self._take_slot()
 
     def run(self, items: Sequence[InFlight], stage: Stage) -> None:
-        assert self._life, f"{self.id} has no room"
-        self._life.run(items, stage)
+        assert self._encoder, f"{self.id} has no slot"
+        self._encoder.run(items, stage)
 
     def poll(self, now: float) -> list[Event]:
-        if self._life is None or self._room is None:
-            self._move_in()
+        if self._encoder is None or self._slot is None:
+            self._take_slot()
             return []
-        if self._room.reservation.given_back:
+        if self._slot.reservation.is_released:
             return [WorkerLeaving(self.id, math.inf)]
-        if not self.nodes and not self._room.reservation.occupied:
-            return [self._turned_out()]
-        return self._life.poll(now)
+        if not self.nodes and not self._slot.reservation.is_occupied:
+            return [self._group_gone()]
+        return self._encoder.poll(now)
 
     def kill(self, *, rebuild: bool = False) -> None:
-        if self._life and self._room:
-            self._life.kill(rebuild=rebuild)
-            self._room.leave()
+        if self._encoder and self._slot:
+            self._encoder.kill(rebuild=rebuild)
+            self._slot.leave()
 
-    def _move_in(self) -> None:
-        self._room = self._pool.find_room()
-        if self._room:
-            self._life = self._begin(self._room, self._listen)
+    def _take_slot(self) -> None:
+        self._slot = self._pool.find_slot()
+        if self._slot:
+            self._encoder = self._begin(self._slot, self._watch_encoder)
 
-    def _listen(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
-        self._watch(ref, lambda ref: [self._judge(event) for event in then(ref)])
+    def _watch_encoder(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
+        self._watch(ref, lambda ref: [self._translate(event) for event in then(ref)])
 
-    def _judge(self, event: Event) -> Event:
-        assert self._life
-        assert self._room
-        reservation = self._room.reservation
+    def _translate(self, event: Event) -> Event:
+        """An event of the encoder, or what it means if its group is gone."""
+        assert self._encoder
+        assert self._slot
+        reservation = self._slot.reservation
         match event:
-            case WorkerPlaced() if not reservation.occupied:
-                return self._turned_out()
+            case WorkerPlaced() if not reservation.is_occupied:
+                return self._group_gone()
             case WorkerPlaced():
-                self.nodes = self._life.nodes
-            case WorkerLost() if reservation.given_back:
-                return self._turned_out()
+                self.nodes = self._encoder.nodes
+            case WorkerLost() if reservation.is_released:
+                return self._group_gone()
         return event
 
-    def _turned_out(self) -> WorkerLost:
-        message = "the group on whose GPUs it stood is gone"
+    def _group_gone(self) -> WorkerLost:
+        message = "the group whose GPUs it uses is gone"
         return WorkerLost(self.id, Failure(FailureClass.PREEMPTED, message, where=str(self.id)))

@@ -2,7 +2,7 @@
 
     latents x0 of a scene, noise e, sigma in 0..1:   x = (1 - sigma) x0 + sigma e,   the model learns  e - x0
 
-This is the velocity that the sampler follows from sigma 1 to 0 (spec section 4). The module is that of diffusers, which
+This is the velocity that the sampler follows from sigma 1 to 0. The module is that of diffusers, which
 has batches and gradients. Its tensors are saved under their released names, averaged over steps.
 
 A stage starts from the weights that the previous stage has saved, with new optimizers, so an interrupted training

@@ -50,7 +50,7 @@ def stored(path):
 
 
 def test_a_complete_tree_has_no_problems(toy):
-    """P6: the checks pass on the released layout (spec section 7)."""
+    """P6: the checks pass on the released layout."""
     assert CheckpointTree(toy).missing() == []
     assert verify(CheckpointTree(toy), CONFIG) == []
 
@@ -413,7 +413,7 @@ def test_the_digest_reads_a_bounded_part_of_any_file(size):
 @pytest.mark.parametrize("itemsize", [1, 2])
 def test_no_matrix_of_a_block_lies_between_two_blocks_of_the_digest(itemsize):
     """P3: weights merged into one layer change the revision, for the smallest matrix of the released DiT."""
-    width, parameters = 3072, 12_821_012_544  # spec section 2
+    width, parameters = 3072, 12_821_012_544
     offsets = [offset for offset, _ in digests._digest_blocks(parameters * itemsize)]
     assert max(b - a for a, b in pairwise(offsets)) < width * width * itemsize
 

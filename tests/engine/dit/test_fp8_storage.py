@@ -1,4 +1,4 @@
-"""FP8 weights as released (spec section 6): kept in 8 bits, dequantised in the released order."""
+"""FP8 weights as released: kept in 8 bits, dequantised in the released order."""
 
 from __future__ import annotations
 

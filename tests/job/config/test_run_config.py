@@ -62,7 +62,7 @@ def test_shipped_configs_reserve_what_their_comments_say():
 
 
 def test_an_empty_config_has_the_release_defaults(write):
-    """spec section 1: 720x1280, 129 frames, 50 steps, guidance 6, shift 7, CFG off."""
+    """The released defaults: 720x1280, 129 frames, 50 steps, guidance 6, shift 7, CFG off."""
     config = load_config(write())
     assert config == RunConfig()
     defaults = config.defaults.model_dump()

@@ -25,6 +25,7 @@ from hv_batch.job.manifest.extra_columns import (
     merge_types,
 )
 from hv_batch.job.records import commits
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from tests.support.rendered_roots import make_commit, make_failure, make_quarantine, make_sample
 
@@ -97,7 +98,7 @@ def test_quarantined_sample_is_absent(store):
     for number in (1, 3):
         commits.commit(store, make_commit(make_sample(number)))
     commits.quarantine(store, make_quarantine(make_sample(2)))
-    store.put(layout.quarantine_key(0, "s003"), commits.encode(make_quarantine(make_sample(3))))
+    store.put(layout.quarantine_key(0, "s003"), canonical_json.encode(make_quarantine(make_sample(3))))
     assert seal_shard(store, 0, ["s001", "s002", "s003"])
     assert read_table(store)["id"].to_pylist() == ["s001", "s003"]
 

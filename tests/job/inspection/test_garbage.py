@@ -50,7 +50,7 @@ def litter(store: Store) -> set[tuple[Kind, str]]:
     store.delete(layout.commit_key(1, "s006"))
     store.put("data/shard-00000/s001-0a1b2c3d.mp4", b"of the slower of two")
     store.put("data/shard-00000/s003-0a1b2c3d.mp4", b"of one that was given up")
-    store.put("data/shard-00000/notes.txt", b"somebody else's")
+    store.put("data/shard-00000/notes.txt", b"a foreign file")
     for sample in (SAMPLES[0], SAMPLES[2], SAMPLES[5]):
         keep_latents(store, sample)
         store.put(f"steps/{layout.shard_name(sample.shard)}/{sample.key}.safetensors", b"x")

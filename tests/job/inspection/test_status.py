@@ -12,6 +12,7 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import status
 from hv_batch.job.records import commits, lease
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.support.rendered_roots import make_commit, make_quarantine, make_sample, open_root
@@ -50,7 +51,7 @@ def test_counts_by_shard(store):
 def test_commit_beside_a_quarantine_counts_once(store):
     """P1: a crash between two writes leaves both records, and the sample counts once."""
     half_rendered(store)
-    store.put(layout.quarantine_key(0, "s001"), commits.encode(make_quarantine(make_sample(1))))
+    store.put(layout.quarantine_key(0, "s001"), canonical_json.encode(make_quarantine(make_sample(1))))
     assert status.read_status(store).shards[0].quarantined == 1
 
 
@@ -117,7 +118,7 @@ def test_the_holder_of_the_lease_is_shown(store):
     me = lease.this_process("run", "raysubmit_1")
     with lease.hold_lease(store, me):
         assert f"held by `hv-batch run` on {me.host}, process {me.pid}" in status.read_status(store).render()
-    store.put(layout.LEASE, commits.encode(dataclasses.asdict(me) | {"process": "1"}))
+    store.put(layout.LEASE, canonical_json.encode(dataclasses.asdict(me) | {"process": "1"}))
     found = status.read_status(store)
     assert "which has ended; the next run takes over" in found.render()
     assert json.loads(json.dumps(found.to_dict()))["holder"]["gone"] is True

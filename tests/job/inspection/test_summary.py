@@ -10,7 +10,7 @@ from urllib.parse import unquote, urljoin
 
 import pytest
 
-from hv_batch.job import layout
+from hv_batch.job import formatting, layout
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.inspection import gallery, summary
@@ -91,8 +91,8 @@ def test_gpu_time_counts_every_rank(key, ranks):
 def test_gpu_time_counts_each_group_by_its_size(store):
     """P2: a record holds the ranks of its group; an older record does not, and its run had one size."""
     open_root(store, 3, device="cuda")
-    for number, told in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
-        commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **told}}))
+    for number, details in enumerate(({"ranks": 8}, {"ranks": 1}, {}), start=1):
+        commits.commit(store, make_commit(make_sample(number), stages={"denoise": {"seconds": 10.0, **details}}))
     assert summary.aggregate(store)["denoise_gpu_seconds"] == 10.0 * (8 + 1 + 2)
 
 
@@ -268,7 +268,7 @@ def test_template_has_no_placeholder_left_over():
 )
 def test_durations_have_two_or_three_digits(seconds, shown):
     """Report: any duration is shown with two or three digits."""
-    assert gallery.duration(seconds) == shown
+    assert formatting.duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -276,4 +276,4 @@ def test_durations_have_two_or_three_digits(seconds, shown):
 )
 def test_sizes_have_decimal_units(count, shown):
     """Report: sizes as object stores bill them."""
-    assert gallery.size(count) == shown
+    assert formatting.size(count) == shown

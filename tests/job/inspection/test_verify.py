@@ -19,7 +19,7 @@ from hv_batch.job.inspection.findings import Fault
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.inspection.verify import remove_faults, verify
-from hv_batch.job.records import commits
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.probe import decode_media
 from tests.support.rendered_roots import make_quarantine
@@ -59,7 +59,7 @@ def record_of(root: Path, key: str) -> Path:
 
 def change_record(root: Path, sample: str, values: dict) -> None:
     path = record_of(root, sample)
-    path.write_bytes(commits.encode(commits.decode(path.read_bytes()) | values))
+    path.write_bytes(canonical_json.encode(canonical_json.decode(path.read_bytes()) | values))
 
 
 def rewrite_media(root: Path, key: str, data: bytes) -> None:
@@ -108,7 +108,7 @@ FAULTS = {
     Fault.GEOMETRY: lambda root: rewrite_media(root, "s002", media_of(root, "s006").read_bytes()),
     Fault.RECORD: lambda root: record_of(root, "s002").write_bytes(b'{"schema": "hv_batch/commit/1"'),
     Fault.TWO_RECORDS: lambda root: Store(str(root)).put(
-        layout.quarantine_key(0, "s002"), commits.encode(make_quarantine(SAMPLES[1]))
+        layout.quarantine_key(0, "s002"), canonical_json.encode(make_quarantine(SAMPLES[1]))
     ),
     Fault.TABLE: lambda root: change_table(root, lambda table: table.slice(1)),
     Fault.POSTER: lambda root: poster_of(root, "s002").unlink(),
@@ -127,10 +127,10 @@ def test_each_fault_is_found_and_repaired(rendered, root, fault):
     FAULTS[fault](root)
     store = Store(str(root))
     found = verify(store, decode_media, decodes=None if fault in ONLY_DECODING_TELLS else 0)
-    told = {finding.fault for finding in found.findings}
+    faults = {finding.fault for finding in found.findings}
     # A record with a changed hash differs from its table, and a removed record leaves its row in the table.
-    assert fault in told
-    assert told <= {fault, Fault.TABLE}
+    assert fault in faults
+    assert faults <= {fault, Fault.TABLE}
     assert all(finding.key in ("s002", None) for finding in found.findings)
     assert fault.value in found.render()
     remove_faults(store, found.findings)

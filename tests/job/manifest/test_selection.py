@@ -15,10 +15,13 @@ from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection, parse_selection
 from hv_batch.job.records import run_document
 from hv_batch.job.records.commits import quarantine, quarantine_record
-from hv_batch.job.records.pending import LOOK_AHEAD, PendingSamples, ShardSkipped, only_failed
+from hv_batch.job.records.pending import PendingSamples, only_failed
+from hv_batch.job.records.shard_scan import LOOK_AHEAD
 from hv_batch.job.stages import Stage
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
+from tests.support.pending import iterate
 
 
 def memory():
@@ -49,7 +52,7 @@ def commit(store, *samples):
 
 
 def pending(plan):
-    return [found.sample.key for found in plan if not isinstance(found, ShardSkipped)]
+    return [found.sample.key for found in iterate(plan)]
 
 
 def selected(index, **options):
@@ -124,12 +127,12 @@ def test_a_shard_is_sealed_by_the_run_that_renders_its_last_sample(index):
     """P1: a run with a selection seals only shards of which all samples are complete, with all their keys."""
     store, samples = memory(), list(index)
     plan = PendingSamples(store, index, parse_selection(where=["kind=cat"]))
-    for sample in (found.sample for found in plan if not isinstance(found, ShardSkipped)):
+    for sample in (found.sample for found in iterate(plan)):
         plan.committed(sample)
         commit(store, sample)
     assert plan.take_complete() == []
     rest = PendingSamples(store, index, parse_selection(where=["kind=dog"], shards="1"))
-    for sample in (found.sample for found in rest if not isinstance(found, ShardSkipped)):
+    for sample in (found.sample for found in iterate(rest)):
         rest.committed(sample)
         commit(store, sample)
     (complete,) = rest.take_complete()
@@ -162,7 +165,7 @@ def test_a_plan_is_what_is_selected_and_not_terminal(done, quarantined, with_lat
     selection = Selection(limit=limit, shards=tuple(range(shard, shard + 1) for shard in chosen))
     inside = [number for number in range(22) if number // 4 in chosen][:limit]
     plan = PendingSamples(store, index, selection)
-    found = [(item.sample.key, item.stage) for item in plan if not isinstance(item, ShardSkipped)]
+    found = [(item.sample.key, item.stage) for item in iterate(plan)]
     assert found == [
         (f"s{number:02d}", Stage.DECODE if number in with_latents else Stage.ENCODE)
         for number in inside
@@ -192,7 +195,7 @@ def test_failed_only_selects_quarantined_samples(index, options, expected):
     """`--failed-only` renders the quarantined samples of the selection and no others, not even pending ones."""
     store, samples = memory(), list(index)
     failed = [samples[n] for n in (0, 1, 5, 10)]
-    store.put(layout.RUN, run_document.encode(root_of(index)))
+    store.put(layout.RUN, canonical_json.encode(root_of(index)))
     commit(store, *(sample for sample in samples[:15] if sample not in failed))
     for sample in failed:
         failure = Failure(FailureClass.POISON, "not finite").to_dict()
@@ -201,7 +204,7 @@ def test_failed_only_selects_quarantined_samples(index, options, expected):
     plan = PendingSamples(store, index, only_failed(store, parse_selection(**options)))
     assert plan.takes_back
     assert plan.take_back() == len(expected)
-    found = [found for found in plan if not isinstance(found, ShardSkipped)]
+    found = list(iterate(plan))
     assert [item.sample.key for item in found] == expected
     assert all([failure.message for failure in item.earlier] == ["not finite"] for item in found)
     again = PendingSamples(store, index, only_failed(store, parse_selection(**options)))
@@ -236,12 +239,10 @@ def test_complete_shards_cost_two_requests_and_no_read_of_the_manifest(tmp_path,
     read_samples = index.samples
     monkeypatch.setattr(index, "samples", lambda shard: read_shards.append(shard) or read_samples(shard))
     plan = PendingSamples(store, index)
-    found = list(plan)
-    assert [item.sample.key for item in found if not isinstance(item, ShardSkipped)] == ["s399"]
+    assert [item.sample.key for item in iterate(plan)] == ["s399"]
     assert plan.counts.committed_before == 399
     assert read_shards == [99]
     assert len(requests) <= 99 * 2 + 6
-    assert sum(isinstance(item, ShardSkipped) for item in found) < 10
 
 
 def test_a_sealed_shard_that_lost_a_record_is_not_complete(index):
@@ -253,11 +254,11 @@ def test_a_sealed_shard_that_lost_a_record_is_not_complete(index):
 
 
 @pytest.mark.slow
-def test_shards_are_read_shards_up_a_little_ahead(tmp_path):
-    """P7: the number of shards that are read_shards up in advance does not depend on the manifest's length."""
+def test_shards_are_looked_up_a_little_ahead(tmp_path):
+    """P7: the number of shards that are looked up in advance does not depend on the manifest's length."""
     index = index_of(tmp_path, [{"prompt": "a", "id": f"s{n:03d}"} for n in range(300)], shard_size=1)
     store = memory()
-    plan = iter(PendingSamples(store, index))
+    plan = iterate(PendingSamples(store, index))
     next(plan)
     commit(store, *list(index)[LOOK_AHEAD + 2 :])
-    assert len([found for found in plan if not isinstance(found, ShardSkipped)]) == LOOK_AHEAD + 1
+    assert len(list(plan)) == LOOK_AHEAD + 1

@@ -23,6 +23,7 @@ from hv_batch.job.records.quarantine import (
     read_quarantined,
     release,
 )
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.support.rendered_roots import make_failure, make_quarantine, make_sample, open_root
@@ -112,7 +113,7 @@ def test_earlier_attempts_are_recorded_after_several_releases(store):
 def test_a_failure_is_read_back_from_a_record(failure):
     """P5: it is read back as it was written, which is without secrets."""
     written = failure.to_dict()
-    assert Failure.from_dict(commits.decode(commits.encode(written))).to_dict() == written
+    assert Failure.from_dict(canonical_json.decode(canonical_json.encode(written))).to_dict() == written
 
 
 def test_failed_samples_are_found_until_they_are_committed(store):

@@ -16,6 +16,7 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.records import commits
 from hv_batch.job.records import spool as spooling
 from hv_batch.job.records.spool import DrainResult, Spool
+from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from tests.support.doubles import Crash, CrashingStore
@@ -189,7 +190,7 @@ def test_an_invalid_record_is_not_committed(tmp_path, root, spool, invalid):
         "another sample": record | {"key": "s002"},
         "another schema": record | {"schema": "hv_batch/commit/2"},
     }
-    spool._local.put(name, invalid if isinstance(invalid, bytes) else commits.encode(changed[invalid]))
+    spool._local.put(name, invalid if isinstance(invalid, bytes) else canonical_json.encode(changed[invalid]))
     assert spool.drain() == DrainResult(())
     assert not list(root.list(layout.COMMITS))
     assert not spool._local.exists(name)

@@ -130,11 +130,11 @@ class Setup:
     """A group reservation with one bundle slot, its pool, and one colocated encoder."""
 
     def __init__(self, has_slot=True):
-        self.reservation = SimpleNamespace(occupied=True, given_back=False)
+        self.reservation = SimpleNamespace(is_occupied=True, is_released=False)
         self.room = SimpleNamespace(reservation=self.reservation, leave=lambda: setattr(self, "left", True))
         self.events, self.left, self.worker = [], False, None
         self.has_slot = has_slot
-        pool = SimpleNamespace(find_room=lambda: self.room if self.has_slot else None)
+        pool = SimpleNamespace(find_slot=lambda: self.room if self.has_slot else None)
         self.colocated_worker = ColocatedWorker(
             WORKER, pool, lambda ref, then: self.events.extend(then(ref)), self.begin
         )
@@ -166,7 +166,7 @@ def test_an_encoder_stays_while_its_group_is_rebuilt():
     """P5: a lost group does not stop the encoder on its GPUs."""
     setup = Setup()
     setup.worker.send(WorkerPlaced(WORKER))
-    setup.reservation.occupied = False
+    setup.reservation.is_occupied = False
     setup.worker.send(TaskDone(WORKER))
     assert setup.colocated_worker.poll(0.0) == []
     assert setup.events[1:] == [TaskDone(WORKER)]
@@ -176,7 +176,7 @@ def test_an_encoder_stays_while_its_group_is_rebuilt():
 def test_an_encoder_that_is_placed_while_the_ranks_are_absent_ends(when):
     """Ray may have given it the share of a rank, which could then not be placed."""
     setup = Setup()
-    setup.reservation.occupied = False
+    setup.reservation.is_occupied = False
     if when == "as it is placed":
         setup.worker.send(WorkerPlaced(WORKER))
         assert preempted(setup.events)
@@ -191,7 +191,7 @@ def test_an_encoder_stops_after_its_task_when_the_placement_group_is_released():
     """P5: the encoder gets no further task, and its loss is PREEMPTED, whatever failure it reports."""
     setup = Setup()
     setup.worker.send(WorkerPlaced(WORKER))
-    setup.reservation.occupied, setup.reservation.given_back = False, True
+    setup.reservation.is_occupied, setup.reservation.is_released = False, True
     assert setup.colocated_worker.poll(0.0) == [WorkerLeaving(WORKER, math.inf)]
     setup.worker.send(WorkerLost(WORKER, Failure(FailureClass.INFRA, "died")))
     assert preempted(setup.events[1:])

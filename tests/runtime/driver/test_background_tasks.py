@@ -1,4 +1,4 @@
-"""Who seals, and when; the sealing itself is replaced by a list of what was begun."""
+"""When shards are sealed, and by how many tasks; the tasks are replaced by a list of the shards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from ray.exceptions import RayTaskError
 from hv_batch.job.records.pending import CompleteShard
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.runtime.driver import background_tasks
-from hv_batch.runtime.driver.background_tasks import SHARDS_A_SEALER, BackgroundTasks
+from hv_batch.runtime.driver.background_tasks import SHARDS_PER_SEALER, BackgroundTasks
+from hv_batch.runtime.driver.io_worker import IoWorker
+from hv_batch.runtime.driver.loop_calls import LoopCalls
 from hv_batch.runtime.driver.outage import Outage
 
 
 class Sealers:
-    """`begun` are the shards in the order their seals began; of those under way, the test says how each ends."""
+    """`begun` are the shards in the order in which their seals began; the test ends each by `end`."""
 
     def __init__(self, monkeypatch, shards):
         self.begun, self.waiting = [], {}
@@ -26,7 +28,9 @@ class Sealers:
         monkeypatch.setattr(background_tasks, "seal", SimpleNamespace(remote=self._seal))
         monkeypatch.setattr(background_tasks, "ray", SimpleNamespace(get=self._get))
         monkeypatch.setattr(background_tasks, "time", SimpleNamespace(monotonic=lambda: self._now))
-        self.background_tasks = BackgroundTasks(context, plan, {}, Outage(), self.waiting.__setitem__)
+        outage = Outage()
+        records_io = IoWorker("records", LoopCalls(), outage)
+        self.background_tasks = BackgroundTasks(context, plan, {}, outage, records_io, self.waiting.__setitem__)
 
     def _take(self):
         complete, self._complete = self._complete, []
@@ -43,18 +47,18 @@ class Sealers:
     def end(self, shard, error=None):
         self._error = error and RayTaskError("seal", "", error)
         self.waiting.pop(shard)(shard)
-        self.background_tasks.run()
+        self.background_tasks.start_seals()
 
     def pass_time(self, seconds):
         self._now += seconds
-        self.background_tasks.run()
+        self.background_tasks.start_seals()
 
 
-@pytest.mark.parametrize(("shards", "at_once"), [(1, 1), (SHARDS_A_SEALER, 1), (SHARDS_A_SEALER + 1, 2), (14, 3)])
-def test_sealers_are_as_many_as_what_waits_is_worth(monkeypatch, shards, at_once):
-    """Speed: one process goes on sealing; another is started only where four shards wait for each that does."""
+@pytest.mark.parametrize(("shards", "at_once"), [(1, 1), (SHARDS_PER_SEALER, 1), (SHARDS_PER_SEALER + 1, 2), (14, 3)])
+def test_the_number_of_sealers_follows_the_shards_that_wait(monkeypatch, shards, at_once):
+    """Speed: one process seals; another is started only if four shards wait for each that does."""
     sealers = Sealers(monkeypatch, shards)
-    sealers.background_tasks.run()
+    sealers.background_tasks.start_seals()
     assert len(sealers.waiting) == at_once
     while sealers.waiting:
         assert sealers.background_tasks.has_pending
@@ -64,9 +68,9 @@ def test_sealers_are_as_many_as_what_waits_is_worth(monkeypatch, shards, at_once
 
 
 def test_a_shard_that_met_an_outage_is_sealed_after_it(monkeypatch):
-    """P5: it waits with all behind it, and is the first that is tried again."""
+    """P5: it waits with all shards behind it, and is the first that is tried again."""
     sealers = Sealers(monkeypatch, 3)
-    sealers.background_tasks.run()
+    sealers.background_tasks.start_seals()
     sealers.end(0, StorageUnavailableError("away"))
     assert sealers.begun == [0]
     assert sealers.background_tasks.has_pending

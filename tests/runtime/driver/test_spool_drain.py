@@ -1,4 +1,4 @@
-"""The driver's account of videos on the disks of nodes: what it makes of each answer of a node (P1, P2, P5)."""
+"""The driver's account of videos on the disks of nodes, and how it handles each result of a node (P1, P2, P5)."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ A, B = "a" * 56, "b" * 56  # as Ray names nodes
 
 
 class Nodes:
-    """Stands for Ray: which nodes have a task, and what becomes of it."""
+    """Stands in for Ray: which nodes have a task, and the result of each."""
 
     def __init__(self, monkeypatch, store, **output):
         self.asked = {}
-        self.background_tasks, self.told = [], []
+        self.submitted = []
         monkeypatch.setattr(spool_drain, "empty_spool", SimpleNamespace(options=self._options))
         monkeypatch.setattr(spool_drain.ray, "get", self._get)
         config = RunConfig.model_validate({"output": output})
         context = SimpleNamespace(config=config, store=store, fingerprint=FINGERPRINT)
         self.outage = Outage()
         self.spool_drain = spool_drain.SpoolDrain(
-            context, self._watch, self.outage, self.background_tasks.append, self.told.append
+            context, self._watch, self.outage, lambda act, then: self.submitted.append((act, then))
         )
 
     def _options(self, scheduling_strategy):
@@ -56,11 +56,12 @@ class Nodes:
     def answer(self, node, answer):
         return self.asked.pop(node)(answer)
 
-    def do_errands(self):
-        while self.background_tasks:
-            self.background_tasks.pop(0)()
-        told, self.told[:] = list(self.told), []
-        return told
+    def run_submitted(self):
+        events = []
+        while self.submitted:
+            act, then = self.submitted.pop(0)
+            events += then(act())
+        return events
 
 
 @pytest.fixture
@@ -74,45 +75,45 @@ def nodes(monkeypatch, store):
 
 
 def test_what_a_node_has_committed_is_published(nodes):
-    """P1: once for each sample, and there is nothing more to do or to tell."""
+    """P1: once for each sample; then there is nothing left to do or to report."""
     nodes.spool_drain.add(A, FIRST)
     nodes.spool_drain.add(B, SECOND)
-    nodes.spool_drain.go_on(0.0)
-    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.poll(0.0)
+    nodes.spool_drain.poll(0.0)
     assert set(nodes.asked) == {A, B}
     assert "2 finished videos on the disks of 2 nodes" in nodes.spool_drain.describe()
     assert nodes.answer(A, DrainResult(("s001",))) == [Published("s001")]
     assert nodes.answer(B, DrainResult(("s002",))) == [Published("s002")]
-    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.poll(0.0)
     assert not nodes.asked
     assert nodes.spool_drain.describe() == ""
 
 
 def test_an_outage_is_waited_for(nodes, logged):
-    """P5: nodes are asked again after a pause; what was committed before it went away is published."""
+    """P5: tasks are repeated after a pause; what was committed before the outage is published."""
     nodes.spool_drain.add(A, FIRST)
     nodes.spool_drain.add(A, SECOND)
-    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.poll(0.0)
     assert nodes.answer(A, DrainResult(("s001",), "503")) == [Published("s001")]
     assert "does not answer" in logged[0]
-    nodes.spool_drain.go_on(nodes.outage._try_at - 0.1)
+    nodes.spool_drain.poll(nodes.outage._try_at - 0.1)
     assert not nodes.asked
-    nodes.spool_drain.go_on(nodes.outage._try_at + OUTAGE_PAUSE_S)
+    nodes.spool_drain.poll(nodes.outage._try_at + OUTAGE_PAUSE_S)
     assert nodes.answer(A, DrainResult(("s002",))) == [Published("s002")]
     assert "answers again" in logged[1]
 
 
 @pytest.mark.parametrize("answer", [NodeDiedError("gone"), DrainResult(())])
-def test_what_is_gone_goes_on_from_what_the_root_has(nodes, store, answer):
-    """P4, P5: with its node, or because it does not prove itself: committed all the same, from its latents, or anew."""
+def test_a_lost_video_is_looked_for_in_the_output_root(nodes, store, answer):
+    """P4, P5: it was committed all the same, or its sample goes on from its latents, or it is rendered again."""
     samples = [FIRST, SECOND, make_sample(3)]
     commits.commit(store, make_commit(FIRST))
     store.put(layout.latent_key(SECOND.shard, SECOND.key), b"latents")
     for sample in samples:
         nodes.spool_drain.add(A, sample)
-    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.poll(0.0)
     assert nodes.answer(A, answer) == []
-    assert nodes.do_errands() == [
+    assert nodes.run_submitted() == [
         Published("s001"),
         SpoolLost("s002", Stage.DECODE),
         SpoolLost("s003", Stage.ENCODE),
@@ -120,42 +121,42 @@ def test_what_is_gone_goes_on_from_what_the_root_has(nodes, store, answer):
     assert nodes.spool_drain.describe() == ""
 
 
-def test_what_came_after_the_question_is_not_missed(nodes):
-    """P4: a task does not see a video that was kept after it had begun."""
+def test_a_video_that_came_after_the_task_is_not_lost(nodes):
+    """P4: a task does not see a video that was spooled after it had started."""
     nodes.spool_drain.add(A, FIRST)
-    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.poll(0.0)
     nodes.spool_drain.add(A, SECOND)
     assert nodes.answer(A, DrainResult(("s001",))) == [Published("s001")]
-    assert not nodes.background_tasks
-    nodes.spool_drain.go_on(0.0)
+    assert not nodes.submitted
+    nodes.spool_drain.poll(0.0)
     assert nodes.answer(A, DrainResult(("s002",))) == [Published("s002")]
 
 
-def test_a_resume_first_commits_what_it_finds(nodes, logged):
-    """P2: nothing is begun before every node has been asked, and answered or gone; no outage cuts that short."""
-    nodes.spool_drain.visit([A, B])
-    nodes.spool_drain.go_on(0.0)
-    assert nodes.answer(A, DrainResult(("s001", "s002"))) == [], "the plan will find them committed"
+def test_a_resume_first_commits_spooled_videos(nodes, logged):
+    """P2: no sample is admitted before the task of every node has ended, an outage notwithstanding."""
+    nodes.spool_drain.scan_nodes([A, B])
+    nodes.spool_drain.poll(0.0)
+    assert nodes.answer(A, DrainResult(("s001", "s002"))) == [], "the scan of the shard will find them committed"
     assert "committed 2 videos that an earlier outage had left" in logged[0]
-    assert nodes.spool_drain.is_visiting
+    assert nodes.spool_drain.is_scanning
     assert nodes.answer(B, DrainResult((), "503")) == []
-    assert nodes.spool_drain.is_visiting
-    nodes.spool_drain.go_on(nodes.outage._try_at)
+    assert nodes.spool_drain.is_scanning
+    nodes.spool_drain.poll(nodes.outage._try_at)
     assert nodes.answer(B, NodeDiedError("gone")) == []
-    assert not nodes.spool_drain.is_visiting
+    assert not nodes.spool_drain.is_scanning
 
 
 def test_without_a_spool_no_node_is_asked(monkeypatch, store):
-    """output.spool_gib: 0 is off."""
+    """output.spool_gib: 0 turns the spool off."""
     nodes = Nodes(monkeypatch, store, spool_gib=0)
-    nodes.spool_drain.visit([A])
-    assert not nodes.spool_drain.is_visiting
+    nodes.spool_drain.scan_nodes([A])
+    assert not nodes.spool_drain.is_scanning
 
 
 def test_a_root_that_refuses_ends_the_run(nodes):
-    """Design section 6: credentials and full stores are for the user to mend, and the videos stay where they are."""
+    """Design section 6: the user must fix credentials and full stores; the videos stay where they are."""
     nodes.spool_drain.add(A, FIRST)
-    nodes.spool_drain.go_on(0.0)
+    nodes.spool_drain.poll(0.0)
     cause = PermissionError(errno.EACCES, "s3://bucket: denied")
     refused = RayTaskError("empty_spool", "Traceback ...", cause, proctitle="x", pid=1, ip="127.0.0.1")
     with pytest.raises(UserError, match=r"denied.*grant access"):

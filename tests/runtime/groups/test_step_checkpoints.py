@@ -184,15 +184,15 @@ def test_a_rank_tells_when_its_next_step_is_overdue(monkeypatch):
     """
     now = 0.0
     monkeypatch.setattr(step_checkpoints, "time", SimpleNamespace(monotonic=lambda: now))
-    pace, told = StepTimer(), []
+    pace, limits = StepTimer(), []
     for took in ([900.0, 1.0, 40.0, 2.0, 500.0], [3.0, 20.0]):
         with suppress(RuntimeError), pace.of(5) as after_step:
             for done, seconds in enumerate(took, 1):
                 now += seconds
                 after_step(done)
-                told.append(pace.next_within_s)
+                limits.append(pace.next_within_s)
             raise RuntimeError("lost peer")
         assert pace.next_within_s == math.inf
     slowest = OVERDUE * 40.0
-    assert told == [math.inf, MIN_LIMIT_S, slowest, slowest, math.inf, math.inf, OVERDUE * 20.0]
+    assert limits == [math.inf, MIN_LIMIT_S, slowest, slowest, math.inf, math.inf, OVERDUE * 20.0]
     assert pace.steps == 7

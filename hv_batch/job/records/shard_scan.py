@@ -1,0 +1,175 @@
+"""Look shards up in the output root: what is left to render of each, and what is done.
+
+A store takes its time to answer, so shards are looked up many at a time, and a bounded number ahead of the one that is
+asked for: however long the manifest, only that many are held (P7). Of a shard that is done, neither the samples nor the
+index are read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from hv_batch.job import layout
+from hv_batch.job.failure import Failure
+from hv_batch.job.manifest.index import Index
+from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.manifest.selection import Selection
+from hv_batch.job.records.commits import ShardState, scan_shard
+from hv_batch.job.records.latents import checkpointed, drop_latents, drop_steps
+from hv_batch.job.records.quarantine import earlier_failures, taken_back
+from hv_batch.job.stages import Stage
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.store import Store
+
+T = TypeVar("T")
+
+LOOKERS = 32  # threads; listings wait for the store, not for the CPU
+LOOK_AHEAD = 64  # shards looked up before their turn
+
+
+class Retry(Protocol):
+    """Calls an act on the output root until it succeeds, and returns its result."""
+
+    def __call__(self, act: Callable[[], T], /) -> T: ...
+
+
+def call_once(act: Callable[[], T], /) -> T:
+    """Raises StorageUnavailableError if the output root does not answer."""
+    return act()
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A sample that is to be rendered."""
+
+    sample: Sample
+    stage: Stage  # the stage at which it begins
+    has_steps: bool  # an earlier run has left a step checkpoint of it
+    earlier: tuple[Failure, ...] = ()  # its failures before it was taken back from the quarantine
+
+
+@dataclass(frozen=True, slots=True)
+class ShardScan:
+    """What the output root holds of the selected samples of one shard."""
+
+    shard: int
+    committed: int = 0
+    quarantined: int = 0
+    pending: tuple[Pending, ...] = ()  # in plan order
+    keys: tuple[str, ...] = ()  # of all samples of the shard; empty if one outside the selection is pending too
+    is_sealed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Records:
+    """All that is read of a shard ahead of its turn, so that an outage does not stop the run at its first sample."""
+
+    state: ShardState
+    taken_back: frozenset[str]  # keys
+
+
+class ShardScanner:
+    """Iterates over the selected shards of a run.
+
+    `selected` has the number of selected samples of each shard. `keep_latents` leaves latents of terminal samples in
+    place, which a crash may have left between a record and their removal.
+    """
+
+    def __init__(
+        self, store: Store, index: Index, selection: Selection, selected: Sequence[int], *, keep_latents: bool = False
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._selection = selection
+        self._selected = selected
+        self._keep_latents = keep_latents
+        self._pool: ThreadPoolExecutor | None = None
+
+    def selected_samples(self, shard: int) -> list[Sample]:
+        """Reads the index. Raises UserError if that is damaged."""
+        return self._select(shard, self._index.samples(shard))
+
+    def scans(self, retry: Retry = call_once) -> Iterator[ShardScan]:
+        """Every selected shard, in order. Removes what a crash has left of samples that are terminal."""
+        # One listing for all shards: only what was running when a run ended has a step checkpoint.
+        with_steps = retry(partial(checkpointed, self._store))
+        for shard, look_up in self._look_up(shard for shard, count in enumerate(self._selected) if count):
+            records = retry(look_up)
+            if records is None:
+                yield ShardScan(shard, committed=self._selected[shard], is_sealed=True)
+            else:
+                yield self._scan(shard, records, with_steps, retry)
+
+    def close(self) -> None:
+        """Drop the look-ups that have not begun; the iteration then ends with a CancelledError."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _scan(self, shard: int, records: _Records, with_steps: frozenset[str], retry: Retry) -> ShardScan:
+        state = records.state
+        everything = retry(partial(self._index.samples, shard))
+        selected = self._select(shard, everything)
+        retry(partial(self._remove_remnants, selected, state, with_steps))
+        terminal = state.committed | state.quarantined
+        samples = [sample for sample in selected if sample.key not in terminal]
+        pending_in_all = sum(sample.key not in terminal for sample in everything)
+        keys = records.taken_back.intersection(sample.key for sample in samples)
+        earlier = retry(partial(earlier_failures, self._store, shard, keys))
+
+        def pending(sample: Sample) -> Pending:
+            stage = Stage.DECODE if sample.key in state.latents else Stage.ENCODE
+            return Pending(sample, stage, sample.key in with_steps, earlier.get(sample.key, ()))
+
+        return ShardScan(
+            shard,
+            committed=sum(sample.key in state.committed for sample in selected),
+            quarantined=sum(sample.key in state.quarantined for sample in selected),
+            pending=tuple(map(pending, samples)),
+            keys=tuple(sample.key for sample in everything) if pending_in_all == len(samples) else (),
+            is_sealed=state.sealed,
+        )
+
+    def _select(self, shard: int, everything: list[Sample]) -> list[Sample]:
+        return list(islice(filter(self._selection.matches, everything), self._selected[shard]))
+
+    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], _Records | None]]]:
+        """Every shard in order, with a function that returns what `_read` does and may be called again."""
+        self._pool = pool = ThreadPoolExecutor(LOOKERS, thread_name_prefix="plan")
+        ahead: deque[tuple[int, Future[_Records | None]]] = deque()
+        try:
+            ahead.extend((shard, pool.submit(self._read, shard)) for shard in islice(shards, LOOK_AHEAD))
+            while ahead:
+                shard, future = ahead.popleft()
+                yield shard, partial(self._result, shard, future)
+                ahead.extend((shard, pool.submit(self._read, shard)) for shard in islice(shards, 1))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _result(self, shard: int, future: Future[_Records | None]) -> _Records | None:
+        """What was read ahead of its turn. If the store did not answer then, it is asked again."""
+        return self._read(shard) if isinstance(future.exception(), StorageUnavailableError) else future.result()
+
+    def _read(self, shard: int) -> _Records | None:
+        """None for a shard that is sealed and has all its records: two requests, and most shards of a resume.
+
+        Latents and steps that a crash may have left in such a shard are not looked for: `hv-batch gc` removes them.
+        """
+        is_sealed = self._store.exists(layout.metadata_key(shard))
+        if is_sealed and len(layout.sample_keys(self._store.list(layout.commit_dir(shard)))) == self._index.size(shard):
+            return None
+        return _Records(scan_shard(self._store, shard, sealed=is_sealed), taken_back(self._store, shard))
+
+    def _remove_remnants(self, selected: list[Sample], state: ShardState, with_steps: frozenset[str]) -> None:
+        """Remove what a crash between a record and the removal of latents or steps has left."""
+        terminal = state.committed | state.quarantined
+        for sample in selected:
+            if sample.key in state.latents & terminal and not self._keep_latents:
+                drop_latents(self._store, sample.shard, sample.key)
+            if sample.key in with_steps & terminal:
+                drop_steps(self._store, sample.shard, sample.key)

@@ -1,0 +1,139 @@
+"""The workers of a run that exist now, the task of each, and the log lines and metrics of those that are lost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hv_batch.job.failure import Failure
+from hv_batch.job.scheduling.messages import Event, WorkerId
+from hv_batch.job.stages import Stage
+from hv_batch.runtime.driver.group_losses import Losses
+from hv_batch.runtime.driver.metrics import RunMetrics
+from hv_batch.runtime.groups.denoise_group import DenoiseGroup
+from hv_batch.runtime.groups.rank_answers import CallLater
+from hv_batch.runtime.groups.reservation_pool import ReservationPool
+from hv_batch.runtime.nodes.exclusion import NodeExclusion
+from hv_batch.runtime.pools.colocated_worker import ColocatedWorker
+from hv_batch.runtime.pools.pool_worker import start_decoder, start_encoder
+from hv_batch.runtime.run_context import RunContext
+from hv_batch.runtime.worker import InFlight, Watch, Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    items: tuple[InFlight, ...]
+    stage: Stage
+    begun: float
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(item.sample.key for item in self.items)
+
+
+class WorkerTable:
+    """Starts, polls and ends workers. `watch` and `call_later` are the driver's."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        reservations: ReservationPool,
+        exclusion: NodeExclusion,
+        metrics: RunMetrics,
+        watch: Watch,
+        call_later: CallLater,
+    ) -> None:
+        self.losses = Losses(on_gpus=context.config.parallel.device == "cuda")
+        self._context = context
+        self._reservations = reservations
+        self._exclusion = exclusion
+        self._metrics = metrics
+        self._watch = watch
+        self._call_later = call_later
+        self._workers: dict[WorkerId, Worker] = {}
+        self._tasks: dict[WorkerId, Task] = {}
+
+    @property
+    def workers(self) -> Mapping[WorkerId, Worker]:
+        return self._workers
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any worker has a task."""
+        return bool(self._tasks)
+
+    def start(self, worker: WorkerId, size_class: int) -> None:
+        self._workers[worker] = self._start(worker, size_class)
+
+    def poll(self, now: float) -> list[Event]:
+        return [event for worker in list(self._workers.values()) for event in worker.poll(now)]
+
+    def run(self, worker: WorkerId, items: Sequence[InFlight], stage: Stage) -> None:
+        self._tasks[worker] = Task(tuple(items), stage, time.monotonic())
+        self._workers[worker].run(items, stage)
+
+    def checkpoint(self, worker: WorkerId) -> None:
+        group = self._workers[worker]
+        assert isinstance(group, DenoiseGroup), f"{worker} is not a group"
+        group.checkpoint()
+
+    def task_done(self, worker: WorkerId) -> Task:
+        """The task that `worker` has finished."""
+        task = self._tasks.pop(worker)
+        self._metrics.task_done(task.stage, time.monotonic() - task.begun)
+        return task
+
+    def task_failed(self, worker: WorkerId, failure: Failure) -> None:
+        """The task of `worker` failed, and the worker goes on."""
+        _log_failure(worker, self._tasks.pop(worker, None), failure)
+
+    def lose(self, worker: WorkerId, failure: Failure, *, rebuild: bool) -> None:
+        """Kill a worker because of a failure; the arguments are those of `KillWorker`."""
+        task, lost = self._tasks.pop(worker, None), self._workers.pop(worker)
+        if isinstance(lost, DenoiseGroup) and lost.is_ready:  # a start that failed has lost nothing
+            seconds = time.monotonic() - task.begun if task else 0.0
+            self.losses.add(failure.kind, seconds, lost.plan.world_size)
+            self._metrics.group_lost(failure.kind, seconds)
+        _log_failure(worker, task, failure)
+        lost.kill(rebuild=rebuild)
+
+    def release(self, worker: WorkerId, reason: str) -> None:
+        """End a worker that is not needed any more."""
+        logger.info(f"{worker} is released: {reason}")
+        self._workers.pop(worker).kill()
+
+    def close(self) -> None:
+        """Kill all workers."""
+        for worker in list(self._workers.values()):
+            worker.kill()
+
+    def _start(self, worker: WorkerId, size_class: int) -> Worker:
+        context, exclusion = self._context, self._exclusion
+        if worker.stage is Stage.DENOISE:
+            plan = context.run.groups.plans[size_class]
+            return DenoiseGroup(worker, plan, context, self._watch, self._call_later, self._reservations, exclusion)
+        if worker.stage is Stage.DECODE:
+            return start_decoder(worker, context, self._watch, exclusion)
+        if not context.config.encoders.is_colocated:
+            return start_encoder(worker, context, self._watch, exclusion)
+        return ColocatedWorker(
+            worker,
+            self._reservations,
+            self._watch,
+            lambda slot, watch: start_encoder(worker, context, watch, exclusion, slot),
+        )
+
+
+def _log_failure(worker: WorkerId, task: Task | None, failure: Failure) -> None:
+    """One record per sample of the task, so that a search for the sample finds it."""
+    what = f"{failure.kind.value}: {failure.first_line}"
+    if not task:
+        logger.warning(f"{worker}: {what}", extra={"worker": str(worker)})
+        return
+    for item in task.items:
+        fields = {"worker": str(worker), "sample": item.sample.key, "attempt": item.attempt}
+        logger.warning(f"{worker} with {item.sample.key}: {what}", extra=fields)
