@@ -11,9 +11,9 @@ COUNT = 120
 POISONED, KILLER = 60, 90  # late enough to meet a group that knows how quick such samples are
 
 
-def test_in_a_parcel_only_the_one_to_blame_is_charged(ray_head, tmp_path, marks):
-    """P1, P5: a poisoned sample and one that kills its group, each amid a task of several: nobody is charged for what
-    the task met, all but the poisoned one are committed, and that is quarantined after its own tries alone.
+def test_only_the_failing_sample_of_a_micro_batch_is_charged(ray_head, tmp_path, marks):
+    """P1, P5: a poisoned sample and one that kills its group, each in a task of several. The task's failure is charged
+    to no sample; all but the poisoned one are committed, and that one is quarantined after tries of its own.
     """
     prompts = [f"{i}" for i in range(COUNT)]
     prompts[POISONED], prompts[KILLER] = f"{POISONED} !nan-denoise", f"{KILLER} !kill-denoise-once"
@@ -21,9 +21,8 @@ def test_in_a_parcel_only_the_one_to_blame_is_charged(ray_head, tmp_path, marks)
     output = tmp_path / "out"
     code, text = render(config, write_manifest(tmp_path, prompts), output, ray_head[0])
     assert code == 3, text
-    together = [match.split(", ") for match in re.findall(r"denoise-0\.\d+ with (s[s\d, ]+): ", text)]
-    assert any(f"s{POISONED}" in task and len(task) > 1 for task in together), text
-    assert any(f"s{KILLER}" in task and len(task) > 1 for task in together), text
+    in_batches = re.findall(r"denoise-0\.\d+ with (s\d+) \(one of \d+ samples of its task\): ", text)
+    assert {f"s{POISONED}", f"s{KILLER}"} <= set(in_batches), text
     committed, quarantined = records(output), records(output, "quarantine")
     assert committed.keys() == {f"s{i:02d}" for i in range(COUNT)} - {f"s{POISONED}"}
     assert {key: record["attempts"] for key, record in committed.items()} == dict.fromkeys(committed, 1)

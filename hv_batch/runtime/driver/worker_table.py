@@ -134,6 +134,7 @@ def _log_failure(worker: WorkerId, task: Task | None, failure: Failure) -> None:
     if not task:
         logger.warning(f"{worker}: {what}", extra={"worker": str(worker)})
         return
+    others = f" (one of {len(task.items)} samples of its task)" if len(task.items) > 1 else ""
     for item in task.items:
         fields = {"worker": str(worker), "sample": item.sample.key, "attempt": item.attempt}
-        logger.warning(f"{worker} with {item.sample.key}: {what}", extra=fields)
+        logger.warning(f"{worker} with {item.sample.key}{others}: {what}", extra=fields)
