@@ -190,6 +190,7 @@ def test_a_resume_takes_over_from_a_driver_that_hangs(undisturbed, ray_head, tmp
     assert not (output / "lease.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on(ray_head, tmp_path, marks):
     """P2: `resume` of a root whose run.json contains a removed key renders the pending samples, with one warning."""
     manifest, output = write_manifest(tmp_path, PROMPTS[:2]), tmp_path / "out"

@@ -93,7 +93,9 @@ def test_packing_the_unpacked_tree_gives_equal_bytes(trained, tmp_path):
     assert {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == shipped
 
 
-@pytest.mark.parametrize(("count", "num_frames", "quality"), [(8, 1, 30), (3, SIZE["num_frames"], 28)])
+@pytest.mark.parametrize(
+    ("count", "num_frames", "quality"), [(8, 1, 30), pytest.param(3, SIZE["num_frames"], 28, marks=pytest.mark.slow)]
+)
 def test_the_vae_preserves_all_attributes(trained, count, num_frames, quality):
     """Held-out scenes keep all their attributes when they are encoded and decoded."""
     pairs = [
@@ -198,6 +200,7 @@ def test_the_package_is_small():
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < LIMIT
 
 
+@pytest.mark.slow
 def test_random_weights_have_a_low_accuracy(tmp_path):
     """The accuracy command scores all attributes, and finds most of them wrong for an untrained model."""
     base = write_toy_checkpoint(tmp_path)
