@@ -30,8 +30,8 @@ def stage(stage, *placed):
 
 
 def test_a_station_without_room_is_told_of_once(nodes, logged):
-    """P5: groups that wait for a decoder render nothing, so it is told what that one asks, what there is, and whether
-    that could ever do; again only when it has had room since.
+    """P5: groups that wait for a decoder render nothing, so the log names the resources that it requests, the free
+    ones, and whether any node can ever provide them. It repeats this only after the decoder had resources in between.
     """
     watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     alone, joined = stage(Stage.DECODE, ()), stage(Stage.DECODE, (), ("a",))
