@@ -60,7 +60,7 @@ def test_the_version_is_that_of_the_package():
     assert subprocess.check_output(command, cwd=ROOT, text=True) == f"hv_batch {__version__}\n"
 
 
-def test_every_bad_row_is_told_at_once(good, tmp_path):
+def test_every_bad_row_is_reported_at_once(good, tmp_path):
     """P6: row number, field, value and allowed values, for all rows at once."""
     manifest = tmp_path / "bad.jsonl"
     rows = [{"prompt": "ok"}, {"prompt": "x", "height": 100}, {"prompt": ""}, {"prompt": "y", "num_frames": 8}]
@@ -85,23 +85,23 @@ def test_a_missing_weight_file_names_path_and_layout(good, tmp_path):
     assert "text_encoder_2/" in text
 
 
-def test_heads_that_do_not_split_are_told(good):
+def test_heads_that_do_not_split_are_reported(good):
     """P6: an impossible parallel plan is refused before Ray is touched."""
     assert "does not divide 24" in refused(*good, "parallel.ulysses_degree=5")
 
 
-def test_an_engine_that_is_not_there_is_told(good):
+def test_a_missing_engine_is_reported(good):
     """P6: the import path of the engine is in the message."""
     assert "tests.support.doubles:NoEngine" in refused(*good, "model.engine=tests.support.doubles:NoEngine")
 
 
-def test_an_unwritable_output_is_told(good, tmp_path):
+def test_an_unwritable_output_is_reported(good, tmp_path):
     """P6: the check writes a probe before anything is rendered."""
     (tmp_path / "file").write_text("in the way")
     assert "is a file, or lies below one" in refused(good[0], good[1], tmp_path / "file" / "out")
 
 
-def test_config_weights_and_manifest_are_told_together(good, tmp_path):
+def test_problems_of_config_weights_and_manifest_are_reported_together(good, tmp_path):
     """P6: problems of the plan and of the rows are reported together."""
     manifest = tmp_path / "bad.jsonl"
     manifest.write_text('{"prompt": ""}\n')
@@ -110,14 +110,14 @@ def test_config_weights_and_manifest_are_told_together(good, tmp_path):
     assert "row 1: prompt" in text
 
 
-def test_an_unknown_engine_option_is_told_with_the_known_ones(good):
+def test_an_unknown_engine_option_is_reported_with_the_known_ones(good):
     """P6: as for every other key of the config."""
     text = refused(*good, "model.options.surprise=1")
     assert "'surprise'" in text
     assert "step_seconds" in text
 
 
-def test_an_address_where_nothing_answers_is_told(good):
+def test_an_address_where_nothing_answers_is_reported(good):
     """P6: the address and the remedy are in the message."""
     code, _, stderr = hv_batch(
         "run", "--config", good[0], "--manifest", good[1], "--output", good[2], "--address", "127.0.0.1:9"
@@ -203,7 +203,7 @@ def test_a_refused_command_shows_no_secret(good, monkeypatch, role):
     assert "planted" not in str(caught.value)
 
 
-def test_a_missing_manifest_is_told(good, tmp_path):
+def test_a_missing_manifest_is_reported(good, tmp_path):
     """P6: the path is in the message."""
     assert "nowhere.jsonl" in refused(good[0], tmp_path / "nowhere.jsonl", good[2])
 
@@ -219,7 +219,7 @@ def test_several_manifests_and_a_selection_are_options(good, tmp_path):
     assert "allowed are 0 to 0" in refused(*good, "--shards", "1-3")
 
 
-def test_status_of_something_else_is_told(tmp_path):
+def test_status_of_a_folder_that_is_no_root_is_reported(tmp_path):
     """`hv-batch status` of a folder that is no output root is an error, not an empty table."""
     code, _, stderr = hv_batch("status", tmp_path)
     assert code == 1

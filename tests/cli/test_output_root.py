@@ -36,7 +36,7 @@ def root(rendered, tmp_path) -> str:
     return str(shutil.copytree(rendered, tmp_path / "root"))
 
 
-def test_verify_says_what_is_wrong_and_mends_it(root):
+def test_verify_reports_faults_and_repairs_them(root):
     """Exit codes: 0 no faults, 3 faults, removed or not; without --remove nothing changes."""
     assert hv_batch("verify", root, "--deep")[0] == 0
     (media,) = Path(root).glob("data/*/s002-*")
@@ -54,8 +54,9 @@ def test_verify_says_what_is_wrong_and_mends_it(root):
 
 
 def test_repair_renders_again_what_was_wrong(root, monkeypatch):
-    """P2: what is wrong goes, and the run goes on in the shards concerned by what its run.json tells, without a lease
-    in the way; the exit code is the run's. Where nothing is wrong, nothing is rendered.
+    """P2: faulty objects are removed, and those shards are rendered from run.json alone, with no lease held.
+
+    The exit code is that of the run. Without a fault, nothing is rendered.
     """
     calls = []
 
@@ -84,7 +85,7 @@ def test_repair_renders_again_what_was_wrong(root, monkeypatch):
     assert calls[1][3] == (), "the run as a whole"
 
 
-def test_what_nobody_could_render_again_is_not_removed(root):
+def test_what_could_not_be_rendered_again_is_not_removed(root):
     """P2: if run.json lacks a secret, the run cannot be resumed, so --repair must remove nothing."""
     run = json.loads(Path(root, layout.RUN).read_text())
     run["config"]["model"]["options"] = {"model_base": MASK}

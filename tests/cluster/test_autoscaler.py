@@ -78,10 +78,10 @@ def gpu_nodes():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_autoscaler_brings_nodes_for_the_groups_and_takes_them_away(autoscaled, tmp_path, marks, expected):
-    """Elastic, P3: a cluster without a GPU gets a node for the first group, then one for each further group up to
-    `groups.count`, though it may have more, and what the autoscaler brought too many goes again; when only one sample
-    is left, the others are taken away while that one is rendered. No failure is said, and the bytes are those of groups
-    that always were there.
+    """Elastic, P3: a cluster without a GPU gets a node for the first group, then one for each further group.
+
+    It gets at most `groups.count` of them; surplus nodes are removed. When one sample is left, the nodes of the other
+    groups are removed while that sample is rendered. No failure is reported, and the bytes do not change.
     """
     prompts = [f"{PROMPTS[0]} !hold-denoise", *PROMPTS[1:4]]
     config, output = write_config(tmp_path, marks, {"hold_after": [2]}, groups={"count": 3}), tmp_path / "out"

@@ -84,8 +84,8 @@ def test_groups_that_had_to_wait_render_the_same(held, ray_head, tmp_path):
 
 @pytest.mark.slow
 def test_an_auto_pool_grows_until_the_groups_need_not_wait(ray_head, tmp_path, marks, expected):
-    """Stages, P3: one decoder that takes several times as long as a denoise is joined by others, which is said with
-    the reason; every sample is committed, and its bytes are the same.
+    """Stages, P3: one decoder that takes several times as long as a denoise is joined by others, which is
+    reported with the reason; every sample is committed, and its bytes are the same.
     """
     config = write_config(
         tmp_path,

@@ -34,10 +34,10 @@ def group_config(folder, base, marks, step_cache):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("step_cache", "may_resume"), [(0.0, range(1, FAULTY_STEP + 1)), (0.5, [5])])
-def test_a_gang_that_raises_dies_or_hangs_renders_the_same(ray_head, tmp_path, step_cache, may_resume):
+def test_a_group_that_raises_dies_or_hangs_renders_the_same(ray_head, tmp_path, step_cache, may_resume):
     """P3, P4, P5: one rank of four raises while its peers wait for it in a collective, one dies by SIGKILL, one hangs
-    by SIGSTOP and is noticed by the pace of its own denoise. Each costs one rebuild; who was not refused goes on from
-    its last step checkpoint, and the dataset is that of an undisturbed run, byte for byte.
+    by SIGSTOP and is detected because its own steps stop. Each costs one rebuild. A sample that was not refused resumes
+    from its last step checkpoint, and the dataset equals that of an undisturbed run, byte for byte.
     """
     base, manifest = write_toy_checkpoint(tmp_path / "toy"), write_manifest(tmp_path, PROMPTS)
     marks = tmp_path / "marks"

@@ -273,8 +273,8 @@ def test_an_excluded_node_is_left_by_the_pools_too(fleet, tmp_path, marks, expec
 
 @pytest.mark.slow
 def test_a_group_that_does_not_meet_in_time_is_built_again(fleet, tmp_path, marks, expected):
-    """Start-up, P3, P5: a rank that hangs while it joins is given up after timeouts.start_s, which is reported and
-    costs no sample a try.
+    """Start-up, P3, P5: a rank that hangs while it joins is ended after timeouts.start_s. This is reported and
+    charged to no sample.
     """
     fleet.add_node(gpus=2)
     (marks / "never-meets").touch()

@@ -31,7 +31,7 @@ def scrape(url, run):
 
 
 @pytest.mark.slow
-def test_a_run_tells_prometheus_how_it_stands(ray_head, metrics_url, tmp_path, marks):
+def test_metrics_report_pending_samples_and_lost_groups(ray_head, metrics_url, tmp_path, marks):
     """While samples are held in their last step: pending samples by stage, lost groups; no label names a sample."""
     config = write_config(tmp_path, marks, {"hold_after": [4]})
     manifest, output = write_manifest(tmp_path, ["a !kill-denoise-once", "b", "c"]), tmp_path / "out"

@@ -70,8 +70,8 @@ def test_a_night_catches_up_and_survives_a_bad_one(ray_head, tmp_path, marks):
 
 @pytest.mark.slow
 def test_a_night_and_the_leases_of_others(ray_head, tmp_path, marks):
-    """P5: a root whose driver is gone is watched for a while and then taken over; one that is being written to is told
-    with its holder, and the night fails at once instead of rendering everything twice."""
+    """P5: the lease of a driver that is gone is taken over after a while. If another driver still writes to the root,
+    the night fails at once and names that driver."""
     config = write_config(tmp_path, marks)
     manifest = partition(tmp_path, "2026-11-18", PROMPTS)
     code, text = render(config, manifest, tmp_path / "nights" / "2026-11-18", ray_head[0])

@@ -95,8 +95,8 @@ def grown(fleet_head, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_node_that_joins_speeds_up_the_run(grown, expected):
-    """Elastic, P3, P5: the second group renders while the first still does, the third waits for room and hinders
-    nobody; the bytes are those of one group.
+    """Elastic, P3, P5: the second group renders while the first still does, the third waits for resources and delays
+    none; the bytes are those of one group.
     """
     assert len(grown.groups()) == 2
     assert "of at most 3 group(s) are placed" in grown.text
@@ -107,7 +107,7 @@ def test_a_node_that_joins_speeds_up_the_run(grown, expected):
 
 
 @pytest.mark.slow
-def test_what_the_rest_cannot_use_is_released(grown):
+def test_a_group_that_is_not_needed_is_released(grown):
     """Elastic, P5: a group that was never placed is withdrawn once the others suffice, without a failure."""
     (withdrawn,) = {"denoise-1.0", "denoise-2.0"} - grown.groups()  # Ray chooses which of two that wait to place
     assert f"{withdrawn} is released" in grown.text
@@ -117,8 +117,8 @@ def test_what_the_rest_cannot_use_is_released(grown):
 
 @pytest.mark.slow
 def test_nodes_that_are_drained_or_die_cost_steps_only(fleet, grown, tmp_path):
-    """P4, P5: encoder, decoder and group leave a drained node in time and lose the next one by a power cut. Each time a
-    sample is cut off; it goes on where it was, and is charged with PREEMPTED only, or with one INFRA.
+    """P4, P5: encoder, decoder and group leave a drained node in time; the next node is lost as in a power cut. Each
+    time a sample is interrupted. It resumes, and is charged with PREEMPTED only, or with one INFRA.
     """
     leaving = fleet.add_node(gpus=3)
     run = Run(tmp_path, fleet, groups={"checkpoint_every": 1})
@@ -141,7 +141,7 @@ def test_nodes_that_are_drained_or_die_cost_steps_only(fleet, grown, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_drain_without_haste_costs_nothing(fleet, grown, tmp_path):
+def test_a_drain_without_a_deadline_costs_nothing(fleet, grown, tmp_path):
     """P4: a denoise that can finish before its node is removed does; then the group starts on another node."""
     leaving = fleet.add_node(gpus=3)
     run = Run(tmp_path, fleet)
@@ -164,7 +164,7 @@ def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
     run.wait_until_held(1)
     dying = fleet.add_node(gpus=2)
     run.wait_until_held(2)
-    run.wait_until_said(f"({dying.node_id[:8]}) has joined")  # of a node that dies between two looks nobody is told
+    run.wait_until_said(f"({dying.node_id[:8]}) has joined")  # a node that dies between two checks is not reported
     fleet.kill_node(dying)
     run.wait_until_said("denoise-1.0 with s01: INFRA")
     run.wait_until_said("has left")
@@ -175,9 +175,9 @@ def test_a_node_that_dies_takes_only_its_group(fleet, grown, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notice_itself_asks_for_a_checkpoint(fleet, tmp_path, expected):
-    """P3, P4: where none is written by itself, a denoise on a node that is to be taken away writes one after the step
-    that it is in; elsewhere it goes on from there, and no step is made twice.
+def test_a_drain_notice_requests_a_checkpoint(fleet, tmp_path, expected):
+    """P3, P4: without periodic checkpoints, a denoise on a node that will be removed writes one after its current step.
+    The denoise resumes from it on another node, and no step is computed twice.
     """
     leaving = fleet.add_node(gpus=3)
     slowly = {"hold_after": [1, 2], "step_seconds": 3.0}  # so that the second one ends after it was asked for

@@ -27,7 +27,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def with_quick_heart(arguments):
+def with_short_heartbeats(arguments):
     """The command with short heartbeat intervals."""
     program = (
         "from hv_batch.job.records import lease; lease.HEARTBEAT_S = 0.2; from hv_batch.cli.main import main; main()"
@@ -100,7 +100,7 @@ def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
     """P1: the second driver is refused with the first one's name; with --take-over the first one stops and says why."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
     slow = write_config(tmp_path, marks, {"step_seconds": 30.0}, **ADORNED)
-    first = start(with_quick_heart(command(slow, manifest, output, ray_head[0])))
+    first = start(with_short_heartbeats(command(slow, manifest, output, ray_head[0])))
     wait_for(lambda: count(marks, "encoded"), "an encoding")
     quick = write_config(tmp_path, marks, **ADORNED)
     code, text = render(quick, manifest, output, "127.0.0.1:1")
@@ -119,7 +119,7 @@ def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
 
 
 @pytest.mark.slow
-def test_a_sample_that_was_given_up_is_taken_back(undisturbed, ray_head, tmp_path, marks):
+def test_a_quarantined_sample_is_retried(undisturbed, ray_head, tmp_path, marks):
     """P5: after retry, the same command renders only that sample, and verify finds no fault."""
     config = write_config(tmp_path, marks, retries={"poison": 1})
     prompts = ["good 0", "bad !raise-denoise-once", "good 1"]
@@ -140,8 +140,8 @@ def test_a_sample_that_was_given_up_is_taken_back(undisturbed, ray_head, tmp_pat
 
 @pytest.mark.slow
 def test_what_failed_is_rendered_again_by_one_command(ray_head, tmp_path, marks):
-    """P2, P5: `run --failed-only` takes back what was given up and renders that alone, though the run had finished; the
-    records tell the tries of before. A sample that fails again is given up again, and there is nothing else to do."""
+    """P2, P5: `run --failed-only` renders only the quarantined samples, though the run had finished; the
+    records hold the earlier attempts. A sample that fails again is quarantined again, and nothing else is rendered."""
     prompts = ["good 0", "bad !raise-denoise-once", "good 1", "worse !raise-denoise"]
     config = write_config(tmp_path, marks, retries={"poison": 1})
     manifest, output = write_manifest(tmp_path, prompts), tmp_path / "out"
@@ -174,7 +174,7 @@ def test_a_resume_takes_over_from_a_driver_that_hangs(undisturbed, ray_head, tmp
     """P1, P2: `resume --take-over` needs only the root; the driver that loses the lease stops and says why."""
     manifest, output = write_manifest(tmp_path, PROMPTS), tmp_path / "out"
     config = write_config(tmp_path, marks, {"hold_after": [2]}, **ADORNED)
-    first = start(with_quick_heart(command(config, manifest, output, ray_head[0])))
+    first = start(with_short_heartbeats(command(config, manifest, output, ray_head[0])))
     wait_for(lambda: count(marks, "steps"), "a step")
     code, text = hv_batch("resume", output, "--address", ray_head[0])
     assert code == 1, text

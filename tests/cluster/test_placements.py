@@ -147,7 +147,7 @@ def test_encoders_stay_when_their_group_is_rebuilt(pooled, ray_head, tmp_path, m
 
 @pytest.mark.slow
 def test_an_outage_at_the_commit_costs_a_group_nothing(pooled, ray_head, tmp_path, marks):
-    """P5: the output root takes no file for a while, and none may wait on the disk; the group keeps its weights, nobody
+    """P5: the output root refuses writes for a while, and the spool is disabled. The group keeps its weights, no sample
     is charged, and nothing is denoised twice.
     """
     (marks / "away").touch()

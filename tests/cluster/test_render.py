@@ -39,7 +39,7 @@ def test_every_sample_is_committed_once(undisturbed):
     assert count(undisturbed / "marks", "denoised") == dict.fromkeys(PROMPTS, 1)
 
 
-def test_a_record_tells_where_it_came_from(undisturbed):
+def test_a_record_holds_its_lineage(undisturbed):
     """Lineage: parameters, seed, plan, stages with their workers, versions and licence are in the commit record."""
     record = records(undisturbed / "out")["s03"]
     assert record["params"]["prompt"] == "prompt 3"
@@ -99,7 +99,7 @@ def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tm
 
 
 @pytest.mark.slow
-def test_a_manifest_that_is_gone_in_the_night_is_not_missed(ray_head, tmp_path, marks):
+def test_a_run_continues_without_its_manifest(ray_head, tmp_path, marks):
     """P2: once the index is in the output root, a run does not need its manifest."""
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.05}), tmp_path / "out"
     manifest = write_manifest(tmp_path, PROMPTS[:6])
@@ -146,7 +146,7 @@ def test_a_second_signal_stops_at_once(ray_head, tmp_path, marks):
     assert not records(output)
 
 
-def test_a_stop_while_waiting_for_nodes_is_heard(ray_head, tmp_path, marks):
+def test_a_stop_ends_the_wait_for_nodes(ray_head, tmp_path, marks):
     """Exit codes: SIGTERM ends the wait for nodes, and no run.json is written."""
     config, output = write_config(tmp_path, marks, parallel={"ulysses_degree": 12}), tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:1]), output, ray_head[0]))
@@ -232,8 +232,8 @@ def test_eight_ranks_are_placed_on_fake_gpus(expected, ray_head, tmp_path, marks
     assert videos(tmp_path / "out").items() <= expected
 
 
-def test_more_gpus_than_the_cluster_has_are_said(ray_head, tmp_path, marks):
-    """P6: the message has the needed and the existing GPUs, before anything is placed."""
+def test_more_gpus_than_the_cluster_has_are_reported(ray_head, tmp_path, marks):
+    """P6: the message names the needed and the existing GPUs before anything is placed."""
     config = write_config(
         tmp_path, marks, parallel={"ulysses_degree": 12}, timeouts={"start_s": 1, "stall_s": 60, "drain_s": 30}
     )

@@ -68,7 +68,7 @@ def test_a_reservation_is_retained_for_the_next_group_only(pool):
 
 
 def test_a_node_that_does_not_answer_gets_no_rebuild(pool, fleet):
-    """P4: Ray takes a node for alive for a while after its power is cut; a group there would be lost at once."""
+    """P4: Ray lists a node as alive for a while after its power is cut; a group there would be lost at once."""
     reservation = placed(request(pool, FIRST))
     assert all_answer(reservation.addresses())
     pool.retain(reservation)

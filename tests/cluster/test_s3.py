@@ -38,7 +38,7 @@ def read_until(process, words: str, log: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_on_s3_outlasts_an_outage_and_tells_no_secret(ray_environment, s3_root, tmp_path, marks):
+def test_a_run_on_s3_survives_an_outage_and_writes_no_secret(ray_environment, s3_root, tmp_path, marks):
     """P5, P2: while the root is away the driver waits, for its own records as well; nothing is rendered twice, every
     sample ends in one record. Neither objects nor log hold a credential, a password or a signature of a URL.
     """

@@ -78,7 +78,7 @@ def test_task_errors_are_classified_by_their_cause(cause, kind, survives):
         (OutOfMemoryError("CUDA out of memory"), FailureClass.INFRA),
     ],
 )
-def test_a_start_that_fails_counts_against_the_slot_unless_nobody_could_have_started(cause, kind):
+def test_a_failed_start_counts_against_the_slot_unless_no_worker_could_start(cause, kind):
     """P5: a failed start charges no sample, and during an outage it does not count against the slot either."""
     assert start_failure(classify(raised_by_a_task(cause))).kind is kind
 
@@ -124,7 +124,7 @@ def test_what_an_error_says_of_its_node(error, device, collateral):
 
 
 @pytest.mark.parametrize(("cause", "is_fault"), [(NodeError("no ffmpeg"), True), (OSError(5, "input"), False)])
-def test_what_a_node_lacks_is_told_from_what_a_sample_has(cause, is_fault):
+def test_faults_of_a_node_are_separated_from_faults_of_a_sample(cause, is_fault):
     """P5: a full disk for temporary files counts against the node; other errors of a decode do not."""
     assert is_node_fault(raised_by_a_task(cause)) is is_fault
     assert not is_node_fault(cause)

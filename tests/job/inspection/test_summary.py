@@ -104,7 +104,9 @@ def test_aggregate_counts_what_was_encoded_once(store):
         commits.commit(store, make_commit(make_sample(number), stages=stages))
     assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}
     commits.commit(store, make_commit(make_sample(3)))
-    assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, "one that tells nothing"
+    assert summary.aggregate(store)["embeddings"] == {"encoded": 1, "recalled": 3}, (
+        "a record without the field counts as neither"
+    )
 
 
 def test_aggregate_without_gpus_reports_no_gpu_time(store):

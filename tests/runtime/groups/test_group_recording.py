@@ -64,14 +64,14 @@ def test_a_file_is_made_of_all_chunks(tmp_path):
 
 
 @pytest.mark.parametrize("reads", range(CHUNKS + 1))
-def test_what_is_wrong_with_a_file_is_told_when_all_ranks_have_ended(tmp_path, reads):
+def test_a_file_error_is_raised_after_all_ranks_have_ended(tmp_path, reads):
     """P5: the disk is full before the first chunk, after the last, or in between; every tile is received."""
     fault, group = OSError(errno.ENOSPC, "no space"), Group()
     assert record_decode(Writer(fault, reads), SAMPLE, group.decode(), tmp_path) is fault
     assert group.taken == [0, 1, 2, 3]
 
 
-def test_frames_that_are_not_finite_are_told_likewise(tmp_path):
+def test_frames_that_are_not_finite_are_reported_after_all_ranks_have_ended(tmp_path):
     """P5: only rank 0 has the error; the group stays usable."""
     fault = NonFiniteError("not finite")
     group = Group(fault)

@@ -1,6 +1,4 @@
-"""Between two steps of a denoise: when checkpoints are written, that nothing about them can disturb it, and what its
-pace tells of the next step.
-"""
+"""Step checkpoints: when they are written, that a failed write does not affect the denoise, their duration."""
 
 from __future__ import annotations
 

@@ -49,14 +49,14 @@ def test_a_node_whose_device_fails_gets_no_actor_with_a_gpu(nodes, stage, logged
     assert avoid_nodes(sick.excluded) == {NODE_LABEL: "!in(a)"}
 
 
-def test_who_got_a_node_excluded_is_told(nodes):
+def test_the_worker_that_excluded_a_node_is_reported(nodes):
     """P5: the failure that excludes a node does not count against the slot; the first one does."""
     sick = NodeExclusion(run_of(gpus=0.5))
     assert [sick.start_failed(Stage.DENOISE, ["a"], "no device") for _ in range(3)] == [False, True, False]
     assert [sick.device_faulted(Stage.DENOISE, ["b"], "ECC") for _ in range(3)] == [False] * 3, "it cannot be spared"
 
 
-def test_pools_without_gpus_neither_blame_nor_avoid(nodes):
+def test_pools_without_gpus_neither_exclude_nor_avoid_a_node(nodes):
     """P5: decoders on the CPU neither avoid a node with a faulty GPU nor count failures against it."""
     sick = NodeExclusion(run_of(gpus=0.0))
     sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
@@ -78,7 +78,7 @@ def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
     assert sick.avoided(Stage.DECODE) == {"a"}
 
 
-def test_a_decoder_that_has_nowhere_else_to_go_excludes_nobody(nodes, logged):
+def test_a_decoder_without_another_node_excludes_none(nodes, logged):
     """P5: a node that the run cannot spare is named in a warning and stays in use."""
     nodes["b"] = {"CPU": 8.0, "GPU": 2.0}
     sick = NodeExclusion(run_of(gpus=0.5))

@@ -29,7 +29,7 @@ def stage(stage, *placed):
     return {WorkerId(stage, slot, 0): SimpleNamespace(nodes=frozenset(nodes)) for slot, nodes in enumerate(placed)}
 
 
-def test_a_station_without_room_is_told_of_once(nodes, logged):
+def test_a_worker_without_resources_is_reported_once(nodes, logged):
     """P5: groups that wait for a decoder render nothing, so the log names the resources that it requests, the free
     ones, and whether any node can ever provide them. It repeats this only after the decoder had resources in between.
     """
@@ -55,7 +55,7 @@ def test_a_station_without_room_is_told_of_once(nodes, logged):
     assert logged[1].endswith("No node of the cluster is large enough, even when idle: it starts only when nodes join.")
 
 
-def test_colocated_encoders_and_stations_without_work_are_not_reported(nodes, logged):
+def test_colocated_encoders_and_idle_workers_are_not_reported(nodes, logged):
     """Colocated encoders wait for a group, for which there is another warning; a stage without workers needs none."""
     watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
     for now in (0.0, 2 * WARN_AFTER_S):
