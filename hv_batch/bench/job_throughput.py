@@ -69,7 +69,7 @@ class JobReport:
     first_denoise_s: float  # from the command to the first denoise: manifest check, start of Ray and of the workers
     groups_busy: float  # fraction of the time between the first and the last commit that groups spend in denoising
     driver_mb: float  # peak resident memory of the driver process, in MB
-    loop_max_ms: float  # longest iteration of the driver's loop, without its wait for events, in milliseconds
+    loop_max_ms: float  # longest iteration of the driver's loop while a worker had a task, in ms
     ray_data: Throughput | None = None  # throughput of `ray_data_baseline`; None if it was not measured
 
     def render(self) -> str:

@@ -43,7 +43,7 @@ class PreparedRun:
 
     context: RunContext
     index: Index
-    plan: PendingSamples
+    pending: PendingSamples
     document: dict[str, Any]  # of run.json
     state: RunState
 
@@ -65,7 +65,7 @@ def prepare_run(
         check_encoder(config.media)
     with _collected(problems):
         index = _read_manifest(config, manifest, store, spool)
-        plan = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
+        pending = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
     if problems:
         raise UserError("\n".join(problems))
     # Only now, because these checks require options that the engine has accepted.
@@ -85,7 +85,7 @@ def prepare_run(
     state = inspect_run(store, document)
     context = RunContext(run, engine, store, fingerprint(identity), versions, current_settings())
     add_process_fields(run=short_id(context.fingerprint))
-    return PreparedRun(context, index, plan, document, state)
+    return PreparedRun(context, index, pending, document, state)
 
 
 def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:

@@ -87,7 +87,7 @@ def render(
 
 def _render(job: PreparedRun, address: str | None, stopped: Event, steal: bool) -> ExitCode:
     store = job.context.store
-    if job.state is RunState.FINISHED and not job.plan.takes_back:
+    if job.state is RunState.FINISHED and not job.pending.takes_back:
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
     me = this_process("run", submission_id())
@@ -100,7 +100,7 @@ def _render(job: PreparedRun, address: str | None, stopped: Event, steal: bool) 
 
 
 def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease: Lease) -> ExitCode:
-    config, store, plan = job.context.config, job.context.store, job.plan
+    config, store, pending = job.context.config, job.context.store, job.pending
     run = job.context.run
 
     def should_stop() -> bool:
@@ -117,18 +117,18 @@ def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease
         # The root gets its run.json only now, so that a config that asks for too much can still be changed.
         open_run(store, job.document)
         job.index.publish(store)
-        if plan.takes_back:
-            logger.info(f"released from quarantine: {plan.take_back()} samples")
-        driver = Driver(job.context, plan, plan.total, kinds, shortage, should_stop)
+        if pending.takes_back:
+            logger.info(f"released from quarantine: {pending.take_back()} samples")
+        driver = Driver(job.context, pending, pending.total, kinds, shortage, should_stop)
         if job.state is RunState.RESUMED:
             driver.commit_spooled()
         outcome = driver.run()
     lease.check()
-    return _close(store, plan, outcome, stopped)
+    return _close(store, pending, outcome, stopped)
 
 
-def _close(store: Store, plan: PendingSamples, outcome: Outcome, stopped: Event) -> ExitCode:
-    counts = plan.counts
+def _close(store: Store, pending: PendingSamples, outcome: Outcome, stopped: Event) -> ExitCode:
+    counts = pending.counts
     done_before = counts.committed_before + counts.quarantined_before
     totals = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {done_before} were done before"
     if outcome.drained:
@@ -136,7 +136,7 @@ def _close(store: Store, plan: PendingSamples, outcome: Outcome, stopped: Event)
         logger.info(f"stopped after {clock(outcome.seconds)}: {totals}; run the same command again to resume")
         return ExitCode.STOPPED
     timing = {"loop_max_s": outcome.loop_max_s}
-    if not plan.is_whole and (left := read_status(store).pending):
+    if not pending.is_whole and (left := read_status(store).pending):
         # No summary: the command that renders the last sample writes it.
         logger.info(
             f"finished the selection after {clock(outcome.seconds)}: {totals}; {left} samples outside it are pending",
@@ -149,9 +149,9 @@ def _close(store: Store, plan: PendingSamples, outcome: Outcome, stopped: Event)
     logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
     if groups := outcome.losses.describe():
         logger.info(f"denoise groups lost during the run: {groups}")
-    if pending := summary["pending"]:
+    if left := summary["pending"]:
         raise UserError(
-            f"{pending} samples that were rendered have no record in {public_url(store.url)}. Either another process "
+            f"{left} samples that were rendered have no record in {public_url(store.url)}. Either another process "
             "removes objects there, or the actors write to a place that this driver does not read. Fix that and run "
             "the same command again."
         )

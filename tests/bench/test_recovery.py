@@ -66,7 +66,7 @@ def test_idle_time_is_the_time_between_two_denoises():
     assert idle_shares(sorted(events, key=lambda event: event.at)) == pytest.approx([0.5 / 20, 1.0 / 20])
 
 
-def test_only_group_losses_during_a_denoise_are_observed():
+def test_only_loss_report_during_a_denoise_are_observed():
     """`notice` ends when the driver logs an INFRA failure of a denoise group that has a sample."""
     observer = LossObserver()
     for fields, message in [

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ class FakeEngine:
                 raise ValueError(f"made to fail at {stage}: {text}")
             elif fault == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
+                threading.Event().wait()  # the signal may reach this thread later than the others
             elif fault == "log":
                 logger.warning(f"made to log at {stage}: {text}")
             elif fault == "hold":

@@ -38,14 +38,14 @@ class BackgroundTasks:
     def __init__(
         self,
         context: RunContext,
-        plan: PendingSamples,
+        pending: PendingSamples,
         extra_kinds: Mapping[str, ColumnType],
         outage: Outage,
         records_io: IoWorker,
         watch: Watch,
     ) -> None:
         self._context = context
-        self._plan = plan
+        self._pending = pending
         self._extra_kinds = extra_kinds
         self._outage = outage
         self._records_io = records_io
@@ -65,7 +65,7 @@ class BackgroundTasks:
 
     def start_seals(self) -> None:
         """Seal the shards that have become complete, unless the output root does not answer."""
-        self._to_seal.extend(self._plan.take_complete())
+        self._to_seal.extend(self._pending.take_complete())
         if not self._outage.pauses(time.monotonic()):
             while self._to_seal and len(self._to_seal) >= SHARDS_PER_SEALER * self._sealing:
                 self._seal(self._to_seal.popleft())
@@ -113,7 +113,7 @@ class BackgroundTasks:
                 f"quarantined {sample.key} (row {sample.row}): {failures[-1].first_line}",
                 extra={"sample": sample.key, "attempt": len(failures)},
             )
-            self._plan.quarantined(sample)
+            self._pending.quarantined(sample)
         else:
-            self._plan.committed(sample)
+            self._pending.committed(sample)
         return []

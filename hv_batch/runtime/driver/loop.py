@@ -52,10 +52,10 @@ from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver.background_tasks import BackgroundTasks
-from hv_batch.runtime.driver.group_losses import Losses
 from hv_batch.runtime.driver.io_worker import IoWorker
 from hv_batch.runtime.driver.loop_calls import LoopCalls
 from hv_batch.runtime.driver.loop_timer import LoopTimer
+from hv_batch.runtime.driver.loss_report import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
 from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.driver.shard_lookups import ShardLookups
@@ -87,23 +87,23 @@ class Outcome:
     seconds: float
     excluded_nodes: Mapping[str, str]  # with the reason of each
     losses: Losses
-    loop_max_s: float  # the longest iteration of the loop, without its wait for events
+    loop_max_s: float  # the longest iteration of the loop while a worker had a task, without its wait for events
 
 
 class Driver:
-    """Renders the samples that `plan` has pending. `should_stop` is asked in every iteration of the loop."""
+    """Renders the samples of `pending`. `should_stop` is called in every iteration of the loop."""
 
     def __init__(
         self,
         context: RunContext,
-        plan: PendingSamples,
+        pending: PendingSamples,
         total: int,
         extra_kinds: Mapping[str, ColumnType],
         shortage: ResourceShortage,
         should_stop: Callable[[], bool],
     ) -> None:
         self._context = context
-        self._plan = plan
+        self._pending = pending
         self._total = total
         self._shortage = shortage
         self._should_stop = should_stop
@@ -119,9 +119,9 @@ class Driver:
         self._records_io, lookups_io, self._probes_io = (
             IoWorker(name, self._calls, self._outage) for name in ("records", "lookups", "probes")
         )
-        self._lookups = ShardLookups(plan, lookups_io)
+        self._lookups = ShardLookups(pending, lookups_io)
         self._background_tasks = BackgroundTasks(
-            context, plan, extra_kinds, self._outage, self._records_io, self._watch
+            context, pending, extra_kinds, self._outage, self._records_io, self._watch
         )
         self._spool_drain = SpoolDrain(context, self._watch, self._outage, self._records_io.submit)
         self._exclusion = NodeExclusion(run)
@@ -154,7 +154,7 @@ class Driver:
                 self._background_tasks.has_pending and not self._end.drained and not self._stop_requested
             ):
                 has_ready = self._wait()
-                with self._timer.iteration():
+                with self._timer.iteration(is_busy=self._table.is_busy):
                     self._collect_events(has_ready)
                     self._process_events()
                     self._background_tasks.start_seals()
@@ -162,7 +162,7 @@ class Driver:
                     self._report()
             drained = self._end.drained or self._background_tasks.has_pending
             return Outcome(
-                drained, time.monotonic() - begun, self._exclusion.reasons(), self._table.losses, self._timer.max_s
+                drained, time.monotonic() - begun, self._exclusion.reasons(), self._table.losses, self._timer.busy_max_s
             )
         finally:
             self._lookups.close()
@@ -248,7 +248,7 @@ class Driver:
 
     def _committed(self, *keys: str) -> None:
         for key in keys:
-            self._plan.committed(self._items.pop(key).sample)
+            self._pending.committed(self._items.pop(key).sample)
 
     # Actions ----------------------------------------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class Driver:
             self._events.append(Admitted(sample.key, pending.stage, params.latent_bytes, size_class, work))
 
     def _report(self) -> None:
-        at, counts = self._scheduler.at, self._plan.counts
+        at, counts = self._scheduler.at, self._pending.counts
         snapshot = Snapshot(
             total=self._total,
             committed=counts.committed_before + counts.committed,

@@ -19,8 +19,8 @@ MAX_UNFINISHED_SCANS = 2
 class ShardLookups:
     """The pending samples of a run, in the order of the manifest. Its public methods are for the loop's thread."""
 
-    def __init__(self, plan: PendingSamples, worker: IoWorker) -> None:
-        self._plan = plan
+    def __init__(self, pending: PendingSamples, worker: IoWorker) -> None:
+        self._source = pending
         self._worker = worker
         self._pending: deque[Pending] = deque()  # of the shard that the loop has come to
         self._scans: deque[ShardScan] = deque()
@@ -53,7 +53,7 @@ class ShardLookups:
                     return None
                 scan = self._scans.popleft()
                 self._changed.notify_all()
-            self._plan.enter(scan)
+            self._source.enter(scan)
             self._pending.extend(scan.pending)
         return self._pending.popleft()
 
@@ -62,12 +62,12 @@ class ShardLookups:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._plan.scanner.close()
+        self._source.scanner.close()
         self._worker.close()
 
     def _scan(self) -> None:
         """In the worker's thread."""
-        for scan in self._plan.scanner.scans(self._worker.retry):
+        for scan in self._source.scanner.scans(self._worker.retry):
             with self._changed:
                 self._changed.wait_for(self._may_go_on)
                 if self._closed:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hv_batch.job.failure import Failure
 from hv_batch.job.scheduling.messages import Event, WorkerId
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.driver.group_losses import Losses
+from hv_batch.runtime.driver.loss_report import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
 from hv_batch.runtime.groups.denoise_group import DenoiseGroup
 from hv_batch.runtime.groups.rank_answers import CallLater

@@ -16,7 +16,7 @@ FREE_SHARE = 0.9
 
 # The cleanup of a killed process takes seconds. Memory that is held longer is not released without intervention.
 TIMEOUT_S = 60.0
-LOOK_EVERY_S = 0.5
+POLL_S = 0.5
 
 
 def await_free_memory(memory: Callable[[], tuple[int, int]], where: str, timeout_s: float = TIMEOUT_S) -> None:
@@ -35,4 +35,4 @@ def await_free_memory(memory: Callable[[], tuple[int, int]], where: str, timeout
                 "another process, perhaps one that could not be killed, uses the rest. Find it with nvidia-smi and end "
                 "it: a rank with groups.gpus_per_rank = 1 needs the whole GPU"
             )
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_S)

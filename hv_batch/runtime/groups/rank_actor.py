@@ -43,7 +43,7 @@ class DenoiseTask:
     """One sample of a task, without its embeddings."""
 
     sample: Sample
-    stages: Mapping[str, StageReport]  # reports of the stages before the denoise
+    upstream: Mapping[str, StageReport]  # reports of the stages before the denoise
     attempt: int
 
 
@@ -179,7 +179,7 @@ class RankActor:
         details |= {"resumed_from_step": resume.step} if resume else {}
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
-        reports = {name: stage.to_dict() for name, stage in {**task.stages, "denoise": report}.items()}
+        reports = {name: stage.to_dict() for name, stage in {**task.upstream, "denoise": report}.items()}
         return FinalLatents(sample, latents, identity, reports), report
 
     def find_latents(self, sample: Sample, stages: Stages | None) -> tuple[np.ndarray | None, Stages | None]:

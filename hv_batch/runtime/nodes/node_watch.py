@@ -17,7 +17,7 @@ from hv_batch.runtime.worker import Worker
 logger = logging.getLogger(__name__)
 
 # A preemption notice comes 30 s (Kubernetes) to 120 s (AWS) in advance. A request costs the head node milliseconds.
-LOOK_EVERY_S = 5.0
+CHECK_EVERY_S = 5.0
 
 
 def draining_nodes() -> dict[str, float]:
@@ -30,7 +30,7 @@ def draining_nodes() -> dict[str, float]:
 
 
 class NodeWatch:
-    """Compares the cluster's nodes with those of the last check, at most every `LOOK_EVERY_S`."""
+    """Compares the cluster's nodes with those of the last check, at most every `CHECK_EVERY_S`."""
 
     def __init__(self, max_groups: int) -> None:
         self._max_groups = max_groups
@@ -40,7 +40,7 @@ class NodeWatch:
 
     def look(self, workers: Mapping[WorkerId, Worker], now: float) -> list[Event]:
         """Returns a `WorkerLeaving` for each worker on a draining node. `now` is a monotonic time."""
-        if now - self._looked < LOOK_EVERY_S:
+        if now - self._looked < CHECK_EVERY_S:
             return []
         self._looked = now
         draining = draining_nodes()

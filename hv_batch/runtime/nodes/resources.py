@@ -20,7 +20,7 @@ Bundle = dict[str, float]
 
 NODE_LABEL = "ray.io/node-id"  # Ray sets this label on every node
 
-LOOK_EVERY_S = 2.0
+POLL_S = 2.0
 SAY_EVERY_S = 30.0
 
 # The share of a node's object store for embeddings, and the same for latents. The other half is for the copies that
@@ -140,7 +140,7 @@ def await_resources(shortage: ResourceShortage, should_stop: Callable[[], bool])
         while shortage.lasts(time.monotonic()):
             if should_stop():
                 return False
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_S)
         return True
     finally:
         shortage.forget()

@@ -21,7 +21,7 @@ class Sealers:
 
     def __init__(self, monkeypatch, shards):
         self.begun, self.waiting = [], {}
-        plan = SimpleNamespace(take_complete=self._take)
+        pending = SimpleNamespace(take_complete=self._take)
         context = SimpleNamespace(store=None, config=SimpleNamespace(output=SimpleNamespace(webdataset=False)))
         self._complete = [CompleteShard(shard, ("key",)) for shard in range(shards)]
         self._now, self._error = 0.0, None
@@ -30,7 +30,7 @@ class Sealers:
         monkeypatch.setattr(background_tasks, "time", SimpleNamespace(monotonic=lambda: self._now))
         outage = Outage()
         records_io = IoWorker("records", LoopCalls(), outage)
-        self.background_tasks = BackgroundTasks(context, plan, {}, outage, records_io, self.waiting.__setitem__)
+        self.background_tasks = BackgroundTasks(context, pending, {}, outage, records_io, self.waiting.__setitem__)
 
     def _take(self):
         complete, self._complete = self._complete, []

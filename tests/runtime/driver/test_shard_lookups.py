@@ -25,10 +25,10 @@ def start(tmp_path):
 
     def start(samples):
         calls = LoopCalls()
-        plan = PendingSamples(Store(str(tmp_path)), ListedShards(samples))
-        lookups = ShardLookups(plan, IoWorker("lookups", calls, Outage()))
+        pending = PendingSamples(Store(str(tmp_path)), ListedShards(samples))
+        lookups = ShardLookups(pending, IoWorker("lookups", calls, Outage()))
         started.append(lookups)
-        return plan, lookups, calls
+        return pending, lookups, calls
 
     yield start
     for lookups in started:
@@ -50,12 +50,12 @@ def test_all_pending_samples_come_in_order(start, tmp_path):
     samples = [make_sample(number) for number in range(1, 16)]
     for sample in samples[2:9]:
         commits.commit(Store(str(tmp_path)), make_commit(sample))
-    plan, lookups, calls = start(samples)
+    pending, lookups, calls = start(samples)
     taken = []
-    while pending := take(lookups, calls):
-        taken.append(pending.sample)
+    while found := take(lookups, calls):
+        taken.append(found.sample)
     assert taken == [*samples[:2], *samples[9:]]
-    assert plan.counts.committed_before == 7
+    assert pending.counts.committed_before == 7
     assert lookups.is_exhausted
 
 
@@ -63,15 +63,15 @@ def test_the_samples_of_few_shards_are_held(start):
     """P7: the thread waits once it is that far ahead, and ends when it is closed."""
     samples = [make_sample(number) for number in range(1, 61)]
     shards = {sample.shard for sample in samples}
-    plan, lookups, calls = start(samples)
-    scanned, scans = [], plan.scanner.scans
+    pending, lookups, calls = start(samples)
+    scanned, scans = [], pending.scanner.scans
 
     def counted(retry):
         for scan in scans(retry):
             scanned.append(scan.shard)
             yield scan
 
-    plan.scanner.scans = counted
+    pending.scanner.scans = counted
     first = take(lookups, calls)
     assert first.sample == samples[0]
     deadline = time.monotonic() + DEADLINE_S
