@@ -7,8 +7,10 @@ the released model. Tests compare every parameter count with the torch modules.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
 
@@ -16,8 +18,12 @@ DIT_CLASS = "HYVideoDiT"  # `_class_name` of a config.json beside the DiT's weig
 TIMESTEP_WIDTH = 256  # width of the sinusoid that feeds the timestep embedders
 REFINER_MLP_RATIO = 4  # constant in the released refiner, independent of the blocks' ratio
 VAE_LEVELS = 4  # levels of the encoder and of the decoder
+CLIP_TOKENS = 77  # the position table of CLIP ViT-L/14
 MAX_TEXT_TOKENS = 256  # prompt tokens that the DiT was trained with
 SKIPPED_LAYERS = 2  # last layers of the LLaMA tower, which are never loaded
+# Limits of untrusted configs. A module is built for each layer, so a damaged number must not ask for a billion of them.
+MAX_WIDTH = 2**20
+MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +48,8 @@ class DiTConfig:
     refiner_depth: int = 2
 
     def __post_init__(self) -> None:
+        if self.mlp_width_ratio <= 0:
+            raise UserError(f"DiT config: mlp_width_ratio is {self.mlp_width_ratio}; it must be above 0.")
         if self.hidden_size % self.heads_num:
             raise UserError(
                 f"DiT config: hidden_size {self.hidden_size} is not a multiple of heads_num {self.heads_num}; "
@@ -257,6 +265,55 @@ class ClipShape:
         layer = 4 * _linear(width, width) + _linear(width, inner) + _linear(inner, width) + 4 * width
         embeddings = (self.vocab_size + self.max_position_embeddings) * width
         return embeddings + self.num_hidden_layers * layer + 2 * width
+
+
+def check_fields(config_class: type, values: Mapping[str, Any], where: str) -> None:
+    """Check untrusted values of fields of `config_class`, a dataclass of this kind, one by one.
+
+    `where` begins the message, for example the path of a config.json. Unknown names are ignored. Raises UserError that
+    lists every value of another type or outside of its bounds. How the fields fit together is checked by the class.
+    """
+    faults = [
+        f"{field.name} is {_shown(values[field.name])}, allowed is {allowed}"
+        for field in fields(config_class)
+        if field.name in values and (allowed := _find_fault(field.name, str(field.type), values[field.name]))
+    ]
+    if faults:
+        raise UserError(f"{where}: {'; '.join(faults)}. Correct it, or copy the file of the release again.")
+
+
+def _find_fault(name: str, kind: str, value: Any) -> str | None:
+    """Return the allowed values if `value` is not one of them. `kind` is the annotation of the field."""
+    if kind.endswith(" | None") and value is None:
+        return None
+    low, high = (1, MAX_LAYERS) if "layers" in name else (0, MAX_LAYERS) if name.endswith("depth") else (1, MAX_WIDTH)
+    whole = f"from {low} to {high}"
+    match kind.removesuffix(" | None"):
+        case "bool":
+            return None if isinstance(value, bool) else "true or false"
+        case "float":
+            return None if _is_number(value) and 0 <= value <= MAX_LAYERS else f"a number from 0 to {MAX_LAYERS}"
+        case "tuple[int, int, int]":
+            fits = isinstance(value, list | tuple) and len(value) == 3
+            return None if fits and _are_whole(value, low, high) else f"a list of three whole numbers {whole}"
+        case "tuple[int, ...]":
+            fits = isinstance(value, list | tuple) and 0 < len(value) <= MAX_LAYERS
+            return None if fits and _are_whole(value, low, high) else f"a list of whole numbers {whole}"
+        case _:
+            return None if _are_whole([value], low, high) else f"a whole number {whole}"
+
+
+def _are_whole(values: list[Any] | tuple[Any, ...], low: int, high: int) -> bool:
+    return all(isinstance(one, int) and not isinstance(one, bool) and low <= one <= high for one in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _linear(ins: int, outs: int) -> int:

@@ -44,6 +44,9 @@ LoadKey = Annotated[str, typer.Option(help="key of the tensors in a .pt file: mo
 def check(
     path: Annotated[Path, typer.Argument(help="a model_base in the released or diffusers' layout, or only a DiT")],
     load_key: LoadKey = "module",
+    deep: Annotated[
+        bool, typer.Option("--deep", help="read all weights: checksums, sizes, values that are not finite")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Report the parts of a checkpoint, sizes, dtypes, parameter counts, problems and the revision.
@@ -52,7 +55,7 @@ def check(
     """
     from hv_batch.weights.inventory import take_inventory
 
-    inventory = take_inventory(path, load_key)
+    inventory = take_inventory(path, load_key, deep=deep)
     print(json.dumps(inventory.to_dict(), indent=1) if as_json else inventory.render())
     raise typer.Exit(1 if inventory.problems else 0)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from hv_batch.architecture import DiTConfig, TileGeometry
+from hv_batch.architecture import DiTConfig, TileGeometry, check_fields
 from hv_batch.engine.attention import HALF_ONLY, KERNELS, choose_kernel
 from hv_batch.engine.checkpoint.digests import revision, vae_revision
 from hv_batch.engine.checkpoint.loading import FP8_MODES, load_dit, load_vae, verify
@@ -280,7 +280,10 @@ def _choice(option: str, value: str, allowed: Iterable[str]) -> str:
 def _from_options(
     config_class: type[T], options: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None
 ) -> T:
-    """Build a config dataclass from `base` updated with the untrusted `options`. YAML lists become tuples."""
+    """Build a config dataclass from `base`, which is checked, updated with the untrusted `options`.
+
+    YAML lists become tuples. Raises UserError if a name is unknown or a value is not allowed.
+    """
     allowed = [field.name for field in fields(config_class)]  # type: ignore[arg-type]
     if not isinstance(options, Mapping):
         raise UserError(
@@ -291,12 +294,8 @@ def _from_options(
         raise UserError(
             f"engine option {name}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}."
         )
-    try:
-        return config_class(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"engine option {name}: {error}") from error
+    check_fields(config_class, options, f"engine option {name}")
+    return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

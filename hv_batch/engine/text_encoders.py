@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hv_batch.architecture import MAX_TEXT_TOKENS, SKIPPED_LAYERS
+from hv_batch.architecture import CLIP_TOKENS, MAX_TEXT_TOKENS, SKIPPED_LAYERS
 from hv_batch.engine.checkpoint.tensor_files import open_file
 from hv_batch.engine.checkpoint.text_files import TEXT_LAYOUT, missing_text_files, weight_file
 from hv_batch.protocol import UserError
-
-CLIP_TOKENS = 77  # the position table of CLIP ViT-L/14
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.lease import Lease, hold_lease, this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
 from hv_batch.job.records.run_document import RunState, finish_run, open_run, read_run_config
+from hv_batch.job.records.shard_scan import has_commits
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -122,6 +123,8 @@ def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease
         driver = Driver(job.context, pending, pending.total, kinds, shortage, should_stop)
         if job.state is RunState.RESUMED:
             driver.commit_spooled()
+            if has_commits(store, job.index.shards):
+                driver.note_commits()
         outcome = driver.run()
     lease.check()
     return _close(store, pending, outcome, stopped)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from hv_batch.engine.text_encoders import CLIP_TOKENS, IMAGE_TEMPLATE, VIDEO_TEMPLATE
+from hv_batch.architecture import CLIP_TOKENS
+from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 LLAMA_SPECIALS = (BEGIN, END, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", PAD)

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from hv_batch.engine.checkpoint.tree import read_json
+from hv_batch.engine.checkpoint.json_files import read_json
 from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit, write_once, write_vae
 from hv_batch.toy.random_weights import State
 

@@ -21,18 +21,12 @@ from torch import Tensor
 from hv_batch.architecture import DIT_CLASS
 from hv_batch.engine.checkpoint.diffusers_layout import released_vae_config
 from hv_batch.engine.checkpoint.digests import digest_file
-from hv_batch.engine.checkpoint.loading import (
-    CLIP_TYPES,
-    LLAMA_TYPES,
-    Tensors,
-    open_dit,
-    open_scales,
-    open_tower,
-    open_vae,
-)
-from hv_batch.engine.checkpoint.tensor_files import CPU, StoredTensor, shard_files
+from hv_batch.engine.checkpoint.json_files import read_json
+from hv_batch.engine.checkpoint.loading import open_dit, open_scales, open_vae
+from hv_batch.engine.checkpoint.tensor_files import CPU, StoredTensor, Tensors, shard_files
 from hv_batch.engine.checkpoint.text_files import weight_file
-from hv_batch.engine.checkpoint.tree import CONVERTED, LAYOUT, MODEL, CheckpointTree, read_json, scales_file
+from hv_batch.engine.checkpoint.towers import CLIP_TYPES, LLAMA_TYPES, open_tower
+from hv_batch.engine.checkpoint.tree import CONVERTED, LAYOUT, MODEL, CheckpointTree, scales_file
 from hv_batch.engine.dit.fp8_storage import FP8, dequantise, quantise
 from hv_batch.protocol import UserError
 from hv_batch.weights.shards import SHARD_BYTES, OnBytes, ignore_bytes, write_file, write_sharded, write_text

@@ -12,10 +12,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from hv_batch.engine.checkpoint.loading import LLAMA_TYPES, Tensors
-from hv_batch.engine.checkpoint.tensor_files import named_tensors, open_file
+from hv_batch.engine.checkpoint.json_files import read_json
+from hv_batch.engine.checkpoint.tensor_files import Tensors, named_tensors, open_file
 from hv_batch.engine.checkpoint.text_files import weight_file
-from hv_batch.engine.checkpoint.tree import read_json
+from hv_batch.engine.checkpoint.towers import LLAMA_TYPES
 from hv_batch.protocol import UserError
 from hv_batch.weights.conversion import files_origin, link_or_copy
 from hv_batch.weights.shards import OnBytes, ignore_bytes, write_sharded, write_text

@@ -21,7 +21,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hv_batch.engine.checkpoint.tree import MODEL, read_json
+from hv_batch.engine.checkpoint.json_files import read_json
+from hv_batch.engine.checkpoint.tree import MODEL
 from hv_batch.protocol import UserError
 from hv_batch.weights.conversion import link_or_copy
 from hv_batch.weights.extraction import TOKENIZER_FILES, extract_text_encoder

@@ -1,6 +1,6 @@
 """Inspect a checkpoint: its parts, their sizes, dtypes and widths, and its problems.
 
-Only headers are read, not tensors, so the 40 GB of the released checkpoint take seconds.
+Only headers are read, not tensors, so the 40 GB of the released checkpoint take seconds. A deep inspection reads all.
 """
 
 from __future__ import annotations
@@ -11,23 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hv_batch.architecture import DiTConfig
+from hv_batch.architecture import DiTConfig, check_fields
 from hv_batch.engine.checkpoint.digests import revision
-from hv_batch.engine.checkpoint.loading import (
-    CLIP_TYPES,
-    LLAMA_TYPES,
-    Tensors,
-    open_dit,
-    open_tower,
-    open_vae,
-    vae_config,
-    verify,
-    verify_dit,
-)
-from hv_batch.engine.checkpoint.tensor_files import shard_files
+from hv_batch.engine.checkpoint.json_files import read_json
+from hv_batch.engine.checkpoint.loading import open_dit, open_vae, vae_config, verify, verify_dit
+from hv_batch.engine.checkpoint.tensor_files import Tensors, shard_files
 from hv_batch.engine.checkpoint.text_files import weight_file
-from hv_batch.engine.checkpoint.tree import LAYOUT, MODEL, CheckpointTree, read_json, scales_file
+from hv_batch.engine.checkpoint.towers import CLIP_TYPES, LLAMA_TYPES, open_tower, text_config
+from hv_batch.engine.checkpoint.tree import LAYOUT, MODEL, CheckpointTree, scales_file
 from hv_batch.protocol import UserError
+from hv_batch.weights.deep_check import find_damage, find_non_finite
 
 FP8_FILE = "mp_rank_00_model_states_fp8.pt"
 
@@ -74,8 +67,12 @@ class Inventory:
         return "\n".join(lines)
 
 
-def take_inventory(path: Path, load_key: str = "module") -> Inventory:
-    """Inspect a model_base in either layout, or a DiT file or folder. Raises UserError if there is no checkpoint."""
+def take_inventory(path: Path, load_key: str = "module", *, deep: bool = False) -> Inventory:
+    """Inspect a model_base in either layout, or a DiT file or folder.
+
+    With `deep`, all weights are read: checksums of .pt files, sizes of safetensors files, and values that are not
+    finite. Raises UserError if there is no checkpoint.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a model_base, or a DiT file or folder.")
     tree = CheckpointTree(path, load_key=load_key)
@@ -83,8 +80,8 @@ def take_inventory(path: Path, load_key: str = "module") -> Inventory:
         alone = CheckpointTree(path.parent, dit_weight=path, load_key=load_key)
         if path.is_dir() and not any(path.glob("*.pt")) and not any(path.glob("*.safetensors*")):
             raise UserError(f"{path} is not a model_base and has no DiT weights. {LAYOUT}")
-        parts, problems = _collect(path, {"DiT": lambda: _dit(alone)})
-        problems = problems or verify_dit(alone, _config(alone))
+        parts, problems = _collect(path, {"DiT": lambda: _dit(alone)}, deep)
+        problems = [*problems, *(verify_dit(alone, _config(alone)) if parts else [])]
         return Inventory(str(path), "a DiT alone", parts, problems, None)
 
     openers: dict[str, Callable[[], tuple[Path, Tensors, str]]] = {"DiT": lambda: _dit(tree)}
@@ -95,9 +92,9 @@ def take_inventory(path: Path, load_key: str = "module") -> Inventory:
     openers["VAE"] = lambda: (tree.vae_weight, open_vae(tree), _widths(vae_config(tree).block_out_channels))
     openers["LLaMA"] = lambda: _tower(tree.text_encoder, LLAMA_TYPES)
     openers["CLIP"] = lambda: _tower(tree.text_encoder_2, CLIP_TYPES)
-    parts, broken = _collect(path, openers)
-    problems = tree.missing() or (broken if len(parts) < len(openers) else verify(tree, _config(tree)))
-    if has_fp8 and not tree.missing():
+    parts, broken = _collect(path, openers, deep)
+    problems = tree.missing() or [*broken, *(verify(tree, _config(tree)) if len(parts) == len(openers) else [])]
+    if has_fp8 and len(parts) == len(openers) and not tree.missing():
         problems = list(dict.fromkeys([*problems, *verify_dit(fp8, _config(fp8))]))
     layout = "diffusers' layout" if tree.is_diffusers else "the released layout"
     return Inventory(str(path), layout, parts, problems, None if problems else revision(tree))
@@ -134,12 +131,17 @@ def dit_widths(tensors: Tensors) -> dict[str, Any]:
 
 
 def _config(tree: CheckpointTree) -> DiTConfig:
-    """Return the expected config of the DiT: from its config.json, else from its shapes, else the released one."""
+    """Return the expected config of the DiT: from its config.json, else from its shapes, else the released one.
+
+    Raises UserError if config.json is not valid.
+    """
+    if options := tree.dit_options():
+        return DiTConfig(**options)
     try:
-        options = tree.dit_options() or dit_widths(open_dit(tree))
-        lists_as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        return DiTConfig(**lists_as_tuples)
-    except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
+        widths = dit_widths(open_dit(tree))
+        check_fields(DiTConfig, widths, "")
+        return DiTConfig(**widths)
+    except (UserError, KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         return DiTConfig()
 
 
@@ -158,22 +160,26 @@ def _dit(tree: CheckpointTree) -> tuple[Path, Tensors, str]:
 
 def _tower(folder: Path, model_types: tuple[str, ...]) -> tuple[Path, Tensors, str]:
     tensors = open_tower(folder, model_types)
-    config = read_json(folder / "config.json")
-    config = config.get("text_config") or config  # a config of CLIP nests that of its text tower
+    config = text_config(read_json(folder / "config.json"), folder / "config.json")
     path = weight_file(folder)
     assert path is not None
     return path, tensors, f"{config.get('num_hidden_layers', '?')} layers, width {config.get('hidden_size', '?')}"
 
 
 def _collect(
-    base: Path, openers: Mapping[str, Callable[[], tuple[Path, Tensors, str]]]
+    base: Path, openers: Mapping[str, Callable[[], tuple[Path, Tensors, str]]], deep: bool
 ) -> tuple[list[Part], list[str]]:
     parts, problems = [], []
     for name, open_part in openers.items():
         try:
-            parts.append(_part(name, base, *open_part()))
+            path, tensors, note = open_part()
+            parts.append(_part(name, base, path, tensors, note))
         except UserError as error:
             problems.append(str(error))
+            continue
+        if deep:
+            damage = list(find_damage(_weight_files(path)))
+            problems += damage or find_non_finite(tensors, path)
     return parts, problems
 
 
@@ -181,7 +187,7 @@ def _part(name: str, base: Path, path: Path, tensors: Tensors, note: str) -> Par
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
-    files = [file for file in dict.fromkeys([*shard_files(path), path, scales_file(path)]) if file.is_file()]
+    files = [path, *(file for file in _weight_files(path) if file != path)]
     return Part(
         name=name,
         path=str(path.relative_to(base)) if path != base and path.is_relative_to(base) else path.name,
@@ -192,6 +198,11 @@ def _part(name: str, base: Path, path: Path, tensors: Tensors, note: str) -> Par
         dtypes=dict(dtypes.most_common()),
         note=note,
     )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Return the files of a part that hold tensors: the file itself or its shards, and the scales of FP8 weights."""
+    return [file for file in (*shard_files(path), scales_file(path)) if file.is_file()]
 
 
 def _depth(names: Mapping[str, Any], prefix: str) -> int:

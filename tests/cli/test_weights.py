@@ -25,6 +25,7 @@ from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from hv_batch.weights import shards
 from hv_batch.weights.conversion import Recipe, convert
+from hv_batch.weights.deep_check import find_damage
 from hv_batch.weights.extraction import extract_text_encoder
 from hv_batch.weights.inventory import take_inventory
 
@@ -321,6 +322,91 @@ def test_a_single_dit_can_be_inspected(toy, tmp_path):
     assert list(part.dtypes) == ["float8_e4m3fn", "bfloat16"]
     (tmp_path / "out" / "model_map.safetensors").unlink()
     assert "model_map.safetensors" in take_inventory(tmp_path / "out").problems[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, "is 0"), (-1.0, "is -1"), (float("nan"), "is nan"), (float("inf"), "is inf")]
+)
+def test_scales_that_are_not_finite_numbers_above_zero_are_refused(toy, tmp_path, value, shown):
+    """P6: with such a scale a whole matrix becomes zero, negated or infinite."""
+    convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
+    path = tmp_path / "out" / "model_map.safetensors"
+    scales = load_file(path)
+    name = sorted(scales)[0]
+    save_file(scales | {name: torch.tensor(value)}, path)
+    (problem,) = take_inventory(tmp_path / "out").problems
+    assert f"{path} must contain finite scales above 0, but {name} {shown}:" in problem
+    save_file(scales | {name: torch.tensor(1, dtype=torch.int32)}, path)
+    assert f"but {name} is nan" in take_inventory(tmp_path / "out").problems[0]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "shown"),
+    [
+        ({"a": "../outside.safetensors"}, "'../outside.safetensors'"),
+        ({"a": "/etc/passwd"}, "'/etc/passwd'"),
+        ({"a": "passwd"}, "'passwd'"),
+        ({"a": ""}, "''"),
+        ({"a": ["x.safetensors"]}, "\"['x.safetensors']\""),
+        ({"a": 3}, "'3'"),
+    ],
+)
+def test_an_index_that_names_paths_is_refused(base, weight_map, shown):
+    """P6: an index names files beside it; one that leads elsewhere is not read."""
+    (base / "text_encoder" / "model.safetensors").rename(base / "outside.safetensors")
+    index = base / "text_encoder" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert any(
+        f"{index} is not a valid index: its weight_map names {shown}" in one for one in take_inventory(base).problems
+    )
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": []}'):
+        index.write_text(text)
+        assert any(f"{index} is damaged or not an index" in one for one in take_inventory(base).problems)
+
+
+def flip_a_byte(path, at=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_deep_check_finds_damage_that_headers_do_not_show(base):
+    """`--deep` compares the checksums of .pt files and the sizes of safetensors files with what is stored."""
+    assert take_inventory(base, deep=True).problems == []
+    flip_a_byte(base / DIT)
+    assert take_inventory(base).problems == []
+    inventory = take_inventory(base, deep=True)
+    (problem,) = inventory.problems
+    assert f"{base / DIT} is damaged: the checksums of 1 of" in problem
+    assert inventory.revision is None
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.zeros(5)}, base / "no-checksums.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert "or it was written without checksums" in next(find_damage([base / "no-checksums.pt"]))
+    longer = base / "text_encoder" / "model.safetensors"
+    size = longer.stat().st_size
+    longer.write_bytes(longer.read_bytes() + b"x")
+    assert f"it has {size + 1} bytes, but its header describes {size}" in next(find_damage([longer]))
+
+
+def test_a_deep_check_finds_values_that_are_not_finite(base):
+    """Such weights turn every sample into NaN on the first GPU."""
+    path = base / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["text_model.final_layer_norm.weight"][3] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    (problem,) = take_inventory(base, deep=True).problems
+    assert f"{path} has 1 tensor(s) with NaN or infinity (text_model.final_layer_norm.weight)" in problem
+    (line,) = [line for line in run("check", base, "--deep")[1].split("\n") if "problem" in line]
+    assert problem in line
+
+
+def test_a_deep_check_reads_8_bit_weights(toy, tmp_path):
+    """FP8 has NaN but no infinity."""
+    convert(toy / DIT, tmp_path / "out", Recipe(fp8=True))
+    assert take_inventory(tmp_path / "out", deep=True).problems == []
 
 
 # ---- the commands

@@ -178,6 +178,27 @@ def test_a_poisoned_sample_is_quarantined(ray_head, tmp_path, marks):
 
 
 @pytest.mark.slow
+def test_a_run_whose_every_sample_fails_alike_stops_with_that_error(ray_head, tmp_path, marks):
+    """P5, P6: wrong weights end the run with exit code 1 and without _SUCCESS, and do not quarantine the manifest.
+
+    With a commit in the root, the same failures are those of the samples, up to `retries.max_quarantined`."""
+    config, output = write_config(tmp_path, marks), tmp_path / "out"
+    manifest = write_manifest(tmp_path, [f"bad {n} !nan-denoise" for n in range(40)] + ["good 40"])
+    code, text = render(config, manifest, output, ray_head[0])
+    assert code == 1, text
+    assert "nothing has been committed, and 8 different samples failed alike, with POISON: ValueError: latents" in text
+    assert not (output / "_SUCCESS").exists()
+    quarantined = len(records(output, "quarantine"))
+    assert quarantined < 16
+    code, text = finish(start([*command(config, manifest, output, ray_head[0]), "--shards", "10"]))
+    assert code == 0, text
+    code, text = render(config, manifest, output, ray_head[0], "retries.max_quarantined=0.1")
+    assert code == 1, text
+    assert "5 samples are quarantined in this run, and retries.max_quarantined allows 4" in text
+    assert len(records(output, "quarantine")) == quarantined + 5
+
+
+@pytest.mark.slow
 def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks):
     """P5: if all ranks raise the same error for a sample, the group keeps its weights and renders the next one."""
     config, output = write_config(tmp_path, marks), tmp_path / "out"

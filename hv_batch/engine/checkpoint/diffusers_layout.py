@@ -183,7 +183,7 @@ def released_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
         ("down_block_types", "HunyuanVideoDownBlock3D", "DownEncoderBlockCausal3D"),
         ("up_block_types", "HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D"),
     ):
-        if key in released:
+        if isinstance(released.get(key), list):
             released[key] = [ours if name == theirs else name for name in released[key]]
     return released
 

@@ -8,7 +8,8 @@ the page cache. The tensors of the file and of the module must match one to one,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,28 @@ from torch import Tensor, nn
 
 from hv_batch.architecture import DiTConfig, VAEConfig
 from hv_batch.engine.checkpoint import diffusers_layout
-from hv_batch.engine.checkpoint.tensor_files import ALIGNMENT, StoredTensor, all_tensors, named_tensors, open_file
-from hv_batch.engine.checkpoint.text_files import weight_file
-from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, read_json, scales_file
+from hv_batch.engine.checkpoint.json_files import read_json
+from hv_batch.engine.checkpoint.matching import PLAIN_DTYPES, check_tensors, shortened
+from hv_batch.engine.checkpoint.tensor_files import (
+    ALIGNMENT,
+    CPU,
+    StoredTensor,
+    Tensors,
+    all_tensors,
+    named_tensors,
+    open_file,
+)
+from hv_batch.engine.checkpoint.towers import check_clip, check_llama
+from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, scales_file
 from hv_batch.engine.dit.fp8_storage import FP8, block_linears, dequantise, hold_in_fp8
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.vae.model import CausalVAE, parse_vae_config
-from hv_batch.protocol import UserError
+from hv_batch.protocol import LATENT_CHANNELS, SIZE_MULTIPLE, SPATIAL_COMPRESSION, UserError
 
 # "none": FP8 weights are dequantised to the model's dtype at load time; same values, twice the memory.
 # "storage": they stay FP8 and are dequantised on every use, as in the release.
 # "matmul": the blocks also compute their products in FP8, from any weights; see `hv_batch.engine.dit.fp8_matmul`.
 FP8_MODES = ("none", "storage", "matmul")
-
-LLAMA_TYPES = ("llama",)  # allowed model_type in the config.json of a text encoder
-CLIP_TYPES = ("clip", "clip_text_model")
-
-Tensors = dict[str, StoredTensor]
-
-_NAMES_SHOWN = 4  # number of tensor names in a message: enough to recognise a wrong width, depth or prefix
 
 
 def load_dit(
@@ -74,19 +78,19 @@ def verify(tree: CheckpointTree, config: DiTConfig, fp8: str = "none") -> list[s
     """
     if missing := tree.missing():
         return [*missing, LAYOUT]
-    return [
-        *verify_dit(tree, config, fp8),
-        *_user_errors(
-            lambda: _plan_vae(tree),
-            lambda: open_tower(tree.text_encoder, LLAMA_TYPES),
-            lambda: open_tower(tree.text_encoder_2, CLIP_TYPES),
-        ),
-    ]
+    problems, dit = verify_dit(tree, config, fp8), tree.dit_file()
+    # If the config is not that of the DiT, its widths say nothing about the towers.
+    widths = (None, None) if problems else (config.text_states_dim, config.text_states_dim_2)
+    return problems + _user_errors(
+        lambda: _plan_vae(tree),
+        lambda: check_llama(tree.text_encoder, tree.tokenizer, widths[0], dit),
+        lambda: check_clip(tree.text_encoder_2, tree.tokenizer_2, widths[1], dit),
+    )
 
 
 def verify_dit(tree: CheckpointTree, config: DiTConfig, fp8: str = "none") -> list[str]:
     """Same as `verify`, for the DiT only."""
-    return _user_errors(lambda: _plan_dit(tree, config, "sdpa", fp8))
+    return _user_errors(lambda: _check_latents(tree, config), lambda: _plan_dit(tree, config, "sdpa", fp8))
 
 
 def _user_errors(*checks: Callable[[], object]) -> list[str]:
@@ -105,7 +109,7 @@ def open_dit(tree: CheckpointTree) -> Tensors:
     content = _open(path)
     if tree.load_key not in content and not all_tensors(content):
         raise UserError(
-            f"{path} has no {tree.load_key!r} (the load_key); its keys are {', '.join(map(repr, content))}. "
+            f"{path} has no {tree.load_key!r} (the load_key); its keys are {shortened(list(map(repr, content)))}. "
             "Set load_key to 'module' or 'ema' if the file has it, or set dit_weight to the released file."
         )
     tensors = named_tensors(content.get(tree.load_key, content), path)
@@ -115,8 +119,8 @@ def open_dit(tree: CheckpointTree) -> Tensors:
 def open_scales(path: Path, tensors: Mapping[str, StoredTensor]) -> Tensors:
     """Return the scale of every FP8 weight among the DiT's `tensors`, by module name; empty without FP8 weights.
 
-    `path` is the file of the tensors; the map with the scales is expected beside it. Raises UserError if the map is
-    missing or lacks a scale.
+    `path` is the file of the tensors; the map with the scales is expected beside it. Reads the scales, one number
+    each. Raises UserError if the map is missing or lacks a scale, or if a scale is not a finite number above 0.
     """
     weights = [name for name, tensor in tensors.items() if tensor.dtype.itemsize == 1]
     if not weights:
@@ -132,12 +136,18 @@ def open_scales(path: Path, tensors: Mapping[str, StoredTensor]) -> Tensors:
     modules = [name.removesuffix(".weight") for name in weights]
     if lacking := [name for name in modules if name not in scales]:
         raise UserError(
-            f"{map_path} lacks the scales of {_shortened(lacking)}, so it is not the map of {path.name}. "
+            f"{map_path} lacks the scales of {shortened(lacking)}, so it is not the map of {path.name}. "
             "Copy the map that belongs to this file."
         )
     if wrong := [name for name in modules if scales[name].numel != 1]:
         raise UserError(
-            f"{map_path} must contain one number per module, but {_shortened(wrong)} have more. Copy the released map."
+            f"{map_path} must contain one number per module, but {shortened(wrong)} have more. Copy the released map."
+        )
+    values = {name: _number(scales[name]) for name in modules}
+    if wrong := [f"{name} is {value:g}" for name, value in values.items() if not 0 < value < math.inf]:
+        raise UserError(
+            f"{map_path} must contain finite scales above 0, but {shortened(wrong)}: the weights would become zero, "
+            "negated or infinite. Copy the released map."
         )
     return {name: scales[name] for name in modules}
 
@@ -150,36 +160,16 @@ def open_vae(tree: CheckpointTree) -> Tensors:
     content = _open(tree.vae_weight)
     content = content.get("state_dict", content)
     # A file with a whole training state contains other modules besides the VAE.
-    if isinstance(content, Mapping) and any(name.startswith("vae.") for name in content):
-        content = {name.removeprefix("vae."): t for name, t in content.items() if name.startswith("vae.")}
+    if isinstance(content, Mapping) and any(str(name).startswith("vae.") for name in content):
+        content = {name.removeprefix("vae."): t for name, t in content.items() if str(name).startswith("vae.")}
     return named_tensors(content, tree.vae_weight)
 
 
 def vae_config(tree: CheckpointTree) -> VAEConfig:
     """Read the config of the VAE. Raises UserError if it is missing or describes another architecture."""
     values = read_json(tree.vae_config)
-    return parse_vae_config(diffusers_layout.released_vae_config(values) if tree.is_diffusers else values)
-
-
-def open_tower(folder: Path, model_types: Collection[str]) -> Tensors:
-    """Return the tensors of a text encoder, unread. transformers checks their names when it loads the model.
-
-    Raises UserError if a file is missing or damaged, or if the model_type of config.json is not in `model_types`.
-    """
-    config = folder / "config.json"
-    if (model_type := read_json(config).get("model_type")) not in model_types:
-        raise UserError(
-            f"{config} describes a model of type {model_type!r}; allowed is {' or '.join(map(repr, model_types))}. "
-            + (
-                "From a LLaVA checkpoint, extract the language model first: `hv-batch weights extract-text-encoder`."
-                if model_types == LLAMA_TYPES
-                else "Copy openai/clip-vit-large-patch14 to this folder."
-            )
-        )
-    path = weight_file(folder)
-    if path is None:
-        raise UserError(f"{folder} contains no weights. Copy them to {folder / 'model.safetensors'}.")
-    return named_tensors(open_file(path), path)
+    released = diffusers_layout.released_vae_config(values) if tree.is_diffusers else values
+    return parse_vae_config(released, str(tree.vae_config))
 
 
 def _plan_dit(tree: CheckpointTree, config: DiTConfig, attention: str, fp8: str) -> tuple[HYVideoDiT, Tensors]:
@@ -188,12 +178,14 @@ def _plan_dit(tree: CheckpointTree, config: DiTConfig, attention: str, fp8: str)
         model = HYVideoDiT(config, attention)
     path = tree.dit_file()
     tensors = open_dit(tree)
-    _check_names_and_shapes(model, tensors, path, "Set the option `dit` to the width and depth of this checkpoint")
+    remedy = "Set the option `dit` to the width and depth of this checkpoint"
+    quantised = [name for name, tensor in tensors.items() if tensor.dtype.itemsize == 1]  # `open_scales` checks them
+    check_tensors(_shapes(model), tensors, path, remedy, quantised=quantised)
     scales = open_scales(path, tensors)
     linears = block_linears(model)
     if unexpected := [name for name in scales if name not in linears or tensors[f"{name}.weight"].dtype != FP8]:
         raise UserError(
-            f"{path} contains 8-bit weights that are not 8-bit in the release: {_shortened(unexpected)}. Only the "
+            f"{path} contains 8-bit weights that are not 8-bit in the release: {shortened(unexpected)}. Only the "
             "Linears of the blocks may be 8-bit, as float8_e4m3fn. Set dit_weight to the released FP8 or bf16 file."
         )
     if fp8 == "storage" and not scales:
@@ -214,8 +206,32 @@ def _plan_vae(tree: CheckpointTree) -> tuple[CausalVAE, Tensors]:
     with torch.device("meta"):
         model = CausalVAE(config)
     tensors = open_vae(tree)
-    _check_names_and_shapes(model, tensors, tree.vae_weight, f"Copy the {tree.vae_config.name} of the same VAE")
+    check_tensors(_shapes(model), tensors, tree.vae_weight, f"Copy the {tree.vae_config.name} of the same VAE")
     return model, tensors
+
+
+def _check_latents(tree: CheckpointTree, config: DiTConfig) -> None:
+    """Raise UserError if the DiT does not read and write the latents of the VAE, or cannot divide them into patches."""
+    time, *space = config.patch_size
+    if (config.in_channels, config.out_channels) != (LATENT_CHANNELS, LATENT_CHANNELS):
+        problem = f"in_channels {config.in_channels} and out_channels {config.out_channels}, allowed is"
+        problem += f" {LATENT_CHANNELS}, the latent channels of the VAE"
+    elif time != 1 or any(SIZE_MULTIPLE % (SPATIAL_COMPRESSION * side) for side in space):
+        problem = f"patch_size {list(config.patch_size)}, allowed is [1, 2, 2]: every height and width that a manifest "
+        problem += "may ask for must be a whole number of patches"
+    else:
+        return
+    raise UserError(
+        f"The DiT {tree.dit_file()} has {problem}. Set dit_weight to the text-to-video model, or correct its config."
+    )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _number(scale: StoredTensor) -> float:
+    return float(scale.read(CPU, torch.float32).reshape(())) if scale.dtype in PLAIN_DTYPES else math.nan
 
 
 def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
@@ -252,28 +268,3 @@ def _open(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist. {LAYOUT}")
     return open_file(path)
-
-
-def _check_names_and_shapes(model: nn.Module, tensors: Mapping[str, StoredTensor], path: Path, remedy: str) -> None:
-    """Raise UserError unless the tensors and the model's state match one to one, by name and shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in tensors.items()}
-    differences = {
-        "missing": [name for name in expected if name not in given],
-        "not of this model": [name for name in given if name not in expected],
-        "of another shape": [
-            f"{name} is {list(given[name])}, must be {list(shape)}"
-            for name, shape in expected.items()
-            if name in given and given[name] != shape
-        ],
-    }
-    counts = [f"{len(names)} {what} ({_shortened(names)})" for what, names in differences.items() if names]
-    if counts:
-        raise UserError(
-            f"{path} does not fit the configured model. Tensors: {'; '.join(counts)}. {remedy}, or set the path of the "
-            "right file."
-        )
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")

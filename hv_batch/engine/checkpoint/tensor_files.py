@@ -7,7 +7,6 @@ processes of a node share and which the system may drop. Only tensors are ever u
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from hv_batch.engine.checkpoint.json_files import COPY_AGAIN, read_json
 from hv_batch.protocol import UserError
 
 INDEX_SUFFIX = ".index.json"
-COPY_AGAIN = "Compare its size and checksum with the release and copy it again."
+SHARD_SUFFIXES = (".safetensors", ".bin", ".pt")
 CPU = torch.device("cpu")
 _LFS_POINTER = b"version https://git-lfs"  # first bytes of a Git LFS pointer file
 ALIGNMENT = 64  # bytes; alignment of torch's allocations and of the tensors in its files
@@ -65,6 +65,9 @@ class StoredTensor:
         return self.numel * self.dtype.itemsize
 
 
+Tensors = dict[str, StoredTensor]
+
+
 def stored(tensor: Tensor) -> StoredTensor:
     """Wrap a tensor in memory."""
     return StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.to)
@@ -76,7 +79,7 @@ def joined(parts: Sequence[StoredTensor]) -> StoredTensor:
     Raises ValueError if the parts differ in another dimension.
     """
     first = parts[0]
-    if any(part.shape[1:] != first.shape[1:] for part in parts):
+    if not first.shape or any(not part.shape or part.shape[1:] != first.shape[1:] for part in parts):
         raise ValueError(f"shapes {[list(part.shape) for part in parts]} cannot be concatenated")
     rows = sum(part.shape[0] for part in parts)
     return StoredTensor(
@@ -98,27 +101,41 @@ def open_file(path: Path) -> dict[str, Any]:
         return _open_shards(path)
     try:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, SafetensorError) as error:
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}). Check its permissions and the disk.") from error
+    except Exception as error:  # a damaged pickle makes torch raise errors of any class
         raise UserError(_unreadable(path, error)) from error
 
 
 def shard_files(path: Path) -> list[Path]:
     """Return the files that hold the tensors of `path`: `path` itself, or the shards of an index.
 
-    Raises UserError if the index cannot be read.
+    Raises UserError if the index cannot be read, or if it names anything but files beside it.
     """
     if not path.name.endswith(INDEX_SUFFIX):
         return [path]
-    try:
-        names = set(json.loads(path.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or not an index of shards ({error!r}). {COPY_AGAIN}") from error
-    return [path.with_name(name) for name in sorted(names)]
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} is damaged or not an index of shards: it has no weight_map. {COPY_AGAIN}")
+    names = list(weight_map.values())
+    if wrong := [name for name in names if not _is_shard_name(name)]:
+        raise UserError(
+            f"{path} is not a valid index: its weight_map names {str(wrong[0])[:80]!r}; allowed are names of files "
+            f"beside it that end in {', '.join(SHARD_SUFFIXES)}. {COPY_AGAIN}"
+        )
+    return [path.with_name(name) for name in sorted(set(names))]
+
+
+def _is_shard_name(name: Any) -> bool:
+    """Return whether it names a file beside the index; an index must not lead to files elsewhere."""
+    return isinstance(name, str) and name == Path(name).name and name.endswith(SHARD_SUFFIXES)
 
 
 def named_tensors(content: Any, path: Path) -> dict[str, StoredTensor]:
     """Return `content` as tensors by name. Raises UserError if it contains anything else."""
-    if not isinstance(content, Mapping) or not all_tensors(content):
+    if not isinstance(content, Mapping) or not all_tensors(content) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} must contain tensors by name but contains other values. {COPY_AGAIN}")
     return {name: stored(value) if isinstance(value, Tensor) else value for name, value in content.items()}
 

@@ -17,14 +17,14 @@ its files.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hv_batch.architecture import DIT_CLASS
+from hv_batch.architecture import DIT_CLASS, DiTConfig, check_fields
 from hv_batch.engine.checkpoint import diffusers_layout
-from hv_batch.engine.checkpoint.tensor_files import COPY_AGAIN, INDEX_SUFFIX, shard_files
+from hv_batch.engine.checkpoint.json_files import read_json
+from hv_batch.engine.checkpoint.tensor_files import INDEX_SUFFIX, shard_files
 from hv_batch.engine.checkpoint.text_files import missing_text_files
 from hv_batch.protocol import UserError
 
@@ -119,7 +119,7 @@ class CheckpointTree:
     def dit_options(self) -> dict[str, Any]:
         """Return the fields of `DiTConfig` that the config.json beside the DiT's weights sets; empty without a file.
 
-        Raises UserError if the file is damaged or belongs to another model.
+        Raises UserError if the file is damaged, has a field of the wrong type, or belongs to another model.
         """
         try:
             path = self.dit_file().with_name("config.json")
@@ -129,13 +129,24 @@ class CheckpointTree:
             return {}
         values = read_json(path)
         if self.is_diffusers or values.get("_class_name") == diffusers_layout.DIT_CLASS:
-            return diffusers_layout.dit_options(values, path)
-        # A config.json of another class is ignored.
-        return (
-            {key: values[key] for key in values if key != "_class_name"}
-            if values.get("_class_name") == DIT_CLASS
-            else {}
-        )
+            options = diffusers_layout.dit_options(values, path)
+        elif values.get("_class_name") == DIT_CLASS:
+            options = {key: values[key] for key in values if key != "_class_name"}
+        else:  # a config.json of another class is ignored
+            return {}
+        allowed = [field.name for field in fields(DiTConfig)]
+        if unknown := [key for key in options if key not in allowed]:
+            raise UserError(
+                f"{path}: {', '.join(map(repr, unknown[:5]))} is not a field of this model's DiT; allowed are "
+                f"{', '.join(allowed)}. Remove it."
+            )
+        check_fields(DiTConfig, options, str(path))
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        try:
+            DiTConfig(**options)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        return options
 
     def missing(self) -> list[str]:
         """Return one sentence for each missing file, with its expected path; empty if the tree is complete.
@@ -161,19 +172,6 @@ def scales_file(dit_file: Path) -> Path:
     stem = dit_file.name.removesuffix(INDEX_SUFFIX)
     path = dit_file.with_name(stem)
     return path.with_name(f"{path.stem}_map{path.suffix}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises UserError if the file is missing or contains anything else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist. {LAYOUT}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON ({error}). {COPY_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must contain a JSON object but contains a {type(value).__name__}. {COPY_AGAIN}")
-    return value
 
 
 def _safetensors(folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hv_batch.architecture import VAEConfig
+from hv_batch.architecture import VAEConfig, check_fields
 from hv_batch.engine.vae.blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, UpBlock
 from hv_batch.engine.vae.kernels import Stride, in_layout, mix_channels, reused_memory
 from hv_batch.protocol import LATENT_CHANNELS, UserError
@@ -38,24 +38,26 @@ _IMPLEMENTED: Mapping[str, Any] = {
 }
 
 
-def parse_vae_config(values: Mapping[str, Any]) -> VAEConfig:
+def parse_vae_config(values: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """Parse the content of a checkpoint's vae/config.json. Keys that do not affect the architecture are ignored.
 
-    Raises UserError if the file describes another architecture than this module implements.
+    `where` is the path of the file, for messages. Raises UserError if a field has the wrong type, or if the file
+    describes another architecture than this module implements.
     """
     for key, implemented in _IMPLEMENTED.items():
         value = values.get(key, implemented)
         if value != implemented and list(_as_list(value)) != _as_list(implemented):
             raise UserError(
-                f"vae/config.json: {key} is {value!r}, but only {implemented!r} is supported. Copy the config.json of "
+                f"{where}: {key} is {value!r}, but only {implemented!r} is supported. Copy the config.json of "
                 "HunyuanVideo's VAE in its released layout."
             )
     if values.get("shift_factor"):
         raise UserError(
-            f"vae/config.json: shift_factor is {values['shift_factor']!r}, but only a VAE without one is supported. "
+            f"{where}: shift_factor is {values['shift_factor']!r}, but only a VAE without one is supported. "
             "Copy the config.json of HunyuanVideo's VAE."
         )
     known = {name: values[name] for name in (field.name for field in fields(VAEConfig)) if name in values}
+    check_fields(VAEConfig, known, where)
     if "block_out_channels" in known:
         known["block_out_channels"] = tuple(known["block_out_channels"])
     return VAEConfig(**known)

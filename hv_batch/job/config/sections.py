@@ -23,6 +23,7 @@ GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on mor
 Cpus = Annotated[float, Field(ge=0)]
 PoolSize = Annotated[int | Literal["auto"], BeforeValidator(lambda value: _check_pool_size(value))]
 Seconds = Annotated[float, Field(gt=0)]
+QuarantineLimit = Annotated[int | float, BeforeValidator(lambda value: _check_quarantine_limit(value))]
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
 
@@ -38,6 +39,13 @@ def _check_pool_size(value: Any) -> Any:
     """One message; pydantic would report a problem for each side of the union."""
     if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError("a whole number of at least 1, or auto")
+    return value
+
+
+def _check_quarantine_limit(value: Any) -> Any:
+    is_share = isinstance(value, float) and 0 < value < 1
+    if value is not None and not is_share and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ValueError("a whole number of at least 0, a share above 0 and below 1, or null")
     return value
 
 
@@ -253,6 +261,10 @@ class RetriesConfig(Section):
     worker: Count = 4
     """Losses in a row, each with another sample, after which a worker slot is not restarted any more. Counts for the
     worker, not for the samples."""
+    max_quarantined: QuarantineLimit | None = None
+    """Samples that one command may quarantine: a whole number, or a share of its samples, as 0.05. One more stops the
+    run (exit code 1). `null`: no limit. Independent of this key, a run stops if nothing is committed in the output root
+    yet and 8 different samples (or one for each worker, if that is more) have failed with the same error."""
 
 
 class TimeoutsConfig(Section):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
+from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig, check_fields
 from hv_batch.protocol import UserError
 
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
@@ -93,8 +93,9 @@ def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
     """A `kind` of these values, or the released one if they are inconsistent, which the engine reports."""
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
     try:
+        check_fields(kind, values, "")
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
-    except (UserError, TypeError, ValueError, ArithmeticError):
+    except UserError:
         return kind()
 
 
@@ -102,7 +103,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file of the checkpoint; empty if it is missing or unreadable, which the engine reports."""
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -116,5 +117,5 @@ def _dit_values(base: Path, dit_weight: Any) -> Mapping[str, Any]:
 
 def _clip_text(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The values of CLIP's text tower, in a config of that tower alone or of both towers."""
-    text: Mapping[str, Any] = values.get("text_config") or values
-    return text
+    text = values.get("text_config")
+    return text if isinstance(text, Mapping) else values

@@ -26,11 +26,13 @@ from hv_batch.job.records.quarantine import earlier_failures, taken_back
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
+from hv_batch.job.thread_map import map_in_threads
 
 T = TypeVar("T")
 
 LOOKERS = 32  # threads; listings wait for the store, not for the CPU
 LOOK_AHEAD = 64  # shards looked up before their turn
+FIRST_SHARDS = 256  # 65,536 samples at the default size; shards are rendered in order, so the first commits are here
 
 
 class Retry(Protocol):
@@ -42,6 +44,12 @@ class Retry(Protocol):
 def call_once(act: Callable[[], T], /) -> T:
     """Raises StorageUnavailableError if the output root does not answer."""
     return act()
+
+
+def has_commits(store: Store, shards: int) -> bool:
+    """Whether a sample of the first FIRST_SHARDS of these shards is committed. Stops at the first one."""
+    folders = (layout.commit_dir(shard) for shard in range(min(shards, FIRST_SHARDS)))
+    return any(map_in_threads(lambda folder: next(iter(store.list(folder)), None), folders, LOOKERS))
 
 
 @dataclass(frozen=True, slots=True)

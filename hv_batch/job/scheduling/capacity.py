@@ -70,5 +70,9 @@ def _size_classes(config: RunConfig, plans: Sequence[ParallelPlan]) -> Iterator[
         yield SizeClass(ranks=plan.world_size, workers=workers, ahead=workers + config.encoders.batch_size, name=name)
 
 
-def retry_limits(config: RunConfig) -> RetryLimits:
-    return RetryLimits(**config.retries.model_dump())
+def retry_limits(config: RunConfig, samples: int) -> RetryLimits:
+    """The limits of a run of `samples` samples, of which `retries.max_quarantined` may be a share."""
+    limits = config.retries.model_dump()
+    if isinstance(most := limits["max_quarantined"], float):
+        limits["max_quarantined"] = int(most * samples)
+    return RetryLimits(**limits)

@@ -38,6 +38,7 @@ class RetryLimits:
     infra: int
     preempted: int
     worker: int
+    max_quarantined: int | None = None  # quarantined samples of this run that do not stop it; None: no limit
 
     def tries(self, kind: FailureClass) -> int:
         return {

@@ -1,13 +1,15 @@
-"""Retry accounting: charge failures to samples, and build the failure that ends a run without workers."""
+"""Retry accounting: charge failures to samples, and decide when failures end the run."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.limits import RetryLimits
-from hv_batch.job.scheduling.messages import Quarantine
+from hv_batch.job.scheduling.messages import Quarantine, WorkerId
 from hv_batch.job.scheduling.queues import Queues
 from hv_batch.job.stages import Stage
 
@@ -18,6 +20,92 @@ RETRY_STAGE = {Stage.ENCODE: Stage.ENCODE, Stage.DENOISE: Stage.ENCODE, Stage.DE
 # Samples with these failures are retried after the waiting samples: a poisoned sample must not delay the others, and in
 # an outage other samples may succeed.
 RETRY_LAST = (FailureClass.POISON, FailureClass.OUTAGE)
+
+# Before the first commit, this many different samples that fail alike end the run, and at least one for each worker.
+MIN_SAMPLES_ALIKE = 8
+
+# Errors that a sample raises itself count at once. The others (a lost node may fail many samples at the same moment)
+# count only for a sample that they have quarantined.
+OWN_ERRORS = (FailureClass.POISON, FailureClass.GPU_OOM)
+
+MAX_FAULTS = 64  # different messages that are remembered; a fault that all samples share comes up again
+
+# Parts of a message that differ between samples with the same fault: addresses, ids and numbers.
+VARYING = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)[0-9a-f]{8,}\b|\d+(\.\d+)?", re.I)
+
+
+@dataclass(slots=True)
+class _Fault:
+    """The samples and the worker slots that failed with one class and message."""
+
+    samples: set[str] = field(default_factory=set)
+    slots: set[int] = field(default_factory=set)
+
+
+class StopRule:
+    """Decides when the failures of samples end the whole run.
+
+    A fault of weights, config or image fails every sample. The run would quarantine its whole manifest, so it stops
+    instead: while the output root holds no commit, max(MIN_SAMPLES_ALIKE, workers) different samples that fail with the
+    same class and message, on at least two workers of their stage if there are two. Later, `retries.max_quarantined`
+    stops it, which is off by default.
+    """
+
+    def __init__(self, limits: RetryLimits) -> None:
+        self._max_quarantined = limits.max_quarantined
+        self._has_commits = False
+        self._quarantined = 0
+        self._faults: dict[tuple[str, FailureClass, str], _Fault] = {}
+
+    def note_commit(self) -> None:
+        """The output root holds a commit, of this or of an earlier run, or a finished video waits for it."""
+        self._has_commits = True
+        self._faults.clear()
+
+    def note_failure(
+        self, worker: WorkerId, keys: Sequence[str], failure: Failure, quarantined: int, ready_slots: Collection[int]
+    ) -> Failure | None:
+        """Count a failed task of `worker` with the samples `keys`. Returns the FATAL failure if the run must stop.
+
+        `quarantined` is how many of the samples it has quarantined, `ready_slots` are those of the stage whose workers
+        are ready.
+        """
+        self._quarantined += quarantined
+        if self._max_quarantined is not None and self._quarantined > self._max_quarantined:
+            return self._fatal(
+                failure,
+                f"{self._quarantined} samples are quarantined in this run, and retries.max_quarantined allows "
+                f"{self._max_quarantined}; the last failed with",
+            )
+        if self._has_commits or len(keys) != 1 or not (quarantined or failure.kind in OWN_ERRORS):
+            return None
+        fault = self._fault(worker, keys[0], failure)
+        slots = {*ready_slots, *fault.slots}
+        if len(fault.samples) < max(MIN_SAMPLES_ALIKE, len(slots)) or len(fault.slots) < min(2, len(slots)):
+            return None
+        return self._fatal(
+            failure, f"nothing has been committed, and {len(fault.samples)} different samples failed alike, with"
+        )
+
+    def _fault(self, worker: WorkerId, key: str, failure: Failure) -> _Fault:
+        message = VARYING.sub("0", failure.first_line.replace(key, "")).strip()
+        name = worker.stage.name, failure.kind, message
+        fault = self._faults.pop(name, None) or _Fault()
+        self._faults[name] = fault  # the latest is last
+        if len(self._faults) > MAX_FAULTS:
+            del self._faults[next(iter(self._faults))]
+        fault.samples.add(key)
+        fault.slots.add(worker.slot)
+        return fault
+
+    def _fatal(self, failure: Failure, reason: str) -> Failure:
+        message = f"{reason} {failure.kind}: {failure.message.rstrip('. ')}"
+        if self._quarantined:
+            message += (
+                f". {self._quarantined} of them are quarantined already; when this is fixed, `--failed-only` renders "
+                "them again"
+            )
+        return replace(failure, kind=FailureClass.FATAL, message=message)
 
 
 def charge_failure(queues: Queues, keys: Sequence[str], failure: Failure, retries: RetryLimits) -> Iterator[Quarantine]:

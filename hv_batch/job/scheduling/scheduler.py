@@ -13,6 +13,7 @@ Invariants, which tests/job/scheduling/test_scheduler.py checks after each step 
   leaves the other samples to a resume.
 - At most `window` samples are at the stages and MAX_SPOOLED are spooled. A slow decoder slows the groups down and never
   fills the object store (backpressure.py, P7).
+- While nothing is committed, many samples that fail alike end the run (`retries.StopRule`). Otherwise:
 - A failure costs its sample at most its tries and its worker at most a restart; all other work continues (P5). A failed
   batch is tried again sample by sample, and none of its members is charged. An outage of the output root charges no
   sample.
@@ -54,6 +55,7 @@ from hv_batch.job.scheduling.messages import (
     TaskDone,
     TaskFailed,
     Tick,
+    WorkerId,
     WorkerLeaving,
     WorkerLost,
     WorkerPlaced,
@@ -63,7 +65,7 @@ from hv_batch.job.scheduling.object_store_budget import ObjectStoreBudget
 from hv_batch.job.scheduling.outage import OutageTimer
 from hv_batch.job.scheduling.pool_sizing import PoolSizer
 from hv_batch.job.scheduling.queues import Queues
-from hv_batch.job.scheduling.retries import all_workers_lost, charge_failure
+from hv_batch.job.scheduling.retries import StopRule, all_workers_lost, charge_failure
 from hv_batch.job.scheduling.scaling import WorkerScaling
 from hv_batch.job.scheduling.worker_slots import LAST_CHECKPOINT_S, Status, WorkerSlot
 from hv_batch.job.stages import Stage
@@ -85,6 +87,7 @@ class Scheduler:
         self._proven: set[tuple[Stage, int]] = set()
         self._last_loss: dict[tuple[Stage, int], Failure] = {}
         self._outage = OutageTimer()
+        self._stop_rule = StopRule(retries)
         self._requested = 0  # admissions that are requested and not answered yet
         self._exhausted = False
         self._drain_until: float | None = None
@@ -123,6 +126,10 @@ class Scheduler:
         """The failures charged to a sample in flight so far."""
         return tuple(self._queues.failures(key))
 
+    def note_commit(self) -> None:
+        """The output root holds a commit, so a fault does not concern every sample (see `StopRule`)."""
+        self._stop_rule.note_commit()
+
     def begin(self) -> list[Action]:
         """The first actions. No worker starts before a sample needs it."""
         return self._next_actions(0.0)
@@ -145,6 +152,7 @@ class Scheduler:
                 self._requested = max(0, self._requested - 1)
                 self._queues.admit(key, stage, latent_bytes, size_class, work)
             case Published(key):
+                self.note_commit()
                 self._outage.resume_decodes(now)
                 self._queues.remove_spooled(key)
             case SpoolLost(key, stage):
@@ -219,12 +227,14 @@ class Scheduler:
     def _task_done(self, worker: WorkerSlot, result_bytes: tuple[int, ...], now: float) -> None:
         if self._queues.stage_of(worker.task[0]) is Stage.DECODE:
             self._outage.end()
+            self.note_commit()
         keys = self._complete_task(worker, now)
         self._store_budget.record(worker.id, keys, result_bytes)
         for key in keys:
             self._queues.advance(key)
 
     def _spool(self, worker: WorkerSlot, spooled: tuple[str, ...], now: float) -> None:
+        self.note_commit()
         for key in self._complete_task(worker, now):
             if key in spooled:
                 self._queues.spool(key)
@@ -241,8 +251,9 @@ class Scheduler:
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
         keys = worker.end_task()
         worker.note_failure(keys, failure)
-        actions = self._charge(keys, failure, now)
-        if worker.has_failure_streak:
+        actions = self._charge(worker.id, keys, failure, now)
+        is_end = any(isinstance(action, Abort) for action in actions)
+        if worker.has_failure_streak and not is_end:
             samples = len(worker.failed_samples)
             reason = f"{samples} different samples failed on it in a row; the last failure: {failure.message}"
             actions += self._worker_lost(worker, replace(failure, kind=FailureClass.POISON, message=reason), now)
@@ -263,7 +274,7 @@ class Scheduler:
         if failure.kind is FailureClass.OUTAGE:
             worker.start_at = now + OUTAGE_PAUSE_S
         if keys or failure.kind in (FailureClass.FATAL, FailureClass.OUTAGE):
-            actions += self._charge(keys, failure, now)
+            actions += self._charge(lost, keys, failure, now)
         self._last_loss[size_class] = failure
         return actions
 
@@ -276,13 +287,16 @@ class Scheduler:
             return [Checkpoint(worker.id)]
         return []
 
-    def _charge(self, keys: tuple[str, ...], failure: Failure, now: float) -> list[Action]:
+    def _charge(self, worker: WorkerId, keys: tuple[str, ...], failure: Failure, now: float) -> list[Action]:
         if failure.kind is FailureClass.FATAL:
             return [Abort(failure)]
         # A worker that failed to start has no keys, and must not keep the others from decoding to their spools.
         if failure.kind is FailureClass.OUTAGE and self._outage.fail(now, pause_decodes=bool(keys)):
             return [Abort(replace(failure, kind=FailureClass.FATAL))]
-        return list(charge_failure(self._queues, keys, failure, self._retries))
+        quarantined: list[Action] = [*charge_failure(self._queues, keys, failure, self._retries)]
+        ready_slots = {slot.id.slot for slot in self._scaling.slots(worker.stage) if slot.ready}
+        stop = self._stop_rule.note_failure(worker, keys, failure, len(quarantined), ready_slots)
+        return [*quarantined, Abort(stop)] if stop else quarantined
 
     def _find_hung(self, now: float) -> list[Action]:
         actions: list[Action] = []

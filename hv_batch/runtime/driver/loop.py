@@ -109,7 +109,7 @@ class Driver:
         self._should_stop = should_stop
         config, run = context.config, context.run
         limits = run.stage_limits(result_shares(run))
-        self._scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
+        self._scheduler = Scheduler(limits, retry_limits(config, total), config.timeouts.drain_s)
         self._items: dict[str, InFlight] = {}
         self._events: deque[Event] = deque()
         self._to_admit = 0
@@ -142,6 +142,10 @@ class Driver:
     def commit_spooled(self) -> None:
         """Begin with the videos that an earlier run of this output root has left on the disks of the nodes."""
         self._spool_drain.scan_nodes(alive_nodes())
+
+    def note_commits(self) -> None:
+        """An earlier run has committed samples to this output root; see `StopRule`."""
+        self._scheduler.note_commit()
 
     def run(self) -> Outcome:
         """Raises UserError when the run cannot go on. However it ends, its actors and placement groups are gone."""
@@ -301,6 +305,8 @@ class Driver:
                     self._to_admit = 0
                     self._events.append(PlanExhausted())
                 return
+            if self._plan.counts.committed_before:
+                self._scheduler.note_commit()
             self._to_admit -= 1
             sample, params = pending.sample, pending.sample.params
             self._items[sample.key] = InFlight(sample, earlier=pending.earlier, has_steps=pending.has_steps)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hv_batch.architecture import SKIPPED_LAYERS
-from hv_batch.engine.text_encoders import CLIP_TOKENS, IMAGE_TEMPLATE, VIDEO_TEMPLATE
+from hv_batch.architecture import CLIP_TOKENS, SKIPPED_LAYERS
+from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import clip_config, clip_names, llama_config, write_tower
 from hv_batch.toy.tokenizers import CAPTION_WORDS, WORDS, write_clip_tokenizer, write_llama_tokenizer

@@ -136,7 +136,7 @@ class Night:
         run = resolve_run(config)
         plans = tuple(ParallelPlan(ulysses_degree=shape.ranks) for shape in self.mix)
         limits = replace(run, groups=GroupPlans(plans, {})).stage_limits({})
-        self.scheduler = Scheduler(limits, retry_limits(config), config.timeouts.drain_s)
+        self.scheduler = Scheduler(limits, retry_limits(config, scene.samples), config.timeouts.drain_s)
         decoders = run.max_workers[Stage.DECODE]
         for _ in range(scene.nodes + -(-(scene.encoders + decoders) // GROUP_GPUS)):
             self.join()
