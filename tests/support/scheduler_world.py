@@ -409,3 +409,29 @@ def pass_time(world, seconds):
             world.feed(Heartbeat(worker))
         world.tick(min(seconds, 0.5 * STALL_S))
         seconds -= 0.5 * STALL_S
+
+
+def denoising(world):
+    return sorted(worker for worker in world.running if worker.stage is Stage.DENOISE)
+
+
+def until_denoising(world, groups):
+    while len(denoising(world)) < groups and not world.quarantined:
+        early = [worker for worker in world.running if worker.stage is Stage.ENCODE]
+        world.ready(world.starting[0]) if world.starting else world.done(early[0])
+
+
+def drive(world, bad):
+    """Run to the end. `bad(worker, keys)` returns the failure of a task as (World method, failure class), or None."""
+    for _ in range(10_000):
+        if world.finish or world.abort:
+            return
+        if world.starting:
+            world.ready(world.starting[0])
+        elif world.running:
+            worker, keys = next(iter(world.running.items()))
+            fault = bad(worker, keys)
+            getattr(world, fault[0])(worker, fault[1]) if fault else world.done(worker)
+        else:
+            world.tick(5.0)
+    pytest.fail("the run did not end")
