@@ -305,7 +305,7 @@ class Driver:
                     self._to_admit = 0
                     self._events.append(PlanExhausted())
                 return
-            if self._plan.counts.committed_before:
+            if self._pending.counts.committed_before:
                 self._scheduler.note_commit()
             self._to_admit -= 1
             sample, params = pending.sample, pending.sample.params
