@@ -87,7 +87,7 @@ def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tm
     for selection, done in ((["--where", "id=s09", "--where", "id=s02"], 2), (["--shards", "0,2", "--limit", "3"], 4)):
         code, text = render(config, manifest, output, ray_head[0], *selection)
         assert code == 0, text
-        assert f"{10 - done} samples outside it are left" in text
+        assert f"{10 - done} samples outside it are pending" in text
         assert len(records(output)) == done
         assert not (output / "_SUCCESS").exists()
     code, text = render(config, manifest, output, ray_head[0])
