@@ -6,7 +6,7 @@ ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/nightly.py --c
 
 import sys
 
-from hv_batch.cli.main import main
+from hv_batch.__main__ import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "nightly")

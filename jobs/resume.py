@@ -5,7 +5,7 @@ ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/resume.py s3:/
 
 import sys
 
-from hv_batch.cli.main import main
+from hv_batch.__main__ import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "resume")

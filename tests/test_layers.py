@@ -52,6 +52,7 @@ RUNTIME = """
     publisher  worker
     classify
     run_context
+    stop_signals  local_ray
 """
 
 ENGINE = """

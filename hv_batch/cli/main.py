@@ -217,7 +217,7 @@ for operation in (output_root.status, output_root.verify, output_root.retry, out
 
 
 def main() -> None:
-    """Entry point. Errors that the user can fix are printed to stderr as one paragraph, without a traceback."""
+    """Run the command of `sys.argv`. Errors that the user can fix are one paragraph on stderr, without a traceback."""
     try:
         with command_logging(log_settings(None, "text")):
             app()

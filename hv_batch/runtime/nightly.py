@@ -22,6 +22,7 @@ from hv_batch.job.records.run_document import read_run_config
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -77,30 +78,37 @@ def render_night(request: NightlyRequest, *, address: str | None, report: TextIO
 
     Returns the exit code of the worst night.
     """
-    begun, stopped = time.monotonic(), Event()
+    begun, stop = time.monotonic(), StopSignals()
+    with stop.handled():
+        # Until the line is printed, a stop in this block only sets the event.
+        nights = [_render_day(request, day, address, stop) for day in (*_earlier(request, stop), request.day)]
+        ends = {night.outcome for night in nights}
+        worst = max((code for code, name in OUTCOMES.items() if name in ends), key=_badness)
+        line = {
+            "schema": "hv_batch/night/1",
+            "date": request.day.isoformat(),
+            "outcome": OUTCOMES[worst],
+            "exit_code": int(worst),
+            "seconds": round(time.monotonic() - begun, 1),
+            "nights": [asdict(night) for night in nights],
+        }
+        try:
+            print(json.dumps(line, ensure_ascii=False), file=report, flush=True)
+        except OSError as error:  # the reader of the pipe is gone; the exit code still gives the outcome
+            logger.error(f"the line of JSON cannot be written to stdout: {error}")
+    return worst
 
-    def attempt(day: date) -> Night:
-        def work() -> ExitCode:
+
+def _render_day(request: NightlyRequest, day: date, address: str | None, stop: StopSignals) -> Night:
+    def work() -> ExitCode:
+        with stop.interruptible():
             own = request.config, request.manifest.replace(PLACE, day.isoformat())
             config, manifest = own if day == request.day else read_run_config(request.root(day))
-            with stop_in_time(request.until, config.timeouts.drain_s, stopped):
-                return render(config, manifest, request.root(day), address=address, stopped=stopped)
+        with stop_in_time(request.until, config.timeouts.drain_s, stop.stopped):
+            return render(config, manifest, request.root(day), address=address, stopped=stop.stopped)
 
-        logger.info(f"night of {day}: {request.root(day)}")
-        return _run_night(day, request.root(day), work, stopped)
-
-    nights = [attempt(day) for day in (*_earlier(request), request.day)]
-    worst = max((code for night in nights for code, name in OUTCOMES.items() if name == night.outcome), key=_badness)
-    line = {
-        "schema": "hv_batch/night/1",
-        "date": request.day.isoformat(),
-        "outcome": OUTCOMES[worst],
-        "exit_code": int(worst),
-        "seconds": round(time.monotonic() - begun, 1),
-        "nights": [asdict(night) for night in nights],
-    }
-    print(json.dumps(line, ensure_ascii=False), file=report, flush=True)
-    return worst
+    logger.info(f"night of {day}: {request.root(day)}")
+    return _run_night(day, request.root(day), work, stop)
 
 
 def unfinished(request: NightlyRequest) -> Iterator[date]:
@@ -112,9 +120,12 @@ def unfinished(request: NightlyRequest) -> Iterator[date]:
             yield day
 
 
-def _earlier(request: NightlyRequest) -> list[date]:
+def _earlier(request: NightlyRequest, stop: StopSignals) -> list[date]:
     try:
-        return list(unfinished(request))
+        with stop.interruptible():
+            return list(unfinished(request))
+    except KeyboardInterrupt:  # the night of `request.day` is then reported as stopped
+        return []
     except (OSError, UserError) as problem:  # the run of `request.day` fails for the same reason, and is reported
         logger.warning(f"cannot look for unfinished nights: {problem}")
         return []
@@ -141,12 +152,14 @@ def next_time(text: str, now: datetime) -> datetime:
     return (today if today > now else today + timedelta(days=1)).astimezone()
 
 
-def _run_night(day: date, output: str, work: Callable[[], ExitCode], stopped: Event) -> Night:
+def _run_night(day: date, output: str, work: Callable[[], ExitCode], stop: StopSignals) -> Night:
     """Call `work`, unless the deadline has passed, and return the result of the night."""
     begun = time.monotonic()
     error = None
     try:
-        code = ExitCode.STOPPED if stopped.is_set() else work()
+        code = ExitCode.STOPPED if stop.stopped.is_set() else work()
+    except KeyboardInterrupt:
+        code = ExitCode.STOPPED
     except UserError as problem:
         code, error = ExitCode.FATAL, str(problem)
         logger.error(f"night of {day}: {error}")
@@ -159,15 +172,20 @@ def _run_night(day: date, output: str, work: Callable[[], ExitCode], stopped: Ev
         outcome=OUTCOMES[code],
         seconds=round(time.monotonic() - begun, 1),
         error=error,
-        **_counts(Store(output)),
+        **_counts(output, stop),
     )
 
 
-def _counts(store: Store) -> dict[str, Any]:
+def _counts(output: str, stop: StopSignals) -> dict[str, Any]:
     try:
-        summary = json.loads(store.get(layout.SUMMARY))
+        with stop.interruptible():
+            summary = json.loads(Store(output).get(layout.SUMMARY))
         return {name: summary[name] for name in ("committed", "quarantined", "pending")}
-    except (OSError, UserError):  # there is none, or the store fails, which the night's error already says
+    except (
+        KeyboardInterrupt,
+        OSError,
+        UserError,
+    ):  # there is none, or the store fails, which the night's error already says
         return {}
     except (ValueError, KeyError, TypeError):  # damaged: the line of JSON must be printed nevertheless
         return {}

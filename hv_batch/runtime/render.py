@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from threading import Event
-from types import FrameType
 from typing import Any
 
 from hv_batch.job import layout
@@ -39,6 +36,7 @@ from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.nodes.resources import ResourceShortage, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.session import ray_session, submission_id
+from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -67,50 +65,53 @@ def render(
     run is refused; with `steal` it takes the root over and the other driver stops. If `stopped` is set, the run drains
     and ends; SIGTERM and SIGINT set it as well. Raises UserError for every error that the user can fix (exit code 1).
     """
-    with _stop_signals(stopped) as stopped, tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
-        try:
+    stop = StopSignals(stopped)
+    try:
+        with stop.handled(), tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
             store = Store(output_url)
-            if failed_only:
-                selection = only_failed(store, selection or Selection())
-                if not selection.failed:
-                    logger.info(f"nothing to render: no such sample of {public_url(store.url)} is quarantined")
-                    return ExitCode.COMMITTED
-            job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection)
-            return _render(job, address, stopped, steal)
-        except KeyboardInterrupt:
-            logger.info("stopped at once; run the same command again to resume")
-            return ExitCode.STOPPED
-        except OSError as error:  # an unreachable store or a full disk: the user can fix these
-            raise UserError(
-                f"{error}. Committed samples are safe; fix this and run the same command again to resume."
-            ) from error
+            with stop.interruptible():
+                stop.check()
+                if failed_only:
+                    selection = only_failed(store, selection or Selection())
+                    if not selection.failed:
+                        logger.info(f"nothing to render: no such sample of {public_url(store.url)} is quarantined")
+                        return ExitCode.COMMITTED
+                job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection)
+            return _render(job, address, stop, steal)
+    except KeyboardInterrupt:
+        logger.info("stopped at once; run the same command again to resume")
+        return ExitCode.STOPPED
+    except OSError as error:  # an unreachable store or a full disk: the user can fix these
+        raise UserError(
+            f"{error}. Committed samples are safe; fix this and run the same command again to resume."
+        ) from error
 
 
-def _render(job: PreparedRun, address: str | None, stopped: Event, steal: bool) -> ExitCode:
+def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: bool) -> ExitCode:
     store = job.context.store
     if job.state is RunState.FINISHED and not job.pending.takes_back:
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
     me = this_process("run", submission_id())
     # The lease is taken before Ray is used: otherwise a second driver would wait for the GPUs of the first one.
-    with hold_lease(store, me, steal=steal, wait=stopped.wait) as lease:
+    with hold_lease(store, me, steal=steal, wait=stop.stopped.wait) as lease:
         if lease is None:
             logger.info("stopped while waiting for the output root; nothing was started")
             return ExitCode.STOPPED
-        return _render_pending(job, address, stopped, lease)
+        return _render_pending(job, address, stop, lease)
 
 
-def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease: Lease) -> ExitCode:
+def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, lease: Lease) -> ExitCode:
     config, store, pending = job.context.config, job.context.store, job.pending
     run = job.context.run
 
     def should_stop() -> bool:
         lease.check()  # raises if another driver has taken the root over: a drain would render samples twice
-        return stopped.is_set()
+        return stop.stopped.is_set()
 
     logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
-    with ray_session(run, address) as local, _stop_signals(stopped):
+    with ray_session(run, address, stop) as local:
         shortage = ResourceShortage(run, timeout_s=0.0 if local else config.timeouts.start_s)
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was started")
@@ -127,10 +128,10 @@ def _render_pending(job: PreparedRun, address: str | None, stopped: Event, lease
                 driver.note_commits()
         outcome = driver.run()
     lease.check()
-    return _close(store, pending, outcome, stopped)
+    return _close(store, pending, outcome, stop)
 
 
-def _close(store: Store, pending: PendingSamples, outcome: Outcome, stopped: Event) -> ExitCode:
+def _close(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSignals) -> ExitCode:
     counts = pending.counts
     done_before = counts.committed_before + counts.quarantined_before
     totals = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {done_before} were done before"
@@ -148,7 +149,7 @@ def _close(store: Store, pending: PendingSamples, outcome: Outcome, stopped: Eve
         return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
     # These facts are about this command only, unlike the rest of the summary: a resume may run on other nodes.
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
-    summary = _finish(store, own, Outage(), stopped)
+    summary = _finish(store, own, Outage(), stop)
     logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
     if groups := outcome.losses.describe():
         logger.info(f"denoise groups lost during the run: {groups}")
@@ -166,46 +167,27 @@ def _close(store: Store, pending: PendingSamples, outcome: Outcome, stopped: Eve
     return _exit_code(summary)
 
 
-def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stopped: Event) -> dict[str, Any]:
+def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSignals) -> dict[str, Any]:
     """Write the summary, the report and _SUCCESS; retry while the output root does not answer. Returns the summary.
 
-    `own` are facts that no record holds. Raises KeyboardInterrupt if a stop is requested during an outage.
+    `own` are facts that no record holds. Raises KeyboardInterrupt if a stop is requested: reading every record of a
+    large run takes longer than a stopped process may live, and the next command writes what is missing.
     """
     while True:
         try:
-            summary = {**aggregate(store), **own}
-            write_report(store, summary)
+            with stop.interruptible():
+                summary = {**aggregate(store), **own}
+                write_report(store, summary)
             finish_run(store, summary)
             return summary
         except StorageUnavailableError as error:
             outage.note_failure(error, time.monotonic())
-            if stopped.wait(OUTAGE_PAUSE_S):
+            if stop.stopped.wait(OUTAGE_PAUSE_S):
                 raise KeyboardInterrupt from error
 
 
 def _exit_code(summary: dict[str, Any]) -> ExitCode:
     return ExitCode.QUARANTINED if summary["quarantined"] else ExitCode.COMMITTED
-
-
-@contextmanager
-def _stop_signals(stopped: Event | None = None) -> Iterator[Event]:
-    """Let SIGTERM and SIGINT set the event. A second signal raises KeyboardInterrupt.
-
-    Called again after `ray.init`, which installs handlers of its own.
-    """
-    stopped = stopped or Event()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def resume(

@@ -9,13 +9,16 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import ray
 
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.protocol import UserError
+from hv_batch.runtime.local_ray import LocalRayError, local_ray
 from hv_batch.runtime.nodes.resources import minimum_resources, total
+from hv_batch.runtime.stop_signals import StopSignals
 
 # Only embeddings and latents go through the object store (about 30 MB per sample in flight at 720p), never frames.
 # Ray's default would reserve a third of a small machine's memory.
@@ -25,23 +28,28 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 @contextmanager
-def ray_session(run: ResolvedRun, address: str | None) -> Iterator[bool]:
+def ray_session(run: ResolvedRun, address: str | None, stop: StopSignals | None = None) -> Iterator[bool]:
     """Connect to Ray for the duration of the block. Yields whether it is a local Ray that this process started.
 
     If `address` is None, the environment variable RAY_ADDRESS is used, which `ray job submit` sets. Without it the
-    address is "local". Raises UserError if no Ray answers or can be started.
+    address is "local". Raises UserError if no Ray answers or can be started, and KeyboardInterrupt if `stop` is
+    requested before the block.
     """
+    stop = stop or StopSignals()
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     # The driver handles the error of every task. Ray would also print the tracebacks of the ones already handled.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
-    if address == "local":
-        _start_local(run)
-    else:
-        _connect(address)
-    try:
+    with ExitStack() as stack:
+        if address == "local":
+            with stop.interruptible():
+                stop.check()
+                started = stack.enter_context(_started_locally(run))
+            _connect(started)
+        else:
+            _connect(address)
+        stack.callback(ray.shutdown)
+        stop.check()
         yield address == "local"
-    finally:
-        ray.shutdown()
 
 
 def submission_id() -> str | None:
@@ -55,11 +63,17 @@ def submission_id() -> str | None:
 
 
 def _connect(address: str) -> None:
+    """Connect this process to the cluster.
+
+    `ray.init` runs in a thread, because in the main thread it replaces the handler of SIGTERM by one that exits in the
+    middle of whatever the driver is doing.
+    """
     try:
         if match := re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d+)", address):
             # Ray itself retries an address that does not answer for minutes.
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with ThreadPoolExecutor(1, "connect") as thread:
+            thread.submit(ray.init, address=address, log_to_driver=False, logging_level=logging.ERROR).result()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"No Ray cluster answers at {address}: {error}. Start one (`ray start --head`) and pass the address that "
@@ -67,19 +81,19 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _start_local(run: ResolvedRun) -> None:
+@contextmanager
+def _started_locally(run: ResolvedRun) -> Iterator[str]:
     # Ray only counts CPUs. A machine with fewer cores than the config asks for runs the same actors more slowly.
     needed = total([bundle for bundles in minimum_resources(run) for bundle in bundles]).get("CPU", 0.0)
+    options = {
+        "num_cpus": max(os.cpu_count() or 1, math.ceil(needed)),
+        "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except Exception as error:  # Ray raises bare exceptions, for example if the start times out on a busy machine
+        with local_ray(options) as address:
+            yield address
+    except LocalRayError as error:
         raise UserError(
             f"No local Ray could be started: {error}. Check the free memory and the free space in the temporary "
             "folder, and run the same command again when the machine is less busy; or use a running cluster with "

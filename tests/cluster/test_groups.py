@@ -225,9 +225,7 @@ def test_sick_nodes_are_excluded_as_soon_as_they_can_be_spared(fleet, tmp_path, 
     (marks / f"sick-{sick.node_ip_address}").touch()
     config, output = write_config(tmp_path, marks, {"step_seconds": 0.3}, retries={"worker": 9}), tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:1]), output, fleet.address))
-    wait_for(
-        lambda: "no other node can host a group: it stays" in driver.stdout.readline(), "that it cannot be spared"
-    )
+    wait_for(lambda: "no other node can host a group: it stays" in driver.stdout.readline(), "that it cannot be spared")
     well = {node.node_ip_address for node in (fleet.add_node(gpus=2), fleet.add_node(gpus=2))}
     wait_for(lambda: ranks(marks)[-1].host in well, "a start elsewhere")
     faulty = ranks(marks)[-1].host
@@ -255,9 +253,7 @@ def test_an_excluded_node_is_left_by_the_pools_too(fleet, tmp_path, marks, expec
     pools = {"encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}}
     config, output = write_config(tmp_path, marks, retries={"worker": 9}, **pools), tmp_path / "out"
     driver = start(command(config, write_manifest(tmp_path, PROMPTS[:1]), output, fleet.address))
-    wait_for(
-        lambda: "no other node can host a group: it stays" in driver.stdout.readline(), "that it cannot be spared"
-    )
+    wait_for(lambda: "no other node can host a group: it stays" in driver.stdout.readline(), "that it cannot be spared")
     wait_for(lambda: count(marks, "decoders"), "a decoder")
     (marks / f"faulty-decoder-{sick.node_ip_address}").touch()
     well = fleet.add_node(gpus=3)

@@ -113,7 +113,11 @@ def _next_result(pending: deque[tuple[Chunk, Future[ChunkResult]]]) -> tuple[Chu
 
 
 def _exit_with_parent() -> None:
-    """Make a validating process exit with its parent, even if that is killed, and leave Ctrl-C to the parent."""
+    """Make a validating process exit with its parent, even if that is killed, and leave signals to the parent.
+
+    A signal to the process group must not end this process: the parent would take that for a lack of memory.
+    """
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
