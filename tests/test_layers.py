@@ -52,7 +52,7 @@ RUNTIME = """
     publisher  worker
     classify
     run_context
-    stop_signals  local_ray
+    stop_signals  local_ray  ray_contact
 """
 
 ENGINE = """

@@ -29,6 +29,7 @@ from hv_batch.job.redaction import public_values
 from hv_batch.job.storage.store import Store
 from hv_batch.media.codecs import check_encoder
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
+from hv_batch.runtime.ray_contact import resolve_address
 from hv_batch.runtime.run_context import RunContext, short_id
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,12 @@ class PreparedRun:
 
 
 def prepare_run(
-    config: RunConfig, manifest: Manifest, store: Store, spool: Store, selection: Selection | None
+    config: RunConfig,
+    manifest: Manifest,
+    store: Store,
+    spool: Store,
+    selection: Selection | None,
+    address: str | None = None,
 ) -> PreparedRun:
     """Check the engine, its weights, ffmpeg, the manifest and the GPU memory.
 
@@ -58,6 +64,8 @@ def prepare_run(
     Raises UserError with all problems of the engine, ffmpeg and the manifest at once.
     """
     problems: list[str] = []
+    with _collected(problems):
+        resolve_address(address)
     with _collected(problems):
         engine = build_engine(config.model.engine, config.model.options)
         _check_engine(engine, config)

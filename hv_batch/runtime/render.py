@@ -35,6 +35,7 @@ from hv_batch.runtime.driver.loop import Driver, Outcome
 from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.nodes.resources import ResourceShortage, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
+from hv_batch.runtime.ray_contact import contact_cluster, resolve_address
 from hv_batch.runtime.session import ray_session, submission_id
 from hv_batch.runtime.stop_signals import StopSignals
 
@@ -76,7 +77,7 @@ def render(
                     if not selection.failed:
                         logger.info(f"nothing to render: no such sample of {public_url(store.url)} is quarantined")
                         return ExitCode.COMMITTED
-                job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection)
+                job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection, address)
             return _render(job, address, stop, steal)
     except KeyboardInterrupt:
         logger.info("stopped at once; run the same command again to resume")
@@ -92,6 +93,9 @@ def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: boo
     if job.state is RunState.FINISHED and not job.pending.takes_back:
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(json.loads(store.get(layout.SUMMARY)))
+    with stop.interruptible():
+        stop.check()
+        contact_cluster(resolve_address(address))
     me = this_process("run", submission_id())
     # The lease is taken before Ray is used: otherwise a second driver would wait for the GPUs of the first one.
     with hold_lease(store, me, steal=steal, wait=stop.stopped.wait) as lease:

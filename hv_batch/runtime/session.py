@@ -6,11 +6,10 @@ import json
 import logging
 import math
 import os
-import re
-import socket
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import ray
 
@@ -18,13 +17,12 @@ from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.protocol import UserError
 from hv_batch.runtime.local_ray import LocalRayError, local_ray
 from hv_batch.runtime.nodes.resources import minimum_resources, total
+from hv_batch.runtime.ray_contact import REMEDY, contact_cluster, private_token, resolve_address
 from hv_batch.runtime.stop_signals import StopSignals
 
 # Only embeddings and latents go through the object store (about 30 MB per sample in flight at 720p), never frames.
 # Ray's default would reserve a third of a small machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
-
-CONNECT_TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -35,20 +33,20 @@ def ray_session(run: ResolvedRun, address: str | None, stop: StopSignals | None 
     address is "local". Raises UserError if no Ray answers or can be started, and KeyboardInterrupt if `stop` is
     requested before the block.
     """
-    stop = stop or StopSignals()
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = resolve_address(address)
     # The driver handles the error of every task. Ray would also print the tracebacks of the ones already handled.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     with ExitStack() as stack:
         if address == "local":
-            with stop.interruptible():
-                stop.check()
+            with stop.interruptible() if stop else nullcontext():
                 started = stack.enter_context(_started_locally(run))
             _connect(started)
         else:
             _connect(address)
         stack.callback(ray.shutdown)
-        stop.check()
+        if stop:
+            stop.install()
+            stop.check()
         yield address == "local"
 
 
@@ -68,17 +66,12 @@ def _connect(address: str) -> None:
     `ray.init` runs in a thread, because in the main thread it replaces the handler of SIGTERM by one that exits in the
     middle of whatever the driver is doing.
     """
+    contact_cluster(address)
     try:
-        if match := re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d+)", address):
-            # Ray itself retries an address that does not answer for minutes.
-            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_TIMEOUT_S).close()
         with ThreadPoolExecutor(1, "connect") as thread:
             thread.submit(ray.init, address=address, log_to_driver=False, logging_level=logging.ERROR).result()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"No Ray cluster answers at {address}: {error}. Start one (`ray start --head`) and pass the address that "
-            "it prints with --address, or omit both --address and RAY_ADDRESS to use a local Ray."
-        ) from error
+        raise UserError(f"The Ray cluster at {address} refuses this driver: {error}. {REMEDY}") from error
 
 
 @contextmanager
@@ -90,10 +83,17 @@ def _started_locally(run: ResolvedRun) -> Iterator[str]:
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
+    private_token()
     try:
         with local_ray(options) as address:
             yield address
     except LocalRayError as error:
+        if "AF_UNIX path length" in str(error):
+            raise UserError(
+                f"The temporary folder {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} has too long a path for "
+                "a local Ray, which keeps sockets below it: a socket's path has at most 107 bytes. Set RAY_TMPDIR to a "
+                "folder with a short path on a local disk, such as /tmp."
+            ) from error
         raise UserError(
             f"No local Ray could be started: {error}. Check the free memory and the free space in the temporary "
             "folder, and run the same command again when the machine is less busy; or use a running cluster with "

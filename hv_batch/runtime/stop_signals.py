@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event
 from types import FrameType
+from typing import Any
 
 # `timeout`, systemd and a terminal signal a process twice, by itself and with its group. That is one request.
 REPEAT_S = 1.0
@@ -35,16 +36,20 @@ class StopSignals:
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Handle the signals within the block. A signal that the parent has set to be ignored (nohup) stays so."""
-        before = {
-            number: signal.signal(number, self._request)
-            for number in STOP_SIGNALS
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
-        }
+        before = self.install()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def install(self) -> dict[int, Any]:
+        """Install the handlers; returns the ones before. Again necessary after `ray.init`, which replaces them."""
+        return {
+            number: signal.signal(number, self._request)
+            for number in STOP_SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -61,6 +66,9 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        # Ray's own handler, which is active until the end of `ray.init`, calls this one and lets an alarm abort the
+        # process three seconds later.
+        signal.alarm(0)
         now, last = time.monotonic(), self._last
         if last is not None and now - last < REPEAT_S:
             return

@@ -103,7 +103,7 @@ def test_two_drivers_on_one_root(undisturbed, ray_head, tmp_path, marks):
     first = start(with_short_heartbeats(command(slow, manifest, output, ray_head[0])))
     wait_for(lambda: count(marks, "encoded"), "an encoding")
     quick = write_config(tmp_path, marks, **ADORNED)
-    code, text = render(quick, manifest, output, "127.0.0.1:1")
+    code, text = render(quick, manifest, output, ray_head[0])
     assert code == 1, text
     assert f"process {first.pid}" in text
     assert "--take-over" in text

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -44,6 +45,7 @@ from hv_batch.protocol import FieldProblem, UserError
 
 MAX_PROCESSES = 8  # the reading process could feed twenty, but a head node has other users
 INLINE_CHUNKS = 2  # a manifest with no more chunks is validated faster than processes start
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TYPO_LIKENESS = 0.85  # difflib ratio: "num_frame" and "heights" are above it, "steps" and "frames" below
 
 
@@ -93,7 +95,9 @@ def _validate_chunks(
     pending: deque[tuple[Chunk, Future[ChunkResult]]] = deque()
     try:
         for chunk in chain(first, chunks):
-            pending.append((chunk, pool.submit(validate_chunk, chunk, defaults, cfg_degree)))
+            with _signals_held_back():
+                future = pool.submit(validate_chunk, chunk, defaults, cfg_degree)
+            pending.append((chunk, future))
             if len(pending) > processes + 1:
                 yield _next_result(pending)
         while pending:
@@ -112,14 +116,29 @@ def _next_result(pending: deque[tuple[Chunk, Future[ChunkResult]]]) -> tuple[Chu
     return chunk, future.result()
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Block the stop signals in the processes that are started within the block, until `_exit_with_parent` runs there.
+
+    In this process they are delivered at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _exit_with_parent() -> None:
     """Make a validating process exit with its parent, even if that is killed, and leave signals to the parent.
 
     A signal to the process group must not end this process: the parent would take that for a lack of memory.
     """
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # discards one that came before the process had a group of its own
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this function runs in a child process
 
