@@ -35,6 +35,7 @@ JOB = """
     cost_model
     scheduling
     manifest
+    documents
     config
     storage
     progress  log_records

@@ -21,9 +21,17 @@ Keys are POSIX paths relative to the root. `key` is a sample's key-safe name (`S
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-SUFFIXES = (".json", ".safetensors")  # of objects whose name is a sample's key and nothing else
+# The path of an object whose name is a sample's key and nothing else. Folders and suffixes belong together: a
+# `commits/shard-00000/a.safetensors` is no record.
+_SAMPLE_OBJECT = re.compile(
+    r"(?:(?:commits|quarantine|retried)/shard-\d{5,}/(?P<record>[^/]+)\.json"
+    r"|(?:latents|steps)/shard-\d{5,}/(?P<tensors>[^/]+)\.safetensors)"
+)
+# The key of a row (`hv_batch.job.manifest.rows`) or of one of its videos, which adds a suffix of up to 6 characters.
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,101}")
 
 RUN = "run.json"
 SUMMARY = "summary.json"
@@ -68,6 +76,12 @@ def poster_dir(shard: int) -> str:
 
 def poster_key(shard: int, key: str, sha256: str) -> str:
     return f"{poster_dir(shard)}{key}-{sha256[:8]}.jpg"
+
+
+def is_poster_of(path: str, shard: int, key: str) -> bool:
+    """Whether `path` is that of a poster of this sample, whatever its hash."""
+    prefix, _, rest = path.rpartition("-")
+    return prefix == f"{poster_dir(shard)}{key}" and re.fullmatch(r"[0-9a-f]{8}\.jpg", rest) is not None
 
 
 def metadata_key(shard: int) -> str:
@@ -122,14 +136,23 @@ def step_key(shard: int, key: str) -> str:
     return f"{STEPS}{shard_name(shard)}/{key}.safetensors"
 
 
+def is_sample_key(name: str) -> bool:
+    """Whether a sample can have this key. Such a name is safe in every path, and as the member of a tar."""
+    return _KEY.fullmatch(name) is not None and ".." not in name and not name.endswith(".")
+
+
 def sample_keys(paths: Iterable[str]) -> frozenset[str]:
-    """The sample keys of records, latents or checkpoints. Other files (an editor's copy, a folder marker) have none."""
-    return frozenset(sample_key(path) for path in paths if path.endswith(SUFFIXES))
+    """The sample keys of records, latents or checkpoints. Other objects (an editor's copy, a subfolder) have none."""
+    return frozenset(key for key in map(sample_key, paths) if key is not None)
 
 
-def sample_key(path: str) -> str:
-    """The sample key in the path of one of its objects. Keys may contain dots, so only the known suffix is removed."""
-    name = path.rsplit("/", 1)[-1]
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
+def sample_key(path: str) -> str | None:
+    """The sample key in the path of one of its records or latents; None for any other object."""
+    match = _SAMPLE_OBJECT.fullmatch(path)
+    key = (match["record"] or match["tensors"]) if match else None
+    return key if key is not None and is_sample_key(key) else None
+
+
+def media_name(key: str, sha256: str, num_frames: int) -> str:
+    """The name of a sample's file in `media_dir`: a PNG for one frame, else an MP4."""
+    return f"{key}-{sha256[:8]}{'.png' if num_frames == 1 else '.mp4'}"

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.records.run_document import read_run_config
+from hv_batch.job.records.run_document import read_run_config, read_summary
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
@@ -179,16 +179,10 @@ def _run_night(day: date, output: str, work: Callable[[], ExitCode], stop: StopS
 def _counts(output: str, stop: StopSignals) -> dict[str, Any]:
     try:
         with stop.interruptible():
-            summary = json.loads(Store(output).get(layout.SUMMARY))
-        return {name: summary[name] for name in ("committed", "quarantined", "pending")}
-    except (
-        KeyboardInterrupt,
-        OSError,
-        UserError,
-    ):  # there is none, or the store fails, which the night's error already says
+            summary = read_summary(Store(output))  # None if there is none, or if it is damaged
+    except (KeyboardInterrupt, OSError, UserError):  # the store fails, or there is no run: the error already says so
         return {}
-    except (ValueError, KeyError, TypeError):  # damaged: the line of JSON must be printed nevertheless
-        return {}
+    return {name: summary[name] for name in ("committed", "quarantined", "pending")} if summary else {}
 
 
 @contextmanager

@@ -6,7 +6,6 @@ the run (P2).
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import time
@@ -24,7 +23,7 @@ from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.lease import Lease, hold_lease, this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
-from hv_batch.job.records.run_document import RunState, finish_run, open_run, read_run_config
+from hv_batch.job.records.run_document import RunState, finish_run, open_run, read_run_config, read_summary
 from hv_batch.job.records.shard_scan import has_commits
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
@@ -92,7 +91,7 @@ def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: boo
     store = job.context.store
     if job.state is RunState.FINISHED and not job.pending.takes_back:
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
-        return _exit_code(json.loads(store.get(layout.SUMMARY)))
+        return _exit_code(read_summary(store) or _write_summary_again(store, stop))
     with stop.interruptible():
         stop.check()
         contact_cluster(resolve_address(address))
@@ -188,6 +187,18 @@ def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSign
             outage.note_failure(error, time.monotonic())
             if stop.stopped.wait(OUTAGE_PAUSE_S):
                 raise KeyboardInterrupt from error
+
+
+def _write_summary_again(store: Store, stop: StopSignals) -> dict[str, Any]:
+    """The summary of a finished run that has lost it. It depends on the records only. Raises UserError as `resume`."""
+    logger.warning(f"{layout.SUMMARY} of {public_url(store.url)} is missing or damaged; it is written again")
+    summary = _finish(store, {}, Outage(), stop)
+    if summary["pending"] or summary["shards_sealed"] < summary["shards"]:
+        raise UserError(
+            f"{public_url(store.url)} is marked as finished, but {summary['pending']:,} of its samples are pending or "
+            "some of its shards are not sealed. Run `hv-batch verify --repair`: it renders and seals what is missing."
+        )
+    return summary
 
 
 def _exit_code(summary: dict[str, Any]) -> ExitCode:

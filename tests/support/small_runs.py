@@ -64,6 +64,9 @@ class ListedShards:
     def samples(self, shard: int) -> list[Sample]:
         return self._shards.get(shard, [])
 
+    def keys(self, shard: int) -> frozenset[str]:
+        return frozenset(sample.key for sample in self.samples(shard))
+
 
 def run_small(
     store: Store,

@@ -26,6 +26,8 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.shard_totals import add_up, write_totals
 from hv_batch.job.dataset.webdataset import write_tar
+from hv_batch.job.documents.reading import check
+from hv_batch.job.documents.schema import TableRow
 from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_text, column_names, merge_types
 from hv_batch.job.records.commits import LICENCE_ID, read_commit
 from hv_batch.job.storage.canonical_json import encode
@@ -109,12 +111,17 @@ def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -
 def read_rows(store: Store, shard: int) -> list[dict[str, Any]]:
     """The rows of a sealed shard's table in plan order, with `file_name` and the columns of `COLUMNS`.
 
-    Raises as `read_table`, and ValueError if a column is missing.
+    Raises as `read_table`, and ValueError if a column is missing or a row is invalid.
     """
     rows: list[dict[str, Any]] = read_table(store, shard, ["file_name", *COLUMNS]).to_pylist()
     if rows and rows[0].keys() != {"file_name", *COLUMNS}:
         missing = sorted({"file_name", *COLUMNS} - rows[0].keys())
         raise ValueError(f"{layout.metadata_key(shard)} lacks the columns {missing}")
+    for number, row in enumerate(rows):
+        try:
+            check(TableRow, row)
+        except ValueError as error:
+            raise ValueError(f"{layout.metadata_key(shard)} is damaged: row {number}: {error}") from error
     return rows
 
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.documents.reading import InvalidObjectError, read
+from hv_batch.job.documents.schema import TotalsDocument
+from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 
 SCHEMA = "hv_batch/sums/1"
@@ -80,11 +82,10 @@ def write_totals(store: Store, shard: int, totals: ShardTotals) -> None:
 
 
 def read_totals(store: Store, shard: int) -> ShardTotals | None:
-    """The stored totals of a shard; None if there are none, or if this version cannot read them."""
+    """The stored totals of a shard; None if there are none, or if they are damaged or of another version."""
     try:
-        values = decode(store.get(layout.totals_key(shard)))
-        if values.pop("schema") != SCHEMA:
-            return None
-        return ShardTotals(**values | {name: Counter(values[name]) for name in _COUNTERS})
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        values = read(store, layout.totals_key(shard), TotalsDocument)
+    except (FileNotFoundError, InvalidObjectError):
         return None
+    numbers = {name: value for name, value in values.items() if name != "schema"}
+    return ShardTotals(**numbers | {name: Counter(values[name]) for name in _COUNTERS})

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 from hv_batch.job.dataset.seal import describe_row, read_rows
+from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.commits import read_commit, scan_shard
 from hv_batch.job.records.run_document import find_differences, plan_size, read_run
 from hv_batch.job.storage.store import Store
@@ -126,8 +127,9 @@ def _compare_sample(result: Comparison, key: str, in_a: Row, in_b: Row) -> None:
 
 def _shards(store: Store, run: Mapping[str, Any]) -> Iterator[dict[str, Row]]:
     """Yields the terminal samples of each shard of a run: key -> row, in plan order."""
+    planned = PlannedKeys(store, run)
     for shard in range(plan_size(run)[1]):
-        state = scan_shard(store, shard)
+        state = scan_shard(store, shard, keys=planned.of(shard))
         quarantined: dict[str, Row] = dict.fromkeys(sorted(state.quarantined))
         rows = _table(store, shard, state.committed) if state.sealed else None
         if rows is None:

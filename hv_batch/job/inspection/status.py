@@ -1,7 +1,8 @@
 """The state of an output root, read from storage alone: without Ray or a driver, during a run or years later.
 
 The status is what a resume would find: a sample is committed or quarantined if its record exists, and pending
-otherwise. For each shard only counts are kept. The reasons of quarantine records are grouped.
+otherwise. For each shard only counts are kept. The reasons of quarantine records are grouped. Objects that belong to no
+sample are not counted; `verify` reports them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hv_batch.job import layout
+from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.commits import scan_shard
 from hv_batch.job.records.lease import LeaseHolder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
@@ -33,7 +35,8 @@ class ShardStatus:
 
     @property
     def pending(self) -> int:
-        return self.samples - self.committed - self.quarantined
+        # More records than samples: foreign ones, in a root without an index that would tell them apart.
+        return max(0, self.samples - self.committed - self.quarantined)
 
     @property
     def state(self) -> str:
@@ -131,8 +134,9 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
     """The status of an output root, or of `shards` only. Raises UserError if it has no run or no such shard."""
     run = read_run(store)
     finished = store.exists(layout.SUCCESS)  # before the scan, because a finished run no longer changes
-    scanned = tuple(_scan_shards(store, run, chosen_shards(run, shards)))
-    quarantined = read_quarantined(store, [shard.shard for shard in scanned if shard.quarantined])
+    planned = PlannedKeys(store, run)
+    scanned = tuple(_scan_shards(store, run, planned, chosen_shards(run, shards)))
+    quarantined = read_quarantined(store, [shard.shard for shard in scanned if shard.quarantined], planned=planned)
     return Status(
         url=public_url(store.url),
         finished=finished,
@@ -148,12 +152,14 @@ def _describe_holder(holder: LeaseHolder) -> str:
     return f"held by {holder.describe()}"
 
 
-def _scan_shards(store: Store, run: Mapping[str, Any], shards: Sequence[int]) -> Iterator[ShardStatus]:
+def _scan_shards(
+    store: Store, run: Mapping[str, Any], planned: PlannedKeys, shards: Sequence[int]
+) -> Iterator[ShardStatus]:
     samples, _ = plan_size(run)
     shard_size = run["config"]["output"]["shard_size"]
 
     def scan(shard: int) -> ShardStatus:
-        state = scan_shard(store, shard)
+        state = scan_shard(store, shard, keys=planned.of(shard))
         return ShardStatus(
             shard=shard,
             samples=min(shard_size, samples - shard * shard_size),

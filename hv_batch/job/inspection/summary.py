@@ -19,6 +19,7 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_totals
 from hv_batch.job.inspection import gallery
 from hv_batch.job.inspection.status import ShardStatus, read_status
+from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.commits import read_commit, scan_shard
 from hv_batch.job.records.quarantine import read_quarantined
 from hv_batch.job.records.run_document import read_run
@@ -41,7 +42,7 @@ def aggregate(store: Store) -> dict[str, Any]:
     """
     run, status = read_run(store), read_status(store)
     totals = ShardTotals()
-    for shard_totals in _totals(store, status.shards):
+    for shard_totals in _totals(store, PlannedKeys(store, run), status.shards):
         totals.merge(shard_totals)
     failures: Counter[str] = Counter()
     for reason in status.reasons:
@@ -81,19 +82,21 @@ def _gpu_seconds(run: Mapping[str, Any], denoise_ms: Mapping[str, int]) -> float
 
 def write_report(store: Store, summary: Mapping[str, Any]) -> None:
     """Write `report/index.html`: totals from `summary` (from `aggregate`), the first videos and the first failures."""
-    shards = summary["shards"]
-    videos = list(islice(_committed(store, range(shards)), MAX_CARDS))
+    run, shards = read_run(store), summary["shards"]
+    planned = PlannedKeys(store, run)
+    videos = list(islice(_committed(store, planned, range(shards)), MAX_CARDS))
     # The limit is the number of quarantined samples: the search for one more would list every shard.
-    failed = list(islice(read_quarantined(store, range(shards)), min(MAX_FAILED, summary["quarantined"])))
+    quarantined = read_quarantined(store, range(shards), planned=planned)
+    failed = list(islice(quarantined, min(MAX_FAILED, summary["quarantined"])))
     name = public_url(store.url).rpartition("/")[2] or public_url(store.url)
-    store.put(layout.REPORT, gallery.page(name, read_run(store), summary, videos, failed).encode("utf-8"))
+    store.put(layout.REPORT, gallery.page(name, run, summary, videos, failed).encode("utf-8"))
 
 
-def _totals(store: Store, shards: Sequence[ShardStatus]) -> Iterator[ShardTotals]:
+def _totals(store: Store, planned: PlannedKeys, shards: Sequence[ShardStatus]) -> Iterator[ShardTotals]:
     """Yields the totals of each shard: the stored totals if they are valid, else the totals over its records."""
     stored_totals = map_in_threads(partial(_stored_totals, store), shards, store.readers)
     for shard, stored in zip(shards, stored_totals, strict=True):
-        yield stored or add_up(_committed(store, [shard.shard]))
+        yield stored or add_up(_committed(store, planned, [shard.shard]))
 
 
 def _stored_totals(store: Store, shard: ShardStatus) -> ShardTotals | None:
@@ -102,9 +105,9 @@ def _stored_totals(store: Store, shard: ShardStatus) -> ShardTotals | None:
     return totals if totals is not None and totals.committed == shard.committed else None
 
 
-def _committed(store: Store, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
+def _committed(store: Store, planned: PlannedKeys, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
     """Yields every commit record of `shards` in plan order. The records of one shard are held in memory."""
     for shard in shards:
-        keys = scan_shard(store, shard).committed
+        keys = scan_shard(store, shard, keys=planned.of(shard)).committed
         records = map_in_threads(partial(read_commit, store, shard), keys, store.readers)
         yield from sorted(records, key=itemgetter("row", "video_index"))

@@ -17,7 +17,9 @@ from hv_batch.job.dataset.lineage import lineage_table
 from hv_batch.job.dataset.seal import COLUMNS, metadata_table, read_table
 from hv_batch.job.dataset.shard_totals import add_up, read_totals
 from hv_batch.job.dataset.webdataset import check_tar
-from hv_batch.job.inspection.findings import Fault, Finding
+from hv_batch.job.documents.reading import InvalidObjectError, read
+from hv_batch.job.documents.schema import TotalsDocument
+from hv_batch.job.inspection.findings import Fault, Finding, examine, object_finding
 from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.manifest.index import read_index
 from hv_batch.job.storage.parquet import read_parquet
@@ -33,14 +35,20 @@ def check_sealed(store: Store, shard: int, records: Sequence[Record], run: Mappi
     `records` are the readable commit records of the shard; the caller reports the others. `run` is the run.json.
     """
     in_order = sorted(records, key=itemgetter("row", "video_index"))
-    has_tar = bool(run["config"]["output"].get("webdataset"))
-    problem = (
-        _table_problem(store, shard, in_order)
-        or _lineage_problem(store, shard, in_order)
-        or _totals_problem(store, shard, in_order)
-        or (_tar_problem(store, shard) if has_tar else None)
-    )
-    return [Finding(shard, None, *problem)] if problem else []
+    checks = {
+        layout.metadata_key(shard): lambda: _table_problem(store, shard, in_order),
+        layout.lineage_key(shard): lambda: _lineage_problem(store, shard, in_order),
+        layout.totals_key(shard): lambda: _totals_problem(store, shard, in_order),
+    }
+    if run["config"]["output"].get("webdataset"):
+        checks[layout.tar_key(shard)] = lambda: _tar_problem(store, shard)
+    for key, check in checks.items():
+        problem = examine(store, key, check)
+        if isinstance(problem, InvalidObjectError):
+            return [object_finding(problem, Fault.UNREADABLE, shard)]
+        if problem:
+            return [Finding(shard, None, *problem)]
+    return []
 
 
 def _table_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
@@ -89,16 +97,22 @@ def _lineage_problem(store: Store, shard: int, records: Sequence[Record]) -> tup
         stored = read_parquet(store.get(key))
     except FileNotFoundError:
         return Fault.LINEAGE, f"{key} is missing"
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         return Fault.LINEAGE, f"{key} is not a Parquet table of hv_batch: {error}"
     return None if stored.equals(lineage_table(records)) else (Fault.LINEAGE, f"{key} differs from the records")
 
 
 def _totals_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
-    stored = read_totals(store, shard)  # missing totals are no problem: the summary then reads the records
-    if stored is None or stored == add_up(records):
+    key = layout.totals_key(shard)
+    try:
+        read(store, key, TotalsDocument)
+    except FileNotFoundError:  # no problem: the summary then reads the records
         return None
-    return Fault.SUMS, f"{layout.totals_key(shard)} differs from the records"
+    except InvalidObjectError as error:
+        if not error.is_readable:
+            raise
+        return Fault.SUMS, f"{key}: {error.problem}"
+    return None if read_totals(store, shard) == add_up(records) else (Fault.SUMS, f"{key} differs from the records")
 
 
 def _tar_problem(store: Store, shard: int) -> tuple[Fault, str] | None:

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,14 @@ import pyarrow as pa
 
 from hv_batch import __version__
 from hv_batch.job import layout
+from hv_batch.job.config.field_rules import MAX_VIDEOS
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.documents.reading import InvalidObjectError, parse_row, read
+from hv_batch.job.documents.schema import IndexDocument
 from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.manifest.samples import CheckedRow, ManifestSummary, Sample, make_samples
+from hv_batch.job.manifest.row_validation import PART_SCHEMA
+from hv_batch.job.manifest.samples import CheckedRow, ManifestSummary, Sample, make_samples, sample_keys
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
@@ -49,6 +54,7 @@ class IndexManifest:
 
     parts: tuple[IndexPart, ...]
     extra_kinds: Mapping[str, ColumnType]  # common types of the manifest's further columns
+    document: Mapping[str, Any]  # the whole of it
 
 
 class Index:
@@ -63,7 +69,7 @@ class Index:
         self._parts = [IndexPart(**part) for part in document["parts"]]
         ends = np.cumsum([part.samples for part in self._parts])
         self._starts = [0, *ends.tolist()]
-        self._cached: tuple[IndexPart, _Rows] | None = None
+        self._cached: tuple[IndexPart, IndexRows] | None = None
 
     @property
     def shards(self) -> int:
@@ -88,6 +94,18 @@ class Index:
             at += 1
         return [sample for sample in samples if sample.shard == shard]
 
+    def keys(self, shard: int) -> frozenset[str]:
+        """The keys of the samples of a shard, without parsing their rows. Raises UserError as `samples`."""
+        first = shard * self._config.output.shard_size
+        end = first + self.size(shard)
+        keys: list[str] = []
+        at = bisect_right(self._starts, first) - 1
+        while self._starts[at] < end:
+            start = self._starts[at]
+            keys += self._rows(self._parts[at]).keys(first - start, end - start)
+            at += 1
+        return frozenset(keys)
+
     def __iter__(self) -> Iterator[Sample]:
         for shard in range(self.shards):
             yield from self.samples(shard)
@@ -111,27 +129,43 @@ class Index:
         """Whether all parts exist and have the recorded digests."""
         return all(map_in_threads(partial(is_whole, self._store), self._parts, COPY_THREADS))
 
-    def _rows(self, part: IndexPart) -> _Rows:
+    def _rows(self, part: IndexPart) -> IndexRows:
         if self._cached is None or self._cached[0] is not part:
             self._cached = None  # release the old part before the next one is read
-            self._cached = (part, _Rows(_read_part(self._store, part)))
+            self._cached = (part, IndexRows(part, read_part(self._store, part)))
         return self._cached[1]
 
 
-class _Rows:
-    """The rows of one part."""
+class IndexRows:
+    """The rows of one part, or only their columns `key` and `videos`."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, part: IndexPart, table: pa.Table) -> None:
+        self._part = part
         self._table = table
         self._ends = np.cumsum(table["videos"].to_numpy())  # number of samples up to and including each row
 
-    def between(self, first: int, end: int) -> Iterator[tuple[int, CheckedRow]]:
-        """The rows with any sample in [first, end), each with the number of samples before it."""
+    def keys(self, first: int, end: int) -> Iterator[str]:
+        """The keys of the samples number `first` to `end` of the part."""
+        begin, stop, before = self._range(first, end)
+        for row_key, after in zip(self._table["key"][begin:stop].to_pylist(), self._ends[begin:stop], strict=True):
+            videos = int(after) - before
+            yield from islice(sample_keys(row_key, videos), max(first - before, 0), max(end - before, 0))
+            before += videos
+
+    def _range(self, first: int, end: int) -> tuple[int, int, int]:
+        """The range of the rows with any sample in [first, end), and the number of samples before it."""
         begin = int(np.searchsorted(self._ends, max(first, 0), side="right"))
         stop = int(np.searchsorted(self._ends, end, side="left")) + 1
-        before = int(self._ends[begin - 1]) if begin else 0
+        return begin, stop, int(self._ends[begin - 1]) if begin else 0
+
+    def between(self, first: int, end: int) -> Iterator[tuple[int, CheckedRow]]:
+        """The rows with any sample in [first, end), each with the number of samples before it."""
+        begin, stop, before = self._range(first, end)
         for row in self._table.slice(begin, stop - begin).to_pylist():
-            values, extra = json.loads(row["content"])
+            try:
+                values, extra = parse_row(row["key"], row["content"])
+            except ValueError as error:
+                raise InvalidObjectError(self._part.name, f"its row {row['row']}: {error}") from error
             yield before, CheckedRow(number=row["row"], key=row["key"], id=row["id"], values=values, extra=extra)
             before += row["videos"]
 
@@ -163,7 +197,7 @@ class IndexWriter:
 def read_rows(writer: IndexWriter, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The given columns of all rows written so far."""
     for part in writer.parts:
-        yield from _read_part(writer.store, part, columns).to_pylist()
+        yield from read_part(writer.store, part, columns).to_pylist()
 
 
 def load_index(store: Store, manifest: Manifest, config: RunConfig) -> Index | None:
@@ -173,30 +207,23 @@ def load_index(store: Store, manifest: Manifest, config: RunConfig) -> Index | N
     UserError if a file of the manifest is missing.
     """
     try:
-        data = store.get(layout.INDEX)
-    except OSError:  # no index, or an unreadable root, which the probe of the root reports better
+        document = read(store, layout.INDEX, IndexDocument)
+    except (OSError, InvalidObjectError):  # no index, or an unreadable root, which the probe of the root reports better
         return None
-    try:
-        document = json.loads(data)
-        if document["schema"] != SCHEMA or document["key"] != index_key(config):
-            return None
-        index = Index(store, document, config)
-        is_same = document["files"] == _versions(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    if document["key"] != index_key(config):
         return None
+    index = Index(store, document, config)
+    is_same = document["files"] == _versions(manifest)
     if not is_same and manifest.read_digest() != index.summary.digest:
         return None
     return index if index.is_whole() else None
 
 
 def read_index(store: Store) -> IndexManifest:
-    """Read the index document of an output root. Raises FileNotFoundError, or ValueError if it is not an index."""
-    try:
-        document = json.loads(store.get(layout.INDEX))
-        parts = tuple(IndexPart(**part) for part in document["parts"])
-        return IndexManifest(parts, _read_types(document["summary"]["extra_kinds"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{layout.INDEX} cannot be read: {type(error).__name__}: {error}") from error
+    """Read the index document of an output root. Raises FileNotFoundError, or InvalidObjectError if it is damaged."""
+    document = read(store, layout.INDEX, IndexDocument)
+    parts = tuple(IndexPart(**part) for part in document["parts"])
+    return IndexManifest(parts, _read_types(document["summary"]["extra_kinds"]), document)
 
 
 def is_whole(store: Store, part: IndexPart) -> bool:
@@ -232,7 +259,8 @@ def _read_types(recorded: Mapping[str, str]) -> dict[str, ColumnType]:
     return {name: ColumnType(type_) for name, type_ in recorded.items()}
 
 
-def _read_part(store: Store, part: IndexPart, columns: Sequence[str] | None = None) -> pa.Table:
+def read_part(store: Store, part: IndexPart, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a part, or only `columns` of them. Raises UserError if it is missing or damaged."""
     try:
         data = store.get(part.name)
     except FileNotFoundError:
@@ -242,4 +270,24 @@ def _read_part(store: Store, part: IndexPart, columns: Sequence[str] | None = No
             f"{part.name} in the output root {public_url(store.url)} is missing or damaged. Committed samples are "
             "kept. Run the same command again, which writes the index again from the manifest."
         )
-    return read_parquet(data, columns)
+    try:
+        table = read_parquet(data, columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidObjectError(part.name, f"it is not a Parquet file: {error}", url=store.url) from error
+    if problem := _part_problem(table, part, columns or PART_SCHEMA.names):
+        raise InvalidObjectError(part.name, problem, url=store.url)
+    return table
+
+
+def _part_problem(table: pa.Table, part: IndexPart, columns: Sequence[str]) -> str | None:
+    """Why `table` is not what the manifest check writes; None if it is. The digest only shows that it is unchanged."""
+    expected = pa.schema([field for field in PART_SCHEMA if field.name in columns])
+    if table.schema != expected or table.num_rows != part.rows:
+        return f"it does not hold {part.rows:,} rows with the columns {', '.join(columns)}"
+    if any(table[name].null_count for name in columns if name != "id"):
+        return "it has empty values"
+    if part.rows and "videos" in columns:
+        videos = table["videos"].to_numpy()
+        if videos.min() < 1 or videos.max() > MAX_VIDEOS or videos.sum(dtype=np.int64) != part.samples:
+            return f"its rows do not have {part.samples:,} samples"
+    return None

@@ -11,15 +11,15 @@ two steps can leave both; `scan_shard` then counts the sample as committed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hv_batch.job import layout
-from hv_batch.job.redaction import public_url
-from hv_batch.job.storage.canonical_json import decode, encode, encode_line
-from hv_batch.protocol import UserError
+from hv_batch.job.documents.reading import read_record
+from hv_batch.job.documents.schema import CommitRecord, QuarantineRecord
+from hv_batch.job.storage.canonical_json import encode, encode_line
 
 if TYPE_CHECKING:
     from hv_batch.job.manifest.samples import Sample
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 
 COMMIT_SCHEMA = "hv_batch/commit/1"
 QUARANTINE_SCHEMA = "hv_batch/quarantine/1"
-
-COMMIT_FIELDS = frozenset(
-    {"schema", "key", "id", "row", "video_index", "shard", "params", "fps", "extra", "file", "sha256", "bytes"}
-    | {"poster", "frames_sha256", "produced", "stages", "places", "attempts", "history", "versions", "fingerprint"}
-    | {"licence", "created_at"}
-)
 
 LICENCE_ID = "tencent-hunyuan-community"  # of every rendered file; `run_document.licence_notice` explains it
 
@@ -63,6 +57,10 @@ class ShardState:
     latents: frozenset[str]  # samples with stored final latents
     sealed: bool
 
+    def of(self, keys: Set[str]) -> ShardState:
+        """The state without foreign objects, whose names are not in `keys`."""
+        return ShardState(self.committed & keys, self.quarantined & keys, self.latents & keys, self.sealed)
+
 
 def commit_record(
     sample: Sample,
@@ -83,7 +81,7 @@ def commit_record(
     """
     return {
         "schema": COMMIT_SCHEMA,
-        **_describe(sample),
+        **describe_sample(sample),
         "file": file,
         "sha256": media.sha256,
         "bytes": media.bytes,
@@ -108,7 +106,7 @@ def quarantine_record(
     last = failures[-1]
     return {
         "schema": QUARANTINE_SCHEMA,
-        **_describe(sample),
+        **describe_sample(sample),
         "class": last["kind"],
         "message": last["message"],
         "traceback": last["traceback"],
@@ -163,47 +161,39 @@ def quarantine(store: Store, record: Mapping[str, Any]) -> bool:
     return True
 
 
-class DamagedRecordError(UserError, ValueError):
-    """The object under a record's key is not a complete record of this program."""
-
-
 def read_commit(store: Store, shard: int, key: str) -> dict[str, Any]:
-    """The commit record of a sample.
+    """The commit record of a sample. The paths in it are those of this sample.
 
-    Raises FileNotFoundError if there is none, and DamagedRecordError if it is not JSON or lacks a field.
+    Raises FileNotFoundError if there is none, and InvalidObjectError if it is damaged or that of another sample.
     """
-    name = layout.commit_key(shard, key)
-    try:
-        record = decode(store.get(name))
-        missing = ", ".join(sorted(COMMIT_FIELDS - record.keys()))
-        problem = f"missing fields: {missing}" if missing else ""
-    except (ValueError, AttributeError) as error:
-        problem = f"not a JSON object: {error}"
-    if problem:
-        raise DamagedRecordError(
-            f"The commit record {name} in {public_url(store.url)} is damaged ({problem}). Run `hv-batch verify` to "
-            "list all damage, or `hv-batch verify --repair` to render the sample again."
-        )
-    return record
+    return read_record(store, layout.commit_key(shard, key), CommitRecord, shard, key)
 
 
 def read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any]:
-    """The quarantine record of a sample. Raises FileNotFoundError if there is none."""
-    return decode(store.get(layout.quarantine_key(shard, key)))
+    """The quarantine record of a sample. Raises as `read_commit`."""
+    return read_record(store, layout.quarantine_key(shard, key), QuarantineRecord, shard, key)
 
 
-def scan_shard(store: Store, shard: int, *, sealed: bool | None = None) -> ShardState:
-    """The state of one shard, from three listings whatever its size. `sealed` saves a request if it is known."""
+def scan_shard(
+    store: Store, shard: int, *, sealed: bool | None = None, keys: frozenset[str] | None = None
+) -> ShardState:
+    """The state of one shard, from three listings whatever its size.
+
+    `sealed` saves a request if it is known. `keys` are those of the shard's samples: records of other keys are foreign
+    and not counted. If it is None, every record with a valid name counts.
+    """
     committed, quarantined, latents = (
         layout.sample_keys(store.list(folder))
         for folder in (layout.commit_dir(shard), layout.quarantine_dir(shard), layout.latent_dir(shard))
     )
     if sealed is None:
         sealed = store.exists(layout.metadata_key(shard))
-    return ShardState(committed, quarantined - committed, latents, sealed)
+    state = ShardState(committed, quarantined - committed, latents, sealed)
+    return state if keys is None else state.of(keys)
 
 
-def _describe(sample: Sample) -> dict[str, Any]:
+def describe_sample(sample: Sample) -> dict[str, Any]:
+    """The fields of a record that the plan determines."""
     return {
         "key": sample.key,
         "id": sample.id,

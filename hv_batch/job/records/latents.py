@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hv_batch.job import layout
+from hv_batch.job.documents.reading import parse
+from hv_batch.job.documents.schema import StoredStages, TensorHeader
 from hv_batch.job.storage.canonical_json import encode_line
 from hv_batch.protocol import StepState
 
@@ -80,7 +82,7 @@ def get_latents(store: Store, sample: Sample, identity: str) -> StoredLatents | 
         tensor, metadata = _open(data)
         is_ours = metadata["schema"] == LATENTS_SCHEMA and metadata["identity"] == identity
         is_whole = tensor.shape == sample.params.latent_shape and metadata["sha256"] == _digest(tensor)
-        stages = json.loads(metadata["stages"])
+        stages = parse(StoredStages, metadata["stages"].encode())
     except INVALID_FILE_ERRORS:
         return None
     return StoredLatents(tensor, stages) if is_ours and is_whole else None
@@ -156,7 +158,7 @@ def _get(store: Store, key: str) -> bytes:
 def _open(data: bytes) -> tuple[np.ndarray, dict[str, str]]:
     """The tensor of a file and its metadata. Raises one of INVALID_FILE_ERRORS if `data` is not such a file."""
     header_bytes = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+    metadata = parse(TensorHeader, data[8 : 8 + header_bytes])["__metadata__"]
     return load(data)["latents"], metadata
 
 

@@ -32,8 +32,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hv_batch.job import layout
+from hv_batch.job.documents.reading import InvalidObjectError, read
+from hv_batch.job.documents.schema import LeaseDocument
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
@@ -102,13 +104,10 @@ def this_process(purpose: str, job: str | None = None) -> LeaseHolder:
 def read_lease(store: Store) -> LeaseHolder | None:
     """The holder in `lease.json`, running or not; None if there is no lease, or the file is not one."""
     try:
-        values = decode(store.get(layout.LEASE))
-    except (FileNotFoundError, ValueError):
+        values = read(store, layout.LEASE, LeaseDocument)
+    except (FileNotFoundError, InvalidObjectError):
         return None
-    try:
-        return LeaseHolder(**{name: values[name] for name in LeaseHolder.__dataclass_fields__})
-    except (KeyError, TypeError):
-        return None
+    return LeaseHolder(**{name: values[name] for name in LeaseHolder.__dataclass_fields__})
 
 
 def is_gone(holder: LeaseHolder) -> bool | None:

@@ -19,10 +19,13 @@ from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import layout
+from hv_batch.job.documents.reading import InvalidObjectError, read
+from hv_batch.job.documents.schema import RetriedRecord
 from hv_batch.job.failure import Failure
+from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.commits import read_quarantine, scan_shard
 from hv_batch.job.records.seals import unseal_shard
-from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
@@ -31,18 +34,6 @@ MAX_EXAMPLES = 3
 MAX_REASON_CHARS = 160
 OTHER_REASONS = "(other messages)"
 UNREADABLE = "(unreadable)"  # the class reported for a damaged record
-
-_REQUIRED_TYPES = {
-    "id": str,
-    "row": int,
-    "video_index": int,
-    "class": str,
-    "message": str,
-    "traceback": str,
-    "attempts": int,
-    "history": list,
-    "params": dict,
-}
 
 # Addresses, counts, row numbers and the like differ from sample to sample and do not describe the cause.
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.I)
@@ -64,13 +55,15 @@ class Reason:
         return f"{self.samples:>9,}  {self.kind:<9} {self.message}  (as {', '.join(self.examples)})"
 
 
-def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+def read_quarantined(
+    store: Store, shards: Iterable[int], kinds: Collection[str] = (), planned: PlannedKeys | None = None
+) -> Iterator[dict[str, Any]]:
     """Yields the quarantine records of `shards` in plan order; only those of the classes `kinds`, if any are given.
 
-    The records of one shard are held in memory.
+    `planned` leaves out records that belong to no sample. The records of one shard are held in memory.
     """
     for shard in shards:
-        keys = scan_shard(store, shard).quarantined
+        keys = scan_shard(store, shard, keys=planned.of(shard) if planned else None).quarantined
         records = map_in_threads(partial(_read, store, shard), keys, store.readers)
         selected = (record for record in records if record and (not kinds or record["class"] in kinds))
         yield from sorted(selected, key=itemgetter("row", "video_index"))
@@ -78,15 +71,12 @@ def read_quarantined(store: Store, shards: Iterable[int], kinds: Collection[str]
 
 def _read(store: Store, shard: int, key: str) -> dict[str, Any] | None:
     try:
-        record = read_quarantine(store, shard, key)
-        if wrong := [name for name, type_ in _REQUIRED_TYPES.items() if not isinstance(record[name], type_)]:
-            raise ValueError(f"fields of a wrong type: {', '.join(wrong)}")
-        return record | {"shard": shard, "key": key}
+        return read_quarantine(store, shard, key)
     except FileNotFoundError:  # the sample was committed after the listing
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except InvalidObjectError as error:
         # The sample is quarantined in any case: it is counted and can be released.
-        message = f"its quarantine record cannot be read: {type(error).__name__}: {error}"
+        message = f"its quarantine record cannot be read: {error.problem}"
         unknown = {"row": 0, "video_index": 0, "attempts": 0, "traceback": "", "history": [], "params": {"prompt": ""}}
         return {"shard": shard, "key": key, "id": key, "class": UNREADABLE, "message": message, **unknown}
 
@@ -158,6 +148,7 @@ def earlier_failures(store: Store, shard: int, keys: Iterable[str]) -> dict[str,
 
 def _read_history(store: Store, name: str) -> tuple[Failure, ...]:
     try:
-        return tuple(map(Failure.from_dict, decode(store.get(name))["history"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged history must not prevent the retry
+        history = read(store, name, RetriedRecord)["history"]
+        return tuple(map(Failure.from_dict, history))
+    except (FileNotFoundError, ValueError, TypeError):  # a damaged history must not prevent the retry
         return ()

@@ -20,9 +20,11 @@ from pydantic import ValidationError
 from hv_batch.job import layout
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.documents.reading import InvalidObjectError, read
+from hv_batch.job.documents.schema import RunDocument, SummaryDocument
 from hv_batch.job.records.commits import LICENCE_ID
 from hv_batch.job.redaction import MASK, public_url
-from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
@@ -78,23 +80,57 @@ def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
 
 
 def read_run(store: Store) -> dict[str, Any]:
-    """The `run.json` of an output root. Raises UserError if there is none, or it is not of this program and version."""
+    """The `run.json` of an output root, which does not contradict itself.
+
+    Raises UserError if there is none, if it is not of this program and version, or if its identity, fingerprint and
+    config do not agree.
+    """
     try:
-        run = decode(store.get(layout.RUN))
-        is_ours = run["schema"] == RUN_SCHEMA and {"identity", "fingerprint", "config", "manifest"} <= run.keys()
+        run = read(store, layout.RUN, RunDocument)
     except FileNotFoundError:
         raise UserError(
             f"{public_url(store.url)} is not an output root: it has no {layout.RUN}. Check the path; a run writes this "
             "file before anything else."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        is_ours = False
-    if not is_ours:
+    except InvalidObjectError as error:
         raise UserError(
-            f"{layout.RUN} in {public_url(store.url)} was not written by this version of hv_batch: it must hold "
-            f'"schema": "{RUN_SCHEMA}". Choose another output root, or use the version that wrote it.'
+            f"{layout.RUN} in {public_url(store.url)} is damaged, or was not written by this version of hv_batch: "
+            f"{error.problem}. Restore it from a copy, choose another output root, or use the version that wrote it."
+        ) from error
+    if problems := contradictions(run):
+        raise UserError(
+            f"{layout.RUN} in {public_url(store.url)} was changed after it was written: {'; '.join(problems)}. Nothing "
+            "is removed or rendered, because the records cannot be compared with it. Restore it from a copy."
         )
     return run
+
+
+def contradictions(run: Mapping[str, Any]) -> list[str]:
+    """What does not agree in a run.json: the fingerprint with the identity, and the identity with the config."""
+    identity, config = run["identity"], run["config"]
+    problems = []
+    if run["fingerprint"] != (expected := fingerprint(identity)):
+        problems.append(f"its fingerprint is {run['fingerprint']}, and that of its identity is {expected}")
+    for path, recorded in _recorded_twice(identity):
+        value = _value_at(config, path)
+        problems += [
+            f"config.{line} (identity)" for line in _differences(value, recorded, path) if value is not _ABSENT
+        ][:MAX_DIFFERENCES]
+    return [problem for problem in problems if f'"{MASK}" ->' not in problem]
+
+
+def _recorded_twice(identity: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The values of the config that an identity repeats, by their dotted path in the config."""
+    paths = {"seed": "seed", "engine": "model.engine", "defaults": "defaults", "media": "media"}
+    paths |= {"shard_size": "output.shard_size", "webdataset": "output.webdataset"}
+    yield from ((path, identity[name]) for name, path in paths.items() if name in identity)
+    yield "parallel.device", identity["parallel"]["device"]
+
+
+def _value_at(values: Any, path: str) -> Any:
+    for name in path.split("."):
+        values = values.get(name, _ABSENT) if isinstance(values, dict) else _ABSENT
+    return values
 
 
 def finish_run(store: Store, summary: Mapping[str, Any]) -> None:
@@ -105,6 +141,15 @@ def finish_run(store: Store, summary: Mapping[str, Any]) -> None:
     store.put(layout.SUMMARY, encode(summary))
     if summary["pending"] == 0 and summary["shards_sealed"] == summary["shards"]:
         store.put(layout.SUCCESS, b"")
+
+
+def read_summary(store: Store) -> dict[str, Any] | None:
+    """The `summary.json` of an output root; None if there is none, or if it is damaged or that of another run."""
+    try:
+        summary = read(store, layout.SUMMARY, SummaryDocument)
+    except (FileNotFoundError, InvalidObjectError):
+        return None
+    return summary if summary["fingerprint"] == read_run(store)["fingerprint"] else None
 
 
 def licence_notice() -> str:

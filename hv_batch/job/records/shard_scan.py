@@ -1,8 +1,8 @@
 """Look shards up in the output root: what is left to render of each, and what is done.
 
 A store takes its time to answer, so shards are looked up many at a time, and a bounded number ahead of the one that is
-asked for: however long the manifest, only that many are held (P7). Of a shard that is done, neither the samples nor the
-index are read.
+asked for: however long the manifest, only that many are held (P7). Of a shard that is done, only the
+keys of its samples are read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.commits import ShardState, scan_shard
 from hv_batch.job.records.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.records.quarantine import earlier_failures, taken_back
+from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
@@ -80,6 +81,7 @@ class _Records:
 
     state: ShardState
     taken_back: frozenset[str]  # keys
+    may_be_done: bool = False  # sealed with as many records as samples; then only `state.committed` has been read
 
 
 class ShardScanner:
@@ -109,10 +111,13 @@ class ShardScanner:
         with_steps = retry(partial(checkpointed, self._store))
         for shard, look_up in self._look_up(shard for shard, count in enumerate(self._selected) if count):
             records = retry(look_up)
-            if records is None:
-                yield ShardScan(shard, committed=self._selected[shard], is_sealed=True)
-            else:
-                yield self._scan(shard, records, with_steps, retry)
+            if records.may_be_done:
+                if retry(partial(self._index.keys, shard)) <= records.state.committed:
+                    yield ShardScan(shard, committed=self._selected[shard], is_sealed=True)
+                    continue
+                # A foreign object has made up the number.
+                records = retry(partial(self._read_all, shard, is_sealed=True))
+            yield self._scan(shard, records, with_steps, retry)
 
     def close(self) -> None:
         """Drop the look-ups that have not begun; the iteration then ends with a CancelledError."""
@@ -120,13 +125,15 @@ class ShardScanner:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _scan(self, shard: int, records: _Records, with_steps: frozenset[str], retry: Retry) -> ShardScan:
-        state = records.state
         everything = retry(partial(self._index.samples, shard))
         selected = self._select(shard, everything)
+        state = records.state.of({sample.key for sample in everything})
         retry(partial(self._remove_remnants, selected, state, with_steps))
         terminal = state.committed | state.quarantined
         samples = [sample for sample in selected if sample.key not in terminal]
         pending_in_all = sum(sample.key not in terminal for sample in everything)
+        if state.sealed and samples:  # a record was removed; the seal describes the video that it named
+            retry(partial(unseal_shard, self._store, shard))
         keys = records.taken_back.intersection(sample.key for sample in samples)
         earlier = retry(partial(earlier_failures, self._store, shard, keys))
 
@@ -140,16 +147,16 @@ class ShardScanner:
             quarantined=sum(sample.key in state.quarantined for sample in selected),
             pending=tuple(map(pending, samples)),
             keys=tuple(sample.key for sample in everything) if pending_in_all == len(samples) else (),
-            is_sealed=state.sealed,
+            is_sealed=state.sealed and not samples,
         )
 
     def _select(self, shard: int, everything: list[Sample]) -> list[Sample]:
         return list(islice(filter(self._selection.matches, everything), self._selected[shard]))
 
-    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], _Records | None]]]:
+    def _look_up(self, shards: Iterator[int]) -> Iterator[tuple[int, Callable[[], _Records]]]:
         """Every shard in order, with a function that returns what `_read` does and may be called again."""
         self._pool = pool = ThreadPoolExecutor(LOOKERS, thread_name_prefix="plan")
-        ahead: deque[tuple[int, Future[_Records | None]]] = deque()
+        ahead: deque[tuple[int, Future[_Records]]] = deque()
         try:
             ahead.extend((shard, pool.submit(self._read, shard)) for shard in islice(shards, LOOK_AHEAD))
             while ahead:
@@ -159,18 +166,24 @@ class ShardScanner:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _result(self, shard: int, future: Future[_Records | None]) -> _Records | None:
+    def _result(self, shard: int, future: Future[_Records]) -> _Records:
         """What was read ahead of its turn. If the store did not answer then, it is asked again."""
         return self._read(shard) if isinstance(future.exception(), StorageUnavailableError) else future.result()
 
-    def _read(self, shard: int) -> _Records | None:
-        """None for a shard that is sealed and has all its records: two requests, and most shards of a resume.
+    def _read(self, shard: int) -> _Records:
+        """Two requests for a shard that seems to be done, and most shards of a resume are.
 
         Latents and steps that a crash may have left in such a shard are not looked for: `hv-batch gc` removes them.
         """
         is_sealed = self._store.exists(layout.metadata_key(shard))
-        if is_sealed and len(layout.sample_keys(self._store.list(layout.commit_dir(shard)))) == self._index.size(shard):
-            return None
+        if is_sealed:
+            committed = layout.sample_keys(self._store.list(layout.commit_dir(shard)))
+            if len(committed) >= self._index.size(shard):
+                state = ShardState(committed, frozenset(), frozenset(), sealed=True)
+                return _Records(state, frozenset(), may_be_done=True)
+        return self._read_all(shard, is_sealed=is_sealed)
+
+    def _read_all(self, shard: int, *, is_sealed: bool) -> _Records:
         return _Records(scan_shard(self._store, shard, sealed=is_sealed), taken_back(self._store, shard))
 
     def _remove_remnants(self, selected: list[Sample], state: ShardState, with_steps: frozenset[str]) -> None:

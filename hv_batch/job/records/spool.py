@@ -26,9 +26,11 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.config.sections import OutputConfig
+from hv_batch.job.documents.reading import parse
+from hv_batch.job.documents.schema import CommitRecord
 from hv_batch.job.records import commits
 from hv_batch.job.records.latents import drop_intermediates
-from hv_batch.job.storage.canonical_json import decode, encode
+from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.job.storage.store import Store
@@ -132,14 +134,14 @@ class Spool:
 
     def _valid_record(self, name: str) -> dict[str, Any] | None:
         try:
-            record = decode(self._local.get(name))
-            is_ours = record["schema"] == commits.COMMIT_SCHEMA and record["fingerprint"] == self._fingerprint
+            record = parse(CommitRecord, self._local.get(name))
+            is_ours = record["fingerprint"] == self._fingerprint
             is_ours &= name == layout.commit_key(record["shard"], record["key"])
             digests = {file: file_sha256(self._folder / file) for file in _files(record)}
-            is_whole = digests[record["file"]] == record["sha256"]
-            is_whole &= all(f"-{digest[:8]}." in file for file, digest in digests.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError):
             return None
+        is_whole = digests[record["file"]] == record["sha256"]
+        is_whole &= all(f"-{digest[:8]}." in file for file, digest in digests.items())
         return record if is_ours and is_whole else None
 
     def _room(self) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from hv_batch.job import layout
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.records import commits, run_document
 from hv_batch.job.storage.store import Store
@@ -28,6 +29,12 @@ def test_equal_runs(stores):
     assert (found.equal_bytes, found.quarantined_in_both, found.identity) == (5, 1, [])
 
 
+def with_bytes(record: dict) -> dict:
+    """The record of a video with other bytes."""
+    file = layout.media_key(record["shard"], record["key"], "0" * 64, ".mp4")
+    return record | {"sha256": "0" * 64, "file": file}
+
+
 def test_every_kind_of_difference(stores):
     """P3: each sample is in one category, the most informative one."""
     for store in stores:
@@ -38,9 +45,9 @@ def test_every_kind_of_difference(stores):
         commits.commit(store, make_commit(same))
         commits.quarantine(store, make_quarantine(make_sample(8)))
     commits.commit(a, make_commit(make_sample(2)))
-    commits.commit(b, make_commit(make_sample(2)) | {"sha256": "0" * 64})
+    commits.commit(b, with_bytes(make_commit(make_sample(2))))
     commits.commit(a, make_commit(make_sample(3)))
-    commits.commit(b, make_commit(make_sample(3)) | {"sha256": "0" * 64, "frames_sha256": "0" * 64})
+    commits.commit(b, with_bytes(make_commit(make_sample(3))) | {"frames_sha256": "0" * 64})
     commits.commit(a, make_commit(make_sample(4)))
     commits.commit(b, make_commit(make_sample(4, seed=5, width=64)))
     commits.commit(a, make_commit(make_sample(5)))
@@ -96,11 +103,12 @@ def test_runs_of_different_layout_are_matched_by_key(stores):
     identity = run_document.read_run(stores[0])["identity"] | {"shard_size": 1}
     document = {"identity": identity, "versions": {}}
     document["config"] = {"output": {"shard_size": 1}, "parallel": {"device": "cpu"}}
-    document["manifest"] = {"samples": 6}
+    document["manifest"] = {"url": "prompts.jsonl", "rows": 6, "samples": 6}
     run_document.open_run(stores[1], document)
     for sample in moved:
         record = commits.read_commit(stores[0], (sample.row - 1) // 4, sample.key)
-        commits.commit(stores[1], record | {"shard": sample.shard})
+        file = layout.media_key(sample.shard, sample.key, record["sha256"], ".mp4")
+        commits.commit(stores[1], record | {"shard": sample.shard, "file": file})
     found = compare(*stores)
     assert (found.equal_bytes, found.is_equal) == (6, True)
     assert found.identity == ["shard_size: (absent) -> 1"]

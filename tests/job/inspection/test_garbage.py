@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 
@@ -19,6 +18,7 @@ from hv_batch.job.records.latents import FinalLatents, put_latents, sample_ident
 from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
+from tests.support.plans import publish_plan
 from tests.support.rendered_roots import FINGERPRINT
 from tests.support.small_runs import COMPARED, everything, run_small, some_samples
 
@@ -147,12 +147,10 @@ def test_nothing_that_is_needed_is_removed(litter, poison):
 def test_the_parts_of_an_index_are_kept(store):
     """P2: a resume reads its samples from them; if the document cannot be read, no part is garbage."""
     run_small(store, SAMPLES)
-    parts = [f"plan/part-0000{number}-0a1b2c3d.parquet" for number in range(2)]
-    for part in parts:
-        store.put(part, b"rows")
-    named = {"name": parts[0], "sha256": "", "rows": 6, "samples": 6}
-    store.put(layout.INDEX, json.dumps({"parts": [named], "summary": {"extra_kinds": {}}}).encode())
-    assert [garbage.name for garbage in find_garbage(store, older_than=FUTURE)] == parts[1:]
+    publish_plan(store, SAMPLES)
+    store.put("plan/part-00001-0a1b2c3d.parquet", b"rows")
+    found = [garbage.name for garbage in find_garbage(store, older_than=FUTURE)]
+    assert found == ["plan/part-00001-0a1b2c3d.parquet"]
     store.put(layout.INDEX, b"{")
     assert list(find_garbage(store, older_than=FUTURE)) == []
 

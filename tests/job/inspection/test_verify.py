@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import shutil
 import tarfile
 from collections import Counter
@@ -22,6 +21,7 @@ from hv_batch.job.inspection.verify import remove_faults, verify
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.probe import decode_media
+from tests.support.plans import publish_plan
 from tests.support.rendered_roots import make_quarantine
 from tests.support.small_runs import everything, real_media, run_small, some_samples
 
@@ -64,8 +64,11 @@ def change_record(root: Path, sample: str, values: dict) -> None:
 
 def rewrite_media(root: Path, key: str, data: bytes) -> None:
     """Changes the bytes of a video and its record consistently, so that only decoding finds the damage."""
-    media_of(root, key).write_bytes(data)
-    change_record(root, key, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    path, digest = media_of(root, key), hashlib.sha256(data).hexdigest()
+    path.unlink()
+    path = path.with_name(f"{key}-{digest[:8]}{path.suffix}")
+    path.write_bytes(data)
+    change_record(root, key, {"bytes": len(data), "sha256": digest, "file": str(path.relative_to(root))})
 
 
 def change_table(root: Path, change) -> None:
@@ -235,10 +238,10 @@ def rewrite_tar(root: Path, change) -> None:
         (lambda members: members[:-1], "it holds no further member in place of s004.json"),
         (lambda members: members[2:], "it holds s002.mp4 in place of s001.mp4"),
         (lambda members: [*members, ("s009.json", b"{}")], "s009.json belongs to no sample"),
-        (lambda members: [(name, data + b"x") for name, data in members], "the sha256 of its member s001.mp4 differs"),
+        (lambda members: [(name, data + b"x") for name, data in members], "its member s001.mp4 differs"),
         (
             lambda members: [(name, data.replace(b"heron", b"goose")) for name, data in members],
-            "the sha256 of its member s001.json",
+            "its member s001.json differs",
         ),
     ],
 )
@@ -259,14 +262,9 @@ def test_a_truncated_tar(root, size):
 
 
 def write_index(root: Path, extra_kinds: dict[str, str]) -> Path:
-    """Writes an index of one part and returns the part."""
-    digest = hashlib.sha256(b"rows").hexdigest()
-    part = root / layout.index_part(0, digest)
-    part.parent.mkdir(exist_ok=True)
-    part.write_bytes(b"rows")
-    named = {"name": f"plan/{part.name}", "sha256": digest, "rows": 6, "samples": 6}
-    (root / layout.INDEX).write_text(json.dumps({"parts": [named], "summary": {"extra_kinds": extra_kinds}}))
-    return part
+    """Writes the index and returns its first part."""
+    publish_plan(Store(str(root)), SAMPLES, extra_kinds=extra_kinds)
+    return min(root.glob("plan/part-*"))
 
 
 @pytest.mark.parametrize(

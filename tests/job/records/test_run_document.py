@@ -33,7 +33,7 @@ DOCUMENT = {
         "model": {"weights": "sha256:ab", "tile": [256, 64]},
         "manifest": "cd" * 32,
     },
-    "config": {"groups": {"count": 1}},
+    "config": {"groups": {"count": 1}, "output": {"shard_size": 4}},
     "manifest": {"rows": 3, "samples": 4, "url": "prompts.jsonl"},
     "versions": {"torch": "2.13.0"},
 }

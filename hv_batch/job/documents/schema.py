@@ -1,0 +1,293 @@
+"""The schema of everything that is read back from an output root: one model for each kind of object.
+
+Whoever can write to a bucket can write these objects, so nothing is used that its model has not accepted. The models
+check types, bounds and lengths; `reading` compares paths in an object with those that its own key determines.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, RootModel, model_validator
+
+from hv_batch.job import layout
+from hv_batch.job.documents.fields import (
+    Count,
+    Document,
+    Extra,
+    FailureName,
+    Fps,
+    Hex64,
+    Key,
+    LongText,
+    Name,
+    Params,
+    Samples,
+    Seconds,
+    Text,
+    Time,
+    Versions,
+)
+
+Number = Annotated[int, Field(ge=1)]
+ShapeName = Annotated[str, Field(pattern=r"\A[0-9]{1,5}x[0-9]{1,5}x[0-9]{1,5}\z")]  # height x width x frames
+
+
+class FailedAttempt(Document):
+    kind: FailureName
+    message: LongText
+    traceback: LongText = ""
+    where: Name = ""
+    begin_anew: bool = False
+
+
+History = Annotated[list[FailedAttempt], Field(max_length=100_000)]
+
+
+class StageFacts(Document):
+    """Where and how a stage processed a sample. Engines add facts of their own."""
+
+    node: Name = ""
+    worker: Name = ""
+    ranks: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    encoded: Count = 0
+    recalled: Count = 0
+
+
+class StageReport(StageFacts):
+    seconds: Seconds
+
+
+class StoredStages(RootModel[Annotated[dict[Name, StageReport], Field(max_length=16)]]):
+    """The reports of the stages before the latents, in the header of their file."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class TensorHeader(Document):
+    """The header of a safetensors file. The library checks the rest of it."""
+
+    metadata: Annotated[dict[Name, LongText], Field(max_length=100)] = Field(alias="__metadata__")
+
+
+class Produced(Document):
+    num_frames: Number
+    height: Number
+    width: Number
+
+
+class SampleRecord(Document):
+    """The fields that commit records and quarantine records share."""
+
+    key: Key
+    id: Text
+    row: Annotated[int, Field(ge=1, le=2**53)]
+    video_index: Annotated[int, Field(ge=0, le=1_000_000)]
+    shard: Samples
+    attempts: Count
+    history: History
+
+
+class CommitRecord(SampleRecord):
+    schema_: Literal["hv_batch/commit/1"] = Field(alias="schema")
+    params: Params
+    fps: Fps
+    extra: Extra
+    file: Name
+    sha256: Hex64
+    num_bytes: Count = Field(alias="bytes")
+    poster: Name | None
+    frames_sha256: Hex64
+    produced: Produced
+    stages: Annotated[dict[Name, Seconds], Field(max_length=16)]
+    places: Annotated[dict[Name, StageFacts], Field(max_length=16)]
+    versions: Versions
+    fingerprint: Hex64
+    licence: Name
+    created_at: Time
+
+    @model_validator(mode="after")
+    def _check_paths(self) -> Self:
+        """Paths follow from shard, key and hash. Any other path is that of another sample, or outside the shard."""
+        expected = layout.media_dir(self.shard) + layout.media_name(self.key, self.sha256, self.params["num_frames"])
+        if self.file != expected:
+            raise ValueError(f"its file is {self.file!r}, not {expected!r}")
+        if self.poster is not None and not layout.is_poster_of(self.poster, self.shard, self.key):
+            raise ValueError(f"its poster is {self.poster!r}, not that of its sample")
+        return self
+
+
+class QuarantineRecord(SampleRecord):
+    schema_: Literal["hv_batch/quarantine/1"] = Field(alias="schema")
+    params: Params
+    kind: FailureName = Field(alias="class")
+    message: LongText
+    traceback: LongText
+
+
+class RetriedRecord(Document):
+    """A quarantine record of a released sample. Only its history is used."""
+
+    history: History
+
+
+class Degrees(Document):
+    model_config = ConfigDict(extra="forbid")  # they become the arguments of ParallelPlan
+
+    ulysses_degree: Annotated[int, Field(ge=1, le=100_000)] = 1
+    ring_degree: Annotated[int, Field(ge=1, le=100_000)] = 1
+    cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
+
+
+class ParallelIdentity(Document):
+    device: Literal["cpu", "cuda"]
+    ulysses_degree: Annotated[int, Field(ge=1, le=100_000)] = 1
+    ring_degree: Annotated[int, Field(ge=1, le=100_000)] = 1
+    cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
+    plans: dict[Annotated[str, Field(pattern=r"\A[0-9]{1,5}x[0-9]{1,5}x[0-9]{1,5}\z")], Degrees] = Field(
+        default_factory=dict
+    )
+
+
+class Identity(Document):
+    parallel: ParallelIdentity
+    manifest: Name = ""
+
+
+class RecordedOutput(Document):
+    shard_size: Annotated[int, Field(ge=1)]
+    webdataset: bool = False
+    keep_latents: bool = False
+
+
+class RecordedMedia(Document):
+    poster: bool = False
+
+
+class RecordedModel(Document):
+    engine: Name = ""
+
+
+class RecordedConfig(Document):
+    """The keys of the config that are read without `RunConfig`, which checks all of them before a render."""
+
+    seed: int = 0
+    model: RecordedModel = RecordedModel()
+    output: RecordedOutput
+    media: RecordedMedia = RecordedMedia()
+
+
+class RecordedManifest(Document):
+    url: Text | Annotated[list[Text], Field(max_length=100_000)]
+    rows: Samples
+    samples: Samples
+
+
+class RunDocument(Document):
+    schema_: Literal["hv_batch/run/1"] = Field(alias="schema")
+    identity: Identity
+    fingerprint: Hex64
+    config: RecordedConfig
+    manifest: RecordedManifest
+    licence: Text
+    versions: Versions
+
+
+class LeaseDocument(Document):
+    token: Name
+    purpose: Name
+    host: Name
+    machine: Name | None
+    pid: Annotated[int, Field(ge=1, le=2**31)]
+    process: Name | None
+    job: Name | None
+    since: Name
+    beats: Count
+    beat_at: Name
+
+
+class IndexPartEntry(Document):
+    model_config = ConfigDict(extra="forbid")  # they become the arguments of IndexPart
+
+    name: Name
+    sha256: Hex64
+    rows: Samples
+    samples: Samples
+
+
+class IndexSummary(Document):
+    model_config = ConfigDict(extra="forbid")  # they become the arguments of ManifestSummary
+
+    digest: Name
+    rows: Samples
+    samples: Samples
+    shards: Samples
+    shapes: list[Annotated[list[Number], Field(min_length=4, max_length=4)]]
+    extra_kinds: dict[Any, Literal["null", "bool", "int", "long", "float", "text", "json"]]
+    warnings: list[LongText]
+
+
+class IndexDocument(Document):
+    schema_: Literal["hv_batch/plan/1"] = Field(alias="schema")
+    key: Name
+    files: list[dict[Any, Any]]
+    summary: IndexSummary
+    parts: list[IndexPartEntry]
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        for number, part in enumerate(self.parts):
+            if part.name != (expected := layout.index_part(number, part.sha256)):
+                raise ValueError(f"its part {number} is {part.name!r}, not {expected!r}")
+        if (total := sum(part.samples for part in self.parts)) != self.summary.samples:
+            raise ValueError(f"its parts have {total:,} samples, its summary {self.summary.samples:,}")
+        return self
+
+
+Counts = Annotated[dict[Name, Count], Field(max_length=10_000)]
+
+
+class TotalsDocument(Document):
+    model_config = ConfigDict(extra="forbid")  # they become the arguments of ShardTotals
+
+    schema_: Literal["hv_batch/sums/1"] = Field(alias="schema")
+    committed: Samples
+    num_bytes: Count = Field(alias="bytes")
+    frames: Count
+    stage_ms: Counts
+    denoise_ms: dict[Annotated[str, Field(pattern=r"\A[0-9]{0,7}\z")], Count]
+    timed: Counts
+    embeddings: Counts
+    retries: Counts
+    frames_by_fps: dict[Annotated[str, Field(pattern=r"\A[1-9][0-9]{0,2}\z")], Count]
+
+
+class SummaryDocument(Document):
+    schema_: Literal["hv_batch/summary/1"] = Field(alias="schema")
+    fingerprint: Hex64
+    samples: Samples
+    committed: Samples
+    quarantined: Samples
+    pending: Samples
+    shards: Samples
+    shards_sealed: Samples
+
+
+class TableRow(Document):
+    """A row of a sealed shard's table: the columns of hv_batch."""
+
+    file_name: Name
+    id: Text
+    key: Key
+    row: Annotated[int, Field(ge=1, le=2**53)]
+    video_index: Annotated[int, Field(ge=0, le=1_000_000)]
+    num_frames: Number
+    num_bytes: Count = Field(alias="bytes")
+    sha256: Hex64
+    frames_sha256: Hex64
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        if self.file_name != (expected := layout.media_name(self.key, self.sha256, self.num_frames)):
+            raise ValueError(f"its file_name is {self.file_name!r}, not {expected!r}")
+        return self

@@ -1,0 +1,129 @@
+"""Checks what a whole run shares: run.json, the checked manifest in `plan/`, the lease and the summary.
+
+Records are compared with the manifest in `plan/`, which the fingerprint of run.json covers by its digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+
+from hv_batch.job import layout
+from hv_batch.job.config.retired_keys import replace_retired
+from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.documents.reading import InvalidObjectError, read
+from hv_batch.job.documents.schema import LeaseDocument, SummaryDocument
+from hv_batch.job.inspection.findings import Fault, Finding, Verification, examine, object_finding
+from hv_batch.job.manifest.index import Index, is_whole, read_index
+from hv_batch.job.manifest.planned_keys import belongs_to
+from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.storage.store import Store
+from hv_batch.protocol import UserError
+
+MIN_SHARED = 2  # samples: a fault of one sample alone says nothing about the run
+
+
+@dataclass(slots=True)
+class Plan:
+    """The samples of a run from `plan/`; without an index, records are not compared with the manifest."""
+
+    index: Index | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    def keys(self, shard: int) -> frozenset[str] | None:
+        """The keys of the samples of a shard; None if they are unknown."""
+        return None if self.index is None else frozenset(self.index.keys(shard))
+
+    def samples(self, shard: int) -> Mapping[str, Sample]:
+        """The samples of a shard by key; empty if they are unknown."""
+        if self.index is None:
+            return {}
+        try:
+            return {sample.key: sample for sample in self.index.samples(shard)}
+        except InvalidObjectError as error:
+            self.findings.append(object_finding(error, Fault.PLAN, None, None, layout.INDEX))
+            return {}
+
+
+def open_plan(store: Store, run: Mapping[str, Any]) -> Plan:
+    """The plan of the run `run` (its run.json). A resume needs the manifest if the plan is damaged."""
+    try:
+        found = examine(store, layout.INDEX, lambda: read_index(store))
+    except FileNotFoundError:  # a root of an early version; a resume checks the manifest again
+        return Plan()
+    if isinstance(found, InvalidObjectError):
+        return Plan(findings=[object_finding(found, Fault.PLAN, None, None, layout.INDEX)])
+    if not belongs_to(found.document, run):
+        details = f"{layout.INDEX} is not that of the manifest that {layout.RUN} names"
+        return Plan(findings=[Finding(None, None, Fault.PLAN, details)])
+    whole = (examine(store, part.name, partial(is_whole, store, part)) is True for part in found.parts)
+    damaged = [part.name for part, is_whole_part in zip(found.parts, whole, strict=True) if not is_whole_part]
+    if damaged:
+        details = f"{len(damaged):,} of {len(found.parts):,} parts are missing or damaged, for example {damaged[0]}"
+        # Without its document there is no index, so the same run command writes it again from the manifest.
+        return Plan(findings=[Finding(None, None, Fault.PLAN, details, (layout.INDEX,))])
+    try:
+        config = RunConfig.model_validate(replace_retired(dict(run["config"])))
+    except (ValidationError, UserError, TypeError) as error:
+        details = f"the config in {layout.RUN} is not valid for this version of hv_batch: {error}"
+        return Plan(findings=[Finding(None, None, Fault.RUN, details)])
+    return Plan(Index(store, found.document, config))
+
+
+def check_run_objects(
+    store: Store, run: Mapping[str, Any], result: Verification, *, is_whole_run: bool
+) -> Iterator[Finding]:
+    """Check the lease, `_SUCCESS` and the summary against the counts in `result`."""
+    try:
+        lease = examine(store, layout.LEASE, lambda: read(store, layout.LEASE, LeaseDocument))
+        if isinstance(lease, InvalidObjectError):  # the next run replaces it
+            yield object_finding(lease, Fault.LEASE)
+    except FileNotFoundError:
+        pass
+    if not store.exists(layout.SUCCESS):
+        return
+    if result.pending or result.open_shards:
+        details = (
+            f"the run is marked as finished, but {result.pending:,} samples are pending and {result.open_shards:,} "
+            "shards are not sealed"
+        )
+        yield Finding(None, None, Fault.SUCCESS, details, (layout.SUCCESS,))
+        return
+    try:
+        summary = examine(store, layout.SUMMARY, lambda: read(store, layout.SUMMARY, SummaryDocument))
+    except FileNotFoundError:
+        yield Finding(None, None, Fault.SUMMARY, f"{layout.SUMMARY} is missing; a resume writes it again")
+        return
+    if isinstance(summary, InvalidObjectError):
+        yield object_finding(summary, Fault.SUMMARY, None, None, layout.SUMMARY)
+        return
+    expected = {"fingerprint": run["fingerprint"]}
+    if is_whole_run:
+        expected |= {"pending": 0, "quarantined": result.quarantined}
+    for name, value in expected.items():
+        if summary[name] != value:
+            details = f"{layout.SUMMARY}: its {name} is {summary[name]!r}, not {value!r}"
+            yield Finding(None, None, Fault.SUMMARY, details, (layout.SUMMARY,))
+            return
+
+
+def without_shared(findings: list[Finding], records: int) -> list[Finding]:
+    """The findings, with one in place of those that all of the `records` share.
+
+    If every record differs from run.json or from the plan, that object is wrong and not the records. Nothing is removed
+    then: the records could not be rendered again.
+    """
+    for name in (layout.RUN, layout.INDEX):
+        shared = [finding for finding in findings if finding.compared_with == name]
+        if records >= MIN_SHARED and len({(finding.shard, finding.key) for finding in shared}) == records:
+            details = (
+                f"{name} differs from all {records:,} commit records, so it was changed and they were not; for example "
+                f"{shared[0].details}. Restore it from a copy"
+            )
+            kept = [finding for finding in findings if finding.compared_with != name]
+            findings = [Finding(None, None, Fault.RUN, details), *kept]
+    return findings
