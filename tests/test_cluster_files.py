@@ -73,8 +73,8 @@ def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
     assert not can_place([*as_many_as_asked(config), minimum_resources(resolve_run(config))[0]], list(pods(job)))
 
 
-@pytest.mark.parametrize("code", [0, 1, 3, 143])
-@pytest.mark.parametrize(("name", "failures"), [("rayjob", {1, 143}), ("nightly", {1})])
+@pytest.mark.parametrize("code", [0, 1, 3, 4, 143])
+@pytest.mark.parametrize(("name", "failures"), [("rayjob", {1, 4, 143}), ("nightly", {1})])
 def test_only_what_a_new_cluster_can_fix_fails_the_job(tmp_path, name, failures, code):
     """Exit codes: quarantined samples and the deadline of a night do not create a second cluster."""
     pretend(tmp_path, "hv-batch", f"exit {code}")

@@ -107,6 +107,7 @@ def run(
 def resume(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
     manifest: Annotated[str | None, typer.Option(help="new location of the manifest, if it has moved")] = None,
+    engine: output_root.Engines = None,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
@@ -116,7 +117,7 @@ def resume(
     from hv_batch.runtime.render import resume as resume_run
 
     with command_logging(log_settings(log_level, log_format)):
-        code = resume_run(output, address=address, manifest=manifest, steal=take_over)
+        code = resume_run(output, address=address, manifest=manifest, steal=take_over, engines=engine or ())
     raise typer.Exit(code)
 
 

@@ -20,6 +20,7 @@ from typing import Annotated
 import click
 import typer
 
+from hv_batch.job.config.engine_factory import VARIABLE
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.inspection.diff import compare
@@ -28,10 +29,11 @@ from hv_batch.job.inspection.garbage import find_garbage, remove
 from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
+from hv_batch.job.inspection.verify_plan import refuse_loss
 from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
-from hv_batch.job.records.run_document import chosen_shards, read_run, read_run_config
+from hv_batch.job.records.run_document import chosen_shards, read_run
 from hv_batch.job.storage.store import Store
 
 FOUND = 3
@@ -46,6 +48,13 @@ Yes = Annotated[bool, typer.Option("--yes", help="make the change; without this 
 TakeOver = Annotated[
     bool,
     typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="an engine of your own that run.json may name, as package.module:Name; repeatable; default: "
+        f"${VARIABLE}, separated by commas"
+    ),
 ]
 Shards = Annotated[str | None, typer.Option(help="only these shards, for example 3,17-20", metavar="LIST")]
 
@@ -83,6 +92,7 @@ def verify(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster for --repair; default: RAY_ADDRESS, else a local Ray")
     ] = None,
+    engine: Engines = None,
     as_json: Json = False,
     take_over: TakeOver = False,
 ) -> None:
@@ -95,24 +105,40 @@ def verify(
     store = Store(output)
     with _changing(store, "verify", remove or repair, take_over) as check_lease:
         result = verify_root(store, decode_media, decodes=None if deep else sample_decode, shards=parse_shards(shards))
-        if result.findings and repair:
-            read_run_config(output)  # raises if the run cannot be resumed: then nothing must be removed
-        if remove or repair:
+        repairable = [finding for finding in result.findings if finding.is_repairable]
+        if repairable and (remove or repair):
+            # Before anything is removed: what could not be rendered again must stay.
+            refuse_loss(store, result.findings)
+            if repair:
+                _check_resume(output, engine or ())
             check_lease()
-            remove_faults(store, result.findings)
-    print(json.dumps(result.to_dict() | {"removed": remove or repair}, indent=1) if as_json else result.render())
+            remove_faults(store, repairable)
+    removed = bool(repairable) and (remove or repair)
+    print(json.dumps(result.to_dict() | {"removed": removed}, indent=1) if as_json else result.render())
     if not result.findings:
         return
-    if repair:
+    left = len(result.findings) - len(repairable)
+    if repair and repairable:
         print("faulty objects were removed; rendering the samples again", file=sys.stderr)
-        raise typer.Exit(_render_again(output, result.findings, address, take_over))
+        code = _render_again(output, repairable, address, take_over, engine or ())
+        raise typer.Exit(code or (FOUND if left else 0))
     if not as_json:
-        print(
+        print(_remedy(removed, len(repairable), left))
+    raise typer.Exit(FOUND)
+
+
+def _remedy(removed: bool, repairable: int, left: int) -> str:
+    """What to do about the findings, as the last lines of the report."""
+    lines = []
+    if repairable:
+        lines.append(
             "Faulty objects were removed. The same run command renders the missing samples and seals again."
-            if remove
+            if removed
             else "verify --repair renders them again; verify --remove leaves that to the same run command."
         )
-    raise typer.Exit(FOUND)
+    if left:
+        lines.append(f"{plural(left, 'problem')} cannot be repaired by a render; nothing is removed for them.")
+    return "\n".join(lines)
 
 
 def retry(
@@ -191,14 +217,22 @@ def parse_shards(text: str | None) -> list[int] | None:
     return sorted({shard for shards in parse_ranges(text) for shard in shards})
 
 
-def _render_again(output: str, findings: Sequence[Finding], address: str | None, take_over: bool) -> int:
+def _check_resume(output: str, engines: Sequence[str]) -> None:
+    from hv_batch.runtime.render import check_resume  # Ray and the engine take seconds to import
+
+    check_resume(output, engines=engines)
+
+
+def _render_again(
+    output: str, findings: Sequence[Finding], address: str | None, take_over: bool, engines: Sequence[str]
+) -> int:
     """Resume the run in the shards with findings; the whole run if a finding belongs to no shard."""
     from hv_batch.runtime.render import resume  # Ray and the engine take seconds to import
 
     damaged = sorted({finding.shard for finding in findings if finding.shard is not None})
     is_whole = any(finding.shard is None for finding in findings)
     chosen = Selection(shards=() if is_whole else tuple(range(shard, shard + 1) for shard in damaged))
-    return resume(output, address=address, selection=chosen, steal=take_over)
+    return resume(output, address=address, selection=chosen, steal=take_over, engines=engines)
 
 
 @contextmanager

@@ -68,9 +68,13 @@ class EtaEstimator:
             self._first = (now, done_here) if done_here > 0 else None
             return None
         since, done_then = self._first
+        if done_here < done_then:  # the counts of another run: the estimate begins again
+            self._first = (now, done_here) if done_here > 0 else None
+            return None
         if done_here == done_then:
             return None
-        return (snapshot.total - snapshot.terminal) * (now - since) / (done_here - done_then)
+        # More samples done than there are: an earlier run has left records that this run has not selected.
+        return max(0, snapshot.total - snapshot.terminal) * (now - since) / (done_here - done_then)
 
 
 class ProgressThrottle(logging.Filter):

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.records.lease import LeaseHeldError
 from hv_batch.job.records.run_document import read_run_config, read_summary
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -28,11 +29,13 @@ logger = logging.getLogger(__name__)
 
 PLACE = "{date}"  # in a manifest's URL; replaced by a date such as 2026-11-20
 
-# From best to worst. A failed night needs attention; a stopped one is resumed by the next job.
+# From best to worst. A failed night needs attention; a stopped one is resumed by the next job; another driver is
+# rendering a held one at this moment.
 OUTCOMES = {
     ExitCode.COMMITTED: "committed",
     ExitCode.QUARANTINED: "quarantined",
     ExitCode.STOPPED: "stopped",
+    ExitCode.HELD: "held",
     ExitCode.FATAL: "failed",
 }
 
@@ -103,12 +106,17 @@ def _render_day(request: NightlyRequest, day: date, address: str | None, stop: S
     def work() -> ExitCode:
         with stop.interruptible():
             own = request.config, request.manifest.replace(PLACE, day.isoformat())
-            config, manifest = own if day == request.day else read_run_config(request.root(day))
+            config, manifest = own if day == request.day else _recorded(request, day)
         with stop_in_time(request.until, config.timeouts.drain_s, stop.stopped):
             return render(config, manifest, request.root(day), address=address, stopped=stop.stopped)
 
     logger.info(f"night of {day}: {request.root(day)}")
     return _run_night(day, request.root(day), work, stop)
+
+
+def _recorded(request: NightlyRequest, day: date) -> tuple[RunConfig, str | list[str]]:
+    """The config and manifest of an earlier night. The engine of tonight's config is one that the operator names."""
+    return read_run_config(request.root(day), [request.config.model.engine])
 
 
 def unfinished(request: NightlyRequest) -> Iterator[date]:
@@ -160,6 +168,9 @@ def _run_night(day: date, output: str, work: Callable[[], ExitCode], stop: StopS
         code = ExitCode.STOPPED if stop.stopped.is_set() else work()
     except KeyboardInterrupt:
         code = ExitCode.STOPPED
+    except LeaseHeldError as problem:
+        code, error = ExitCode.HELD, str(problem)
+        logger.error(f"night of {day}: {error}")
     except UserError as problem:
         code, error = ExitCode.FATAL, str(problem)
         logger.error(f"night of {day}: {error}")

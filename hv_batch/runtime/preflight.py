@@ -63,6 +63,7 @@ def prepare_run(
 
     Raises UserError with all problems of the engine, ffmpeg and the manifest at once.
     """
+    logger.info(_describe_reads(config, manifest))
     problems: list[str] = []
     with _collected(problems):
         resolve_address(address)
@@ -94,6 +95,14 @@ def prepare_run(
     context = RunContext(run, engine, store, fingerprint(identity), versions, current_settings())
     add_process_fields(run=short_id(context.fingerprint))
     return PreparedRun(context, index, pending, document, state)
+
+
+def _describe_reads(config: RunConfig, manifest: Manifest) -> str:
+    """What a run reads outside its output root, in one line: on a resume, run.json decides it."""
+    options = public_values(config.model.options)
+    paths = [f"model.options.{name} = {value}" for name, value in options.items() if "/" in str(value)]
+    urls = manifest.public_urls if isinstance(manifest.public_urls, str) else ", ".join(manifest.public_urls)
+    return f"reads outside the output root: the manifest {urls}{''.join(f', {path}' for path in paths)}"
 
 
 def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import IntEnum
 from threading import Event
 from typing import Any
@@ -45,6 +45,7 @@ class ExitCode(IntEnum):
     COMMITTED = 0
     FATAL = 1
     QUARANTINED = 3
+    HELD = 4  # of the nightly job: another driver is rendering this date
     STOPPED = 143
 
 
@@ -213,12 +214,24 @@ def resume(
     selection: Selection | None = None,
     steal: bool = False,
     stopped: Event | None = None,
+    engines: Collection[str] = (),
 ) -> ExitCode:
     """Resume the run at `output`, or a selection of it, with the config and the manifest recorded in its run.json.
 
-    `manifest` is the new location if the manifest has moved; `steal` and `stopped` as in `render`. Raises UserError if
-    there is no run, or if its run.json is incomplete.
+    `manifest` is the new location if the manifest has moved; `steal` and `stopped` as in `render`. `engines` are the
+    engines that the operator names. Raises UserError if there is no run, if its run.json is incomplete, or if it names
+    an unknown engine.
     """
-    config, recorded = read_run_config(output)
+    config, recorded = read_run_config(output, engines)
     urls = manifest or recorded
     return render(config, urls, output, selection=selection, address=address, steal=steal, stopped=stopped)
+
+
+def check_resume(output: str, *, engines: Collection[str] = ()) -> None:
+    """Make every check of `resume` that needs no cluster. Changes nothing except for the probe of the output root.
+
+    Raises UserError if the run could not be resumed: for a changed config or manifest, missing weights and the like.
+    """
+    config, urls = read_run_config(output, engines)
+    with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
+        prepare_run(config, Manifest(urls), Store(output), Store(folder), None)

@@ -139,14 +139,15 @@ def test_log_level_and_format_are_options_of_run(good, monkeypatch):
     monkeypatch.delenv("HV_BATCH_LOG_LEVEL", raising=False)
     *lines, error = unreachable(good)
     assert error.startswith("error: No Ray cluster answers")
-    assert "INFO manifest: 1 rows, 1 samples in 1 shards, all valid" in lines[0]
+    assert "INFO reads outside the output root: the manifest" in lines[0]
+    assert "INFO manifest: 1 rows, 1 samples in 1 shards, all valid" in lines[1]
     assert len(unreachable(good, "--log-level", "warning")) == 1
     monkeypatch.setenv("HV_BATCH_LOG_LEVEL", "error")
     assert len(unreachable(good)) == 1
     *lines, error = unreachable(good, "--log-level", "info", "--log-format", "json")
     records = [json.loads(line) for line in lines]
     assert [record["level"] for record in records] == ["info"] * len(records)
-    assert records[0]["message"].startswith("manifest: 1 rows")
+    assert records[1]["message"].startswith("manifest: 1 rows")
     assert records[-1]["message"] == "starting Ray"
     assert len(records[-1]["run"]) == 8
 

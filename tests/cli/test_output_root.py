@@ -67,6 +67,7 @@ def test_repair_renders_again_what_was_wrong(root, monkeypatch):
         return 3
 
     monkeypatch.setattr("hv_batch.runtime.render.render", render)
+    monkeypatch.setattr("hv_batch.runtime.render.check_resume", lambda output, *, engines: None)
     assert hv_batch("verify", root, "--repair") == (0, hv_batch("verify", root)[1])
     assert not calls
     before = files(root)
@@ -78,11 +79,30 @@ def test_repair_renders_again_what_was_wrong(root, monkeypatch):
     assert calls == [(4, "/nights/<b>prompts</b>.jsonl", root, (range(1, 2),), "10.0.0.1:6379")]
     assert files(root).keys() == before.keys()
     assert media.read_bytes() == before[str(media)]
-    Path(root, layout.SUCCESS).touch()
-    Path(root, "plan").mkdir(exist_ok=True)
-    Path(root, layout.INDEX).write_text("?")
+    Path(root, layout.SUMMARY).unlink()
     assert hv_batch("verify", root, "--repair")[0] == 3
     assert calls[1][3] == (), "the run as a whole"
+
+
+@pytest.mark.parametrize("flag", ["--remove", "--repair"])
+def test_a_damaged_plan_stays_if_the_manifest_is_gone(root, flag):
+    """P2: plan/index.json is removed only if the run command can write it again."""
+    Path(root, "plan").mkdir(exist_ok=True)
+    Path(root, layout.INDEX).write_text("?")
+    before = files(root)
+    with pytest.raises(UserError, match=r"Nothing was removed .*prompts.*is missing or was changed"):
+        hv_batch("verify", root, flag)
+    assert files(root) == before
+
+
+def test_repair_makes_all_checks_of_resume_before_it_removes_anything(root):
+    """P2: the weights that run.json names are not here, so nothing could be rendered again."""
+    (media,) = Path(root).glob("data/*/s002-*")
+    media.write_bytes(b"?")
+    before = files(root)
+    with pytest.raises(UserError, match=r"model_base|prompts"):
+        hv_batch("verify", root, "--repair")
+    assert files(root) == before
 
 
 def test_what_could_not_be_rendered_again_is_not_removed(root):

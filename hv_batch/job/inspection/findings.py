@@ -64,6 +64,11 @@ class Finding:
     compared_with: str = ""
 
     @property
+    def is_repairable(self) -> bool:
+        """Whether the run command repairs the root once `remove_faults` has removed what is faulty."""
+        return self.is_removable or self.fault is Fault.SUMMARY
+
+    @property
     def is_removable(self) -> bool:
         """Whether removing what it names repairs the root, after a new render or seal."""
         return bool(self.removes) or self.fault in OF_SEAL

@@ -5,7 +5,7 @@ Records are compared with the manifest in `plan/`, which the fingerprint of run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,10 @@ from hv_batch.job.documents.schema import LeaseDocument, SummaryDocument
 from hv_batch.job.inspection.findings import Fault, Finding, Verification, examine, object_finding
 from hv_batch.job.manifest.index import Index, is_whole, read_index
 from hv_batch.job.manifest.planned_keys import belongs_to
+from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.run_document import read_run
+from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
@@ -127,3 +130,32 @@ def without_shared(findings: list[Finding], records: int) -> list[Finding]:
             kept = [finding for finding in findings if finding.compared_with != name]
             findings = [Finding(None, None, Fault.RUN, details), *kept]
     return findings
+
+
+def refuse_loss(store: Store, findings: Iterable[Finding]) -> None:
+    """Raise UserError if what `findings` would remove could not be rendered again.
+
+    A wrong run.json makes sound records look wrong. Without an index, a run needs its manifest.
+    """
+    for finding in findings:
+        if finding.fault is Fault.RUN:
+            raise UserError(
+                f"Nothing was removed from {public_url(store.url)}, because the run could not be resumed: "
+                f"{finding.details}."
+            )
+        if layout.INDEX in finding.removes:
+            run = read_run(store)
+            if not _has_manifest(run):
+                raise UserError(
+                    f"Nothing was removed from {public_url(store.url)}: {finding.details}, and the manifest "
+                    f"{run['manifest']['url']}, from which a run would write it again, is missing or was changed. "
+                    "Restore the manifest or plan/ from a copy."
+                )
+
+
+def _has_manifest(run: Mapping[str, Any]) -> bool:
+    try:
+        digest = Manifest(run["manifest"]["url"]).read_digest()
+    except (UserError, OSError):
+        return False
+    return digest == run["identity"].get("manifest", digest)

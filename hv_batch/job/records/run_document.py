@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hv_batch.job import layout
+from hv_batch.job.config.engine_factory import refuse_unknown_engine
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.documents.reading import InvalidObjectError, read
@@ -233,10 +234,13 @@ def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
     return samples, -(-samples // run["config"]["output"]["shard_size"])
 
 
-def read_run_config(output: str) -> tuple[RunConfig, str | list[str]]:
+def read_run_config(output: str, engines: Collection[str] = ()) -> tuple[RunConfig, str | list[str]]:
     """The config and the manifest URLs with which the run at `output` was started.
 
-    Raises UserError if there is no run, or if its run.json does not hold the complete config.
+    An output root says what to read, but neither what to execute nor where to write outside of it. So its engine must
+    be a known one or among `engines`, which the operator names, and its `output.spool_folder` is not used.
+
+    Raises UserError if there is no run, if its run.json does not hold the complete config, or for an unknown engine.
     """
     run = read_run(Store(output))
     config = run["config"]
@@ -248,12 +252,21 @@ def read_run_config(output: str) -> tuple[RunConfig, str | list[str]]:
             "the environment, or resume with the command that started the run."
         )
     try:
-        return RunConfig.model_validate(config), run["manifest"]["url"]
+        resumed = RunConfig.model_validate(config)
     except ValidationError as error:
         raise UserError(
             f"The config in the run.json of {output} is not valid for this version of hv_batch: {error}. Resume with "
             "the version that run.json names."
         ) from error
+    refuse_unknown_engine(resumed.model.engine, public_url(output), engines)
+    local = resumed.output.model_copy(update={"spool_folder": None})
+    return resumed.model_copy(update={"output": local}), run["manifest"]["url"]
+
+
+def recorded_spool_folder(store: Store) -> str | None:
+    """The `output.spool_folder` with which the run was started. It may be read, but not created or written to."""
+    folder = read_run(store)["config"]["output"].get("spool_folder")
+    return folder if isinstance(folder, str) else None
 
 
 def _is_masked(value: object) -> bool:

@@ -49,6 +49,11 @@ class DrainResult:
     outage: str = ""  # the error if the output root was unreachable; the other entries are still in the spool
 
 
+def spool_base(folder: str | None) -> Path:
+    """The folder of this user's spools in `folder`, the config's `output.spool_folder`."""
+    return Path(folder or tempfile.gettempdir()) / f"hv_batch_spool-{os.getuid()}"
+
+
 class Spool:
     """The spool on this node of the run with `fingerprint` at `root`. Its folder is created on first use."""
 
@@ -57,7 +62,7 @@ class Spool:
         self._keeps_latents = output.keep_latents
         self._root = root
         self._fingerprint = fingerprint
-        self._base = Path(output.spool_folder or tempfile.gettempdir()) / f"hv_batch_spool-{os.getuid()}"
+        self._base = spool_base(output.spool_folder)
         run = hashlib.sha256(f"{fingerprint}\0{root.url}".encode()).hexdigest()[:16]
         self._folder = self._base / run
         self._local = Store(str(self._folder), "spool")

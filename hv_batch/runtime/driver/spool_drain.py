@@ -21,7 +21,8 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.samples import Sample
-from hv_batch.job.records.spool import DrainResult, Spool
+from hv_batch.job.records.run_document import recorded_spool_folder
+from hv_batch.job.records.spool import DrainResult, Spool, spool_base
 from hv_batch.job.scheduling.messages import Event, Published, SpoolLost
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -39,7 +40,17 @@ Submit = Callable[[Callable[[], Event], Callable[[Event], list[Event]]], None]
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated task finds what the first has committed
 def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainResult:
-    return Spool(output, root, fingerprint).drain()
+    result = Spool(output, root, fingerprint).drain()
+    # The folder in run.json is not ours to create: whoever can write to the root could name any. If this user has a
+    # spool there, an earlier run has written it, and its videos are committed.
+    try:
+        recorded = None if result.outage else recorded_spool_folder(root)
+    except StorageUnavailableError as error:
+        return DrainResult(result.committed, str(error))
+    if recorded in (None, output.spool_folder) or not spool_base(recorded).is_dir():
+        return result
+    earlier = Spool(output.model_copy(update={"spool_folder": recorded}), root, fingerprint).drain()
+    return DrainResult(result.committed + earlier.committed, earlier.outage)
 
 
 class SpoolDrain:
