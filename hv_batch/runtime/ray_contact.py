@@ -160,8 +160,8 @@ def _check_versions(address: str, found: dict[str, Any]) -> None:
         raise UserError(
             f"The Ray cluster at {address} runs Ray {theirs[0]} on Python {theirs[1]}, and this driver has Ray "
             f"{ours[0]} on Python {ours[1]}. Ray needs equal versions of Ray and equal minor versions of Python: "
-            f"install ray[default]=={theirs[0]} for Python {'.'.join(theirs[1].split('.')[:2])} here, or use the image of the "
-            "cluster for the driver."
+            f"install ray[default]=={theirs[0]} for Python {'.'.join(theirs[1].split('.')[:2])} here, or use the image "
+            "of the cluster for the driver."
         )
 
 
