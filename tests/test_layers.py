@@ -67,7 +67,7 @@ ENGINE = """
     dit
     vae  step_cache
     parallel
-    attention  determinism
+    attention  determinism  rank_failures  video_requests
 """
 
 

@@ -28,8 +28,9 @@ from hv_batch.cli.sample_files import free_stem, read_latents, shorten, write_la
 from hv_batch.cli.sample_flags import MODELS, ignored_flags, parse, round_up
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.hunyuan import HunyuanVideo
-from hv_batch.engine.local_group import RankFailed
-from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device, plan_videos
+from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device
+from hv_batch.engine.rank_failures import RankFailed
+from hv_batch.engine.video_requests import plan_videos
 from hv_batch.job.records.commits import LICENCE_ID
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NonFiniteError, SamplingParams, UserError, problems
 
@@ -73,8 +74,9 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except NonFiniteError as error:
         raise UserError(
-            f"This video could not be rendered: {error}. Choose a wider --precision or --vae-precision (fp16 has the "
-            "smallest range, fp32 the largest), and check the weights with `hv-batch weights check`."
+            f"This video could not be rendered: {error}. Choose a wider --precision, --vae-precision or "
+            "--text-encoder-precision (fp16 has the smallest range, fp32 the largest), and check the weights with "
+            "`hv-batch weights check --deep`."
         ) from error
     return 0
 

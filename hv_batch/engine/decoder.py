@@ -15,7 +15,7 @@ from hv_batch.engine.self_check import check_decoding
 from hv_batch.engine.vae.group_decode import decode_in_group
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import to_uint8
-from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.protocol import LATENT_CHANNELS, NonFiniteError
 
 
 class HunyuanDecoder:
@@ -33,11 +33,13 @@ class HunyuanDecoder:
     def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:
         """On rank 0, yield the frames of latents [16, T, h, w], in order, as uint8 chunks [frames, 8h, 8w, 3].
 
-        On other ranks, yields nothing. Raises ValueError if the shape is wrong, and NonFiniteError if the decoded
-        frames are not finite.
+        On other ranks, yields nothing. Raises ValueError if the shape is wrong, and NonFiniteError if the latents or
+        the decoded frames are not finite.
         """
         if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
             raise ValueError(f"latents must be shaped [{LATENT_CHANNELS}, T, h, w], not {list(latents.shape)}")
+        if not np.isfinite(latents).all():
+            raise NonFiniteError("the latents to decode are not finite, so the VAE is not the cause")
         # A copy: arrays from the object store are read-only, and torch.from_numpy warns about read-only arrays.
         z = torch.from_numpy(np.array(latents, np.float32))[None]
         return self._frames(decode_in_group(self._vae, z, self._geometry, self._mesh))

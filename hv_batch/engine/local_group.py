@@ -8,9 +8,10 @@
       receive latents after each step
       send True or False to every rank    next step, or end of the job    next step, or end of the job
 
-The parent answers after every step, so that all ranks stop at the same step. The first failure of any rank stops all
-ranks, because the others would wait in a collective for a lost peer. A rank exits at its next step if the parent has
-exited.
+The parent answers after every step, so that all ranks stop at the same step. If all ranks refuse a job with the same
+error, as for latents that are not finite, they wait for the next job. Any other failure of a rank stops all ranks,
+because the others would wait in a collective for a lost peer. In both cases the parent raises the error of the rank. A
+rank exits at its next step if the parent has exited.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from __future__ import annotations
 import pickle
 import signal
 import time
-import traceback
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,6 +31,14 @@ from torch import Tensor
 
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.parallel.process_group import leave_group
+from hv_batch.engine.rank_failures import (
+    JOB_ERRORS,
+    RankFailed,
+    RankFailure,
+    RankTraceback,
+    exit_error,
+    exit_if_imported_by_a_rank,
+)
 from hv_batch.protocol import Device, ParallelPlan, RankSpec, SamplingParams, UserError
 
 if TYPE_CHECKING:
@@ -43,27 +51,18 @@ TIMEOUT_S = 1800.0
 # After a rank has failed, its peers report errors of their own shortly afterwards. The parent waits this long for these
 # errors before it raises the earliest one.
 PEER_ERRORS_S = 0.5
+PEERS_AGREE_S = 10.0  # the same, if the error may be one that all ranks raise; slow ranks need time to reach that step
+EXIT_S = 5.0  # a rank whose link is closed exits within this time, with its exit code
 CLOSE_S = 10.0  # an idle rank exits at once; a rank that is still running after this time is killed
-
-
-class RankFailed(RuntimeError):  # noqa: N818
-    """A rank failed, and the group has been stopped. The text contains the traceback of the rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """The error that a rank reports to the parent before it exits."""
-
-    at: float  # time.monotonic(), which is one clock for all processes of a machine
-    message: str  # the traceback, or the text of a UserError
-    is_user_error: bool
 
 
 class LocalGroup:
     """The processes of one parallel plan, which denoise together.
 
     The ranks are spawned processes, so a script that creates a group needs the `if __name__ == "__main__"` guard.
-    Raises UserError if the degrees do not divide the model or a rank cannot load it, and RankFailed if a rank fails.
+    An error of a rank is raised in the parent, with its class and message and the rank's traceback as its cause. Raises
+    UserError if the degrees do not divide the model, a rank cannot load it or the guard is missing, and RankFailed if a
+    rank dies.
     """
 
     def __init__(
@@ -78,8 +77,11 @@ class LocalGroup:
 
         Each rank calls `make_deterministic` with `reproduce_seed` if it is not None.
         """
+        exit_if_imported_by_a_rank()
         if problems := engine.group_problems(plan):
             raise UserError("The model cannot run with this parallel plan: " + "; ".join(problems) + ".")
+        self._is_ready = False
+        self._is_idle = False  # whether all ranks have refused the last job and wait for the next one
         self._links: list[Connection] = []
         self._processes: list[Any] = []
         try:
@@ -96,9 +98,15 @@ class LocalGroup:
             address = self._receive_from_rank0()
             self._send_to_all(address)
             self._receive_from_rank0()
+            self._is_ready = True
         except BaseException:
             self.kill()
             raise
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the ranks have been stopped, by a failure or by `close`."""
+        return not self._links
 
     def trajectory(
         self,
@@ -108,8 +116,10 @@ class LocalGroup:
     ) -> Generator[Tensor, None, None]:
         """Yield the latents of a batch of videos after each step, on the CPU; see `sampler.trajectory`.
 
-        Closing the generator stops all ranks at that step, and the group can be used again. Any error stops the group.
+        Closing the generator stops all ranks at that step, and the group can be used again. So it can if all ranks
+        raise the same one of JOB_ERRORS. Any other error stops the group.
         """
+        self._is_idle = False
         self._send_to_all((batch, positives, negatives))
         try:
             for _ in range(batch[0].num_inference_steps):
@@ -119,7 +129,8 @@ class LocalGroup:
             self._send_to_all(False)
             raise
         except BaseException:
-            self.kill()
+            if not self._is_idle:
+                self.kill()
             raise
 
     def close(self) -> None:
@@ -160,43 +171,47 @@ class LocalGroup:
 
     def _receive_from_rank0(self) -> Any:
         """Return the next message of rank 0. The other ranks send failures only. Raises if any rank has failed."""
-        while True:
+        while self._links:
             for link in connection.wait(self._links):
                 assert isinstance(link, Connection)
                 message = _receive_or_none(link)
-                if message is None or isinstance(message, _Failure):
+                if message is None or isinstance(message, RankFailure):
                     self._fail(self._links.index(link), message)
                 return message
+        raise RankFailed("this group has been stopped after a failure or by close(); create a new one")
 
-    def _fail(self, rank: int, failure: _Failure | None) -> NoReturn:
-        """Stop all ranks and raise the error of the rank that failed first.
+    def _fail(self, rank: int, failure: RankFailure | None) -> NoReturn:
+        """Raise the error of the rank that failed first, and stop all ranks unless all have ended this job alike.
 
         A rank that exited without a report counts as the first, because its exit is the likely cause of the others.
         """
         failures = {rank: failure}
-        deadline = time.monotonic() + PEER_ERRORS_S
+        deadline = time.monotonic() + (PEERS_AGREE_S if failure and failure.ends_job_only else PEER_ERRORS_S)
         while waiting := [link for other, link in enumerate(self._links) if other not in failures]:
             ready = connection.wait(waiting, max(0.0, deadline - time.monotonic()))
             for link in ready:
                 assert isinstance(link, Connection)
                 message = _receive_or_none(link)
-                if message is None or isinstance(message, _Failure):
+                if message is None or isinstance(message, RankFailure):
                     failures[self._links.index(link)] = message
             if not ready:
                 break
         failed_at = {one: report.at if report else 0.0 for one, report in failures.items()}
         first = min(failed_at, key=lambda one: failed_at[one])
         cause, process = failures[first], self._processes[first]
-        process.join(PEER_ERRORS_S)
-        self.kill()
+        reports = [report for report in failures.values() if report and report.ends_job_only]
+        self._is_idle = len(reports) == len(self._links) and len({report.summary for report in reports}) == 1
+        if not self._is_idle:
+            if cause is None:
+                process.join(EXIT_S)
+            self.kill()
         if cause is None:
-            raise RankFailed(
-                f"rank {first} exited without reporting an error (exit code {process.exitcode}); exit code -9 usually "
-                "means that the machine ran out of memory"
-            )
-        if cause.is_user_error:
-            raise UserError(cause.message)
-        raise RankFailed(f"rank {first} failed first:\n{cause.message}")
+            raise exit_error(first, process.exitcode, has_started=self._is_ready)
+        if cause.error is None:
+            raise RankFailed(f"rank {first} failed first: {cause.summary}") from RankTraceback(cause.traceback)
+        if isinstance(cause.error, UserError):
+            raise cause.error
+        raise cause.error from RankTraceback(f"rank {first} of the group:\n{cause.traceback}")
 
 
 def _serve(engine: HunyuanVideo, spec: RankSpec, link: Connection, reproduce_seed: int | None) -> None:
@@ -211,19 +226,20 @@ def _serve(engine: HunyuanVideo, spec: RankSpec, link: Connection, reproduce_see
         if spec.rank == 0:  # `join` returns on all ranks at the same time
             _send(link, "ready")
         while (job := _receive(link)) is not None:
-            for latents in denoiser.trajectory(*job):
-                if spec.rank == 0:
-                    _send(link, latents.cpu().numpy())
-                if not _receive(link):
-                    break
+            try:
+                for latents in denoiser.trajectory(*job):
+                    if spec.rank == 0:
+                        _send(link, latents.cpu().numpy())
+                    if not _receive(link):
+                        break
+            except JOB_ERRORS as error:
+                _send(link, RankFailure.of(error, ends_job_only=True))
         leave_group()
     except (EOFError, BrokenPipeError):
         return  # the parent has exited
     except BaseException as error:  # noqa: BLE001  # the parent must be able to report any error
-        is_user_error = isinstance(error, UserError)
-        message = str(error) if is_user_error else traceback.format_exc()
         with suppress(OSError):
-            _send(link, _Failure(time.monotonic(), message, is_user_error))
+            _send(link, RankFailure.of(error))
 
 
 # Messages are pickled here, because Connection.send would pass tensors in shared memory, which is freed when the sender

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,8 @@ from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.denoiser import HunyuanDenoiser
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import LocalGroup
+from hv_batch.engine.rank_failures import exit_if_imported_by_a_rank
+from hv_batch.engine.video_requests import check_batches, checked_videos, is_count, plain, plan_videos, require
 from hv_batch.protocol import (
     DEFAULT_NEGATIVE_PROMPT,
     Device,
@@ -31,7 +33,6 @@ from hv_batch.protocol import (
     RankSpec,
     SamplingParams,
     UserError,
-    problems,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class HunyuanVideoPipeline:
     `LocalGroup`). In this case, call `close` or use the pipeline as a context manager. `reproduce_seed` is passed to
     `make_deterministic` in each of these processes. Raises UserError if the model cannot be loaded or the degrees do
     not divide it.
+
+    A pipeline renders one call at a time. A call from a callback, or from another thread during a call, raises
+    UserError; `decode` and `interrupt` may be called at any time. After an error, the pipeline can be used again: if
+    the error has stopped the processes of a group, the next call starts them again.
     """
 
     def __init__(
@@ -66,10 +71,13 @@ class HunyuanVideoPipeline:
         cfg_degree: int = 1,
         reproduce_seed: int | None = None,
     ) -> None:
+        ulysses_degree, ring_degree, cfg_degree = plain(ulysses_degree), plain(ring_degree), plain(cfg_degree)
         for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
-            _require(name, degree, _is_count(degree), "a whole number above 0")
-        _require("cfg_degree", cfg_degree, _is_count(cfg_degree) and cfg_degree <= 2, "1 or 2")
+            require(name, degree, is_count(degree), "a whole number above 0")
+        require("cfg_degree", cfg_degree, is_count(cfg_degree) and cfg_degree <= 2, "1 or 2")
         plan = ParallelPlan(ulysses_degree=ulysses_degree, ring_degree=ring_degree, cfg_degree=cfg_degree)
+        if plan.world_size > 1:
+            exit_if_imported_by_a_rank()
         if load_problems := engine.check():
             raise UserError("The model cannot be loaded: " + " | ".join(load_problems))
         if plan_problems := engine.group_problems(plan):
@@ -78,7 +86,8 @@ class HunyuanVideoPipeline:
         self.device = device
         self._plan = plan
         self._reproduce_seed = reproduce_seed
-        self._interrupted = threading.Event()
+        self._running = threading.Lock()  # held while a call computes
+        self._interrupts = 0  # calls of `interrupt`; each call of the pipeline ends if the number changes
 
     @classmethod
     def from_pretrained(
@@ -115,6 +124,12 @@ class HunyuanVideoPipeline:
         alone = RankSpec(rank=0, local_rank=0, plan=self._plan, device=self.device, address="", timeout_s=0.0)
         return self.engine.join(alone)
 
+    def _ready_denoiser(self) -> HunyuanDenoiser | LocalGroup:
+        """Return the denoiser; a group that an error has stopped is started again."""
+        if isinstance(self._denoiser, LocalGroup) and self._denoiser.is_stopped:
+            del self._denoiser
+        return self._denoiser
+
     @cached_property
     def _decoder(self) -> HunyuanDecoder:
         return self.engine.decoder(self.device)
@@ -137,15 +152,17 @@ class HunyuanVideoPipeline:
         flow_shift: float = 7.0,
         output: Literal["frames", "latents"] = "frames",
         callback: Callback | None = None,
-    ) -> np.ndarray:
+    ) -> Any:
         """Render one or several videos. Returns uint8 frames [num_frames, height, width, 3]; one frame is an image.
 
         With several prompts, several seeds or `num_videos` above 1, the videos are stacked along a first axis, prompt
-        by prompt; `plan_videos` documents their seeds. `batch_size` videos are denoised in one batch, which changes no
-        bit of any video. `output="latents"` returns float32 latents [16, T, height / 8, width / 8] instead of frames.
+        by prompt; `plan_videos` documents their seeds. An empty list of prompts returns an empty list. `batch_size`
+        videos are denoised in one batch, which changes no bit of any video. `output="latents"` returns float32 latents
+        [16, T, height / 8, width / 8] instead of frames.
 
         `callback(n, latents)` is called after each denoising step of each batch; its exceptions propagate. The callback
-        or another thread may call `interrupt`. Raises UserError for invalid values, and Interrupted after `interrupt`.
+        or another thread may call `interrupt`. Raises UserError for invalid values, NonFiniteError for embeddings,
+        latents or frames that are not finite, Interrupted after `interrupt`, and the error of a rank of a group.
         """
         videos = plan_videos(
             prompt,
@@ -161,39 +178,37 @@ class HunyuanVideoPipeline:
             guidance_rescale=guidance_rescale,
             flow_shift=flow_shift,
         )
-        _require("output", output, output in ("frames", "latents"), "'frames' or 'latents'")
-        _require("batch_size", batch_size, _is_count(batch_size), "a whole number above 0")
-        has_branches = self._plan.cfg_degree == 1 or cfg_scale > 1
-        _require("cfg_scale", cfg_scale, has_branches, f"above 1 with cfg_degree {self._plan.cfg_degree}")
-        self._interrupted.clear()
-        results = [
-            latents if output == "latents" else np.concatenate(list(self.decode(latents)))
-            for latents in self.denoise(videos, batch_size=batch_size, callback=callback)
-        ]
-        is_one = isinstance(prompt, str) and isinstance(seed, int) and num_videos == 1
-        return results[0] if is_one else np.stack(results)
+        require("output", output, output in ("frames", "latents"), "'frames' or 'latents'")
+        videos = checked_videos(videos, self._plan.cfg_degree)
+        batch_size, mark = check_batches(videos, batch_size), self._interrupts
+        with self._one_call():
+            results = [
+                latents if output == "latents" else np.concatenate(list(self._decode(latents, mark)))
+                for latents in self._denoise(videos, self._encode(videos), batch_size, callback, mark)
+            ]
+        is_one = isinstance(prompt, str) and isinstance(plain(seed), int) and plain(num_videos) == 1
+        return results[0] if is_one else np.stack(results) if results else results
 
     def stream(self, params: SamplingParams, on_step: Callable[[int], None] | None = None) -> Iterator[np.ndarray]:
         """Denoise one video, then yield its frames as uint8 chunks [n, height, width, 3] as they are decoded.
 
         `on_step(n)` is called after each denoising step. Raises the same errors as `__call__`.
         """
+        videos, mark = checked_videos([params], self._plan.cfg_degree), self._interrupts
         callback = None if on_step is None else lambda step, _latents: on_step(step)
-        self._interrupted.clear()
-        (latents,) = self.denoise([params], callback=callback)
-        return self.decode(latents)
+        with self._one_call():
+            (latents,) = self._denoise(videos, self._encode(videos), 1, callback, mark)
+        return self._decode(latents, mark)
 
     def encode(self, videos: Sequence[SamplingParams]) -> dict[str, TextEmbedding]:
         """Return the embedding of every prompt, and with CFG of every negative prompt, keyed by the text.
 
-        The videos must be all images or all videos of several frames. Raises UserError for invalid values.
+        The videos must be all images or all videos of several frames. Raises UserError for invalid values, and
+        NonFiniteError if an embedding is not finite.
         """
-        for params in videos:
-            _require_valid(params.to_dict())
-        texts = dict.fromkeys(params.prompt for params in videos)
-        texts |= dict.fromkeys(params.negative_prompt for params in videos if params.uses_cfg)
-        embeddings = self._text_encoder.encode(list(texts), image=videos[0].is_image)
-        return dict(zip(texts, embeddings, strict=True))
+        videos = checked_videos(videos, self._plan.cfg_degree)
+        with self._one_call():
+            return self._encode(videos)
 
     def denoise(
         self,
@@ -203,44 +218,89 @@ class HunyuanVideoPipeline:
         batch_size: int = 1,
         callback: Callback | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yield the final float32 latents [16, T, h, w] of each video, in order.
+        """Return an iterator over the final float32 latents [16, T, h, w] of each video, in order.
 
-        `embeddings` is the return value of `encode`, which is called if it is None. The videos may differ only in
-        prompts and seed.
+        `embeddings` is the return value of `encode`, which is called if it is None. The videos of a batch may differ
+        only in prompts and seed. Raises the same errors as `__call__`, those of invalid values before the first video.
         """
+        videos = checked_videos(videos, self._plan.cfg_degree)
+        batch_size, mark = check_batches(videos, batch_size), self._interrupts
         texts = self.encode(videos) if embeddings is None else embeddings
+        if lacking := [text for text in _texts(videos) if text not in texts]:
+            raise UserError(f"`embeddings` lacks the text {lacking[0]!r}. Pass the result of encode() of these videos.")
+        return self._denoise(videos, texts, batch_size, callback, mark, self._one_call)
+
+    def _encode(self, videos: Sequence[SamplingParams]) -> dict[str, TextEmbedding]:
+        if not (texts := _texts(videos)):
+            return {}
+        embeddings = self._text_encoder.encode(texts, image=videos[0].is_image)
+        return dict(zip(texts, embeddings, strict=True))
+
+    def _denoise(
+        self,
+        videos: Sequence[SamplingParams],
+        texts: Mapping[str, TextEmbedding],
+        batch_size: int,
+        callback: Callback | None,
+        mark: int,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Iterator[np.ndarray]:
+        """Yield the latents of each video. `guard` is entered while a batch is denoised, not between two batches."""
         for start in range(0, len(videos), batch_size):
-            yield from self._denoise_batch(videos[start : start + batch_size], texts, callback)
+            with guard():
+                finals = self._denoise_batch(videos[start : start + batch_size], texts, callback, mark)
+            yield from finals
 
     def _denoise_batch(
-        self, batch: Sequence[SamplingParams], texts: Mapping[str, TextEmbedding], callback: Callback | None
+        self,
+        batch: Sequence[SamplingParams],
+        texts: Mapping[str, TextEmbedding],
+        callback: Callback | None,
+        mark: int,
     ) -> np.ndarray:
         positives = [texts[params.prompt] for params in batch]
         negatives = [texts[params.negative_prompt] for params in batch] if batch[0].uses_cfg else None
         steps = batch[0].num_inference_steps
-        with closing(self._denoiser.trajectory(batch, positives, negatives)) as states:
+        with closing(self._ready_denoiser().trajectory(batch, positives, negatives)) as states:
             for step, latents in enumerate(states, 1):
                 if callback is not None:
                     callback(step, latents)
-                self._stop_if_interrupted(f"after step {step} of {steps}")
+                self._stop_if_interrupted(mark, f"after step {step} of {steps}")
         return latents.cpu().numpy()
 
     def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the frames of latents [16, T, h, w] as uint8 chunks [n, 8h, 8w, 3], in order."""
+        """Return an iterator over the frames of latents [16, T, h, w] as uint8 chunks [n, 8h, 8w, 3], in order."""
+        return self._decode(latents, self._interrupts)
+
+    def _decode(self, latents: np.ndarray, mark: int) -> Iterator[np.ndarray]:
         for chunk in self._decoder.decode(latents):
-            self._stop_if_interrupted("while decoding")
+            self._stop_if_interrupted(mark, "while decoding")
             yield chunk
 
+    @contextmanager
+    def _one_call(self) -> Iterator[None]:
+        """Raise UserError if another call is running: the ranks of a group would answer the wrong one, or neither."""
+        if not self._running.acquire(blocking=False):
+            raise UserError(
+                "This pipeline is already rendering, and it renders one call at a time. Call it again when that call "
+                "has returned: not from its callback, and from other threads only with a lock; or use a pipeline for "
+                "each thread."
+            )
+        try:
+            yield
+        finally:
+            self._running.release()
+
     def interrupt(self) -> None:
-        """Stop the call in progress: it raises Interrupted after the current step or chunk of frames.
+        """Stop the calls in progress: they raise Interrupted after the current step or chunk of frames.
 
-        May be called from any thread and from a callback. It does not affect later calls.
+        May be called from any thread and from a callback. It does not affect calls that begin later.
         """
-        self._interrupted.set()
+        self._interrupts += 1
 
-    def _stop_if_interrupted(self, where: str) -> None:
-        if self._interrupted.is_set():
-            self._interrupted.clear()
+    def _stop_if_interrupted(self, mark: int, where: str) -> None:
+        """Raise Interrupted if `interrupt` was called since the number of its calls was `mark`."""
+        if self._interrupts != mark:
             raise Interrupted(f"interrupted {where}")
 
     def free_text_encoder(self) -> None:
@@ -250,10 +310,11 @@ class HunyuanVideoPipeline:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Stop the processes of the group, if there is one."""
-        denoiser = self.__dict__.pop("_denoiser", None)
-        if isinstance(denoiser, LocalGroup):
-            denoiser.close()
+        """Stop the processes of the group, if there is one. Raises UserError during a call of another thread."""
+        with self._one_call():
+            denoiser = self.__dict__.pop("_denoiser", None)
+            if isinstance(denoiser, LocalGroup):
+                denoiser.close()
 
     def __enter__(self) -> HunyuanVideoPipeline:
         return self
@@ -264,58 +325,14 @@ class HunyuanVideoPipeline:
 
 def choose_device(device: Device | Literal["auto"]) -> Device:
     """Resolve "auto" to cuda if available, otherwise cpu. Raises UserError for an unknown name."""
-    _require("device", device, device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
+    require("device", device, device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
 
 
-def plan_videos(
-    prompt: str | Sequence[str], seed: int | Sequence[int], num_videos: int, **values: Any
-) -> list[SamplingParams]:
-    """Return the parameters of `num_videos` videos of each prompt; `values` are the fields that all videos share.
-
-    Video i of a prompt has seed `seed + i`. A list of seeds has one seed per prompt, which is the first seed of that
-    prompt, or one seed per video. Raises UserError for invalid values; it names all invalid values of a video at once.
-    """
-    has_prompt = isinstance(prompt, str) or (isinstance(prompt, Sequence) and len(prompt) > 0)
-    _require("prompt", prompt, has_prompt, "a text or a list of at least one text")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    _require("num_videos", num_videos, _is_count(num_videos), "a whole number above 0")
-    total = len(prompts) * num_videos
-    given = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * len(prompts)
-    allowed = " or ".join(str(count) for count in sorted({len(prompts), total}))
-    per_item = f"one per prompt or one per video (num_videos is {num_videos})"
-    _require("seed", seed, len(given) in (len(prompts), total), f"one seed, or a list of {allowed}: {per_item}")
-    for text in prompts:
-        for first in given:
-            _require_valid({**values, "prompt": text, "seed": first})
-    videos_per_seed = num_videos if len(given) == len(prompts) else 1
-    seeds = [first + i for first in given for i in range(videos_per_seed)]
-    for video_seed in seeds:
-        _require_valid({"seed": video_seed})
-    texts = [text for text in prompts for _ in range(num_videos)]
-    return [SamplingParams(prompt=text, seed=one, **values) for text, one in zip(texts, seeds, strict=True)]
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _require(field: str, value: Any, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise UserError(f"This video cannot be rendered: {field} is {value!r}, allowed is {allowed}.")
-
-
-def _require_valid(values: Mapping[str, Any]) -> None:
-    if invalid := problems(values):
-        message = "; ".join(
-            f"{problem.field} is {problem.value!r}, allowed is {problem.allowed}" for problem in invalid
-        )
-        raise UserError(f"This video cannot be rendered: {message}.")
-    for field in ("prompt", "negative_prompt"):
-        try:
-            str(values.get(field, "")).encode()
-        except UnicodeEncodeError as error:
-            # A lone surrogate: Python decodes bytes of a command line to these if they are not in its encoding.
-            raise UserError(f"This video cannot be rendered: {field} is not valid Unicode text ({error}).") from error
+def _texts(videos: Sequence[SamplingParams]) -> list[str]:
+    """Return every prompt, and with CFG every negative prompt, once."""
+    texts = dict.fromkeys(params.prompt for params in videos)
+    texts |= dict.fromkeys(params.negative_prompt for params in videos if params.uses_cfg)
+    return list(texts)

@@ -24,7 +24,7 @@ from torch import nn
 from hv_batch.architecture import CLIP_TOKENS, MAX_TEXT_TOKENS, SKIPPED_LAYERS
 from hv_batch.engine.checkpoint.tensor_files import open_file
 from hv_batch.engine.checkpoint.text_files import TEXT_LAYOUT, missing_text_files, weight_file
-from hv_batch.protocol import UserError
+from hv_batch.protocol import NonFiniteError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,8 @@ class TextTowers:
     def encode(self, prompts: Sequence[str], *, image: bool) -> list[TextEmbedding]:
         """Return one embedding per prompt, in order. Equal prompts share one embedding.
 
-        White space around a prompt is stripped. `image` selects the image template.
+        White space around a prompt is stripped. `image` selects the image template. Raises NonFiniteError if an
+        embedding is not finite.
 
         P3: every distinct prompt runs alone, padded to one fixed shape. Matrix kernels are chosen by shape, so in a
         batch the bits of a prompt would depend on the number of other prompts. Encoding takes about 0.1 s of a 300 s
@@ -141,7 +142,10 @@ class TextTowers:
         lost = max(0, len(prompt_ids) - MAX_TEXT_TOKENS)
         # copy=True, because a slice would keep and pickle the whole padded buffer.
         states = self._llama_states(ids, limit)[template.crop_start : len(ids)].to("cpu", copy=True)
-        return TextEmbedding(states, self._clip_pooled(prompt), num_tokens=len(prompt_ids) - lost, tokens_lost=lost)
+        pooled = self._clip_pooled(prompt)
+        _require_finite(states, "the text states of LLaMA are")
+        _require_finite(pooled, "the pooled vector of CLIP is")
+        return TextEmbedding(states, pooled, num_tokens=len(prompt_ids) - lost, tokens_lost=lost)
 
     def _llama_states(self, ids: list[int], length: int) -> torch.Tensor:
         """Return the states [length, D] of `ids`, padded on the right."""
@@ -194,6 +198,13 @@ class TextTowers:
             split_special_tokens=split_special_tokens,
             verbose=False,  # suppresses the warning about long prompts, which `tokens_lost` reports
         ).input_ids
+
+
+def _require_finite(values: torch.Tensor, what: str) -> None:
+    """Raise NonFiniteError here, where the cause is known: the DiT would only turn NaN into NaN."""
+    if not bool(torch.isfinite(values).all()):
+        dtype = str(values.dtype).removeprefix("torch.")
+        raise NonFiniteError(f"{what} not finite: {dtype} of the text encoder overflowed, or its weights are damaged")
 
 
 # transformers takes seconds to import, so the functions that need it import it.

@@ -12,7 +12,8 @@ import torch
 from hv_batch.engine import sampler
 from hv_batch.engine.pipeline import HunyuanVideoPipeline, Interrupted, choose_device, plan_videos
 from hv_batch.engine.sampler import SamplingOptions
-from hv_batch.protocol import UserError
+from hv_batch.engine.video_requests import checked_videos
+from hv_batch.protocol import NonFiniteError, UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
@@ -60,13 +61,12 @@ def test_seeds_are_assigned_as_in_the_release(prompts, seed, num_videos, planned
     ("prompts", "seed", "num_videos", "message"),
     [
         ("a", [1, 2, 3], 2, r"seed is \[1, 2, 3\], allowed is one seed, or a list of 1 or 2: one per prompt"),
-        (None, 0, 1, "prompt is None, allowed is a text or a list of at least one text"),
+        (None, 0, 1, "prompt is None, allowed is a text or a list of texts"),
         (["a", "b"], [], 1, r"seed is \[\]"),
         ("a", "7", 1, "seed is '7'"),
         ("a", [1.5], 1, "seed is 1.5"),
         ("a", True, 1, "seed is True"),
         ("a", 2**63 - 1, 2, f"seed is {2**63}"),
-        ([], 1, 1, r"prompt is \[\]"),
         ("a", 1, 0, "num_videos is 0"),
         (["a", ""], 1, 1, "prompt is ''"),
         (["a", None], 1, 1, "prompt is None"),
@@ -145,6 +145,144 @@ def test_an_interrupt_stops_the_current_call_only(pipeline):
     assert np.array_equal(pipeline(PROMPT, **LATENTS), expected)
 
 
+def test_an_interrupt_after_a_call_does_not_end_the_next_one(pipeline):
+    """A late `interrupt` concerns the calls in progress only, also of `denoise`, `decode` and `stream`."""
+    (params,) = plan_videos(PROMPT, 1, 1, **REST)
+    pipeline.interrupt()
+    (latents,) = pipeline.denoise([params])
+    pipeline.interrupt()
+    assert list(pipeline.decode(latents))
+    pipeline.interrupt()
+    assert list(pipeline.stream(params))
+    finals = pipeline.denoise([params, params])
+    next(finals)
+    pipeline.interrupt()
+    with pytest.raises(Interrupted):
+        next(finals)
+
+
+def test_a_call_during_a_call_raises_a_clear_error(pipeline):
+    """A call from the callback or from another thread raises at once, and the first call is not disturbed."""
+    expected, errors = pipeline(PROMPT, **LATENTS), []
+    (params,) = plan_videos(PROMPT, 0, 1, **REST)
+
+    def call_all():
+        for call in (
+            lambda: pipeline(PROMPT, **LATENTS),
+            lambda: pipeline.stream(params),
+            lambda: pipeline.encode([params]),
+            lambda: list(pipeline.denoise([params], {PROMPT: None})),
+            pipeline.close,
+        ):
+            with pytest.raises(UserError, match="already rendering, and it renders one call at a time") as error:
+                call()
+            errors.append(error)
+
+    def from_here_and_from_a_thread(step, latents):
+        if step == 1:
+            call_all()
+            thread = threading.Thread(target=call_all)
+            thread.start()
+            thread.join()
+            assert list(pipeline.decode(latents[0].numpy())), "a preview may be decoded in the callback"
+
+    assert np.array_equal(pipeline(PROMPT, callback=from_here_and_from_a_thread, **LATENTS), expected)
+    assert len(errors) == 10
+    assert np.array_equal(pipeline(PROMPT, **LATENTS), expected)
+
+
+def test_two_denoises_may_alternate_between_their_batches(pipeline):
+    """Between two batches nothing is computed, so another call may run; a consumer may decode there."""
+    videos = plan_videos(PROMPT, 1, 2, **REST)
+    finals = pipeline.denoise(videos)
+    first = next(finals)
+    assert np.array_equal(pipeline(PROMPT, seed=1, **LATENTS), first)
+    assert np.array_equal(next(finals), pipeline(PROMPT, seed=2, **LATENTS))
+
+
+def test_stream_and_denoise_check_what_a_call_checks(pipeline):
+    """P6: invalid values are reported before the first step, with embeddings as well."""
+    (params,) = plan_videos(PROMPT, 1, 1, **REST)
+    texts = pipeline.encode([params])
+    for wrong, message in (
+        ({"height": 30}, "height is 30"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"seed": -1, "cfg_scale": 0.5}, "seed is -1, .*; cfg_scale is 0.5"),
+    ):
+        for call in (pipeline.stream, lambda one: pipeline.denoise([one]), lambda one: pipeline.denoise([one], texts)):
+            with pytest.raises(UserError, match=message):
+                call(replace(params, **wrong))
+    with pytest.raises(UserError, match="batch_size is 0"):
+        pipeline.denoise([params], batch_size=0)
+    with pytest.raises(UserError, match="`embeddings` lacks the text 'another'"):
+        pipeline.denoise([replace(params, prompt="another")], texts)
+    with pytest.raises(UserError, match="some are images"):
+        pipeline.denoise([params, replace(params, num_frames=1)])
+    with pytest.raises(UserError, match=r"cfg_scale is 1\.0, allowed is above 1 with cfg_degree 2"):
+        checked_videos([params], cfg_degree=2)
+
+
+def test_numbers_of_numpy_are_accepted(pipeline):
+    """Seeds and sizes often come from arrays; the frames are those of the equal Python numbers."""
+    expected = pipeline([PROMPT, "dark"], seed=[3, 4], cfg_scale=2.0, negative_prompt="", **LATENTS)
+    sizes = {name: np.int64(value) for name, value in SMALL.items()}
+    given = {"num_videos": np.int32(1), "batch_size": np.int64(1), "cfg_scale": np.float32(2)}
+    given |= {"output": "latents", "negative_prompt": ""}
+    assert np.array_equal(pipeline([PROMPT, "dark"], seed=np.array([3, 4]), **sizes, **given), expected)
+    assert np.array_equal(pipeline(PROMPT, seed=np.int64(3), **sizes, **given), expected[0])
+    params = plan_videos(PROMPT, 3, 1, **{**REST, "cfg_scale": 2.0})[0]
+    odd = replace(params, seed=np.uint8(3), height=np.int16(32), cfg_scale=np.float32(2.0))
+    assert np.array_equal(next(pipeline.denoise([odd])), expected[0])
+    with pytest.raises(UserError, match="seed is True"):
+        pipeline(PROMPT, seed=np.bool_(True), **SMALL)
+    with pytest.raises(UserError, match=r"num_frames is 5\.0"):
+        pipeline(PROMPT, **{**SMALL, "num_frames": np.float64(5)})
+
+
+def test_an_empty_list_gives_an_empty_list(pipeline):
+    """A batch of no prompts is not an error; its other values are still checked."""
+    assert pipeline([], **SMALL) == []
+    assert pipeline([], seed=[], num_videos=2, **LATENTS) == []
+    assert list(pipeline.denoise([])) == []
+    assert pipeline.encode([]) == {}
+    assert plan_videos([], 0, 1, **REST) == []
+    with pytest.raises(UserError, match="height is 31"):
+        pipeline([], **{**SMALL, "height": 31})
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (
+            "_llama.layers.0.mlp.down_proj.weight",
+            "the text states of LLaMA are not finite: float32 of the text encoder",
+        ),
+        ("_clip.text_model.final_layer_norm.bias", "the pooled vector of CLIP is not finite: float32"),
+    ],
+)
+def test_an_embedding_that_is_not_finite_is_that_of_the_encoder(base, weight, message):
+    """P5: a NaN is reported where it arises, not by the DiT, and the pipeline stays usable."""
+    pipeline = HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32)
+    expected = pipeline(PROMPT, **LATENTS)
+    owner = pipeline._text_encoder
+    for name in weight.split("."):
+        owner = getattr(owner, name, owner)  # some versions of transformers have no text_model
+    with torch.no_grad():
+        owner.view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=message):
+        pipeline(PROMPT, **LATENTS)
+    pipeline.free_text_encoder()
+    assert np.array_equal(pipeline(PROMPT, **LATENTS), expected)
+
+
+def test_latents_that_are_not_finite_are_not_those_of_the_vae(pipeline):
+    """P5: a decode names the latents that it was given, before it decodes them."""
+    latents = np.zeros((16, 2, 4, 6), np.float32)
+    latents[3, 1, 2, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="the latents to decode are not finite"):
+        list(pipeline.decode(latents))
+
+
 def test_parts_are_loaded_when_needed(base):
     """Spec section 1, memory: decoding loads neither text encoders nor DiT, and the text encoders can be freed."""
     pipeline = HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32)
@@ -165,8 +303,8 @@ def test_a_prompt_that_is_not_unicode_is_refused(pipeline):
 def test_videos_of_a_batch_must_share_their_parameters(pipeline):
     """A batch has one schedule and one shape."""
     one, other = plan_videos("a", 1, 2, **REST)
-    with pytest.raises(ValueError, match="may differ in prompts and seed only"):
-        list(pipeline.denoise([one, replace(other, flow_shift=5.0)], batch_size=2))
+    with pytest.raises(UserError, match="may differ in prompts and seed only"):
+        pipeline.denoise([one, replace(other, flow_shift=5.0)], batch_size=2)
 
 
 def test_the_official_noise_is_drawn_in_the_dtype_of_the_text(base):

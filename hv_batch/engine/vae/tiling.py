@@ -141,6 +141,9 @@ def to_uint8(frames: Tensor) -> np.ndarray:
     Raises NonFiniteError if the frames are not finite; a cast would convert such values to black.
     """
     if not bool(torch.isfinite(frames).all()):
-        raise NonFiniteError("the decoded frames are not finite")
+        dtype = str(frames.dtype).removeprefix("torch.")
+        raise NonFiniteError(
+            f"the decoded frames are not finite: {dtype} of the VAE overflowed, or its weights are damaged"
+        )
     unit = (frames[0] * 0.5).add_(0.5).clamp_(0, 1)
     return unit.float().mul_(255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
