@@ -31,7 +31,7 @@ from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
-from hv_batch.job.records.run_document import chosen_shards, read_run, read_run_config
+from hv_batch.job.records.run_document import check_revision, chosen_shards, read_run, read_run_config
 from hv_batch.job.storage.store import Store
 
 FOUND = 3
@@ -97,6 +97,7 @@ def verify(
         result = verify_root(store, decode_media, decodes=None if deep else sample_decode, shards=parse_shards(shards))
         if result.findings and repair:
             read_run_config(output)  # raises if the run cannot be resumed: then nothing must be removed
+            check_revision(store)
         if remove or repair:
             check_lease()
             remove_faults(store, result.findings)
@@ -139,6 +140,7 @@ def retry(
         if not yes:
             print(f"{plural(count, 'sample')} would be released; --yes does it")
             return
+        check_revision(store)
         check_lease()
         release(store, read_quarantined(store, chosen, classes or ()))
     print(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")
