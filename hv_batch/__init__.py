@@ -1,3 +1,3 @@
 """hv_batch: a distributed batch renderer for HunyuanVideo on Ray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -33,7 +33,7 @@ from hv_batch.job.inspection.verify_plan import refuse_loss
 from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
-from hv_batch.job.records.run_document import chosen_shards, read_run
+from hv_batch.job.records.run_document import check_revision, chosen_shards, read_run
 from hv_batch.job.storage.store import Store
 
 FOUND = 3
@@ -109,6 +109,7 @@ def verify(
         if repairable and (remove or repair):
             # Before anything is removed: what could not be rendered again must stay.
             refuse_loss(store, result.findings)
+            check_revision(store)
             if repair:
                 _check_resume(output, engine or ())
             check_lease()
@@ -165,6 +166,7 @@ def retry(
         if not yes:
             print(f"{plural(count, 'sample')} would be released; --yes does it")
             return
+        check_revision(store)
         check_lease()
         release(store, read_quarantined(store, chosen, classes or ()))
     print(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")

@@ -1,7 +1,8 @@
 """Map the `media` config to an encoder of ffmpeg and its arguments.
 
-Invariants of all settings: equal frames give equal bytes with one build of ffmpeg (P3), so the number of threads is
-fixed and neither date nor library version is written; and the file is tagged with its colour space.
+Invariants of all settings: equal frames give equal bytes with one build of ffmpeg on one CPU architecture (P3), so the
+number of threads and the CPU's instruction set are fixed and neither date nor library version is written; and the file
+is tagged with its colour space.
 
 Lossless refers to the RGB frames of the VAE: they are encoded as RGB, because a conversion to 4:2:0 and back changes
 nearly every pixel. Few players support such files; they are meant for training and further processing.
@@ -9,13 +10,10 @@ nearly every pixel. Few players support such files; they are meant for training 
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 
-import imageio_ffmpeg
-
 from hv_batch.job.config.sections import MediaConfig
-from hv_batch.protocol import UserError
+from hv_batch.media.ffmpeg import instruction_set
 
 ENCODERS = {"h264": "libx264", "h265": "libx265", "av1": "libsvtav1"}
 LOSSLESS_ENCODERS = {"h264": "libx264rgb", "h265": "libx265", "av1": "libaom-av1"}  # SVT-AV1 supports 4:2:0 only
@@ -64,45 +62,40 @@ def jpeg_options() -> list[str]:
     return ["-frames:v", "1", "-vf", _TO_JPEG, "-c:v", "mjpeg", "-q:v", "2", *_ONE_IMAGE]
 
 
-def check_encoder(media: MediaConfig) -> None:
-    """Raises UserError if ffmpeg on this machine lacks the encoder that the config requires."""
-    ffmpeg, wanted = imageio_ffmpeg.get_ffmpeg_exe(), encoder_name(media)
-    listing = subprocess.run([ffmpeg, "-hide_banner", "-encoders"], capture_output=True, text=True, check=False).stdout
-    available = {line.split()[1] for line in listing.splitlines() if len(line.split()) > 1}
-    if wanted in available:
-        return
-    codecs = [codec for codec, encoder in _encoders(media).items() if encoder in available]
-    raise UserError(
-        f"media.codec = {media.codec}{' with media.lossless' if media.lossless else ''} needs the encoder {wanted}, "
-        f"which {ffmpeg} lacks. Codecs available with this ffmpeg: {', '.join(codecs) or 'none'}. Choose another "
-        "codec, or set IMAGEIO_FFMPEG_EXE on every node to an ffmpeg that has the encoder."
-    )
-
-
 def encoder_name(media: MediaConfig) -> str:
-    return _encoders(media)[media.codec]
+    """Return ffmpeg's encoder for the codec of `media`."""
+    return encoders(media)[media.codec]
 
 
-def _encoders(media: MediaConfig) -> dict[str, str]:
+def encoders(media: MediaConfig) -> dict[str, str]:
+    """Return ffmpeg's encoder for each value of `media.codec`."""
     return LOSSLESS_ENCODERS if media.lossless else ENCODERS
 
 
 def _codec_options(media: MediaConfig) -> Sequence[str]:
     encoder, threads = encoder_name(media), str(media.threads)
     rate = ("-crf", str(media.crf))
+    asm = f"asm={name}" if (name := instruction_set()) else ""
     match encoder:
         case "libx264" | "libx264rgb":
             rate = ("-qp", "0") if media.lossless else rate
-            return ["-c:v", encoder, *rate, "-preset", media.preset, "-threads", threads]
+            params = ("-x264-params", asm) if asm else ()
+            return ["-c:v", encoder, *rate, "-preset", media.preset, "-threads", threads, *params]
         case "libx265":
             # libx265 has its own thread settings; parallel frames would be a further number to fix. `info` would write
             # the settings into the video. Apple's players accept the codec only under the tag hvc1.
-            own = f"pools={threads}:frame-threads=1:info=0:log-level=error{':lossless=1' if media.lossless else ''}"
+            lossless = "lossless=1" if media.lossless else ""
+            own = _joined(f"pools={threads}:frame-threads=1:info=0:log-level=error", lossless, asm)
             return ["-c:v", encoder, *rate, "-preset", media.preset, "-tag:v", "hvc1", "-x265-params", own]
         case "libsvtav1":
             preset = str(SVT_PRESETS[media.preset])
-            return ["-c:v", encoder, *rate, "-preset", preset, "-svtav1-params", f"lp={threads}"]
+            return ["-c:v", encoder, *rate, "-preset", preset, "-svtav1-params", _joined(f"lp={threads}", asm)]
         case _:
             speed = str(min(SVT_PRESETS[media.preset], AOM_FASTEST))
             exact = ("-crf", "0", "-aom-params", "lossless=1")
             return ["-c:v", encoder, *exact, "-cpu-used", speed, "-threads", threads]
+
+
+def _joined(*options: str) -> str:
+    """Join the options of an encoder's own option string, without those that are empty."""
+    return ":".join(filter(None, options))

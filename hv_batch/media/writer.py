@@ -1,13 +1,15 @@
 """Write frames to a media file: an mp4 for a video, streamed through ffmpeg, or a PNG for a single frame.
 
-Equal frames and equal settings give equal bytes with one build of ffmpeg (P3): the number of threads is fixed, and no
-date, tool name or other metadata is written. After any failure, neither a file nor a process remains.
+Equal frames and equal settings give equal bytes with one build of ffmpeg on one CPU architecture (P3): the number of
+threads, the instruction set and the content of fresh memory are fixed (see `ffmpeg`), and no date, tool name or other
+metadata is written. After any failure, neither a file nor a process remains.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import subprocess
 import threading
@@ -19,15 +21,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import imageio_ffmpeg
 import numpy as np
+from PIL import Image
 
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.media.codecs import jpeg_options, video_options
-from hv_batch.media.png import encode_png
+from hv_batch.media.ffmpeg import FfmpegError, find_ffmpeg, kill_ffmpeg, start_ffmpeg
 
 STDERR_LINES = 40  # last lines of ffmpeg's stderr that are kept for the error message
+PNG_LEVEL = 3  # of zlib; the default, 6, takes several times as long and saves 3 % of the bytes
 EXIT_TIMEOUT_S = 600.0  # after the last frame: flushing the encoder and moving the index to the front of the file
 
 
@@ -63,13 +66,14 @@ def write_media(
     num_frames: int,
     fps: int,
     media: MediaConfig,
+    exit_timeout_s: float = EXIT_TIMEOUT_S,
 ) -> MediaInfo:
     """Encode uint8 chunks [n, height, width, 3] into `stem` + ".mp4", or ".png" if `num_frames` is 1.
 
     Height and width must be even for a video (4:2:0 chroma). Only one chunk is in memory at a time. Raises ValueError
-    if the chunks do not match `height`, `width` and `num_frames`, OSError(ENOSPC) if the disk is full,
-    ChildProcessError if ffmpeg is killed by a signal, RuntimeError with ffmpeg's message if it fails, and any exception
-    of `frames`.
+    if the chunks do not match `height`, `width` and `num_frames`, OSError(ENOSPC) if the disk is full, FfmpegError with
+    ffmpeg's message if ffmpeg cannot be started, fails, is killed by a signal, or does not end within `exit_timeout_s`
+    seconds of its last frame, and any exception of `frames`.
     """
     suffix = ".png" if num_frames == 1 else ".mp4"
     path = stem.with_name(stem.name + suffix)
@@ -80,10 +84,10 @@ def write_media(
             frames_sha256, frame = _feed(lambda _: None, frames, shape, num_frames)
             path.write_bytes(encode_png(frame))
         else:
-            with _Encoder([*raw, *video_options(media), *_output(path)]) as encoder:
+            with _Encoder([*raw, *video_options(media), *_output(path)], exit_timeout_s) as encoder:
                 frames_sha256, frame = _feed(encoder.write, frames, shape, num_frames)
         sha256, size = file_sha256(path), path.stat().st_size
-        poster = Poster(poster_path, _write_poster(frame, poster_path, raw)) if poster_path else None
+        poster = Poster(poster_path, _write_poster(frame, poster_path, raw, exit_timeout_s)) if poster_path else None
     except BaseException:
         for left in (path, poster_path):
             if left:
@@ -102,9 +106,20 @@ def write_media(
     )
 
 
-def _write_poster(frame: np.ndarray, path: Path, raw: Sequence[str]) -> str:
+def encode_png(frame: np.ndarray) -> bytes:
+    """Return the bytes of a PNG file with exactly the pixels of a uint8 frame [height, width, 3].
+
+    They depend on the version of Pillow, which every commit record names. Pillow does not write into the file itself,
+    because its errors do not say that a disk is full.
+    """
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG", compress_level=PNG_LEVEL)
+    return file.getvalue()
+
+
+def _write_poster(frame: np.ndarray, path: Path, raw: Sequence[str], exit_timeout_s: float) -> str:
     """Write the frame as a JPEG and return the sha256 of the file."""
-    with _Encoder([*raw, *jpeg_options(), *_output(path)]) as encoder:
+    with _Encoder([*raw, *jpeg_options(), *_output(path)], exit_timeout_s) as encoder:
         encoder.write(frame.data.cast("B"))
     return file_sha256(path)
 
@@ -154,16 +169,12 @@ class _Encoder:
     If this process is killed, ffmpeg reaches the end of its input and exits.
     """
 
-    def __init__(self, arguments: list[str]) -> None:
-        # A new session: Ctrl-C goes to the whole process group of the terminal, but must not stop the encoder of a
-        # sample that finishes during a drain.
-        self._process = subprocess.Popen(
-            [imageio_ffmpeg.get_ffmpeg_exe(), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+    def __init__(self, arguments: list[str], exit_timeout_s: float) -> None:
+        self._exit_timeout_s = exit_timeout_s
+        self._process = start_ffmpeg(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
+        self._ffmpeg = find_ffmpeg()  # its path, for messages
         # A thread reads stderr: a full pipe would block ffmpeg, and thereby the write to its input.
         self._stderr: deque[bytes] = deque(maxlen=STDERR_LINES)
         self._reader = threading.Thread(target=self._read_stderr, daemon=True)
@@ -196,24 +207,28 @@ class _Encoder:
             raise
 
     def finish(self) -> None:
-        """Close the input and wait for ffmpeg. Raises OSError, ChildProcessError or RuntimeError if it failed."""
+        """Close the input and wait for ffmpeg. Raises OSError(ENOSPC) or FfmpegError if it failed."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # ffmpeg exited early; its exit status is checked below
             self._process.stdin.close()
-        status = self._process.wait(EXIT_TIMEOUT_S)
+        try:
+            status = self._process.wait(self._exit_timeout_s)
+        except subprocess.TimeoutExpired:
+            waited = f"{self._exit_timeout_s:g} s"
+            raise FfmpegError(f"ffmpeg did not end within {waited} of its last frame: {self._ffmpeg}") from None
         self._reader.join()
         stderr = b"".join(self._stderr).decode(errors="replace").strip()
         if os.strerror(errno.ENOSPC) in stderr:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {stderr}")
         if status < 0:  # usually the kernel's out-of-memory killer
-            raise ChildProcessError(errno.ECHILD, f"ffmpeg was killed by signal {-status}")
+            raise FfmpegError(f"ffmpeg was killed by signal {-status}: {self._ffmpeg}")
         if status != 0:
-            raise RuntimeError(f"ffmpeg failed with status {status}: {stderr or 'no message on stderr'}")
+            reason = stderr or "no message on stderr"
+            raise FfmpegError(f"ffmpeg failed with status {status}: {self._ffmpeg}: {reason}")
 
     def kill(self) -> None:
         """Kill the process if it is running, and reap it."""
-        self._process.kill()
-        self._process.wait()
+        kill_ffmpeg(self._process)
         self._reader.join()
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # closing flushes the buffer, but ffmpeg no longer reads

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from hv_batch.job.manifest.index import Index, load_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.pending import PendingSamples
-from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, read_run
+from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.redaction import public_values
 from hv_batch.job.storage.store import Store
-from hv_batch.media.codecs import check_encoder
+from hv_batch.media.encoder_check import check_encoder
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
 from hv_batch.runtime.ray_contact import resolve_address
 from hv_batch.runtime.run_context import RunContext, short_id
@@ -35,7 +34,7 @@ from hv_batch.runtime.run_context import RunContext, short_id
 logger = logging.getLogger(__name__)
 
 # Packages whose versions are recorded, because the bytes of a video may depend on them.
-RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "numpy")
+RECORDED_PACKAGES = ("torch", "ray", "transformers", "imageio-ffmpeg", "pillow", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +84,15 @@ def prepare_run(
         logger.info(f"groups of several sizes, in ranks: {sizes}")
     check_memory(run)
     _refuse([problem for plan in groups.plans for problem in engine.group_problems(plan, groups.shapes(plan))], config)
-    versions = {"hv_batch": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
+    versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)
     if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
         logger.warning(warning)
     state = inspect_run(store, document)
+    if state is RunState.FINISHED and pending.takes_back:
+        check_revision(store)
     context = RunContext(run, engine, store, fingerprint(identity), versions, current_settings())
     add_process_fields(run=short_id(context.fingerprint))
     return PreparedRun(context, index, pending, document, state)

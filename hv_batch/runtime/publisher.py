@@ -7,6 +7,7 @@ go to the spool on the node's disk.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -31,9 +32,10 @@ from hv_batch.job.records.latents import drop_intermediates, get_latents, sample
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
-from hv_batch.media.codecs import check_encoder
+from hv_batch.media.encoder_check import check_encoder
+from hv_batch.media.ffmpeg import FfmpegError
 from hv_batch.media.writer import MediaInfo, write_media
-from hv_batch.runtime.classify import DISK_FULL, LatentsGoneError, NodeError
+from hv_batch.runtime.classify import DISK_FULL, REFUSED, LatentsGoneError, NodeError
 from hv_batch.runtime.run_context import RunContext, StageReport, see_output_root, stopwatch
 
 logger = logging.getLogger(__name__)
@@ -92,12 +94,13 @@ class Publisher:
     def check(self) -> None:
         """Check that this node can publish, and remove leftovers of killed processes from its disk.
 
-        Raises UserError if the node does not see the output root or ffmpeg lacks the encoder.
+        Raises UserError if the node does not see the output root, NodeError if its ffmpeg or its disk do not work.
         """
         see_output_root(self._context.store)
         sweep_scratch(Path(tempfile.gettempdir()))
         self._spool.remove_stale()
-        check_encoder(self._context.config.media)  # otherwise a node without ffmpeg would fail at its first sample
+        with blaming_node():
+            check_encoder(self._context.config.media)  # otherwise a node without ffmpeg would fail at its first sample
 
     def is_committed(self, sample: Sample) -> bool:
         """Whether the sample has a commit record. Called before a decode, because an earlier try may have committed the
@@ -133,10 +136,10 @@ class Publisher:
     def write(self, sample: Sample, chunks: Iterable[np.ndarray], folder: Path) -> MediaInfo:
         """Encode the frames, uint8 [F, H, W, 3] per chunk, to a media file in `folder`, named after the sample.
 
-        Raises NodeError if the disk of the node is full.
+        Raises NodeError if ffmpeg or the disk of the node fails.
         """
         params, media = sample.params, self._context.config.media
-        try:
+        with blaming_node():
             return write_media(
                 self._counted(chunks),
                 folder / sample.key,
@@ -146,10 +149,6 @@ class Publisher:
                 fps=sample.fps,
                 media=media,
             )
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise NodeError(f"no space for temporary files in {folder.parent}: {error}") from error
-            raise
 
     def publish(self, made: Sequence[DecodedVideo]) -> list[str | None]:
         """Commit each video, unless the sample is already committed (P1).
@@ -216,5 +215,22 @@ class Publisher:
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder for the videos of a task. `sweep_scratch` recognizes its name."""
-    return tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-")
+    """A temporary folder for the videos of a task. `sweep_scratch` recognizes its name.
+
+    Raises NodeError if the disk of the node fails.
+    """
+    with blaming_node():
+        return tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-")
+
+
+@contextmanager
+def blaming_node() -> Iterator[None]:
+    """Raise NodeError for errors of ffmpeg and of the local disk. Only local files may be used in the block."""
+    try:
+        yield
+    except FfmpegError as error:
+        raise NodeError(str(error)) from error
+    except OSError as error:
+        if error.errno not in DISK_FULL | REFUSED | {errno.EIO}:
+            raise
+        raise NodeError(f"temporary files in {tempfile.gettempdir()} cannot be written: {error}") from error

@@ -10,6 +10,7 @@ from hv_batch.job import layout
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits, run_document
+from hv_batch.job.records.run_identity import REVISION
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import SamplingParams
 
@@ -95,5 +96,5 @@ def open_root(store: Store, samples: int, *, device: str = "cpu", adorned: bool 
         "samples": samples,
         "shards": -(-samples // SHARD_SIZE),
     }
-    identity = {"seed": 0, "parallel": config["parallel"]}
+    identity = {"revision": REVISION, "seed": 0, "parallel": config["parallel"]}
     run_document.open_run(store, {"identity": identity, "config": config, "manifest": manifest, "versions": {}})

@@ -24,6 +24,7 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RunDocument, SummaryDocument
 from hv_batch.job.records.commits import LICENCE_ID
+from hv_batch.job.records.run_identity import revision_problem, without_revision
 from hv_batch.job.redaction import MASK, public_url
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
@@ -51,15 +52,33 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 def inspect_run(store: Store, document: Mapping[str, Any]) -> RunState:
     """The state of the run that `document` describes in this output root. Writes nothing.
 
-    Raises UserError if the root belongs to another run, with every dotted path whose value differs.
+    Raises UserError if the root belongs to another run, with every dotted path whose value differs, or if it is not
+    finished and of another revision.
     """
     if not store.exists(layout.RUN):
         _refuse_orphans(store)
         return RunState.NEW
     existing = read_run(store)
-    if existing["fingerprint"] != fingerprint(document["identity"]):
-        raise UserError(_refusal(store, existing, document))
-    return RunState.FINISHED if store.exists(layout.SUCCESS) else RunState.RESUMED
+    ours, is_finished = document["identity"], store.exists(layout.SUCCESS)
+    if existing["fingerprint"] != fingerprint(ours):
+        if not is_finished and existing["identity"].get("revision", 1) != ours.get("revision", 1):
+            _check_revision(store, existing)
+        if fingerprint(without_revision(existing["identity"])) != fingerprint(without_revision(ours)):
+            raise UserError(_refusal(store, existing, document))
+    return RunState.FINISHED if is_finished else RunState.RESUMED
+
+
+def check_revision(store: Store) -> None:
+    """Raises UserError if this version cannot render samples of the run again, because the run is of another revision.
+
+    To be called before anything is removed from a root so that it is rendered again.
+    """
+    _check_revision(store, read_run(store))
+
+
+def _check_revision(store: Store, run: Mapping[str, Any]) -> None:
+    if problem := revision_problem(run["identity"]):
+        raise UserError(f"The run in the output root {public_url(store.url)} {problem}.")
 
 
 def open_run(store: Store, document: Mapping[str, Any]) -> RunState:

@@ -1,0 +1,120 @@
+"""Output roots of every revision: still read, and finished only by a version that renders the same pixels (P2, P3).
+
+`tests/support/data/roots` holds one finished root of each revision, as the last version of that revision wrote it, from
+one config and one manifest with the fake engine. A change that raises `REVISION` adds the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hv_batch import __version__
+from hv_batch.job import layout
+from hv_batch.job.inspection.diff import compare
+from hv_batch.job.inspection.status import read_status
+from hv_batch.job.inspection.verify import verify
+from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, open_run, read_run
+from hv_batch.job.records.run_identity import LAST_VERSIONS, REVISION
+from hv_batch.job.storage.store import Store
+from hv_batch.media.probe import decode_media
+from hv_batch.protocol import UserError
+from tests.support.cli_calls import hv_batch
+from tests.support.repository import ROOT
+
+ROOTS = ROOT / "tests" / "support" / "data" / "roots"
+OLDER = list(LAST_VERSIONS)
+
+
+@pytest.fixture(params=[*OLDER, REVISION])
+def revision(request):
+    return request.param
+
+
+@pytest.fixture
+def root(revision, tmp_path) -> Path:
+    """A copy of the finished root of a revision."""
+    return shutil.copytree(ROOTS / f"revision-{revision}", tmp_path / "root")
+
+
+def current_document(root: Path) -> dict:
+    """What this version would write into the run.json of `root`."""
+    run = read_run(Store(str(root)))
+    return {**run, "identity": {**run["identity"], "revision": REVISION}}
+
+
+def test_a_finished_root_of_every_revision_is_read(root):
+    """P2: status and verify find every sample, and decode every file."""
+    store = Store(str(root))
+    status = read_status(store)
+    assert (status.committed, status.pending, status.finished) == (3, 0, True)
+    found = verify(store, decode_media, decodes=None)
+    assert (found.decoded, found.findings) == (3, [])
+
+
+def test_a_finished_root_of_every_revision_is_finished(root):
+    """P2: the same command finds nothing to render, because the change cannot touch the samples."""
+    assert inspect_run(Store(str(root)), current_document(root)) is RunState.FINISHED
+
+
+def test_revisions_have_equal_frames_where_only_the_encoders_changed():
+    """P3: revision 2 changed the bytes of images; the frames of the fake engine stay equal."""
+    result = compare(Store(str(ROOTS / "revision-1")), Store(str(ROOTS / "revision-2")))
+    assert result.other_frames == []
+    assert result.other_bytes == ["s01"]
+    assert result.identity == ["revision: (absent) -> 2"]
+
+
+@pytest.mark.parametrize("revision", OLDER)
+def test_an_unfinished_root_of_an_older_revision_is_refused_in_one_sentence(root, revision):
+    """P3: a run never continues with other pixels; the sentence names the last version that finishes it."""
+    (root / layout.SUCCESS).unlink()
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        open_run(Store(str(root)), current_document(root))
+    text = str(caught.value)
+    assert f"hv_batch {LAST_VERSIONS[revision]}, the last version that can" in text
+    assert str(root) in text
+    assert re.findall(r"\.(?:\s|$)", text) == ["."], "one sentence"
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_another_config_is_still_another_config(root):
+    """P2: the revision does not hide that a finished root belongs to another run."""
+    document = current_document(root)
+    document["identity"]["seed"] = 5
+    with pytest.raises(UserError, match="seed: 0 -> 5"):
+        inspect_run(Store(str(root)), document)
+
+
+def test_a_root_of_a_newer_revision_is_refused(root):
+    """P3: a version does not continue what it does not know."""
+    (root / layout.SUCCESS).unlink()
+    run = json.loads((root / layout.RUN).read_text())
+    run["identity"]["revision"] = REVISION + 1
+    run["fingerprint"] = fingerprint(run["identity"])
+    (root / layout.RUN).write_text(json.dumps(run))
+    document = {**run, "identity": {**run["identity"], "revision": REVISION}}
+    with pytest.raises(UserError, match=f"revision {REVISION + 1}, which this version of hv_batch does not know"):
+        inspect_run(Store(str(root)), document)
+
+
+@pytest.mark.parametrize("revision", OLDER)
+def test_nothing_is_removed_from_a_root_that_this_version_cannot_render(root, revision):
+    """P3: `verify --repair` refuses before it removes a faulty file of an older revision."""
+    video = next((root / "data").rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"hv_batch {LAST_VERSIONS[revision]}"):
+        hv_batch("verify", str(root), "--repair")
+    assert video.exists()
+
+
+def test_every_older_revision_has_a_version_and_a_root():
+    """P2: a change that raises the revision names the version before it, and keeps a root of each."""
+    assert list(range(1, REVISION)) == OLDER
+    assert __version__ not in LAST_VERSIONS.values()
+    assert sorted(path.name for path in ROOTS.iterdir()) == [f"revision-{each}" for each in [*OLDER, REVISION]]
