@@ -30,6 +30,7 @@ from hv_batch.job.inspection.status import Status, read_status
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.inspection.verify_plan import refuse_loss
+from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.records.lease import hold_lease, this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
@@ -155,8 +156,9 @@ def retry(
     """Release quarantined samples: they are pending again, and the same run command renders them."""
     store = Store(output)
     with _changing(store, "retry", yes, take_over) as check_lease:
-        chosen = chosen_shards(read_run(store), parse_shards(shards))
-        reasons = group_reasons(read_quarantined(store, chosen, classes or ()))
+        run = read_run(store)
+        chosen, planned = chosen_shards(run, parse_shards(shards)), PlannedKeys(store, run)
+        reasons = group_reasons(read_quarantined(store, chosen, classes or (), planned))
         for reason in reasons:
             print(reason.render())
         if not reasons:
@@ -168,7 +170,7 @@ def retry(
             return
         check_revision(store)
         check_lease()
-        release(store, read_quarantined(store, chosen, classes or ()))
+        release(store, read_quarantined(store, chosen, classes or (), planned))
     print(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")
 
 

@@ -72,7 +72,7 @@ class StageReport:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> StageReport:
         rest = dict(values)
-        return StageReport(rest.pop("seconds"), rest.pop("node"), rest.pop("worker"), rest)
+        return StageReport(rest.pop("seconds"), rest.pop("node", ""), rest.pop("worker", ""), rest)
 
 
 @dataclass(frozen=True, slots=True)

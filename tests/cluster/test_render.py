@@ -61,6 +61,20 @@ def test_a_finished_root_renders_nothing(undisturbed, ray_head):
     assert sum(count(undisturbed / "marks", "denoised").values()) == 10
 
 
+def test_a_finished_root_gets_back_a_summary_that_it_has_lost(undisturbed):
+    """P2: the same command, and a resume, write summary.json again from the records and exit as before."""
+    summary = undisturbed / "out" / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.write_text("{")
+    code, text = render(undisturbed / "config.yaml", undisturbed / "manifest.jsonl", undisturbed / "out", "127.0.0.1:1")
+    assert code == 0, text
+    assert "summary.json of " in text
+    assert "missing or damaged; it is written again" in text
+    after = json.loads(summary.read_text())
+    assert after == {name: value for name, value in before.items() if name in after}
+    assert after["committed"] == 10
+
+
 @pytest.mark.parametrize("after", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 9)), 4])
 def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, marks, after):
     """P2, P3: a driver killed at any moment is resumed; nothing committed is rendered again, bytes are equal."""

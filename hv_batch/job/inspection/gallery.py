@@ -106,15 +106,15 @@ def _run_facts(run: Record) -> dict[str, Any]:
     return {
         "Manifest": manifest["url"] if isinstance(manifest["url"], str) else ", ".join(manifest["url"]),
         "Rows": f"{manifest['rows']:,}",
-        "Engine": config["model"]["engine"],
+        "Engine": config.get("model", {}).get("engine", ""),
         "Group": f"{parallel['device']}, {' or '.join(plans)}",
-        "Run seed": config["seed"],
+        "Run seed": config.get("seed", 0),
     }
 
 
 def _degrees(parallel: Record) -> str:
     branches = f"CFG {parallel['cfg_degree']} × " if parallel.get("cfg_degree", 1) > 1 else ""  # absent in older runs
-    return f"{branches}Ulysses {parallel['ulysses_degree']} × ring {parallel['ring_degree']}"
+    return f"{branches}Ulysses {parallel.get('ulysses_degree', 1)} × ring {parallel.get('ring_degree', 1)}"
 
 
 def _table(facts: Record) -> str:

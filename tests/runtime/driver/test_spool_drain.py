@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,9 @@ from ray.exceptions import NodeDiedError, RayTaskError
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.records import commits
-from hv_batch.job.records.spool import DrainResult
+from hv_batch.job.config.sections import OutputConfig
+from hv_batch.job.records import commits, run_document
+from hv_batch.job.records.spool import DrainResult, Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.scheduling.messages import Published, SpoolLost
 from hv_batch.job.stages import Stage
@@ -20,6 +23,7 @@ from hv_batch.protocol import UserError
 from hv_batch.runtime.driver import spool_drain
 from hv_batch.runtime.driver.outage import Outage
 from tests.support.rendered_roots import FINGERPRINT, make_commit, make_sample
+from tests.support.small_runs import run_small, some_samples
 
 FIRST, SECOND = make_sample(1), make_sample(2)
 A, B = "a" * 56, "b" * 56  # as Ray names nodes
@@ -162,3 +166,34 @@ def test_a_root_that_refuses_ends_the_run(nodes):
     with pytest.raises(UserError, match=r"denied.*grant access"):
         nodes.answer(A, refused.as_instanceof_cause())
     assert "1 finished video on the disks" in nodes.spool_drain.describe()
+
+
+def spooled_by_an_earlier_run(tmp_path, store: Store, folder) -> None:
+    """The video of s001 waits in the spool folder that run.json names."""
+    run_small(store, some_samples(2))
+    run = json.loads(store.get(layout.RUN))
+    record = commits.read_commit(store, 0, "s001")
+    store.get_file(record["file"], tmp_path / "video")
+    output = OutputConfig(spool_folder=str(folder))
+    assert Spool(output, store, run["fingerprint"]).add(record, {record["file"]: tmp_path / "video"})
+    run["config"]["output"]["spool_folder"] = str(folder)
+    store.put(layout.RUN, json.dumps(run).encode())
+    for key in (layout.SUCCESS, layout.metadata_key(0), layout.commit_key(0, "s001"), record["file"]):
+        store.delete(key)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_recorded_spool_folder_is_read_if_it_is_ours_and_never_created(tmp_path, monkeypatch, is_ours):
+    """P2: a resume commits what an earlier run left there, although run.json cannot choose where this run writes."""
+    store, folder = Store(str(tmp_path / "root")), tmp_path / "elsewhere"
+    spooled_by_an_earlier_run(tmp_path, store, folder)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "own"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "own").mkdir()
+    if not is_ours:
+        shutil.rmtree(folder)
+    fingerprint = run_document.read_run(store)["fingerprint"]
+    result = spool_drain.empty_spool._function(OutputConfig(), store, fingerprint)
+    assert result == DrainResult(("s001",) if is_ours else ())
+    assert store.exists(layout.commit_key(0, "s001")) == is_ours
+    assert folder.exists() == is_ours, "a folder that run.json names is not created"
