@@ -97,7 +97,7 @@ def _record(sample: Sample, fingerprint: str) -> dict[str, object]:
     report = {"seconds": 1.0, "node": "127.0.0.1", "worker": "made up"}
     return commit_record(
         sample,
-        file=layout.media_key(sample.shard, sample.key, media.sha256, ".png"),
+        file=layout.media_dir(sample.shard) + layout.media_name(sample.key, media.sha256, params.num_frames),
         media=media,
         stages=dict.fromkeys(("encode", "denoise", "decode"), report),
         failures=[],

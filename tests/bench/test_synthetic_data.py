@@ -96,7 +96,12 @@ def test_a_synthetic_output_root_can_be_resumed(tmp_path):
     store = Store(str(output))
     index = check_manifest(Manifest(str(manifest)), CONFIG, Store(str(tmp_path / "spool")))
     index.publish(store)
-    document = {"identity": {"a": 1}, "config": CONFIG.model_dump(mode="json"), "manifest": {"samples": rows}}
+    document = {
+        "identity": {"parallel": {"device": CONFIG.parallel.device}, "manifest": index.summary.digest},
+        "config": CONFIG.model_dump(mode="json"),
+        "manifest": {"url": str(manifest), "rows": rows, "samples": rows},
+        "versions": {},
+    }
     open_run(store, document)
     synthetic_data.commit_first(output, manifest, CONFIG, committed)
     plan = PendingSamples(store, index)
