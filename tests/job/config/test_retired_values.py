@@ -63,7 +63,8 @@ def test_a_run_with_colocated_decoders_can_be_resumed(tmp_path, capsys):
     config = RunConfig.model_validate({"decoders": {"gpus": 0.3}})
     written = config.model_dump(mode="json")
     written["decoders"]["placement"] = "colocated"
-    document = {"identity": identity_of(config), "config": written, "manifest": {"url": "prompts.jsonl"}}
+    manifest = {"url": "prompts.jsonl", "rows": 1, "samples": 1}
+    document = {"identity": identity_of(config), "config": written, "manifest": manifest, "versions": {}}
     run_document.open_run(Store(str(tmp_path)), document)
     read, manifest = read_run_config(str(tmp_path))
     assert (read, manifest) == (config, "prompts.jsonl")

@@ -18,7 +18,6 @@ from hv_batch.job.records.commits import quarantine, quarantine_record
 from hv_batch.job.records.pending import PendingSamples, only_failed
 from hv_batch.job.records.shard_scan import LOOK_AHEAD
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.support.pending import iterate
@@ -195,7 +194,9 @@ def test_failed_only_selects_quarantined_samples(index, options, expected):
     """`--failed-only` renders the quarantined samples of the selection and no others, not even pending ones."""
     store, samples = memory(), list(index)
     failed = [samples[n] for n in (0, 1, 5, 10)]
-    store.put(layout.RUN, canonical_json.encode(root_of(index)))
+    facts = {"url": "prompts.jsonl", "rows": index.summary.rows, "samples": index.summary.samples}
+    document = {"identity": {"parallel": {"device": "cpu"}}, "config": {"output": {"shard_size": 4}}}
+    run_document.open_run(store, document | {"manifest": facts, "versions": {}})
     commit(store, *(sample for sample in samples[:15] if sample not in failed))
     for sample in failed:
         failure = Failure(FailureClass.POISON, "not finite").to_dict()
@@ -210,12 +211,6 @@ def test_failed_only_selects_quarantined_samples(index, options, expected):
     again = PendingSamples(store, index, only_failed(store, parse_selection(**options)))
     assert (again.take_back(), pending(again)) == (0, expected)  # as after a crash
     assert not PendingSamples(store, index).takes_back
-
-
-def root_of(index) -> dict:
-    facts = {"samples": index.summary.samples}
-    config = {"output": {"shard_size": 4}}
-    return {"schema": run_document.RUN_SCHEMA, "identity": {}, "fingerprint": "", "manifest": facts, "config": config}
 
 
 def test_complete_shards_cost_two_requests_and_no_read_of_the_manifest(tmp_path, monkeypatch):
