@@ -18,10 +18,13 @@ import pyarrow as pa
 
 from hv_batch.job.config.field_rules import parse_text
 from hv_batch.job.manifest.files import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed_message, find_sources
-from hv_batch.job.manifest.formats import Content, NumberedRows, split_csv, split_json_lines, split_parquet
+from hv_batch.job.manifest.formats import CsvRecords, JsonLines, NumberedRows, split_csv, split_json_lines
+from hv_batch.job.manifest.parquet_rows import ArrowRows, LongRow, split_parquet
 from hv_batch.job.redaction import public_url
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
+
+Content = JsonLines | CsvRecords | ArrowRows | LongRow
 
 HASH_BYTES = 1 << 20  # of one read when only hashing: few round trips to an object store, little memory
 
