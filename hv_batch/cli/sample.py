@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,12 +211,24 @@ def _refuse_launcher() -> None:
 
 
 def _save_folder(options: argparse.Namespace) -> Path:
+    if not options.save_path.strip():
+        raise UserError("--save-path is blank. Give the path of a folder.")
     suffix = f"_{options.save_path_suffix}" if options.save_path_suffix else ""
     folder = Path(options.save_path + suffix)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--save-path {folder} cannot be created: {error}. Choose another folder.") from error
+    try:
+        with tempfile.TemporaryFile(
+            dir=folder
+        ) as probe:  # a render takes minutes, and its files are written at the end
+            probe.write(b"probe")
+    except OSError as error:
+        raise UserError(
+            f"--save-path {folder} cannot be written: {error}. Grant write access, free disk space, or choose another "
+            "folder."
+        ) from error
     return folder
 
 

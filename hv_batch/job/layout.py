@@ -44,6 +44,18 @@ PLAN = "plan/"
 INDEX = f"{PLAN}index.json"
 
 
+def examples() -> tuple[str, ...]:
+    """A key of each kind of object."""
+    digest, sample = "0" * 64, "sample"
+    return (
+        *(RUN, SUMMARY, SUCCESS, REPORT, LEASE, INDEX, index_part(0, digest)),
+        *(media_key(0, sample, digest, suffix) for suffix in (".mp4", ".png")),
+        *(metadata_key(0), totals_key(0), tar_key(0), lineage_key(0), poster_key(0, sample, digest)),
+        *(commit_key(0, sample), quarantine_key(0, sample), retried_key(0, sample)),
+        *(latent_key(0, sample), step_key(0, sample)),
+    )
+
+
 def index_part(number: int, sha256: str) -> str:
     """The key of one part of the index.
 

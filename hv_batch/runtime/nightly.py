@@ -66,6 +66,8 @@ class NightlyRequest:
     catch_up: int  # number of days before `day` whose unfinished runs are resumed first
 
     def __post_init__(self) -> None:
+        if not self.output.strip():
+            raise UserError("--output is blank. Give the folder of the nights' output roots, or its URL.")
         if PLACE not in self.manifest:
             raise UserError(
                 f"The manifest {self.manifest} is the same on every date: insert {PLACE} in place of the date, as in "

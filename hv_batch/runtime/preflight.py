@@ -56,11 +56,11 @@ def prepare_run(
     selection: Selection | None,
     address: str | None = None,
 ) -> PreparedRun:
-    """Check the engine, its weights, ffmpeg, the manifest and the GPU memory.
+    """Check the engine, its weights, ffmpeg, the output root, the manifest and the GPU memory.
 
     Writes only the index of the manifest into `spool`, a temporary folder, and the probe of the output root.
 
-    Raises UserError with all problems of the engine, ffmpeg and the manifest at once.
+    Raises UserError with all problems of the engine, ffmpeg, the output root and the manifest at once.
     """
     logger.info(_describe_reads(config, manifest))
     problems: list[str] = []
@@ -72,6 +72,9 @@ def prepare_run(
     with _collected(problems):
         check_encoder(config.media)
     with _collected(problems):
+        warning = _probe(store)
+    with _collected(problems):
+        manifest.refuse_own_outputs(store.url, layout.examples())
         index = _read_manifest(config, manifest, store, spool)
         pending = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
     if problems:
@@ -88,7 +91,7 @@ def prepare_run(
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)
-    if not store.exists(layout.SUCCESS) and (warning := store.probe().warning):
+    if warning:
         logger.warning(warning)
     state = inspect_run(store, document)
     if state is RunState.FINISHED and pending.takes_back:
@@ -104,6 +107,15 @@ def _describe_reads(config: RunConfig, manifest: Manifest) -> str:
     paths = [f"model.options.{name} = {value}" for name, value in options.items() if "/" in str(value)]
     urls = manifest.public_urls if isinstance(manifest.public_urls, str) else ", ".join(manifest.public_urls)
     return f"reads outside the output root: the manifest {urls}{''.join(f', {path}' for path in paths)}"
+
+
+def _probe(store: Store) -> str | None:
+    """Test that an unfinished output root can be written. Returns a warning about how, if there is one."""
+    try:
+        is_finished = store.exists(layout.SUCCESS)
+    except OSError:
+        is_finished = False  # the probe reports the reason better
+    return None if is_finished else store.probe().warning
 
 
 def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:

@@ -101,6 +101,48 @@ def test_an_unwritable_output_is_reported(good, tmp_path):
     assert "is a file, or lies below one" in refused(good[0], good[1], tmp_path / "file" / "out")
 
 
+def test_an_unwritable_output_is_reported_with_the_other_problems(good, tmp_path):
+    """P6: the output root is probed with the first checks, not after the weights have been hashed."""
+    (tmp_path / "file").write_text("in the way")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": ""}\n')
+    text = refused(good[0], bad, tmp_path / "file" / "out", "parallel.ulysses_degree=5")
+    for expected in ("is a file, or lies below one", "does not divide 24", "row 1: prompt"):
+        assert expected in text
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_output_or_manifest_is_refused(good, blank):
+    """P6: an empty variable of a script must not render into the working directory, or below the root of the disk."""
+    config, manifest, output = good
+    before = set(os.listdir(ROOT))
+    for command in (
+        ["run", "--config", config, "--manifest", manifest, "--output", blank],
+        ["nightly", "--config", config, "--manifest", "{date}.jsonl", "--output", blank],
+        ["resume", blank],
+        ["status", blank],
+        ["gc", blank],
+        ["verify", blank],
+    ):
+        code, _, stderr = hv_batch(*command)
+        assert code == 1
+        assert "output is blank" in stderr or "output root is blank" in stderr, command
+    for command in (
+        ["run", "--config", config, "--manifest", blank, "--output", output],
+        ["run", "--config", config, "--manifest", manifest, "--manifest", blank, "--output", output],
+    ):
+        code, _, stderr = hv_batch(*command)
+        assert code == 1
+        assert "The manifest is blank" in stderr
+    assert set(os.listdir(ROOT)) == before
+
+
+def test_a_manifest_that_would_read_the_output_root_is_refused_at_the_first_run(good, tmp_path):
+    """P6: the second run would find its own run.json among the files of the manifest."""
+    text = refused(good[0], tmp_path, tmp_path / "out")
+    assert f"The manifest {tmp_path} would also read the output root {tmp_path / 'out'} (for example" in text
+
+
 def test_problems_of_config_weights_and_manifest_are_reported_together(good, tmp_path):
     """P6: problems of the plan and of the rows are reported together."""
     manifest = tmp_path / "bad.jsonl"

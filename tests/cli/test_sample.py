@@ -260,6 +260,14 @@ def test_a_missing_prompt_and_a_launcher_are_refused(monkeypatch):
         sample.main(["--prompt", PROMPT])
 
 
+def test_the_save_path_is_probed_before_the_render(base, monkeypatch):
+    """P6: a folder that takes no files is reported before the weights are loaded. /proc takes none, even from root."""
+    monkeypatch.setattr(sample, "_render", lambda *_: pytest.fail("rendered first"))
+    for path, message in (("/proc", "--save-path /proc cannot be written"), (" ", "--save-path is blank")):
+        with pytest.raises(UserError, match=message):
+            sample.main([*SMALL, "--model-base", str(base), "--prompt", PROMPT, "--save-path", path])
+
+
 def test_an_unusable_save_path_is_refused(base, tmp_path):
     """P6: it is found before the model is loaded."""
     (tmp_path / "file").write_text("not a folder")

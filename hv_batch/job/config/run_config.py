@@ -31,7 +31,14 @@ from hv_batch.job.config.sections import (
     TimeoutsConfig,
     check_row_rule,
 )
-from hv_batch.job.config.yaml_overrides import CROSS_FIELD, apply_override, explain, known_keys, parse_yaml
+from hv_batch.job.config.yaml_overrides import (
+    CROSS_FIELD,
+    MAX_CONFIG_BYTES,
+    apply_override,
+    explain,
+    known_keys,
+    parse_yaml,
+)
 from hv_batch.job.user_input import open_input, shorten
 from hv_batch.protocol import UserError
 
@@ -118,7 +125,7 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError that lists all problems.
     """
     with open_input("config", url) as file:
-        content = file.read()
+        content = file.read(MAX_CONFIG_BYTES + 1)  # one more than `parse_yaml` accepts
     try:
         values = parse_yaml(content)
     except ValueError as error:

@@ -15,9 +15,31 @@ from hv_batch.job.user_input import shorten
 
 CROSS_FIELD = "cross_field"  # error type of a check over several keys; its message names the keys
 
+# Limits of a YAML document, far above any config. A document of 1 kB may refer to its own parts by aliases so often
+# that it stands for billions of values. PyYAML takes quadratic time for deep nesting, and Python for long numbers.
+MAX_CONFIG_BYTES = 1 << 17
+MAX_YAML_DEPTH = 100
+MAX_YAML_VALUES = 100_000  # with every alias counted as what it refers to
+MAX_NUMBER_CHARS = 400  # the largest float as an integer has 309
+
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys (PyYAML keeps the last one) and reads 1e-3 as a number."""
+    """A SafeLoader that refuses duplicate keys (PyYAML keeps the last one) and reads 1e-3 as a number.
+
+    It refuses nesting beyond MAX_YAML_DEPTH while it scans, which PyYAML does in quadratic time.
+    """
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 (a name of PyYAML)
+        self._check_depth()
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        self._check_depth()
+        return bool(super().add_indent(column))
+
+    def _check_depth(self) -> None:
+        if self.flow_level + len(self.indents) > MAX_YAML_DEPTH:
+            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=self.get_mark())
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -38,10 +60,44 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(content: bytes | str) -> Any:
     """The value of a YAML document. Raises ValueError with the problem and its position."""
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ValueError(f"it has {len(content)} bytes; at most {MAX_CONFIG_BYTES} are allowed")
     try:
-        return yaml.load(content, Loader=_Loader)
+        loader = _Loader(content)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-45
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """The number of values that a node stands for. `known` has those of the nodes that were counted.
+
+    Raises ValueError if there are too many, if a node contains itself, or if a number is too long.
+    """
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise yaml.MarkedYAMLError(problem="an alias refers to what contains it", problem_mark=node.start_mark)
+        return count
+    known[id(node)] = None  # it is being counted
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        below = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        below = node.value
+    elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_NUMBER_CHARS:
+        problem = f"a number has {len(node.value)} characters; at most {MAX_NUMBER_CHARS} are allowed"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    count = 1 + sum(_count_values(part, known) for part in below)
+    if count > MAX_YAML_VALUES:
+        problem = f"it stands for more than {MAX_YAML_VALUES} values; write lists and objects without aliases"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    known[id(node)] = count
+    return count
 
 
 def apply_override(values: dict[Any, Any], override: str) -> None:
@@ -52,7 +108,7 @@ def apply_override(values: dict[Any, Any], override: str) -> None:
         raise ValueError(f"override {shorten(override)}; allowed: key=value with a dotted key, as groups.count=4")
     try:
         value = _parse_override(text.strip())
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"override {shorten(override)}: the value is not valid YAML ({error})") from error
     for name in path[:-1]:
         below = {} if values.get(name) is None else values[name]
@@ -70,7 +126,9 @@ def _parse_override(text: str) -> Any:
     if not text:
         return ""
     loader = _Loader("")
-    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    node = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+    _count_values(node, {})
+    return loader.construct_object(node)
 
 
 def explain(schema: type[BaseModel], details: ErrorDetails) -> str:

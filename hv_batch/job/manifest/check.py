@@ -28,10 +28,10 @@ import numpy as np
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest.extra_columns import ColumnType, common_type
+from hv_batch.job.manifest.formats import MAX_COLUMNS
 from hv_batch.job.manifest.index import Index, IndexWriter, read_rows
 from hv_batch.job.manifest.reader import Chunk, Manifest
 from hv_batch.job.manifest.row_validation import (
-    MAX_COLUMNS,
     MAX_REPORTED,
     ChunkResult,
     describe,

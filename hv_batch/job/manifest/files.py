@@ -7,7 +7,9 @@ manifest that changes during a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os.path
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -15,6 +17,7 @@ from typing import IO, Any
 from urllib.parse import unquote
 
 import fsspec
+from fsspec.utils import glob_translate
 
 from hv_batch.job.user_input import explain_failure
 from hv_batch.protocol import UserError
@@ -98,7 +101,7 @@ def _expand(url: str, filesystem: Any, path: str) -> Iterator[Source]:
     try:
         info = _info(filesystem, path)
     except FileNotFoundError:
-        matches = filesystem.glob(path, detail=True) if any(char in path for char in "*?[") else {}
+        matches = filesystem.glob(path, detail=True) if _is_glob(path) else {}
         if not matches:
             raise
         files = {match: entry for match, entry in matches.items() if entry["type"] == "file"}
@@ -107,15 +110,61 @@ def _expand(url: str, filesystem: Any, path: str) -> Iterator[Source]:
             yield _source(url, filesystem, path, info)
             return
         files = {
-            below: entry
-            for below, entry in filesystem.find(path, detail=True).items()
-            if not any(part[0] in "._" for part in below.removeprefix(path).strip("/").split("/"))
+            below: entry for below, entry in filesystem.find(path, detail=True).items() if not _is_hidden(below, path)
         }
         if not files:
             raise UserError(f"The manifest {url} is a folder without files. Allowed files: {ALLOWED_FORMATS}.")
     is_local = "file" in _protocols(filesystem)
     for below, entry in files.items():
         yield _source(below if is_local else filesystem.unstrip_protocol(below), filesystem, below, entry)
+
+
+def refuse_own_outputs(urls: Sequence[str], root: str, keys: Iterable[str]) -> None:
+    """Raise UserError if a folder or glob among `urls` would also read objects of the output root at the URL `root`.
+
+    `keys` are keys of such objects, one of each kind. The first run would still read only the manifest, and the second
+    one would fail. Sources that do not exist are ignored.
+    """
+    filesystem, base = fsspec.core.url_to_fs(root)
+    objects = [f"{_real(filesystem, base).rstrip('/')}/{key}" for key in keys]
+    for url in urls:
+        with _as_user_error(url):
+            other, path = fsspec.core.url_to_fs(url)
+        if set(_protocols(other)).isdisjoint(_protocols(filesystem)):
+            continue
+        if read := next((one for one in objects if _would_read(other, _real(other, path), one)), None):
+            raise UserError(
+                f"The manifest {url} would also read the output root {root} (for example {read}), so the next run with "
+                "it would fail. Name the files of the manifest, or choose an output root outside of it."
+            )
+
+
+def _would_read(filesystem: Any, path: str, file: str) -> bool:
+    """Whether a manifest at `path` reads `file`, if that exists."""
+    try:
+        is_folder = filesystem.isdir(path)
+    except Exception:  # noqa: BLE001  (each storage backend raises its own types; reading the manifest reports them)
+        return False
+    if is_folder:
+        folder = f"{path.rstrip('/')}/"
+        return file.startswith(folder) and not _is_hidden(file, folder)
+    return _is_glob(path) and re.match(glob_translate(path), file) is not None
+
+
+def _real(filesystem: Any, path: str) -> str:
+    """The path without symbolic links; of a glob, as far as it has no wildcards."""
+    if "file" not in _protocols(filesystem):
+        return path
+    fixed = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] if _is_glob(path) else path
+    return os.path.realpath(fixed) + path.removeprefix(fixed)
+
+
+def _is_glob(path: str) -> bool:
+    return any(char in path for char in "*?[")
+
+
+def _is_hidden(file: str, folder: str) -> bool:
+    return any(part[0] in "._" for part in file.removeprefix(folder).strip("/").split("/"))
 
 
 def _source(name: str, filesystem: Any, path: str, info: Mapping[str, Any]) -> Source:

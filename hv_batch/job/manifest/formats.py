@@ -1,34 +1,31 @@
-"""The three formats of a manifest file, in two steps: split a file into chunks, and parse a chunk into rows.
+"""The text formats of a manifest file, in two steps: split a file into chunks, and parse a chunk into rows.
 
-Splitting reads the file sequentially and is cheap. Parsing is the costly step; it needs only its chunk, so it can run
-in another process. A chunk is a few MB (P7). Parsed rows are plain dicts whose values are not validated here. A row
-that cannot be parsed is a FieldProblem and does not end the pass, so that all invalid rows are reported together (P6).
+`parquet_rows` does the same for Parquet. Splitting reads the file sequentially and is cheap. Parsing is the costly
+step; it needs only its chunk, so it can run in another process. A chunk is a few MB (P7), and longer rows are problems.
+The time is linear in the size of the file, whatever it contains. Parsed rows are plain dicts whose values are not
+validated here. A row that cannot be parsed is a FieldProblem and does not end the pass, so that all invalid rows are
+reported together (P6).
 """
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from decimal import Decimal
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from hv_batch.job.config.field_rules import parse_text
+from hv_batch.job.config.field_rules import KNOWN_COLUMNS, parse_text
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem
 
 CHUNK_BYTES = 4 << 20  # about 20,000 rows of short prompts: about a second of work for one process
 CHUNK_ROWS = 32_768  # of Parquet and CSV, whose rows may need far more memory once they are parsed
+CELL_BYTES = 8  # that a cell counts besides its text, because empty cells take memory as well
 MAX_LINE_BYTES = 16 << 20  # a prompt is a few kB, so a longer line is not a manifest row
-BATCH_ROWS = 256  # Parquet rows converted to Python values at a time: a few MB even with long prompts
+MAX_COLUMNS = 1000  # further columns of a manifest: each becomes a metadata column, and is held during the run
 UNREADABLE = "(unreadable)"  # stands for a value that cannot be shown
-PAGE_BYTES = 1 << 20  # of one read of a Parquet column chunk
 
 ParsedRow = dict[str, Any] | FieldProblem
 NumberedRows = Iterator[tuple[int, ParsedRow]]
@@ -73,28 +70,6 @@ class CsvRecords:
     @property
     def last(self) -> int:
         return self.records[-1][0]
-
-
-@dataclass(frozen=True, slots=True)
-class ArrowRows:
-    """Rows of a Parquet file, numbered from 1."""
-
-    first: int
-    table: pa.Table
-
-    def rows(self) -> NumberedRows:
-        number = self.first
-        for batch in self.table.to_batches(max_chunksize=BATCH_ROWS):
-            for row in _batch_rows(batch):
-                yield number, row
-                number += 1
-
-    @property
-    def last(self) -> int:
-        return self.first + len(self.table) - 1
-
-
-Content = JsonLines | CsvRecords | ArrowRows
 
 
 def split_json_lines(file: IO[bytes]) -> Iterator[JsonLines]:
@@ -152,8 +127,8 @@ def _reject_constant(name: str) -> None:
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shorten(next(name for name in names if names.count(name) > 1))} is given twice")
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {shorten(name)} is given twice")
     return row
 
 
@@ -163,7 +138,7 @@ _DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_
 def split_csv(file: IO[bytes]) -> Iterator[CsvRecords]:
     """Split a comma-separated UTF-8 file, quoted as in RFC 4180. Raises ValueError if the header is invalid."""
     csv.field_size_limit(MAX_LINE_BYTES)  # the default limit is 128 kB; the setting is global
-    numbered = _csv_records(csv.reader(_csv_lines(file), strict=True))
+    numbered = _csv_records(_CsvLines(file))
     _, cells = next(numbered, (1, []))
     if isinstance(cells, FieldProblem):
         raise ValueError(f"its header must be {cells.allowed}")
@@ -173,7 +148,9 @@ def split_csv(file: IO[bytes]) -> Iterator[CsvRecords]:
     records, size = [], 0
     for number, cells in numbered:
         records.append((number, cells))
-        size += len(cells.allowed) if isinstance(cells, FieldProblem) else sum(map(len, cells))
+        size += (
+            len(cells.allowed) if isinstance(cells, FieldProblem) else sum(map(len, cells)) + CELL_BYTES * len(cells)
+        )
         if len(records) == CHUNK_ROWS or size > CHUNK_BYTES:
             yield CsvRecords(header, tuple(records))
             records, size = [], 0
@@ -181,13 +158,54 @@ def split_csv(file: IO[bytes]) -> Iterator[CsvRecords]:
         yield CsvRecords(header, tuple(records))
 
 
-def _csv_records(reader: Any) -> Iterator[tuple[int, list[str] | FieldProblem]]:
+class _RecordTooLongError(Exception):
+    """A record has more than MAX_LINE_BYTES: its quoted cells go on over many lines."""
+
+
+class _CsvLines:
+    """The lines of a CSV file as text. Raises _RecordTooLongError in a record that is too long, and then continues."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._lines = self._decoded(file)
+        self._room = MAX_LINE_BYTES
+        self.number = 0  # of the last line
+
+    def begin_record(self) -> None:
+        self._room = 2 * MAX_LINE_BYTES  # a single line has at most MAX_LINE_BYTES + 1, and is reported as such
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._room < 0:
+            raise _RecordTooLongError
+        line = next(self._lines)
+        self.number += 1
+        self._room -= len(line)
+        return line
+
+    @staticmethod
+    def _decoded(file: IO[bytes]) -> Iterator[str]:
+        for number, block in _line_blocks(file):
+            for at, line in enumerate(block.split(b"\n"), start=number):
+                if at == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                yield line.decode("utf-8", "surrogateescape") + "\n"
+
+
+def _csv_records(lines: _CsvLines) -> Iterator[tuple[int, list[str] | FieldProblem]]:
+    reader = csv.reader(lines, strict=True)
     while True:
-        number = reader.line_num + 1
+        number = lines.number + 1
+        lines.begin_record()
         try:
             cells = next(reader, None)
         except csv.Error as error:  # the reader continues with the next line
             yield number, FieldProblem("line", UNREADABLE, f"comma-separated cells ({error})")
+            continue
+        except _RecordTooLongError:
+            allowed = f"a record of at most {MAX_LINE_BYTES >> 20} MiB; a quotation mark may be missing"
+            yield number, FieldProblem("line", UNREADABLE, allowed)
             continue
         if cells is None:
             return
@@ -197,14 +215,6 @@ def _csv_records(reader: Any) -> Iterator[tuple[int, list[str] | FieldProblem]]:
         else:
             text = ",".join(cells).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             yield number, FieldProblem("line", text[:1000], "text in UTF-8")
-
-
-def _csv_lines(file: IO[bytes]) -> Iterator[str]:
-    for number, block in _line_blocks(file):
-        for at, line in enumerate(block.split(b"\n"), start=number):
-            if at == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            yield line.decode("utf-8", "surrogateescape") + "\n"
 
 
 def _is_not_utf8(text: str) -> bool:
@@ -218,67 +228,16 @@ def _is_not_utf8(text: str) -> bool:
 
 
 def check_columns(names: Sequence[str]) -> None:
-    """Raises ValueError unless the column names of a table are unique and include `prompt`."""
-    twice = sorted({name for name in names if names.count(name) > 1})
+    """Raises ValueError unless the column names of a table are unique, not too many, and include `prompt`."""
+    most = MAX_COLUMNS + len(KNOWN_COLUMNS)
+    if len(names) > most:
+        raise ValueError(
+            f"it has {len(names)} columns; at most {most} are allowed, because each becomes a column of the dataset's "
+            "metadata. Combine them into one column that holds an object, or remove them"
+        )
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"it has two columns named {', '.join(map(shorten, twice[:5]))}; rename or remove one")
     if "prompt" not in names:
         shown = ", ".join(map(shorten, names[:20]))
         raise ValueError(f"it has no column `prompt`, but {shown}; name the column with the prompts `prompt`")
-
-
-def split_parquet(file: IO[bytes]) -> Iterator[ArrowRows]:
-    """Split a Parquet file. Raises ValueError if its columns are invalid, and pyarrow's errors if it is damaged."""
-    # With buffer_size, the pages of a column chunk are streamed; without it, a whole row group would be held.
-    parquet = pq.ParquetFile(file, buffer_size=PAGE_BYTES, pre_buffer=False)
-    check_columns(parquet.schema_arrow.names)
-    first, batches, rows, size = 1, [], 0, 0
-    for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
-        batches.append(batch)
-        rows, size = rows + len(batch), size + batch.nbytes
-        if rows >= CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield ArrowRows(first, pa.Table.from_batches(batches))
-            first, batches, rows, size = first + rows, [], 0, 0
-    if batches:
-        yield ArrowRows(first, pa.Table.from_batches(batches))
-
-
-# Arrow types whose Python values are JSON values.
-_PLAIN = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
-
-
-def _batch_rows(batch: pa.RecordBatch) -> list[ParsedRow]:
-    """Parse a batch. If a value has no Python equivalent (not UTF-8, the year 10000), parse it row by row."""
-    try:
-        return list(_convert(batch))
-    except (pa.ArrowException, ValueError, OverflowError) as error:
-        if len(batch) == 1:
-            return [FieldProblem("row", UNREADABLE, f"values that can be read ({error})")]
-        return [row for at in range(len(batch)) for row in _batch_rows(batch.slice(at, 1))]
-
-
-def _convert(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    columns = []
-    for column, field in zip(batch.columns, batch.schema, strict=True):
-        if pa.types.is_timestamp(field.type):
-            # Python's datetime has microseconds; the conversion of nanoseconds would need pandas.
-            column = column.cast(pa.timestamp("us", field.type.tz), safe=False)
-        values = column.to_pylist()
-        columns.append(values if any(is_plain(field.type) for is_plain in _PLAIN) else map(_to_json, values))
-    names = batch.schema.names
-    for values in zip(*columns, strict=True):
-        yield dict(zip(names, values, strict=True))
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _to_json(below) for name, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(below) for below in value]
-    if isinstance(value, Decimal):
-        return int(value) if value.as_tuple().exponent == 0 else float(value)
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    return value.isoformat() if hasattr(value, "isoformat") else value

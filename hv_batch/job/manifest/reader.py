@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +17,21 @@ from typing import IO, Any
 import pyarrow as pa
 
 from hv_batch.job.config.field_rules import parse_text
-from hv_batch.job.manifest.files import CSV_SUFFIXES, PARQUET_SUFFIXES, Source, changed_message, find_sources
-from hv_batch.job.manifest.formats import Content, NumberedRows, split_csv, split_json_lines, split_parquet
+from hv_batch.job.manifest.files import (
+    CSV_SUFFIXES,
+    PARQUET_SUFFIXES,
+    Source,
+    changed_message,
+    find_sources,
+    refuse_own_outputs,
+)
+from hv_batch.job.manifest.formats import CsvRecords, JsonLines, NumberedRows, split_csv, split_json_lines
+from hv_batch.job.manifest.parquet_rows import ArrowRows, LongRow, split_parquet
 from hv_batch.job.redaction import public_url
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
+
+Content = JsonLines | CsvRecords | ArrowRows | LongRow
 
 HASH_BYTES = 1 << 20  # of one read when only hashing: few round trips to an object store, little memory
 
@@ -50,11 +60,13 @@ class Chunk:
 class Manifest:
     """The rows of a manifest: of all files that the given paths, URLs, globs and folders refer to.
 
-    `storage_options` are passed to the fsspec filesystem of each URL.
+    `storage_options` are passed to the fsspec filesystem of each URL. Raises UserError if a URL is blank.
     """
 
     def __init__(self, urls: str | Sequence[str], storage_options: Mapping[str, Any] | None = None) -> None:
         self._urls = (urls,) if isinstance(urls, str) else tuple(urls)
+        if not self._urls or not all(url.strip() for url in self._urls):
+            raise UserError("The manifest is blank. Give --manifest the path or URL of a file, folder or glob.")
         self._storage_options = storage_options
         self._digests: dict[str, str] = {}
 
@@ -68,6 +80,10 @@ class Manifest:
         """The URLs without secrets, for run.json: one URL, or a list."""
         urls = list(map(public_url, self._urls))
         return urls[0] if len(urls) == 1 else urls
+
+    def refuse_own_outputs(self, root: str, keys: Iterable[str]) -> None:
+        """Raise UserError if a folder or glob of the manifest would read objects of the output root (see `files`)."""
+        refuse_own_outputs(self._urls, root, keys)
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from hv_batch.job.config.field_rules import find_fault
 from hv_batch.job.manifest.extra_columns import ColumnType, merge_types
-from hv_batch.job.manifest.formats import MAX_LINE_BYTES, ParsedRow
+from hv_batch.job.manifest.formats import MAX_COLUMNS, MAX_LINE_BYTES, ParsedRow
 from hv_batch.job.manifest.reader import Chunk
 from hv_batch.job.manifest.rows import Row, read_row
 from hv_batch.job.manifest.samples import sample_keys
@@ -27,7 +27,6 @@ from hv_batch.job.user_input import shorten
 from hv_batch.protocol import MAX_SEED, FieldProblem
 
 MAX_REPORTED = 1000  # problems reported in full; a manifest with more has a systematic error
-MAX_COLUMNS = 1000  # further columns of a manifest: each becomes a metadata column, and is held during the run
 
 PART_SCHEMA = pa.schema(
     {

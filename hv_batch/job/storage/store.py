@@ -57,7 +57,9 @@ class Store:
     """
 
     def __init__(self, url: str, role: str = "output root") -> None:
-        """`role` names the root in messages."""
+        """`role` names the root in messages. Raises UserError if the URL is blank: "" is the working directory."""
+        if not url.strip():
+            raise UserError(f"The {role} is blank. Give the path of a folder, or a URL such as s3://bucket/run.")
         is_local = get_protocol(url) in ("file", "local")
         # Workers have a different working directory than the driver, so a local root must be absolute.
         self.url: str = url_to_fs(url)[1] if is_local else url

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import uuid
 
 import fsspec
@@ -10,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.files import refuse_own_outputs
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import FieldProblem, UserError
@@ -193,3 +196,45 @@ def test_folders_and_globs_of_a_bucket(s3):
     bucket.pipe(f"{name}/date=20/m.jsonl", b'{"prompt": "21"}\n')  # of the same size
     with pytest.raises(UserError, match=r"date=20/m\.jsonl changed while it was read"):
         list(manifest.rows())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "root", "is_refused"),
+    [
+        (".", "out", True),
+        (".", ".", True),
+        ("**/*.parquet", "out", True),
+        ("*/plan/*", "out", True),
+        ("link", "out", True),  # a symbolic link to the folder
+        ("out", "link/out", True),
+        ("out/data", "out", True),
+        ("prompts.jsonl", "out", False),
+        ("prompts.jsonl", ".", False),
+        ("*.jsonl", "out", False),
+        ("*/*.jsonl", "out", False),
+        ("prompts", "out", False),
+        ("out/prompts", "out", False),
+        (".", "_out", False),  # hidden files of a folder are not read
+        ("missing", "out", False),
+    ],
+)
+def test_a_folder_or_glob_must_not_read_the_output_root(tmp_path, manifest, root, is_refused):
+    """P6: what would be read is decided by the rules that find the files of a manifest."""
+    for folder in ("prompts", "out/prompts", "out/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "prompts.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    url = str(tmp_path / manifest)
+    if is_refused:
+        with pytest.raises(UserError, match="would also read the output root"):
+            refuse_own_outputs([url], str(tmp_path / root), layout.examples())
+    else:
+        refuse_own_outputs([url], str(tmp_path / root), layout.examples())
+    refuse_own_outputs([url], "memory://out", layout.examples())
+
+
+def test_an_example_of_each_kind_of_object_is_known():
+    """A new kind of object must be compared with the manifest as well."""
+    made = {key.split("/")[0].rsplit(".", 1)[0] for key in layout.examples()}
+    documented = re.findall(r"^    ([\w_]+)", layout.__doc__, re.MULTILINE)
+    assert set(documented) <= made

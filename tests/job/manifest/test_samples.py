@@ -322,7 +322,7 @@ def test_oversized_values_are_reported_with_their_row(tmp_path):
     ):
         assert expected in text
     pq.write_table(pa.table({"prompt": ["a", "x" * (50 << 20)]}), tmp_path / "m.parquet")
-    with pytest.raises(UserError, match=r"row 2: prompt = .*; allowed: .* at most 100000 characters"):
+    with pytest.raises(UserError, match=r'row 2: row = "50.0 MiB"; allowed: columns of together at most 16 MiB'):
         check(Manifest(str(tmp_path / "m.parquet")))
     pq.write_table(pa.table({"prompt": ["a"], "note": ["x" * (17 << 20)]}), tmp_path / "m.parquet")
     with pytest.raises(UserError, match=r"row 1: row = .17\.0 MiB.; allowed: columns of together at most 16 MiB"):
