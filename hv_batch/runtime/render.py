@@ -32,7 +32,8 @@ from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver.loop import Driver, Outcome
 from hv_batch.runtime.driver.outage import Outage
-from hv_batch.runtime.nodes.resources import ResourceShortage, await_resources
+from hv_batch.runtime.nodes.code_check import check_code
+from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.ray_contact import contact_cluster, resolve_address
 from hv_batch.runtime.session import ray_session, submission_id
@@ -120,6 +121,7 @@ def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, le
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was started")
             return ExitCode.STOPPED
+        check_code(alive_nodes())
         # The root gets its run.json only now, so that a config that asks for too much can still be changed.
         open_run(store, job.document)
         job.index.publish(store)
