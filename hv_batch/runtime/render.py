@@ -60,12 +60,16 @@ def render(
     steal: bool = False,
     stopped: Event | None = None,
     failed_only: bool = False,
+    resumed: bool = False,
 ) -> ExitCode:
     """Render the samples of the manifest, or of a selection of it, that have no record in `output_url`.
 
-    `failed_only` renders only the quarantined samples of the selection. While another driver holds the output root, the
-    run is refused; with `steal` it takes the root over and the other driver stops. If `stopped` is set, the run drains
-    and ends; SIGTERM and SIGINT set it as well. Raises UserError for every error that the user can fix (exit code 1).
+    `failed_only` renders only the quarantined samples of the selection. `resumed` says that config and manifest are
+    those of the root's run.json: then the manifest is read only if its copy in the root is not complete.
+
+    While another driver holds the output root, the run is refused; with `steal` it takes the root over and the other
+    driver stops. If `stopped` is set, the run drains and ends; the stop signals set it as well. Raises UserError for
+    every error that the user can fix (exit code 1).
     """
     stop = StopSignals(stopped)
     try:
@@ -78,7 +82,9 @@ def render(
                     if not selection.failed:
                         logger.info(f"nothing to render: no such sample of {public_url(store.url)} is quarantined")
                         return ExitCode.COMMITTED
-                job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection, address)
+                job = prepare_run(
+                    config, Manifest(manifest_urls), store, Store(spool), selection, address, resumed=resumed
+                )
             return _render(job, address, stop, steal)
     except KeyboardInterrupt:
         logger.info("stopped at once; run the same command again to resume")
@@ -220,13 +226,21 @@ def resume(
 ) -> ExitCode:
     """Resume the run at `output`, or a selection of it, with the config and the manifest recorded in its run.json.
 
-    `manifest` is the new location if the manifest has moved; `steal` and `stopped` as in `render`. `engines` are the
-    engines that the operator names. Raises UserError if there is no run, if its run.json is incomplete, or if it names
-    an unknown engine.
+    The manifest is read only if its copy in the root is not complete, or if `manifest` gives its new location. `steal`
+    and `stopped` as in `render`. `engines` are the engines that the operator names. Raises UserError if there is no
+    run, if its run.json is incomplete, or if it names an unknown engine.
     """
     config, recorded = read_run_config(output, engines)
-    urls = manifest or recorded
-    return render(config, urls, output, selection=selection, address=address, steal=steal, stopped=stopped)
+    return render(
+        config,
+        manifest or recorded,
+        output,
+        selection=selection,
+        address=address,
+        steal=steal,
+        stopped=stopped,
+        resumed=manifest is None,
+    )
 
 
 def check_resume(output: str, *, engines: Collection[str] = ()) -> None:
@@ -236,4 +250,4 @@ def check_resume(output: str, *, engines: Collection[str] = ()) -> None:
     """
     config, urls = read_run_config(output, engines)
     with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
-        prepare_run(config, Manifest(urls), Store(output), Store(folder), None)
+        prepare_run(config, Manifest(urls), Store(output), Store(folder), None, resumed=True)
