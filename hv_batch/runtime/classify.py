@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from hv_batch import __version__
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import DeviceError, UserError
@@ -34,6 +35,9 @@ MOST_TELLING = (
     FailureClass.INFRA,
 )
 
+# Ray's text about an actor whose class or arguments could not be loaded, and about one of another version.
+CODE = re.compile(r"^((?:ModuleNotFoundError|ImportError): .*|.*OtherVersionError: .*)$", re.M)
+
 
 class LatentsGoneError(Exception):
     """The final latents that a decode needs are neither in the object store nor in the output root."""
@@ -53,7 +57,19 @@ def classify(error: BaseException, where: str = "") -> Failure:
         return _of_task(error.cause, str(error), where)  # str() of a RayTaskError is the remote traceback
     if isinstance(error, RayActorError) and getattr(error, "preempted", False):
         return Failure(FailureClass.PREEMPTED, f"its node was preempted: {error}", where=where).trimmed()
+    if isinstance(error, RayActorError) and (found := CODE.search(str(error))):
+        return Failure(FailureClass.FATAL, _describe_code(str(error), found[1]), where=where).trimmed()
     return Failure(FailureClass.INFRA, f"{type(error).__name__}: {error}", where=where).trimmed()
+
+
+def _describe_code(text: str, reason: str) -> str:
+    """The message for a node whose code is not the driver's, from Ray's text about an actor that died there."""
+    node = re.search(r"ip=([^,)\s]+)", text)
+    return (
+        f"The code of this run cannot be used on the node {node[1] if node else '(unknown)'}: {reason.strip()}. Every "
+        f"node needs hv_batch {__version__} with its dependencies, and the engine of the config. Install them in the "
+        "image of the nodes, or submit the run with `ray job submit --runtime-env jobs/runtime_env.yaml`."
+    )
 
 
 def worker_survives(error: BaseException) -> bool:

@@ -110,7 +110,14 @@ def _render_day(request: NightlyRequest, day: date, address: str | None, stop: S
             own = request.config, request.manifest.replace(PLACE, day.isoformat())
             config, manifest = own if day == request.day else _recorded(request, day)
         with stop_in_time(request.until, config.timeouts.drain_s, stop.stopped):
-            return render(config, manifest, request.root(day), address=address, stopped=stop.stopped)
+            return render(
+                config,
+                manifest,
+                request.root(day),
+                address=address,
+                stopped=stop.stopped,
+                resumed=day != request.day,
+            )
 
     logger.info(f"night of {day}: {request.root(day)}")
     return _run_night(day, request.root(day), work, stop)

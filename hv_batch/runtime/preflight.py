@@ -18,7 +18,7 @@ from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.log_records import add_process_fields, current_settings
 from hv_batch.job.manifest.check import check_manifest
-from hv_batch.job.manifest.index import Index, load_index
+from hv_batch.job.manifest.index import Index, load_index, load_recorded_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.pending import PendingSamples
@@ -55,6 +55,8 @@ def prepare_run(
     spool: Store,
     selection: Selection | None,
     address: str | None = None,
+    *,
+    resumed: bool = False,
 ) -> PreparedRun:
     """Check the engine, its weights, ffmpeg, the output root, the manifest and the GPU memory.
 
@@ -74,8 +76,9 @@ def prepare_run(
     with _collected(problems):
         warning = _probe(store)
     with _collected(problems):
-        manifest.refuse_own_outputs(store.url, layout.examples())
-        index = _read_manifest(config, manifest, store, spool)
+        if not resumed:
+            manifest.refuse_own_outputs(store.url, layout.examples())
+        index = _read_manifest(config, manifest, store, spool, resumed)
         pending = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
     if problems:
         raise UserError("\n".join(problems))
@@ -122,9 +125,20 @@ def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:
     return recorded_plans(read_run(store)["identity"]) if store.exists(layout.RUN) else {}
 
 
-def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store) -> Index:
-    """The index in the output root if it is that of this manifest; otherwise, check and index the manifest."""
-    index = load_index(store, manifest, config)
+def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: Store, resumed: bool) -> Index:
+    """The index in the output root if it is that of this manifest; otherwise, check and index the manifest.
+
+    If the run is `resumed` from its root alone, a complete index is used without a look at the manifest.
+    """
+    if resumed:
+        index = load_recorded_index(store, config, str(read_run(store)["manifest"]["digest"]))
+        if index is None:
+            logger.warning(
+                f"the copy of the manifest in plan/ is missing or damaged, so the manifest {manifest.name} is read; if "
+                "it has moved, give its location with --manifest"
+            )
+    else:
+        index = load_index(store, manifest, config)
     if index:
         logger.info(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")
         return index

@@ -32,7 +32,8 @@ from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver.loop import Driver, Outcome
 from hv_batch.runtime.driver.outage import Outage
-from hv_batch.runtime.nodes.resources import ResourceShortage, await_resources
+from hv_batch.runtime.nodes.code_check import check_code
+from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.ray_contact import contact_cluster, resolve_address
 from hv_batch.runtime.session import ray_session, submission_id
@@ -59,12 +60,16 @@ def render(
     steal: bool = False,
     stopped: Event | None = None,
     failed_only: bool = False,
+    resumed: bool = False,
 ) -> ExitCode:
     """Render the samples of the manifest, or of a selection of it, that have no record in `output_url`.
 
-    `failed_only` renders only the quarantined samples of the selection. While another driver holds the output root, the
-    run is refused; with `steal` it takes the root over and the other driver stops. If `stopped` is set, the run drains
-    and ends; SIGTERM and SIGINT set it as well. Raises UserError for every error that the user can fix (exit code 1).
+    `failed_only` renders only the quarantined samples of the selection. `resumed` says that config and manifest are
+    those of the root's run.json: then the manifest is read only if its copy in the root is not complete.
+
+    While another driver holds the output root, the run is refused; with `steal` it takes the root over and the other
+    driver stops. If `stopped` is set, the run drains and ends; the stop signals set it as well. Raises UserError for
+    every error that the user can fix (exit code 1).
     """
     stop = StopSignals(stopped)
     try:
@@ -77,7 +82,9 @@ def render(
                     if not selection.failed:
                         logger.info(f"nothing to render: no such sample of {public_url(store.url)} is quarantined")
                         return ExitCode.COMMITTED
-                job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection, address)
+                job = prepare_run(
+                    config, Manifest(manifest_urls), store, Store(spool), selection, address, resumed=resumed
+                )
             return _render(job, address, stop, steal)
     except KeyboardInterrupt:
         logger.info("stopped at once; run the same command again to resume")
@@ -120,6 +127,7 @@ def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, le
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was started")
             return ExitCode.STOPPED
+        check_code(alive_nodes())
         # The root gets its run.json only now, so that a config that asks for too much can still be changed.
         open_run(store, job.document)
         job.index.publish(store)
@@ -218,13 +226,21 @@ def resume(
 ) -> ExitCode:
     """Resume the run at `output`, or a selection of it, with the config and the manifest recorded in its run.json.
 
-    `manifest` is the new location if the manifest has moved; `steal` and `stopped` as in `render`. `engines` are the
-    engines that the operator names. Raises UserError if there is no run, if its run.json is incomplete, or if it names
-    an unknown engine.
+    The manifest is read only if its copy in the root is not complete, or if `manifest` gives its new location. `steal`
+    and `stopped` as in `render`. `engines` are the engines that the operator names. Raises UserError if there is no
+    run, if its run.json is incomplete, or if it names an unknown engine.
     """
     config, recorded = read_run_config(output, engines)
-    urls = manifest or recorded
-    return render(config, urls, output, selection=selection, address=address, steal=steal, stopped=stopped)
+    return render(
+        config,
+        manifest or recorded,
+        output,
+        selection=selection,
+        address=address,
+        steal=steal,
+        stopped=stopped,
+        resumed=manifest is None,
+    )
 
 
 def check_resume(output: str, *, engines: Collection[str] = ()) -> None:
@@ -234,4 +250,4 @@ def check_resume(output: str, *, engines: Collection[str] = ()) -> None:
     """
     config, urls = read_run_config(output, engines)
     with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
-        prepare_run(config, Manifest(urls), Store(output), Store(folder), None)
+        prepare_run(config, Manifest(urls), Store(output), Store(folder), None, resumed=True)

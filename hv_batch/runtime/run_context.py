@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
@@ -18,6 +19,10 @@ from hv_batch.job.log_records import LogSettings, configure_logging
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import Engine, UserError
+
+
+class OtherVersionError(Exception):
+    """This process has another version of hv_batch than the driver of its run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,13 @@ class RunContext:
         return self.run.config
 
     def configure_actor(self, name: str) -> None:
-        """Configure the logging of an actor like the driver's, with the run and the actor's name in every record."""
+        """Configure the logging of an actor like the driver's, with the run and the actor's name in every record.
+
+        Raises OtherVersionError if this node has another version of hv_batch than the driver.
+        """
+        driver = self.versions.get("hv_batch", __version__)
+        if driver != __version__:
+            raise OtherVersionError(f"the node has hv_batch {__version__} and the driver {driver}")
         configure_logging(self.log, run=short_id(self.fingerprint), worker=name)
 
 

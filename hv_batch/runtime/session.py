@@ -43,6 +43,8 @@ def ray_session(run: ResolvedRun, address: str | None, stop: StopSignals | None 
             _connect(started)
         else:
             _connect(address)
+        if stop:
+            stack.callback(stop.install)  # because `ray.shutdown` restores the system's default for SIGTERM
         stack.callback(ray.shutdown)
         if stop:
             stop.install()

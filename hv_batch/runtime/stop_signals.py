@@ -44,7 +44,7 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def install(self) -> dict[int, Any]:
-        """Install the handlers; returns the ones before. Again necessary after `ray.init`, which replaces them."""
+        """Install the handlers; returns the ones before. Necessary again after `ray.init` and `ray.shutdown`."""
         return {
             number: signal.signal(number, self._request)
             for number in STOP_SIGNALS

@@ -56,7 +56,8 @@ def test_a_night_catches_up_and_survives_a_bad_one(ray_head, tmp_path, marks):
     victim = next((tmp_path / "nights" / "2026-11-18" / "commits").rglob("s02.json"))
     victim.unlink()
     next((tmp_path / "nights" / "2026-11-18" / "data").rglob("metadata.parquet")).unlink()
-    shutil.rmtree(tmp_path / "2026-11-17")  # its manifest is gone
+    shutil.rmtree(tmp_path / "2026-11-17")  # its manifest is gone, and so is the copy
+    shutil.rmtree(tmp_path / "nights" / "2026-11-17" / "plan")
     partition(tmp_path, "2026-11-19", [*PROMPTS[:3], "bad !raise-denoise"])
 
     code, line, err = nightly(tmp_path, config, ray_head[0], "--date", "2026-11-19")

@@ -48,12 +48,13 @@ class Fleet:
         """The nodes that a test has added and not removed."""
         return list(self._cluster.worker_nodes)
 
-    def add_node(self, *, gpus, cpus=2, labels=None, store_bytes=150 * 2**20):
-        """A node, alive on return. Its Ray id is `node.node_id`."""
+    def add_node(self, *, gpus, cpus=2, labels=None, store_bytes=150 * 2**20, environment=None):
+        """A node, alive on return. Its Ray id is `node.node_id`. Its processes get the variables in `environment`."""
         return self._cluster.add_node(
             num_gpus=gpus,
             num_cpus=cpus,
             labels=labels or {},
+            env_vars=environment or {},
             object_store_memory=store_bytes,
             node_ip_address=f"127.0.0.{next(self._hosts)}",
         )

@@ -219,6 +219,22 @@ def load_index(store: Store, manifest: Manifest, config: RunConfig) -> Index | N
     return index if index.is_whole() else None
 
 
+def load_recorded_index(store: Store, config: RunConfig, digest: str) -> Index | None:
+    """The complete index of the run in an output root, whose manifest had this digest; None if there is none.
+
+    Nothing but the root is read. `config` must be that of the root's run.json. An index of another version of hv_batch
+    is valid as well: its rows were validated when the run began.
+    """
+    try:
+        document = read(store, layout.INDEX, IndexDocument)
+    except (FileNotFoundError, InvalidObjectError):
+        return None
+    if document["summary"]["digest"] != digest:
+        return None
+    index = Index(store, document, config)
+    return index if index.is_whole() else None
+
+
 def read_index(store: Store) -> IndexManifest:
     """Read the index document of an output root. Raises FileNotFoundError, or InvalidObjectError if it is damaged."""
     document = read(store, layout.INDEX, IndexDocument)

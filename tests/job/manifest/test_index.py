@@ -13,7 +13,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest import check, formats
 from hv_batch.job.manifest.check import check_manifest
-from hv_batch.job.manifest.index import load_index
+from hv_batch.job.manifest.index import load_index, load_recorded_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -211,3 +211,16 @@ def test_a_missing_manifest_is_reported_even_with_an_index(manifest, published):
     os.remove(manifest.name)
     with pytest.raises(UserError, match="does not exist"):
         load_index(store, fresh(manifest), config)
+
+
+def test_the_index_of_a_root_needs_no_manifest(manifest, published):
+    """P2: a complete index with the recorded digest is used though the manifest is gone; a damaged one never is."""
+    store, config = published
+    expected = check_manifest(manifest, config, memory())
+    os.unlink(manifest.name)
+    index = load_recorded_index(store, config, expected.summary.digest)
+    assert index is not None
+    assert list(index) == list(expected)
+    assert load_recorded_index(store, config, "0" * 64) is None
+    store.delete(next(key for key in store.list("plan") if key.endswith(".parquet")))
+    assert load_recorded_index(store, config, expected.summary.digest) is None
