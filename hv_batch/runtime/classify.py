@@ -10,12 +10,10 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from hv_batch import __version__
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageError, StorageUnavailableError
 from hv_batch.protocol import DeviceError, UserError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ECHILD}  # the node's limits
 
 # torch.distributed raises plain RuntimeErrors. Only the words about the transport distinguish a lost peer from a fault
 # of the model.
@@ -119,8 +117,8 @@ def _of_task(cause: BaseException, traceback: str, where: str) -> Failure:
     elif isinstance(cause, OSError):
         kind = _of_system(cause)
         if kind is FailureClass.FATAL:
-            remedy = "free space there" if cause.errno in DISK_FULL else "grant access to it"
-            message = f"the output root cannot be written: {cause}; {remedy}, or choose another output root"
+            remedy = "free space there" if cause.errno in DISK_FULL else "correct this"
+            message = f"a store cannot be used: {_text_of(cause)}; {remedy}, or choose another output root"
     elif isinstance(cause, NOT_THE_SAMPLE) or _is_device_fault(cause) or _is_collective(cause):
         kind = FailureClass.INFRA
     else:
@@ -131,13 +129,15 @@ def _of_task(cause: BaseException, traceback: str, where: str) -> Failure:
 
 
 def _of_system(cause: OSError) -> FailureClass:
+    """The class of an error of a store, or of the operating system. Neither is the fault of the sample."""
     if isinstance(cause, StorageUnavailableError):
         return FailureClass.OUTAGE
-    if cause.errno in DISK_FULL | REFUSED:
-        return FailureClass.FATAL
-    if cause.errno in EXHAUSTED or isinstance(cause, ConnectionError | TimeoutError):
-        return FailureClass.INFRA
-    return FailureClass.POISON
+    return FailureClass.FATAL if isinstance(cause, StorageError) else FailureClass.INFRA
+
+
+def _text_of(cause: OSError) -> str:
+    """The message of a StorageError, which begins with the URL of the store, without the number of the error."""
+    return str(cause.strerror or cause)
 
 
 def _is_collective(cause: BaseException) -> bool:

@@ -140,3 +140,21 @@ def test_a_full_spool_makes_the_groups_wait(undisturbed, s3_root, tmp_path, mark
     code, text = finish(driver)
     assert code == 0, said + text
     assert_undisturbed(undisturbed, tmp_path, marks)
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "ExpiredToken"), (403, "RequestTimeTooSkewed"), (418, "Unknown")])
+def test_a_run_continues_after_its_credentials_are_renewed(undisturbed, s3_root, tmp_path, marks, status, code):
+    """P5: expired credentials, a wrong clock and unknown errors are outages: videos go to the disk, no sample is
+    charged, and the log names the cause.
+    """
+    (marks / "hold-decodes").touch()
+    driver = begin(tmp_path, marks, root_in_bucket(tmp_path))
+    wait_for(lambda: count(marks, "decoded"), "a decode", driver)
+    s3_root.refusal = (status, code)
+    (marks / "hold-decodes").unlink()
+    wait_for(lambda: len(waiting(tmp_path)) == len(PROMPTS), "all videos on the disk", driver)
+    s3_root.refusal = None
+    exit_code, text = finish(driver)
+    assert exit_code == 0, text
+    assert code in text
+    assert_undisturbed(undisturbed, tmp_path, marks)

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError, WorkerCrashedError
 
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.errors import StorageBrokenError, StorageRefusedError, StorageUnavailableError
 from hv_batch.protocol import DeviceError, NonFiniteError, UserError
 from hv_batch.runtime.classify import (
     LatentsGoneError,
@@ -40,8 +40,10 @@ def raised_by_a_task(cause):
         (RuntimeError("shape mismatch"), FailureClass.POISON, True),
         (OutOfMemoryError("CUDA out of memory"), FailureClass.GPU_OOM, False),
         (UserError("no such weights"), FailureClass.FATAL, True),
-        (OSError(errno.ENOSPC, "No space left on device"), FailureClass.FATAL, True),
-        (PermissionError(errno.EACCES, "denied"), FailureClass.FATAL, True),
+        (StorageBrokenError(errno.ENOSPC, "No space left on device"), FailureClass.FATAL, True),
+        (StorageRefusedError(errno.EACCES, "denied"), FailureClass.FATAL, True),
+        (PermissionError(errno.EACCES, "denied by this node"), FailureClass.INFRA, True),
+        (OSError(errno.EIO, "of this node"), FailureClass.INFRA, True),
         (StorageUnavailableError("store is away"), FailureClass.OUTAGE, True),
         (ConnectionError("peer is away"), FailureClass.INFRA, True),
         (ChildProcessError(errno.ECHILD, "ffmpeg was killed by signal 9"), FailureClass.INFRA, True),
@@ -58,12 +60,14 @@ def raised_by_a_task(cause):
     ],
 )
 def test_task_errors_are_classified_by_their_cause(cause, kind, survives):
-    """P5: only errors of the sample itself are POISON; Ray reports a lost input as a task error of the consumer."""
+    """P5: only errors of the sample itself are POISON, none of a store or of the operating system; Ray reports a lost
+    input as a task error of the consumer.
+    """
     error = raised_by_a_task(cause)
     failure = classify(error, "denoise-0.0")
     assert failure.kind is kind
     assert failure.where == "denoise-0.0"
-    assert str(cause) in failure.message
+    assert (getattr(cause, "strerror", None) or str(cause)) in failure.message
     assert bool(failure.traceback) is (kind is not FailureClass.FATAL)
     assert worker_survives(error) is survives
     assert failure.begin_anew is isinstance(cause, LatentsGoneError)

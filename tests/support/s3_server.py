@@ -25,6 +25,10 @@ class S3Server:
         self.loses_replies = False  # a failed request is carried out all the same
         self.ignores_conditions = False  # as some S3-compatible servers do
         self.failed_requests = 0
+        self.refusal: tuple[int, str] | None = None  # status and code of the answer to every request, if there is one
+        self.refuses_checksums = False  # of uploads, as some S3-compatible servers do
+        self.accepted_key: str | None = None  # the access key id of all valid credentials; others have expired
+        self.forgets: list[str] = []  # parts of keys: a PUT of such an object is confirmed and not stored
 
     def start(self) -> None:
         """Start the server; after a stop, it is the same endpoint with the same objects."""
@@ -43,14 +47,32 @@ class S3Server:
         with self._lock:
             if self.ignores_conditions:
                 environ.pop("HTTP_IF_NONE_MATCH", None)
-            if self.faults and environ["REQUEST_METHOD"] in self.methods:
-                self.failed_requests += 1
-                status = self.faults.pop(0)
+            method = environ["REQUEST_METHOD"]
+            if self.faults and method in self.methods:
                 if self.loses_replies:
                     list(self._app(environ, lambda *_: None))
-                else:
-                    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                body = f"<Error><Code>{status}</Code><Message>injected fault</Message></Error>".encode()
-                start_response(f"{status} Injected Fault", [("Content-Length", str(len(body)))])
-                return [body]
+                status = self.faults.pop(0)
+                return self._fail(environ, start_response, status, str(status))
+            if self.refusal:
+                return self._fail(environ, start_response, *self.refusal)
+            if self.accepted_key and f"Credential={self.accepted_key}/" not in environ.get("HTTP_AUTHORIZATION", ""):
+                return self._fail(environ, start_response, 400, "ExpiredToken")
+            if self.refuses_checksums and method == "PUT" and any("CHECKSUM" in name for name in environ):
+                return self._fail(environ, start_response, 501, "NotImplemented", "x-amz-sdk-checksum-algorithm")
+            if method == "PUT" and any(part in environ["PATH_INFO"] for part in self.forgets):
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start_response("200 OK", [("Content-Length", "0"), ("ETag", '"forgotten"')])
+                return []
             return self._app(environ, start_response)
+
+    def _fail(
+        self, environ: dict[str, Any], start_response: Any, status: int, code: str, message: str = "injected fault"
+    ) -> list[bytes]:
+        self.failed_requests += 1
+        if not self.loses_replies:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+        if environ["REQUEST_METHOD"] == "HEAD":  # the reply to HEAD has no body, so the code is not known
+            body = b""
+        start_response(f"{status} Injected Fault", [("Content-Length", str(len(body)))])
+        return [body]

@@ -35,7 +35,6 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # only the retries of `Store` are counted
     monkeypatch.setattr("hv_batch.job.storage.store.PAUSES_S", (0.0, 0.0, 0.0))
     return s3_server
 

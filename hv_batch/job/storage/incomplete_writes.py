@@ -6,11 +6,12 @@ object listing. Google Cloud Storage and Azure delete theirs after a week and do
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from hv_batch.job.storage import local_paths
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.object_store import Remote
 
@@ -33,7 +34,7 @@ class Leftover:
 
 def find_leftovers(backend: LocalDisk | Remote) -> list[Leftover]:
     if isinstance(backend, LocalDisk):
-        return list(_drafts(backend.root))
+        return _drafts(backend.root)
     return [*_probes(backend), *_uploads(backend)]
 
 
@@ -52,20 +53,25 @@ def remove_leftover(backend: LocalDisk | Remote, leftover: Leftover) -> None:
         return
 
 
-def _drafts(root: str) -> Iterator[Leftover]:
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = os.path.join(folder, name)
-            # A running writer may rename its drafts during the walk.
-            if name.startswith(HIDDEN) and Path(path).exists():
-                yield Leftover(os.path.relpath(path, root), os.path.getmtime(path))
+def _drafts(root: str) -> list[Leftover]:
+    found: list[Leftover] = []
+
+    def visit(name: str, read_status: Callable[[], os.stat_result]) -> None:
+        if name.rpartition("/")[2].startswith(HIDDEN):
+            found.append(Leftover(name, read_status().st_mtime))  # a running writer may rename it during the walk
+
+    with contextlib.suppress(FileNotFoundError):
+        local_paths.walk(root, "", visit)
+    return found
 
 
 def _probes(backend: Remote) -> Iterator[Leftover]:
     backend.fs.invalidate_cache()
-    if not backend.fs.exists(backend.root):
+    try:
+        paths = backend.fs.ls(backend.root, detail=False)
+    except FileNotFoundError:
         return
-    for path in backend.fs.ls(backend.root, detail=False):
+    for path in paths:
         name = path.rsplit("/", 1)[-1]
         if name.startswith(HIDDEN):
             yield Leftover(name, backend.modified(name))

@@ -16,23 +16,59 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
+from hv_batch.job.storage import local_paths
 from hv_batch.job.storage.put_if_absent import PutIfAbsent
 
 # Errors of link(2) on file systems without hard links (FAT, many FUSE mounts of object stores).
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
-# Errors of fsync(2) for a folder on file systems that do not support it (CIFS, some FUSE mounts), and of open(2) for a
-# folder without read permission.
+# Errors of fsync(2) for a folder on file systems that do not support it (CIFS, some FUSE mounts).
 NO_FOLDER_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES})
+
+COPY_BYTES = 2**20
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A file that is complete before it gets its final name. Both names are in the folder with descriptor `folder`."""
+
+    folder: int
+    name: str
+    final: str
+
+    def open(self) -> IO[bytes]:
+        return open(os.open(self.name, local_paths.NEW_FILE, 0o666, dir_fd=self.folder), "wb")
+
+    def replace_final(self) -> None:
+        os.replace(self.name, self.final, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+
+    def remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self.folder)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        descriptor = os.open(self.name, local_paths.FILE, dir_fd=self.folder)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
 class LocalDisk:
-    """A folder of a POSIX file system, which may be a network mount."""
+    """A folder of a POSIX file system, which may be a network mount.
+
+    Nothing below it is reached through a link (see `local_paths`).
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -40,146 +76,158 @@ class LocalDisk:
 
     def create(self, objects: Mapping[str, bytes]) -> list[bool]:
         """Create each object unless it exists. Returns for each whether this call created it."""
-        with self._drafts(objects, sum(map(len, objects.values()))) as names:
-            _write_all(names, objects.values())
-            return [self._link(draft, final) for draft, final in names.items()]
+        with self._drafts(objects, sum(map(len, objects.values()))) as drafts:
+            _write_all(drafts, objects.values())
+            return [self._link(draft) for draft in drafts]
 
     def put(self, objects: Mapping[str, bytes]) -> None:
-        with self._drafts(objects, sum(map(len, objects.values()))) as names:
-            _write_all(names, objects.values())
-            for draft, final in names.items():
-                os.replace(draft, final)
+        with self._drafts(objects, sum(map(len, objects.values()))) as drafts:
+            _write_all(drafts, objects.values())
+            for draft in drafts:
+                draft.replace_final()
 
     def put_file(self, key: str, path: Path) -> None:
-        with self._drafts([key], path.stat().st_size) as names:
-            _copy_all([path], names)
+        with self._drafts([key], path.stat().st_size) as drafts:
+            _copy_all([path], drafts)
 
     def put_finished(self, files: Mapping[str, Path]) -> None:
         """Store files that are no longer written to: as hard links if possible, else as copies."""
-        with self._drafts(files, sum(path.stat().st_size for path in files.values())) as names:
-            _flush_all([str(path) for path in files.values()])
-            drafts = zip(files.values(), names, strict=True)
-            left = {draft: path for path, draft in drafts if not _links(path, names[draft])}
-            _copy_all(left.values(), {draft: names[draft] for draft in left})
+        with self._drafts(files, sum(path.stat().st_size for path in files.values())) as drafts:
+            _flush_all([partial(_opened, path) for path in files.values()])
+            left = []
+            for path, draft in zip(files.values(), drafts, strict=True):
+                if _links(path, draft):
+                    draft.replace_final()
+                    draft.remove()  # it is still there if the final name was a link to the same file
+                else:
+                    left.append((path, draft))
+            _copy_all([path for path, _ in left], [draft for _, draft in left])
 
     def get(self, key: str) -> bytes:
-        return Path(self._path(key)).read_bytes()
+        with local_paths.opened_file(self.root, key) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            return file.read()
 
     def get_file(self, key: str, path: Path) -> None:
-        shutil.copyfile(self._path(key), path)
+        with (
+            local_paths.opened_file(self.root, key) as descriptor,
+            open(descriptor, "rb", closefd=False) as source,
+            path.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target, COPY_BYTES)
 
     def exists(self, key: str) -> bool:
-        return os.path.isfile(self._path(key))
+        """Whether there is an object. A folder is none; a link in its place is an error, because it is not followed."""
+        try:
+            status = local_paths.read_status(self.root, key)
+            local_paths.refuse_irregular(status, os.path.join(self.root, key))
+        except (FileNotFoundError, IsADirectoryError):
+            return False
+        return True
+
+    def size(self, key: str) -> int:
+        return local_paths.read_status(self.root, key).st_size
 
     def list(self, prefix: str) -> list[str]:
-        keys = []
-        for folder, _, names in os.walk(self._path(prefix), onerror=_raise_unless_missing):
-            inside = os.path.relpath(folder, self.root)
-            keys += [f"{inside}/{name}" for name in names]
+        keys: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            local_paths.walk(self.root, prefix, lambda key, _: keys.append(key))
         return keys
 
+    def list_sizes(self, prefix: str) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError):
+            local_paths.walk(self.root, prefix, lambda key, read_status: sizes.update({key: read_status().st_size}))
+        return sizes
+
     def modified(self, key: str) -> float:
-        return os.path.getmtime(self._path(key))
+        return local_paths.read_status(self.root, key).st_mtime
 
     def delete(self, key: str) -> None:
-        _remove(self._path(key))
-
-    def _path(self, key: str) -> str:
-        return os.path.join(self.root, key)
+        """Remove the name, of a link and not of its target."""
+        above, _, name = key.rpartition("/")
+        with contextlib.suppress(FileNotFoundError), local_paths.opened_folder(self.root, above) as folder:
+            os.unlink(name, dir_fd=folder)
 
     @contextlib.contextmanager
-    def _drafts(self, keys: Iterable[str], num_bytes: int) -> Iterator[dict[str, str]]:
-        """Yields a mapping of draft paths to final paths, and flushes the folders of the final paths at the end.
+    def _drafts(self, keys: Iterable[str], num_bytes: int) -> Iterator[Sequence[_Draft]]:
+        """Yields a draft for each key, and flushes the folders of their final names at the end.
 
         Drafts that still exist are removed. If the disk is full, raises OSError with the `num_bytes` to be written in
         its message.
         """
-        finals = [self._path(key) for key in keys]
-        names = {os.path.join(os.path.dirname(final), f".draft-{uuid.uuid4().hex}"): final for final in finals}
-        folders = dict.fromkeys(map(os.path.dirname, finals))
-        try:
-            for folder in folders:
-                _make_folder(folder)
-            yield names
-            for folder in folders:
-                _flush_folder(folder)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            _remove_all(names)  # first: what this call has written must not count as used space in the message
-            free = shutil.disk_usage(self.root).free if os.path.isdir(self.root) else 0
-            message = f"{error.strerror}: {num_bytes:,} bytes are needed below {self.root}, where {free:,} are free"
-            raise OSError(error.errno, message) from error
-        finally:
-            _remove_all(names)
+        names = [key.rpartition("/")[::2] for key in keys]
+        drafts: list[_Draft] = []
+        with contextlib.ExitStack() as stack:
+            try:
+                folders = {}
+                for above in dict.fromkeys(above for above, _ in names):
+                    local_paths.make_folder(self.root, above, _flush_folder)
+                    folders[above] = stack.enter_context(local_paths.opened_folder(self.root, above))
+                drafts += [_Draft(folders[above], f".draft-{uuid.uuid4().hex}", name) for above, name in names]
+                yield drafts
+                for folder in folders.values():
+                    _flush_folder(folder)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                _remove_all(drafts)  # first: what this call has written must not count as used space in the message
+                free = shutil.disk_usage(self.root).free if os.path.isdir(self.root) else 0
+                message = f"{error.strerror}: {num_bytes:,} bytes are needed below {self.root}, where {free:,} are free"
+                raise OSError(error.errno, message) from error
+            finally:
+                _remove_all(drafts)
 
-    def _link(self, draft: str, final: str) -> bool:
+    def _link(self, draft: _Draft) -> bool:
         try:
-            os.link(draft, final)
+            os.link(draft.name, draft.final, src_dir_fd=draft.folder, dst_dir_fd=draft.folder, follow_symlinks=False)
         except FileExistsError:
             # NFS may repeat a link request whose reply was lost, and then reports the first success as a conflict.
-            return os.stat(draft).st_nlink == 2
+            return os.stat(draft.name, dir_fd=draft.folder, follow_symlinks=False).st_nlink == 2
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
             self.put_if_absent = PutIfAbsent.UNSAFE
-            if os.path.lexists(final):
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(draft.final, dir_fd=draft.folder, follow_symlinks=False)
                 return False
-            os.replace(draft, final)
+            draft.replace_final()
         return True
 
 
-def _write_all(names: Collection[str], contents: Iterable[bytes]) -> None:
-    for name, content in zip(names, contents, strict=True):
-        with open(name, "xb") as file:
+def _write_all(drafts: Sequence[_Draft], contents: Iterable[bytes]) -> None:
+    for draft, content in zip(drafts, contents, strict=True):
+        with draft.open() as file:
             file.write(content)
-    _flush_all(names)
+    _flush_all([draft.opened for draft in drafts])
 
 
-def _copy_all(paths: Iterable[Path], names: Mapping[str, str]) -> None:
-    for path, draft in zip(paths, names, strict=True):
-        shutil.copyfile(path, draft)
-    _flush_all(names)
-    for draft, final in names.items():
-        os.replace(draft, final)
+def _copy_all(paths: Iterable[Path], drafts: Sequence[_Draft]) -> None:
+    for path, draft in zip(paths, drafts, strict=True):
+        with path.open("rb") as source, draft.open() as target:
+            shutil.copyfileobj(source, target, COPY_BYTES)
+    _flush_all([draft.opened for draft in drafts])
+    for draft in drafts:
+        draft.replace_final()
 
 
-def _remove_all(paths: Iterable[str]) -> None:
-    for path in paths:
-        _remove(path)
+def _remove_all(drafts: Iterable[_Draft]) -> None:
+    for draft in drafts:
+        draft.remove()
 
 
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _links(path: Path, name: str) -> bool:
-    """Hard-link `path` to `name`; False if `name` exists or is on another file system."""
+def _links(path: Path, draft: _Draft) -> bool:
+    """Hard-link `path` to the draft; False if `path` is on another file system."""
     try:
-        os.link(path, name)
+        os.link(path, draft.name, dst_dir_fd=draft.folder)
     except OSError:
         return False
     return True
 
 
-def _make_folder(folder: str) -> None:
-    """Create a folder with its parents. Each parent is flushed, so that the new name survives a power failure."""
-    if os.path.isdir(folder):
-        return
-    above = os.path.dirname(folder)
-    _make_folder(above)
+def _flush_folder(folder: int) -> None:
+    """Flush the names in the folder with descriptor `folder` to the disk."""
     try:
-        os.mkdir(folder)
-    except FileExistsError:
-        if not os.path.isdir(folder):  # otherwise another writer has created it meanwhile
-            raise
-    _flush_folder(above)
-
-
-def _flush_folder(folder: str) -> None:
-    try:
-        _flush(folder)
+        os.fsync(folder)
     except OSError as error:
         if error.errno not in NO_FOLDER_FLUSH:
             raise
@@ -191,32 +239,22 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush_all(paths: Collection[str]) -> None:
-    """Flush the contents of files to the disk."""
-    if len(paths) > 1 and hasattr(os, "posix_fadvise"):
+def _flush_all(files: Collection[Callable[[], AbstractContextManager[int]]]) -> None:
+    """Flush the contents of files, which each of `files` opens, to the disk."""
+    if len(files) > 1 and hasattr(os, "posix_fadvise"):
         # This starts the write-back of all files. Each fsync below then waits for the journal only.
-        for path in paths:
-            with _opened(path) as descriptor, contextlib.suppress(OSError):  # only a hint
+        for opened in files:
+            with opened() as descriptor, contextlib.suppress(OSError):  # only a hint
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    for path in paths:
-        _flush(path)
-
-
-def _flush(path: str) -> None:
-    """Flush the contents of a file, or the names in a folder, to the disk."""
-    with _opened(path) as descriptor:
-        os.fsync(descriptor)
+    for opened in files:
+        with opened() as descriptor:
+            os.fsync(descriptor)
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _opened(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error

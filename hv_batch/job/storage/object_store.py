@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage.errors import http_status
+from hv_batch.job.storage.driver_retries import disable_retries
+from hv_batch.job.storage.errors import Kind, error_codes, http_status, kind_of
 from hv_batch.job.storage.put_if_absent import PutIfAbsent
 from hv_batch.protocol import UserError
 
@@ -42,6 +44,9 @@ class Remote:
         options: dict[str, Any] = {"use_listings_cache": False} if self.is_conditional else {}
         try:
             self.fs, self.root = url_to_fs(url, **options)
+            disable_retries(self.fs)
+            if self.is_s3:  # otherwise s3fs sends a HEAD request before each GET, to read large objects in parts
+                self.fs.max_concurrency = 1
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"The {role} {public_url(url)} cannot be opened: {error}. Local paths and every URL that fsspec knows "
@@ -95,30 +100,74 @@ class Remote:
         self._forget_listings()
         # Not fs.exists: drivers return False for any error, and the sample would look as if it were not committed.
         try:
-            return bool(self.fs.info(self._path(key))["type"] == "file")
-        except FileNotFoundError:
+            return bool(self._info(key)["type"] == "file")
+        except FileNotFoundError as error:
+            self._raise_if_no_bucket(error)
             return False
 
+    def size(self, key: str) -> int:
+        self._forget_listings()
+        return int(self._info(key)["size"])
+
     def list(self, prefix: str) -> list[str]:
+        return list(self.list_sizes(prefix))
+
+    def list_sizes(self, prefix: str) -> dict[str, int]:
+        """The size of each object by its key.
+
+        The markers that consoles create for empty folders are not objects: their names end with a slash, or some
+        drivers list them as the folder itself.
+        """
         self._forget_listings()
         # The generic walk skips folders that it cannot read unless on_error is "raise". The listings of object stores
         # raise in any case.
         options = {} if self.is_conditional else {"on_error": "raise"}
         try:
             with self.memory_lock:
-                paths = self.fs.find(self._path(prefix), **options)
-        except FileNotFoundError:
-            return []
-        return [path.removeprefix(self.root).lstrip("/") for path in paths]
+                found = self.fs.find(self._path(prefix), detail=True, **options)
+        except FileNotFoundError as error:
+            self._raise_if_no_bucket(error)
+            return {}
+        sizes = {}
+        for path, details in found.items():
+            key = path.removeprefix(self.root).lstrip("/")
+            if details["type"] == "file" and not key.endswith("/") and key.startswith(f"{prefix}/"):
+                sizes[key] = int(details["size"] or 0)
+        return sizes
 
     def modified(self, key: str) -> float:
         self._forget_listings()
-        written: float = self.fs.modified(self._path(key)).timestamp()
-        return written
+        if self.is_s3:
+            details = self._info(key)
+            if details["type"] != "file":
+                raise FileNotFoundError(errno.ENOENT, "a folder is not an object", key)
+            return float(details["LastModified"].timestamp())
+        return float(self.fs.modified(self._path(key)).timestamp())
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self.memory_lock:
-            self.fs.rm_file(self._path(key))
+        try:
+            with self.memory_lock:
+                self.fs.rm_file(self._path(key))
+        except FileNotFoundError as error:
+            self._raise_if_no_bucket(error)
+
+    def _info(self, key: str) -> dict[str, Any]:
+        path = self._path(key)
+        try:
+            details: dict[str, Any] = self.fs.info(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            # The reply to a HEAD request has no body, so S3 does not say why it refuses one. It does for a GET.
+            if self.is_s3 and any(map(str.isdigit, error_codes(error))) and kind_of(error) is not Kind.TRANSIENT:
+                self.fs.cat_file(path, start=0, end=1)
+            raise
+        return details
+
+    def _raise_if_no_bucket(self, error: FileNotFoundError) -> None:
+        """A missing bucket is not a missing object: everything would look as if it had to be rendered again."""
+        if {"NoSuchBucket", "ContainerNotFound"}.intersection(error_codes(error)):
+            raise error
 
     def _path(self, key: str) -> str:
         return f"{self.root.rstrip('/')}/{key}"

@@ -11,26 +11,28 @@ The batched forms (`put_new_all`, `put_all`, `put_finished`) give the same guara
 all objects are stored; if they raise, any of them may be. A local disk is flushed once for the batch, and an object
 store receives many requests at once.
 
-Transient errors are retried here and nowhere else. Errors that remain are raised as built-in exceptions: no space, no
-permission, not found, or StorageUnavailableError if the retries failed. Credentials come from the default locations of
-each store's own tools. A `Store` holds only its URL, so it can be pickled and sent to any worker.
+Transient errors are retried here and nowhere else. Errors that remain are FileNotFoundError, or a StorageError that
+says whether the store is unavailable, refuses the request or is broken (see `errors`). Credentials come from the
+default locations of each store's own tools, and are read again after the store has rejected them as expired. A `Store`
+holds only its URL, so it can be pickled and sent to any worker.
 """
 
 from __future__ import annotations
 
+import errno
 import random
-import time
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage.errors import StorageUnavailableError, is_transient, raise_translated
+from hv_batch.job.storage.errors import CHECKSUM_SETTING, REPEATED, Kind, StorageUnavailableError, kind_of, translate
 from hv_batch.job.storage.incomplete_writes import Leftover, find_leftovers, remove_leftover
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.object_store import Remote
@@ -51,13 +53,15 @@ PAUSES_S = (0.5, 1.0, 2.0)
 class Store:
     """One output root. Keys are relative POSIX paths below the root.
 
-    Every method raises ValueError if a key is not such a path, PermissionError if the credentials are refused,
-    StorageUnavailableError if the store is unreachable, UserError if the URL cannot be opened at all, and otherwise the
-    store's own error.
+    Every method raises ValueError if a key is not such a path, UserError if the URL cannot be opened at all, and
+    otherwise a StorageError.
     """
 
-    def __init__(self, url: str, role: str = "output root") -> None:
-        """`role` names the root in messages. Raises UserError if the URL is blank: "" is the working directory."""
+    def __init__(self, url: str, role: str = "output root", stopped: threading.Event | None = None) -> None:
+        """`role` names the root in messages. Once `stopped` is set, failed requests are not repeated.
+
+        Raises UserError if the URL is blank: "" is the working directory.
+        """
         if not url.strip():
             raise UserError(f"The {role} is blank. Give the path of a folder, or a URL such as s3://bucket/run.")
         is_local = get_protocol(url) in ("file", "local")
@@ -65,6 +69,7 @@ class Store:
         self.url: str = url_to_fs(url)[1] if is_local else url
         self._is_local = is_local
         self._role = role
+        self._stopped = stopped
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, str]]:
         return Store, (self.url, self._role)
@@ -106,59 +111,59 @@ class Store:
     def put_new_all(self, objects: Mapping[str, bytes]) -> list[bool]:
         # The check beforehand saves the upload in the common case. If a server ignores the condition of the write that
         # follows, the check also makes the race less likely.
-        backend, data = self._backend, {_checked(key): content for key, content in objects.items()}
-        if isinstance(backend, Remote):
+        data = {_checked(key): content for key, content in objects.items()}
+        if not self._is_local:
             return self.each(lambda key: not self.exists(key) and self._create(key, data[key]), data)
 
-        def create() -> list[bool]:
+        def create(backend: LocalDisk) -> list[bool]:
             absent = {key: content for key, content in data.items() if not backend.exists(key)}
             created = dict(zip(absent, backend.create(absent), strict=True))
             return [created.get(key, False) for key in data]
 
-        return self._retry(create, sum(map(len, data.values())))
+        return self._write(create, sum(map(len, data.values())))
 
     def _create(self, key: str, data: bytes) -> bool:
-        backend = self._backend
-        if isinstance(backend, Remote):
-            return self._retry(lambda: backend.create(key, data), len(data))
-        return self._retry(lambda: backend.create({key: data})[0], len(data))
+        if self._is_local:
+            return self._write(lambda backend: backend.create({key: data})[0], len(data))
+        return self._write(lambda backend: backend.create(key, data), len(data))
 
     def put(self, key: str, data: bytes) -> None:
         self.put_all({key: data})
 
     def put_all(self, objects: Mapping[str, bytes]) -> None:
-        backend, data = self._backend, {_checked(key): content for key, content in objects.items()}
-        if isinstance(backend, Remote):
-            self.each(lambda key: self._retry(lambda: backend.put(key, data[key]), len(data[key])), data)
+        data = {_checked(key): content for key, content in objects.items()}
+        if self._is_local:
+            self._write(lambda backend: backend.put(data), sum(map(len, data.values())))
         else:
-            self._retry(lambda: backend.put(data), sum(map(len, data.values())))
+            self.each(lambda key: self._write(lambda backend: backend.put(key, data[key]), len(data[key])), data)
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file of any size. The key should hold a hash of the file, so that a repeated upload is harmless."""
         target = _checked(key)
-        self._retry(lambda: self._backend.put_file(target, path), path.stat().st_size)
+        self._write(lambda backend: backend.put_file(target, path), path.stat().st_size)
 
     def put_finished(self, files: Mapping[str, Path]) -> None:
         """As `put_file`, for files that are no longer written to: a local disk may hard-link them and not copy."""
-        backend, paths = self._backend, {_checked(key): path for key, path in files.items()}
-        if isinstance(backend, Remote):
-            self.each(lambda key: self.put_file(key, paths[key]), paths)
+        paths = {_checked(key): path for key, path in files.items()}
+        if self._is_local:
+            num_bytes = sum(path.stat().st_size for path in paths.values())
+            self._write(lambda backend: backend.put_finished(paths), num_bytes)
         else:
-            self._retry(lambda: backend.put_finished(paths), sum(path.stat().st_size for path in paths.values()))
+            self.each(lambda key: self.put_file(key, paths[key]), paths)
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
         path = _checked(key)
-        return self._retry(lambda: self._backend.get(path))
+        return self._retry(lambda backend: backend.get(path))
 
     def get_file(self, key: str, path: Path) -> None:
         """Download an object of any size. Raises FileNotFoundError."""
         source = _checked(key)
-        self._retry(lambda: self._backend.get_file(source, path))
+        self._retry(lambda backend: backend.get_file(source, path))
 
     def exists(self, key: str) -> bool:
         path = _checked(key)
-        return self._retry(lambda: self._backend.exists(path))
+        return self._retry(lambda backend: backend.exists(path))
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yields the keys below `prefix` (a folder, as "commits/shard-00017/"), recursively and sorted; none if absent.
@@ -167,27 +172,35 @@ class Store:
         (P7).
         """
         path = _checked(prefix.rstrip("/"))
-        for key in sorted(self._retry(lambda: self._backend.list(path))):
-            # Hidden names are drafts of killed writers, or probes.
-            if not key.rsplit("/", 1)[-1].startswith("."):
-                yield key
+        yield from filter(_is_visible, sorted(self._retry(lambda backend: backend.list(path))))
+
+    def list_sizes(self, prefix: str) -> dict[str, int]:
+        """As `list`, with the size of each object in bytes."""
+        path = _checked(prefix.rstrip("/"))
+        found = self._retry(lambda backend: backend.list_sizes(path))
+        return {key: found[key] for key in sorted(found) if _is_visible(key)}
+
+    def size(self, key: str) -> int:
+        """The size of the object in bytes. Raises FileNotFoundError."""
+        path = _checked(key)
+        return self._retry(lambda backend: backend.size(path))
 
     def modified(self, key: str) -> float:
         """The time of the last write in seconds since 1970, by the store's clock. Raises FileNotFoundError."""
         path = _checked(key)
-        return self._retry(lambda: self._backend.modified(path))
+        return self._retry(lambda backend: backend.modified(path))
 
     def leftovers(self) -> Sequence[Leftover]:
         """Incomplete writes of killed writers, which no listing shows: drafts, probes and unfinished uploads."""
-        return self._retry(lambda: find_leftovers(self._backend))
+        return self._retry(find_leftovers)
 
     def remove_leftover(self, leftover: Leftover) -> None:
-        self._retry(lambda: remove_leftover(self._backend, leftover))
+        self._retry(lambda backend: remove_leftover(backend, leftover))
 
     def delete(self, key: str) -> None:
         """Remove the object. Does nothing if it does not exist."""
         path = _checked(key)
-        self._retry(lambda: self._backend.delete(path))
+        self._retry(lambda backend: backend.delete(path))
 
     def probe(self) -> PutIfAbsent:
         """Write and remove a test object, to find out how the root implements `put_new`.
@@ -198,38 +211,72 @@ class Store:
         try:
             created = self._create(key, b"first")
             created_again = self._create(key, b"second")
-            kept = self.get(key) == b"first"
+            data = self.get(key)
             self.delete(key)
         except UserError:
             raise
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(
-                f"The {self._role} {public_url(self.url)} is a file, or lies below one ({error.filename or error}). "
-                "Choose a folder."
-            ) from error
         except Exception as error:  # every driver has its own error classes; the remedy is the same
+            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTDIR):
+                raise UserError(
+                    f"The {self._role} {public_url(self.url)} is a file, or lies below one ({error}). Choose a folder."
+                ) from error
             raise UserError(
                 f"The {self._role} {public_url(self.url)} cannot be written: {type(error).__name__}: {error}. Check "
                 "that the bucket or folder exists, that this machine has credentials for it, and that they allow "
                 "reading, writing, listing and deleting."
             ) from error
-        is_exclusive = created and not created_again and kept
+        if data not in (b"first", b"second"):
+            raise UserError(
+                f"The {self._role} {public_url(self.url)} returns other bytes than were written to it. A server that "
+                f"does not support uploads with checksums stores their framing (aws-chunked); set {CHECKSUM_SETTING} "
+                "in the environment of every process."
+            )
+        is_exclusive = created and not created_again and data == b"first"
         return self._backend.put_if_absent if is_exclusive else PutIfAbsent.UNSAFE
 
-    def _retry(self, operation: Callable[[], T], num_bytes: int = 0) -> T:
-        """Call `operation`, and repeat it after transient errors.
+    def _write(self, operation: Callable[[Any], T], num_bytes: int) -> T:
+        return self._retry(operation, num_bytes, writes=True)
+
+    def _retry(self, operation: Callable[[Any], T], num_bytes: int = 0, *, writes: bool = False) -> T:
+        """Call `operation` with the backend, and repeat it after transient errors.
 
         `num_bytes` is the number of bytes that it writes, for the message about a full store.
         """
+        never, is_renewed = threading.Event(), False
         for pause_s in (*PAUSES_S, None):
+            backend = self._backend
             try:
-                return operation()
-            except Exception as error:  # noqa: BLE001  (raised by the next statement unless it is transient)
-                if pause_s is None or not is_transient(error):
-                    raise_translated(error, self.url, num_bytes)
-            # Jitter: a store throttles all workers at the same moment, and they must not all retry at the same moment.
-            time.sleep(pause_s * random.uniform(0.5, 1.5))
+                return operation(backend)
+            except Exception as error:
+                kind = kind_of(error)
+                # Jitter: a store throttles all workers at the same moment, and they must not all retry at once.
+                if (
+                    pause_s is None
+                    or kind not in REPEATED
+                    or (kind is Kind.EXPIRED and is_renewed)
+                    or isinstance(error, UserError | FileNotFoundError)
+                    or (self._stopped or never).wait(pause_s * random.uniform(0.5, 1.5))
+                ):
+                    translated = translate(error, self.url, num_bytes=num_bytes, writes=writes)
+                    if translated is error:
+                        raise
+                    raise translated from error
+                if kind is Kind.EXPIRED:
+                    is_renewed = True
+                    self._read_credentials_again(backend)
         raise AssertionError("the last attempt returns or raises")
+
+    def _read_credentials_again(self, used: LocalDisk | Remote) -> None:
+        """Connect anew, because drivers keep the credentials with which they have connected."""
+        if isinstance(used, Remote):
+            type(used.fs).clear_instance_cache()
+        if self.__dict__.get("_backend") is used:
+            del self._backend
+
+
+def _is_visible(key: str) -> bool:
+    """Hidden names are drafts of killed writers, or probes."""
+    return not key.rpartition("/")[2].startswith(".")
 
 
 def _checked(key: str) -> str:

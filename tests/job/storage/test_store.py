@@ -22,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job.storage import local_disk, object_store, store
+from hv_batch.job.storage import object_store, store
 from hv_batch.job.storage.store import PutIfAbsent, StorageUnavailableError, Store
 from hv_batch.protocol import UserError
 from tests.support.repository import ROOT
@@ -107,7 +107,7 @@ def test_a_finished_file_of_another_disk_is_copied(tmp_path, monkeypatch):
     store.put_finished({"data/linked.mp4": source})
     assert source.stat().st_nlink == 2
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(os, "link", refuse)
@@ -408,10 +408,13 @@ def test_a_disk_that_cannot_flush_folders_is_used(tmp_path, monkeypatch):
 def test_new_folders_are_flushed_before_their_contents(tmp_path, monkeypatch):
     """P1: a power failure must not remove a stored record, nor the first record of a shard together with its folder."""
     flushed = []
-    flush = local_disk._flush
-    monkeypatch.setattr(
-        local_disk, "_flush", lambda path: (flushed.append(os.path.relpath(path, tmp_path)), flush(path))
-    )
+    fsync = os.fsync
+
+    def flush(descriptor):
+        flushed.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
     store = Store(str(tmp_path / "root"))
     assert store.put_new("commits/shard-00000/a.json", b"{}")
     folders = [".", "root", "root/commits", "root/commits/shard-00000"]
@@ -425,9 +428,9 @@ def test_a_link_whose_reply_was_lost_counts_as_created(tmp_path, monkeypatch):
     """P1: NFS repeats a link request and then reports the first success as a conflict."""
     link = os.link
 
-    def link_twice(source, target):
-        link(source, target)
-        link(source, target)
+    def link_twice(source, target, **folders):
+        link(source, target, **folders)
+        link(source, target, **folders)
 
     monkeypatch.setattr(os, "link", link_twice)
     store = Store(str(tmp_path))
@@ -465,7 +468,7 @@ def test_probe_finds_a_server_that_ignores_the_condition(s3, s3_store):
 def test_probe_finds_a_disk_without_hard_links(tmp_path, monkeypatch):
     """P1: FAT and many FUSE mounts have no hard links; the root works, with a warning."""
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
