@@ -150,6 +150,7 @@ class ParallelIdentity(Document):
 
 
 class Identity(Document):
+    revision: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     parallel: ParallelIdentity
     manifest: Name = ""
 
