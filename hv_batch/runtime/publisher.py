@@ -35,11 +35,12 @@ from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.media.encoder_check import check_encoder
 from hv_batch.media.ffmpeg import FfmpegError
 from hv_batch.media.writer import MediaInfo, write_media
-from hv_batch.runtime.classify import DISK_FULL, REFUSED, LatentsGoneError, NodeError
+from hv_batch.runtime.classify import DISK_FULL, LatentsGoneError, NodeError
 from hv_batch.runtime.run_context import RunContext, StageReport, see_output_root, stopwatch
 
 logger = logging.getLogger(__name__)
 
+DISK_FAULTS = DISK_FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 SCRATCH = "hv_batch-"
 SCRATCH_AGE_S = 6 * 3600.0  # longer than any encode takes: an older folder belongs to a process that was killed
 
@@ -231,6 +232,6 @@ def blaming_node() -> Iterator[None]:
     except FfmpegError as error:
         raise NodeError(str(error)) from error
     except OSError as error:
-        if error.errno not in DISK_FULL | REFUSED | {errno.EIO}:
+        if error.errno not in DISK_FAULTS:
             raise
         raise NodeError(f"temporary files in {tempfile.gettempdir()} cannot be written: {error}") from error
