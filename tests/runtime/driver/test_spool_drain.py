@@ -18,6 +18,7 @@ from hv_batch.job.records.spool import DrainResult, Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.scheduling.messages import Published, SpoolLost
 from hv_batch.job.stages import Stage
+from hv_batch.job.storage.errors import StorageRefusedError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver import spool_drain
@@ -161,9 +162,9 @@ def test_a_root_that_refuses_ends_the_run(nodes):
     """Design section 6: the user must fix credentials and full stores; the videos stay where they are."""
     nodes.spool_drain.add(A, FIRST)
     nodes.spool_drain.poll(0.0)
-    cause = PermissionError(errno.EACCES, "s3://bucket: denied")
+    cause = StorageRefusedError(errno.EACCES, "s3://bucket: denied")
     refused = RayTaskError("empty_spool", "Traceback ...", cause, proctitle="x", pid=1, ip="127.0.0.1")
-    with pytest.raises(UserError, match=r"denied.*grant access"):
+    with pytest.raises(UserError, match=r"denied; correct this"):
         nodes.answer(A, refused.as_instanceof_cause())
     assert "1 finished video on the disks" in nodes.spool_drain.describe()
 
