@@ -9,6 +9,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.probe import decode_media
 from tests.support.plans import publish_plan
-from tests.support.rendered_roots import make_quarantine
+from tests.support.rendered_roots import make_quarantine, make_sample
 from tests.support.small_runs import everything, real_media, run_small, some_samples
 
 SAMPLES = [*some_samples(5), *some_samples(6, num_frames=1)[5:]]
@@ -103,12 +104,18 @@ def half(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
+def shorter_video(folder: Path) -> bytes:
+    """A video of 5 frames; the samples have 17."""
+    sample = make_sample(2, num_frames=5)
+    return real_media(sample, np.zeros(sample.params.latent_shape), folder)[0].read_bytes()
+
+
 FAULTS = {
     Fault.MISSING: lambda root: media_of(root, "s002").unlink(),
     Fault.SIZE: cut,
     Fault.HASH: flip,
     Fault.UNDECODABLE: lambda root: rewrite_media(root, "s002", half(media_of(root, "s002").read_bytes())),
-    Fault.GEOMETRY: lambda root: rewrite_media(root, "s002", media_of(root, "s006").read_bytes()),
+    Fault.GEOMETRY: lambda root: rewrite_media(root, "s002", shorter_video(root.parent)),
     Fault.RECORD: lambda root: record_of(root, "s002").write_bytes(b'{"schema": "hv_batch/commit/1"'),
     Fault.TWO_RECORDS: lambda root: Store(str(root)).put(
         layout.quarantine_key(0, "s002"), canonical_json.encode(make_quarantine(SAMPLES[1]))
