@@ -203,9 +203,12 @@ def http_status(error: BaseException) -> int | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error` and its causes. Some drivers raise an error from itself, so the chain may be a ring."""
+    seen: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and not any(cause is one for one in seen):
         yield cause
+        seen.append(cause)
         cause = cause.__cause__
 
 

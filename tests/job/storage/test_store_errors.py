@@ -221,6 +221,13 @@ def test_errors_of_every_driver_are_translated(make, expected, words):
     assert "secret" not in str(translated)
 
 
+def test_a_ring_of_causes_ends():
+    """s3fs raises a missing object from itself."""
+    error = FileNotFoundError(errno.ENOENT, "gone")
+    error.__cause__ = error
+    assert translate(error, "s3://bucket/root") is error
+
+
 def gcs_error(status, message):
     return pytest.importorskip("gcsfs.retry").HttpError({"code": status, "message": message})
 
