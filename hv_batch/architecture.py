@@ -19,7 +19,11 @@ TIMESTEP_WIDTH = 256  # width of the sinusoid that feeds the timestep embedders
 REFINER_MLP_RATIO = 4  # constant in the released refiner, independent of the blocks' ratio
 VAE_LEVELS = 4  # levels of the encoder and of the decoder
 CLIP_TOKENS = 77  # the position table of CLIP ViT-L/14
-MAX_TEXT_TOKENS = 256  # prompt tokens that the DiT was trained with
+PROMPT_TOKENS = 351  # of a template and its prompt, padded or truncated: one length for both templates
+VIDEO_TEMPLATE_TOKENS = 95  # before the prompt, cropped from the states
+IMAGE_TEMPLATE_TOKENS = 36
+VIDEO_TEXT_TOKENS = PROMPT_TOKENS - VIDEO_TEMPLATE_TOKENS  # 256: what the DiT gets for a video
+MAX_TEXT_TOKENS = PROMPT_TOKENS - IMAGE_TEMPLATE_TOKENS  # 315: what it gets for an image, which is more
 SKIPPED_LAYERS = 2  # last layers of the LLaMA tower, which are never loaded
 # Limits of untrusted configs. A module is built for each layer, so a damaged number must not ask for a billion of them.
 MAX_WIDTH = 2**20

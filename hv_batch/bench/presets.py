@@ -34,7 +34,7 @@ class Preset:
     text: TextWidths = field(default_factory=TextWidths)
     dit: DiTConfig = field(default_factory=DiTConfig)
     dit_latents: tuple[int, int, int]
-    text_tokens: int  # valid tokens; diffusers computes on all 256 padded ones
+    text_tokens: int  # valid tokens; diffusers computes on all padded ones
     vae: VAEConfig = field(default_factory=VAEConfig)
     vae_latents: tuple[int, int, int]
     text_dtype: torch.dtype = torch.float16

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hv_batch.architecture import MAX_TEXT_TOKENS, SKIPPED_LAYERS, TileGeometry
+from hv_batch.architecture import MAX_TEXT_TOKENS, SKIPPED_LAYERS, VIDEO_TEXT_TOKENS, TileGeometry
 from hv_batch.bench.measure import Work
 from hv_batch.bench.presets import Preset, TextWidths
 from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
@@ -72,14 +72,15 @@ def text_stage(preset: Preset, device: torch.device) -> Stage:
 def dit_stage(preset: Preset, device: torch.device) -> Stage:
     """Run one forward pass with embedded guidance and without classifier-free guidance.
 
-    The text is padded to 256 tokens.
+    The text is padded to the length of the release, which is larger for an image.
     """
+    text_rows = MAX_TEXT_TOKENS if preset.dit_latents[0] == 1 else VIDEO_TEXT_TOKENS
     config, dtype = preset.dit, preset.dit_dtype
     model = _random(lambda: HYVideoDiT(config, preset.attention), device, dtype)
     if preset.fp8:
         multiply_in_fp8_(model, device)
     latents = torch.randn(1, LATENT_CHANNELS, *preset.dit_latents, device=device).to(dtype)
-    states = torch.randn(1, MAX_TEXT_TOKENS, config.text_states_dim, device=device).to(dtype)
+    states = torch.randn(1, text_rows, config.text_states_dim, device=device).to(dtype)
     pooled = torch.randn(1, config.text_states_dim_2, device=device).to(dtype)
     timestep, guidance = (torch.full((1,), value, device=device) for value in (900.0, 6000.0))
 
@@ -103,7 +104,7 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
             device,
             dtype,
         )
-        mask = (torch.arange(MAX_TEXT_TOKENS, device=device) < preset.text_tokens).long()[None]
+        mask = (torch.arange(text_rows, device=device) < preset.text_tokens).long()[None]
         return _without_grad(
             lambda: reference(
                 hidden_states=latents,
@@ -118,7 +119,7 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
     frames, rows, columns = preset.dit_latents
     tokens = frames * rows * columns // 4  # patches of 1 x 2 x 2
     products = ", FP8 products" if preset.fp8 else ""
-    text = f"text {preset.text_tokens} of {MAX_TEXT_TOKENS}"
+    text = f"text {preset.text_tokens} of {text_rows}"
     size = f"{tokens:,} tokens, {text}, {_millions(model)}, {preset.attention} attention{products}"
     return Stage(size, dtype, ours, _if_installed(theirs))
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 # The model was trained with times from 0 to 1000. It reads both the time and the guidance scale in this unit.
 TIME_UNIT = 1000.0
 
+# torch's generator for the CPU (Mersenne Twister) ignores the bits of a seed above bit 31. That for CUDA uses 64 bits.
+MAX_TORCH_CPU_SEED = 2**32 - 1
+
 
 def initial_noise(
     params: SamplingParams, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -44,8 +48,13 @@ def initial_noise(
     Noise drawn on the CPU is equal on every machine. A CUDA generator draws other values, which also depend on the GPU
     model. The values depend on `dtype`: for one seed, float16 and float32 differ by about 1e-3.
     """
-    generator = torch.Generator(device).manual_seed(params.seed)
-    return torch.randn((1, *params.latent_shape), generator=generator, dtype=dtype, device=device)
+    shape, seed, is_cpu = (1, *params.latent_shape), params.seed, torch.device(device).type == "cpu"
+    if is_cpu and seed > MAX_TORCH_CPU_SEED:
+        # The legacy generator of NumPy never changes its values for a seed. It uses every word of the seed.
+        drawn = np.random.RandomState([seed & MAX_TORCH_CPU_SEED, seed >> 32]).standard_normal(shape)
+        return torch.from_numpy(drawn).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
 def sigmas(steps: int, shift: float, reverse: bool = True) -> Tensor:
@@ -113,11 +122,14 @@ def condition(
     """Batch the embeddings of all guidance branches on `device`, padded to the longest.
 
     The guidance scale is cast to the model's dtype before it is multiplied, as in the released run: in bfloat16, 6.0
-    becomes 6016. The text states keep the encoder's dtype, because the model averages them before it rounds them.
+    becomes 6016. A product that this dtype cannot hold (float16, scales above 65.5) is not rounded. The text
+    states keep the encoder's dtype, because the model averages them before it rounds them.
     """
     guidance = None
     if model.config.guidance_embed:
-        guidance = torch.full((len(branches),), guidance_scale, dtype=model.dtype, device=device) * TIME_UNIT
+        scale = torch.full((len(branches),), guidance_scale, dtype=model.dtype, device=device)
+        product = scale * TIME_UNIT
+        guidance = torch.where(product.isfinite(), product.float(), scale.float() * TIME_UNIT)
     return Condition(
         states=pad_sequence([text.states for text in branches], batch_first=True).to(device),
         lengths=tuple(text.states.shape[0] for text in branches),

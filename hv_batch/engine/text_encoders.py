@@ -5,7 +5,8 @@
 
 Three rules must hold; breaking any of them changes every picture:
 
-- The template is cropped from the states *after* the model has read it. The limit of 256 tokens counts from the crop.
+- The template is cropped from the states *after* the model has read it. Template and prompt are padded or truncated to
+  351 tokens, for both templates. So 256 tokens are left for the prompt of a video, and 315 for that of an image.
 - The states are the output of layer N - 2, without the final norm, so the last two layers are never loaded.
 - A prompt is data. Braces and the text of special tokens inside a prompt have no special meaning.
 """
@@ -21,7 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hv_batch.architecture import CLIP_TOKENS, MAX_TEXT_TOKENS, SKIPPED_LAYERS
+from hv_batch.architecture import (
+    CLIP_TOKENS,
+    IMAGE_TEMPLATE_TOKENS,
+    PROMPT_TOKENS,
+    SKIPPED_LAYERS,
+    VIDEO_TEMPLATE_TOKENS,
+)
 from hv_batch.engine.checkpoint.tensor_files import open_file
 from hv_batch.engine.checkpoint.text_files import TEXT_LAYOUT, missing_text_files, weight_file
 from hv_batch.protocol import NonFiniteError, UserError
@@ -34,6 +41,11 @@ class PromptTemplate:
     head: str
     tail: str
     crop_start: int  # number of tokens of `head`, including the <|begin_of_text|> before it
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of prompt and `tail` that are left after the crop."""
+        return PROMPT_TOKENS - self.crop_start
 
 
 def _template(instruction: str, crop_start: int) -> PromptTemplate:
@@ -51,12 +63,12 @@ VIDEO_TEMPLATE = _template(
     "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
     "4. background environment, light, style and atmosphere."
     "5. camera angles, movements, and transitions used in the video:",
-    crop_start=95,
+    crop_start=VIDEO_TEMPLATE_TOKENS,
 )
 IMAGE_TEMPLATE = _template(
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:",
-    crop_start=36,
+    crop_start=IMAGE_TEMPLATE_TOKENS,
 )
 
 
@@ -65,10 +77,12 @@ class TextEmbedding:
     """One encoded prompt, on the CPU, in the towers' dtype (satisfies `hv_batch.protocol.Embedding`).
 
     `num_tokens + tokens_lost` is the length of the prompt in LLaMA tokens. `states` has one more row than `num_tokens`,
-    for the template's closing token, unless the prompt fills all 256 rows.
+    for the template's closing token, unless the prompt fills all rows.
     """
 
-    states: torch.Tensor  # [valid tokens <= 256, D], without padding, which does not change the result
+    states: (
+        torch.Tensor
+    )  # [valid tokens <= 256 or, for an image, 315, D], without padding, which does not change the result
     pooled: torch.Tensor  # [D2]
     num_tokens: int
     tokens_lost: int
@@ -136,20 +150,19 @@ class TextTowers:
 
     def _encode_one(self, prompt: str, template: PromptTemplate) -> TextEmbedding:
         prompt_ids = self._plain_ids(prompt)
-        limit = template.crop_start + MAX_TEXT_TOKENS
         # Truncated as in the release: the whole text is cut once, so a long prompt loses its end and the closing token.
-        ids = (self._heads[template] + prompt_ids + self._template_ids(template.tail))[:limit]
-        lost = max(0, len(prompt_ids) - MAX_TEXT_TOKENS)
+        ids = (self._heads[template] + prompt_ids + self._template_ids(template.tail))[:PROMPT_TOKENS]
+        lost = max(0, len(prompt_ids) - template.max_tokens)
         # copy=True, because a slice would keep and pickle the whole padded buffer.
-        states = self._llama_states(ids, limit)[template.crop_start : len(ids)].to("cpu", copy=True)
+        states = self._llama_states(ids)[template.crop_start : len(ids)].to("cpu", copy=True)
         pooled = self._clip_pooled(prompt)
         _require_finite(states, "the text states of LLaMA are")
         _require_finite(pooled, "the pooled vector of CLIP is")
         return TextEmbedding(states, pooled, num_tokens=len(prompt_ids) - lost, tokens_lost=lost)
 
-    def _llama_states(self, ids: list[int], length: int) -> torch.Tensor:
-        """Return the states [length, D] of `ids`, padded on the right."""
-        padding = length - len(ids)
+    def _llama_states(self, ids: list[int]) -> torch.Tensor:
+        """Return the states [PROMPT_TOKENS, D] of `ids`, padded on the right."""
+        padding = PROMPT_TOKENS - len(ids)
         pad_id = self._llama_tokenizer.pad_token_id or 0  # any id works, because the mask hides it
         ids_BL = torch.tensor([ids + [pad_id] * padding], device=self._device)  # noqa: N806
         mask_BL = torch.tensor([[1] * len(ids) + [0] * padding], device=self._device)  # noqa: N806

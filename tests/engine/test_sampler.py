@@ -35,6 +35,9 @@ PARAMS = SamplingParams(
 )
 
 
+WIDE_SEED_NOISE = [-0.6358715, -1.2343866, 1.7795178]  # the first values of seed 2**32 + 7
+
+
 class Field:
     """A velocity field with the DiT's signature. It depends on every input, and does not depend on padding."""
 
@@ -114,6 +117,26 @@ def test_noise_is_a_function_of_the_seed_and_the_shape():
 def test_noise_takes_the_largest_seed():
     """Spec section 1: every seed that a manifest allows can be used."""
     assert sampler.initial_noise(replace(PARAMS, seed=2**63 - 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_seeds_that_differ_above_bit_31_give_different_noise(dtype):
+    """Seeds such as `row << 32 | i` give different, uncorrelated noise, whose values never change."""
+    seeds = [7, 1 << 32, 1 << 32 | 7, 2 << 32 | 7, 7 << 32 | 1, 2**63 - 1]
+    drawn = [sampler.initial_noise(replace(PARAMS, seed=seed), dtype) for seed in seeds]
+    assert {noise.dtype for noise in drawn} == {dtype}
+    assert {noise.shape for noise in drawn} == {(1, *PARAMS.latent_shape)}
+    correlation = torch.corrcoef(torch.stack([noise.flatten().float() for noise in drawn]))
+    assert (correlation - torch.eye(len(seeds))).abs().max() < 0.15
+    assert all(noise.float().std().item() == pytest.approx(1.0, abs=0.1) for noise in drawn)
+    assert drawn[2].flatten()[:3].tolist() == pytest.approx(WIDE_SEED_NOISE, abs=1e-3)
+
+
+def test_seeds_below_2_to_32_keep_their_noise():
+    """Revision 1 drew the same noise for them."""
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        drawn = torch.randn((1, *PARAMS.latent_shape), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(sampler.initial_noise(replace(PARAMS, seed=seed)), drawn)
 
 
 class DiffusersField(torch.nn.Module):
@@ -217,6 +240,17 @@ def test_guidance_is_rounded_as_in_the_released_run(scale, seen):
     """Spec section 4: guidance is cast to the model's dtype first. In bfloat16 6.3 is 6.3125; times 1000 it is 6304."""
     model = Field(dtype=torch.bfloat16)
     assert sampler.condition(model, [embed(2, 1)], scale, CPU).guidance.tolist() == [seen]
+
+
+def test_float16_takes_every_allowed_guidance_scale():
+    """Up to 65.5 the product is rounded to float16 as in revision 1; above, where float16 overflows, it is not."""
+
+    def guidance(scale: float) -> float:
+        return sampler.condition(Field(dtype=torch.float16), [embed(2, 1)], scale, CPU).guidance.item()
+
+    for scale in (0.0, 1.0, 6.0, 6.3, 33.3, 65.5):
+        assert guidance(scale) == (torch.tensor(scale, dtype=torch.float16) * 1000).item()
+    assert [guidance(scale) for scale in (65.625, 80.0, 100.0)] == [65_625.0, 80_000.0, 100_000.0]
 
 
 def test_only_the_model_computes_in_its_dtype():

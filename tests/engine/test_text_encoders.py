@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
-from hv_batch.architecture import MAX_TEXT_TOKENS
+from hv_batch.architecture import PROMPT_TOKENS
 from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, PromptTemplate, TextTowers
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
@@ -44,8 +44,7 @@ def load(base: Path, dtype: torch.dtype = torch.float32) -> TextTowers:
 
 def joined_ids(tokenizer, template: PromptTemplate, prompt: str) -> list[int]:
     """Tokenize as the release does: one text, tokenized and truncated as a whole."""
-    limit = template.crop_start + MAX_TEXT_TOKENS
-    return tokenizer(template.head + prompt + template.tail, truncation=True, max_length=limit).input_ids
+    return tokenizer(template.head + prompt + template.tail, truncation=True, max_length=PROMPT_TOKENS).input_ids
 
 
 def engine_ids(towers: TextTowers, template: PromptTemplate, prompt: str) -> list[int]:
@@ -64,12 +63,11 @@ def engine_ids(towers: TextTowers, template: PromptTemplate, prompt: str) -> lis
 
 def official_states(base: Path, tokenizer, template: PromptTemplate, prompt: str) -> torch.Tensor:
     """Return hidden_states[-3] of the complete model, padded and cropped as in the release, without the padding."""
-    limit = template.crop_start + MAX_TEXT_TOKENS
     batch = tokenizer(
         template.head + prompt + template.tail,
         truncation=True,
         padding="max_length",
-        max_length=limit,
+        max_length=351,
         return_tensors="pt",
     )
     model = AutoModel.from_pretrained(base / "text_encoder", dtype=torch.float32)
@@ -82,7 +80,7 @@ def official_states(base: Path, tokenizer, template: PromptTemplate, prompt: str
 @pytest.mark.parametrize("template", [VIDEO_TEMPLATE, IMAGE_TEMPLATE])
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT, "", "é 中文 🎈 1234567"])
 def test_states_are_those_of_the_released_procedure(model_base, towers, tokenizer, template, prompt):
-    """Spec 3.1: template, 256 + crop tokens, hidden state -3 without the final norm, crop; with two layers less."""
+    """Spec 3.1: template, 351 tokens, hidden state -3 without the final norm, crop; with two layers less."""
     expected = official_states(model_base, tokenizer, template, prompt.strip())
     embedding = towers.encode([prompt], image=template is IMAGE_TEMPLATE)[0]
     assert torch.equal(embedding.states, expected)
@@ -166,17 +164,18 @@ def test_one_prompts_bits_do_not_depend_on_the_batch(towers):
     assert together[0] is together[3] is together[4]
 
 
-def test_lengths_count_the_used_and_the_lost_tokens(towers, tokenizer):
-    """Spec 3.1: up to 256 tokens of prompt and closing token reach the DiT; the other tokens are counted as lost."""
+@pytest.mark.parametrize(("image", "most"), [(False, 256), (True, 315)], ids=["video", "image"])
+def test_lengths_count_the_used_and_the_lost_tokens(towers, tokenizer, image, most):
+    """Spec 3.1: up to 256 tokens of prompt and closing token, 315 for an image, reach the DiT; the others are lost."""
     assert tokenizer.tokenize(" cat") == ["Ġcat"]
     for words, rows, kept, lost in [
         (1, 2, 1, 0),
-        (255, 256, 255, 0),
-        (256, 256, 256, 0),
-        (257, 256, 256, 1),
-        (400, 256, 256, 144),
+        (most - 1, most, most - 1, 0),
+        (most, most, most, 0),
+        (most + 1, most, most, 1),
+        (400, most, most, 400 - most),
     ]:
-        embedding = towers.encode([" cat" * words], image=False)[0]
+        embedding = towers.encode([" cat" * words], image=image)[0]
         assert (len(embedding.states), embedding.num_tokens, embedding.tokens_lost) == (rows, kept, lost)
 
 

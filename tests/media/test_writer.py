@@ -277,6 +277,26 @@ def test_errors_have_the_message_of_ffmpeg(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 4224), (4224, 16)])
+def test_an_encoder_that_refuses_a_size_gives_its_own_reason(tmp_path, height, width):
+    """P5: libx265's reason is in the message; the manifest check refuses such sizes before."""
+    frames = np.zeros((2, height, width, 3), np.uint8)
+    with pytest.raises(FfmpegError, match="CTU size 16 is non-compliant"):
+        write_media(
+            [frames], tmp_path / "c", height=height, width=width, num_frames=2, fps=24, media=MediaConfig(codec="h265")
+        )
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 4160), (4160, 16), (32, 4224)])
+def test_the_largest_sizes_of_the_manifest_check_are_encoded(tmp_path, height, width):
+    """P6: the sizes that the manifest check accepts with h265."""
+    frames = np.zeros((2, height, width, 3), np.uint8)
+    media = MediaConfig(codec="h265", preset="ultrafast")
+    assert write_media(
+        [frames], tmp_path / "c", height=height, width=width, num_frames=2, fps=24, media=media
+    ).path.exists()
+
+
 def test_a_missing_folder_is_reported_by_path(tmp_path):
     """P5: the error names an output that cannot be opened."""
     with pytest.raises(FfmpegError, match="absent"):

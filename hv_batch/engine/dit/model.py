@@ -117,7 +117,9 @@ class HYVideoDiT(nn.Module):
         vec = self.time_in(timestep) + self.vector_in(pooled.to(self.dtype))
         if self.guidance_in is not None and guidance is not None:
             # Rounded to the model's dtype before the sinusoid, as in the released run (bfloat16 cannot represent 6000).
-            vec = vec + self.guidance_in(guidance.to(self.dtype))
+            # float16 cannot represent all of its range: above 65504, it stays as it is.
+            rounded = guidance.to(self.dtype)
+            vec = vec + self.guidance_in(torch.where(rounded.isfinite(), rounded.float(), guidance.float()))
         return vec
 
     def _velocity(

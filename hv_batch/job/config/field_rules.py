@@ -13,7 +13,7 @@ MAX_VIDEOS = 10_000  # of one row; a larger number is a mistake
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")  # 2^63 has 19 digits
 REAL_NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 
-MAX_TEXT_CHARS = 100_000  # of a prompt or an id; the model reads 256 tokens, and a page has 3,000 characters
+MAX_TEXT_CHARS = 100_000  # of a prompt or an id; the model reads at most 315 tokens, and a page has 3,000 characters
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is allowed
 

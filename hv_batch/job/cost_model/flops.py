@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from hv_batch.architecture import MAX_TEXT_TOKENS, Axis, VAEConfig
+from hv_batch.architecture import VIDEO_TEXT_TOKENS, Axis, VAEConfig
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
@@ -96,7 +96,7 @@ class Traffic:
         return self.ulysses + self.ring + self.gather
 
 
-def rank_traffic(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = MAX_TEXT_TOKENS) -> Traffic:
+def rank_traffic(model: ModelShape, tokens: int, ulysses: int, ring: int, text: int = VIDEO_TEXT_TOKENS) -> Traffic:
     """The traffic of the rank that sends most, with prompts of `text` tokens."""
     dit, item = model.dit, ITEMSIZE[model.precision]
     ranks = ulysses * ring

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hv_batch.architecture import MAX_TEXT_TOKENS
+from hv_batch.architecture import MAX_TEXT_TOKENS, PROMPT_TOKENS
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import count_tokens
 from hv_batch.protocol import TEMPORAL_COMPRESSION, Shape
@@ -20,8 +20,6 @@ GIB = 2**30
 
 # CUDA context, workspaces of cuBLAS, buffers of NCCL, fragmentation of the allocator. Not measured.
 RESERVE_BYTES = 2 * GIB
-
-TEMPLATE_TOKENS = 95  # of the video template, which precedes the prompt in the LLaMA tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ def _token_values(model: ModelShape) -> int:
 def encoder_footprint(model: ModelShape) -> Footprint:
     """Both text towers, encoding one prompt."""
     llama, item = model.llama, ITEMSIZE[model.text_encoder_precision]
-    tokens = MAX_TEXT_TOKENS + TEMPLATE_TOKENS
+    tokens = PROMPT_TOKENS
     # In a layer's MLP: gate, up and their product, besides the stream and its float32 norm.
     return Footprint(
         model.text_bytes, tokens * (3 * llama.intermediate_size * item + llama.hidden_size * (2 * item + 8))

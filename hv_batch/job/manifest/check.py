@@ -57,7 +57,7 @@ def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Ind
     defaults = config.defaults.model_dump()
     writer = IndexWriter(scratch)
     check = _ManifestCheck(manifest)
-    for chunk, result in _validate_chunks(manifest.chunks(), defaults, config.parallel.cfg_degree):
+    for chunk, result in _validate_chunks(manifest.chunks(), defaults, config.parallel.cfg_degree, config.media.codec):
         check.add(chunk, result)
         if result.samples:
             writer.add(result.part, result.rows, result.samples)
@@ -80,14 +80,14 @@ def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Ind
 
 
 def _validate_chunks(
-    chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int
+    chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int, codec: str
 ) -> Iterator[tuple[Chunk, ChunkResult]]:
     """The results in the order of the chunks. Only a few chunks are held at a time."""
     first = list(islice(chunks, INLINE_CHUNKS + 1))
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     if len(first) <= INLINE_CHUNKS or processes == 1:
         for chunk in chain(first, chunks):
-            yield chunk, validate_chunk(chunk, defaults, cfg_degree)
+            yield chunk, validate_chunk(chunk, defaults, cfg_degree, codec)
         return
     # "spawn", because this process has threads and must not fork.
     context = multiprocessing.get_context("spawn")
@@ -96,7 +96,7 @@ def _validate_chunks(
     try:
         for chunk in chain(first, chunks):
             with _signals_held_back():
-                future = pool.submit(validate_chunk, chunk, defaults, cfg_degree)
+                future = pool.submit(validate_chunk, chunk, defaults, cfg_degree, codec)
             pending.append((chunk, future))
             if len(pending) > processes + 1:
                 yield _next_result(pending)

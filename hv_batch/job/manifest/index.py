@@ -252,7 +252,7 @@ def is_whole(store: Store, part: IndexPart) -> bool:
 
 def index_key(config: RunConfig) -> str:
     """Hex digest of everything except the manifest that an index depends on."""
-    facts = [__version__, config.defaults.model_dump(mode="json"), config.parallel.cfg_degree]
+    facts = [__version__, config.defaults.model_dump(mode="json"), config.parallel.cfg_degree, config.media.codec]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

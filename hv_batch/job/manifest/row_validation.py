@@ -28,6 +28,11 @@ from hv_batch.protocol import MAX_SEED, FieldProblem
 
 MAX_REPORTED = 1000  # problems reported in full; a manifest with more has a systematic error
 
+# A picture with a side of 16 has blocks of 16 pixels, which level 5 of HEVC forbids. libx265 uses level 5 from a side of
+# 4224, and older versions may use it earlier.
+HEVC_THIN_SIDE = 16
+HEVC_MAX_LENGTH = 4160
+
 PART_SCHEMA = pa.schema(
     {
         "row": pa.int64(),  # number over all files
@@ -64,11 +69,14 @@ def describe(problem: FieldProblem) -> str:
     return f"{problem.field} {value}; allowed: {problem.allowed}"
 
 
-def validate_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int) -> ChunkResult:
-    """Validate each row of a chunk (P6). `defaults` and `cfg_degree` (of `parallel`) come from the config."""
+def validate_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int, codec: str) -> ChunkResult:
+    """Validate each row of a chunk (P6).
+
+    `defaults`, `cfg_degree` (of `parallel`) and `codec` (of `media`) come from the config.
+    """
     builder = ChunkBuilder()
     for number, parsed in chunk.rows():
-        builder.add_row(number, parsed, defaults, cfg_degree)
+        builder.add_row(number, parsed, defaults, cfg_degree, codec)
     return builder.finish(chunk.offset)
 
 
@@ -79,7 +87,7 @@ class ChunkBuilder:
         self.result = ChunkResult()
         self._columns: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
 
-    def add_row(self, number: int, parsed: ParsedRow, defaults: Mapping[str, Any], cfg_degree: int) -> None:
+    def add_row(self, number: int, parsed: ParsedRow, defaults: Mapping[str, Any], cfg_degree: int, codec: str) -> None:
         result = self.result
         result.rows += 1
         if isinstance(parsed, FieldProblem):
@@ -87,7 +95,7 @@ class ChunkBuilder:
             return
         row = read_row(number, parsed)
         content = _ENCODER.encode((row.values, row.extra))
-        problems = row.problems or tuple(_find_row_problems(row, len(content), defaults, cfg_degree))
+        problems = row.problems or tuple(_find_row_problems(row, len(content), defaults, cfg_degree, codec))
         for problem in problems:
             result.add_problem(number, problem)
         num_videos = _num_videos(row, defaults)
@@ -125,12 +133,16 @@ def _num_videos(row: Row, defaults: Mapping[str, Any]) -> int:
     return 1 if row.problems and find_fault("num_videos", num_videos) else num_videos
 
 
-def _find_row_problems(row: Row, size: int, defaults: Mapping[str, Any], cfg_degree: int) -> Iterator[FieldProblem]:
+def _find_row_problems(
+    row: Row, size: int, defaults: Mapping[str, Any], cfg_degree: int, codec: str
+) -> Iterator[FieldProblem]:
     """Problems of a row whose single values are valid. `size`: characters of the row as JSON."""
     num_videos = _num_videos(row, defaults)
     seed = row.values.get("seed", 0)  # a derived seed has 31 bits, so it cannot be too large
     if seed + num_videos - 1 > MAX_SEED:
         yield FieldProblem("seed", seed, f"at most 2^63 - {num_videos}, because video i is rendered with seed + i")
+    if codec == "h265":
+        yield from _find_hevc_problem({**defaults, **row.values})
     cfg_scale = row.values.get("cfg_scale", defaults["cfg_scale"])
     if cfg_degree > 1 and cfg_scale <= 1.0:
         allowed = (
@@ -151,3 +163,14 @@ def _encode_part(columns: Mapping[str, list[Any]]) -> bytes:
     table = pa.table(columns, PART_SCHEMA)
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
     return sink.getvalue()
+
+
+def _find_hevc_problem(values: Mapping[str, Any]) -> Iterator[FieldProblem]:
+    """A size that libx265 refuses. One frame is a PNG, which has any size."""
+    (short, narrow), (long, wide) = sorted((values[name], name) for name in ("height", "width"))
+    if values["num_frames"] > 1 and short <= HEVC_THIN_SIDE and long > HEVC_MAX_LENGTH:
+        allowed = (
+            f"at most {HEVC_MAX_LENGTH} with {narrow} {short} and media.codec = h265, because pictures of a larger side "
+            "must have blocks of 32 pixels; render such rows in a separate run with another codec"
+        )
+        yield FieldProblem(wide, long, allowed)

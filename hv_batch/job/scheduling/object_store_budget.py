@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from hv_batch.architecture import MAX_TEXT_TOKENS
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 
-# Two prompts (classifier-free guidance) of 256 tokens, 4096 wide in bfloat16: the maximum of the released encoders.
-ASSUMED_EMBEDDING_BYTES = 2 * 256 * 4096 * 2
+# Two prompts (classifier-free guidance) of an image, 4096 wide in bfloat16: the maximum of the released encoders.
+ASSUMED_EMBEDDING_BYTES = 2 * MAX_TEXT_TOKENS * 4096 * 2
 
 Producer = tuple[Stage, int]  # stage and slot of a worker, without its incarnation
 

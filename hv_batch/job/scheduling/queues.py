@@ -12,6 +12,8 @@ from hv_batch.job.scheduling.object_store_budget import ObjectStoreBudget
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Workload
 
+Slot = tuple[Stage, int]  # stage and slot of a worker, without its incarnation
+
 STAGES = tuple(Stage)  # iterating over the enum itself is ten times slower
 
 
@@ -23,6 +25,7 @@ class _Sample:
     latent_bytes: int
     work: Workload | None
     solo: bool = False  # was in a batch that failed, so it runs alone from now on
+    avoids: Slot | None = None  # where its decode failed last
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -113,6 +116,20 @@ class Queues:
         """From now on, the sample is the only one of its tasks."""
         self._samples[key].solo = True
 
+    def avoid(self, key: str, slot: Slot) -> None:
+        """From now on, the sample is decoded by another worker than that of `slot` if there is one."""
+        self._samples[key].avoids = slot
+
+    def bring_forward(self, stage: Stage, slot: Slot) -> bool:
+        """Move the first waiting sample that does not avoid `slot` to the front. Returns whether there is one."""
+        queue = self._waiting[stage][0]
+        for index, key in enumerate(queue):
+            if self._samples[key].avoids != slot:
+                del queue[index]
+                queue.appendleft(key)
+                return True
+        return False
+
     def remove(self, key: str) -> None:
         """Remove a sample whose task has ended. It is no longer in flight."""
         self._store_budget.release(key, None)
@@ -144,7 +161,7 @@ class Queues:
         queue = self._waiting[stage][size_class]
         batch = [queue.popleft()]
         while queue and len(batch) < most:
-            if self._samples[batch[0]].solo or self._samples[queue[0]].solo:
+            if self._samples[batch[0]].solo or self._samples[queue[0]].solo or self._samples[queue[0]].avoids:
                 break
             batch.append(queue.popleft())
         return tuple(batch)

@@ -72,6 +72,11 @@ class WorkerScaling:
         slots = self._slots[stage] or self._slots[Stage.DENOISE]
         return sum(slot.ready for slot in slots if stage is not Stage.DENOISE or slot.size_class == size_class)
 
+    def has_another_decoder(self, worker: WorkerSlot) -> bool:
+        """Whether another ready worker can run decodes, now or after its task."""
+        slots = self._slots[Stage.DECODE] or self._slots[Stage.DENOISE]
+        return any(slot.ready and slot is not worker for slot in slots)
+
     def find(self, worker: WorkerId) -> WorkerSlot | None:
         """The slot of this incarnation, or None if the incarnation has ended."""
         slot = self._slots[worker.stage][worker.slot]

@@ -250,6 +250,7 @@ class Scheduler:
 
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
         keys = worker.end_task()
+        self._avoid(worker, keys, failure)
         worker.note_failure(keys, failure)
         actions = self._charge(worker.id, keys, failure, now)
         is_end = any(isinstance(action, Abort) for action in actions)
@@ -269,6 +270,7 @@ class Scheduler:
             failure = replace(failure, kind=FailureClass.PREEMPTED)  # a node may go away earlier than announced
         lost = worker.id
         keys = worker.lose(failure, now, self._retries.worker, counts=counts)
+        self._avoid(worker, keys, failure)
         keeps_node = failure.kind is not FailureClass.PREEMPTED and not is_leaving
         actions: list[Action] = [KillWorker(lost, failure, rebuild=keeps_node and worker.status is Status.ABSENT)]
         if failure.kind is FailureClass.OUTAGE:
@@ -277,6 +279,11 @@ class Scheduler:
             actions += self._charge(lost, keys, failure, now)
         self._last_loss[size_class] = failure
         return actions
+
+    def _avoid(self, worker: WorkerSlot, keys: tuple[str, ...], failure: Failure) -> None:
+        for key in keys:
+            if failure.kind is FailureClass.INFRA and self._queues.stage_of(key) is Stage.DECODE:
+                self._queues.avoid(key, (worker.id.stage, worker.id.slot))
 
     def _end_or_checkpoint(self, worker: WorkerSlot, now: float) -> list[Action]:
         """The actions that are due for a worker on a draining node; none for other workers."""
@@ -368,6 +375,8 @@ class Scheduler:
                 size_class = self._backpressure.size_class_for(stage, worker.size_class)
                 if size_class is None:
                     continue
+                if stage is Stage.DECODE and not self._finds_decode(worker):
+                    continue
                 workers = self._scaling.ready(stage, size_class)
                 if not (most := self._backpressure.task_size_for(worker.id, stage, size_class, workers)):
                     continue
@@ -375,6 +384,14 @@ class Scheduler:
                 if stage is not Stage.DECODE:
                     self._store_budget.reserve(worker.id, worker.task)
                 yield Run(worker.id, worker.task, stage)
+
+    def _finds_decode(self, worker: WorkerSlot) -> bool:
+        """Whether the worker may decode a waiting sample, which is then the first of the queue.
+
+        A sample whose decode failed waits for another ready worker, because the node of the first may be faulty.
+        """
+        slot = worker.id.stage, worker.id.slot
+        return not self._scaling.has_another_decoder(worker) or self._queues.bring_forward(Stage.DECODE, slot)
 
     def _may_start(self, stage: Stage, now: float) -> bool:
         return self._outage.may_decode(now) if stage is Stage.DECODE else not self._is_draining

@@ -261,7 +261,7 @@ class DenoiseGroup:
             (error,) = errors.values()
             failure = classify(error, str(self.id))
             if is_node_fault(error):
-                self._exclusion.device_faulted(Stage.DENOISE, self._nodes_of([0]), failure.message)
+                self._exclusion.tool_failed(Stage.DENOISE, self._nodes_of([0]), failure.message)
             is_usable = self._reservation is not None and self._pool.is_usable(self._reservation)
             if not worker_survives(error) or not is_usable:
                 return WorkerLost(self.id, failure)

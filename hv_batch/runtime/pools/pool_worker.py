@@ -27,7 +27,7 @@ from hv_batch.job.scheduling.messages import (
     WorkerReady,
 )
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.classify import classify, is_device_fault, worker_survives
+from hv_batch.runtime.classify import classify, is_device_fault, is_node_fault, worker_survives
 from hv_batch.runtime.groups.reservation import BundleSlot
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import avoid_nodes
@@ -105,6 +105,9 @@ class PoolWorker:
         failure, counts = classify(error, str(self.id)), True
         if is_device_fault(error):
             counts = not self._exclusion.device_faulted(self.id.stage, self.nodes, failure.message)
+        if is_node_fault(error):  # another actor starts, if possible on another node; at its start it checks its node
+            counts = not self._exclusion.tool_failed(self.id.stage, self.nodes, failure.message)
+            return [WorkerLost(self.id, failure, counts)]
         return [TaskFailed(self.id, failure) if worker_survives(error) else WorkerLost(self.id, failure, counts)]
 
 

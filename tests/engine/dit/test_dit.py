@@ -168,6 +168,16 @@ def test_guidance_is_rounded_before_the_embedder():
     assert torch.equal(model(**inputs), model(**nearby))
 
 
+def test_float16_takes_every_allowed_guidance():
+    """float16 ends at 65504: the guidance of a scale above 65.5 stays finite and has an effect."""
+    model = random_dit(TINY, seed=9).to(torch.float16)
+    inputs = random_inputs(TINY, (1, 4, 4), [5], seed=10, padded=PADDED)
+    first, second = (model(**inputs | {"guidance": torch.tensor([value])}) for value in (80_000.0, 100_000.0))
+    assert first.isfinite().all()
+    assert second.isfinite().all()
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -264,6 +264,22 @@ def test_an_invalid_value_is_reported(values, expected):
     assert expected in text
 
 
+def test_a_size_that_the_codec_refuses_is_reported():
+    """P6: libx265 refuses thin and long videos; other codecs, and images of this size, are rendered."""
+    h265 = RunConfig.model_validate({"media": {"codec": "h265"}})
+    rows = [{"prompt": "a", "height": 16, "width": 4176}, {"prompt": "b", "height": 8192, "width": 16}]
+    text = refusal(*rows, config=h265)
+    assert "row 1: width = 4176; allowed: at most 4160 with height 16 and media.codec = h265" in text
+    assert "row 2: height = 8192; allowed: at most 4160 with width 16 and media.codec = h265" in text
+    fitting = [
+        {"prompt": "c", "height": 16, "width": 4160},
+        {"prompt": "d", "height": 32, "width": 8192},
+        {"prompt": "e", "height": 16, "width": 8192, "num_frames": 1},
+    ]
+    assert len(samples_of(*fitting, config=h265)) == 3
+    assert len(samples_of(*rows)) == 2
+
+
 def test_all_invalid_rows_are_reported_together():
     """P6: one error lists unreadable lines, invalid values, duplicate keys and likely typing errors."""
     text = refusal(

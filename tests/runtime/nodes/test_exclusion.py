@@ -56,15 +56,43 @@ def test_the_worker_that_excluded_a_node_is_reported(nodes):
     assert [sick.device_faulted(Stage.DENOISE, ["b"], "ECC") for _ in range(3)] == [False] * 3, "it cannot be spared"
 
 
-def test_pools_without_gpus_neither_exclude_nor_avoid_a_node(nodes):
-    """P5: decoders on the CPU neither avoid a node with a faulty GPU nor count failures against it."""
+def test_a_pool_without_gpus_avoids_the_nodes_that_failed_for_it(nodes, logged):
+    """P5: a node with a broken ffmpeg gets no decoder, and keeps its groups and encoders."""
     sick = NodeExclusion(run_of(gpus=0.0))
-    sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
-    sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg")
-    assert not sick.excluded
+    assert [sick.start_failed(Stage.DECODE, ["a"], "no ffmpeg") for _ in range(2)] == [False, True]
+    assert sick.avoided(Stage.DECODE) == {"a"}
+    assert sick.avoided(Stage.ENCODE) == sick.avoided(Stage.DENOISE) == frozenset()
+    assert logged == [
+        "node host-a (a) is excluded for the decoders of this run: decoders do not start there: no ffmpeg"
+    ]
+    assert sick.reasons() == {"node host-a (a)": "decoders do not start there: no ffmpeg"}
+
+
+def test_a_tool_that_fails_in_tasks_excludes_its_node(nodes):
+    """P5: two encodes in a row must fail; a success between them resets the count."""
+    sick = NodeExclusion(run_of(gpus=0.0))
+    assert not sick.tool_failed(Stage.DECODE, ["a"], "ffmpeg failed")
+    sick.worked(Stage.DECODE, ["a"])
+    assert [sick.tool_failed(Stage.DECODE, ["a"], "ffmpeg failed") for _ in range(2)] == [False, True]
+    assert sick.avoided(Stage.DECODE) == {"a"}
+
+
+def test_decoders_without_gpus_do_not_avoid_a_faulty_gpu(nodes):
+    """P5: a GPU that fails says nothing about the CPUs of its node."""
+    sick = NodeExclusion(run_of(gpus=0.0))
     break_down(sick, Stage.DENOISE, "a")
     assert sick.avoided(Stage.DENOISE) == {"a"}
     assert sick.avoided(Stage.DECODE) == frozenset()
+
+
+def test_a_decoder_without_gpus_stays_if_no_other_node_has_room(nodes, logged):
+    """P5: a run on one node, or beside a group that fills the other node, goes on there, and says so."""
+    nodes["b"] = {"CPU": 0.5, "GPU": 3.0}
+    sick = NodeExclusion(run_of(gpus=0.0))
+    for _ in range(2):
+        sick.tool_failed(Stage.DECODE, ["a"], "ffmpeg failed")
+    assert sick.avoided(Stage.DECODE) == frozenset()
+    assert logged[-1].endswith("no other node can host a group and the decoders: it stays in use")
 
 
 def test_single_actors_may_stand_where_nothing_else_is_left_for_them(nodes):
