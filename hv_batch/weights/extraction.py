@@ -12,10 +12,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from hv_batch.architecture import check_fields
 from hv_batch.engine.checkpoint.json_files import read_json
 from hv_batch.engine.checkpoint.tensor_files import Tensors, named_tensors, open_file
 from hv_batch.engine.checkpoint.text_files import weight_file
-from hv_batch.engine.checkpoint.towers import LLAMA_TYPES
+from hv_batch.engine.checkpoint.towers import LLAMA_TYPES, LlamaFields
 from hv_batch.protocol import UserError
 from hv_batch.weights.conversion import files_origin, link_or_copy
 from hv_batch.weights.shards import OnBytes, ignore_bytes, write_sharded, write_text
@@ -93,6 +94,7 @@ def _llama_config(llava: dict[str, Any], path: Path, tensors: Collection[str]) -
             f"{path} is not the config of a LLaVA with a LLaMA language model. Give the folder of "
             "llava-llama-3-8b-v1_1-transformers."
         )
+    check_fields(LlamaFields, given, f"{path}, text_config")
     defaults = LlamaConfig(**given)
     complete = {key: getattr(defaults, key) for key in _SHAPE_KEYS}
     layers = complete["num_hidden_layers"]
