@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +15,11 @@ import typer
 from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
-from hv_batch.cli.terminal import LogFormat, LogLevel, command_logging, log_settings
+from hv_batch.cli.terminal import LogFormat, LogLevel, command_logging, log_settings, show
 from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.manifest.selection import parse_selection
-from hv_batch.job.redaction import public_text
+from hv_batch.job.redaction import safe_text
 from hv_batch.protocol import UserError
 
 app = typer.Typer(
@@ -210,7 +211,7 @@ def plan(
 
     settings = load_config(config, overrides or [])
     estimate = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
-    print(json.dumps(estimate, indent=1) if as_json else render_plan(estimate))
+    show(json.dumps(estimate, indent=1) if as_json else render_plan(estimate))
 
 
 for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
@@ -223,6 +224,8 @@ def main() -> None:
         with command_logging(log_settings(None, "text")):
             app()
     except UserError as error:
-        sys.exit(public_text(f"error: {error}"))
+        sys.exit(safe_text(f"error: {error}"))
     except OSError as error:
-        sys.exit(public_text(f"error: {error}."))
+        sys.exit(safe_text(f"error: {error}."))
+    except Exception:  # noqa: BLE001  # a fault of this package; Python would print the traceback with its secrets
+        sys.exit(safe_text(traceback.format_exc()))

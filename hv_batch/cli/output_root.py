@@ -20,6 +20,7 @@ from typing import Annotated
 import click
 import typer
 
+from hv_batch.cli.terminal import show
 from hv_batch.job.config.engine_factory import VARIABLE
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
@@ -116,7 +117,7 @@ def verify(
             check_lease()
             remove_faults(store, repairable)
     removed = bool(repairable) and (remove or repair)
-    print(json.dumps(result.to_dict() | {"removed": removed}, indent=1) if as_json else result.render())
+    show(json.dumps(result.to_dict() | {"removed": removed}, indent=1) if as_json else result.render())
     if not result.findings:
         return
     left = len(result.findings) - len(repairable)
@@ -125,7 +126,7 @@ def verify(
         code = _render_again(output, repairable, address, take_over, engine or ())
         raise typer.Exit(code or (FOUND if left else 0))
     if not as_json:
-        print(_remedy(removed, len(repairable), left))
+        show(_remedy(removed, len(repairable), left))
     raise typer.Exit(FOUND)
 
 
@@ -160,18 +161,18 @@ def retry(
         chosen, planned = chosen_shards(run, parse_shards(shards)), PlannedKeys(store, run)
         reasons = group_reasons(read_quarantined(store, chosen, classes or (), planned))
         for reason in reasons:
-            print(reason.render())
+            show(reason.render())
         if not reasons:
-            print("no such sample is quarantined")
+            show("no such sample is quarantined")
             return
         count = sum(reason.samples for reason in reasons)
         if not yes:
-            print(f"{plural(count, 'sample')} would be released; --yes does it")
+            show(f"{plural(count, 'sample')} would be released; --yes does it")
             return
         check_revision(store)
         check_lease()
         release(store, read_quarantined(store, chosen, classes or (), planned))
-    print(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")
+    show(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")
 
 
 def gc(
@@ -189,7 +190,7 @@ def gc(
         counts: Counter[str] = Counter()
         for garbage in find_garbage(store, older_than=time.time() - 3600 * min_age_hours):
             counts[garbage.kind.value] += 1
-            print(
+            show(
                 json.dumps(garbage.to_dict() | {"removed": yes})
                 if as_json
                 else f"{garbage.kind.value:<8}{garbage.name}"
@@ -199,7 +200,7 @@ def gc(
                 remove(store, garbage)
     if not as_json:
         totals = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "nothing"
-        print(f"{totals} {'removed' if yes else 'would be removed; --yes does it' if counts else 'to remove'}")
+        show(f"{totals} {'removed' if yes else 'would be removed; --yes does it' if counts else 'to remove'}")
 
 
 def diff(
@@ -209,7 +210,7 @@ def diff(
 ) -> None:
     """Compare two runs sample by sample. The exit code is 3 if any sample differs."""
     result = compare(Store(a), Store(b))
-    print(json.dumps(result.to_dict(), indent=1) if as_json else result.render())
+    show(json.dumps(result.to_dict(), indent=1) if as_json else result.render())
     if not result.is_equal:
         raise typer.Exit(FOUND)
 
@@ -256,7 +257,7 @@ def _changing(store: Store, purpose: str, changes: bool, take_over: bool) -> Ite
 
 
 def _show(current: Status, as_json: bool) -> None:
-    print(json.dumps(current.to_dict(), indent=1) if as_json else current.render(), flush=True)
+    show(json.dumps(current.to_dict(), indent=1) if as_json else current.render())
 
 
 def _readings(store: Store, shards: list[int] | None) -> Iterator[Status]:

@@ -33,6 +33,7 @@ from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_devi
 from hv_batch.engine.rank_failures import RankFailed
 from hv_batch.engine.video_requests import plan_videos
 from hv_batch.job.records.commits import LICENCE_ID
+from hv_batch.job.redaction import safe_text
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NonFiniteError, SamplingParams, UserError, problems
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _render(options, engine, folder)
     except RankFailed as failed:
-        print(f"error: {failed}", file=sys.stderr)
+        print(safe_text(f"error: {failed}"), file=sys.stderr)
         return 1
     except NonFiniteError as error:
         raise UserError(

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from hv_batch.job.log_records import LEVEL_VARIABLE, Format, Level, LogSettings, configure_logging
 from hv_batch.job.progress import ProgressThrottle, Snapshot
+from hv_batch.job.redaction import safe_text
 from hv_batch.protocol import UserError
 
 LogLevel = Annotated[
@@ -40,6 +41,11 @@ def log_settings(level: str | None, format: str) -> LogSettings:
     if format not in get_args(Format):
         raise UserError(f"--log-format is {format!r}; allowed: {', '.join(get_args(Format))}.")
     return LogSettings(level, format)  # type: ignore[arg-type]  # both are checked above
+
+
+def show(text: str) -> None:
+    """Print the result of a command to stdout, without secrets and control characters of texts from outside."""
+    print(safe_text(text), flush=True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hv_batch.cli.terminal import show
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def check(
     from hv_batch.weights.inventory import take_inventory
 
     inventory = take_inventory(path, load_key, deep=deep)
-    print(json.dumps(inventory.to_dict(), indent=1) if as_json else inventory.render())
+    show(json.dumps(inventory.to_dict(), indent=1) if as_json else inventory.render())
     raise typer.Exit(1 if inventory.problems else 0)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from hv_batch.job.redaction import public_text
+from hv_batch.job.redaction import masked_text
 
 # Characters kept of a message, and of the end of a traceback: enough to debug, and bounded for 10 M records.
 MAX_MESSAGE = 2_000
@@ -45,8 +45,8 @@ class Failure:
         return replace(self, message=self.message[:MAX_MESSAGE], traceback=self.traceback[-MAX_TRACEBACK:])
 
     def to_dict(self) -> dict[str, Any]:
-        """The form that is written into records. Secrets in URLs are removed from the message and the traceback."""
-        redacted = {"message": public_text(self.message), "traceback": public_text(self.traceback)}
+        """The form that is written into records. Secrets are removed from the message and the traceback."""
+        redacted = {"message": masked_text(self.message), "traceback": masked_text(self.traceback)}
         return asdict(self) | {"kind": self.kind.value} | redacted
 
     @classmethod

@@ -2,8 +2,8 @@
 
 Modules log through `logging.getLogger(__name__)`. `configure_logging` attaches one handler to the package's logger,
 in the driver and in each actor. Each record has the fields run, worker, sample and attempt, so that a search for a
-sample's key in all logs of a cluster returns its whole history. A filter of the handler removes secrets before a
-formatter processes the record.
+sample's key in all logs of a cluster returns its whole history. A filter of the handler removes secrets and control
+characters before a formatter processes the record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hv_batch.job.redaction import MASK, SECRET_NAMES, public_text
+from hv_batch.job.redaction import safe_text, secret_values
 
 PACKAGE = "hv_batch"
 LEVEL_VARIABLE = "HV_BATCH_LOG_LEVEL"
@@ -27,8 +27,6 @@ FIELDS = ("run", "worker", "sample", "attempt")
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["text", "json"]
-
-MIN_SECRET_CHARS = 8  # a shorter value of an environment variable may be a common word
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ def configure_logging(settings: LogSettings, handler: logging.Handler | None = N
     if handler.formatter is None:
         handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
     handler.addFilter(_add_fields)
-    handler.addFilter(SecretFilter(os.environ))
+    handler.addFilter(SafeTextFilter(os.environ))
     logger = logging.getLogger(PACKAGE)
     logger.handlers = [handler]
     logger.setLevel(settings.level.upper())
@@ -90,14 +88,12 @@ def _add_fields(record: logging.LogRecord) -> bool:
     return True
 
 
-class SecretFilter(logging.Filter):
-    """Removes secrets from records: credentials in URLs, and values of environment variables with a secret's name."""
+class SafeTextFilter(logging.Filter):
+    """Removes secrets and control characters from records (`redaction.safe_text`): message, traceback and fields."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__()
-        self._values = [
-            value for name, value in environment.items() if SECRET_NAMES.search(name) and len(value) >= MIN_SECRET_CHARS
-        ]
+        self._secrets = secret_values(environment)
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self._clean(record.getMessage()), ()
@@ -105,12 +101,13 @@ class SecretFilter(logging.Filter):
             record.exc_text = logging.Formatter().formatException(record.exc_info)
         record.exc_text = self._clean(record.exc_text) if record.exc_text else None
         record.exc_info = None
+        for name in FIELDS:
+            if isinstance(value := getattr(record, name, None), str):
+                setattr(record, name, self._clean(value))
         return True
 
     def _clean(self, text: str) -> str:
-        for value in self._values:
-            text = text.replace(value, MASK)
-        return public_text(text)
+        return safe_text(text, self._secrets)
 
 
 class TextFormatter(logging.Formatter):
@@ -120,7 +117,8 @@ class TextFormatter(logging.Formatter):
         known = " ".join(f"{name}={value}" for name in FIELDS if (value := getattr(record, name, None)) is not None)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         line = f"{when} {record.levelname} {record.getMessage()}" + (f" [{known}]" if known else "")
-        return f"{line}\n{record.exc_text}" if record.exc_text else line
+        line = f"{line}\n{record.exc_text}" if record.exc_text else line
+        return line.replace("\n", "\n    ")  # a text of several lines cannot look like further records
 
 
 class JsonFormatter(logging.Formatter):

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import fsspec
 
+from hv_batch.job.redaction import refuse_credentials
 from hv_batch.protocol import UserError
 
 SHOWN_CHARS = 60  # of an invalid value: enough to find it, short enough for one line
@@ -20,6 +21,7 @@ def open_input(role: str, url: str, storage_options: Mapping[str, Any] | None = 
 
     Raises UserError if it cannot be opened. Errors while reading are raised unchanged.
     """
+    refuse_credentials(role, url)
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
         file = filesystem.open(path, "rb")

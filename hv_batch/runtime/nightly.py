@@ -20,6 +20,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.records.lease import LeaseHeldError
 from hv_batch.job.records.run_document import read_run_config, read_summary
+from hv_batch.job.redaction import safe_text
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
@@ -98,7 +99,7 @@ def render_night(request: NightlyRequest, *, address: str | None, report: TextIO
             "nights": [asdict(night) for night in nights],
         }
         try:
-            print(json.dumps(line, ensure_ascii=False), file=report, flush=True)
+            print(safe_text(json.dumps(line, ensure_ascii=False)), file=report, flush=True)
         except OSError as error:  # the reader of the pipe is gone; the exit code still gives the outcome
             logger.error(f"the line of JSON cannot be written to stdout: {error}")
     return worst
@@ -191,7 +192,7 @@ def _run_night(day: date, output: str, work: Callable[[], ExitCode], stop: StopS
         output=output,
         outcome=OUTCOMES[code],
         seconds=round(time.monotonic() - begun, 1),
-        error=error,
+        error=error and safe_text(error),
         **_counts(output, stop),
     )
 

@@ -131,7 +131,7 @@ def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: S
     If the run is `resumed` from its root alone, a complete index is used without a look at the manifest.
     """
     if resumed:
-        index = load_recorded_index(store, config, str(read_run(store)["manifest"]["digest"]))
+        index = load_recorded_index(store, config, str(read_run(store)["manifest"].get("digest")))
         if index is None:
             logger.warning(
                 f"the copy of the manifest in plan/ is missing or damaged, so the manifest {manifest.name} is read; if "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from urllib.request import urlopen
 
 from tests.support.ray_head import free_port, started_head
 from tests.support.runs import command, finish, records, start, write_config, write_manifest
@@ -33,12 +34,17 @@ def test_the_logs_of_the_actors_hold_the_history_of_every_sample(ray_environment
     manifest, output = write_manifest(tmp_path, prompts), tmp_path / "out"
     # Not tmp_path: Ray's sockets lie in this folder, and the length of their paths is limited.
     with tempfile.TemporaryDirectory(prefix="hv-ray-") as folder:
-        arguments = ("--num-cpus=8", "--num-gpus=8", f"--temp-dir={folder}")
+        metrics_port = free_port()
+        arguments = ("--num-cpus=8", "--num-gpus=8", f"--temp-dir={folder}", f"--metrics-export-port={metrics_port}")
         with started_head(tmp_path / "head.log", free_port(), *arguments) as (address, _):
             driver = start([*command(config, manifest, output, address), "--log-format", "json"])
             code, text = finish(driver)
             assert code == 0, text
             found, logs = actor_records(Path(folder)), actor_logs(Path(folder))
+            metrics = urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10).read().decode()
+            of_ray = [
+                path for path in Path(folder).rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()
+            ]
 
     for sample, attempts in {"s00": 1, "s01": 2}.items():
         own = [record for record in found if record.get("sample") == sample]
@@ -55,4 +61,9 @@ def test_the_logs_of_the_actors_hold_the_history_of_every_sample(ray_environment
     assert (failure["level"], failure["attempt"]) == ("warning", 1)
     assert "POISON" in failure["message"]
     assert any("made to log at encode: bad" in log for log in logs)
-    assert not [log for log in (*logs, text) if SECRET in log]
+    assert not [log for log in (*logs, text, metrics) if SECRET in log]
+    assert not of_ray, "nor does anything else in Ray's folder"
+    # The prompt itself is data of the user; what the failure says of it is not.
+    documents = [path.read_text().replace(prompts[1], "") for path in output.rglob("*.json")]
+    assert len(documents) > 3
+    assert not [document for document in documents if SECRET in document]

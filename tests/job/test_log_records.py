@@ -10,7 +10,7 @@ import pytest
 
 from hv_batch.job.log_records import (
     LogSettings,
-    SecretFilter,
+    SafeTextFilter,
     add_process_fields,
     configure_logging,
     log_fields,
@@ -83,7 +83,7 @@ def test_no_secret_is_logged(stream, log_format):
 def test_a_short_value_of_a_variable_is_no_secret():
     """A password of one common word would make every log unreadable."""
     record = logging.makeLogRecord({"msg": "the key of the map"})
-    SecretFilter({"API_KEY": "key"}).filter(record)
+    SafeTextFilter({"API_KEY": "key"}).filter(record)
     assert record.getMessage() == "the key of the map"
 
 
@@ -110,3 +110,18 @@ def test_a_log_gets_few_lines_of_progress_and_a_json_log_their_numbers(stream):
     assert first["message"].startswith("4/9 done · 1 quarantined · running: 1 encode, 2 denoise, 2 decode")
     assert numbers.items() <= first["progress"].items()
     assert second["message"] == "between"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_texts_from_outside_cannot_control_a_terminal_or_forge_a_record(stream, log_format):
+    """A4: neither in the message, nor in a traceback, nor in a field."""
+    configure(stream, log_format)
+    attack = "\x1b[2J\x9b1A\r2026-11-28 12:00:00 INFO all is well"
+    with log_fields(sample=f"fox{attack}"):
+        try:
+            raise ValueError(attack)
+        except ValueError:
+            logger.exception(f"prompt {attack}\n2026-11-28 12:00:00 INFO all is well")
+    text = stream.getvalue()
+    assert not [char for char in text if (char < " " and char != "\n") or "\x7f" <= char <= "\x9f"]
+    assert sum(line.startswith("2026-11-28 12:00:00") for line in text.splitlines()) == 0

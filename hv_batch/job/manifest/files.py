@@ -19,6 +19,7 @@ from urllib.parse import unquote
 import fsspec
 from fsspec.utils import glob_translate
 
+from hv_batch.job.redaction import refuse_credentials
 from hv_batch.job.user_input import explain_failure
 from hv_batch.protocol import UserError
 
@@ -90,6 +91,7 @@ def find_sources(urls: Sequence[str], storage_options: Mapping[str, Any] | None 
     """
     sources: dict[str, Source] = {}
     for url in urls:
+        refuse_credentials("manifest", url)
         with _as_user_error(url):
             filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
             for source in _expand(url, filesystem, path):

@@ -11,7 +11,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
-from hv_batch.job.redaction import public_url
+from hv_batch.job.redaction import public_url, refuse_credentials
 from hv_batch.job.storage.driver_retries import disable_retries
 from hv_batch.job.storage.errors import Kind, error_codes, http_status, kind_of
 from hv_batch.job.storage.put_if_absent import PutIfAbsent
@@ -35,6 +35,7 @@ class Remote:
     """An fsspec file system that is not the local disk."""
 
     def __init__(self, url: str, role: str) -> None:
+        refuse_credentials(role, url)
         protocol = get_protocol(url)
         self.is_conditional = protocol in CONDITIONAL_PROTOCOLS
         self.is_s3 = protocol in ("s3", "s3a")
