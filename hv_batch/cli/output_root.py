@@ -33,7 +33,8 @@ from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.inspection.verify_plan import refuse_loss
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.manifest.selection import Selection, parse_ranges
-from hv_batch.job.records.lease import hold_lease, this_process
+from hv_batch.job.records.lease import hold_lease
+from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
 from hv_batch.job.records.run_document import check_revision, chosen_shards, read_run
 from hv_batch.job.storage.store import Store

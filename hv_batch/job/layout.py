@@ -22,7 +22,7 @@ Keys are POSIX paths relative to the root. `key` is a sample's key-safe name (`S
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # The path of an object whose name is a sample's key and nothing else. Folders and suffixes belong together: a
 # `commits/shard-00000/a.safetensors` is no record.
@@ -62,6 +62,14 @@ def index_part(number: int, sha256: str) -> str:
     The name holds the hex digest `sha256` of the part's bytes, so no writer can replace another writer's part.
     """
     return f"{PLAN}part-{number:05d}-{sha256[:8]}.parquet"
+
+
+def folders(shards: Iterable[int]) -> Iterator[str]:
+    """The folders in which a run writes objects: those of these shards, and those that all shards share."""
+    yield from ("", PLAN, "report/", "report/shards/", "lineage/", "webdataset/")
+    for shard in shards:
+        yield from (media_dir(shard), poster_dir(shard), commit_dir(shard), quarantine_dir(shard), retried_dir(shard))
+        yield from (latent_dir(shard), f"{STEPS}{shard_name(shard)}/")
 
 
 def shard_name(shard: int) -> str:

@@ -10,7 +10,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from hv_batch import __version__
 from hv_batch.job.failure import Failure, FailureClass
-from hv_batch.job.storage.errors import StorageError, StorageUnavailableError
+from hv_batch.job.storage.errors import StorageError, StorageRefusedError, StorageUnavailableError
 from hv_batch.protocol import DeviceError, UserError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -118,6 +118,8 @@ def _of_task(cause: BaseException, traceback: str, where: str) -> Failure:
         kind = _of_system(cause)
         if kind is FailureClass.FATAL:
             remedy = "free space there" if cause.errno in DISK_FULL else "correct this"
+            if isinstance(cause, StorageRefusedError):
+                remedy = "grant access to it"
             message = f"a store cannot be used: {_text_of(cause)}; {remedy}, or choose another output root"
     elif isinstance(cause, NOT_THE_SAMPLE) or _is_device_fault(cause) or _is_collective(cause):
         kind = FailureClass.INFRA

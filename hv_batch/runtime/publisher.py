@@ -92,16 +92,19 @@ class Publisher:
         self._away_until = 0.0  # monotonic time until which the output root is assumed unreachable
         self.count = 0
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Check that this node can publish, and remove leftovers of killed processes from its disk.
 
-        Raises UserError if the node does not see the output root, NodeError if its ffmpeg or its disk do not work.
+        Returns a warning if this node has no spool although the config asks for one, or an empty text. Raises
+        UserError if the node does not see the output root, NodeError if its ffmpeg or its disk do not work.
         """
         see_output_root(self._context.store)
         sweep_scratch(Path(tempfile.gettempdir()))
         self._spool.remove_stale()
         with blaming_node():
             check_encoder(self._context.config.media)  # otherwise a node without ffmpeg would fail at its first sample
+        problem = self._spool.problem()
+        return f"{problem} (node {ray.util.get_node_ip_address()})" if problem else ""
 
     def is_committed(self, sample: Sample) -> bool:
         """Whether the sample has a commit record. Called before a decode, because an earlier try may have committed the
@@ -161,6 +164,7 @@ class Publisher:
             if self._is_away():
                 raise StorageUnavailableError("the output root did not answer to a recent request")
             with self._noting_outages():
+                self._context.check_lease()
                 with stopwatch() as uploading:
                     self._context.store.put_finished({name: path for one in made for name, path in one.files.items()})
                 seconds = round(uploading.seconds / max(1, len(made)), 3)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from enum import IntEnum
 from threading import Event
 from typing import Any
@@ -21,12 +23,13 @@ from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, write_report
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
-from hv_batch.job.records.lease import Lease, hold_lease, this_process
+from hv_batch.job.records.lease import Lease, LeaseLostError, hold_lease
+from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
 from hv_batch.job.records.run_document import RunState, finish_run, open_run, read_run_config, read_summary
 from hv_batch.job.records.shard_scan import has_commits
 from hv_batch.job.redaction import public_url
-from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -40,6 +43,10 @@ from hv_batch.runtime.session import ray_session, submission_id
 from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
+
+
+# How often samples whose files the output root has lost are rendered again. A store that loses more is broken.
+MAX_RENDERS_OF_LOST = 2
 
 
 class ExitCode(IntEnum):
@@ -74,7 +81,7 @@ def render(
     stop = StopSignals(stopped)
     try:
         with stop.handled(), tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
-            store = Store(output_url)
+            store = Store(output_url, stopped=stop.stopped)
             with stop.interruptible():
                 stop.check()
                 if failed_only:
@@ -90,6 +97,9 @@ def render(
         logger.info("stopped at once; run the same command again to resume")
         return ExitCode.STOPPED
     except OSError as error:  # an unreachable store or a full disk: the user can fix these
+        if isinstance(error, StorageUnavailableError) and stop.stopped.is_set():
+            logger.info(f"stopped while the output root did not answer; run the same command again to resume: {error}")
+            return ExitCode.STOPPED
         raise UserError(
             f"{error}. Committed samples are safe; fix this and run the same command again to resume."
         ) from error
@@ -105,11 +115,12 @@ def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: boo
         contact_cluster(resolve_address(address))
     me = this_process("run", submission_id())
     # The lease is taken before Ray is used: otherwise a second driver would wait for the GPUs of the first one.
-    with hold_lease(store, me, steal=steal, wait=stop.stopped.wait) as lease:
+    with hold_lease(store, me, steal=steal, wait=stop.stopped.wait, silence_s=OUTAGE_LIMIT_S) as lease:
         if lease is None:
             logger.info("stopped while waiting for the output root; nothing was started")
             return ExitCode.STOPPED
-        return _render_pending(job, address, stop, lease)
+        held = replace(job, context=replace(job.context, lease_token=me.token))
+        return _render_pending(held, address, stop, lease)
 
 
 def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, lease: Lease) -> ExitCode:
@@ -122,7 +133,7 @@ def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, le
 
     logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
-    with ray_session(run, address, stop) as local:
+    with _removing_drafts(store, pending, lease), ray_session(run, address, stop) as local:
         shortage = ResourceShortage(run, timeout_s=0.0 if local else config.timeouts.start_s)
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was started")
@@ -139,8 +150,24 @@ def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, le
             if has_commits(store, job.index.shards):
                 driver.note_commits()
         outcome = driver.run()
+        for _ in range(MAX_RENDERS_OF_LOST):
+            if not outcome.lost or outcome.drained:
+                break
+            pending = pending.again()
+            outcome = Driver(job.context, pending, pending.total, kinds, shortage, should_stop).run()
     lease.check()
     return _close(store, pending, outcome, stop)
+
+
+@contextmanager
+def _removing_drafts(store: Store, pending: PendingSamples, lease: Lease) -> Iterator[None]:
+    """At the end, remove what killed workers have left half written, unless another process works there by now."""
+    try:
+        yield
+    finally:
+        with suppress(OSError, LeaseLostError):
+            lease.check()
+            store.remove_drafts(layout.folders(sorted(pending.unfinished)))
 
 
 def _close(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSignals) -> ExitCode:
@@ -168,8 +195,8 @@ def _close(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSi
     if left := summary["pending"]:
         raise UserError(
             f"{left} samples that were rendered have no record in {public_url(store.url)}. Either another process "
-            "removes objects there, or the actors write to a place that this driver does not read. Fix that and run "
-            "the same command again."
+            "removes objects there, or the store loses what it has confirmed, or the actors write to a place that this "
+            "driver does not read. Fix that and run the same command again."
         )
     if unsealed := summary["shards"] - summary["shards_sealed"]:
         raise UserError(

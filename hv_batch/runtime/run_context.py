@@ -16,6 +16,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.log_records import LogSettings, configure_logging
+from hv_batch.job.records.lease import refuse_other_holder
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import Engine, UserError
@@ -35,10 +36,16 @@ class RunContext:
     fingerprint: str
     versions: Mapping[str, str]
     log: LogSettings = field(default_factory=LogSettings)
+    lease_token: str = ""  # of the run's lease; empty before the run holds it
 
     @property
     def config(self) -> RunConfig:
         return self.run.config
+
+    def check_lease(self) -> None:
+        """Raises LeaseLostError if another process has taken over the output root. To be called before writes."""
+        if self.lease_token:
+            refuse_other_holder(self.store, self.lease_token)
 
     def configure_actor(self, name: str) -> None:
         """Configure the logging of an actor like the driver's, with the run and the actor's name in every record.

@@ -11,7 +11,8 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.records import commits
-from hv_batch.job.records.lease import LeaseHeldError, hold_lease, read_lease, this_process
+from hv_batch.job.records.lease import LeaseHeldError, hold_lease
+from hv_batch.job.records.lease_holder import read_lease, this_process
 from hv_batch.job.redaction import MASK
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError

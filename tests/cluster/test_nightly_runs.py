@@ -11,7 +11,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from hv_batch.job import layout
-from hv_batch.job.records.lease import LEASE_SCHEMA, hold_lease, this_process
+from hv_batch.job.records.lease import hold_lease
+from hv_batch.job.records.lease_holder import LEASE_SCHEMA, this_process
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from tests.support.repository import ROOT

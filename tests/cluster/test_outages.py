@@ -158,3 +158,18 @@ def test_a_run_continues_after_its_credentials_are_renewed(undisturbed, s3_root,
     assert exit_code == 0, text
     assert code in text
     assert_undisturbed(undisturbed, tmp_path, marks)
+
+
+def test_a_store_that_forgets_a_video_does_not_get_a_sealed_shard_without_it(s3_root, tmp_path, marks):
+    """P1: the confirmed put of a video is lost; the same command renders the sample again and seals the whole shard."""
+    s3_root.forgets = [f"{tmp_path.name}/data/shard-"]
+    code, text = finish(begin(tmp_path, marks, root_in_bucket(tmp_path)))
+    assert code == 0, text
+    assert "files of 1 committed sample are missing" in text
+    found = objects()
+    records = [json.loads(data) for key, data in found.items() if key.startswith(f"{tmp_path.name}/commits/")]
+    assert len(records) == len(PROMPTS)
+    for record in records:
+        assert len(found[f"{tmp_path.name}/{record['file']}"]) == record["bytes"]
+    assert f"{tmp_path.name}/_SUCCESS" in found
+    assert count(marks, "decoded").total() == len(PROMPTS) + 1

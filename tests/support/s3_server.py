@@ -28,7 +28,7 @@ class S3Server:
         self.refusal: tuple[int, str] | None = None  # status and code of the answer to every request, if there is one
         self.refuses_checksums = False  # of uploads, as some S3-compatible servers do
         self.accepted_key: str | None = None  # the access key id of all valid credentials; others have expired
-        self.forgets: list[str] = []  # parts of keys: a PUT of such an object is confirmed and not stored
+        self.forgets: list[str] = []  # parts of keys: one PUT of such an object is confirmed and not stored
 
     def start(self) -> None:
         """Start the server; after a stop, it is the same endpoint with the same objects."""
@@ -59,7 +59,9 @@ class S3Server:
                 return self._fail(environ, start_response, 400, "ExpiredToken")
             if self.refuses_checksums and method == "PUT" and any("CHECKSUM" in name for name in environ):
                 return self._fail(environ, start_response, 501, "NotImplemented", "x-amz-sdk-checksum-algorithm")
-            if method == "PUT" and any(part in environ["PATH_INFO"] for part in self.forgets):
+            forgotten = [part for part in self.forgets if method == "PUT" and part in environ["PATH_INFO"]]
+            if forgotten:
+                self.forgets.remove(forgotten[0])
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 start_response("200 OK", [("Content-Length", "0"), ("ETag", '"forgotten"')])
                 return []

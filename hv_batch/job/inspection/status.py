@@ -14,7 +14,7 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.commits import scan_shard
-from hv_batch.job.records.lease import LeaseHolder, is_gone, read_lease
+from hv_batch.job.records.lease_holder import LeaseHolder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
 from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
 from hv_batch.job.redaction import public_url

@@ -15,39 +15,39 @@ lease determines the state of its holder as follows:
 
 A holder reads the lease before every heartbeat, and stops if it finds another token. If two processes replace a stale
 lease at the same moment, both may hold it until the next heartbeat; the one whose token was overwritten then stops.
+
+Two processes must not act at the same time, so both sides keep to the same time:
+
+- A holder that could not send a heartbeat for STALE_S must not act. A command stops itself. A run goes on for the time
+  that it bears an outage, because its workers compare the lease before each write (`refuse_other_holder`).
+- A process that takes the lease over acts only if the former holder is known to have ended, or has not overwritten the
+  new lease for STALE_S. If it is still not known to have ended, the lease stays after the release, so that the former
+  holder finds it whenever it reaches the store again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import os
-import socket
+import math
 import threading
-import uuid
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import replace
 
 from hv_batch.job import layout
-from hv_batch.job.documents.reading import InvalidObjectError, read
-from hv_batch.job.documents.schema import LeaseDocument
+from hv_batch.job.records.lease_holder import LeaseHolder, encode_holder, is_ancient, is_gone, now, read_lease
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 logger = logging.getLogger(__name__)
 
-LEASE_SCHEMA = "hv_batch/lease/1"
-
 HEARTBEAT_S = 10.0  # two small requests each: 17,000 a day, a few cents on any object store
 STALE_S = 60.0  # six heartbeats: a holder must survive a store that throttles it for half a minute
+SUSPENDED_S = 2 * STALE_S  # longer than a heartbeat takes to fail, with its retries
 POLL_S = 2.0  # between two reads of another holder's lease: a running holder is recognised soon after its heartbeat
-ANCIENT_S = 24 * 3600.0
-RELEASE_S = 20.0  # for a heartbeat in progress, with its retries; a hanging store must not keep a command from ending
+RELEASE_S = 5.0  # for the removal of the lease; a hanging store must not keep a command from ending
 
 
 class LeaseHeldError(UserError):
@@ -58,71 +58,6 @@ class LeaseLostError(UserError):
     """Another process has taken over the lease that this process held."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseHolder:
-    """The contents of `lease.json`.
-
-    `machine` and `process` identify the process behind `pid`; both are None if they are unknown (not Linux).
-    """
-
-    token: str
-    purpose: str  # the command: run, retry, verify, gc
-    host: str
-    machine: str | None
-    pid: int
-    process: str | None  # start time of the process in kernel ticks, because process ids are reused
-    job: str | None  # of `ray job submit`
-    since: str
-    beats: int
-    beat_at: str
-
-    def describe(self) -> str:
-        job = f", Ray job {self.job}" if self.job else ""
-        return (
-            f"`hv-batch {self.purpose}` on {self.host}, process {self.pid}{job}, since {self.since}, last heartbeat "
-            f"{self.beat_at}"
-        )
-
-
-def this_process(purpose: str, job: str | None = None) -> LeaseHolder:
-    """A LeaseHolder for this process, with a new token."""
-    now = _now()
-    return LeaseHolder(
-        token=uuid.uuid4().hex,
-        purpose=purpose,
-        host=socket.gethostname(),
-        machine=_machine(),
-        pid=os.getpid(),
-        process=_process_start(os.getpid()),
-        job=job,
-        since=now,
-        beats=0,
-        beat_at=now,
-    )
-
-
-def read_lease(store: Store) -> LeaseHolder | None:
-    """The holder in `lease.json`, running or not; None if there is no lease, or the file is not one."""
-    try:
-        values = read(store, layout.LEASE, LeaseDocument)
-    except (FileNotFoundError, InvalidObjectError):
-        return None
-    return LeaseHolder(**{name: values[name] for name in LeaseHolder.__dataclass_fields__})
-
-
-def is_gone(holder: LeaseHolder) -> bool | None:
-    """Whether the holder's process has ended; None if it is on another machine, so this is unknown."""
-    if holder.machine is None or holder.process is None or holder.machine != _machine():
-        return None
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # a process of another user, which may be hidden in /proc
-        return _process_start(holder.pid) not in (None, holder.process)
-    return _process_start(holder.pid) != holder.process
-
-
 @contextlib.contextmanager
 def hold_lease(
     store: Store,
@@ -130,39 +65,89 @@ def hold_lease(
     *,
     steal: bool = False,
     wait: Callable[[float], bool] | None = None,
+    silence_s: float | None = None,
 ) -> Iterator[Lease | None]:
     """Hold the lease for the duration of a `with` statement. A background thread sends the heartbeats.
 
     `wait` sleeps for a number of seconds and returns whether to stop waiting for another holder (`Event.wait`); if it
-    stops, None is yielded. Raises LeaseHeldError if the current holder is running, unless `steal`, which replaces it.
+    stops, None is yielded. Raises LeaseHeldError if the current holder is running, unless `steal`, which replaces it
+    and waits until it has stopped. `Lease.check` raises if no heartbeat has succeeded for `silence_s`, by default
+    STALE_S.
     """
     pause = wait or threading.Event().wait
-    if not _acquire(store, me, steal, pause):
+    acquired = _acquire(store, me, steal, pause)
+    former = acquired if isinstance(acquired, LeaseHolder) else None
+    if acquired is False or (former and not _await_end(store, me, former, pause)):
         yield None
         return
-    lease = Lease(store, me)
+    lease = Lease(
+        store,
+        me,
+        silence_s=STALE_S if silence_s is None else silence_s,
+        stays=former is not None and is_gone(former) is not True,
+    )
     try:
         yield lease
     finally:
         lease.release()
 
 
-def _acquire(store: Store, me: LeaseHolder, take_over: bool, wait: Callable[[float], bool]) -> bool:
-    """Write our lease if there is none or its holder has ended. Returns False if the wait was stopped."""
-    while not store.put_new(layout.LEASE, _encode(me)):
+def refuse_other_holder(store: Store, token: str) -> None:
+    """Raises LeaseLostError if another process than that with `token` holds the lease.
+
+    Workers call this before they write: they may reach the store while the process that holds the lease does not.
+    """
+    holder = read_lease(store)
+    if holder is not None and holder.token != token:
+        raise _loss(store, holder)
+
+
+def _acquire(store: Store, me: LeaseHolder, take_over: bool, wait: Callable[[float], bool]) -> bool | LeaseHolder:
+    """Write our lease if there is none, its holder has ended, or `take_over`.
+
+    Returns False if the wait was stopped, and the former holder if it may still be running.
+    """
+    while not store.put_new(layout.LEASE, encode_holder(me)):
         holder = read_lease(store)
         if holder is not None and holder.token == me.token:
             return True  # the acknowledgement of our own put was lost
         if holder is not None and not take_over:
-            if is_gone(holder) is None and not _is_ancient(holder) and not _watch(store, holder, wait):
+            if is_gone(holder) is None and not is_ancient(holder) and not _watch(store, holder, wait):
                 return False
             if is_gone(holder) is False:
                 raise _refusal(store, holder)
             current = read_lease(store)
             if current is not None and current.token != holder.token:
                 continue  # another process has replaced the lease meanwhile
-        store.put(layout.LEASE, _encode(me))
-        break
+        store.put(layout.LEASE, encode_holder(me))
+        may_run = holder is not None and take_over and not is_gone(holder) and not is_ancient(holder)
+        return holder if holder is not None and may_run else True
+    return True
+
+
+def _await_end(store: Store, me: LeaseHolder, former: LeaseHolder, wait: Callable[[float], bool]) -> bool:
+    """Wait until the holder that we have replaced has stopped: it is gone, or silent for STALE_S.
+
+    Returns False if the wait was stopped. Raises LeaseHeldError if a third process has taken the lease.
+    """
+    logger.warning(
+        f"{public_url(store.url)} is taken over from {former.describe()}. Nothing is changed before that process has "
+        f"ended, or has been silent for {STALE_S:g} s"
+    )
+    silent_s, beats = 0.0, 0
+    while silent_s < STALE_S and is_gone(former) is not True:
+        if wait(POLL_S):
+            with contextlib.suppress(OSError):
+                store.delete(layout.LEASE)
+            return False
+        silent_s += POLL_S
+        current = read_lease(store)
+        if current is not None and current.token not in (me.token, former.token):
+            raise _refusal(store, current)
+        if current is not None and current.token == former.token:
+            silent_s = 0.0  # a heartbeat that had begun before has overwritten our lease
+        beats += 1
+        store.put(layout.LEASE, encode_holder(replace(me, beats=beats, beat_at=now())))  # others may be watching ours
     return True
 
 
@@ -173,7 +158,7 @@ def _watch(store: Store, holder: LeaseHolder, wait: Callable[[float], bool]) -> 
     """
     logger.warning(
         f"{public_url(store.url)} is held by {holder.describe()}. Its process is not visible from this machine, so its "
-        f"heartbeats are watched for at most {STALE_S:g} s (--take-over does not wait)"
+        f"heartbeats are watched for at most {STALE_S:g} s"
     )
     watched = 0.0
     while watched < STALE_S:
@@ -192,84 +177,82 @@ def _refusal(store: Store, holder: LeaseHolder) -> LeaseHeldError:
     return LeaseHeldError(
         f"Another process is writing to {public_url(store.url)}: {holder.describe()}. Two processes would render every "
         "sample twice. Wait until it ends, or stop it. If it hangs, run this command with --take-over: the other "
-        "process then stops at its next heartbeat."
+        "process then stops at its next heartbeat, and this command waits for that."
+    )
+
+
+def _loss(store: Store, holder: LeaseHolder) -> LeaseLostError:
+    return LeaseLostError(
+        f"{public_url(store.url)} was taken over by {holder.describe()}, so this run has stopped. Its committed "
+        "samples are kept, and the other process continues from there."
     )
 
 
 class Lease:
     """A lease that this process holds. `check` is cheap: it only reads the result of the last heartbeat."""
 
-    def __init__(self, store: Store, me: LeaseHolder) -> None:
+    def __init__(self, store: Store, me: LeaseHolder, *, silence_s: float = math.inf, stays: bool = False) -> None:
+        """`silence_s` is for how long heartbeats may fail; with `stays` the lease is not removed by `release`."""
         self._store = store
         self._me = me
+        self._silence_s = silence_s
+        self._stays = stays
         self._new_holder: LeaseHolder | None = None
+        self._tried_at = self._renewed_at = _seconds()
         self._released = threading.Event()
+        self._beating = threading.Lock()
         self._thread = threading.Thread(target=self._send_heartbeats, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LeaseLostError if a heartbeat has found another holder."""
+        """Raises LeaseLostError if a heartbeat has found another holder, or if none has succeeded for too long."""
+        if _seconds() - self._tried_at > SUSPENDED_S:  # this process was suspended: another one may have taken over
+            with contextlib.suppress(OSError):
+                self.heartbeat()
         if self._new_holder is not None:
+            raise _loss(self._store, self._new_holder)
+        if (silent_s := _seconds() - self._renewed_at) > self._silence_s:
             raise LeaseLostError(
-                f"{public_url(self._store.url)} was taken over by {self._new_holder.describe()}, so this run has "
-                "stopped. Its committed samples are kept, and the other process continues from there."
+                f"{public_url(self._store.url)} has not accepted a heartbeat of this process for {silent_s:.0f} s, and "
+                "another process may have taken it over, so this process has stopped. What is committed stays. Run the "
+                "same command again once the output root answers."
             )
 
     def heartbeat(self) -> None:
         """Send one heartbeat. A lease that was deleted is written again."""
-        holder = read_lease(self._store)
-        if holder is not None and holder.token != self._me.token:
-            self._new_holder = holder
-            return
-        self._me = replace(self._me, beats=self._me.beats + 1, beat_at=_now())
-        self._store.put(layout.LEASE, _encode(self._me))
+        with self._beating:
+            try:
+                holder = read_lease(self._store)
+                if holder is not None and holder.token != self._me.token:
+                    self._new_holder = holder
+                    return
+                self._me = replace(self._me, beats=self._me.beats + 1, beat_at=now())
+                self._store.put(layout.LEASE, encode_holder(self._me))
+                self._renewed_at = _seconds()
+            finally:
+                self._tried_at = _seconds()
 
     def release(self) -> None:
+        """End the heartbeats and remove the lease. If the store does not answer, the lease stays and becomes stale."""
         self._released.set()
         self._thread.join(RELEASE_S)
-        # If the store is unreachable, the lease stays and becomes stale.
-        with contextlib.suppress(OSError):
-            holder = read_lease(self._store)
-            if holder is not None and holder.token == self._me.token:
-                self._store.delete(layout.LEASE)
 
     def _send_heartbeats(self) -> None:
-        while self._new_holder is None and not self._released.wait(HEARTBEAT_S):
-            # Errors are ignored: without heartbeats, other processes would consider this holder ended. If the store is
-            # unreachable, they cannot read the lease either, and the run handles the outage itself.
+        pause_s = HEARTBEAT_S
+        while self._new_holder is None and not self._released.wait(pause_s):
+            # The caller of `check` decides how long this may fail. Another holder should be found as soon as the store
+            # answers again.
+            pause_s = min(POLL_S, HEARTBEAT_S)
             with contextlib.suppress(Exception):
                 self.heartbeat()
+                pause_s = HEARTBEAT_S
+        if self._released.wait() and not self._stays:
+            with contextlib.suppress(OSError):
+                holder = read_lease(self._store)
+                if holder is not None and holder.token == self._me.token:
+                    self._store.delete(layout.LEASE)
 
 
-def _encode(holder: LeaseHolder) -> bytes:
-    return encode({"schema": LEASE_SCHEMA, **asdict(holder)})
-
-
-def _is_ancient(holder: LeaseHolder) -> bool:
-    try:
-        return (datetime.now(UTC) - datetime.fromisoformat(holder.beat_at)).total_seconds() > ANCIENT_S
-    except (ValueError, TypeError):
-        return False
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _machine() -> str | None:
-    """Identifies this boot of this machine and this PID namespace: containers on one host have separate process ids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:16]
-    except OSError:  # not Linux
-        return None
-
-
-def _process_start(pid: int) -> str | None:
-    """The start time of a process in kernel ticks; None if it does not exist or is a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *rest = stat.rpartition(")")[2].split()  # the process name before it may contain spaces and parentheses
-    return None if state in "ZX" else rest[18]
+def _seconds() -> float:
+    """A clock that also runs while the machine is suspended, if there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -59,11 +59,18 @@ class PendingSamples:
     ) -> None:
         self.counts = SampleCounts()
         self._store = store
+        self._index = index
+        self._keep_latents = keep_latents
         self._selection = selection or Selection()
         self._selected = count_selected(index, self._selection)
         self.scanner = ShardScanner(store, index, self._selection, self._selected, keep_latents=keep_latents)
         self._open: dict[int, _OpenShard] = {}
         self._complete: list[CompleteShard] = []
+        self.unfinished: set[int] = set()  # the shards in which this run has written: some bytes for each
+
+    def again(self) -> PendingSamples:
+        """The samples of the same selection that are pending now, to be looked up anew."""
+        return PendingSamples(self._store, self._index, self._selection, keep_latents=self._keep_latents)
 
     @property
     def total(self) -> int:
@@ -91,6 +98,8 @@ class PendingSamples:
 
     def enter(self, scan: ShardScan) -> None:
         """Count a shard that the run has come to, and keep track of it if something is left to do."""
+        if scan.pending or (scan.keys and not scan.is_sealed):
+            self.unfinished.add(scan.shard)
         self.counts.committed_before += scan.committed
         self.counts.quarantined_before += scan.quarantined
         if scan.pending:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import math
 import os
+import pwd
 import shutil
 import stat
 import tempfile
@@ -68,6 +69,17 @@ class Spool:
         self._local = Store(str(self._folder), "spool")
         self._largest = 0  # bytes of the largest video so far, as an estimate for the next one
 
+    def problem(self) -> str:
+        """Why videos cannot be spooled on this node, with the remedy; empty if they can, or if no spool is wanted."""
+        reason = self._refusal() if self._cap_bytes > 0 else ""
+        if not reason:
+            return ""
+        return (
+            f"The spool folder {self._base} cannot be used: {reason}. Without it, finished videos cannot wait on this "
+            "node while the output root does not answer. Remove the folder, or name another place in "
+            "output.spool_folder, or set output.spool_gib: 0 if you need no spool"
+        )
+
     def has_room(self, num_bytes: int) -> bool:
         """Whether the spool has room for a video of about `num_bytes` bytes."""
         expected = max(num_bytes, self._largest)
@@ -84,6 +96,7 @@ class Spool:
             return False
         try:
             with self._lock():
+                self._remove_drafts()
                 if size > self._room():
                     return False
                 for name, path in files.items():
@@ -108,6 +121,9 @@ class Spool:
                 outages.append(str(error))
                 return None
 
+        if self._is_ours():
+            with self._lock():
+                self._remove_drafts()
         names = list(self._local.list(layout.COMMITS)) if self._is_ours() else []
         committed = tuple(key for key in map_in_threads(publish, names, UPLOADS_AT_ONCE) if key)
         return DrainResult(committed, "".join(outages[:1]))
@@ -157,12 +173,29 @@ class Spool:
         return -1
 
     def _is_ours(self) -> bool:
-        """Whether only this user can write to the folder. In a shared place, another user may have created it."""
-        with suppress(OSError):
-            self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return not self._refusal()
+
+    def _refusal(self) -> str:
+        """Why the folder is not one to which only this user can write; empty if it is. It is created if it is missing.
+
+        In a shared place, another user may have created it.
+        """
+        try:
+            if not self._base.is_symlink():
+                self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self._base.lstat()
-            return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
-        return False
+        except OSError as error:
+            return f"it cannot be created ({error.strerror or error})"
+        if not stat.S_ISDIR(status.st_mode):
+            return "it is a link or a file, and not a folder"
+        if status.st_uid != os.getuid():
+            return f"it belongs to the user {_user_name(status.st_uid)}; this process runs as {_user_name(os.getuid())}"
+        return "other users can write to it; its mode should be 0700" if status.st_mode & 0o022 else ""
+
+    def _remove_drafts(self) -> None:
+        """Remove what killed decoders have left. All that write here hold the lock, so no draft is in use."""
+        for leftover in self._local.leftovers():
+            self._local.remove_leftover(leftover)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -170,6 +203,13 @@ class Spool:
         with (self._base / ".turn").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
+    except KeyError:  # containers often run as a user without a name
+        return str(uid)
 
 
 def _files(record: Mapping[str, Any]) -> list[str]:

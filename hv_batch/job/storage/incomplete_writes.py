@@ -15,7 +15,8 @@ from hv_batch.job.storage import local_paths
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.object_store import Remote
 
-HIDDEN = (".draft-", ".probe-")
+DRAFT = ".draft-"
+HIDDEN = (DRAFT, ".probe-")
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
 
 
@@ -51,6 +52,17 @@ def remove_leftover(backend: LocalDisk | Remote, leftover: Leftover) -> None:
         )
     except FileNotFoundError:  # completed or aborted meanwhile
         return
+
+
+def remove_drafts(backend: LocalDisk | Remote, folder: str) -> None:
+    """Remove the drafts directly in `folder`. Only a local disk has drafts."""
+    if not isinstance(backend, LocalDisk):
+        return
+    with contextlib.suppress(FileNotFoundError), local_paths.opened_folder(backend.root, folder) as descriptor:
+        for name in os.listdir(descriptor):
+            if name.startswith(DRAFT):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=descriptor)
 
 
 def _drafts(root: str) -> list[Leftover]:

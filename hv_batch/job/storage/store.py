@@ -24,7 +24,7 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from fsspec.utils import get_protocol
 
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.errors import CHECKSUM_SETTING, REPEATED, Kind, StorageUnavailableError, kind_of, translate
-from hv_batch.job.storage.incomplete_writes import Leftover, find_leftovers, remove_leftover
+from hv_batch.job.storage.incomplete_writes import Leftover, find_leftovers, remove_drafts, remove_leftover
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.object_store import Remote
 from hv_batch.job.storage.put_if_absent import PutIfAbsent
@@ -197,6 +197,12 @@ class Store:
     def remove_leftover(self, leftover: Leftover) -> None:
         self._retry(lambda backend: remove_leftover(backend, leftover))
 
+    def remove_drafts(self, folders: Iterable[str]) -> None:
+        """Remove the drafts directly in these folders ("" for the root). No process may be writing to them."""
+        for folder in folders:
+            name = _checked(folder.rstrip("/")) if folder else ""
+            self._retry(partial(remove_drafts, folder=name))
+
     def delete(self, key: str) -> None:
         """Remove the object. Does nothing if it does not exist."""
         path = _checked(key)
@@ -249,12 +255,14 @@ class Store:
                 return operation(backend)
             except Exception as error:
                 kind = kind_of(error)
+                # A draft was removed by another process, or its folder.
+                is_draft_gone = writes and self._is_local and isinstance(error, FileNotFoundError)
                 # Jitter: a store throttles all workers at the same moment, and they must not all retry at once.
                 if (
                     pause_s is None
-                    or kind not in REPEATED
+                    or not (kind in REPEATED or is_draft_gone)
                     or (kind is Kind.EXPIRED and is_renewed)
-                    or isinstance(error, UserError | FileNotFoundError)
+                    or isinstance(error, UserError)
                     or (self._stopped or never).wait(pause_s * random.uniform(0.5, 1.5))
                 ):
                     translated = translate(error, self.url, num_bytes=num_bytes, writes=writes)

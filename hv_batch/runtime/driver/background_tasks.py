@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from hv_batch.job.failure import Failure
+from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import quarantine, quarantine_record
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Complete shards that must wait for each worker that seals, before another is started: its start takes a second of CPU.
 SHARDS_PER_SEALER = 4
+
+LOST_NAMES = 5  # in a log line
 
 
 class BackgroundTasks:
@@ -52,6 +55,7 @@ class BackgroundTasks:
         self._watch = watch
         self._to_seal: deque[CompleteShard] = deque()
         self._sealing = 0
+        self.lost = 0  # committed samples whose files are missing, so that they are pending again
 
     @property
     def has_pending(self) -> bool:
@@ -79,8 +83,15 @@ class BackgroundTasks:
     def _sealed(self, ref: ray.ObjectRef, complete: CompleteShard) -> list[Event]:
         self._sealing -= 1
         try:
-            ray.get(ref)
+            lost: tuple[str, ...] = ray.get(ref) or ()
             self._outage.note_success(time.monotonic())
+            self.lost += len(lost)
+            if lost:
+                names = ", ".join(lost[:LOST_NAMES]) + (", ..." if len(lost) > LOST_NAMES else "")
+                logger.warning(
+                    f"files of {plural(len(lost), 'committed sample')} are missing in the output root, so the shard is "
+                    f"not sealed and they are rendered again: {names}"
+                )
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else None
             if isinstance(cause, StorageUnavailableError):

@@ -84,6 +84,7 @@ class Outcome:
     """How a run ended."""
 
     drained: bool  # a stop cut it short
+    lost: int  # samples that are pending again, because the output root lost their files
     seconds: float
     excluded_nodes: Mapping[str, str]  # with the reason of each
     losses: Losses
@@ -166,7 +167,12 @@ class Driver:
                     self._report()
             drained = self._end.drained or self._background_tasks.has_pending
             return Outcome(
-                drained, time.monotonic() - begun, self._exclusion.reasons(), self._table.losses, self._timer.busy_max_s
+                drained,
+                self._background_tasks.lost,
+                time.monotonic() - begun,
+                self._exclusion.reasons(),
+                self._table.losses,
+                self._timer.busy_max_s,
             )
         finally:
             self._lookups.close()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
+from hv_batch.job.dataset.lost_media import release_lost
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.records.run_document import read_run
@@ -18,6 +19,13 @@ from hv_batch.job.storage.store import Store
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated seal finds the first one's table and keeps it
 def seal(
     store: Store, shard: int, keys: Sequence[str], extra_kinds: Mapping[str, ColumnType], webdataset: bool
-) -> None:
-    """Seal `shard` of the run in `store`; see `seal_shard`."""
+) -> tuple[str, ...]:
+    """Seal `shard` of the run in `store`; see `seal_shard`.
+
+    If files of committed samples are missing, the shard is not sealed. Returns the keys of these samples, which are
+    pending again.
+    """
+    if lost := release_lost(store, shard, keys):
+        return lost
     seal_shard(store, shard, keys, extra_kinds, identity=read_run(store)["identity"], webdataset=webdataset)
+    return ()

@@ -21,6 +21,7 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.lease import refuse_other_holder
 from hv_batch.job.records.run_document import recorded_spool_folder
 from hv_batch.job.records.spool import DrainResult, Spool, spool_base
 from hv_batch.job.scheduling.messages import Event, Published, SpoolLost
@@ -39,7 +40,12 @@ Submit = Callable[[Callable[[], Event], Callable[[Event], list[Event]]], None]
 
 
 @ray.remote(num_cpus=0, max_retries=3)  # a repeated task finds what the first has committed
-def empty_spool(output: OutputConfig, root: Store, fingerprint: str) -> DrainResult:
+def empty_spool(output: OutputConfig, root: Store, fingerprint: str, lease_token: str) -> DrainResult:
+    try:
+        if lease_token:
+            refuse_other_holder(root, lease_token)
+    except StorageUnavailableError as error:
+        return DrainResult((), str(error))
     result = Spool(output, root, fingerprint).drain()
     # The folder in run.json is not ours to create: whoever can write to the root could name any. If this user has a
     # spool there, an earlier run has written it, and its videos are committed.
@@ -87,7 +93,7 @@ class SpoolDrain:
         for node in (self._unscanned | self._waiting.keys()) - self._draining:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             task = empty_spool.options(scheduling_strategy=strategy)
-            ref = task.remote(context.config.output, context.store, context.fingerprint)
+            ref = task.remote(context.config.output, context.store, context.fingerprint, context.lease_token)
             self._draining.add(node)
             self._watch(ref, partial(self._drained, node, tuple(self._waiting.get(node, ()))))
 

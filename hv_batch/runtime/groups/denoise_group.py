@@ -7,6 +7,7 @@ decides on the rebuild (P4, P5). The reservation is retained for that if its nod
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,8 @@ from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import alive_nodes
 from hv_batch.runtime.run_context import RunContext, StageReport
 from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
+
+logger = logging.getLogger(__name__)
 
 # Ray must not narrow each rank's view to its own GPU: ranks of a node must see each other's (see RankActor.join).
 SHOW_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
@@ -170,10 +173,12 @@ class DenoiseGroup:
         self._all_started = True
         self._pool.mark_occupied(reservation)
         self._deadline = time.monotonic() + self._context.config.timeouts.start_s
-        self._when_all(self._ask_all("join", address, locations), lambda _: self._joined())
+        self._when_all(self._ask_all("join", address, locations), self._joined)
         return []
 
-    def _joined(self) -> list[Event]:
+    def _joined(self, warnings: Mapping[ray.ObjectRef, str]) -> list[Event]:
+        for warning in filter(None, warnings.values()):
+            logger.warning(warning, extra={"worker": str(self.id)})
         self.is_ready = True
         self._exclusion.started(Stage.DENOISE, self._nodes)
         return [WorkerReady(self.id)]

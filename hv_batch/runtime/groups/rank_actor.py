@@ -73,14 +73,16 @@ class RankActor:
         """
         return self._context.engine.host_rendezvous(ray.util.get_node_ip_address(), self._plan.world_size)
 
-    def join(self, address: str, reservation: Sequence[RankLocation]) -> None:
+    def join(self, address: str, reservation: Sequence[RankLocation]) -> str:
         """Load the weights, join the process group, and check that the group computes what one rank alone computes.
 
-        `address` is that of the rendezvous store; `reservation` holds the location of every rank, in order.
+        `address` is that of the rendezvous store; `reservation` holds the location of every rank, in order. Returns a
+        warning for the log of the run, or an empty text.
         """
-        decodes = self._context.run.groups_decode
+        decodes, warning = self._context.run.groups_decode, ""
         if self._rank == 0:
-            self._publisher.check() if decodes else see_output_root(self._context.store)
+            see_output_root(self._context.store)
+            warning = self._publisher.check() if decodes else ""
         parallel = self._context.config.parallel
         neighbours = [
             rank for rank, location in enumerate(reservation) if location.node == reservation[self._rank].node
@@ -105,6 +107,7 @@ class RankActor:
         self._denoiser: Denoiser = self._context.engine.join(place)
         self._denoiser.self_check()
         logger.info(f"rank {self._rank} of {self._plan.world_size} is ready")
+        return warning
 
     def _await_own_gpu(self, local_rank: int) -> None:
         if self._context.run.rank_gpus < 1:  # other processes may use this GPU as well

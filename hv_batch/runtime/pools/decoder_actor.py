@@ -41,10 +41,14 @@ class DecoderActor:
         """The id of its Ray node. The driver takes the first answer as the sign that the actor is placed."""
         return ray.get_runtime_context().get_node_id()
 
-    def load(self) -> None:
-        """Check the node and load the weights. Not in __init__, where Ray would hide the type of an exception."""
-        self._publisher.check()
+    def load(self) -> str:
+        """Check the node and load the weights. Not in __init__, where Ray would hide the type of an exception.
+
+        Returns a warning for the log of the run, or an empty text.
+        """
+        warning = self._publisher.check()
         self._decoder: Decoder = self._context.engine.decoder(self._context.config.parallel.device)
+        return warning
 
     def decode(self, tasks: Sequence[DecodeTask], *latents: np.ndarray | None) -> list[str | None]:
         """Decode and commit each sample that is not committed yet (P1).

@@ -6,6 +6,7 @@ callback, which returns events for the scheduler.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
 Place = Callable[[frozenset[str]], Any]
+
+logger = logging.getLogger(__name__)
 
 
 class PoolWorker:
@@ -87,12 +90,14 @@ class PoolWorker:
 
     def _loaded(self, ref: ray.ObjectRef) -> list[Event]:
         try:
-            ray.get(ref)
+            warning = ray.get(ref)
         except RayError as error:
             failure, counts = classify(error, str(self.id)), True
             if failure.kind not in (FailureClass.PREEMPTED, FailureClass.OUTAGE):
                 counts = not self._exclusion.start_failed(self.id.stage, self.nodes, failure.message)
             return [WorkerLost(self.id, start_failure(failure), counts)]
+        if warning:
+            logger.warning(warning, extra={"worker": str(self.id)})
         self._ready = True
         self._exclusion.started(self.id.stage, self.nodes)
         return [WorkerReady(self.id)]

@@ -17,7 +17,7 @@ from hv_batch.job.documents import schema
 from hv_batch.job.documents.reading import InvalidObjectError, parse, parse_row, read
 from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.records.commits import read_commit
-from hv_batch.job.records.lease import _encode, this_process
+from hv_batch.job.records.lease_holder import encode_holder, this_process
 from hv_batch.job.storage.canonical_json import MAX_BYTES, decode, encode
 from hv_batch.job.storage.store import Store
 from tests.support.plans import publish_plan
@@ -38,7 +38,7 @@ def documents(tmp_path_factory) -> dict[type, dict[str, Any]]:
         schema.QuarantineRecord: make_quarantine(make_sample(2)),
         schema.RetriedRecord: make_quarantine(make_sample(2)),
         schema.RunDocument: decode(store.get(layout.RUN)),
-        schema.LeaseDocument: decode(_encode(this_process("run"))),
+        schema.LeaseDocument: decode(encode_holder(this_process("run"))),
         schema.IndexDocument: decode(store.get(layout.INDEX)),
         schema.TotalsDocument: add_up([COMMIT]).to_dict(),
         schema.SummaryDocument: aggregate(store),

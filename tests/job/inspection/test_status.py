@@ -11,7 +11,7 @@ import pytest
 from hv_batch.job import layout
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import status
-from hv_batch.job.records import commits, lease
+from hv_batch.job.records import commits, lease, lease_holder
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -115,7 +115,7 @@ def test_the_holder_of_the_lease_is_shown(store):
     """P1: while a driver is running, and after it was killed."""
     half_rendered(store)
     assert status.read_status(store).to_dict()["holder"] is None
-    me = lease.this_process("run", "raysubmit_1")
+    me = lease_holder.this_process("run", "raysubmit_1")
     with lease.hold_lease(store, me):
         assert f"held by `hv-batch run` on {me.host}, process {me.pid}" in status.read_status(store).render()
     store.put(layout.LEASE, canonical_json.encode(dataclasses.asdict(me) | {"process": "1"}))

@@ -12,16 +12,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from hv_batch.job import layout
-from hv_batch.job.records import lease
-from hv_batch.job.records.lease import (
-    Lease,
-    LeaseHeldError,
-    LeaseLostError,
-    hold_lease,
-    is_gone,
-    read_lease,
-    this_process,
-)
+from hv_batch.job.records import lease, lease_holder
+from hv_batch.job.records.lease import Lease, LeaseHeldError, LeaseLostError, hold_lease, refuse_other_holder
+from hv_batch.job.records.lease_holder import is_gone, read_lease, this_process
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from tests.support.repository import ROOT
@@ -43,7 +36,7 @@ def elsewhere(**changes):
 
 
 def put(store, holder):
-    store.put(layout.LEASE, lease._encode(holder))
+    store.put(layout.LEASE, lease_holder.encode_holder(holder))
 
 
 def test_the_lease_exists_while_it_is_held(any_store):
@@ -81,7 +74,8 @@ def test_the_lease_of_a_killed_driver_on_this_machine_is_replaced_at_once(tmp_pa
     store = Store(str(tmp_path / "root"))
     script = """
 import os, sys, signal
-from hv_batch.job.records.lease import hold_lease, this_process
+from hv_batch.job.records.lease import hold_lease
+from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.storage.store import Store
 with hold_lease(Store(sys.argv[1]), this_process("run")):
     print("held", flush=True)
@@ -167,9 +161,7 @@ def test_a_lease_that_was_taken_over_stops_its_holder(any_store):
     """P1: the first driver finds the new holder at its next heartbeat, and does not remove the new lease."""
     with hold_lease(any_store, this_process("run"), wait=never) as first:
         new_holder = this_process("run", "raysubmit_2")
-        with hold_lease(any_store, new_holder, wait=never, steal=True) as second:
-            first.check()
-            first.heartbeat()
+        with hold_lease(any_store, new_holder, wait=lambda _: first.heartbeat(), steal=True) as second:
             with pytest.raises(LeaseLostError, match="raysubmit_2"):
                 first.check()
             first.release()
@@ -209,6 +201,127 @@ def test_of_many_concurrent_processes_one_holds_the_lease(any_store):
     for one in taken:
         one.release()
     assert read_lease(any_store) is None
+
+
+def killed_after(process, waits, seconds=None):
+    """A `wait` that kills a process at a number of waits; `seconds` collects its arguments."""
+    left = [waits]
+
+    def wait(pause_s):
+        if seconds is not None:
+            seconds.append(pause_s)
+        left[0] -= 1
+        if left[0] == 0:
+            process.kill()
+            process.wait()
+        return False
+
+    return wait
+
+
+def test_a_take_over_waits_until_the_former_process_has_ended(tmp_path):
+    """P1: on the same machine the end of the process is seen, and nothing is changed before."""
+    store, sleeper = Store(str(tmp_path)), subprocess.Popen(["sleep", "1000"])
+    process = lease_holder._process_start(sleeper.pid)
+    put(store, dataclasses.replace(this_process("run"), pid=sleeper.pid, process=process))
+    seconds = []
+    with hold_lease(store, this_process("gc"), steal=True, wait=killed_after(sleeper, 5, seconds)) as mine:
+        assert len(seconds) == 5
+        mine.check()
+    assert read_lease(store) is None, "the former holder is known to have ended"
+
+
+def test_a_take_over_waits_while_the_former_holder_may_act(any_store):
+    """P1: on another machine it has stopped after STALE_S of silence, counted from its last heartbeat."""
+    theirs = elsewhere(beats=5)
+    put(any_store, theirs)
+    waits = []
+
+    def wait(pause_s):
+        waits.append(pause_s)
+        if len(waits) == 3:  # a heartbeat that had begun before the take-over
+            put(any_store, dataclasses.replace(theirs, beats=6))
+        return False
+
+    me = this_process("gc")
+    with hold_lease(any_store, me, steal=True, wait=wait) as mine:
+        assert sum(waits) == lease.STALE_S + 3 * lease.POLL_S
+        mine.heartbeat()
+        mine.check()
+        assert read_lease(any_store).token == me.token
+
+
+def test_a_holder_finds_a_take_over_that_has_already_ended(any_store):
+    """P1: `gc --take-over` ends in seconds; the driver that was cut off meanwhile must not go on when it comes back."""
+    put(any_store, elsewhere())
+    theirs = Lease(any_store, read_lease(any_store))
+    with hold_lease(any_store, this_process("gc"), steal=True, wait=lambda _: False):
+        pass
+    theirs.heartbeat()
+    with pytest.raises(LeaseLostError, match="hv-batch gc"):
+        theirs.check()
+    theirs.release()
+
+
+def test_a_third_process_ends_a_take_over(any_store):
+    """P1: of two take-overs at the same time, one acts."""
+    put(any_store, elsewhere())
+    third = elsewhere(since="third")
+    with (
+        pytest.raises(LeaseHeldError),
+        hold_lease(any_store, this_process("gc"), steal=True, wait=lambda _: put(any_store, third)),
+    ):
+        pass
+    assert read_lease(any_store).token == third.token
+
+
+def test_a_stop_ends_the_wait_of_a_take_over(any_store):
+    """Exit codes: the command ends at once and has changed nothing but the lease."""
+    put(any_store, elsewhere())
+    with hold_lease(any_store, this_process("gc"), steal=True, wait=lambda _: True) as mine:
+        assert mine is None
+
+
+def test_a_holder_that_is_silent_for_too_long_stops_itself(s3, s3_store, monkeypatch):
+    """P1: another process may have taken over. A run bears an outage for longer than a command does."""
+    now = [1000.0]
+    monkeypatch.setattr(lease, "_seconds", lambda: now[0])
+    with (
+        hold_lease(s3_store, this_process("gc"), wait=never) as command,
+        hold_lease(Store(f"{s3_store.url}/2"), this_process("run"), wait=never, silence_s=1800) as run,
+    ):
+        s3.refusal = (503, "SlowDown")
+        now[0] += lease.STALE_S - 1
+        command.check()
+        now[0] += 2
+        with pytest.raises(LeaseLostError, match="has not accepted a heartbeat of this process for 61 s"):
+            command.check()
+        run.check()
+        now[0] += 1800
+        with pytest.raises(LeaseLostError, match="not accepted a heartbeat"):
+            run.check()
+        s3.refusal = None
+
+
+def test_a_process_that_was_suspended_looks_before_it_acts(any_store, monkeypatch):
+    """P1: after a SIGSTOP or a paused machine, the next act comes before the next heartbeat."""
+    now = [1000.0]
+    monkeypatch.setattr(lease, "_seconds", lambda: now[0])
+    with hold_lease(any_store, this_process("run"), wait=never, silence_s=1800) as mine:
+        put(any_store, elsewhere())
+        now[0] += 600
+        with pytest.raises(LeaseLostError, match="node-7"):
+            mine.check()
+
+
+def test_workers_write_only_while_their_run_holds_the_lease(any_store):
+    """P1: workers may reach the store while the driver does not, so they compare the lease themselves."""
+    refuse_other_holder(any_store, "a run")
+    theirs = elsewhere()
+    put(any_store, theirs)
+    refuse_other_holder(any_store, theirs.token)
+    with pytest.raises(LeaseLostError, match="node-7"):
+        refuse_other_holder(any_store, "a run")
 
 
 @pytest.mark.parametrize("junk", [b"", b"[]", b"{}", b"null", b"\xff", encode({"token": 1})])

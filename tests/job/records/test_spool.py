@@ -269,6 +269,59 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, root, settings)
     assert not spool.has_room(1)
 
 
+@pytest.mark.parametrize("what", ["owner", "mode", "link", "file", "parent"])
+def test_a_spool_that_cannot_be_used_is_reported_with_its_reason_and_remedy(
+    tmp_path, root, settings, what, monkeypatch
+):
+    """P5: a spool that is silently off would be noticed in the next outage."""
+    folder = Path(settings.spool_folder, f"hv_batch_spool-{os.getuid()}")
+    folder.parent.mkdir(parents=True)
+    if what == "owner":
+        folder.mkdir(mode=0o700)
+        uid = os.getuid() + 1
+        monkeypatch.setattr(spooling.os, "getuid", lambda: uid)
+        folder.rename(folder.with_name(f"hv_batch_spool-{uid}"))
+    elif what == "mode":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif what == "link":
+        folder.symlink_to(tmp_path)
+    elif what == "file":
+        folder.write_text("")
+    else:
+        folder.parent.rmdir()
+        folder.parent.write_text("")
+    spool = Spool(settings, root, FINGERPRINT)
+    words = {
+        "owner": "belongs to the user",
+        "mode": "0700",
+        "link": "a link",
+        "file": "",
+        "parent": "cannot be created",
+    }
+    assert words[what] in spool.problem()
+    assert "output.spool_folder" in spool.problem()
+    assert settings.spool_folder in spool.problem()
+    assert not spool.has_room(1)
+    assert Spool(settings.model_copy(update={"spool_gib": 0.0}), root, FINGERPRINT).problem() == ""
+
+
+def test_a_spool_that_can_be_used_has_no_problem(root, spool):
+    """The folder is created for the check."""
+    assert spool.problem() == ""
+
+
+@pytest.mark.parametrize("act", ["add", "drain"])
+def test_drafts_of_killed_decoders_are_removed(tmp_path, root, settings, spool, act):
+    """A run that ends leaves no drafts on the disks of the nodes."""
+    spool.add(*make_video(tmp_path, 1))
+    (record,) = Path(settings.spool_folder).rglob("*.json")
+    draft = record.with_name(".draft-0123")
+    draft.write_bytes(b"half")
+    spool.add(*make_video(tmp_path, 2)) if act == "add" else spool.drain()
+    assert not draft.exists()
+
+
 def test_stale_spools_are_removed(tmp_path, root, settings, spool):
     """A spool that has not changed for a week is removed; one with a recent change is kept completely."""
     fresh = Spool(settings, root, "0" * 64)

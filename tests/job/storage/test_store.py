@@ -22,10 +22,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hv_batch.job import layout
 from hv_batch.job.storage import object_store, store
+from hv_batch.job.storage import store as store_module
 from hv_batch.job.storage.store import PutIfAbsent, StorageUnavailableError, Store
 from hv_batch.protocol import UserError
 from tests.support.repository import ROOT
+from tests.support.small_runs import run_small, some_samples
 
 
 def at_once(count, act):
@@ -354,6 +357,46 @@ def test_list_hides_drafts(tmp_path):
     store.put("commits/a.json", b"1")
     (tmp_path / "commits" / ".draft-0123").write_bytes(b"hal")
     assert list(store.list("commits/")) == ["commits/a.json"]
+
+
+def test_drafts_of_the_given_folders_are_removed(tmp_path):
+    """A run that ends leaves no drafts of killed workers; objects and other hidden files stay."""
+    store = Store(str(tmp_path))
+    for folder in layout.folders([3]):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / ".draft-0123").write_bytes(b"half")
+    store.put("commits/shard-00003/a.json", b"1")
+    (tmp_path / ".hidden").write_bytes(b"of the operator")
+    store.remove_drafts([*layout.folders([3]), *layout.folders([4])])
+    assert files_below(tmp_path) == [".hidden", "a.json"]
+    Store("memory://drafts").remove_drafts(layout.folders([3]))
+
+
+def test_every_folder_of_a_run_is_searched_for_drafts(tmp_path):
+    """`layout.folders` names each folder to which a run writes."""
+    store = Store(str(tmp_path))
+    run_small(store, some_samples(4), poison={"s003"}, adorned=True)
+    written = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    searched = {folder.rstrip("/") or "." for folder in layout.folders([0])}
+    assert written <= searched
+
+
+def test_a_draft_that_another_process_removes_is_written_again(tmp_path, monkeypatch):
+    """P1: the end of an earlier run may remove it."""
+    monkeypatch.setattr(store_module, "PAUSES_S", (0.0,))
+    link, lost = os.link, []
+
+    def lose_once(source, target, *, src_dir_fd, **options):
+        if not lost:
+            lost.append(source)
+            os.unlink(source, dir_fd=src_dir_fd)
+        link(source, target, src_dir_fd=src_dir_fd, **options)
+
+    monkeypatch.setattr(os, "link", lose_once)
+    store = Store(str(tmp_path))
+    assert store.put_new("commits/a", b"1")
+    assert store.get("commits/a") == b"1"
+    assert lost
 
 
 def test_a_file_is_downloaded_as_it_was_uploaded(any_store, tmp_path):

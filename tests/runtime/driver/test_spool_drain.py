@@ -39,7 +39,7 @@ class Nodes:
         monkeypatch.setattr(spool_drain, "empty_spool", SimpleNamespace(options=self._options))
         monkeypatch.setattr(spool_drain.ray, "get", self._get)
         config = RunConfig.model_validate({"output": output})
-        context = SimpleNamespace(config=config, store=store, fingerprint=FINGERPRINT)
+        context = SimpleNamespace(config=config, store=store, fingerprint=FINGERPRINT, lease_token="")
         self.outage = Outage()
         self.spool_drain = spool_drain.SpoolDrain(
             context, self._watch, self.outage, lambda act, then: self.submitted.append((act, then))
@@ -194,7 +194,7 @@ def test_a_recorded_spool_folder_is_read_if_it_is_ours_and_never_created(tmp_pat
     if not is_ours:
         shutil.rmtree(folder)
     fingerprint = run_document.read_run(store)["fingerprint"]
-    result = spool_drain.empty_spool._function(OutputConfig(), store, fingerprint)
+    result = spool_drain.empty_spool._function(OutputConfig(), store, fingerprint, "")
     assert result == DrainResult(("s001",) if is_ours else ())
     assert store.exists(layout.commit_key(0, "s001")) == is_ours
     assert folder.exists() == is_ours, "a folder that run.json names is not created"
