@@ -83,7 +83,8 @@ def _codec_options(media: MediaConfig) -> Sequence[str]:
             return ["-c:v", encoder, *rate, "-preset", media.preset, "-threads", threads, *params]
         case "libx265":
             # libx265 has its own thread settings; parallel frames would be a further number to fix. `info` would write
-            # the settings into the video. Its warnings hold the reason if it refuses a size. Apple's players accept the codec only under the tag hvc1.
+            # the settings into the video. If it refuses a size, its warnings hold the reason. Apple's players accept
+            # the codec only under the tag hvc1.
             lossless = "lossless=1" if media.lossless else ""
             own = _joined(f"pools={threads}:frame-threads=1:info=0:log-level=warning", lossless, asm)
             return ["-c:v", encoder, *rate, "-preset", media.preset, "-tag:v", "hvc1", "-x265-params", own]

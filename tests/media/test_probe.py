@@ -10,7 +10,6 @@ from hv_batch.job.inspection.verify import MediaShape
 from hv_batch.media.probe import decode_media
 from hv_batch.media.writer import write_media
 
-
 NOT_THE_FORMAT = "moov atom not found|Invalid PNG signature|no video stream"
 
 

@@ -28,8 +28,8 @@ from hv_batch.protocol import MAX_SEED, FieldProblem
 
 MAX_REPORTED = 1000  # problems reported in full; a manifest with more has a systematic error
 
-# A picture with a side of 16 has blocks of 16 pixels, which level 5 of HEVC forbids. libx265 uses level 5 from a side of
-# 4224, and older versions may use it earlier.
+# A picture with a side of 16 has blocks of 16 pixels, which level 5 of HEVC forbids. libx265 4.3 uses level 5 from a
+# side of 4224, and other versions may use it earlier.
 HEVC_THIN_SIDE = 16
 HEVC_MAX_LENGTH = 4160
 
@@ -170,7 +170,7 @@ def _find_hevc_problem(values: Mapping[str, Any]) -> Iterator[FieldProblem]:
     (short, narrow), (long, wide) = sorted((values[name], name) for name in ("height", "width"))
     if values["num_frames"] > 1 and short <= HEVC_THIN_SIDE and long > HEVC_MAX_LENGTH:
         allowed = (
-            f"at most {HEVC_MAX_LENGTH} with {narrow} {short} and media.codec = h265, because pictures of a larger side "
-            "must have blocks of 32 pixels; render such rows in a separate run with another codec"
+            f"at most {HEVC_MAX_LENGTH} with {narrow} {short} and media.codec = h265, because a larger picture needs "
+            "blocks of 32 pixels; render such rows in a separate run with another codec"
         )
         yield FieldProblem(wide, long, allowed)
