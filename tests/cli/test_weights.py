@@ -259,7 +259,7 @@ def test_a_config_without_the_defaults_is_completed(toy, tmp_path):
             lambda f: (f / "config.json").write_text(
                 '{"text_config": {"model_type": "llama", "hidden_size": "64", "num_hidden_layers": 1e9}}'
             ),
-            "config.json, text_config: hidden_size is '64', allowed is a whole number .*; num_hidden_layers is 1000000000",
+            "config.json, text_config: hidden_size is '64', allowed is a whole .*; num_hidden_layers is 1000000000",
         ),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "holds no LLaVA weights"),
     ],
