@@ -31,6 +31,15 @@ POISON = frozenset({"s005"})
 RECORD = "commits/shard-00000/s001.json"
 
 
+def rest_slow(cases, kept: int) -> list:
+    """Parameters of which only the first `kept` belong to the default suite: the others are of the same kind."""
+    groups = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*group, marks=[pytest.mark.slow] if number >= kept else [], id=str(group[0]))
+        for number, group in enumerate(groups)
+    ]
+
+
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> Path:
     """A finished root of two shards with posters, tars and the checked manifest; s005 is quarantined."""
@@ -105,26 +114,25 @@ def test_the_members_of_a_tar_are_named_after_sample_keys(root):
         assert all("/" not in member.name for member in tar)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"row": "3"},
-        {"row": True},
-        {"fps": "24"},
-        {"bytes": 10.5},
-        {"params__seed": "7"},
-        {"params__guidance_scale": None},
-        {"stages__denoise": "10"},
-        {"places": []},
-        {"history": {"a": 1}},
-        {"history": [{"kind": 3}]},
-        {"versions": [1]},
-        {"extra": []},
-        {"produced__num_frames": "17"},
-        {"created_at": 12},
-    ],
-    ids=str,
-)
+WRONGLY_TYPED = [
+    {"row": "3"},
+    {"row": True},
+    {"fps": "24"},
+    {"bytes": 10.5},
+    {"params__seed": "7"},
+    {"params__guidance_scale": None},
+    {"stages__denoise": "10"},
+    {"places": []},
+    {"history": {"a": 1}},
+    {"history": [{"kind": 3}]},
+    {"versions": [1]},
+    {"extra": []},
+    {"produced__num_frames": "17"},
+    {"created_at": 12},
+]
+
+
+@pytest.mark.parametrize("values", rest_slow(WRONGLY_TYPED, 2))
 @pytest.mark.parametrize("is_open", [False, True], ids=["sealed", "open"])
 def test_a_wrongly_typed_field_is_named_and_the_run_can_be_finished(root, values, is_open):
     """P2: the finding names the object, removing it lets the same run command finish, and the others are checked."""
@@ -166,7 +174,7 @@ UNREADABLE: list[tuple[str, Callable[[Path], None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil"), UNREADABLE, ids=[name for name, _ in UNREADABLE])
+@pytest.mark.parametrize(("name", "spoil"), rest_slow(UNREADABLE, 5))
 def test_an_unreadable_object_is_named_and_the_others_are_checked(root, name, spoil):
     """P5: a folder in place of a file, and an object that no parser takes."""
     path = next(iter(root.glob(name)), root / name)
@@ -179,7 +187,7 @@ def test_an_unreadable_object_is_named_and_the_others_are_checked(root, name, sp
     assert any((finding.key, finding.fault) == ("s006", Fault.SIZE) for finding in found.findings)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("code", rest_slow([errno.EIO, errno.EACCES], 1))
 @pytest.mark.parametrize(
     "name", [RECORD, "data/shard-00000/s001-", "commits/shard-00000", "quarantine/shard-00001/s005"]
 )
@@ -277,19 +285,18 @@ def test_a_fault_that_all_records_share_is_one_of_the_run(rendered, tmp_path, ch
     assert len(list(root.glob("commits/*/*.json"))) == 5
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"params__prompt": "a goose at noon"},
-        {"params__seed": 8},
-        {"row": 99},
-        {"id": "another"},
-        {"fps": 25},
-        {"extra": {"topic": "fish"}},
-        {"extra": {}},
-    ],
-    ids=str,
-)
+DIFFERENT = [
+    {"params__prompt": "a goose at noon"},
+    {"params__seed": 8},
+    {"row": 99},
+    {"id": "another"},
+    {"fps": 25},
+    {"extra": {"topic": "fish"}},
+    {"extra": {}},
+]
+
+
+@pytest.mark.parametrize("values", rest_slow(DIFFERENT, 2))
 @pytest.mark.parametrize("is_sealed", [True, False], ids=["sealed", "open"])
 def test_a_record_that_differs_from_the_manifest_is_found(root, values, is_sealed):
     """P3: a changed prompt in a record does not become the truth of the dataset."""
@@ -329,7 +336,7 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", rest_slow(FOREIGN, 4))
 def test_a_foreign_object_is_reported_and_counted_nowhere(root, rendered, name):
     """P1: it belongs to no sample. It changes no count, is not removed, and does not keep a run from finishing."""
     path = root / name
