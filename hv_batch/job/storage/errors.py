@@ -214,6 +214,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _describe(error: Exception) -> str:
     """The class and the message of `error`, and the code that the driver has translated away."""
-    text = f"{type(error).__name__}: {error}"
+    # The message of an OSError begins with the number of the error, which the new error has as well.
+    message = error.strerror if type(error) is OSError and error.strerror and not error.filename else str(error)
+    text = f"{type(error).__name__}: {message}"
     code = next((code for code in error_codes(error) if not code.isdigit()), "")
     return text if not code or code in text else f"{text} ({code})"

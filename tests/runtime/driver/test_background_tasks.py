@@ -25,6 +25,7 @@ class Sealers:
         context = SimpleNamespace(store=None, config=SimpleNamespace(output=SimpleNamespace(webdataset=False)))
         self._complete = [CompleteShard(shard, ("key",)) for shard in range(shards)]
         self._now, self._error = 0.0, None
+        self.lost = ()  # the result of each seal
         monkeypatch.setattr(background_tasks, "seal", SimpleNamespace(remote=self._seal))
         monkeypatch.setattr(background_tasks, "ray", SimpleNamespace(get=self._get))
         monkeypatch.setattr(background_tasks, "time", SimpleNamespace(monotonic=lambda: self._now))
@@ -43,6 +44,7 @@ class Sealers:
     def _get(self, _ref):
         if self._error:
             raise self._error
+        return self.lost
 
     def end(self, shard, error=None):
         self._error = error and RayTaskError("seal", "", error)
@@ -79,3 +81,14 @@ def test_a_shard_that_met_an_outage_is_sealed_after_it(monkeypatch):
         sealers.end(shard)
     assert sealers.begun == [0, 0, 1, 2]
     assert not sealers.background_tasks.has_pending
+
+
+def test_samples_whose_files_are_lost_are_counted_and_named(monkeypatch, logged):
+    """P1: the run renders them again; the log says how many there are and names some."""
+    sealers = Sealers(monkeypatch, 1)
+    sealers.lost = tuple(f"s{number:03d}" for number in range(7))
+    sealers.background_tasks.start_seals()
+    sealers.end(0)
+    assert sealers.background_tasks.lost == 7
+    assert "7 committed samples" in logged[0]
+    assert "s004, ..." in logged[0]

@@ -164,7 +164,7 @@ def test_a_root_that_refuses_ends_the_run(nodes):
     nodes.spool_drain.poll(0.0)
     cause = StorageRefusedError(errno.EACCES, "s3://bucket: denied")
     refused = RayTaskError("empty_spool", "Traceback ...", cause, proctitle="x", pid=1, ip="127.0.0.1")
-    with pytest.raises(UserError, match=r"denied; correct this"):
+    with pytest.raises(UserError, match=r"denied; grant access to it"):
         nodes.answer(A, refused.as_instanceof_cause())
     assert "1 finished video on the disks" in nodes.spool_drain.describe()
 
