@@ -236,7 +236,8 @@ def test_identity_is_what_changes_pixels_and_keys():
         "model": {"options": {"model_base": "elsewhere"}},
     }
     assert identity_of(RunConfig.model_validate(free)) == identity_of(plain)
-    assert set(identity_of(plain)) == {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
+    sections = {"seed", "engine", "defaults", "parallel", "media", "shard_size", "webdataset"}
+    assert set(identity_of(plain)) == {"revision", *sections}
     assert json.loads(json.dumps(identity_of(plain))) == identity_of(plain)
 
 
