@@ -60,7 +60,7 @@ def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Ind
     for chunk, result in _validate_chunks(manifest.chunks(), defaults, config.parallel.cfg_degree, config.media.codec):
         check.add(chunk, result)
         if result.samples:
-            writer.add(result.part, result.rows, result.samples)
+            writer.add(result.part, result.part_rows, result.samples)
     if check.rows == 0:
         raise UserError(manifest.no_rows_message())
     check.find_duplicate_keys(writer)

@@ -57,6 +57,7 @@ class ChunkResult:
     extra_types: dict[str, ColumnType] = field(default_factory=dict)  # of the further columns
     extra_rows: dict[str, int] = field(default_factory=dict)  # further column -> first row in the file
     part: bytes = b""  # a part of the index: a Parquet file of PART_SCHEMA
+    part_rows: int = 0  # rows of the part: those that could be parsed
 
     def add_problem(self, number: int, problem: FieldProblem) -> None:
         self.problem_count += 1
@@ -118,7 +119,7 @@ class ChunkBuilder:
         self.result.samples = len(hashes)
         self.result.key_hashes = b"".join(hashes)
         columns["row"] = [offset + number for number in columns["row"]]
-        self.result.part = _encode_part(columns)
+        self.result.part, self.result.part_rows = _encode_part(columns), len(columns["row"])
         return self.result
 
 
