@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from hv_batch.engine.rank_failures import RankFailed
 from hv_batch.engine.video_requests import plan_videos
 from hv_batch.job.records.commits import LICENCE_ID
 from hv_batch.job.redaction import safe_text
+from hv_batch.job.workload import long_video_warning
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NonFiniteError, SamplingParams, UserError, problems
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> None:
     videos = _videos(options)
+    if warning := long_video_warning(Counter(video.shape for video in videos)):
+        logger.warning(warning)
     seed = videos[0].seed
     if options.reproduce:
         make_deterministic(seed)

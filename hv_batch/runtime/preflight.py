@@ -26,6 +26,7 @@ from hv_batch.job.records.run_document import RunState, check_revision, fingerpr
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.redaction import public_values
 from hv_batch.job.storage.store import Store
+from hv_batch.job.workload import long_video_warning
 from hv_batch.media.encoder_check import check_encoder
 from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
 from hv_batch.runtime.ray_contact import resolve_address
@@ -82,6 +83,8 @@ def prepare_run(
         pending = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
     if problems:
         raise UserError("\n".join(problems))
+    if warning := long_video_warning(index.summary.shapes):
+        logger.warning(warning)
     # Only now, because these checks require options that the engine has accepted.
     run = resolve_run(config, index.summary.shapes, _recorded_plans(store))
     groups = run.groups

@@ -20,7 +20,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.formatting import clock
 from hv_batch.job.inspection.status import read_status
-from hv_batch.job.inspection.summary import aggregate, write_report
+from hv_batch.job.inspection.summary import aggregate, describe_truncated, write_report
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.lease import Lease, LeaseLostError, hold_lease
@@ -190,6 +190,8 @@ def _close(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSi
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
     summary = _finish(store, own, Outage(), stop)
     logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
+    if cut := describe_truncated(summary):
+        logger.warning(cut)
     if groups := outcome.losses.describe():
         logger.info(f"denoise groups lost during the run: {groups}")
     if left := summary["pending"]:

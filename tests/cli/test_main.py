@@ -176,6 +176,14 @@ def unreachable(good, *flags):
     return stderr.splitlines()
 
 
+def test_long_videos_give_one_warning(good):
+    """D8: more frames than the model was trained with; 129 give none."""
+    assert not [line for line in unreachable(good, "defaults.num_frames=129") if "frames" in line]
+    warnings = [line for line in unreachable(good, "defaults.num_frames=133") if "frames" in line]
+    assert len(warnings) == 1
+    assert "1 video(s) have more than 129 frames (up to 133)" in warnings[0]
+
+
 def test_log_level_and_format_are_options_of_run(good, monkeypatch):
     """The flag has precedence over HV_BATCH_LOG_LEVEL; with json every line but the final error is an object."""
     monkeypatch.delenv("HV_BATCH_LOG_LEVEL", raising=False)

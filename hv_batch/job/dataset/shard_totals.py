@@ -33,7 +33,8 @@ class ShardTotals:
     stage_ms: Counter[str] = field(default_factory=Counter)
     denoise_ms: Counter[str] = field(default_factory=Counter)  # by the number of ranks, "" if it is not recorded
     timed: Counter[str] = field(default_factory=Counter)  # samples that report the stage
-    embeddings: Counter[str] = field(default_factory=Counter)  # prompts "encoded" and "recalled"
+    # Prompts "encoded" and "recalled"; samples with a "truncated" or "truncated_negative" prompt, and "tokens_lost".
+    embeddings: Counter[str] = field(default_factory=Counter)
     retries: Counter[str] = field(default_factory=Counter)  # failed attempts, by class
     frames_by_fps: Counter[str] = field(default_factory=Counter)  # of videos; an image has no duration
 
@@ -49,6 +50,10 @@ class ShardTotals:
         self.timed.update(record["stages"].keys())
         encode_report = record["places"].get("encode", {})
         self.embeddings.update({name: encode_report.get(name, 0) for name in ("encoded", "recalled")})
+        lost = {name: encode_report.get(name, 0) for name in ("tokens_lost", "negative_tokens_lost")}
+        truncated = {"truncated": lost["tokens_lost"] > 0, "truncated_negative": lost["negative_tokens_lost"] > 0}
+        self.embeddings.update({name: int(is_so) for name, is_so in truncated.items()})
+        self.embeddings["tokens_lost"] += sum(lost.values())
         self.retries.update(failure["kind"] for failure in record["history"])
         if frames > 1:
             self.frames_by_fps[str(record["fps"])] += frames

@@ -17,6 +17,7 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_totals
+from hv_batch.job.formatting import plural
 from hv_batch.job.inspection import gallery
 from hv_batch.job.inspection.status import ShardStatus, read_status
 from hv_batch.job.manifest.planned_keys import PlannedKeys
@@ -37,8 +38,9 @@ def aggregate(store: Store) -> dict[str, Any]:
 
     `stages` holds seconds: the sum, and the mean over the committed samples that report the stage.
     `denoise_gpu_seconds` is the sum of denoise seconds times the ranks of the group, null on a CPU. `embeddings` counts
-    the prompts that were encoded for the committed samples, and those found in an encoder's memory. `failures` counts
-    quarantined samples by class, `retries` the failed attempts of committed samples.
+    the prompts that were encoded for the committed samples, and those found in an encoder's memory. `truncated` counts
+    the committed samples whose prompt or negative prompt is longer than the model reads, and the tokens it ignores.
+    `failures` counts quarantined samples by class, `retries` the failed attempts of committed samples.
     """
     run, status = read_run(store), read_status(store)
     totals = ShardTotals()
@@ -62,10 +64,27 @@ def aggregate(store: Store) -> dict[str, Any]:
         },
         "denoise_gpu_seconds": _gpu_seconds(run, totals.denoise_ms),
         "embeddings": {"encoded": totals.embeddings["encoded"], "recalled": totals.embeddings["recalled"]},
+        "truncated": {
+            "prompts": totals.embeddings["truncated"],
+            "negative_prompts": totals.embeddings["truncated_negative"],
+            "tokens": totals.embeddings["tokens_lost"],
+        },
         "media": {"bytes": totals.bytes, "frames": totals.frames, "seconds": round(totals.footage_seconds(), 3)},
         "failures": dict(failures),
         "retries": dict(totals.retries),
     }
+
+
+def describe_truncated(summary: Mapping[str, Any]) -> str:
+    """One sentence about the truncated prompts of a summary; empty if there are none."""
+    cut = summary.get("truncated", {})
+    if not cut.get("tokens"):
+        return ""
+    return (
+        f"the model does not read {cut['tokens']:,} tokens of long texts: {plural(cut['prompts'], 'prompt')} and "
+        f"{plural(cut['negative_prompts'], 'negative prompt')} are truncated. Their records hold the numbers; shorten "
+        "them if the ends matter"
+    )
 
 
 def _gpu_seconds(run: Mapping[str, Any], denoise_ms: Mapping[str, int]) -> float | None:

@@ -63,6 +63,7 @@ class EncoderActor:
             details = {
                 "num_tokens": positive.num_tokens,
                 "tokens_lost": positive.tokens_lost,
+                "negative_tokens_lost": negative.tokens_lost if negative else 0,
                 "encoded": len(new),
                 "recalled": len(texts) - len(new),
             }
@@ -72,6 +73,9 @@ class EncoderActor:
             reports.append(StageReport(watch.seconds / len(tasks), node, self._name, details, size))
             with log_fields(sample=task.key, attempt=task.attempt):
                 logger.info(f"encoded {positive.num_tokens} text tokens")
+                for which, text in (("prompt", positive), ("negative prompt", negative)):
+                    if text is not None and text.tokens_lost:
+                        logger.warning(f"the {which} is too long: its last {text.tokens_lost} tokens are ignored")
         return *pairs, reports
 
     @ray.method(concurrency_group="health", enable_task_events=False)  # called every second

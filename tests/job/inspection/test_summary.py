@@ -109,6 +109,21 @@ def test_aggregate_counts_what_was_encoded_once(store):
     )
 
 
+def test_truncated_prompts_are_in_the_summary(store):
+    """D8: those of negative prompts too; a record of an earlier version has no number for them."""
+    open_root(store, 4)
+    lost = [{"tokens_lost": 5, "negative_tokens_lost": 0}, {"tokens_lost": 1, "negative_tokens_lost": 7}, {}]
+    for number, numbers in enumerate(lost, start=1):
+        stages = {"encode": {"seconds": 0.1, "encoded": 1, "recalled": 0, **numbers}}
+        commits.commit(store, make_commit(make_sample(number), stages=stages))
+    found = summary.aggregate(store)
+    assert found["truncated"] == {"prompts": 2, "negative_prompts": 1, "tokens": 13}
+    assert summary.describe_truncated(found).startswith(
+        "the model does not read 13 tokens of long texts: 2 prompts and 1 negative prompt are truncated"
+    )
+    assert summary.describe_truncated({**found, "truncated": {"tokens": 0}}) == ""
+
+
 def test_aggregate_without_gpus_reports_no_gpu_time(store):
     """summary.json: a CPU run reports null, not a wrong number."""
     open_root(store, 1)
