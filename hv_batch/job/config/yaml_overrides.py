@@ -20,7 +20,7 @@ CROSS_FIELD = "cross_field"  # error type of a check over several keys; its mess
 MAX_CONFIG_BYTES = 1 << 17
 MAX_YAML_DEPTH = 100
 MAX_YAML_VALUES = 100_000  # with every alias counted as what it refers to
-MAX_NUMBER_CHARS = 400  # the largest float as an integer has 309
+MAX_NUMBER_CHARS = 4000  # Python converts at most 4,300 digits
 
 
 class _Loader(yaml.SafeLoader):

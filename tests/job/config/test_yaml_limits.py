@@ -25,7 +25,7 @@ BOMBS = {
     "recursion": ("a: &a [*a]", "an alias refers to what contains it"),
     "brackets": ("[" * 50_000, "nested too deeply"),
     "dashes": ("- " * 50_000, "nested too deeply"),
-    "base 60": ("seed: 1" + ":1" * 50_000, "a number has 100001 characters; at most 400 are allowed"),
+    "base 60": ("seed: 1" + ":1" * 50_000, "a number has 100001 characters; at most 4000 are allowed"),
     "size": ("#" * (MAX_CONFIG_BYTES + 1), f"at most {MAX_CONFIG_BYTES} are allowed"),
 }
 
