@@ -75,7 +75,7 @@ def prepare_run(
     with _collected(problems):
         check_encoder(config.media)
     with _collected(problems):
-        warning = _probe(store)
+        unsafe_root = _probe(store)
     with _collected(problems):
         if not resumed:
             manifest.refuse_own_outputs(store.url, layout.examples())
@@ -97,8 +97,8 @@ def prepare_run(
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
     document = _document(identity, config, manifest, index, versions)
-    if warning:
-        logger.warning(warning)
+    if unsafe_root:
+        logger.warning(unsafe_root)
     state = inspect_run(store, document)
     if state is RunState.FINISHED and pending.takes_back:
         check_revision(store)
