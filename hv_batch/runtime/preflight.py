@@ -83,8 +83,8 @@ def prepare_run(
         pending = PendingSamples(store, index, selection, keep_latents=config.output.keep_latents)
     if problems:
         raise UserError("\n".join(problems))
-    if warning := long_video_warning(index.summary.shapes):
-        logger.warning(warning)
+    if long := long_video_warning(index.summary.shapes):
+        logger.warning(long)
     # Only now, because these checks require options that the engine has accepted.
     run = resolve_run(config, index.summary.shapes, _recorded_plans(store))
     groups = run.groups
