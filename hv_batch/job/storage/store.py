@@ -19,7 +19,9 @@ holds only its URL, so it can be pickled and sent to any worker.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import random
 import threading
 import uuid
@@ -211,14 +213,19 @@ class Store:
     def probe(self) -> PutIfAbsent:
         """Write and remove a test object, to find out how the root implements `put_new`.
 
+        A local folder that this creates is removed again, so that a run that is refused leaves nothing.
         Raises UserError if the root cannot be written.
         """
         key = f".probe-{uuid.uuid4().hex}"
+        is_new = self._is_local and not os.path.lexists(self.url)
         try:
             created = self._create(key, b"first")
             created_again = self._create(key, b"second")
             data = self.get(key)
             self.delete(key)
+            if is_new:
+                with contextlib.suppress(OSError):  # another writer has used the folder meanwhile
+                    os.rmdir(self.url)
         except UserError:
             raise
         except Exception as error:  # every driver has its own error classes; the remedy is the same

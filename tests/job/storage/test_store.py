@@ -493,9 +493,13 @@ def test_probe_reports_the_mechanism_of_each_store(any_store):
 
 
 def test_probe_leaves_nothing(tmp_path, s3_store):
-    """A root that was only probed stays empty."""
-    Store(str(tmp_path / "root")).probe()
-    assert files_below(tmp_path) == []
+    """A root that was only probed stays as it was: absent, or empty."""
+    root = tmp_path / "root"
+    Store(str(root)).probe()
+    assert not root.exists()
+    root.mkdir()
+    Store(str(root)).probe()
+    assert list(root.iterdir()) == []
     s3_store.probe()
     assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket=s3_store.url.split("/")[2])
 
