@@ -44,7 +44,7 @@ def environment(request, tmp_path):
 def test_a_node_without_the_code_ends_the_run_before_it_starts(fleet, tmp_path, marks, environment):
     variables, reason = environment
     node = fleet.add_node(gpus=2, environment=variables)
-    config, output = write_config(tmp_path, marks, encoders={"gpus": 0.5}), tmp_path / "out"
+    config, output = write_config(tmp_path, marks), tmp_path / "out"
     code, text = render(config, write_manifest(tmp_path, ["one"]), output, fleet.address)
     assert code == 1, text
     error = text.splitlines()[-1]
