@@ -332,10 +332,10 @@ def test_invalid_latents_are_refused(base, tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(render):
-    """Spec 3.1: the video is rendered with 256 tokens; the number of ignored tokens is logged and recorded."""
-    (image,), messages = render("--prompt", "cat " * 300, "--seed", 1, "--video-length", 1, "--infer-steps", 1)
-    assert "has 300 tokens, but the model reads 256: the last 44 are ignored" in messages
-    assert record_of(image)["text"] == {"num_tokens": 256, "tokens_lost": 44}
+    """Spec 3.1: the image is rendered with 315 tokens; the number of ignored tokens is logged and recorded."""
+    (image,), messages = render("--prompt", "cat " * 360, "--seed", 1, "--video-length", 1, "--infer-steps", 1)
+    assert "has 360 tokens, but the model reads 315: the last 45 are ignored" in messages
+    assert record_of(image)["text"] == {"num_tokens": 315, "tokens_lost": 45}
     assert len(image.name.encode()) <= 255
 
 
