@@ -31,10 +31,10 @@ def plan_videos(
     allowed = " or ".join(str(count) for count in sorted({len(prompts), total}))
     per_item = f"one per prompt or one per video (num_videos is {num_videos})"
     require("seed", seed, len(given) in (len(prompts), total), f"one seed, or a list of {allowed}: {per_item}")
-    _require_valid(values)
-    for text in prompts:
-        for first in given:
-            _require_valid({**values, "prompt": text, "seed": first})
+    if not prompts:
+        _require_valid(values)
+    for text, first in zip(prompts, given, strict=False):  # the other seeds are checked below
+        _require_valid({**values, "prompt": text, "seed": first})
     videos_per_seed = num_videos if len(given) == len(prompts) else 1
     seeds = [first + i for first in given for i in range(videos_per_seed)]
     for video_seed in seeds:

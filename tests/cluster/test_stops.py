@@ -79,15 +79,7 @@ def assert_stopped(process: subprocess.Popen, command: str, output: Path) -> str
     return text
 
 
-@pytest.fixture
-def hangup_is_not_ignored():
-    """A child inherits an ignored SIGHUP, for example of `nohup pytest`, and a command respects that."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("hangup_is_not_ignored")
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_stop_while_the_command_is_imported(number, ray_environment):
     """The handlers are installed before the imports, which take a second or more."""

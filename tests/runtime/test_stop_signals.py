@@ -13,7 +13,7 @@ from hv_batch.runtime.stop_signals import STOP_SIGNALS, StopSignals
 
 
 @pytest.fixture
-def stop(monkeypatch):
+def stop(monkeypatch, default_hangup):
     monkeypatch.setattr(stop_signals, "REPEAT_S", 0.0)
     stop = StopSignals()
     with stop.handled():

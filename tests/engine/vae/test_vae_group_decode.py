@@ -56,7 +56,7 @@ def rank_main(rank: int, folder: Path, plan: ParallelPlan, addresses: mp.Queue) 
         decoder.self_check()
         chunks = [list(decoder.decode(latents_of(size))) for size in SIZES]
         broken = latents_of(SIZES[2])
-        broken[:, 0] = np.nan
+        broken[:, 0] = 3e38  # finite latents, whose frames overflow
         decode_error = error_of(decoder, broken)
         partial = decoder.decode(latents_of(SIZES[1]))
         partial_chunks = list(islice(partial, 1))
@@ -103,7 +103,8 @@ def test_a_group_decodes_the_pixels_of_one_decoder(ranks, alone):
 
 def test_a_group_stays_usable_after_an_error_or_an_early_close(ranks, alone):
     """P5: after frames that are not finite, and after an early close, no rank waits and no tile is left over."""
-    assert [rank[1] for rank in ranks] == ["the decoded frames are not finite"] + ["none"] * (len(ranks) - 1)
+    assert ranks[0][1].startswith("the decoded frames are not finite")
+    assert [rank[1] for rank in ranks[1:]] == ["none"] * (len(ranks) - 1)
     assert np.array_equal(ranks[0][2][0], alone[1][0])
     assert all(np.array_equal(one, other) for one, other in zip(alone[2], ranks[0][3], strict=True))
 
