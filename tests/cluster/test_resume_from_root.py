@@ -50,7 +50,8 @@ def test_without_plan_and_manifest_nothing_is_removed(unfinished, ray_head, tmp_
     before = sorted(unfinished.rglob("*"))
     code, text = hv_batch("verify", unfinished, "--repair", "--address", ray_head[0])
     assert code == 1, text
-    assert "does not exist" in text
+    assert "Nothing was removed" in text
+    assert "is missing or was changed" in text
     assert "Traceback" not in text
     assert sorted(unfinished.rglob("*")) == before
     code, text = hv_batch("resume", unfinished, "--address", ray_head[0])
