@@ -16,7 +16,7 @@ JOB_ERRORS = (NonFiniteError, UserError, ValueError)
 UNGUARDED = 79  # exit code of a rank that has imported a script without a main guard
 
 
-class RankFailed(RuntimeError):  # noqa: N818
+class RankFailed(RuntimeError):  # noqa: N818  # a public name since 0.1.0
     """A rank died without an error that the parent could raise. The group has been stopped."""
 
 
@@ -41,7 +41,7 @@ class RankFailure:
     def of(cls, error: BaseException, *, ends_job_only: bool = False) -> RankFailure:
         summary = f"{type(error).__name__}: {error}"
         try:
-            pickle.loads(pickle.dumps(error))
+            pickle.loads(pickle.dumps(error))  # a copy of this process's own error: tests that the parent can read it
             return cls(time.monotonic(), error, summary, traceback.format_exc(), ends_job_only)
         except Exception:  # noqa: BLE001  # the class of the error decides what pickling it raises
             return cls(time.monotonic(), None, summary, traceback.format_exc(), ends_job_only)

@@ -5,7 +5,7 @@ Two things besides frames and settings can change the bytes of an encoder. Both 
 - *The CPU's instruction set.* libx264 computes the weights of its macroblock tree in floating point, and its code for
   AVX-512 gives other weights than its code for AVX2. So the encoders use AVX2 if the CPU has it (`instruction_set`).
 - *Memory that is read before it is written*, as the same code of libx264 does. glibc fills all memory that it allocates
-  with zeros if it is told to (`encoder_environment`). Other C libraries ignore the setting.
+  with zeros if two environment variables are set (`encoder_environment`). Other C libraries ignore the setting.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ class UnpicklableError(Exception):
 
 
 class FailingEngine:
-    """Rank 1 raises in `join`; rank 0 would wait for it."""
+    """Rank 1 raises `error()` in `join`; rank 0 would wait for it."""
 
     def __init__(self, error):
         self.error = error
@@ -124,17 +125,17 @@ class FailingEngine:
     def join(self, spec):
         assert spec.address == "nowhere"
         if spec.rank == 1:
-            raise eval(self.error)
+            raise self.error()
         time.sleep(600)
 
 
 @pytest.mark.parametrize(
     ("error", "raised", "text"),
     [
-        ("LookupError('broken weights')", LookupError, "broken weights"),
-        pytest.param("DeviceError('rank 1 is broken')", DeviceError, "rank 1 is broken", marks=pytest.mark.slow),
+        (partial(LookupError, "broken weights"), LookupError, "broken weights"),
+        pytest.param(partial(DeviceError, "rank 1 is broken"), DeviceError, "rank 1 is broken", marks=pytest.mark.slow),
         pytest.param(
-            "UnpicklableError('broken', 3)",
+            partial(UnpicklableError, "broken", 3),
             RankFailed,
             "rank 1 failed first: UnpicklableError: broken",
             marks=pytest.mark.slow,

@@ -130,6 +130,7 @@ def text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def _read_fields(kind: Callable[..., Any], values: Mapping[str, Any], path: Path) -> Any:
+    # The ignored errors: `kind` is a dataclass, which a type variable cannot express.
     known = {field.name: values[field.name] for field in fields(kind) if field.name in values}  # type: ignore[arg-type]
     check_fields(kind, known, str(path))  # type: ignore[arg-type]
     return kind(**known)

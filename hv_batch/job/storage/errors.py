@@ -7,7 +7,7 @@ each of them to one of three built-in kinds (P5):
   repeated. Expired credentials and a wrong clock belong here, because an operator can correct them while the run waits.
   An error of unknown kind is an outage, too.
 - StorageRefusedError: the credentials do not permit the request, or there are none.
-- StorageBrokenError: the request cannot succeed, whoever sends it: no such bucket, a full disk, a link or a folder in
+- StorageBrokenError: the request fails with any credentials: no such bucket, a full disk, a link or a folder in
   place of an object, a server that does not support the request.
 
 The last two stop the run. FileNotFoundError and FileExistsError of a read or a conditional write are results, not

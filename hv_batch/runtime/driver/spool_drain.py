@@ -47,8 +47,8 @@ def empty_spool(output: OutputConfig, root: Store, fingerprint: str, lease_token
     except StorageUnavailableError as error:
         return DrainResult((), str(error))
     result = Spool(output, root, fingerprint).drain()
-    # The folder in run.json is not ours to create: whoever can write to the root could name any. If this user has a
-    # spool there, an earlier run has written it, and its videos are committed.
+    # The folder in run.json must not be created: anybody with write access to the root can name any folder. If this
+    # user has a spool there, an earlier run has written it, and its videos are committed.
     try:
         recorded = None if result.outage else recorded_spool_folder(root)
     except StorageUnavailableError as error:
