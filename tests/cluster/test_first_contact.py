@@ -189,7 +189,7 @@ def test_a_temporary_folder_with_a_long_path_is_named(home, monkeypatch, tmp_pat
     folder = tmp_path / ("x" * 80)
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    config = write_config(tmp_path, marks, groups={"gpus_per_rank": 0})
+    config = write_config(tmp_path, marks, groups={"gpus_per_rank": 0, "cpus_per_rank": 0.1})
     driver = start(command(config, write_manifest(tmp_path, ["one"]), tmp_path / "out"))
     code, text = finish(driver)
     assert code == 1, text
