@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from hv_batch.job import layout
-from hv_batch.job.records.commits import read_commit
 from hv_batch.job.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
 
-def release_lost(store: Store, shard: int, keys: Sequence[str]) -> tuple[str, ...]:
-    """Remove the commit record of each sample of `keys` whose media or poster is missing or has another size.
+def release_lost(store: Store, shard: int, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Remove each of the shard's commit records `records` whose media or poster is missing or has another size.
 
     One listing of the media shows them; each is then asked for by its name, because a listing may be outdated. Returns
     the keys of the samples.
     """
-    records = [record for record in store.each(partial(_record, store, shard), keys) if record is not None]
     sizes = store.list_sizes(layout.media_dir(shard))
     if any(record["poster"] for record in records):
         sizes |= store.list_sizes(layout.poster_dir(shard))
@@ -57,10 +54,3 @@ def _is_lost(store: Store, name: str, num_bytes: int | None) -> bool:
     except FileNotFoundError:
         return True
     return num_bytes is not None and size != num_bytes
-
-
-def _record(store: Store, shard: int, key: str) -> dict[str, Any] | None:
-    try:
-        return read_commit(store, shard, key)
-    except FileNotFoundError:  # quarantined
-        return None

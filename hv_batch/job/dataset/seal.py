@@ -81,19 +81,43 @@ def seal_shard(
 
     Raises ValueError if a sample is neither committed nor quarantined.
     """
-    key = layout.metadata_key(shard)
-    if store.exists(key):
+    if is_sealed(store, shard):
         return False
-    records = store.each(partial(_terminal_record, store, shard), keys_in_order)
-    committed = [record for record in records if record is not None]
-    table = metadata_table(committed, extra_types or {})
+    committed = read_committed(store, shard, keys_in_order)
+    return seal_records(store, shard, committed, extra_types or {}, identity=identity or {}, webdataset=webdataset)
+
+
+def is_sealed(store: Store, shard: int) -> bool:
+    return store.exists(layout.metadata_key(shard))
+
+
+def read_committed(store: Store, shard: int, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The commit records of a shard in the order of `keys`, which are all its keys.
+
+    Quarantined samples have none. Raises ValueError if a sample is neither committed nor quarantined.
+    """
+    records = store.each(partial(_terminal_record, store, shard), keys)
+    return [record for record in records if record is not None]
+
+
+def seal_records(
+    store: Store,
+    shard: int,
+    committed: Sequence[Mapping[str, Any]],
+    extra_types: Mapping[str, ColumnType],
+    *,
+    identity: Mapping[str, Any],
+    webdataset: bool,
+) -> bool:
+    """As `seal_shard`, from the commit records that `read_committed` has returned."""
+    table = metadata_table(committed, extra_types)
     # These must be written before the seal, so that a sealed shard always has them.
     write_totals(store, shard, add_up(committed))
     store.put(layout.lineage_key(shard), parquet_bytes(lineage_table(committed)))
     if webdataset:
         write_tar(store, shard, table.to_pylist())
-    metadata = {"hv_batch.schema": SCHEMA, "hv_batch.identity": encode(identity or {}), "hv_batch.licence": LICENCE_ID}
-    return store.put_new(key, parquet_bytes(table.replace_schema_metadata(metadata)))
+    metadata = {"hv_batch.schema": SCHEMA, "hv_batch.identity": encode(identity), "hv_batch.licence": LICENCE_ID}
+    return store.put_new(layout.metadata_key(shard), parquet_bytes(table.replace_schema_metadata(metadata)))
 
 
 def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -> pa.Table:

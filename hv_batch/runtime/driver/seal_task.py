@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import ray
 
 from hv_batch.job.dataset.lost_media import release_lost
-from hv_batch.job.dataset.seal import seal_shard
+from hv_batch.job.dataset.seal import is_sealed, read_committed, seal_records
 from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage.store import Store
@@ -20,12 +20,15 @@ from hv_batch.job.storage.store import Store
 def seal(
     store: Store, shard: int, keys: Sequence[str], extra_kinds: Mapping[str, ColumnType], webdataset: bool
 ) -> tuple[str, ...]:
-    """Seal `shard` of the run in `store`; see `seal_shard`.
+    """Seal `shard` of the run in `store`; see `hv_batch.job.dataset.seal`.
 
     If files of committed samples are missing, the shard is not sealed. Returns the keys of these samples, which are
     pending again.
     """
-    if lost := release_lost(store, shard, keys):
+    if is_sealed(store, shard):
+        return ()
+    records = read_committed(store, shard, keys)
+    if lost := release_lost(store, shard, records):
         return lost
-    seal_shard(store, shard, keys, extra_kinds, identity=read_run(store)["identity"], webdataset=webdataset)
+    seal_records(store, shard, records, extra_kinds, identity=read_run(store)["identity"], webdataset=webdataset)
     return ()
