@@ -14,6 +14,7 @@ from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.groups.reservation import all_answer
 from hv_batch.runtime.groups.reservation_pool import RETAIN_S, ReservationPool
+from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 
 RUN = resolve_run(
@@ -31,7 +32,9 @@ def pool(fleet):
     """
     fleet.add_node(gpus=2)
     ray.init(address=fleet.address, log_to_driver=False, logging_level="ERROR")
-    yield ReservationPool(RUN, NodeExclusion(RUN), lambda probe, then: then(probe()))
+    cluster = ClusterView()
+    yield ReservationPool(RUN, NodeExclusion(RUN, cluster), cluster, lambda probe, then: then(probe()))
+    cluster.close()
     ray.shutdown()
 
 
@@ -44,6 +47,7 @@ def request(pool, worker):
 
 def placed(reservation):
     ray.get(reservation.ready(), timeout=60)
+    reservation.note_placed()
     return reservation
 
 

@@ -4,7 +4,7 @@ One thread, which holds references and never payloads, and never waits for anyth
 
 - Encoding, rendering, uploading and sealing run in actors and tasks. The loop watches their references.
 - Look-ups of shards, records of the driver itself and probes of nodes run in I/O threads (see `io_worker`), whose
-  results are calls that the loop makes.
+  results are calls that the loop makes. Another thread asks Ray for the state of the cluster (see `ClusterView`).
 - Whatever is due later is a timer (see `loop_calls`).
 
 All state of the driver, the scheduler and the workers is touched in this thread only.
@@ -62,10 +62,11 @@ from hv_batch.runtime.driver.shard_lookups import ShardLookups
 from hv_batch.runtime.driver.spool_drain import SpoolDrain
 from hv_batch.runtime.driver.worker_table import WorkerTable
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
+from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.node_watch import NodeWatch
 from hv_batch.runtime.nodes.pending_actors import PendingActorWatch
-from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, result_shares
+from hv_batch.runtime.nodes.resources import ResourceShortage, result_shares
 from hv_batch.runtime.run_context import RunContext
 from hv_batch.runtime.worker import InFlight
 
@@ -125,14 +126,15 @@ class Driver:
             context, pending, extra_kinds, self._outage, self._records_io, self._watch
         )
         self._spool_drain = SpoolDrain(context, self._watch, self._outage, self._records_io.submit)
-        self._exclusion = NodeExclusion(run)
-        self._reservations = ReservationPool(run, self._exclusion, self._probes_io.submit)
+        self._cluster = ClusterView()
+        self._exclusion = NodeExclusion(run, self._cluster)
+        self._reservations = ReservationPool(run, self._exclusion, self._cluster, self._probes_io.submit)
         self._metrics = RunMetrics(public_url(context.store.url))
         self._table = WorkerTable(
             context, self._reservations, self._exclusion, self._metrics, self._watch, self._calls.call_later
         )
-        self._pending_actors = PendingActorWatch(run)
-        self._nodes = NodeWatch(limits[Stage.DENOISE].workers)
+        self._pending_actors = PendingActorWatch(run, self._cluster)
+        self._nodes = NodeWatch(limits[Stage.DENOISE].workers, self._cluster)
         self._progress = ProgressLog()
         self._timer = LoopTimer()
         self._polled_at = 0.0
@@ -142,7 +144,7 @@ class Driver:
 
     def commit_spooled(self) -> None:
         """Begin with the videos that an earlier run of this output root has left on the disks of the nodes."""
-        self._spool_drain.scan_nodes(alive_nodes())
+        self._spool_drain.scan_nodes(self._cluster.alive())
 
     def note_commits(self) -> None:
         """An earlier run has committed samples to this output root; see `StopRule`."""
@@ -179,6 +181,7 @@ class Driver:
             self._probes_io.close()
             self._table.close()
             self._reservations.close()
+            self._cluster.close()
             self._shortage.forget()
             self._records_io.close(wait_s=CLOSE_S)
             if waiting := self._spool_drain.describe():
@@ -224,7 +227,7 @@ class Driver:
         self._reservations.release_unused(dict(groups_to_come), now)
         self._pending_actors.look(self._table.workers, now)
         if self._end is None:
-            self._shortage.lasts(now, is_busy=self._table.is_busy)
+            self._shortage.lasts(list(self._cluster.alive().values()), now, is_busy=self._table.is_busy)
 
     def _watch(self, ref: ray.ObjectRef, then: Callable[[ray.ObjectRef], list[Event]]) -> None:
         self._watched[ref] = then

@@ -42,7 +42,6 @@ from hv_batch.runtime.groups.rank_answers import Answers, CallLater, Errors, Ran
 from hv_batch.runtime.groups.reservation import GroupReservation
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
-from hv_batch.runtime.nodes.resources import alive_nodes
 from hv_batch.runtime.run_context import RunContext, StageReport
 from hv_batch.runtime.worker import HIDE_GPUS, HeartbeatPoller, InFlight, Watch, decoded, start_failure
 
@@ -101,7 +100,7 @@ class DenoiseGroup:
             if not self._pool.is_worth_waiting_for(self._reservation):
                 self._reservation.release()
                 self._reserve()
-        elif not self._reservation.is_intact(alive_nodes()):
+        elif not self._reservation.is_intact():
             # Ray would go on waiting for actors that were to start on a node that is gone.
             return [self._lost_at_start("a node of it went while it started")]
         elif now > self._deadline:
@@ -144,7 +143,7 @@ class DenoiseGroup:
         if error := _error_of(ref):
             return [WorkerLost(self.id, start_failure(classify(error, str(self.id))))]
         config = self._context.config
-        self._nodes = reservation.nodes()
+        self._nodes = reservation.note_placed()
         self.nodes = frozenset(self._nodes)
         actor_class: Any = RankActor  # ray.remote has replaced the class by its actor factory
         for rank in range(self.plan.world_size):

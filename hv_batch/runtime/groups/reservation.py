@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.protocol import ParallelPlan
+from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.resources import avoid_nodes, group_bundles
 
 # States of a placement group that has lost no node. One that has is quicker replaced than waited for.
@@ -31,12 +32,16 @@ Address = tuple[str, int]  # host and port
 class GroupReservation:
     """Asks Ray for the resources of a group of `plan` at once. `avoid` are ids of nodes that must not be used."""
 
-    def __init__(self, run: ResolvedRun, plan: ParallelPlan, name: str, avoid: frozenset[str]) -> None:
+    def __init__(
+        self, run: ResolvedRun, plan: ParallelPlan, name: str, avoid: frozenset[str], cluster: ClusterView
+    ) -> None:
         self.plan = plan
         self.avoid = avoid
         self.was_occupied = False  # whether the ranks of a group have all started here before
         self.is_occupied = False  # whether the ranks of a group run here now
         self.is_released = False  # whether the placement group is removed once no encoder uses it
+        self._cluster = cluster
+        self._placed: list[str] = []
         self._encoders_per_node = run.colocated_per_node
         self._colocated_workers: Counter[int] = Counter()  # colocated encoders on each node, by the index of its bundle
         self._ranks_per_node = run.ranks_per_node(plan)
@@ -52,19 +57,26 @@ class GroupReservation:
         """A reference that is ready once Ray has reserved the resources."""
         return self._group.ready()
 
-    def is_intact(self, alive: Collection[str]) -> bool:
-        """Whether no node of the reservation is lost; `alive` are the ids of the cluster's nodes."""
-        return self._table()["state"] in INTACT and all(node in alive for node in self.nodes())
+    def is_intact(self) -> bool:
+        """Whether no node of the reservation is lost."""
+        entry = self._cluster.placement(self._group)
+        return (entry is None or entry["state"] in INTACT) and not any(map(self._cluster.has_lost, self.nodes()))
 
     def addresses(self) -> list[Address]:
         """Where the raylets of its nodes listen, to which the driver itself connects."""
-        own = set(self.nodes())
-        return [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["NodeID"] in own]
+        nodes = self._cluster.nodes()
+        own = [nodes[node] for node in self.nodes() if node in nodes]
+        return [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in own]
 
     def nodes(self) -> list[str]:
         """Ray's id of each node, in the order of the ranks; empty before the placement group is placed."""
-        placed = self._table()["bundles_to_node_id"]
-        return [placed[bundle] for bundle in sorted(placed) if placed[bundle]]
+        entry = self._cluster.placement(self._group)
+        return (entry and _nodes_of(entry)) or self._placed
+
+    def note_placed(self) -> list[str]:
+        """Ask Ray where the placement group has been placed, because the view is older. Returns as `nodes`."""
+        self._placed = _nodes_of(placement_group_table(self._group))
+        return self._placed
 
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return self._on(rank // self._ranks_per_node)
@@ -98,9 +110,6 @@ class GroupReservation:
     def _on(self, node: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=node)
 
-    def _table(self) -> dict[str, Any]:
-        return placement_group_table(self._group)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BundleSlot:
@@ -112,6 +121,11 @@ class BundleSlot:
 
     def leave(self) -> None:
         self.reservation.leave(self)
+
+
+def _nodes_of(entry: Mapping[str, Any]) -> list[str]:
+    placed = entry["bundles_to_node_id"]
+    return [placed[bundle] for bundle in sorted(placed) if placed[bundle]]
 
 
 def all_answer(addresses: Iterable[Address]) -> bool:

@@ -18,10 +18,10 @@ from hv_batch.job.scheduling.messages import Event, WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.groups.reservation import BundleSlot, GroupReservation, all_answer
+from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import (
     SAY_EVERY_S,
-    alive_nodes,
     can_place,
     format_bundles,
     group_bundles,
@@ -44,9 +44,10 @@ Submit = Callable[[Callable[[], bool], Callable[[bool], list[Event]]], None]
 class ReservationPool:
     """One for all groups of a run. `submit` is the driver's, for the probes of nodes."""
 
-    def __init__(self, run: ResolvedRun, exclusion: NodeExclusion, submit: Submit) -> None:
+    def __init__(self, run: ResolvedRun, exclusion: NodeExclusion, cluster: ClusterView, submit: Submit) -> None:
         self._run = run
         self._exclusion = exclusion
+        self._cluster = cluster
         self._submit = submit
         self._retained: list[tuple[float, GroupReservation]] = []  # with the time since when
         self._probing: list[GroupReservation] = []  # retained ones whose nodes are being probed
@@ -72,7 +73,7 @@ class ReservationPool:
                 return
             retained.release()
         name = f"hv-group-{worker.slot}-{next(self._serial)}"
-        grant(GroupReservation(self._run, plan, name, self._exclusion.avoided(Stage.DENOISE)))
+        grant(GroupReservation(self._run, plan, name, self._exclusion.avoided(Stage.DENOISE), self._cluster))
 
     def _probed(
         self, retained: GroupReservation, worker: WorkerId, grant: Callable[[GroupReservation], None], answered: bool
@@ -89,7 +90,7 @@ class ReservationPool:
         """Whether a group may be built there: no node is lost, and none has been excluded since the request."""
         nodes, excluded = reservation.nodes(), self._exclusion.excluded
         is_allowed = excluded.isdisjoint(nodes) if nodes else reservation.avoid == excluded
-        return is_allowed and reservation.is_intact(alive_nodes())
+        return is_allowed and reservation.is_intact()
 
     def is_worth_waiting_for(self, pending: GroupReservation) -> bool:
         """False if a new request may be served sooner: another group's reservation is retained, or this one is lost."""
@@ -161,7 +162,8 @@ class ReservationPool:
         self._placed.discard(worker)
 
     def _why_waiting(self) -> str:
-        nodes = alive_nodes()
+        nodes = self._cluster.alive()
+        hardware = show_cluster(list(nodes.values()), self._cluster.free())
         usable = [resources for node, resources in nodes.items() if node not in self._exclusion.excluded]
         plans = sorted(
             {reservation.plan for _, reservation in self._waiting.values()}, key=lambda plan: -plan.world_size
@@ -173,5 +175,5 @@ class ReservationPool:
             outlook = "No node is large enough, even when idle: they start only if larger nodes join."
         return (
             f"{len(self._placed)} denoise group(s) are placed, {len(self._waiting)} wait for nodes. Each asks "
-            f"for {' or '.join(map(format_bundles, asked))}; {show_cluster(list(nodes.values()))}. {outlook}"
+            f"for {' or '.join(map(format_bundles, asked))}; {hardware}. {outlook}"
         )

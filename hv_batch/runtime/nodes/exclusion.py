@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-import ray
-
 from hv_batch.job.config.sections import DecodersConfig, EncodersConfig
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.stages import Stage
+from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.node_health import NodeHealth
-from hv_batch.runtime.nodes.resources import actor_bundle, alive_nodes, can_place, group_bundles
+from hv_batch.runtime.nodes.resources import actor_bundle, can_place, group_bundles
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,8 @@ _NAMES = {Stage.ENCODE: "encoders", Stage.DENOISE: "groups", Stage.DECODE: "deco
 class NodeExclusion:
     """One for all actors of a run. Nodes are Ray's ids."""
 
-    def __init__(self, run: ResolvedRun) -> None:
+    def __init__(self, run: ResolvedRun, cluster: ClusterView) -> None:
+        self._cluster = cluster
         self._health = NodeHealth(self._can_spare)
         self._group = group_bundles(run, run.groups.largest)
         pools: dict[Stage, EncodersConfig | DecodersConfig]
@@ -87,12 +87,12 @@ class NodeExclusion:
 
     def _can_spare(self, nodes: frozenset[str], stage: Stage) -> bool:
         needed = [self._group] if stage is Stage.DENOISE else [self._group, *self._singles.values()]
-        return can_place(needed, [resources for node, resources in alive_nodes().items() if node not in nodes])
+        return can_place(needed, [resources for node, resources in self._cluster.alive().items() if node not in nodes])
 
     def _can_spare_for_cpus(self, nodes: frozenset[str], stage: Stage) -> bool:
         """Whether one actor of a pool without GPUs fits on another node, beside a group and the other pools."""
         others = [bundle for each, bundle in (self._singles | self._cpu_singles).items() if each is not stage]
-        everything = alive_nodes()
+        everything = self._cluster.alive()
         for chosen in everything.keys() - nodes:
             (need,) = self._cpu_singles[stage]
             left = {name: amount - need.get(name, 0.0) for name, amount in everything[chosen].items()}
@@ -117,6 +117,6 @@ class NodeExclusion:
     def _name(self, node: str) -> str:
         """The node's address and the first characters of its Ray id, because one address may have several nodes."""
         if node not in self._names:
-            addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
-            self._names[node] = f"node {addresses.get(node, 'unknown')} ({node[:8]})"
+            address = self._cluster.nodes().get(node, {}).get("NodeManagerAddress", "unknown")
+            self._names[node] = f"node {address} ({node[:8]})"
         return self._names[node]

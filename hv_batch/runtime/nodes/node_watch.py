@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping
-
-import ray
 
 from hv_batch.job.scheduling.messages import Event, WorkerId, WorkerLeaving
 from hv_batch.job.stages import Stage
+from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.resources import show
 from hv_batch.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-# A preemption notice comes 30 s (Kubernetes) to 120 s (AWS) in advance. A request costs the head node milliseconds.
+# A preemption notice comes 30 s (Kubernetes) to 120 s (AWS) in advance.
 CHECK_EVERY_S = 5.0
-
-
-def draining_nodes() -> dict[str, float]:
-    """The ids of the draining nodes, each with the seconds left; inf if Ray has no deadline for the node.
-
-    Ray has no public API for this; tests/cluster/test_nodes.py checks this one with a real drain.
-    """
-    deadlines_ms = ray._private.state.state.get_draining_nodes()  # Unix time, 0: none
-    return {node: at / 1000 - time.time() if at else math.inf for node, at in deadlines_ms.items()}
 
 
 class NodeWatch:
     """Compares the cluster's nodes with those of the last check, at most every `CHECK_EVERY_S`."""
 
-    def __init__(self, max_groups: int) -> None:
+    def __init__(self, max_groups: int, cluster: ClusterView) -> None:
+        self._cluster = cluster
         self._max_groups = max_groups
         self._looked = -math.inf
         self._names: dict[str, str] | None = None  # of the nodes that were alive at the last check
@@ -43,7 +33,7 @@ class NodeWatch:
         if now - self._looked < CHECK_EVERY_S:
             return []
         self._looked = now
-        draining = draining_nodes()
+        draining = {node: until - now for node, until in self._cluster.draining().items()}
         self._log_changes(workers, draining)
         leaving: list[Event] = []
         for worker_id, worker in workers.items():
@@ -53,7 +43,7 @@ class NodeWatch:
         return leaving
 
     def _log_changes(self, workers: Mapping[WorkerId, Worker], draining: Mapping[str, float]) -> None:
-        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        nodes = self._cluster.nodes()
         names = {node: f"{facts['NodeManagerAddress']} ({node[:8]})" for node, facts in nodes.items()}
         before = names if self._names is None else self._names
         for node in names.keys() - before.keys():

@@ -102,12 +102,11 @@ class ResourceShortage:
         self._since: float | None = None
         self._logged = -math.inf
 
-    def lasts(self, now: float, *, is_busy: bool = False) -> bool:
-        """Whether there is a shortage at the monotonic time `now`.
+    def lasts(self, nodes: Sequence[Mapping[str, float]], now: float, *, is_busy: bool = False) -> bool:
+        """Whether there is a shortage at the monotonic time `now`, at which the cluster has `nodes`.
 
         Raises UserError after `timeout_s` of a shortage in which the run is not busy.
         """
-        nodes = list(alive_nodes().values())
         if can_place(self._needed, nodes):
             self.forget()
             return False
@@ -137,7 +136,7 @@ def await_resources(shortage: ResourceShortage, should_stop: Callable[[], bool])
     Returns False if `should_stop` ended the wait. Raises UserError as `ResourceShortage.lasts` does.
     """
     try:
-        while shortage.lasts(time.monotonic()):
+        while shortage.lasts(list(alive_nodes().values()), time.monotonic()):
             if should_stop():
                 return False
             time.sleep(POLL_S)
@@ -200,10 +199,12 @@ def show_hardware(node: Mapping[str, float]) -> str:
     return show({name: node.get(name, 0.0) for name in ("CPU", "GPU")})
 
 
-def show_cluster(nodes: Sequence[Mapping[str, float]]) -> str:
-    """The total hardware of `nodes`, and how much of it is free now."""
-    existing, free = show_hardware(total(nodes)), show_hardware(ray.available_resources())
-    return f"the cluster has {existing} on {len(nodes)} node(s), of which {free} are free"
+def show_cluster(nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
+    """The total hardware of `nodes`, and how much of it is `free`."""
+    return (
+        f"the cluster has {show_hardware(total(nodes))} on {len(nodes)} node(s), of which {show_hardware(free)} are "
+        "free"
+    )
 
 
 def show(resources: Mapping[str, float]) -> str:

@@ -10,30 +10,31 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
-from hv_batch.runtime.nodes import pending_actors, resources
 from hv_batch.runtime.nodes.pending_actors import WARN_AFTER_S, PendingActorWatch
 
 CONFIG = {"encoders": {"placement": "colocated", "gpus": 0.3}, "decoders": {"gpus": 1.0, "cpus": 2.0}}
 
 
 @pytest.fixture
-def nodes(monkeypatch):
+def nodes():
     """The resources of the nodes; one CPU is free."""
-    there = {"a": {"CPU": 16.0, "GPU": 8.0}, "b": {"CPU": 4.0}}
-    monkeypatch.setattr(pending_actors, "alive_nodes", lambda: there)
-    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 1.0})
-    return there
+    return {"a": {"CPU": 16.0, "GPU": 8.0}, "b": {"CPU": 4.0}}
+
+
+@pytest.fixture
+def cluster(nodes):
+    return SimpleNamespace(alive=lambda: nodes, free=lambda: {"CPU": 1.0})
 
 
 def stage(stage, *placed):
     return {WorkerId(stage, slot, 0): SimpleNamespace(nodes=frozenset(nodes)) for slot, nodes in enumerate(placed)}
 
 
-def test_a_worker_without_resources_is_reported_once(nodes, logged):
+def test_a_worker_without_resources_is_reported_once(nodes, cluster, logged):
     """P5: groups that wait for a decoder render nothing, so the log names the resources that it requests, the free
     ones, and whether any node can ever provide them. It repeats this only after the decoder had resources in between.
     """
-    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)), cluster)
     alone, joined = stage(Stage.DECODE, ()), stage(Stage.DECODE, (), ("a",))
     for now in (0.0, WARN_AFTER_S - 1.0):
         watch.look(alone, now)
@@ -55,9 +56,9 @@ def test_a_worker_without_resources_is_reported_once(nodes, logged):
     assert logged[1].endswith("No node of the cluster is large enough, even when idle: it starts only when nodes join.")
 
 
-def test_colocated_encoders_and_idle_workers_are_not_reported(nodes, logged):
+def test_colocated_encoders_and_idle_workers_are_not_reported(cluster, logged):
     """Colocated encoders wait for a group, for which there is another warning; a stage without workers needs none."""
-    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)))
+    watch = PendingActorWatch(resolve_run(RunConfig.model_validate(CONFIG)), cluster)
     for now in (0.0, 2 * WARN_AFTER_S):
         watch.look(stage(Stage.ENCODE, ()), now)
     assert not logged

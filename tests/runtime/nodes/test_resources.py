@@ -90,7 +90,6 @@ def test_nothing_fits_into_less_than_it_is(needs, nodes):
 def nodes(monkeypatch):
     """The resources of the nodes of a simulated cluster without an autoscaler; tests change them."""
     there = {"node": {"CPU": 64.0, "GPU": 10.0}}
-    monkeypatch.setattr(resources, "alive_nodes", lambda: there)
     monkeypatch.setattr(resources, "request_resources", lambda bundles: None)
     return there
 
@@ -100,18 +99,22 @@ def test_a_run_that_can_go_on_nowhere_ends_in_time(nodes, logged):
     asks, what there is, and that this will never do.
     """
     shortage = ResourceShortage(resolve_run(RunConfig()), timeout_s=100.0)
-    assert not shortage.lasts(0.0)
+
+    def lasts(now, **busy):
+        return shortage.lasts(list(nodes.values()), now, **busy)
+
+    assert not lasts(0.0)
     nodes["node"]["GPU"] = 7.0
-    assert shortage.lasts(200.0, is_busy=True)
-    assert shortage.lasts(200.0 + 2 * SAY_EVERY_S, is_busy=True)
+    assert lasts(200.0, is_busy=True)
+    assert lasts(200.0 + 2 * SAY_EVERY_S, is_busy=True)
     (line,) = logged
     assert line.startswith("waiting for nodes: Minimum: a group of 8 rank(s) on one node with 8 CPU + 8 GPU")
     assert line.endswith("Nodes of the cluster: 64 CPU + 7 GPU.")
-    assert shortage.lasts(300.0, is_busy=True), "decodes that still run are worth waiting for"
-    assert shortage.lasts(399.0)
+    assert lasts(300.0, is_busy=True), "decodes that still run are worth waiting for"
+    assert lasts(399.0)
     nodes["another"] = {"CPU": 64.0, "GPU": 10.0}
-    assert not shortage.lasts(399.5), "one has come in time"
+    assert not lasts(399.5), "one has come in time"
     del nodes["another"]
-    assert shortage.lasts(450.0)
+    assert lasts(450.0)
     with pytest.raises(UserError, match=r"(?s)8 GPU.* 7 GPU\. Add nodes, or request less"):
-        shortage.lasts(550.0)
+        lasts(550.0)
