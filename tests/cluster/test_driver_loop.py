@@ -21,7 +21,7 @@ RAY_REQUESTS = ("nodes", "available_resources", "cluster_resources")  # to its c
 
 
 class Guard:
-    """Notes which threads call a store, connect a socket or ask for the cluster's state while the driver's loop runs in this process.
+    """Notes which threads call a store, connect a socket or ask for the cluster's state while the driver's loop runs.
 
     `stalls` maps the name of a thread to a condition: the thread's first call returns only once that holds.
     """
@@ -83,14 +83,16 @@ def run(ray_head, tmp_path, marks):
 
 def test_the_loop_does_no_io_and_does_not_wait_for_any(run, tmp_path, marks, monkeypatch):
     """P5: a sample is quarantined, a group is rebuilt in its reservation, and no call to a store, a node or Ray's
-    control store is made in the loop's thread. The quarantine record stalls until every other sample is decoded, which the loop must arrange.
+    control store is made in the loop's thread. The quarantine record stalls until every other sample is decoded, which
+    the loop must arrange.
     """
     good = ["good 0", "killed !kill-denoise-once", *(f"good {i}" for i in range(1, 7))]
     prompts = ["bad !raise-denoise", *good]
     guard = Guard(monkeypatch, {"driver-records": lambda: count(marks, "decoded").total() == len(good)})
     assert run(prompts) is ExitCode.QUARANTINED
     assert guard.in_loop == []
-    assert guard.threads >= {"driver-records", "driver-lookups", "driver-probes", "driver-cluster", "plan"}, "the test has lost its point"
+    others = {"driver-records", "driver-lookups", "driver-probes", "driver-cluster", "plan"}
+    assert guard.threads >= others, "the test has lost its point"
     assert guard.timeouts == []
     assert len(records(tmp_path / "out")) == len(good)
     assert list(records(tmp_path / "out", "quarantine")) == ["s00"]
