@@ -53,7 +53,7 @@ RUNTIME = """
     publisher  worker
     classify
     run_context
-    stop_signals  local_ray  ray_contact
+    stop_signals  local_ray  ray_contact  run_limits
 """
 
 ENGINE = """

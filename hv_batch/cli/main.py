@@ -59,6 +59,13 @@ Manifests = Annotated[
     list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
 ]
 
+Until = Annotated[
+    str | None, typer.Option(help="local time at which all work must have ended, such as 06:30; default: no limit")
+]
+GpuHours = Annotated[
+    float | None, typer.Option(help="stop before the workers have reserved N GPU hours; default: no limit", metavar="N")
+]
+
 
 @app.command()
 def run(
@@ -72,6 +79,8 @@ def run(
     failed_only: Annotated[
         bool, typer.Option("--failed-only", help="release quarantined samples and render only these")
     ] = False,
+    until: Until = None,
+    max_gpu_hours: GpuHours = None,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
@@ -79,9 +88,10 @@ def run(
 ) -> None:
     """Render the samples of the manifest, or of a selection of it, that the output root does not have yet.
 
-    Exit codes: 0 all committed, 3 finished with quarantined samples, 1 fatal error, 143 stopped by a signal.
+    Exit codes: 0 all committed, 3 finished with quarantined samples, 1 fatal error, 143 stopped by a signal or a limit.
     """
     from hv_batch.runtime.render import render  # not at the top: Ray and the engine take seconds to import
+    from hv_batch.runtime.run_limits import run_limits
 
     on_cluster = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     if on_cluster and "://" not in output and not Path(output).is_absolute():
@@ -100,6 +110,7 @@ def run(
             address=address,
             steal=take_over,
             failed_only=failed_only,
+            limits=run_limits(until, max_gpu_hours),
         )
     raise typer.Exit(code)
 
@@ -109,6 +120,8 @@ def resume(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
     manifest: Annotated[str | None, typer.Option(help="new location of the manifest, if it has moved")] = None,
     engine: output_root.Engines = None,
+    until: Until = None,
+    max_gpu_hours: GpuHours = None,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
@@ -116,9 +129,17 @@ def resume(
 ) -> None:
     """Resume a run with the config and manifest recorded in its run.json. Exit codes are those of run."""
     from hv_batch.runtime.render import resume as resume_run
+    from hv_batch.runtime.run_limits import run_limits
 
     with command_logging(log_settings(log_level, log_format)):
-        code = resume_run(output, address=address, manifest=manifest, steal=take_over, engines=engine or ())
+        code = resume_run(
+            output,
+            address=address,
+            manifest=manifest,
+            steal=take_over,
+            engines=engine or (),
+            limits=run_limits(until, max_gpu_hours),
+        )
     raise typer.Exit(code)
 
 
@@ -129,9 +150,7 @@ def nightly(
     output: Annotated[str, typer.Option(help="folder or URL of the output roots, each named after its date")],
     overrides: Overrides = None,
     day: Annotated[str | None, typer.Option("--date", help="date of the partition; default: yesterday")] = None,
-    until: Annotated[
-        str | None, typer.Option(help="local time at which all work must have ended, such as 06:30; default: no limit")
-    ] = None,
+    until: Until = None,
     catch_up: Annotated[
         int, typer.Option(min=0, help="resume unfinished runs of this many days before the date first")
     ] = 3,
@@ -143,7 +162,8 @@ def nightly(
 
     The exit code is that of the worst night. A failed night does not prevent the others.
     """
-    from hv_batch.runtime.nightly import NightlyRequest, next_time, render_night, which_day
+    from hv_batch.runtime.nightly import NightlyRequest, render_night, which_day
+    from hv_batch.runtime.run_limits import next_time
 
     now = datetime.now()
     request = NightlyRequest(

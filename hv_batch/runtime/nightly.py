@@ -10,10 +10,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date, datetime, timedelta
-from threading import Event, Timer
 from typing import Any, TextIO
 
 from hv_batch.job import layout
@@ -24,6 +22,7 @@ from hv_batch.job.redaction import safe_text
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.run_limits import stop_in_time
 from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -157,19 +156,6 @@ def which_day(text: str | None, now: datetime) -> date:
         raise UserError(f"--date {text!r} is not a date; use YYYY-MM-DD, for example 2026-11-20.") from None
 
 
-def next_time(text: str, now: datetime) -> datetime:
-    """The next time at which a clock of this machine shows `text` (HH:MM), also across a change to or from summer time.
-
-    `now` is the local time, without a time zone. Raises UserError if `text` is not a time.
-    """
-    try:
-        clock = datetime.strptime(text, "%H:%M").time()
-    except ValueError:
-        raise UserError(f"--until {text!r} is not a time of day; use HH:MM, for example 06:30.") from None
-    today = now.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
-    return (today if today > now else today + timedelta(days=1)).astimezone()
-
-
 def _run_night(day: date, output: str, work: Callable[[], ExitCode], stop: StopSignals) -> Night:
     """Call `work`, unless the deadline has passed, and return the result of the night."""
     begun = time.monotonic()
@@ -204,21 +190,6 @@ def _counts(output: str, stop: StopSignals) -> dict[str, Any]:
     except (KeyboardInterrupt, OSError, UserError):  # the store fails, or there is no run: the error already says so
         return {}
     return {name: summary[name] for name in ("committed", "quarantined", "pending")} if summary else {}
-
-
-@contextmanager
-def stop_in_time(until: datetime | None, drain_s: float, stopped: Event) -> Iterator[None]:
-    """Set `stopped` `drain_s` seconds before `until`, so that the drain ends by then."""
-    if until is None:
-        yield
-        return
-    timer = Timer(max(0.0, (until - datetime.now(until.tzinfo)).total_seconds() - drain_s), stopped.set)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _badness(code: ExitCode) -> int:

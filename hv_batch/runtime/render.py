@@ -39,6 +39,7 @@ from hv_batch.runtime.nodes.code_check import check_code
 from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.ray_contact import contact_cluster, resolve_address
+from hv_batch.runtime.run_limits import GpuMeter, RunLimits, check_gpu_hours, stop_in_time
 from hv_batch.runtime.session import ray_session, submission_id
 from hv_batch.runtime.stop_signals import StopSignals
 
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 # How often samples whose files the output root has lost are rendered again. A store that loses more is broken.
 MAX_RENDERS_OF_LOST = 2
+
+
+NO_LIMITS = RunLimits()
 
 
 class ExitCode(IntEnum):
@@ -68,6 +72,7 @@ def render(
     stopped: Event | None = None,
     failed_only: bool = False,
     resumed: bool = False,
+    limits: RunLimits = NO_LIMITS,
 ) -> ExitCode:
     """Render the samples of the manifest, or of a selection of it, that have no record in `output_url`.
 
@@ -75,12 +80,13 @@ def render(
     those of the root's run.json: then the manifest is read only if its copy in the root is not complete.
 
     While another driver holds the output root, the run is refused; with `steal` it takes the root over and the other
-    driver stops. If `stopped` is set, the run drains and ends; the stop signals set it as well. Raises UserError for
-    every error that the user can fix (exit code 1).
+    driver stops. If `stopped` is set, the run drains and ends; the stop signals and `limits` set it as well. Raises
+    UserError for every error that the user can fix (exit code 1).
     """
     stop = StopSignals(stopped)
+    in_time = stop_in_time(limits.until, config.timeouts.drain_s, stop.stopped)
     try:
-        with stop.handled(), tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
+        with stop.handled(), in_time, tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as spool:
             store = Store(output_url, stopped=stop.stopped)
             with stop.interruptible():
                 stop.check()
@@ -92,7 +98,7 @@ def render(
                 job = prepare_run(
                     config, Manifest(manifest_urls), store, Store(spool), selection, address, resumed=resumed
                 )
-            return _render(job, address, stop, steal)
+            return _render(job, address, stop, steal, limits)
     except KeyboardInterrupt:
         logger.info("stopped at once; run the same command again to resume")
         return ExitCode.STOPPED
@@ -105,11 +111,13 @@ def render(
         ) from error
 
 
-def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: bool) -> ExitCode:
+def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: bool, limits: RunLimits) -> ExitCode:
     store = job.context.store
     if job.state is RunState.FINISHED and not job.pending.takes_back:
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
         return _exit_code(read_summary(store) or _write_summary_again(store, stop))
+    run, drain_s = job.context.run, job.context.config.timeouts.drain_s
+    check_gpu_hours(limits, run.groups.largest.world_size * run.rank_gpus, drain_s)
     with stop.interruptible():
         stop.check()
         contact_cluster(resolve_address(address))
@@ -120,15 +128,21 @@ def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: boo
             logger.info("stopped while waiting for the output root; nothing was started")
             return ExitCode.STOPPED
         held = replace(job, context=replace(job.context, lease_token=me.token))
-        return _render_pending(held, address, stop, lease)
+        return _render_pending(held, address, stop, lease, limits)
 
 
-def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, lease: Lease) -> ExitCode:
+def _render_pending(
+    job: PreparedRun, address: str | None, stop: StopSignals, lease: Lease, limits: RunLimits
+) -> ExitCode:
     config, store, pending = job.context.config, job.context.store, job.pending
     run = job.context.run
+    meter = GpuMeter(limits.gpu_hours, config.timeouts.drain_s)
 
     def should_stop() -> bool:
         lease.check()  # raises if another driver has taken the root over: a drain would render samples twice
+        if meter.is_spent and not stop.stopped.is_set():
+            logger.info(f"the limit of {limits.gpu_hours:g} GPU hours is near: no new samples are started")
+            stop.stopped.set()
         return stop.stopped.is_set()
 
     logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
@@ -144,7 +158,7 @@ def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, le
         job.index.publish(store)
         if pending.takes_back:
             logger.info(f"released from quarantine: {pending.take_back()} samples")
-        driver = Driver(job.context, pending, pending.total, kinds, shortage, should_stop)
+        driver = Driver(job.context, pending, pending.total, kinds, shortage, meter, should_stop)
         if job.state is RunState.RESUMED:
             driver.commit_spooled()
             if has_commits(store, job.index.shards):
@@ -154,8 +168,10 @@ def _render_pending(job: PreparedRun, address: str | None, stop: StopSignals, le
             if not outcome.lost or outcome.drained:
                 break
             pending = pending.again()
-            outcome = Driver(job.context, pending, pending.total, kinds, shortage, should_stop).run()
+            outcome = Driver(job.context, pending, pending.total, kinds, shortage, meter, should_stop).run()
     lease.check()
+    if meter.hours:
+        logger.info(f"the workers of this command have reserved {meter.hours:.2f} GPU hours")
     return _close(store, pending, outcome, stop)
 
 
@@ -252,12 +268,13 @@ def resume(
     steal: bool = False,
     stopped: Event | None = None,
     engines: Collection[str] = (),
+    limits: RunLimits = NO_LIMITS,
 ) -> ExitCode:
     """Resume the run at `output`, or a selection of it, with the config and the manifest recorded in its run.json.
 
-    The manifest is read only if its copy in the root is not complete, or if `manifest` gives its new location. `steal`
-    and `stopped` as in `render`. `engines` are the engines that the operator names. Raises UserError if there is no
-    run, if its run.json is incomplete, or if it names an unknown engine.
+    The manifest is read only if its copy in the root is not complete, or if `manifest` gives its new location. `steal`,
+    `stopped` and `limits` as in `render`. `engines` are the engines that the operator names. Raises UserError if there
+    is no run, if its run.json is incomplete, or if it names an unknown engine.
     """
     config, recorded = read_run_config(output, engines)
     return render(
@@ -269,6 +286,7 @@ def resume(
         steal=steal,
         stopped=stopped,
         resumed=manifest is None,
+        limits=limits,
     )
 
 

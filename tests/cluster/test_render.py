@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -143,6 +145,29 @@ def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
     assert code == 0, text
     assert len(records(output)) == 6
     assert sum(count(marks, "denoised").values()) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["--until", "--max-gpu-hours"])
+def test_a_limit_ends_the_run_with_a_drain(ray_head, tmp_path, marks, limit):
+    """`--until`, `--max-gpu-hours`: what is running is finished, nothing new is started, the exit code is 143, and the
+    same command resumes the run.
+    """
+    drain_s = 20.0
+    if limit == "--until":  # its drain begins now, or within a minute
+        until = datetime.now() + timedelta(seconds=drain_s + 20)
+        value = (until + timedelta(minutes=1)).strftime("%H:%M")
+    else:  # two GPUs for about five seconds and the drain
+        value = str(2 * (drain_s + 5.0) / 3600)
+    config = write_config(tmp_path, marks, {"step_seconds": 0.3}, timeouts={"drain_s": drain_s})
+    manifest, output = write_manifest(tmp_path, [f"prompt {i}" for i in range(200)]), tmp_path / "out"
+    code, text = render(config, manifest, output, ray_head[0], limit, value)
+    assert code == 143, text
+    assert "no new samples are started" in text
+    done = len(records(output))
+    assert done < 200
+    assert sum(count(marks, "denoised").values()) == done, "what was denoised was committed too"
+    assert re.search(r"have reserved 0\.\d\d GPU hours", text)
 
 
 @pytest.mark.slow

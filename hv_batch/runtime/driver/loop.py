@@ -68,6 +68,7 @@ from hv_batch.runtime.nodes.node_watch import NodeWatch
 from hv_batch.runtime.nodes.pending_actors import PendingActorWatch
 from hv_batch.runtime.nodes.resources import ResourceShortage, result_shares
 from hv_batch.runtime.run_context import RunContext
+from hv_batch.runtime.run_limits import GpuMeter
 from hv_batch.runtime.worker import InFlight
 
 logger = logging.getLogger(__name__)
@@ -102,12 +103,14 @@ class Driver:
         total: int,
         extra_kinds: Mapping[str, ColumnType],
         shortage: ResourceShortage,
+        meter: GpuMeter,
         should_stop: Callable[[], bool],
     ) -> None:
         self._context = context
         self._pending = pending
         self._total = total
         self._shortage = shortage
+        self._meter = meter
         self._should_stop = should_stop
         config, run = context.config, context.run
         limits = run.stage_limits(result_shares(run))
@@ -223,6 +226,7 @@ class Driver:
 
     def _poll(self, now: float) -> None:
         self._events.extend(self._table.poll(now))
+        self._meter.note(self._table.reserved_gpus, now)
         groups_to_come = zip(self._context.run.groups.plans, self._scheduler.groups_to_come(now), strict=True)
         self._reservations.release_unused(dict(groups_to_come), now)
         self._pending_actors.look(self._table.workers, now)

@@ -66,6 +66,14 @@ class WorkerTable:
         """Whether any worker has a task."""
         return bool(self._tasks)
 
+    @property
+    def reserved_gpus(self) -> float:
+        """The GPUs of the workers that are placed. Colocated encoders use those of the groups."""
+        run = self._context.run
+        groups = [worker for worker in self._workers.values() if isinstance(worker, DenoiseGroup) and worker.nodes]
+        pools = [run.pools.get(each.stage) for each, worker in self._workers.items() if worker.nodes]
+        return sum(group.plan.world_size * run.rank_gpus for group in groups) + sum(pool.gpus for pool in pools if pool)
+
     def start(self, worker: WorkerId, size_class: int) -> None:
         self._workers[worker] = self._start(worker, size_class)
 
