@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated
 
 import click
@@ -22,12 +23,14 @@ import typer
 
 from hv_batch.cli.terminal import show
 from hv_batch.job.config.engine_factory import VARIABLE
+from hv_batch.job.dataset.committed import matching_records
+from hv_batch.job.dataset.conditions import Condition, parse_conditions
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.findings import Finding
 from hv_batch.job.inspection.garbage import find_garbage, remove
-from hv_batch.job.inspection.status import Status, read_status
+from hv_batch.job.inspection.status import Status, count_looks, read_status
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.inspection.verify_plan import refuse_loss
@@ -59,21 +62,26 @@ Engines = Annotated[
         f"${VARIABLE}, separated by commas"
     ),
 ]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(help="only samples that satisfy this, such as category=cat, luma_mean<20 or look=black; repeatable"),
+]
 Shards = Annotated[str | None, typer.Option(help="only these shards, for example 3,17-20", metavar="LIST")]
 
 
 def status(
     output: Output,
     shards: Shards = None,
+    where: Where = None,
     watch: Annotated[bool, typer.Option("--watch", help="repeat every few seconds until the run is finished")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the state of an output root by shard, the writer that holds it, and why samples are quarantined."""
-    store, chosen = Store(output), parse_shards(shards)
+    """Show the state of an output root by shard, its writer, what the videos look like, and why samples failed."""
+    store, chosen, conditions = Store(output), parse_shards(shards), parse_conditions(where or ())
     if not watch:
-        _show(read_status(store, chosen), as_json)
+        _show(_read_status(store, chosen, conditions), as_json)
         return
-    for current in _readings(store, chosen):
+    for current in _readings(store, chosen, conditions):
         if not as_json:
             click.clear()  # has no effect if stdout is no terminal
         _show(current, as_json)
@@ -261,11 +269,21 @@ def _show(current: Status, as_json: bool) -> None:
     show(json.dumps(current.to_dict(), indent=1) if as_json else current.render())
 
 
-def _readings(store: Store, shards: list[int] | None) -> Iterator[Status]:
+def _read_status(store: Store, shards: list[int] | None, conditions: Sequence[Condition]) -> Status:
+    """The status with the looks of the videos, and the number that satisfies the conditions if there are any."""
+    current = read_status(store, shards)
+    matching = None
+    if conditions:
+        found = matching_records(store, read_run(store), conditions, shards, lambda _: None)
+        matching = sum(1 for _ in found)
+    return replace(current, looks=count_looks(store, current), matching=matching)
+
+
+def _readings(store: Store, shards: list[int] | None, conditions: Sequence[Condition]) -> Iterator[Status]:
     """The status of the root, repeatedly until the run is finished."""
     while True:
         begun = time.monotonic()
-        current = read_status(store, shards)
+        current = _read_status(store, shards, conditions)
         yield current
         if current.finished:
             return

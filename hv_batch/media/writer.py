@@ -14,9 +14,9 @@ import os
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +28,7 @@ from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.storage.local_disk import file_sha256
 from hv_batch.media.codecs import jpeg_options, video_options
 from hv_batch.media.ffmpeg import FfmpegError, find_ffmpeg, kill_ffmpeg, start_ffmpeg
+from hv_batch.media.frame_scores import FrameScorer
 
 STDERR_LINES = 40  # last lines of ffmpeg's stderr that are kept for the error message
 PNG_LEVEL = 3  # of zlib; the default, 6, takes several times as long and saves 3 % of the bytes
@@ -54,6 +55,7 @@ class MediaInfo:
     num_frames: int
     height: int
     width: int
+    scores: Mapping[str, float] = field(default_factory=dict)  # of the raw frames: `hv_batch.job.quality.SCORES`
     poster: Poster | None = None
 
 
@@ -79,13 +81,14 @@ def write_media(
     path = stem.with_name(stem.name + suffix)
     poster_path = stem.with_name(stem.name + ".jpg") if media.poster and num_frames > 1 else None
     raw, shape = _raw_input(height, width, fps), (height, width, 3)
+    scorer = FrameScorer()
     try:
         if num_frames == 1:
-            frames_sha256, frame = _feed(lambda _: None, frames, shape, num_frames)
+            frames_sha256, frame = _feed(lambda _: None, scorer, frames, shape, num_frames)
             path.write_bytes(encode_png(frame))
         else:
             with _Encoder([*raw, *video_options(media), *_output(path)], exit_timeout_s) as encoder:
-                frames_sha256, frame = _feed(encoder.write, frames, shape, num_frames)
+                frames_sha256, frame = _feed(encoder.write, scorer, frames, shape, num_frames)
         sha256, size = file_sha256(path), path.stat().st_size
         poster = Poster(poster_path, _write_poster(frame, poster_path, raw, exit_timeout_s)) if poster_path else None
     except BaseException:
@@ -102,6 +105,7 @@ def write_media(
         num_frames=num_frames,
         height=height,
         width=width,
+        scores=scorer.scores(),
         poster=poster,
     )
 
@@ -135,11 +139,12 @@ def _output(path: Path) -> list[str]:
 
 def _feed(
     write: Callable[[memoryview], None],
+    scorer: FrameScorer,
     frames: Iterable[np.ndarray],
     frame_shape: tuple[int, int, int],
     num_frames: int,
 ) -> tuple[str, np.ndarray]:
-    """Pass every chunk to `write`. Returns the sha256 of all frames, and the first frame.
+    """Pass every chunk to `write` and `scorer`. Returns the sha256 of all frames, and the first frame.
 
     Raises ValueError if dtype, size or number of the frames differ from `frame_shape` and `num_frames`.
     """
@@ -158,6 +163,7 @@ def _feed(
             raw = np.ascontiguousarray(chunk).data.cast("B")
             digest.update(raw)
             write(raw)
+            scorer.add(chunk)  # after the write, so that ffmpeg encodes meanwhile
     if written != num_frames or first is None:
         raise ValueError(f"received only {written} frames, expected {num_frames}")
     return digest.hexdigest(), first

@@ -196,6 +196,7 @@ class Publisher:
             failures=[failure.to_dict() for failure in made.failures],
             fingerprint=self._context.fingerprint,
             versions=self._context.versions,
+            scores=made.media.scores,
         )
 
     def _is_away(self) -> bool:

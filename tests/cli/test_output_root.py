@@ -199,3 +199,13 @@ def test_status_for_machines(root):
     assert found["reasons"] == [
         {"class": "POISON", "message": "latents of step # are not finite", "samples": 1, "examples": ["s005"]}
     ]
+
+
+def test_status_counts_the_videos_that_satisfy_conditions(root):
+    code, text = hv_batch("status", root, "--where", "luma_mean>10", "--where", "seed>1001")
+    assert code == 0
+    committed = json.loads(hv_batch("status", root, "--json")[1])["committed"]
+    assert f"of {committed} videos" in text
+    shown = json.loads(hv_batch("status", root, "--json", "--where", "luma_mean>10", "--where", "seed>1001")[1])
+    assert shown["matching"] == 5
+    assert "5 committed samples match --where" in text

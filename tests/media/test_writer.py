@@ -82,7 +82,9 @@ def test_a_video_round_trips(tmp_path):
         num_frames=25,
         height=HEIGHT,
         width=WIDTH,
+        scores=info.scores,
     )
+    assert info.scores["luma_mean"] == pytest.approx(127, abs=5)
     probe = _probe(info.path)
     assert re.search(r"Video: h264.*yuv420p\(tv, bt709.*64x48.*24 fps", probe), probe
     assert "Audio" not in probe

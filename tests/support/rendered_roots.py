@@ -16,6 +16,9 @@ from hv_batch.protocol import SamplingParams
 
 SHARD_SIZE = 4
 FINGERPRINT = "f" * 64
+SCORES = {"luma_mean": 101.5, "luma_spread": 40.25, "clipped_share": 0.0, "still_share": 0.125, "motion_energy": 7.0}
+BLACK = {"luma_mean": 2.5, "luma_spread": 0.5, "clipped_share": 1.0, "still_share": 1.0, "motion_energy": 0.0}
+STILL = SCORES | {"still_share": 1.0, "motion_energy": 0.25}
 
 
 def make_sample(number: int, *, extra: dict[str, Any] | None = None, **changes: Any) -> Sample:
@@ -72,6 +75,7 @@ def make_commit(sample: Sample, **changes: Any) -> dict[str, Any]:
         "failures": [],
         "fingerprint": FINGERPRINT,
         "versions": {"torch": "2"},
+        "scores": SCORES,
     }
     return commits.commit_record(sample, **facts | changes)
 

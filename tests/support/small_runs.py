@@ -35,7 +35,7 @@ from hv_batch.job.stages import Stage
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.writer import write_media
-from tests.support.rendered_roots import FINGERPRINT, RenderedMedia, make_failure, make_sample, open_root
+from tests.support.rendered_roots import FINGERPRINT, SCORES, RenderedMedia, make_failure, make_sample, open_root
 
 COMPARED = ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards")
 # Fields that hold the attempts from before a sample was released, and the totals over them.
@@ -138,6 +138,7 @@ def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, 
         failures=_earlier(found),
         fingerprint=fingerprint(store),
         versions={},
+        scores=getattr(info, "scores", SCORES),
     )
     commits.commit(store, record)
     drop_latents(store, sample.shard, sample.key)

@@ -29,14 +29,15 @@ from hv_batch.job.dataset.webdataset import write_tar
 from hv_batch.job.documents.reading import check
 from hv_batch.job.documents.schema import TableRow
 from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_text, column_names, merge_types
+from hv_batch.job.quality import SCORES
 from hv_batch.job.records.commits import LICENCE_ID, read_commit
+from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
 
-SCHEMA = "hv_batch/dataset/1"  # of the columns below; stored in the table's metadata, with the identity of the run
-
-# The path of each column in a commit record, and its type. A new column changes the bytes of every table.
+# The path of each column in a commit record, and its type. A new column changes the bytes of every table, so it needs a
+# new schema; run.json fixes the schema of a root when the run begins. These are the columns of version 1.
 COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
     "id": (("id",), pa.string()),
     "key": (("key",), pa.string()),
@@ -61,6 +62,15 @@ COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
     "licence": (("licence",), pa.string()),
 }
 
+SCORE_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {  # version 2 adds these
+    name: (("scores", name), pa.float64()) for name in SCORES
+}
+
+
+def table_columns(schema: str) -> Mapping[str, tuple[tuple[str, ...], pa.DataType]]:
+    """The columns of hv_batch in a table of this schema, in order, without `file_name`."""
+    return COLUMNS if schema == DATASET_SCHEMA_1 else {**COLUMNS, **SCORE_COLUMNS}
+
 
 def seal_shard(
     store: Store,
@@ -69,6 +79,7 @@ def seal_shard(
     extra_types: Mapping[str, ColumnType] | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
+    schema: str = DATASET_SCHEMA,
     webdataset: bool = False,
 ) -> bool:
     """Write the shard's `metadata.parquet` from its commit records, and its totals, lineage table and tar.
@@ -77,14 +88,17 @@ def seal_shard(
     in plan order; quarantined samples have no row. `extra_types` are the types of the user's columns over the whole
     manifest (`extra_columns.merge_types`); without them, a column has the type of this shard's values, which is correct
     only if the run has one shard. `identity` is that of the run (`run.json`): weights, precision, plan and everything
-    else that determines the pixels, for users who receive the table without its output root.
+    else that determines the pixels, for users who receive the table without its output root. `schema` is that of the
+    run's tables (`dataset_schema`).
 
     Raises ValueError if a sample is neither committed nor quarantined.
     """
     if is_sealed(store, shard):
         return False
     committed = read_committed(store, shard, keys_in_order)
-    return seal_records(store, shard, committed, extra_types or {}, identity=identity or {}, webdataset=webdataset)
+    return seal_records(
+        *(store, shard, committed, extra_types or {}), identity=identity or {}, schema=schema, webdataset=webdataset
+    )
 
 
 def is_sealed(store: Store, shard: int) -> bool:
@@ -107,16 +121,17 @@ def seal_records(
     extra_types: Mapping[str, ColumnType],
     *,
     identity: Mapping[str, Any],
+    schema: str,
     webdataset: bool,
 ) -> bool:
     """As `seal_shard`, from the commit records that `read_committed` has returned."""
-    table = metadata_table(committed, extra_types)
+    table = metadata_table(committed, extra_types, schema)
     # These must be written before the seal, so that a sealed shard always has them.
     write_totals(store, shard, add_up(committed))
     store.put(layout.lineage_key(shard), parquet_bytes(lineage_table(committed)))
     if webdataset:
         write_tar(store, shard, table.to_pylist())
-    metadata = {"hv_batch.schema": SCHEMA, "hv_batch.identity": encode(identity), "hv_batch.licence": LICENCE_ID}
+    metadata = {"hv_batch.schema": schema, "hv_batch.identity": encode(identity), "hv_batch.licence": LICENCE_ID}
     return store.put_new(layout.metadata_key(shard), parquet_bytes(table.replace_schema_metadata(metadata)))
 
 
@@ -149,10 +164,10 @@ def read_rows(store: Store, shard: int) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The table row for a commit record, without the user's own columns."""
+def describe_row(record: Mapping[str, Any], schema: str = DATASET_SCHEMA) -> dict[str, Any]:
+    """The table row for a commit record, without the user's own columns. A record without scores has null there."""
     row = {"file_name": record["file"].rpartition("/")[2]}
-    return row | {name: _value_at(record, path) for name, (path, _) in COLUMNS.items()}
+    return row | {name: _value_at(record, path) for name, (path, _) in table_columns(schema).items()}
 
 
 def _terminal_record(store: Store, shard: int, key: str) -> dict[str, Any] | None:
@@ -169,14 +184,16 @@ def _terminal_record(store: Store, shard: int, key: str) -> dict[str, Any] | Non
     raise ValueError(f"{layout.shard_name(shard)} cannot be sealed: sample {key!r} is still pending")
 
 
-def metadata_table(records: Sequence[Mapping[str, Any]], extra_types: Mapping[str, ColumnType]) -> pa.Table:
-    """One row for each commit record, in the given order: `file_name`, `COLUMNS`, then the user's columns by name."""
+def metadata_table(
+    records: Sequence[Mapping[str, Any]], extra_types: Mapping[str, ColumnType], schema: str = DATASET_SCHEMA
+) -> pa.Table:
+    """One row for each commit record, in the given order: `file_name`, `table_columns`, the user's columns by name."""
     types = dict(extra_types)
     for record in records:
         merge_types(types, record["extra"])
-    rows = [describe_row(record) for record in records]
+    rows = [describe_row(record, schema) for record in records]
     columns = {"file_name": pa.array([row["file_name"] for row in rows], pa.string())}
-    for name, (_, dtype) in COLUMNS.items():
+    for name, (_, dtype) in table_columns(schema).items():
         columns[name] = pa.array([row[name] for row in rows], dtype)
     for name, column in column_names(types, taken=columns).items():
         columns[column] = arrow_column((record["extra"].get(name) for record in records), types[name])
@@ -186,7 +203,9 @@ def metadata_table(records: Sequence[Mapping[str, Any]], extra_types: Mapping[st
 def _value_at(record: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = record
     for name in path:
-        value = value[name]
+        if value is None:  # a record without scores
+            return None
+        value = value.get(name) if path[0] == "scores" else value[name]
     return clean_text(value) if isinstance(value, str) else value
 
 

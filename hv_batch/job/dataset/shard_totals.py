@@ -15,12 +15,13 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import TotalsDocument
+from hv_batch.job.quality import look
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 
 SCHEMA = "hv_batch/sums/1"
 
-_COUNTERS = ("stage_ms", "denoise_ms", "timed", "embeddings", "retries", "frames_by_fps")
+_COUNTERS = ("stage_ms", "denoise_ms", "timed", "embeddings", "retries", "frames_by_fps", "looks")
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class ShardTotals:
     embeddings: Counter[str] = field(default_factory=Counter)
     retries: Counter[str] = field(default_factory=Counter)  # failed attempts, by class
     frames_by_fps: Counter[str] = field(default_factory=Counter)  # of videos; an image has no duration
+    looks: Counter[str] = field(default_factory=Counter)  # of samples that have scores
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add one commit record. Its seconds have three decimals, so milliseconds are exact."""
@@ -57,6 +59,8 @@ class ShardTotals:
         self.retries.update(failure["kind"] for failure in record["history"])
         if frames > 1:
             self.frames_by_fps[str(record["fps"])] += frames
+        if scores := record.get("scores"):
+            self.looks[look(scores, frames)] += 1
 
     def merge(self, other: ShardTotals) -> None:
         self.committed += other.committed
@@ -71,7 +75,8 @@ class ShardTotals:
 
     def to_dict(self) -> dict[str, Any]:
         numbers = {"committed": self.committed, "bytes": self.bytes, "frames": self.frames}
-        return {"schema": SCHEMA, **numbers, **{name: dict(getattr(self, name)) for name in _COUNTERS}}
+        counters = {name: dict(getattr(self, name)) for name in _COUNTERS if name != "looks" or self.looks}
+        return {"schema": SCHEMA, **numbers, **counters}
 
 
 def add_up(records: Iterable[Mapping[str, Any]]) -> ShardTotals:
@@ -93,4 +98,4 @@ def read_totals(store: Store, shard: int) -> ShardTotals | None:
     except (FileNotFoundError, InvalidObjectError):
         return None
     numbers = {name: value for name, value in values.items() if name != "schema"}
-    return ShardTotals(**numbers | {name: Counter(values[name]) for name in _COUNTERS})
+    return ShardTotals(**numbers | {name: Counter(values.get(name, {})) for name in _COUNTERS})

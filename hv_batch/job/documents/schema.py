@@ -76,6 +76,20 @@ class Produced(Document):
     width: Number
 
 
+Luma = Annotated[float, Field(ge=0, le=255)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Scores(Document):
+    """The scores of a video's frames (`hv_batch.job.quality`)."""
+
+    luma_mean: Luma
+    luma_spread: Luma
+    clipped_share: Share
+    still_share: Share
+    motion_energy: Annotated[float, Field(ge=0, le=255**2)]
+
+
 class SampleRecord(Document):
     """The fields that commit records and quarantine records share."""
 
@@ -99,6 +113,7 @@ class CommitRecord(SampleRecord):
     poster: Name | None
     frames_sha256: Hex64
     produced: Produced
+    scores: Scores | None = None  # absent in records of version 0.1
     stages: Annotated[dict[Name, Seconds], Field(max_length=16)]
     places: Annotated[dict[Name, StageFacts], Field(max_length=16)]
     versions: Versions
@@ -186,6 +201,7 @@ class RecordedManifest(Document):
 
 class RunDocument(Document):
     schema_: Literal["hv_batch/run/1"] = Field(alias="schema")
+    dataset: Literal["hv_batch/dataset/1", "hv_batch/dataset/2"] = "hv_batch/dataset/1"
     identity: Identity
     fingerprint: Hex64
     config: RecordedConfig
@@ -260,6 +276,7 @@ class TotalsDocument(Document):
     timed: Counts
     embeddings: Counts
     retries: Counts
+    looks: Counts = Field(default_factory=dict)  # absent if no sample has scores
     frames_by_fps: dict[Annotated[str, Field(pattern=r"\A[1-9][0-9]{0,2}\z")], Count]
 
 

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from hv_batch.job.formatting import duration, plural, size
 from hv_batch.job.manifest.extra_columns import clean_text
+from hv_batch.job.quality import GOOD, describe_looks, look
 
 MEDIA_ROOT = "../"  # from report/ to the root that the records' `file` is relative to
 
@@ -43,7 +44,7 @@ def page(name: str, run: Record, summary: Record, videos: Sequence[Record], quar
         tiles=_tiles(summary),
         panels=_panels(run, summary),
         quarantine=_quarantine(quarantined, summary["quarantined"]),
-        gallery=_gallery(videos, summary["committed"]),
+        gallery=_gallery(videos, summary),
         footer=text(f"Run {run['fingerprint'][:16]}"),
     )
 
@@ -139,12 +140,14 @@ def _failed(record: Record) -> str:
     )
 
 
-def _gallery(records: Sequence[Record], total: int) -> str:
+def _gallery(records: Sequence[Record], summary: Record) -> str:
     if not records:
         return '<p class="hint">No sample is committed yet.</p>'
-    note = ""
+    note, total = "", summary["committed"]
     if total > len(records):
         note = f'<p class="hint">The first {len(records):,} of {total:,} are shown; all are below data/.</p>'
+    if looks := describe_looks(summary.get("looks", {})):
+        note += f'<p class="hint">{text(looks)}.</p>'
     search = (
         '<input class="filter" type="search" hidden aria-label="Filter the videos" '
         'placeholder="Filter by prompt, id, size, seed">'
@@ -162,6 +165,7 @@ def _card(record: Record) -> str:
         f"guidance {params['guidance_scale']:g}",
     ]
     chips += [f"CFG {params['cfg_scale']:g}"] if params["cfg_scale"] > 1 else []
+    chips += [seen] if (seen := _look(record)) not in ("", GOOD) else []
     return (
         f'<article class="card"><div class="stage">{_media(record)}</div><div class="text">'
         f'<div class="id"><span>{text(record["id"])}</span>'
@@ -170,6 +174,12 @@ def _card(record: Record) -> str:
         f'<div class="chips">{"".join(f"<span>{text(chip)}</span>" for chip in chips)}</div>'
         f"<details><summary>Details</summary>{_table(_more(record))}</details></div></article>"
     )
+
+
+def _look(record: Record) -> str:
+    """The look of the video, for a chip; empty if the record has no scores."""
+    scores = record.get("scores")
+    return look(scores, record["produced"]["num_frames"]) if scores else ""
 
 
 def _media(record: Record) -> str:
@@ -191,6 +201,7 @@ def _more(record: Record) -> dict[str, Any]:
     facts["Flow shift"] = params["flow_shift"]
     facts |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in record["extra"].items()}
     facts |= {name.capitalize(): duration(seconds) for name, seconds in in_path_order(record["stages"])}
+    facts |= {name.replace("_", " ").capitalize(): f"{value:g}" for name, value in (record.get("scores") or {}).items()}
     return facts | {"Tries": record["attempts"]}
 
 

@@ -7,12 +7,16 @@ sample are not counted; `verify` reports them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hv_batch.job import layout
+from hv_batch.job.dataset.committed import committed_records
+from hv_batch.job.dataset.shard_totals import read_totals
 from hv_batch.job.manifest.planned_keys import PlannedKeys
+from hv_batch.job.quality import describe_looks, look
 from hv_batch.job.records.commits import scan_shard
 from hv_batch.job.records.lease_holder import LeaseHolder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
@@ -22,6 +26,7 @@ from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
+MAX_RECORDS = 1000  # that are read for their looks; of a longer run, only sealed shards count
 MAX_LINES = 100  # shards in the text table; if there are more, only those that need attention are listed
 
 
@@ -64,6 +69,8 @@ class Status:
     finished: bool
     shards: tuple[ShardStatus, ...]
     reasons: tuple[Reason, ...] = ()
+    looks: Mapping[str, int] = field(default_factory=dict)  # `count_looks`
+    matching: int | None = None  # committed samples that satisfy the conditions, if any are given
     holder: LeaseHolder | None = None
 
     @property
@@ -97,6 +104,8 @@ class Status:
             "pending": self.pending,
             "shards_sealed": self.sealed,
             "holder": asdict(self.holder) | {"gone": is_gone(self.holder)} if self.holder else None,
+            "looks": dict(self.looks),
+            **({} if self.matching is None else {"matching": self.matching}),
             "reasons": [reason.to_dict() for reason in self.reasons],
             "shards": [asdict(shard) | {"pending": shard.pending, "state": shard.state} for shard in self.shards],
         }
@@ -110,6 +119,8 @@ class Status:
             f"{self.url}: {'finished' if self.finished else 'not finished'}",
             f"{self.committed:,} of {self.samples:,} samples committed, {self.quarantined:,} quarantined, "
             f"{self.pending:,} pending; {self.sealed:,} of {len(self.shards):,} shards sealed",
+            *([looks] if (looks := describe_looks(self.looks)) else []),
+            *([f"{self.matching:,} committed samples match --where"] if self.matching is not None else []),
             *([_describe_holder(self.holder)] if self.holder else []),
             "",
             f"{'shard':<14}{'samples':>9}{'committed':>11}{'quarantined':>13}{'pending':>9}  state",
@@ -131,7 +142,10 @@ class Status:
 
 
 def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
-    """The status of an output root, or of `shards` only. Raises UserError if it has no run or no such shard."""
+    """The status of an output root, or of `shards` only, without `looks`.
+
+    Raises UserError if the root has no run or no such shard.
+    """
     run = read_run(store)
     finished = store.exists(layout.SUCCESS)  # before the scan, because a finished run no longer changes
     planned = PlannedKeys(store, run)
@@ -144,6 +158,25 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
         reasons=tuple(group_reasons(quarantined)),
         holder=read_lease(store),
     )
+
+
+def count_looks(store: Store, status: Status) -> Mapping[str, int]:
+    """The committed samples by their look: from the totals of sealed shards, and from the records of a few others."""
+    looks: Counter[str] = Counter()
+    planned = PlannedKeys(store, read_run(store))
+    sealed = [shard for shard in status.shards if shard.sealed]
+    unread = [shard for shard in status.shards if not shard.sealed and shard.committed]
+    stored = map_in_threads(lambda shard: read_totals(store, shard.shard), sealed, SCANNERS)
+    for shard, totals in zip(sealed, stored, strict=True):
+        if totals is None:
+            unread.append(shard)
+        else:
+            looks.update(totals.looks)
+    if sum(shard.committed for shard in unread) <= MAX_RECORDS:
+        for record in committed_records(store, planned, [shard.shard for shard in unread], lambda _: None):
+            if scores := record.get("scores"):
+                looks[look(scores, record["produced"]["num_frames"])] += 1
+    return looks
 
 
 def _describe_holder(holder: LeaseHolder) -> str:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from operator import itemgetter
 from typing import Any
 
 from hv_batch.job import layout
+from hv_batch.job.dataset.committed import committed_records
 from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_totals
 from hv_batch.job.formatting import plural
 from hv_batch.job.inspection import gallery
 from hv_batch.job.inspection.status import ShardStatus, read_status
 from hv_batch.job.manifest.planned_keys import PlannedKeys
-from hv_batch.job.records.commits import read_commit, scan_shard
 from hv_batch.job.records.quarantine import read_quarantined
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.redaction import public_url
@@ -40,6 +39,7 @@ def aggregate(store: Store) -> dict[str, Any]:
     `denoise_gpu_seconds` is the sum of denoise seconds times the ranks of the group, null on a CPU. `embeddings` counts
     the prompts that were encoded for the committed samples, and those found in an encoder's memory. `truncated` counts
     the committed samples whose prompt or negative prompt is longer than the model reads, and the tokens it ignores.
+    `looks` counts the committed samples that have scores by their look (`hv_batch.job.quality`); absent without scores.
     `failures` counts quarantined samples by class, `retries` the failed attempts of committed samples.
     """
     run, status = read_run(store), read_status(store)
@@ -69,6 +69,7 @@ def aggregate(store: Store) -> dict[str, Any]:
             "negative_prompts": totals.embeddings["truncated_negative"],
             "tokens": totals.embeddings["tokens_lost"],
         },
+        **({"looks": dict(totals.looks)} if totals.looks else {}),
         "media": {"bytes": totals.bytes, "frames": totals.frames, "seconds": round(totals.footage_seconds(), 3)},
         "failures": dict(failures),
         "retries": dict(totals.retries),
@@ -103,7 +104,7 @@ def write_report(store: Store, summary: Mapping[str, Any]) -> None:
     """Write `report/index.html`: totals from `summary` (from `aggregate`), the first videos and the first failures."""
     run, shards = read_run(store), summary["shards"]
     planned = PlannedKeys(store, run)
-    videos = list(islice(_committed(store, planned, range(shards)), MAX_CARDS))
+    videos = list(islice(committed_records(store, planned, range(shards)), MAX_CARDS))
     # The limit is the number of quarantined samples: the search for one more would list every shard.
     quarantined = read_quarantined(store, range(shards), planned=planned)
     failed = list(islice(quarantined, min(MAX_FAILED, summary["quarantined"])))
@@ -115,18 +116,10 @@ def _totals(store: Store, planned: PlannedKeys, shards: Sequence[ShardStatus]) -
     """Yields the totals of each shard: the stored totals if they are valid, else the totals over its records."""
     stored_totals = map_in_threads(partial(_stored_totals, store), shards, store.readers)
     for shard, stored in zip(shards, stored_totals, strict=True):
-        yield stored or add_up(_committed(store, planned, [shard.shard]))
+        yield stored or add_up(committed_records(store, planned, [shard.shard]))
 
 
 def _stored_totals(store: Store, shard: ShardStatus) -> ShardTotals | None:
     """The stored totals; None for an open shard, and if the number of records has changed since it was sealed."""
     totals = read_totals(store, shard.shard) if shard.sealed else None
     return totals if totals is not None and totals.committed == shard.committed else None
-
-
-def _committed(store: Store, planned: PlannedKeys, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Yields every commit record of `shards` in plan order. The records of one shard are held in memory."""
-    for shard in shards:
-        keys = scan_shard(store, shard, keys=planned.of(shard)).committed
-        records = map_in_threads(partial(read_commit, store, shard), keys, store.readers)
-        yield from sorted(records, key=itemgetter("row", "video_index"))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import lineage_table
-from hv_batch.job.dataset.seal import COLUMNS, metadata_table, read_table
+from hv_batch.job.dataset.seal import metadata_table, read_table, table_columns
 from hv_batch.job.dataset.shard_totals import add_up, read_totals
 from hv_batch.job.dataset.webdataset import check_tar
 from hv_batch.job.documents.reading import InvalidObjectError, read
@@ -22,6 +22,7 @@ from hv_batch.job.documents.schema import TotalsDocument
 from hv_batch.job.inspection.findings import Fault, Finding, examine, object_finding
 from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.manifest.index import read_index
+from hv_batch.job.records.run_document import dataset_schema
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
@@ -36,7 +37,7 @@ def check_sealed(store: Store, shard: int, records: Sequence[Record], run: Mappi
     """
     in_order = sorted(records, key=itemgetter("row", "video_index"))
     checks = {
-        layout.metadata_key(shard): lambda: _table_problem(store, shard, in_order),
+        layout.metadata_key(shard): lambda: _table_problem(store, shard, in_order, dataset_schema(run)),
         layout.lineage_key(shard): lambda: _lineage_problem(store, shard, in_order),
         layout.totals_key(shard): lambda: _totals_problem(store, shard, in_order),
     }
@@ -51,10 +52,10 @@ def check_sealed(store: Store, shard: int, records: Sequence[Record], run: Mappi
     return []
 
 
-def _table_problem(store: Store, shard: int, records: Sequence[Record]) -> tuple[Fault, str] | None:
+def _table_problem(store: Store, shard: int, records: Sequence[Record], schema: str) -> tuple[Fault, str] | None:
     types = _extra_types(store)
-    columns = None if types is not None else ["file_name", *COLUMNS]
-    expected = metadata_table(records, types or {})
+    columns = None if types is not None else ["file_name", *table_columns(schema)]
+    expected = metadata_table(records, types or {}, schema)
     expected = expected.select(columns) if columns else expected
     try:
         stored = read_table(store, shard, columns)

@@ -47,7 +47,7 @@ class Selection:
         Known columns are compared by value, further columns as text or JSON. An empty text matches a null.
         """
         return (self.failed is None or sample.key in self.failed) and all(
-            any(_equals(name, _value(sample, name), text) for text in texts) for name, texts in self.where.items()
+            any(equals_text(name, _value(sample, name), text) for text in texts) for name, texts in self.where.items()
         )
 
 
@@ -127,7 +127,11 @@ def _value(sample: Sample, name: str) -> Any:
     return sample.extra.get(name)
 
 
-def _equals(name: str, value: Any, text: str) -> bool:
+def equals_text(name: str, value: Any, text: str) -> bool:
+    """Whether the value of a column equals a text of the command line: known columns by value, others as text or JSON.
+
+    An empty text matches a null.
+    """
     if value is None:
         return text == ""
     if name in KNOWN_COLUMNS:

@@ -31,6 +31,8 @@ from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 RUN_SCHEMA = "hv_batch/run/1"
+DATASET_SCHEMA = "hv_batch/dataset/2"  # of the tables of a root that begins now; absent in run.json: DATASET_SCHEMA_1
+DATASET_SCHEMA_1 = "hv_batch/dataset/1"
 
 MAX_DIFFERENCES = 20  # lines in a message: enough to recognise that a root belongs to an entirely different run
 MAX_VALUE_CHARS = 80  # of each side of a difference: a prompt can be a page long
@@ -90,6 +92,7 @@ def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
     written = {
         "schema": RUN_SCHEMA,
         "fingerprint": fingerprint(document["identity"]),
+        "dataset": DATASET_SCHEMA,  # fixed here, so that all tables of a root have one schema
         "licence": licence_notice(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **document,
@@ -151,6 +154,12 @@ def _value_at(values: Any, path: str) -> Any:
     for name in path.split("."):
         values = values.get(name, _ABSENT) if isinstance(values, dict) else _ABSENT
     return values
+
+
+def dataset_schema(run: Mapping[str, Any]) -> str:
+    """The schema of the tables of a run, from its run.json."""
+    schema: str = run.get("dataset", DATASET_SCHEMA_1)
+    return schema
 
 
 def finish_run(store: Store, summary: Mapping[str, Any]) -> None:

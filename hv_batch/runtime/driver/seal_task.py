@@ -12,7 +12,7 @@ import ray
 from hv_batch.job.dataset.lost_media import release_lost
 from hv_batch.job.dataset.seal import is_sealed, read_committed, seal_records
 from hv_batch.job.manifest.extra_columns import ColumnType
-from hv_batch.job.records.run_document import read_run
+from hv_batch.job.records.run_document import dataset_schema, read_run
 from hv_batch.job.storage.store import Store
 
 
@@ -30,5 +30,7 @@ def seal(
     records = read_committed(store, shard, keys)
     if lost := release_lost(store, shard, records):
         return lost
-    seal_records(store, shard, records, extra_kinds, identity=read_run(store)["identity"], webdataset=webdataset)
+    run = read_run(store)
+    facts = {"identity": run["identity"], "schema": dataset_schema(run)}
+    seal_records(store, shard, records, extra_kinds, **facts, webdataset=webdataset)
     return ()

@@ -19,8 +19,9 @@ from PIL import Image
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import SCHEMA as LINEAGE
-from hv_batch.job.dataset.seal import COLUMNS, SCHEMA, seal_shard
+from hv_batch.job.dataset.seal import seal_shard, table_columns
 from hv_batch.job.records import commits
+from hv_batch.job.records.run_document import DATASET_SCHEMA
 from hv_batch.job.storage.store import Store
 from tests.support.rendered_roots import make_commit, make_quarantine, make_sample
 
@@ -72,7 +73,7 @@ def test_hugging_face_loads_it_as_a_video_folder(store, tmp_path):
     """P1: every row of every shard, with the columns of hv_batch and the user's, and the path of the media file."""
     keys = fill(store)
     rows = load("videofolder", store, tmp_path / "cache").cast_column("video", datasets.Video(decode=False))
-    assert rows.column_names == ["video", *COLUMNS, "topic"]
+    assert rows.column_names == ["video", *table_columns(DATASET_SCHEMA), "topic"]
     assert [row["id"] for row in rows] == keys
     assert [row["topic"] for row in rows] == ["t1", "t2", "t4", "t5"]
     for row in rows:
@@ -95,7 +96,7 @@ def test_arrow_reads_all_shards_as_one_table(store):
     assert found.to_table(columns=["key"]).column("key").to_pylist() == keys
     assert found.to_table(filter=pyarrow.dataset.field("num_frames") == 1).column("id").to_pylist() == ["s002"]
     facts = pq.read_schema(f"{store.url}/{layout.metadata_key(1)}").metadata
-    assert facts[b"hv_batch.schema"].decode() == SCHEMA
+    assert facts[b"hv_batch.schema"].decode() == DATASET_SCHEMA
     assert json.loads(facts[b"hv_batch.identity"]) == IDENTITY
     assert facts[b"hv_batch.licence"].decode() == commits.LICENCE_ID
 

@@ -15,7 +15,7 @@ from hv_batch.job.records import commits, lease, lease_holder
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from tests.support.rendered_roots import make_commit, make_quarantine, make_sample, open_root
+from tests.support.rendered_roots import BLACK, STILL, make_commit, make_quarantine, make_sample, open_root
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -128,3 +128,27 @@ def test_root_without_a_run(store):
     """P6: the message names the wrong path."""
     with pytest.raises(UserError, match=r"run\.json"):
         status.read_status(store)
+
+
+def test_the_looks_of_sealed_and_open_shards_are_counted(store):
+    """One line says how many videos look wrong; samples without scores are not counted."""
+    open_root(store, 6)
+    for number, scores in enumerate((BLACK, STILL, BLACK, None, BLACK), 1):
+        commits.commit(store, make_commit(make_sample(number), scores=scores))
+    seal_shard(store, 0, ["s001", "s002", "s003", "s004"])
+    found = status.read_status(store)
+    assert found.looks == {}, "a status that only counts reads no records"
+    scored = dataclasses.replace(found, looks=status.count_looks(store, found))
+    assert scored.looks == {"black": 3, "still": 1}
+    assert "\n3 of 4 videos look black, 1 do not move\n" in scored.render()
+    assert scored.to_dict()["looks"] == {"black": 3, "still": 1}
+
+
+def test_of_many_open_shards_only_the_sealed_ones_are_scored(store, monkeypatch):
+    """P7: `status` does not read the records of a long run."""
+    open_root(store, 6)
+    for number in range(1, 7):
+        commits.commit(store, make_commit(make_sample(number), scores=BLACK))
+    seal_shard(store, 0, ["s001", "s002", "s003", "s004"])
+    monkeypatch.setattr(status, "MAX_RECORDS", 1)
+    assert status.count_looks(store, status.read_status(store)) == {"black": 4}

@@ -11,13 +11,22 @@ from urllib.parse import unquote, urljoin
 import pytest
 
 from hv_batch.job import formatting, layout
+from hv_batch.job.dataset import committed
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.inspection import gallery, summary
 from hv_batch.job.records import commits, run_document
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from tests.support.rendered_roots import make_commit, make_failure, make_quarantine, make_sample, open_root
+from tests.support.rendered_roots import (
+    BLACK,
+    STILL,
+    make_commit,
+    make_failure,
+    make_quarantine,
+    make_sample,
+    open_root,
+)
 
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'> & $heading ${title} "quoted" \u202e \ud800"""
 VOID = {"meta", "img", "input", "br", "link"}
@@ -160,7 +169,7 @@ def test_records_of_a_sealed_shard_are_not_read_again(store, monkeypatch):
     """P7: the end of a long run reads one object for each shard."""
     rich_root(store, (0, 1, 2))
     expected = summary.aggregate(store)
-    monkeypatch.setattr(summary, "read_commit", None)
+    monkeypatch.setattr(committed, "read_commit", None)
     assert summary.aggregate(store) == expected
 
 
@@ -294,3 +303,19 @@ def test_durations_have_two_or_three_digits(seconds, shown):
 def test_sizes_have_decimal_units(count, shown):
     """Report: sizes as object stores bill them."""
     assert formatting.size(count) == shown
+
+
+def test_the_report_says_how_many_videos_look_wrong(store):
+    """The totals are the same from records and from sealed shards, and the cards show what a video looks like."""
+    open_root(store, 5)
+    for number, scores in enumerate((BLACK, STILL, BLACK, None), 1):
+        commits.commit(store, make_commit(make_sample(number), scores=scores))
+    totals = summary.aggregate(store)
+    assert totals["looks"] == {"black": 2, "still": 1}
+    seal_shard(store, 0, ["s001", "s002", "s003", "s004"])
+    assert summary.aggregate(store)["looks"] == totals["looks"]
+    summary.write_report(store, totals)
+    page = read_page(store)
+    assert "2 of 3 videos look black, 1 do not move." in page.words
+    assert (page.words.count("black"), page.words.count("still")) == (2, 1)
+    assert page.words.count("Luma mean") == 3
