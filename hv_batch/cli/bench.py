@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
+
+from hv_batch.cli.terminal import Json, show_json
 
 app = typer.Typer(help="Measure how fast this machine is.", no_args_is_help=True)
 
@@ -26,7 +27,7 @@ def engine(
     attention: Annotated[
         str, typer.Option(help="attention kernel of hv_batch's DiT: sdpa, cudnn, flash or math")
     ] = "sdpa",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time text encoding, one DiT step and the tiled VAE decode with random weights, and diffusers if it is installed.
 
@@ -45,7 +46,8 @@ def engine(
     reports = bench_engine(preset, place, stage or list(STAGES), rounds, fp8=fp8, attention=attention)
     if as_json:
         stages = [report.to_dict() for report in reports]
-        print(json.dumps({"machine": describe_device(place), "preset": preset, "stages": stages}, indent=1))
+        result = {"machine": describe_device(place), "preset": preset, "stages": stages}
+        show_json("hv_batch/bench-engine/1", result)
         return
     lines = (f"{describe_device(place)}; preset {preset}", missing_reference(), HEADER)
     print(*filter(None, lines), sep="\n", flush=True)
@@ -74,7 +76,7 @@ def job(
         bool,
         typer.Option("--with-ray-data", help="also render the samples with Ray Data's map_batches, as a baseline"),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the job without a model (the engine sleeps): committed samples per second, CPU time per sample, the
     memory of the driver, and the time from the command to the first denoise.
@@ -93,7 +95,10 @@ def job(
         format=form,
     )
     report = bench_job(load, with_ray_data=with_ray_data)
-    print(json.dumps(report.to_dict(), indent=1) if as_json else report.render())
+    if as_json:
+        show_json("hv_batch/bench-job/1", report.to_dict())
+    else:
+        print(report.render())
 
 
 @app.command("group")
@@ -107,7 +112,7 @@ def denoise_group(
     steps: Annotated[int, typer.Option(min=1, help="steps of a sample")] = 10,
     step_seconds: Annotated[float, typer.Option(min=0.0, help="seconds that a step sleeps")] = 1.0,
     frames: Annotated[int, typer.Option(min=1, help="frames of a sample; 1: a PNG; 4n + 1: an mp4")] = 9,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure denoise groups: the recovery after a killed rank, and the idle time of groups between two samples.
 
@@ -119,6 +124,7 @@ def denoise_group(
     rebuild = bench_rebuild(ranks, kills) if kills else None
     idle = bench_idle(groups, groups * samples, steps, step_seconds, frames) if groups else None
     if as_json:
-        print(json.dumps({"rebuild": rebuild and rebuild.to_dict(), "idle": idle and idle.to_dict()}, indent=1))
+        result = {"rebuild": rebuild and rebuild.to_dict(), "idle": idle and idle.to_dict()}
+        show_json("hv_batch/bench-group/1", result)
     else:
         print(*(report.render() for report in (rebuild, idle) if report), sep="\n")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig, load_config
+from hv_batch.job.config.shipped import shipped_folder
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import UserError
 from hv_batch.runtime.render import ExitCode, render
 from hv_batch.toy.checkpoint import cache_dir
 from hv_batch.toy.trained import write_trained_checkpoint
@@ -19,12 +19,14 @@ CONFIG = "demo_cpu.yaml"
 MANIFEST = "demo_prompts.jsonl"
 
 
-def run_demo(output: str) -> ExitCode:
+def run_demo(output: str, as_json: bool = False) -> ExitCode:
     """Render the demo manifest into `output`, or resume it, and print the output root and the gallery."""
     model_base = write_trained_checkpoint(cache_dir())
     logger.info(f"toy checkpoint in the released layout: {model_base}")
     config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
     code = render(config, [str(shipped(MANIFEST))], output, address="local")
+    if as_json:
+        return code
     root = Store(output).url
     print(f"output root: {root}")
     gallery = f"{root}/{layout.REPORT}"
@@ -38,9 +40,5 @@ def with_model_base(config: RunConfig, model_base: Path) -> RunConfig:
 
 
 def shipped(name: str) -> Path:
-    """Return a file of configs/, which is inside an installed package and next to the package in a checkout."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"The file {name} of the demo is missing from this installation. Reinstall hv_batch.")
+    """A file of the folder configs/."""
+    return shipped_folder() / name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -15,11 +14,24 @@ import typer
 from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
-from hv_batch.cli.terminal import LogFormat, LogLevel, command_logging, log_settings, show
+from hv_batch.cli.config import app as config_app
+from hv_batch.cli.terminal import (
+    UNREACHABLE_REMEDY,
+    Json,
+    LogFormat,
+    LogLevel,
+    command_logging,
+    fail,
+    log_settings,
+    show,
+    show_json,
+    wants_json,
+)
 from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.manifest.selection import parse_selection
 from hv_batch.job.redaction import safe_text
+from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import UserError
 
 app = typer.Typer(
@@ -46,6 +58,7 @@ def main_options(
 
 
 app.add_typer(weights_app, name="weights")
+app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, such as groups.count=4", metavar="KEY=VALUE")]
@@ -55,6 +68,7 @@ TakeOver = Annotated[
     bool,
     typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
 ]
+Config = Annotated[str, typer.Option(help="name of a shipped config (`hv-batch config list`), YAML file or URL")]
 Manifests = Annotated[
     list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
 ]
@@ -69,7 +83,7 @@ GpuHours = Annotated[
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Option(help="YAML file or URL")],
+    config: Config,
     manifest: Manifests,
     output: Annotated[str, typer.Option(help="output root: folder or URL; an unfinished run there is resumed")],
     overrides: Overrides = None,
@@ -85,6 +99,7 @@ def run(
     take_over: TakeOver = False,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
+    as_json: Json = False,
 ) -> None:
     """Render the samples of the manifest, or of a selection of it, that the output root does not have yet.
 
@@ -112,7 +127,7 @@ def run(
             failed_only=failed_only,
             limits=run_limits(until, max_gpu_hours),
         )
-    raise typer.Exit(code)
+    output_root.end_run(output, code, as_json)
 
 
 @app.command()
@@ -126,6 +141,7 @@ def resume(
     take_over: TakeOver = False,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
+    as_json: Json = False,
 ) -> None:
     """Resume a run with the config and manifest recorded in its run.json. Exit codes are those of run."""
     from hv_batch.runtime.render import resume as resume_run
@@ -140,12 +156,12 @@ def resume(
             engines=engine or (),
             limits=run_limits(until, max_gpu_hours),
         )
-    raise typer.Exit(code)
+    output_root.end_run(output, code, as_json)
 
 
 @app.command()
 def nightly(
-    config: Annotated[str, typer.Option(help="YAML file or URL")],
+    config: Config,
     manifest: Annotated[str, typer.Option(help="prompts; {date} in it is replaced by the date, such as 2026-11-20")],
     output: Annotated[str, typer.Option(help="folder or URL of the output roots, each named after its date")],
     overrides: Overrides = None,
@@ -157,6 +173,9 @@ def nightly(
     address: Address = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="errors before the first night are JSON as well, as the line always is")
+    ] = False,
 ) -> None:
     """Resume unfinished runs of earlier dates, render the partition of a date, and print one line of JSON.
 
@@ -186,23 +205,29 @@ def demo(
     ] = "hv_batch_demo",
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
+    as_json: Json = False,
 ) -> None:
     """Render the demo manifest with the real architecture at toy width, on a local Ray on the CPU."""
     from hv_batch.cli.demo import run_demo
 
     with command_logging(log_settings(log_level, log_format)):
-        code = run_demo(output)
-    raise typer.Exit(code)
+        code = run_demo(output, as_json)
+    output_root.end_run(output, code, as_json)
 
 
 @app.command()
 def toy(
     folder: Annotated[Path, typer.Argument(help="folder to write to")],
+    as_json: Json = False,
 ) -> None:
     """Write the toy checkpoint in the layout of the released one, and print the value for model_base."""
     from hv_batch.toy.trained import write_trained_checkpoint
 
-    print(write_trained_checkpoint(folder.absolute()))
+    model_base = write_trained_checkpoint(folder.absolute())
+    if as_json:
+        show_json("hv_batch/toy/1", {"model_base": str(model_base)})
+    else:
+        print(model_base)
 
 
 @app.command(
@@ -218,11 +243,11 @@ def sample(context: typer.Context) -> None:
 
 @app.command()
 def plan(
-    config: Annotated[str, typer.Option(help="YAML file or URL")],
+    config: Config,
     manifest: Manifests,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="H100, H200, A100, H20 or L40S; default: the config's gpu")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Estimate what a run needs: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
     from hv_batch.cli.plan import render_plan  # the engine takes seconds to import
@@ -231,7 +256,10 @@ def plan(
 
     settings = load_config(config, overrides or [])
     estimate = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
-    show(json.dumps(estimate, indent=1) if as_json else render_plan(estimate))
+    if as_json:
+        show_json("hv_batch/plan/1", estimate)
+    else:
+        show(render_plan(estimate))
 
 
 for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
@@ -239,13 +267,24 @@ for operation in (output_root.status, output_root.verify, output_root.retry, out
 
 
 def main() -> None:
-    """Run the command of `sys.argv`. Errors that the user can fix are one paragraph on stderr, without a traceback."""
+    """Run the command of `sys.argv`. Errors that the user can fix are one paragraph on stderr, without a traceback.
+
+    With --json every error is one JSON object on stdout instead, also a wrong flag.
+    """
+    as_json = wants_json()
     try:
         with command_logging(log_settings(None, "text")):
-            app()
+            sys.exit(app(standalone_mode=not as_json) or 0)
     except UserError as error:
-        sys.exit(safe_text(f"error: {error}"))
+        fail(str(error), as_json)
+    except StorageUnavailableError as error:
+        fail(f"{str(error).rstrip('.')}. {UNREACHABLE_REMEDY}", as_json)
     except OSError as error:
-        sys.exit(safe_text(f"error: {error}."))
-    except Exception:  # noqa: BLE001  # a fault of this package; Python would print the traceback with its secrets
-        sys.exit(safe_text(traceback.format_exc()))
+        fail(f"{error}.", as_json)
+    except Exception as error:  # noqa: BLE001  # a fault of this package; Python would print its secrets as well
+        if describe := getattr(error, "format_message", None):  # click's error about a wrong flag or a missing argument
+            fail(describe(), as_json, getattr(error, "exit_code", 2))
+        if not as_json:
+            sys.exit(safe_text(traceback.format_exc()))
+        print(safe_text(traceback.format_exc()), file=sys.stderr)
+        fail(f"{type(error).__name__}: {error}", as_json)

@@ -9,7 +9,6 @@ Exit codes: 0 no problem, 3 faults or differences, 1 the command failed; `verify
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -21,7 +20,8 @@ from typing import Annotated
 import click
 import typer
 
-from hv_batch.cli.terminal import show
+from hv_batch.cli.terminal import Json, show, show_json
+from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import VARIABLE
 from hv_batch.job.dataset.committed import matching_records
 from hv_batch.job.dataset.conditions import Condition, parse_conditions
@@ -39,8 +39,10 @@ from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.records.lease import hold_lease
 from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
-from hv_batch.job.records.run_document import check_revision, chosen_shards, read_run
+from hv_batch.job.records.run_document import check_revision, chosen_shards, read_run, read_summary
+from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
+from hv_batch.protocol import UserError
 
 FOUND = 3
 
@@ -49,7 +51,6 @@ MIN_AGE_HOURS = 1.0  # longer than any upload: a younger file may be about to ge
 SAMPLED_DECODES = 16
 
 Output = Annotated[str, typer.Argument(help="output root: folder or URL")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Yes = Annotated[bool, typer.Option("--yes", help="make the change; without this flag it is only reported")]
 TakeOver = Annotated[
     bool,
@@ -126,7 +127,10 @@ def verify(
             check_lease()
             remove_faults(store, repairable)
     removed = bool(repairable) and (remove or repair)
-    show(json.dumps(result.to_dict() | {"removed": removed}, indent=1) if as_json else result.render())
+    if as_json:
+        show_json("hv_batch/verification/1", result.to_dict() | {"removed": removed})
+    else:
+        show(result.render())
     if not result.findings:
         return
     left = len(result.findings) - len(repairable)
@@ -157,10 +161,11 @@ def retry(
     output: Output,
     classes: Annotated[
         list[FailureClass] | None,
-        typer.Option("--class", help="only this failure class, for example POISON; repeatable"),
+        typer.Option("--class", case_sensitive=False, help="only this failure class, for example POISON; repeatable"),
     ] = None,
     shards: Shards = None,
     yes: Yes = False,
+    as_json: Json = False,
     take_over: TakeOver = False,
 ) -> None:
     """Release quarantined samples: they are pending again, and the same run command renders them."""
@@ -169,19 +174,23 @@ def retry(
         run = read_run(store)
         chosen, planned = chosen_shards(run, parse_shards(shards)), PlannedKeys(store, run)
         reasons = group_reasons(read_quarantined(store, chosen, classes or (), planned))
-        for reason in reasons:
-            show(reason.render())
-        if not reasons:
-            show("no such sample is quarantined")
-            return
-        count = sum(reason.samples for reason in reasons)
-        if not yes:
-            show(f"{plural(count, 'sample')} would be released; --yes does it")
-            return
-        check_revision(store)
-        check_lease()
-        release(store, read_quarantined(store, chosen, classes or (), planned))
-    show(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")
+        count, released = sum(reason.samples for reason in reasons), bool(reasons) and yes
+        if not as_json:
+            for reason in reasons:
+                show(reason.render())
+        if released:
+            check_revision(store)
+            check_lease()
+            release(store, read_quarantined(store, chosen, classes or (), planned))
+    if as_json:
+        found = [reason.to_dict() for reason in reasons]
+        show_json("hv_batch/retry/1", {"samples": count, "released": released, "reasons": found})
+    elif released:
+        show(f"{plural(count, 'sample')} pending again. Run the same command as before: it renders only these.")
+    else:
+        show(
+            f"{plural(count, 'sample')} would be released; --yes does it" if count else "no such sample is quarantined"
+        )
 
 
 def gc(
@@ -199,15 +208,16 @@ def gc(
         counts: Counter[str] = Counter()
         for garbage in find_garbage(store, older_than=time.time() - 3600 * min_age_hours):
             counts[garbage.kind.value] += 1
-            show(
-                json.dumps(garbage.to_dict() | {"removed": yes})
-                if as_json
-                else f"{garbage.kind.value:<8}{garbage.name}"
-            )
+            if as_json:  # one line each: there may be millions
+                show_json("hv_batch/gc-object/1", garbage.to_dict() | {"removed": yes}, indent=None)
+            else:
+                show(f"{garbage.kind.value:<8}{garbage.name}")
             if yes:
                 check_lease()
                 remove(store, garbage)
-    if not as_json:
+    if as_json:
+        show_json("hv_batch/gc/1", {"objects": dict(counts), "removed": yes}, indent=None)
+    else:
         totals = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "nothing"
         show(f"{totals} {'removed' if yes else 'would be removed; --yes does it' if counts else 'to remove'}")
 
@@ -219,9 +229,26 @@ def diff(
 ) -> None:
     """Compare two runs sample by sample. The exit code is 3 if any sample differs."""
     result = compare(Store(a), Store(b))
-    show(json.dumps(result.to_dict(), indent=1) if as_json else result.render())
+    if as_json:
+        show_json("hv_batch/diff/1", result.to_dict())
+    else:
+        show(result.render())
     if not result.is_equal:
         raise typer.Exit(FOUND)
+
+
+def end_run(output: str, code: int, as_json: bool) -> None:
+    """End a command that has rendered, with its exit code and for --json with what the output root says now."""
+    if as_json:
+        store = Store(output)
+        try:
+            summary = read_summary(store)
+        except (OSError, UserError):  # stopped before the run began, or the store does not answer
+            summary = None
+        url = public_url(store.url)
+        report = f"{url}/{layout.REPORT}" if summary else None
+        show_json("hv_batch/run/1", {"output": url, "exit_code": int(code), "summary": summary, "report": report})
+    raise typer.Exit(code)
 
 
 def parse_shards(text: str | None) -> list[int] | None:
@@ -266,7 +293,10 @@ def _changing(store: Store, purpose: str, changes: bool, take_over: bool) -> Ite
 
 
 def _show(current: Status, as_json: bool) -> None:
-    show(json.dumps(current.to_dict(), indent=1) if as_json else current.render())
+    if as_json:
+        show_json("hv_batch/status/1", current.to_dict())
+    else:
+        show(current.render())
 
 
 def _read_status(store: Store, shards: list[int] | None, conditions: Sequence[Condition]) -> Status:

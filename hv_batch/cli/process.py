@@ -80,6 +80,8 @@ def _report_stop(name: str) -> None:
     if sys.argv[1:2] == ["nightly"]:  # before its nights have begun; later it prints the line itself
         line = {"schema": "hv_batch/night/1", "date": None, "outcome": "stopped", "exit_code": STOPPED}
         print(json.dumps({**line, "seconds": 0.0, "nights": []}))
+    elif "--json" in sys.argv[1:]:
+        print(json.dumps({"schema": "hv_batch/error/1", "error": f"stopped by {name}", "exit_code": STOPPED}))
 
 
 def _flush() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, TextIO, get_args
+from typing import Annotated, Any, NoReturn, TextIO, get_args
 
 import typer
 from rich.console import Console
@@ -29,6 +30,14 @@ LogFormat = Annotated[
 ]
 
 
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object with a schema; errors as well")]
+
+ERROR_SCHEMA = "hv_batch/error/1"
+UNREACHABLE_REMEDY = (
+    "Check the URL, the network, and for an endpoint of your own AWS_ENDPOINT_URL; then run the same command again."
+)
+
+
 def log_settings(level: str | None, format: str) -> LogSettings:
     """Settings from the flags of a command; without a level flag, from the environment.
 
@@ -46,6 +55,25 @@ def log_settings(level: str | None, format: str) -> LogSettings:
 def show(text: str) -> None:
     """Print the result of a command to stdout, without secrets and control characters of texts from outside."""
     print(safe_text(text), flush=True)
+
+
+def show_json(schema: str, values: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Print the result of a command as one JSON object whose first key names its layout."""
+    text = json.dumps({"schema": schema, **values}, indent=indent)
+    show(text.replace("\x7f", "\\u007f"))  # the only control character that JSON leaves as it is
+
+
+def wants_json() -> bool:
+    """Whether the command line asks for JSON. Errors need the answer before the flags are parsed."""
+    return "--json" in sys.argv[1:]
+
+
+def fail(message: str, as_json: bool, code: int = 1) -> NoReturn:
+    """End the command with an error: a paragraph on stderr, or one JSON object on stdout."""
+    if not as_json:
+        sys.exit(safe_text(f"error: {message}"))
+    show_json(ERROR_SCHEMA, {"error": message, "exit_code": code})
+    sys.exit(code)
 
 
 @contextmanager

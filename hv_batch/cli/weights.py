@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hv_batch.cli.terminal import show
+from hv_batch.cli.terminal import Json, show, show_json
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def check(
     deep: Annotated[
         bool, typer.Option("--deep", help="read all weights: checksums, sizes, values that are not finite")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Report the parts of a checkpoint, sizes, dtypes, parameter counts, problems and the revision.
 
@@ -57,7 +56,10 @@ def check(
     from hv_batch.weights.inventory import take_inventory
 
     inventory = take_inventory(path, load_key, deep=deep)
-    show(json.dumps(inventory.to_dict(), indent=1) if as_json else inventory.render())
+    if as_json:
+        show_json("hv_batch/weights/1", inventory.to_dict())
+    else:
+        show(inventory.render())
     raise typer.Exit(1 if inventory.problems else 0)
 
 
@@ -71,6 +73,7 @@ def convert(
         bool, typer.Option("--fp8", help="store the DiT's block weights in FP8 with one scale each, as released")
     ] = False,
     load_key: LoadKey = "module",
+    as_json: Json = False,
 ) -> None:
     """Convert a checkpoint to safetensors in the released layout. The VAE and the text towers are not changed."""
     from hv_batch.engine.hunyuan import PRECISIONS
@@ -80,13 +83,14 @@ def convert(
     conversion = plan_conversion(source, target, recipe, load_key)
     with _bar(f"writing {to}", conversion.nbytes) as on_bytes:
         conversion.run(on_bytes)
-    print(target)
+    _show_target(target, as_json)
 
 
 @app.command()
 def extract_text_encoder(
     llava: Annotated[Path, typer.Argument(help="folder of llava-llama-3-8b-v1_1-transformers")],
     target: Annotated[Path, typer.Argument(help="folder to write: <model_base>/text_encoder")],
+    as_json: Json = False,
 ) -> None:
     """Extract the language model and its tokenizer from LLaVA, one tensor at a time."""
     from hv_batch.weights import extraction
@@ -94,7 +98,7 @@ def extract_text_encoder(
     nbytes = sum(tensor.nbytes for tensor in extraction.language_model(llava).values())
     with _bar("writing the language model", nbytes) as on_bytes:
         extraction.extract_text_encoder(llava, target, on_bytes)
-    print(target)
+    _show_target(target, as_json)
 
 
 @app.command()
@@ -113,6 +117,7 @@ def fetch(
     local: Annotated[
         Path | None, typer.Option("--from", help="copy from a local folder: a hub cache, or ORG/NAME folders")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Download the weights, pinned to the commits that the first fetch into the folder records."""
     from hv_batch.job.records.run_document import licence_notice
@@ -128,7 +133,14 @@ def fetch(
             )
         revisions[name] = commit
     fetching.fetch(target, layout=layout, fp8=fp8, revisions=revisions, local=local)
-    print(target)
+    _show_target(target, as_json)
+
+
+def _show_target(target: Path, as_json: bool) -> None:
+    if as_json:
+        show_json("hv_batch/weights-target/1", {"target": str(target)})
+    else:
+        print(target)
 
 
 @contextmanager

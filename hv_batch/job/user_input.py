@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
@@ -12,6 +14,7 @@ import fsspec
 from hv_batch.job.redaction import refuse_credentials
 from hv_batch.protocol import UserError
 
+MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".pq")
 SHOWN_CHARS = 60  # of an invalid value: enough to find it, short enough for one line
 
 
@@ -26,18 +29,23 @@ def open_input(role: str, url: str, storage_options: Mapping[str, Any] | None = 
         filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
         file = filesystem.open(path, "rb")
     except Exception as error:  # each storage backend raises its own classes (credentials, endpoints, missing packages)
-        raise UserError(f"The {role} {url} {explain_failure(error)}") from error
+        raise UserError(f"The {role} {url} {explain_failure(error, url)}") from error
     with file:
         yield file
 
 
-def explain_failure(error: Exception) -> str:
-    """The reason and the remedy if a file cannot be opened, as the rest of a sentence that begins with its name."""
+def is_manifest_name(url: str) -> bool:
+    """Whether the name of a file is that of a manifest, and never that of a config."""
+    return url.lower().removesuffix(".gz").removesuffix(".zst").endswith(MANIFEST_SUFFIXES)
+
+
+def explain_failure(error: Exception, url: str = "") -> str:
+    """The reason and the remedy if the file at `url` cannot be opened, as the rest of a sentence that begins so."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
         # fsspec's HTTP driver raises FileNotFoundError also if it cannot reach the server.
         return f"cannot be reached: {error.__cause__}. Check the URL, the network and the credentials."
     if isinstance(error, FileNotFoundError):
-        return "does not exist. Give the path or URL of an existing file."
+        return _explain_missing(url)
     if isinstance(error, IsADirectoryError):
         return "is a directory. Give the path or URL of one file."
     if isinstance(error, PermissionError):
@@ -45,6 +53,19 @@ def explain_failure(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"needs a storage package that is not installed ({error}). Install the extra s3, gcs or azure."
     return f"cannot be opened: {type(error).__name__}: {error}. Check the URL, the network and the credentials."
+
+
+def _explain_missing(url: str) -> str:
+    if not url or "://" in url:
+        return "does not exist. Give the path or URL of an existing file."
+    place = f"does not exist: there is no {os.path.abspath(url)} on {socket.gethostname()}."
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ or os.path.isabs(url):
+        return f"{place} Give the path or URL of an existing file."
+    return (
+        f"{place} That is the copy of working_dir which `ray job submit` has uploaded, without the files that a "
+        ".gitignore or `excludes` of the runtime environment name. Check both, or give a URL or a path on storage that "
+        "all nodes share."
+    )
 
 
 def shorten(value: Any) -> str:

@@ -144,8 +144,9 @@ def test_gc_first_says_what_it_would_do(root):
     assert code == 0
     assert "media   data/shard-00000/s001-0a1b2c3d.mp4\n1 media would be removed" in text
     assert orphan.exists()
-    (line,) = hv_batch("gc", root, "--min-age-hours", "0", "--yes", "--json")[1].splitlines()
+    line, totals = hv_batch("gc", root, "--min-age-hours", "0", "--yes", "--json")[1].splitlines()
     assert json.loads(line)["removed"]
+    assert json.loads(totals) == {"schema": "hv_batch/gc/1", "objects": {"media": 1}, "removed": True}
     assert not orphan.exists()
 
 

@@ -23,6 +23,10 @@ OWN_ENGINES = frozenset(
 ENTRY_POINTS = "hv_batch.engines"  # the group in which installed packages announce their engines
 VARIABLE = "HV_BATCH_ENGINES"  # further import paths, separated by commas
 
+MODEL_BASE_REMEDY = (
+    " model_base is a checkpoint: `hv-batch weights fetch DIR` downloads the released one, and `hv-batch toy DIR` "
+    "writes the toy for demo_cpu.yaml and fake_gpus_8rank.yaml and prints its path."
+)
 METHODS = tuple(name for name in vars(Engine) if not name.startswith("_"))
 
 
@@ -58,22 +62,43 @@ def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
             f"The engine {path} of the config's model.engine cannot be imported: {error}. Give the import path of an "
             "engine that is installed where the actors run, as package.module:Name."
         ) from error
-    missing = [method for method in METHODS if not callable(getattr(factory, method, None))]
-    if not inspect.isclass(factory) or missing:
-        problem = f"a class without the methods {', '.join(missing)}" if inspect.isclass(factory) else "not a class"
+    if problem := _engine_problem(factory):
         raise UserError(
-            f"The engine {path} of the config's model.engine is {problem}. Give the import path of a class that "
-            "implements hv_batch.protocol.Engine."
+            f"model.engine = {path} is no engine: it {problem}. Give the import path of a class that implements "
+            f"hv_batch.protocol.Engine, or omit model.engine for {ENGINE}."
         )
-    allowed = [name for name in inspect.signature(factory).parameters if name != "self"]
+    parameters = {name: one for name, one in inspect.signature(factory).parameters.items() if name != "self"}
+    allowed = list(parameters)
     if unknown := [name for name in options if name not in allowed]:
         raise UserError(
             f"model.options: the engine {path} has no option {', '.join(map(repr, unknown))}; allowed: "
             f"{', '.join(allowed)}."
         )
+    required = [name for name, one in parameters.items() if one.default is one.empty and one.kind not in _VARIADIC]
+    if missing := [name for name in required if name not in options]:
+        raise UserError(
+            f"model.options: the engine {path} requires {' and '.join(missing)}, which the config does not set. Add "
+            f"{' '.join(f'model.options.{name}=VALUE' for name in missing)} to the command, or the keys to the config."
+            f"{MODEL_BASE_REMEDY if path == ENGINE else ''}"
+        )
     build: Any = factory
     try:
         engine: Engine = build(**options)
-    except TypeError as error:  # a required option is missing
-        raise UserError(f"model.options: the engine {path} cannot be built: {error}. Add it to the config.") from error
+    except TypeError as error:
+        raise UserError(f"model.options: the engine {path} cannot be built: {error}.") from error
     return engine
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _engine_problem(factory: object) -> str | None:
+    """Why `factory` is no engine, as the rest of a sentence; None if it may be one."""
+    if not inspect.isclass(factory):
+        return f"is not a class but a {type(factory).__name__}"
+    missing = [method for method in METHODS if not callable(getattr(factory, method, None))]
+    if missing:
+        return f"is a class without the methods {', '.join(missing)}"
+    if inspect.isabstract(factory) or getattr(factory, "_is_protocol", False):
+        return "is an interface, which has no code"
+    return None

@@ -77,11 +77,11 @@ def _table(section: type[BaseModel], names: list[str]) -> Iterator[str]:
     for name in names:
         field = section.model_fields[name]
         default = json.dumps(field.get_default(), ensure_ascii=False)
-        yield f"| `{name}` | {_values(name, field)} | `{default}` | {docstrings[name]} |"
+        yield f"| `{name}` | {values_of(name, field)} | `{default}` | {docstrings[name]} |"
     yield ""
 
 
-def _values(name: str, field: FieldInfo) -> str:
+def values_of(name: str, field: FieldInfo) -> str:
     """The type and the bounds of a key. The bounds of the keys of a manifest row are those of `ROW_RULES`."""
     if name in ROW_RULES:
         return ROW_RULES[name][1]

@@ -31,15 +31,17 @@ from hv_batch.job.config.sections import (
     TimeoutsConfig,
     check_row_rule,
 )
+from hv_batch.job.config.shipped import find_config
 from hv_batch.job.config.yaml_overrides import (
     CROSS_FIELD,
     MAX_CONFIG_BYTES,
+    YamlError,
     apply_override,
     explain,
     known_keys,
     parse_yaml,
 )
-from hv_batch.job.user_input import open_input, shorten
+from hv_batch.job.user_input import is_manifest_name, open_input, shorten
 from hv_batch.protocol import UserError
 
 
@@ -117,25 +119,45 @@ class RunConfig(Section):
 
 
 def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config at an fsspec URL, changed by overrides such as `groups.count=4`.
+    """The config at an fsspec URL, or the shipped one of this name, changed by overrides such as `groups.count=4`.
 
     The value of an override is one YAML scalar, or a quoted or flow value ("...", [...], {...}). Keys and values of
     earlier versions are accepted with a warning on stderr (`hv_batch.job.config.retired_keys`).
 
     Raises UserError that lists all problems.
     """
+    return build_config(url, read_values(url), overrides)
+
+
+def read_values(url: str) -> dict[Any, Any]:
+    """The mapping in the config at an fsspec URL, or in the shipped one of this name, which is not validated.
+
+    Raises UserError if it cannot be read, is not a mapping, or is a manifest.
+    """
+    url = find_config(url)
     with open_input("config", url) as file:
         content = file.read(MAX_CONFIG_BYTES + 1)  # one more than `parse_yaml` accepts
     try:
         values = parse_yaml(content)
-    except ValueError as error:
-        raise UserError(f"The config {url} is not valid YAML: {error}. Fix the file at that position.") from error
+    except YamlError as error:
+        if is_manifest_name(url):
+            raise UserError(_swapped(url)) from error
+        where = f":\n{error.excerpt}" if error.excerpt else "."
+        raise UserError(f"The config {url} is not valid YAML: {error}. Fix the file at that position{where}") from error
     if values is None:
-        values = {}
+        return {}
+    is_config = isinstance(values, dict) and not values.keys().isdisjoint(RunConfig.model_fields)
+    if not is_config and (is_manifest_name(url) or (isinstance(values, dict) and "prompt" in values)):
+        raise UserError(_swapped(url))
     if not isinstance(values, dict):
         raise UserError(
             f"The config {url} is {shorten(values)}; allowed: a mapping of the keys {known_keys(RunConfig)}."
         )
+    return values
+
+
+def build_config(url: str, values: dict[Any, Any], overrides: Sequence[str]) -> RunConfig:
+    """The config of `values` (from `read_values`, changed here) with overrides; `url` names it in messages."""
     problems: list[str] = []
     for override in overrides:
         try:
@@ -151,3 +173,10 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
         listing = "\n".join(f"  - {line}" for line in problems)
         raise UserError(f"The config {url} with its overrides has {len(problems)} problem(s):\n{listing}")
     return config
+
+
+def _swapped(url: str) -> str:
+    return (
+        f"The config {url} is a manifest of prompts. Give it with --manifest, and a config in YAML with --config, for "
+        "example --config 720p_8gpu (`hv-batch config list` prints the shipped ones)."
+    )

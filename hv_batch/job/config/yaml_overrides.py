@@ -20,6 +20,7 @@ CROSS_FIELD = "cross_field"  # error type of a check over several keys; its mess
 MAX_CONFIG_BYTES = 1 << 17
 MAX_YAML_DEPTH = 100
 MAX_YAML_VALUES = 100_000  # with every alias counted as what it refers to
+EXCERPT_CHARS = 100  # of the line with an error
 MAX_NUMBER_CHARS = 4000  # Python converts at most 4,300 digits
 
 
@@ -58,10 +59,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+class YamlError(ValueError):
+    """A text is not valid YAML. The message has one line; `excerpt` shows the place with a caret, if it is known."""
+
+    def __init__(self, message: str, excerpt: str = "") -> None:
+        super().__init__(message)
+        self.excerpt = excerpt
+
+
 def parse_yaml(content: bytes | str) -> Any:
-    """The value of a YAML document. Raises ValueError with the problem and its position."""
+    """The value of a YAML document. Raises YamlError with the problem and its position."""
     if len(content) > MAX_CONFIG_BYTES:
-        raise ValueError(f"it has {len(content)} bytes; at most {MAX_CONFIG_BYTES} are allowed")
+        raise YamlError(f"it has {len(content)} bytes; at most {MAX_CONFIG_BYTES} are allowed")
     try:
         loader = _Loader(content)
         node = loader.get_single_node()
@@ -69,8 +78,27 @@ def parse_yaml(content: bytes | str) -> Any:
             return None
         _count_values(node, {})
         return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        raise _located(error, content) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-45
-        raise ValueError(" ".join(str(error).split())) from error
+        raise YamlError(" ".join(str(error).split())) from error
+
+
+def _located(error: yaml.MarkedYAMLError, content: bytes | str) -> YamlError:
+    mark = error.problem_mark or error.context_mark
+    problem = error.problem or error.context or "it cannot be read"
+    if mark is None:
+        return YamlError(problem)
+    message = f"{problem} at line {mark.line + 1}, column {mark.column + 1}"
+    if error.context and error.context_mark:
+        message += f" ({error.context} that begins at line {error.context_mark.line + 1})"
+    lines = (content.decode("utf-8", "replace") if isinstance(content, bytes) else content).splitlines()
+    if mark.line >= len(lines):
+        return YamlError(message)
+    start = max(0, mark.column - EXCERPT_CHARS // 2)
+    number = f"  {mark.line + 1} | "
+    shown = lines[mark.line][start : start + EXCERPT_CHARS].replace("\t", " ")
+    return YamlError(message, f"{number}{shown}\n{' ' * (len(number) + mark.column - start)}^")
 
 
 def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:

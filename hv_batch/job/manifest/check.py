@@ -206,7 +206,7 @@ class _ManifestCheck:
         repeats = hashes[1:][hashes[1:] == hashes[:-1]]
         candidates = set(np.unique(repeats)[:MAX_REPORTED].tolist())
         uncompared = len(repeats) - int(np.isin(repeats, list(candidates)).sum())
-        first_rows: dict[str, str] = {}
+        first_rows: dict[str, tuple[str, str | None]] = {}  # key -> place and id
         for row in read_rows(writer, ["row", "key", "id", "videos"]) if candidates else ():
             for key in sample_keys(row["key"].lower(), row["videos"]):
                 if int.from_bytes(hash_key(key), "little", signed=True) not in candidates:
@@ -215,9 +215,9 @@ class _ManifestCheck:
                 if key in first_rows:
                     self.problem_count += 1
                     if len(self.problem_lines) < MAX_REPORTED:
-                        problem = _duplicate_key(row["id"], key, first_rows[key])
+                        problem = _duplicate_key(row["id"], key, *first_rows[key])
                         self.problem_lines.append(f"{where}: {describe(problem)}")
-                first_rows.setdefault(key, where)
+                first_rows.setdefault(key, (where, row["id"]))
         self.problem_count += uncompared
 
     def typo_warnings(self) -> Iterator[str]:
@@ -241,8 +241,14 @@ class _ManifestCheck:
         )
 
 
-def _duplicate_key(row_id: str | None, key: str, first: str) -> FieldProblem:
+def _duplicate_key(row_id: str | None, key: str, first: str, first_id: str | None) -> FieldProblem:
     if row_id is None:
         allowed = f"rows that differ; {first} is the same. Give both an id or a seed, or use one row with num_videos"
         return FieldProblem("id", None, allowed)
-    return FieldProblem("id", row_id, f"an id with a unique key; {first} has the key {key!r} too, ignoring case")
+    if row_id == first_id:
+        return FieldProblem("id", row_id, f"an id that no other row has; {first} has it too")
+    if first_id is not None and row_id.lower() == first_id.lower():
+        allowed = f"an id that differs not only by case; {first} has {first_id!r}, and some stores ignore case in names"
+        return FieldProblem("id", row_id, allowed)
+    allowed = f"an id whose files have other names; the files of {first} (id {first_id!r}) are named {key!r} too"
+    return FieldProblem("id", row_id, allowed)

@@ -175,6 +175,8 @@ def _source(name: str, filesystem: Any, path: str, info: Mapping[str, Any]) -> S
     compression = COMPRESSIONS.get(suffixes[-1])
     suffix = suffixes[-2 if compression else -1]
     texts = JSONL_SUFFIXES + CSV_SUFFIXES
+    if suffix in (".yaml", ".yml"):
+        raise UserError(f"The manifest {name} is a config. Give it with --config, and the prompts with --manifest.")
     if suffix not in (texts if compression else texts + PARQUET_SUFFIXES):
         raise UserError(
             f"The manifest {name} has the suffix {last.suffix or '(none)'!r}; allowed: {ALLOWED_FORMATS}. Convert, "
@@ -204,4 +206,4 @@ def _as_user_error(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # each storage backend raises its own types (credentials, endpoints, missing packages)
-        raise UserError(f"The manifest {name} {explain_failure(error)}") from error
+        raise UserError(f"The manifest {name} {explain_failure(error, name)}") from error

@@ -116,6 +116,8 @@ def read_run(store: Store) -> dict[str, Any]:
             "file before anything else."
         ) from None
     except InvalidObjectError as error:
+        if not error.is_readable:
+            raise UserError(f"The output root {public_url(store.url)} cannot be read: {error.__cause__}.") from error
         raise UserError(
             f"{layout.RUN} in {public_url(store.url)} is damaged, or was not written by this version of hv_batch: "
             f"{error.problem}. Restore it from a copy, choose another output root, or use the version that wrote it."

@@ -29,6 +29,9 @@ from hv_batch.protocol import UserError
 class StorageError(OSError):
     """An error of an output root or another store. Its message names the URL of the store."""
 
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()  # without "[Errno 13]", which means nothing for a bucket
+
 
 class StorageUnavailableError(StorageError, ConnectionError):
     """The store does not serve this request at present."""
@@ -102,6 +105,13 @@ NAMES = {
     Kind.EXPIRED: {"ClientAuthenticationError", "RefreshError", "CredentialRetrievalError", "TokenRetrievalError"}
     | {"UnauthorizedSSOTokenError", "SSOTokenLoadError", "LoginError"},
 }
+# Of these, the errors that mean that the machine has no credentials at all.
+NO_CREDENTIALS = NAMES[Kind.REFUSED]
+NO_CREDENTIALS_REMEDY = (
+    "this machine has no complete credentials for the store. Give them in the environment (for S3: AWS_ACCESS_KEY_ID "
+    "and AWS_SECRET_ACCESS_KEY), in the store's own credential file, or as a role of the machine; on a cluster, every "
+    "node needs them"
+)
 KIND_OF_NAME = {name: kind for kind, names in NAMES.items() for name in names}
 
 ERRNOS = {
@@ -140,6 +150,8 @@ def translate(error: Exception, url: str, *, num_bytes: int = 0, writes: bool = 
     remedy = f"; {REMEDIES[kind]}" if kind in REMEDIES else ""
     if kind is Kind.REFUSED and "SignatureDoesNotMatch" in error_codes(error):
         remedy = f"; check the secret key. A server other than AWS may also need {CHECKSUM_SETTING}"
+    elif kind is Kind.REFUSED and any(type(cause).__name__ in NO_CREDENTIALS for cause in _chain(error)):
+        remedy = f"; {NO_CREDENTIALS_REMEDY}"
     space = f"{num_bytes:,} bytes are needed: " if kind is Kind.FULL and http_status(error) else ""
     message = public_text(f"{public_url(url)}: {space}{_describe(error)}{remedy}")
     if kind in OUTAGES:

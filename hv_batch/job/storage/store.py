@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import random
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -33,6 +35,7 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
+from hv_batch.job.formatting import plural
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.errors import CHECKSUM_SETTING, REPEATED, Kind, StorageUnavailableError, kind_of, translate
 from hv_batch.job.storage.incomplete_writes import Leftover, find_leftovers, remove_drafts, remove_leftover
@@ -50,6 +53,13 @@ T = TypeVar("T")
 # Pauses between four attempts: enough for a throttled prefix or a dropped connection. The scheduler handles longer
 # outages, because it can run other work meanwhile.
 PAUSES_S = (0.5, 1.0, 2.0)
+
+# A store that does not answer takes up to 15 s for each attempt. A user should know what the command waits for; a log
+# should not repeat it for every object.
+NOTE_EVERY_S = 30.0
+
+logger = logging.getLogger(__name__)
+_noted_at = -NOTE_EVERY_S  # monotonic time of the last note of this process
 
 
 class Store:
@@ -256,12 +266,14 @@ class Store:
         `num_bytes` is the number of bytes that it writes, for the message about a full store.
         """
         never, is_renewed = threading.Event(), False
-        for pause_s in (*PAUSES_S, None):
+        for attempt, pause_s in enumerate((*PAUSES_S, None), 1):
             backend = self._backend
             try:
                 return operation(backend)
             except Exception as error:
                 kind = kind_of(error)
+                if pause_s is not None and kind in REPEATED and not self._is_local:
+                    self._note(attempt, error)
                 # A draft was removed by another process, or its folder.
                 is_draft_gone = writes and self._is_local and isinstance(error, FileNotFoundError)
                 # Jitter: a store throttles all workers at the same moment, and they must not all retry at once.
@@ -280,6 +292,16 @@ class Store:
                     is_renewed = True
                     self._read_credentials_again(backend)
         raise AssertionError("the last attempt returns or raises")
+
+    def _note(self, attempt: int, error: Exception) -> None:
+        global _noted_at
+        if time.monotonic() - _noted_at >= NOTE_EVERY_S:
+            _noted_at = time.monotonic()
+            left = len(PAUSES_S) + 1 - attempt
+            logger.warning(
+                f"the {self._role} {public_url(self.url)} does not answer ({type(error).__name__}: {error}); "
+                f"{plural(left, 'more attempt')}"
+            )
 
     def _read_credentials_again(self, used: LocalDisk | Remote) -> None:
         """Connect anew, because drivers keep the credentials with which they have connected."""

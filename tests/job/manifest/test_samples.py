@@ -297,7 +297,7 @@ def test_all_invalid_rows_are_reported_together():
         "row 1: height = 1;",
         "row 2: line = ",
         "row 4: prompt is missing",
-        "row 4: id = \"shot\"; allowed: an id with a unique key; row 1 has the key 'shot' too, ignoring case",
+        "row 4: id = \"shot\"; allowed: an id that differs not only by case; row 1 has 'Shot'",
         "row 5: id is missing; allowed: rows that differ; row 3 is the same. Give both an id or a seed",
         "row 6: cfg_scale = -1",
         'row 8: seed = "zzz',
@@ -311,7 +311,7 @@ def test_all_invalid_rows_are_reported_together():
 def test_a_video_of_a_row_may_not_take_the_key_of_another_row():
     """P1: keys are unique over samples, not only over ids."""
     text = refusal({"prompt": "a", "id": "x", "num_videos": 3}, {"prompt": "b", "id": "x-V1"})
-    assert "row 2: id = \"x-V1\"; allowed: an id with a unique key; row 1 has the key 'x-v1' too" in text
+    assert "row 2: id = \"x-V1\"; allowed: an id whose files have other names; the files of row 1 (id 'x') are" in text
     check(manifest_of({"prompt": "a", "id": "x", "num_videos": 3}, {"prompt": "b", "id": "x-v3"}))
 
 
