@@ -140,8 +140,9 @@ def _rank_main(rank: int, folder: Path, queues: list[mp.Queue]) -> None:
 
 def test_all_ranks_skip_the_same_blocks(tmp_path):
     """All ranks make the decision of a single rank. Different decisions would deadlock the group."""
-    context = mp.get_context("spawn")
-    mp.start_processes(_rank_main, (tmp_path, [context.Queue() for _ in PLANS]), nprocs=4, start_method="spawn")
+    context = mp.get_context("forkserver")  # imports torch once, not once per process
+    context.set_forkserver_preload(["hv_batch.engine.sampler", "pytest"])
+    mp.start_processes(_rank_main, (tmp_path, [context.Queue() for _ in PLANS]), nprocs=4, start_method="forkserver")
     alone = Counted()
     expected = render(alone.model, SOME)
     for plan in PLANS:
