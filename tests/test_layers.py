@@ -40,7 +40,7 @@ JOB = """
     storage
     progress  log_records
     failure  user_input
-    redaction  layout  formatting  stages  workload  thread_map  quality
+    redaction  layout  licences  formatting  stages  workload  thread_map  quality
 """
 
 RUNTIME = """

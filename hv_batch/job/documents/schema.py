@@ -30,6 +30,7 @@ from hv_batch.job.documents.fields import (
 )
 
 Number = Annotated[int, Field(ge=1)]
+LicenceId = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.+-]{0,63}\z")]
 ShapeName = Annotated[str, Field(pattern=r"\A[0-9]{1,5}x[0-9]{1,5}x[0-9]{1,5}\z")]  # height x width x frames
 
 
@@ -207,6 +208,7 @@ class RunDocument(Document):
     config: RecordedConfig
     manifest: RecordedManifest
     licence: Text
+    licence_id: LicenceId = ""
     versions: Versions
 
 
