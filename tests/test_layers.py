@@ -29,6 +29,7 @@ LAYERS = """
 """
 
 JOB = """
+    export
     inspection
     dataset
     records

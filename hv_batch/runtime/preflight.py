@@ -26,6 +26,7 @@ from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.redaction import public_values
+from hv_batch.job.storage.hub_urls import refuse_hub_repository
 from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import long_video_warning
 from hv_batch.media.encoder_check import check_encoder
@@ -120,6 +121,7 @@ def _describe_reads(config: RunConfig, manifest: Manifest) -> str:
 
 def _probe(store: Store) -> str | None:
     """Test that an unfinished output root can be written. Returns a warning about how, if there is one."""
+    refuse_hub_repository(store.url)
     try:
         is_finished = store.exists(layout.SUCCESS)
     except OSError:

@@ -39,7 +39,7 @@ def digests(base: Path) -> dict[str, str]:
 
 
 def test_tree_is_the_released_one(model_base):
-    """Spec 7: the tree has the files of the released checkpoint, and in addition only the config of the DiT and the licence."""
+    """Spec 7: the tree has the files of the released checkpoint, the config of the DiT and the licence."""
     assert set(digests(model_base)) == {
         DIT,
         DIT_CONFIG,

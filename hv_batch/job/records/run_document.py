@@ -21,10 +21,12 @@ from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import refuse_unknown_engine
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.documents.card import SCHEMA as CARD_SCHEMA
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RunDocument, SummaryDocument
 from hv_batch.job.licences import licence_notice, run_licence
 from hv_batch.job.records.run_identity import revision_problem, without_revision
+from hv_batch.job.records.unfinished_card import announce_run
 from hv_batch.job.redaction import MASK, public_url
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
@@ -95,10 +97,13 @@ def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
         "dataset": DATASET_SCHEMA,  # fixed here, so that all tables of a root have one schema
         "licence": licence_notice(run_licence(document)),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "card": CARD_SCHEMA,
         **document,
     }
     if state is RunState.NEW and not store.put_new(layout.RUN, encode(written)):
         return inspect_run(store, document)  # another driver has written it meanwhile
+    if state is not RunState.FINISHED:
+        announce_run(store)
     return state
 
 
