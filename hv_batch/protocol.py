@@ -307,6 +307,9 @@ class Engine(Protocol):
 
     The driver builds the engine and pickles it to every actor. The constructor must therefore read no weights and touch
     no device. It must make relative paths absolute, because actors run in another working directory.
+
+    Optional: `licence() -> str`, the licence of the weights as the Hugging Face Hub names it, such as apache-2.0. An
+    engine without it renders under the licence of the released weights.
     """
 
     def check(self) -> list[str]:

@@ -29,6 +29,7 @@ LAYERS = """
 """
 
 JOB = """
+    export
     inspection
     dataset
     records
@@ -40,7 +41,7 @@ JOB = """
     storage
     progress  log_records
     failure  user_input
-    redaction  layout  formatting  stages  workload  thread_map  quality
+    redaction  layout  licences  formatting  stages  workload  thread_map  quality
 """
 
 RUNTIME = """

@@ -15,6 +15,7 @@ from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
 from hv_batch.cli.config import app as config_app
+from hv_batch.cli.export import export
 from hv_batch.cli.terminal import (
     UNREACHABLE_REMEDY,
     Json,
@@ -264,6 +265,7 @@ def plan(
 
 for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
     app.command()(operation)
+app.command()(export)
 
 
 def main() -> None:

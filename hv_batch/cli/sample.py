@@ -33,7 +33,7 @@ from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device
 from hv_batch.engine.rank_failures import RankFailed
 from hv_batch.engine.video_requests import plan_videos
-from hv_batch.job.records.commits import LICENCE_ID
+from hv_batch.job.licences import engine_licence
 from hv_batch.job.redaction import safe_text
 from hv_batch.job.workload import long_video_warning
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NonFiniteError, SamplingParams, UserError, problems
@@ -126,7 +126,7 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
                     "text": {"num_tokens": text.num_tokens, "tokens_lost": text.tokens_lost},
                     **facts,
                     "versions": {"hv_batch": __version__},
-                    "licence": LICENCE_ID,
+                    "licence": engine_licence(engine),
                 }
                 stem = free_stem(folder, f"seed{params.seed}_{shorten(params.prompt)}", options.name_suffix)
                 if options.latents_only:

@@ -120,7 +120,7 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Download the weights, pinned to the commits that the first fetch into the folder records."""
-    from hv_batch.job.records.run_document import licence_notice
+    from hv_batch.job.licences import licence_notice
     from hv_batch.weights import fetching
 
     print(licence_notice(), file=sys.stderr)

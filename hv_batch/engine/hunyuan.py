@@ -21,6 +21,7 @@ import torch
 from hv_batch.architecture import DiTConfig, TileGeometry, check_fields
 from hv_batch.engine.attention import HALF_ONLY, KERNELS, choose_kernel
 from hv_batch.engine.checkpoint.digests import revision, vae_revision
+from hv_batch.engine.checkpoint.licence_file import declared_licence
 from hv_batch.engine.checkpoint.loading import FP8_MODES, load_dit, load_vae, verify
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.decoder import HunyuanDecoder
@@ -163,6 +164,10 @@ class HunyuanVideo:
             "vae_precision": self._precisions["vae_precision"],
             "vae_tile": _jsonable(asdict(self._geometry)),
         }
+
+    def licence(self) -> str | None:
+        """Return the licence that the checkpoint tree declares for exactly these weights; None if it declares none."""
+        return declared_licence(self._tree.model_base, self._revision)
 
     @cached_property
     def _revision(self) -> dict[str, str]:

@@ -14,6 +14,7 @@
     report/shards/shard-00017.json               the totals of the sealed shard, for the summary
     lease.json                                   the process that is writing to the root
     plan/index.json, plan/part-00017-<hash8>.parquet   the checked manifest; a resume reads its samples from it
+    README.md                                    the dataset card; that of an unfinished run refuses to be loaded
     summary.json, report/index.html, _SUCCESS
 
 Keys are POSIX paths relative to the root. `key` is a sample's key-safe name (`Sample.key`), unique within the manifest.
@@ -38,6 +39,7 @@ SUMMARY = "summary.json"
 SUCCESS = "_SUCCESS"
 REPORT = "report/index.html"
 LEASE = "lease.json"
+CARD = "README.md"  # the name that the Hugging Face Hub and its loaders expect
 COMMITS = "commits/"
 STEPS = "steps/"
 PLAN = "plan/"
@@ -48,7 +50,7 @@ def examples() -> tuple[str, ...]:
     """A key of each kind of object."""
     digest, sample = "0" * 64, "sample"
     return (
-        *(RUN, SUMMARY, SUCCESS, REPORT, LEASE, INDEX, index_part(0, digest)),
+        *(RUN, SUMMARY, SUCCESS, REPORT, LEASE, CARD, INDEX, index_part(0, digest)),
         *(media_key(0, sample, digest, suffix) for suffix in (".mp4", ".png")),
         *(metadata_key(0), totals_key(0), tar_key(0), lineage_key(0), poster_key(0, sample, digest)),
         *(commit_key(0, sample), quarantine_key(0, sample), retried_key(0, sample)),

@@ -16,6 +16,7 @@ from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.cost_model.resolver import resolve_run
+from hv_batch.job.licences import TENCENT, engine_licence, run_licence
 from hv_batch.job.log_records import add_process_fields, current_settings
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.index import Index, load_index, load_recorded_index
@@ -25,6 +26,7 @@ from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.redaction import public_values
+from hv_batch.job.storage.hub_urls import refuse_hub_repository
 from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import long_video_warning
 from hv_batch.media.encoder_check import check_encoder
@@ -96,13 +98,15 @@ def prepare_run(
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
+    licence = _licence(store, engine)
     document = _document(identity, config, manifest, index, versions)
+    document |= {} if licence == TENCENT else {"licence_id": licence}
     if unsafe_root:
         logger.warning(unsafe_root)
     state = inspect_run(store, document)
     if state is RunState.FINISHED and pending.takes_back:
         check_revision(store)
-    context = RunContext(run, engine, store, fingerprint(identity), versions, current_settings())
+    context = RunContext(run, engine, store, fingerprint(identity), versions, licence, current_settings())
     add_process_fields(run=short_id(context.fingerprint))
     return PreparedRun(context, index, pending, document, state)
 
@@ -117,11 +121,17 @@ def _describe_reads(config: RunConfig, manifest: Manifest) -> str:
 
 def _probe(store: Store) -> str | None:
     """Test that an unfinished output root can be written. Returns a warning about how, if there is one."""
+    refuse_hub_repository(store.url)
     try:
         is_finished = store.exists(layout.SUCCESS)
     except OSError:
         is_finished = False  # the probe reports the reason better
     return None if is_finished else store.probe().warning
+
+
+def _licence(store: Store, engine: Engine) -> str:
+    """The licence that the run has recorded when it began, so that a resume cannot change it; else the engine's."""
+    return run_licence(read_run(store)) if store.exists(layout.RUN) else engine_licence(engine)
 
 
 def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:

@@ -197,6 +197,7 @@ class Publisher:
             fingerprint=self._context.fingerprint,
             versions=self._context.versions,
             scores=made.media.scores,
+            licence=self._context.licence,
         )
 
     def _is_away(self) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.dataset.card import write_card
 from hv_batch.job.formatting import clock
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, describe_truncated, write_report
@@ -26,7 +27,14 @@ from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.lease import Lease, LeaseLostError, hold_lease
 from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
-from hv_batch.job.records.run_document import RunState, finish_run, open_run, read_run_config, read_summary
+from hv_batch.job.records.run_document import (
+    RunState,
+    finish_run,
+    open_run,
+    read_run,
+    read_run_config,
+    read_summary,
+)
 from hv_batch.job.records.shard_scan import has_commits
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
@@ -115,7 +123,11 @@ def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: boo
     store = job.context.store
     if job.state is RunState.FINISHED and not job.pending.takes_back:
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
-        return _exit_code(read_summary(store) or _write_summary_again(store, stop))
+        summary = read_summary(store) or _write_summary_again(store, stop)
+        if not store.exists(layout.CARD):  # it was removed, or the root is that of a version without cards
+            with suppress(OSError):  # a finished root may be readable only
+                write_card(store, read_run(store), aggregate(store))
+        return _exit_code(summary)
     run, drain_s = job.context.run, job.context.config.timeouts.drain_s
     check_gpu_hours(limits, run.groups.largest.world_size * run.rank_gpus, drain_s)
     with stop.interruptible():
@@ -225,7 +237,7 @@ def _close(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSi
 
 
 def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSignals) -> dict[str, Any]:
-    """Write the summary, the report and _SUCCESS; retry while the output root does not answer. Returns the summary.
+    """Write summary, report, card and _SUCCESS; retry while the output root does not answer. Returns the summary.
 
     `own` are facts that no record holds. Raises KeyboardInterrupt if a stop is requested: reading every record of a
     large run takes longer than a stopped process may live, and the next command writes what is missing.
@@ -235,6 +247,7 @@ def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSign
             with stop.interruptible():
                 summary = {**aggregate(store), **own}
                 write_report(store, summary)
+                write_card(store, read_run(store), summary)
             finish_run(store, summary)
             return summary
         except StorageUnavailableError as error:

@@ -15,6 +15,7 @@ from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
+from hv_batch.job.licences import TENCENT
 from hv_batch.job.log_records import LogSettings, configure_logging
 from hv_batch.job.records.lease import refuse_other_holder
 from hv_batch.job.redaction import public_url
@@ -35,6 +36,7 @@ class RunContext:
     store: Store
     fingerprint: str
     versions: Mapping[str, str]
+    licence: str = TENCENT  # of the rendered files
     log: LogSettings = field(default_factory=LogSettings)
     lease_token: str = ""  # of the run's lease; empty before the run holds it
 

@@ -19,11 +19,16 @@ import torch
 from safetensors.torch import save
 
 from hv_batch.architecture import DIT_CLASS, DiTConfig, VAEConfig
+from hv_batch.engine.checkpoint.digests import revision
+from hv_batch.engine.checkpoint.licence_file import write_licence
+from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.protocol import LATENT_CHANNELS
 from hv_batch.toy import random_weights, tokenizers
 from hv_batch.toy.random_weights import State, dit_state, text_state, vae_state
+
+LICENCE = "apache-2.0"
 
 LLAMA_WIDTH = 64
 CLIP_WIDTH = 32
@@ -83,6 +88,11 @@ def write_once(model_base: Path, write: Callable[[Path], None]) -> Path:
     return model_base
 
 
+def declare_licence(model_base: Path) -> None:
+    """Declare in the tree that its weights, which this project has made, are under the licence of its code."""
+    write_licence(model_base, LICENCE, revision(CheckpointTree(model_base)))
+
+
 def _recipe() -> str:
     sources = (Path(__file__), *(Path(str(module.__file__)) for module in (tokenizers, random_weights)))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
@@ -95,6 +105,7 @@ def _write_tree(base: Path, seed: int) -> None:
     write_vae(base, TOY_VAE, vae_state(vae, seed))
     _write_llama(base / "text_encoder", seed)
     _write_clip(base / "text_encoder_2", seed)
+    declare_licence(base)
 
 
 def write_dit(base: Path, config: Mapping[str, Any], state: State) -> None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from hv_batch.engine.checkpoint.json_files import read_json
-from hv_batch.toy.checkpoint import dit_file, vae_file, write_dit, write_once, write_vae
+from hv_batch.toy.checkpoint import LICENCE, declare_licence, dit_file, vae_file, write_dit, write_once, write_vae
 from hv_batch.toy.random_weights import State
 
 SHIPPED = Path(__file__).with_name("weights")
@@ -34,10 +34,15 @@ def write_trained_checkpoint(root: Path) -> Path:
 
     The name of its folder has a digest of the weights.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{LICENCE}\n".encode())
     for file in sorted(SHIPPED.rglob("*.*")):
         digest.update(f"{file.relative_to(SHIPPED)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return write_once(root / f"toy-trained-{digest.hexdigest()[:8]}", unpack)
+    return write_once(root / f"toy-trained-{digest.hexdigest()[:8]}", _write_tree)
+
+
+def _write_tree(model_base: Path) -> None:
+    unpack(model_base)
+    declare_licence(model_base)
 
 
 def unpack(model_base: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from hv_batch.job import layout
 from hv_batch.job.config.sections import MediaConfig
+from hv_batch.job.dataset import card
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import summary
 from hv_batch.job.manifest.samples import Sample
@@ -99,6 +100,7 @@ def run_small(
             seal_shard(store, complete.shard, complete.keys, webdataset=adorned)
     totals = summary.aggregate(store)
     summary.write_report(store, totals)
+    card.write_card(store, run_document.read_run(store), totals)
     run_document.finish_run(store, totals)
 
 

@@ -39,11 +39,12 @@ def digests(base: Path) -> dict[str, str]:
 
 
 def test_tree_is_the_released_one(model_base):
-    """Spec 7: the tree has the files of the released checkpoint, and in addition only the config of the DiT."""
+    """Spec 7: the tree has the files of the released checkpoint, the config of the DiT and the licence."""
     assert set(digests(model_base)) == {
         DIT,
         DIT_CONFIG,
         VAE,
+        "licence.json",
         "hunyuan-video-t2v-720p/vae/config.json",
         "text_encoder/config.json",
         "text_encoder/model.safetensors",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hv_batch.job.records.commits import LICENCE_ID
+from hv_batch.job.licences import records_licence
 
 SCHEMA = "hv_batch/lineage/1"
 
@@ -43,4 +43,5 @@ def lineage_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
         for record in records
     ]
     columns = {name: pa.array([row[name] for row in rows], dtype) for name, dtype in COLUMNS.items()}
-    return pa.table(columns).replace_schema_metadata({"hv_batch.schema": SCHEMA, "hv_batch.licence": LICENCE_ID})
+    metadata = {"hv_batch.schema": SCHEMA, "hv_batch.licence": records_licence(records)}
+    return pa.table(columns).replace_schema_metadata(metadata)

@@ -28,9 +28,10 @@ from hv_batch.job.dataset.shard_totals import add_up, write_totals
 from hv_batch.job.dataset.webdataset import write_tar
 from hv_batch.job.documents.reading import check
 from hv_batch.job.documents.schema import TableRow
+from hv_batch.job.licences import records_licence
 from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_text, column_names, merge_types
 from hv_batch.job.quality import SCORES
-from hv_batch.job.records.commits import LICENCE_ID, read_commit
+from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
@@ -131,7 +132,8 @@ def seal_records(
     store.put(layout.lineage_key(shard), parquet_bytes(lineage_table(committed)))
     if webdataset:
         write_tar(store, shard, table.to_pylist())
-    metadata = {"hv_batch.schema": schema, "hv_batch.identity": encode(identity), "hv_batch.licence": LICENCE_ID}
+    licence = records_licence(committed)
+    metadata = {"hv_batch.schema": schema, "hv_batch.identity": encode(identity), "hv_batch.licence": licence}
     return store.put_new(layout.metadata_key(shard), parquet_bytes(table.replace_schema_metadata(metadata)))
 
 

@@ -69,6 +69,10 @@ class ShardTotals:
         for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
 
+    @property
+    def images(self) -> int:
+        return self.frames - sum(self.frames_by_fps.values())
+
     def footage_seconds(self) -> float:
         """The total duration of the videos."""
         return sum(frames / int(fps) for fps, frames in sorted(self.frames_by_fps.items()))

@@ -30,6 +30,7 @@ from hv_batch.job.documents.fields import (
 )
 
 Number = Annotated[int, Field(ge=1)]
+LicenceId = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.+-]{0,63}\z")]
 ShapeName = Annotated[str, Field(pattern=r"\A[0-9]{1,5}x[0-9]{1,5}x[0-9]{1,5}\z")]  # height x width x frames
 
 
@@ -207,6 +208,8 @@ class RunDocument(Document):
     config: RecordedConfig
     manifest: RecordedManifest
     licence: Text
+    licence_id: LicenceId = ""
+    card: Name = ""  # the schema of the dataset card; empty for a root of a version without cards
     versions: Versions
 
 
@@ -280,6 +283,13 @@ class TotalsDocument(Document):
     frames_by_fps: dict[Annotated[str, Field(pattern=r"\A[1-9][0-9]{0,2}\z")], Count]
 
 
+class MediaTotals(Document):
+    num_bytes: Count = Field(alias="bytes")
+    frames: Count
+    images: Count = 0
+    seconds: Seconds
+
+
 class SummaryDocument(Document):
     schema_: Literal["hv_batch/summary/1"] = Field(alias="schema")
     fingerprint: Hex64
@@ -289,6 +299,7 @@ class SummaryDocument(Document):
     pending: Samples
     shards: Samples
     shards_sealed: Samples
+    media: MediaTotals | None = None
 
 
 class TableRow(Document):

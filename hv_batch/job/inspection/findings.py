@@ -37,6 +37,7 @@ class Fault(StrEnum):
     SUCCESS = "_SUCCESS"  # the run is marked as finished although it is not
     RUN = "run.json"  # contradicts all records, or its config is not valid
     SUMMARY = "summary"  # of a finished run: missing, cannot be read, or differs from the records
+    CARD = "card"  # README.md is missing, was edited, or contradicts the run
     LEASE = "lease"  # cannot be read
     HISTORY = "history"  # the record of a sample that was released for a retry cannot be read
     UNREADABLE = "unreadable"  # the store does not return this object, although it returns others
@@ -45,6 +46,8 @@ class Fault(StrEnum):
 
 # Faults whose repair does not change a sealed shard.
 OUTSIDE_SEAL = frozenset({Fault.TWO_RECORDS, Fault.HISTORY, Fault.FOREIGN})
+# Faults of the files that the run command writes again if they are missing.
+REWRITTEN = frozenset({Fault.SUMMARY, Fault.CARD})
 # Faults of the files of a seal. A new seal replaces them.
 OF_SEAL = frozenset({Fault.TABLE, Fault.LINEAGE, Fault.SUMS, Fault.TAR})
 
@@ -66,7 +69,7 @@ class Finding:
     @property
     def is_repairable(self) -> bool:
         """Whether the run command repairs the root once `remove_faults` has removed what is faulty."""
-        return self.is_removable or self.fault is Fault.SUMMARY
+        return self.is_removable or self.fault in REWRITTEN
 
     @property
     def is_removable(self) -> bool:

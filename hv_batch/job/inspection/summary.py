@@ -70,7 +70,12 @@ def aggregate(store: Store) -> dict[str, Any]:
             "tokens": totals.embeddings["tokens_lost"],
         },
         **({"looks": dict(totals.looks)} if totals.looks else {}),
-        "media": {"bytes": totals.bytes, "frames": totals.frames, "seconds": round(totals.footage_seconds(), 3)},
+        "media": {
+            "bytes": totals.bytes,
+            "frames": totals.frames,
+            "images": totals.images,
+            "seconds": round(totals.footage_seconds(), 3),
+        },
         "failures": dict(failures),
         "retries": dict(totals.retries),
     }

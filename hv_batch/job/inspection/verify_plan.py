@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from hv_batch.job import layout
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.dataset.card import card_problem
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import LeaseDocument, SummaryDocument
 from hv_batch.job.inspection.findings import Fault, Finding, Verification, examine, object_finding
@@ -80,7 +81,7 @@ def open_plan(store: Store, run: Mapping[str, Any]) -> Plan:
 def check_run_objects(
     store: Store, run: Mapping[str, Any], result: Verification, *, is_whole_run: bool
 ) -> Iterator[Finding]:
-    """Check the lease, `_SUCCESS` and the summary against the counts in `result`."""
+    """Check the lease, `_SUCCESS`, the card and the summary against the counts in `result`."""
     try:
         lease = examine(store, layout.LEASE, lambda: read(store, layout.LEASE, LeaseDocument))
         if isinstance(lease, InvalidObjectError):  # the next run replaces it
@@ -88,6 +89,7 @@ def check_run_objects(
     except FileNotFoundError:
         pass
     if not store.exists(layout.SUCCESS):
+        yield from _check_card(store, run, None)
         return
     if result.pending or result.open_shards:
         details = (
@@ -107,11 +109,22 @@ def check_run_objects(
     expected = {"fingerprint": run["fingerprint"]}
     if is_whole_run:
         expected |= {"pending": 0, "quarantined": result.quarantined}
+        if not any(finding.fault is Fault.UNREADABLE for finding in result.findings):
+            expected["committed"] = result.checked
     for name, value in expected.items():
         if summary[name] != value:
             details = f"{layout.SUMMARY}: its {name} is {summary[name]!r}, not {value!r}"
             yield Finding(None, None, Fault.SUMMARY, details, (layout.SUMMARY,))
             return
+    yield from _check_card(store, run, summary)
+
+
+def _check_card(store: Store, run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> Iterator[Finding]:
+    problem = examine(store, layout.CARD, lambda: card_problem(store, run, summary))
+    if isinstance(problem, InvalidObjectError):
+        yield object_finding(problem, Fault.CARD)
+    elif problem:
+        yield Finding(None, None, Fault.CARD, problem, (layout.CARD,))
 
 
 def without_shared(findings: list[Finding], records: int) -> list[Finding]:

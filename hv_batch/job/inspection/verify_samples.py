@@ -12,6 +12,7 @@ from hv_batch.job import layout
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RetriedRecord
 from hv_batch.job.inspection.findings import Fault, Finding, examine, object_finding
+from hv_batch.job.licences import run_licence
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import describe_sample, read_commit, read_quarantine
 from hv_batch.job.storage.store import Store
@@ -55,8 +56,9 @@ class SampleChecker:
             return CheckedSample(None, [])
         if isinstance(record, InvalidObjectError):
             return CheckedSample(None, [object_finding(record, Fault.RECORD, shard, key, name)])
-        if record["fingerprint"] != self._run["fingerprint"]:
-            details = f"{name}: its fingerprint is {record['fingerprint']}, not that of {layout.RUN}"
+        of_run = {"fingerprint": self._run["fingerprint"], "licence": run_licence(self._run)}
+        if other := [field for field, value in of_run.items() if record[field] != value]:
+            details = f"{name}: its {other[0]} is {record[other[0]]}, not that of {layout.RUN}"
             return CheckedSample(None, [Finding(shard, key, Fault.RECORD, details, (name,), layout.RUN)])
         if planned and (difference := plan_difference(record, planned)):
             finding = Finding(shard, key, Fault.RECORD, f"{name}: {difference}", (name,), layout.INDEX)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hv_batch.job import layout
 from hv_batch.job.documents.reading import read_record
 from hv_batch.job.documents.schema import CommitRecord, QuarantineRecord
+from hv_batch.job.licences import TENCENT
 from hv_batch.job.storage.canonical_json import encode, encode_line
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 COMMIT_SCHEMA = "hv_batch/commit/1"
 QUARANTINE_SCHEMA = "hv_batch/quarantine/1"
-
-LICENCE_ID = "tencent-hunyuan-community"  # of every rendered file; `run_document.licence_notice` explains it
 
 
 class Media(Protocol):
@@ -73,13 +72,14 @@ def commit_record(
     versions: Mapping[str, Any],
     poster: str | None = None,
     scores: Mapping[str, float] | None = None,
+    licence: str = TENCENT,
 ) -> dict[str, Any]:
     """The commit record of `sample`.
 
     `file` is the media's key in the output root, `poster` that of its first frame. `stages` holds a report for each
     stage name: its "seconds" go to the record's `stages`, everything else (node, worker, ...) to its `places`.
-    `failures` are the failed attempts before this one (`Failure.to_dict`), and `fingerprint` is that of the run.
-    `scores` are those of the frames (`hv_batch.job.quality`).
+    `failures` are the failed attempts before this one (`Failure.to_dict`); `fingerprint` and `licence` are those of the
+    run. `scores` are those of the frames (`hv_batch.job.quality`).
     """
     scored = {"scores": dict(scores)} if scores else {}
     return {
@@ -98,7 +98,7 @@ def commit_record(
         "history": [dict(failure) for failure in failures],
         "versions": dict(versions),
         "fingerprint": fingerprint,
-        "licence": LICENCE_ID,
+        "licence": licence,
         "created_at": _now(),
     }
 

@@ -21,10 +21,12 @@ from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import refuse_unknown_engine
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.documents.card import SCHEMA as CARD_SCHEMA
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RunDocument, SummaryDocument
-from hv_batch.job.records.commits import LICENCE_ID
+from hv_batch.job.licences import licence_notice, run_licence
 from hv_batch.job.records.run_identity import revision_problem, without_revision
+from hv_batch.job.records.unfinished_card import announce_run
 from hv_batch.job.redaction import MASK, public_url
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
@@ -93,12 +95,15 @@ def open_run(store: Store, document: Mapping[str, Any]) -> RunState:
         "schema": RUN_SCHEMA,
         "fingerprint": fingerprint(document["identity"]),
         "dataset": DATASET_SCHEMA,  # fixed here, so that all tables of a root have one schema
-        "licence": licence_notice(),
+        "licence": licence_notice(run_licence(document)),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "card": CARD_SCHEMA,
         **document,
     }
     if state is RunState.NEW and not store.put_new(layout.RUN, encode(written)):
         return inspect_run(store, document)  # another driver has written it meanwhile
+    if state is not RunState.FINISHED:
+        announce_run(store)
     return state
 
 
@@ -181,16 +186,6 @@ def read_summary(store: Store) -> dict[str, Any] | None:
     except (FileNotFoundError, InvalidObjectError):
         return None
     return summary if summary["fingerprint"] == read_run(store)["fingerprint"] else None
-
-
-def licence_notice() -> str:
-    """The licence notice for users of the outputs, as one paragraph for `run.json` and the report."""
-    return (
-        "The HunyuanVideo weights, and the videos made with them, come under the Tencent Hunyuan Community License "
-        f"Agreement (here: {LICENCE_ID}). It does not cover the European Union, the United Kingdom and South Korea, "
-        "and so grants nothing there. The videos must not be used to improve any AI model other than Hunyuan and its "
-        "derivatives. Read the licence that came with the weights before you use or pass on this dataset."
-    )
 
 
 def _refuse_orphans(store: Store) -> None:

@@ -77,6 +77,18 @@ def opened_file(root: str, key: str) -> Iterator[int]:
         os.close(descriptor)
 
 
+def link_file(root: str, key: str, target: str) -> None:
+    """Make `target`, outside the root, a hard link to the object `key`. Raises as `opened_file`, and as `os.link`."""
+    above, _, name = key.rpartition("/")
+    with opened_folder(root, above) as folder:
+        os.link(name, target, src_dir_fd=folder, follow_symlinks=False)
+    try:
+        refuse_irregular(os.lstat(target), os.path.join(root, key))
+    except OSError:
+        os.unlink(target)
+        raise
+
+
 def read_status(root: str, key: str) -> os.stat_result:
     """The status of the name `key` below `root`, of a link itself. Raises as `opened_folder`."""
     above, _, name = key.rpartition("/")

@@ -40,12 +40,16 @@ from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.errors import CHECKSUM_SETTING, REPEATED, Kind, StorageUnavailableError, kind_of, translate
 from hv_batch.job.storage.incomplete_writes import Leftover, find_leftovers, remove_drafts, remove_leftover
 from hv_batch.job.storage.local_disk import LocalDisk
+from hv_batch.job.storage.local_paths import link_file
 from hv_batch.job.storage.object_store import Remote
 from hv_batch.job.storage.put_if_absent import PutIfAbsent
 from hv_batch.job.thread_map import map_in_threads
 from hv_batch.protocol import UserError
 
 __all__ = ["Leftover", "PutIfAbsent", "StorageUnavailableError", "Store"]
+
+# Errors of a hard link to another file system, on a file system without links, or to another user's file.
+UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -172,6 +176,27 @@ class Store:
         """Download an object of any size. Raises FileNotFoundError."""
         source = _checked(key)
         self._retry(lambda backend: backend.get_file(source, path))
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a local root; None for any other store."""
+        return Path(self.url) if self._is_local else None
+
+    def link_file(self, key: str, path: Path) -> bool:
+        """Make `path` a hard link to the object. Returns False if that is impossible here.
+
+        Raises FileNotFoundError if there is no such object.
+        """
+        source = _checked(key)
+        if not self._is_local:
+            return False
+        try:
+            link_file(self.url, source, str(path.absolute()))
+        except OSError as error:
+            if error.errno in UNLINKABLE:
+                return False
+            raise translate(error, self.url) from error
+        return True
 
     def exists(self, key: str) -> bool:
         path = _checked(key)

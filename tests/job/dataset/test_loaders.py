@@ -20,6 +20,7 @@ from PIL import Image
 from hv_batch.job import layout
 from hv_batch.job.dataset.lineage import SCHEMA as LINEAGE
 from hv_batch.job.dataset.seal import seal_shard, table_columns
+from hv_batch.job.licences import TENCENT
 from hv_batch.job.records import commits
 from hv_batch.job.records.run_document import DATASET_SCHEMA
 from hv_batch.job.storage.store import Store
@@ -98,7 +99,7 @@ def test_arrow_reads_all_shards_as_one_table(store):
     facts = pq.read_schema(f"{store.url}/{layout.metadata_key(1)}").metadata
     assert facts[b"hv_batch.schema"].decode() == DATASET_SCHEMA
     assert json.loads(facts[b"hv_batch.identity"]) == IDENTITY
-    assert facts[b"hv_batch.licence"].decode() == commits.LICENCE_ID
+    assert facts[b"hv_batch.licence"].decode() == TENCENT
 
 
 def test_webdataset_reads_the_tars(store):

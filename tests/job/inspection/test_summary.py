@@ -83,7 +83,7 @@ def test_aggregate_adds_up(store):
     assert totals["stages"]["denoise"] == {"seconds": 40.0, "mean_seconds": 13.333}
     assert totals["stages"]["decode"] == {"seconds": 4.0, "mean_seconds": 2.0}
     assert totals["denoise_gpu_seconds"] == 80.0
-    assert totals["media"] == {"bytes": 3000, "frames": 35, "seconds": round(34 / 24, 3)}
+    assert totals["media"] == {"bytes": 3000, "frames": 35, "images": 1, "seconds": round(34 / 24, 3)}
     assert totals["failures"] == {"POISON": 1, "GPU_OOM": 1}
     assert totals["retries"] == {"INFRA": 2}
     run_document.finish_run(store, totals)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
+from hv_batch.job.licences import TENCENT
 from hv_batch.job.records.commits import (
-    LICENCE_ID,
     ShardState,
     commit,
     quarantine,
@@ -45,7 +45,7 @@ def test_the_commit_record_is_complete(any_store):
     assert record["stages"] == {"encode": 0.5, "denoise": 8.0}
     assert record["places"]["denoise"] == {"node": "n2", "ulysses_degree": 2}
     assert (record["attempts"], record["history"]) == (2, FAILURES[:1])
-    assert (record["fps"], record["extra"], record["licence"]) == (24, {"category": "animals"}, LICENCE_ID)
+    assert (record["fps"], record["extra"], record["licence"]) == (24, {"category": "animals"}, TENCENT)
     assert record["fingerprint"] == "f" * 64
     assert "狐狸".encode() in any_store.get(layout.commit_key(17, SAMPLE.key)), "text is readable"
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
+from hv_batch.job.licences import licence_notice
 from hv_batch.job.records.run_document import (
     MAX_DIFFERENCES,
     RunState,
     _differences,
     fingerprint,
     finish_run,
-    licence_notice,
     open_run,
     read_run,
 )
