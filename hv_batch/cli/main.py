@@ -15,6 +15,7 @@ import typer
 from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
+from hv_batch.cli.manifest_flags import Carry, Column, Duplicates, with_manifest_flags
 from hv_batch.cli.terminal import LogFormat, LogLevel, command_logging, log_settings, show
 from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config.run_config import load_config
@@ -56,7 +57,8 @@ TakeOver = Annotated[
     typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
 ]
 Manifests = Annotated[
-    list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
+    list[str],
+    typer.Option(help="prompts: JSONL, JSON, CSV, TSV, TXT or Parquet; file, folder, glob or URL; repeatable"),
 ]
 
 
@@ -72,6 +74,9 @@ def run(
     failed_only: Annotated[
         bool, typer.Option("--failed-only", help="release quarantined samples and render only these")
     ] = False,
+    column: Column = None,
+    carry: Carry = None,
+    duplicates: Duplicates = None,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
@@ -89,7 +94,7 @@ def run(
             f"The output root {output} is a relative path, which is a different folder on every node of a cluster. Use "
             "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
         )
-    settings = load_config(config, overrides or [])
+    settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
     selection = parse_selection(limit, where or [], shards)
     with command_logging(log_settings(log_level, log_format)):
         code = render(
@@ -135,6 +140,9 @@ def nightly(
     catch_up: Annotated[
         int, typer.Option(min=0, help="resume unfinished runs of this many days before the date first")
     ] = 3,
+    column: Column = None,
+    carry: Carry = None,
+    duplicates: Duplicates = None,
     address: Address = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
@@ -147,7 +155,7 @@ def nightly(
 
     now = datetime.now()
     request = NightlyRequest(
-        config=load_config(config, overrides or []),
+        config=with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates),
         manifest=manifest,
         output=output,
         day=which_day(day, now),
@@ -202,6 +210,9 @@ def plan(
     manifest: Manifests,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="H100, H200, A100, H20 or L40S; default: the config's gpu")] = None,
+    column: Column = None,
+    carry: Carry = None,
+    duplicates: Duplicates = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Estimate what a run needs: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
@@ -209,7 +220,7 @@ def plan(
     from hv_batch.job.config.hardware import find_gpu
     from hv_batch.job.cost_model.estimate import make_plan  # the engine takes seconds to import
 
-    settings = load_config(config, overrides or [])
+    settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
     estimate = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
     show(json.dumps(estimate, indent=1) if as_json else render_plan(estimate))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
@@ -45,6 +46,11 @@ def explain_failure(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"needs a storage package that is not installed ({error}). Install the extra s3, gcs or azure."
     return f"cannot be opened: {type(error).__name__}: {error}. Check the URL, the network and the credentials."
+
+
+def quote_argument(text: str) -> str:
+    """A text from outside as one argument of a shell command that a message suggests. It may be copied into a shell."""
+    return shlex.quote(shorten(text)[1:-1])
 
 
 def shorten(value: Any) -> str:
