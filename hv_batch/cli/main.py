@@ -16,6 +16,7 @@ from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
 from hv_batch.cli.config import app as config_app
 from hv_batch.cli.export import export
+from hv_batch.cli.manifest_flags import Carry, Column, Duplicates, with_manifest_flags
 from hv_batch.cli.terminal import (
     UNREACHABLE_REMEDY,
     Json,
@@ -71,7 +72,8 @@ TakeOver = Annotated[
 ]
 Config = Annotated[str, typer.Option(help="name of a shipped config (`hv-batch config list`), YAML file or URL")]
 Manifests = Annotated[
-    list[str], typer.Option(help="prompts: JSONL, CSV or Parquet; file, folder, glob or URL; repeatable")
+    list[str],
+    typer.Option(help="prompts: JSONL, JSON, CSV, TSV, TXT or Parquet; file, folder, glob or URL; repeatable"),
 ]
 
 Until = Annotated[
@@ -96,6 +98,9 @@ def run(
     ] = False,
     until: Until = None,
     max_gpu_hours: GpuHours = None,
+    column: Column = None,
+    carry: Carry = None,
+    duplicates: Duplicates = None,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
@@ -115,7 +120,7 @@ def run(
             f"The output root {output} is a relative path, which is a different folder on every node of a cluster. Use "
             "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
         )
-    settings = load_config(config, overrides or [])
+    settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
     selection = parse_selection(limit, where or [], shards)
     with command_logging(log_settings(log_level, log_format)):
         code = render(
@@ -171,6 +176,9 @@ def nightly(
     catch_up: Annotated[
         int, typer.Option(min=0, help="resume unfinished runs of this many days before the date first")
     ] = 3,
+    column: Column = None,
+    carry: Carry = None,
+    duplicates: Duplicates = None,
     address: Address = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
@@ -187,7 +195,7 @@ def nightly(
 
     now = datetime.now()
     request = NightlyRequest(
-        config=load_config(config, overrides or []),
+        config=with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates),
         manifest=manifest,
         output=output,
         day=which_day(day, now),
@@ -248,6 +256,9 @@ def plan(
     manifest: Manifests,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="H100, H200, A100, H20 or L40S; default: the config's gpu")] = None,
+    column: Column = None,
+    carry: Carry = None,
+    duplicates: Duplicates = None,
     as_json: Json = False,
 ) -> None:
     """Estimate what a run needs: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
@@ -255,7 +266,7 @@ def plan(
     from hv_batch.job.config.hardware import find_gpu
     from hv_batch.job.cost_model.estimate import make_plan  # the engine takes seconds to import
 
-    settings = load_config(config, overrides or [])
+    settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
     estimate = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
     if as_json:
         show_json("hv_batch/plan/1", estimate)

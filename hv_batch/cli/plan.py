@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hv_batch.job.cost_model.memory import GIB
+from hv_batch.job.manifest.column_report import describe_columns
 from hv_batch.job.workload import shape_name
 
 
@@ -19,6 +20,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     rows, samples, shards = (f"{manifest[count]:,} {count}" for count in ("rows", "samples", "shards"))
     urls = manifest["url"]
     yield f"{urls if isinstance(urls, str) else ', '.join(urls)}: {rows}, {samples} in {shards}"
+    yield from describe_columns(manifest["carried"], manifest["notes"])
     yield ""
     yield f"{'shape':<16}{'steps':>6}{'cfg':>5}{'samples':>10}{'tokens':>10}{'denoise PFLOP':>15}{'decode PFLOP':>14}"
     for work in plan["work"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,11 @@ def _explain_missing(url: str) -> str:
         ".gitignore or `excludes` of the runtime environment name. Check both, or give a URL or a path on storage that "
         "all nodes share."
     )
+
+
+def quote_argument(text: str) -> str:
+    """A text from outside as one argument of a shell command that a message suggests. It may be copied into a shell."""
+    return shlex.quote(shorten(text)[1:-1])
 
 
 def shorten(value: Any) -> str:

@@ -19,6 +19,7 @@ from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.licences import TENCENT, engine_licence, run_licence
 from hv_batch.job.log_records import add_process_fields, current_settings
 from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.column_report import describe_columns
 from hv_batch.job.manifest.index import Index, load_index, load_recorded_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
@@ -154,13 +155,18 @@ def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: S
         index = load_index(store, manifest, config)
     if index:
         logger.info(f"manifest: {index.summary.samples} samples in {index.shards} shards, checked before")
+        _log_columns(index)
         return index
     index = check_manifest(manifest, config, spool)
     summary = index.summary
     logger.info(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
-    for note in summary.warnings:
-        logger.info(f"note: {note}")
+    _log_columns(index)
     return index
+
+
+def _log_columns(index: Index) -> None:
+    for line in describe_columns(index.summary.extra_kinds, index.summary.warnings):
+        logger.info(line)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from hv_batch.job.config.field_rules import ROW_RULES
 from hv_batch.job.config.run_config import RunConfig
 
-_TYPES = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text", dict: "mapping"}
+_TYPES = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text", dict: "mapping", list: "list"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 

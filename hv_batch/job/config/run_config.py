@@ -22,6 +22,7 @@ from hv_batch.job.config.sections import (
     Defaults,
     EncodersConfig,
     GroupsConfig,
+    ManifestConfig,
     MediaConfig,
     ModelConfig,
     OutputConfig,
@@ -53,6 +54,7 @@ class RunConfig(Section):
     seed: int = 0
     """The seed of the run. A row without a `seed` gets one derived from this value and the row's key (its id, or a
     hash of the row). Part of the run's identity."""
+    manifest: ManifestConfig = ManifestConfig()
     model: ModelConfig = ModelConfig()
     defaults: Defaults = Defaults()
     parallel: ParallelConfig = ParallelConfig()

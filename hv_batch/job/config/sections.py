@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from hv_batch.job.config.field_rules import find_fault
+from hv_batch.job.config.field_rules import KNOWN_COLUMNS, find_fault
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device
 
@@ -23,6 +23,7 @@ GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on mor
 Cpus = Annotated[float, Field(ge=0)]
 PoolSize = Annotated[int | Literal["auto"], BeforeValidator(lambda value: _check_pool_size(value))]
 Seconds = Annotated[float, Field(gt=0)]
+ColumnName = Annotated[str, Field(max_length=1000)]
 QuarantineLimit = Annotated[int | float, BeforeValidator(lambda value: _check_quarantine_limit(value))]
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
@@ -102,6 +103,44 @@ class Defaults(Section):
     @classmethod
     def _check_row_rules(cls, value: Any, info: Any) -> Any:
         return check_row_rule(info.field_name, value)
+
+
+class ManifestConfig(Section):
+    """How the columns and rows of a manifest are read. What is set is part of the run's identity."""
+
+    columns: dict[ColumnName, ColumnName] = {}
+    """Columns of the manifest that are read as columns of hv_batch, as `num_inference_steps: steps`; in the command
+    line `--column num_inference_steps=steps`. `fps: ""` does not read the manifest's own column `fps` and carries it as
+    `extra_fps`."""
+    carry: list[ColumnName] = []
+    """Columns that are data, although other tools keep a parameter under this name, as `[resolution, frames]`; in the
+    command line `--carry`. Without it, such a column is a problem if its rows lack the parameter."""
+    duplicates: Literal["number", "drop", "refuse"] = "number"
+    """Rows without `id` that repeat an earlier row. `number`: each gets an id of its own, and so a seed; a repeated row
+    that gives its seed is a problem. `drop`: only the first is rendered. `refuse`: each is a problem."""
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in columns if name not in KNOWN_COLUMNS]
+        if unknown:
+            raise ValueError(f"hv_batch's column = the manifest's column; hv_batch has {', '.join(KNOWN_COLUMNS)}")
+        if columns.get("prompt") == "":
+            raise ValueError("a column of the manifest for prompt, which every row needs")
+        sources = [theirs for theirs in columns.values() if theirs]
+        if len(set(sources)) < len(sources):
+            raise ValueError("each column of the manifest once")
+        return columns
+
+    @field_validator("carry")
+    @classmethod
+    def _sort(cls, names: list[str]) -> list[str]:
+        return sorted(set(names))
+
+    def identity(self) -> dict[str, Any]:
+        """What is set, as JSON values for the identity of a run; empty if nothing is (P2)."""
+        values, defaults = self.model_dump(mode="json"), type(self)().model_dump(mode="json")
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 class ParallelConfig(Section):

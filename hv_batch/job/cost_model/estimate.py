@@ -78,6 +78,8 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
             "rows": summary.rows,
             "samples": summary.samples,
             "shards": summary.shards,
+            "carried": list(summary.extra_kinds),
+            "notes": list(summary.warnings),
         },
         "work": [_work(run.model, kind, count) for kind, count in sorted(work.items())],
         "components": _components(run.model),

@@ -169,6 +169,7 @@ class Identity(Document):
     revision: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     parallel: ParallelIdentity
     manifest: Name = ""
+    manifest_options: dict[Name, Any] = Field(default_factory=dict)
 
 
 class RecordedOutput(Document):

@@ -7,7 +7,6 @@ each sample, to detect duplicate keys, and the text of at most MAX_REPORTED prob
 
 from __future__ import annotations
 
-import difflib
 import multiprocessing
 import os
 import signal
@@ -15,20 +14,21 @@ import threading
 from array import array
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
 
-from hv_batch.job.config.field_rules import KNOWN_COLUMNS
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.manifest.column_mapping import ColumnMapping
+from hv_batch.job.manifest.column_report import ColumnReport, ColumnUses
+from hv_batch.job.manifest.duplicates import Repeats, resolve_repeats
 from hv_batch.job.manifest.extra_columns import ColumnType, common_type
-from hv_batch.job.manifest.formats import MAX_COLUMNS
+from hv_batch.job.manifest.formats.limits import MAX_COLUMNS
 from hv_batch.job.manifest.index import Index, IndexWriter, read_rows
 from hv_batch.job.manifest.reader import Chunk, Manifest
 from hv_batch.job.manifest.row_validation import (
@@ -40,13 +40,11 @@ from hv_batch.job.manifest.row_validation import (
 )
 from hv_batch.job.manifest.samples import ManifestSummary, sample_keys
 from hv_batch.job.storage.store import Store
-from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 
 MAX_PROCESSES = 8  # the reading process could feed twenty, but a head node has other users
 INLINE_CHUNKS = 2  # a manifest with no more chunks is validated faster than processes start
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TYPO_LIKENESS = 0.85  # difflib ratio: "num_frame" and "heights" are above it, "steps" and "frames" below
 
 
 def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Index:
@@ -54,19 +52,20 @@ def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Ind
 
     Raises UserError with every invalid row: its field, its value and the allowed values.
     """
-    defaults = config.defaults.model_dump()
     writer = IndexWriter(scratch)
     check = _ManifestCheck(manifest)
-    for chunk, result in _validate_chunks(manifest.chunks(), defaults, config.parallel.cfg_degree, config.media.codec):
+    for chunk, result in _validate_chunks(manifest.chunks(ColumnMapping.of(config.manifest.columns)), config):
         check.add(chunk, result)
         if result.samples:
             writer.add(result.part, result.part_rows, result.samples)
     if check.rows == 0:
         raise UserError(manifest.no_rows_message())
-    check.find_duplicate_keys(writer)
-    if check.problem_count:
-        raise UserError(check.describe())
-    samples = len(check.key_hashes)
+    check.find_duplicate_keys(writer, config)
+    report = check.column_report(config)
+    problems = [*report.problems(), *check.problem_lines]
+    if problems:
+        raise UserError(check.describe(problems, report))
+    samples = sum(part.samples for part in writer.parts)
     summary = ManifestSummary(
         digest=manifest.digest,
         rows=check.rows,
@@ -74,20 +73,24 @@ def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Ind
         shards=-(-samples // config.output.shard_size),
         shapes=dict(check.shapes),
         extra_kinds=dict(check.extra_types),
-        warnings=tuple(check.typo_warnings()),
+        warnings=check.notes(report),
     )
     return writer.finish(summary, manifest, config)
 
 
-def _validate_chunks(
-    chunks: Iterator[Chunk], defaults: Mapping[str, Any], cfg_degree: int, codec: str
-) -> Iterator[tuple[Chunk, ChunkResult]]:
+def _validate_chunks(chunks: Iterator[Chunk], config: RunConfig) -> Iterator[tuple[Chunk, ChunkResult]]:
     """The results in the order of the chunks. Only a few chunks are held at a time."""
+    rules = (
+        config.defaults.model_dump(),
+        config.parallel.cfg_degree,
+        config.media.codec,
+        frozenset(config.manifest.carry),
+    )
     first = list(islice(chunks, INLINE_CHUNKS + 1))
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     if len(first) <= INLINE_CHUNKS or processes == 1:
         for chunk in chain(first, chunks):
-            yield chunk, validate_chunk(chunk, defaults, cfg_degree, codec)
+            yield chunk, validate_chunk(chunk, *rules)
         return
     # "spawn", because this process has threads and must not fork.
     context = multiprocessing.get_context("spawn")
@@ -96,7 +99,7 @@ def _validate_chunks(
     try:
         for chunk in chain(first, chunks):
             with _signals_held_back():
-                future = pool.submit(validate_chunk, chunk, defaults, cfg_degree, codec)
+                future = pool.submit(validate_chunk, chunk, *rules)
             pending.append((chunk, future))
             if len(pending) > processes + 1:
                 yield _next_result(pending)
@@ -159,7 +162,9 @@ class _ManifestCheck:
     problem_lines: list[str] = field(default_factory=list)  # the first MAX_REPORTED problems
     key_hashes: array[int] = field(default_factory=lambda: array("q"))
     shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    first_rows: dict[str, str] = field(default_factory=dict)  # further column -> the first row that has it
+    columns: ColumnUses = field(default_factory=ColumnUses)
+    left_out: dict[str, None] = field(default_factory=dict)  # columns of binary data, in order
+    repeats: Repeats = field(default_factory=Repeats)
     extra_types: dict[str, ColumnType] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)  # of the files that have rows
     sources: list[int] = field(default_factory=list)  # indices of these files in `manifest.sources`
@@ -175,11 +180,12 @@ class _ManifestCheck:
         self.problem_lines += [f"{self._file_prefix(chunk.source)}{line}" for line in result.problem_lines[:room]]
         self.key_hashes.frombytes(result.key_hashes)
         self.shapes.update(result.shapes)
+        self.columns.merge(result.columns, self._file_prefix(chunk.source))
+        self.left_out.update(dict.fromkeys(chunk.left_out))
         for name, type_ in result.extra_types.items():
-            self.first_rows.setdefault(name, f"{self._file_prefix(chunk.source)}row {result.extra_rows[name]}")
             self.extra_types[name] = common_type(self.extra_types.get(name, ColumnType.NULL), type_)
         if len(self.extra_types) > MAX_COLUMNS:
-            where = next(islice(self.first_rows.values(), MAX_COLUMNS, None))
+            where = next(islice(self.columns.first_rows.values(), MAX_COLUMNS, None))
             raise UserError(
                 f"The manifest {self.manifest.name} has more than {MAX_COLUMNS} columns that are not columns of "
                 f"hv_batch (the first beyond the limit is in {where}). Each would become a column of the dataset's "
@@ -195,17 +201,21 @@ class _ManifestCheck:
         at = bisect_left(self.offsets, row) - 1
         return f"{self._file_prefix(self.sources[at])}row {row - self.offsets[at]}"
 
-    def find_duplicate_keys(self, writer: IndexWriter) -> None:
-        """Report samples with equal keys.
+    def find_duplicate_keys(self, writer: IndexWriter, config: RunConfig) -> None:
+        """Number or drop repeated rows, and report samples with equal keys.
 
         Keys with equal hashes are read again from the index and compared. If there are more than MAX_REPORTED such
         hashes, the others are only counted.
         """
         hashes = np.frombuffer(self.key_hashes, dtype=np.int64)
         hashes.sort()  # in place, which is possible because the order is no longer needed
-        repeats = hashes[1:][hashes[1:] == hashes[:-1]]
-        candidates = set(np.unique(repeats)[:MAX_REPORTED].tolist())
-        uncompared = len(repeats) - int(np.isin(repeats, list(candidates)).sum())
+        repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+        if len(repeated) and config.manifest.duplicates != "refuse":
+            self.repeats = resolve_repeats(writer, hashes, config)
+            repeated = self.repeats.unresolved
+            self.shapes.subtract(self.repeats.dropped_shapes)
+        candidates = set(np.unique(repeated)[:MAX_REPORTED].tolist())
+        uncompared = len(repeated) - int(np.isin(repeated, list(candidates)).sum())
         first_rows: dict[str, tuple[str, str | None]] = {}  # key -> place and id
         for row in read_rows(writer, ["row", "key", "id", "videos"]) if candidates else ():
             for key in sample_keys(row["key"].lower(), row["videos"]):
@@ -220,30 +230,33 @@ class _ManifestCheck:
                 first_rows.setdefault(key, (where, row["id"]))
         self.problem_count += uncompared
 
-    def typo_warnings(self) -> Iterator[str]:
-        """A warning for each further column whose name resembles that of a known column."""
-        for name, where in self.first_rows.items():
-            near = difflib.get_close_matches(name.lower(), KNOWN_COLUMNS, n=1, cutoff=TYPO_LIKENESS)
-            if near:
-                yield (
-                    f"column {shorten(name)} (first in {where}) is not {near[0]!r}: it is only copied to the metadata. "
-                    f"Rename it if {near[0]!r} is meant"
-                )
+    def column_report(self, config: RunConfig) -> ColumnReport:
+        folders = (source.unused_partitions.items() for source in self.manifest.sources)
+        unused = {f"{name}={value}": None for name, value in chain.from_iterable(folders)}
+        return ColumnReport(self.columns, config.manifest, config.defaults.model_dump(), self.left_out, unused)
 
-    def describe(self) -> str:
-        lines = [*self.problem_lines, *(f"note: {warning}" for warning in self.typo_warnings())]
-        if self.problem_count > len(self.problem_lines):
-            lines.insert(len(self.problem_lines), f"and {self.problem_count - len(self.problem_lines)} more")
+    def notes(self, report: ColumnReport) -> tuple[str, ...]:
+        first = self.repeats.first_row
+        return (*report.notes(), *([self.repeats.note(self._location(first))] if first else []))
+
+    def describe(self, problems: list[str], report: ColumnReport) -> str:
+        count = self.problem_count + len(problems) - len(self.problem_lines)
+        lines = [*problems, *(f"note: {note}" for note in self.notes(report))]
+        if count > len(problems):
+            lines.insert(len(problems), f"and {count - len(problems)} more")
         listing = "\n".join(f"  - {line}" for line in lines)
         return (
-            f"The manifest {self.manifest.name} has {self.problem_count} problem(s) in {self.rows} row(s). Fix them "
-            f"and run the command again:\n{listing}"
+            f"The manifest {self.manifest.name} has {count} problem(s) in {self.rows} row(s). Fix them and run the "
+            f"command again:\n{listing}"
         )
 
 
 def _duplicate_key(row_id: str | None, key: str, first: str, first_id: str | None) -> FieldProblem:
     if row_id is None:
-        allowed = f"rows that differ; {first} is the same. Give both an id or a seed, or use one row with num_videos"
+        allowed = (
+            f"rows that differ; {first} is the same. Give both an id or another seed, use one row with num_videos, or "
+            "render only the first with --duplicates drop"
+        )
         return FieldProblem("id", None, allowed)
     if row_id == first_id:
         return FieldProblem("id", row_id, f"an id that no other row has; {first} has it too")

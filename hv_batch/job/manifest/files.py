@@ -24,12 +24,17 @@ from hv_batch.job.user_input import explain_failure
 from hv_batch.protocol import UserError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (".json",)
 CSV_SUFFIXES = (".csv",)
+TSV_SUFFIXES = (".tsv",)
+TEXT_SUFFIXES = (".txt",)
 PARQUET_SUFFIXES = (".parquet", ".pq")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of the text formats; Parquet files are compressed internally
+TEXT_FORMATS = JSONL_SUFFIXES + JSON_SUFFIXES + CSV_SUFFIXES + TSV_SUFFIXES + TEXT_SUFFIXES
 ALLOWED_FORMATS = (
-    f"{', '.join(JSONL_SUFFIXES)} (one JSON object a line) and {', '.join(CSV_SUFFIXES)} (with a header), each also "
-    f"with {' or '.join(COMPRESSIONS)} appended, and {', '.join(PARQUET_SUFFIXES)}"
+    f"{', '.join(JSONL_SUFFIXES)} (one JSON object a line), {', '.join(JSON_SUFFIXES)} (an array of objects), "
+    f"{', '.join(CSV_SUFFIXES + TSV_SUFFIXES)} (with a header) and {', '.join(TEXT_SUFFIXES)} (one prompt a line), "
+    f"each also with {' or '.join(COMPRESSIONS)} appended, and {', '.join(PARQUET_SUFFIXES)}"
 )
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # Hive's and Spark's folder name for a null
 
@@ -47,13 +52,21 @@ class Source:
     suffix: str  # of the format, without the suffix of the compression
     compression: str | None  # Arrow's name for it
     version: Mapping[str, str]  # those of VERSION_FIELDS that the store reports
+    base: int  # folders of the path that the manifest's URL names; those below are the manifest's own
 
     @property
     def partitions(self) -> dict[str, str | None]:
-        """The columns given by `column=value` folders in the path; None is a null."""
-        pairs = (folder.partition("=") for folder in self.path.split("/")[:-1])
-        named = {unquote(name): unquote(value) for name, equals, value in pairs if name and equals}
-        return {name: None if value == NULL_PARTITION else value for name, value in named.items()}
+        """The columns given by `column=value` folders below the manifest's own folder or glob; None is a null."""
+        return _columns_of(self._folders[self.base :])
+
+    @property
+    def unused_partitions(self) -> dict[str, str | None]:
+        """What the folders above would give, which set nothing."""
+        return _columns_of(self._folders[: self.base])
+
+    @property
+    def _folders(self) -> list[str]:
+        return self.path.split("/")[:-1]
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -73,6 +86,12 @@ class Source:
         """Raises UserError if the file no longer has this version."""
         if _version(_info(self.filesystem, self.path)) != self.version:
             raise UserError(changed_message(self.name))
+
+
+def _columns_of(folders: Sequence[str]) -> dict[str, str | None]:
+    pairs = (folder.partition("=") for folder in folders)
+    named = {unquote(name): unquote(value) for name, equals, value in pairs if name and equals}
+    return {name: None if value == NULL_PARTITION else value for name, value in named.items()}
 
 
 def changed_message(name: str) -> str:
@@ -95,7 +114,9 @@ def find_sources(urls: Sequence[str], storage_options: Mapping[str, Any] | None 
         with _as_user_error(url):
             filesystem, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
             for source in _expand(url, filesystem, path):
-                sources[source.name] = source
+                known = sources.get(source.name)
+                if known is None or source.base < known.base:  # the order of the URLs must not matter
+                    sources[source.name] = source
     return tuple(sources[name] for name in sorted(sources))
 
 
@@ -107,10 +128,12 @@ def _expand(url: str, filesystem: Any, path: str) -> Iterator[Source]:
         if not matches:
             raise
         files = {match: entry for match, entry in matches.items() if entry["type"] == "file"}
+        base = _before_wildcards(path).count("/")
     else:
         if info["type"] != "directory":
-            yield _source(url, filesystem, path, info)
+            yield _source(url, filesystem, path, info, base=path.count("/"))
             return
+        base = len(path.rstrip("/").split("/"))
         files = {
             below: entry for below, entry in filesystem.find(path, detail=True).items() if not _is_hidden(below, path)
         }
@@ -118,7 +141,7 @@ def _expand(url: str, filesystem: Any, path: str) -> Iterator[Source]:
             raise UserError(f"The manifest {url} is a folder without files. Allowed files: {ALLOWED_FORMATS}.")
     is_local = "file" in _protocols(filesystem)
     for below, entry in files.items():
-        yield _source(below if is_local else filesystem.unstrip_protocol(below), filesystem, below, entry)
+        yield _source(below if is_local else filesystem.unstrip_protocol(below), filesystem, below, entry, base)
 
 
 def refuse_own_outputs(urls: Sequence[str], root: str, keys: Iterable[str]) -> None:
@@ -157,7 +180,7 @@ def _real(filesystem: Any, path: str) -> str:
     """The path without symbolic links; of a glob, as far as it has no wildcards."""
     if "file" not in _protocols(filesystem):
         return path
-    fixed = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] if _is_glob(path) else path
+    fixed = _before_wildcards(path).rpartition("/")[0] if _is_glob(path) else path
     return os.path.realpath(fixed) + path.removeprefix(fixed)
 
 
@@ -165,24 +188,27 @@ def _is_glob(path: str) -> bool:
     return any(char in path for char in "*?[")
 
 
+def _before_wildcards(path: str) -> str:
+    return re.split(r"[*?\[]", path, maxsplit=1)[0]
+
+
 def _is_hidden(file: str, folder: str) -> bool:
     return any(part[0] in "._" for part in file.removeprefix(folder).strip("/").split("/"))
 
 
-def _source(name: str, filesystem: Any, path: str, info: Mapping[str, Any]) -> Source:
+def _source(name: str, filesystem: Any, path: str, info: Mapping[str, Any], base: int) -> Source:
     last = PurePosixPath(path.split("?")[0] if "://" in path else path)  # without the query of a URL
     suffixes = ["", *(suffix.lower() for suffix in last.suffixes)]
     compression = COMPRESSIONS.get(suffixes[-1])
     suffix = suffixes[-2 if compression else -1]
-    texts = JSONL_SUFFIXES + CSV_SUFFIXES
     if suffix in (".yaml", ".yml"):
         raise UserError(f"The manifest {name} is a config. Give it with --config, and the prompts with --manifest.")
-    if suffix not in (texts if compression else texts + PARQUET_SUFFIXES):
+    if suffix not in (TEXT_FORMATS if compression else TEXT_FORMATS + PARQUET_SUFFIXES):
         raise UserError(
             f"The manifest {name} has the suffix {last.suffix or '(none)'!r}; allowed: {ALLOWED_FORMATS}. Convert, "
             "rename or move the file."
         )
-    return Source(name, filesystem, path, suffix, compression, _version(info))
+    return Source(name, filesystem, path, suffix, compression, _version(info), base)
 
 
 def _info(filesystem: Any, path: str) -> dict[str, Any]:

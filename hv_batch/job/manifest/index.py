@@ -183,6 +183,17 @@ class IndexWriter:
         self.store.put(part.name, data)
         self.parts.append(part)
 
+    def read(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A part as it was written, or only `columns` of it."""
+        return read_part(self.store, self.parts[number], columns)
+
+    def replace(self, number: int, data: bytes, rows: int, samples: int) -> None:
+        """Write another content of a part. The old object stays in the store and does not belong to the index."""
+        digest = hashlib.sha256(data).hexdigest()
+        part = IndexPart(layout.index_part(number, digest), digest, rows, samples)
+        self.store.put(part.name, data)
+        self.parts[number] = part
+
     def finish(self, summary: ManifestSummary, manifest: Manifest, config: RunConfig) -> Index:
         document = {
             "schema": SCHEMA,
@@ -253,6 +264,7 @@ def is_whole(store: Store, part: IndexPart) -> bool:
 def index_key(config: RunConfig) -> str:
     """Hex digest of everything except the manifest that an index depends on."""
     facts = [__version__, config.defaults.model_dump(mode="json"), config.parallel.cfg_degree, config.media.codec]
+    facts += [options] if (options := config.manifest.identity()) else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

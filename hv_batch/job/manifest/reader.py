@@ -1,4 +1,4 @@
-"""Read a manifest lazily: JSON Lines, CSV or Parquet files, from any fsspec URL, in one fixed order.
+"""Read a manifest lazily: files of all `formats`, from any fsspec URL, in one fixed order.
 
 A manifest is read once, to validate it (row_validation.py) and to write the index from which the run reads its samples
 (index.py).
@@ -17,21 +17,29 @@ from typing import IO, Any
 import pyarrow as pa
 
 from hv_batch.job.config.field_rules import parse_text
+from hv_batch.job.manifest.column_mapping import NO_MAPPING, ColumnMapping
 from hv_batch.job.manifest.files import (
     CSV_SUFFIXES,
+    JSON_SUFFIXES,
     PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    TSV_SUFFIXES,
     Source,
     changed_message,
     find_sources,
     refuse_own_outputs,
 )
-from hv_batch.job.manifest.formats import CsvRecords, JsonLines, NumberedRows, split_csv, split_json_lines
-from hv_batch.job.manifest.parquet_rows import ArrowRows, LongRow, split_parquet
+from hv_batch.job.manifest.formats.delimited import TAB, CsvRecords, split_csv
+from hv_batch.job.manifest.formats.json_array import JsonElements, split_json_array
+from hv_batch.job.manifest.formats.json_lines import JsonLines, split_json_lines
+from hv_batch.job.manifest.formats.limits import NumberedRows
+from hv_batch.job.manifest.formats.parquet_rows import ArrowRows, LongRow, split_parquet
+from hv_batch.job.manifest.formats.prompt_list import PromptLines, split_prompt_list
 from hv_batch.job.redaction import public_url
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import FieldProblem, UserError
 
-Content = JsonLines | CsvRecords | ArrowRows | LongRow
+Content = JsonLines | JsonElements | CsvRecords | PromptLines | ArrowRows | LongRow
 
 HASH_BYTES = 1 << 20  # of one read when only hashing: few round trips to an object store, little memory
 
@@ -42,8 +50,13 @@ class Chunk:
 
     source: int  # index of the file in `Manifest.sources`
     offset: int  # last row number of the preceding files
-    partitions: Mapping[str, str | None]
+    partitions: Mapping[str, str | None]  # with the names under which they are read
     content: Content
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Columns of the file that are not read, because they hold media or other binary data."""
+        return self.content.left_out if isinstance(self.content, ArrowRows) else ()
 
     def rows(self) -> NumberedRows:
         """The parsed rows, numbered within their file, with the columns given by its folders."""
@@ -117,11 +130,14 @@ class Manifest:
           NaN, Infinity, duplicate keys and lone surrogates are not.
         - CSV: the row number is the number of the row's first line. An empty cell is a null; cells of number columns
           become numbers, all others stay text.
+        - TSV: as CSV, with tabs in place of commas.
+        - JSON: the row number is the position in the array.
+        - Text: the row number is the line number; a line is a prompt, see `formats.prompt_list`.
         - Parquet: dates, times and timestamps (truncated to microseconds) become ISO 8601 strings, durations seconds,
-          binary values base64 text, decimals ints (scale 0) or floats, enumerations their values.
+          decimals ints (scale 0) or floats, enumerations their values. Columns of binary data are not read.
 
-        Raises UserError if a file is missing, damaged, without a `prompt` column (CSV, Parquet) or changed since an
-        earlier pass, or if there is no row at all.
+        Raises UserError if a file is missing, damaged, without a `prompt` column (CSV, TSV, Parquet) or changed since
+        an earlier pass, or if there is no row at all.
         """
         is_empty = True
         for chunk in self.chunks():
@@ -131,39 +147,52 @@ class Manifest:
         if is_empty:
             raise UserError(self.no_rows_message())
 
-    def chunks(self) -> Iterator[Chunk]:
-        """The same rows in chunks of a few MB, not parsed yet. Raises UserError as `rows` does, except for no row."""
+    def chunks(self, columns: ColumnMapping = NO_MAPPING) -> Iterator[Chunk]:
+        """The same rows in chunks of a few MB, not parsed yet, with renamed columns.
+
+        Raises UserError as `rows` does, except for no row.
+        """
         offset = 0
         for index, source in enumerate(self.sources):
             last = 0
             with _read_errors_as_user_error(source), source.open() as file:
-                for content in self._split(source, file):
-                    yield Chunk(index, offset, source.partitions, content)
+                folders = source.partitions
+                partitions = dict(zip(columns.rename(tuple(folders)), folders.values(), strict=True))
+                for content in self._split(source, file, columns):
+                    yield Chunk(index, offset, partitions, content)
                     last = content.last
             offset += last
 
     def no_rows_message(self) -> str:
         return f"The manifest {self.name} has no rows. Give it at least one row with a prompt."
 
-    def _split(self, source: Source, file: IO[bytes]) -> Iterator[Content]:
+    def _split(self, source: Source, file: IO[bytes], columns: ColumnMapping) -> Iterator[Content]:
         sha256 = hashlib.sha256()
         if source.suffix in PARQUET_SUFFIXES:
             digest = self._digests.get(source.name) or _hash_rest(file, sha256)
             file.seek(0)
-            yield from split_parquet(file)
+            yield from split_parquet(file, columns)
             self._record_digest(source, digest)
             return
         hashing: Any = _HashingFile(file, sha256)
-        cut = split_csv if source.suffix in CSV_SUFFIXES else split_json_lines
         if source.compression:
-            yield from cut(pa.CompressedInputStream(pa.PythonFile(hashing, mode="r"), source.compression))
-        else:
-            yield from cut(hashing)
+            hashing = pa.CompressedInputStream(pa.PythonFile(hashing, mode="r"), source.compression)
+        yield from _split_text(source.suffix, hashing, columns)
         self._record_digest(source, _hash_rest(file, sha256))
 
     def _record_digest(self, source: Source, digest: str) -> None:
         if self._digests.setdefault(source.name, digest) != digest:
             raise UserError(changed_message(source.name))
+
+
+def _split_text(suffix: str, file: IO[bytes], columns: ColumnMapping) -> Iterator[Content]:
+    if suffix in CSV_SUFFIXES:
+        return split_csv(file, columns)
+    if suffix in TSV_SUFFIXES:
+        return split_csv(file, columns, TAB)
+    if suffix in JSON_SUFFIXES:
+        return split_json_array(file, columns)
+    return split_prompt_list(file) if suffix in TEXT_SUFFIXES else split_json_lines(file, columns)
 
 
 class _HashingFile:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hv_batch.job.config.field_rules import find_fault
+from hv_batch.job.manifest.column_report import ColumnUses
 from hv_batch.job.manifest.extra_columns import ColumnType, merge_types
-from hv_batch.job.manifest.formats import MAX_COLUMNS, MAX_LINE_BYTES, ParsedRow
+from hv_batch.job.manifest.formats.limits import MAX_COLUMNS, MAX_LINE_BYTES, ParsedRow
 from hv_batch.job.manifest.reader import Chunk
 from hv_batch.job.manifest.rows import Row, read_row
 from hv_batch.job.manifest.samples import sample_keys
@@ -55,7 +56,7 @@ class ChunkResult:
     key_hashes: bytes = b""  # 8 bytes a sample
     shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     extra_types: dict[str, ColumnType] = field(default_factory=dict)  # of the further columns
-    extra_rows: dict[str, int] = field(default_factory=dict)  # further column -> first row in the file
+    columns: ColumnUses = field(default_factory=ColumnUses)
     part: bytes = b""  # a part of the index: a Parquet file of PART_SCHEMA
     part_rows: int = 0  # rows of the part: those that could be parsed
 
@@ -70,12 +71,14 @@ def describe(problem: FieldProblem) -> str:
     return f"{problem.field} {value}; allowed: {problem.allowed}"
 
 
-def validate_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int, codec: str) -> ChunkResult:
+def validate_chunk(
+    chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int, codec: str, carried: Collection[str] = ()
+) -> ChunkResult:
     """Validate each row of a chunk (P6).
 
-    `defaults`, `cfg_degree` (of `parallel`) and `codec` (of `media`) come from the config.
+    `defaults`, `cfg_degree` (of `parallel`), `codec` (of `media`) and `carried` (`manifest.carry`) are the config's.
     """
-    builder = ChunkBuilder()
+    builder = ChunkBuilder(carried)
     for number, parsed in chunk.rows():
         builder.add_row(number, parsed, defaults, cfg_degree, codec)
     return builder.finish(chunk.offset)
@@ -84,8 +87,9 @@ def validate_chunk(chunk: Chunk, defaults: Mapping[str, Any], cfg_degree: int, c
 class ChunkBuilder:
     """Collects the result of one chunk row by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, carried: Collection[str] = ()) -> None:
         self.result = ChunkResult()
+        self._carried = frozenset(carried)
         self._columns: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
 
     def add_row(self, number: int, parsed: ParsedRow, defaults: Mapping[str, Any], cfg_degree: int, codec: str) -> None:
@@ -97,8 +101,10 @@ class ChunkBuilder:
         row = read_row(number, parsed)
         content = _ENCODER.encode((row.values, row.extra))
         problems = row.problems or tuple(_find_row_problems(row, len(content), defaults, cfg_degree, codec))
+        has_other_prompt = result.columns.add(number, parsed, row, self._carried)
         for problem in problems:
-            result.add_problem(number, problem)
+            if not (has_other_prompt and problem.field == "prompt"):  # reported once for its column
+                result.add_problem(number, problem)
         num_videos = _num_videos(row, defaults)
         for column, value in zip(self._columns.values(), (number, row.key, row.id, num_videos, content), strict=True):
             column.append(value)
@@ -108,8 +114,6 @@ class ChunkBuilder:
             result.shapes[height, width, given.get("num_frames", defaults["num_frames"])] += num_videos
         if len(result.extra_types) <= MAX_COLUMNS:
             merge_types(result.extra_types, row.extra)
-            for name in row.extra:
-                result.extra_rows.setdefault(name, number)
 
     def finish(self, offset: int) -> ChunkResult:
         """The result, with an index part whose rows are numbered over all files. `offset`: rows of the files before."""
@@ -119,7 +123,7 @@ class ChunkBuilder:
         self.result.samples = len(hashes)
         self.result.key_hashes = b"".join(hashes)
         columns["row"] = [offset + number for number in columns["row"]]
-        self.result.part, self.result.part_rows = _encode_part(columns), len(columns["row"])
+        self.result.part, self.result.part_rows = encode_part(pa.table(columns, PART_SCHEMA)), len(columns["row"])
         return self.result
 
 
@@ -159,9 +163,9 @@ def _find_row_problems(
 _ENCODER = json.JSONEncoder(default=repr)  # repr is used only for rows that have problems anyway
 
 
-def _encode_part(columns: Mapping[str, list[Any]]) -> bytes:
+def encode_part(table: pa.Table) -> bytes:
+    """A part of the index as a Parquet file."""
     sink = io.BytesIO()
-    table = pa.table(columns, PART_SCHEMA)
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
     return sink.getvalue()
 

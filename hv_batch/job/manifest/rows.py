@@ -3,7 +3,8 @@
 The key of a row names its objects in the output root, so it must be safe in a path and the same in every pass. It is
 derived from the row's id or content, never from its position: a manifest that grows keeps its keys.
 
-A null counts as an absent value in every column, because Parquet has no other way to omit one.
+A null counts as an absent value in every column, because Parquet has no other way to omit one. So does a seed of -1,
+which means a random seed in other tools.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MAX_EXACT = 2**53  # a float below this size holds every whole number exactly
 SLUG_CHARS = 48  # of an id that is not a valid key: enough to recognise it in a listing
 MAX_DEPTH = 100  # of lists and objects in a further column; Python's own recursion limit depends on the caller
 MAX_DIGITS = 1000  # of a whole number; Python does not convert more than 4,300 digits to text
+DERIVED_SEED = -1
 SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 _WHOLE_OR_ID = frozenset({*WHOLE_COLUMNS, "id"})
@@ -55,7 +57,10 @@ def read_row(number: int, parsed: Mapping[str, Any]) -> Row:
         if name == "id":
             row_id = normalise(name, value)
         elif name in ROW_RULES:
-            values[name] = value = normalise(name, value)
+            value = normalise(name, value)
+            if name == "seed" and value == DERIVED_SEED:
+                continue
+            values[name] = value
             if allowed := find_fault(name, value):
                 problems.append(FieldProblem(name, value, allowed))
         elif _fits_json(value):

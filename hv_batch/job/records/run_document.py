@@ -155,6 +155,7 @@ def _recorded_twice(identity: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     paths |= {"shard_size": "output.shard_size", "webdataset": "output.webdataset"}
     yield from ((path, identity[name]) for name, path in paths.items() if name in identity)
     yield "parallel.device", identity["parallel"]["device"]
+    yield from ((f"manifest.{name}", value) for name, value in identity.get("manifest_options", {}).items())
 
 
 def _value_at(values: Any, path: str) -> Any:

@@ -33,7 +33,7 @@ def run_identity(run: ResolvedRun) -> dict[str, Any]:
         "media": config.media.model_dump(mode="json"),
         "shard_size": config.output.shard_size,
         "webdataset": config.output.webdataset,
-    }
+    } | ({"manifest_options": options} if (options := config.manifest.identity()) else {})
 
 
 def without_revision(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,28 @@ def test_folders_named_like_columns_are_columns(tmp_path):
     ]
 
 
+def test_folders_above_the_manifest_set_nothing(tmp_path):
+    """Only folders below the named folder or glob are the manifest's own; others are named in a note."""
+    base = tmp_path / "fps=60"
+    write(base / "seed=7" / "m.jsonl", {"prompt": "a"})
+    for url, row in (
+        (f"{base}/seed=7/m.jsonl", {"prompt": "a"}),
+        (f"{base}/seed=7/*.jsonl", {"prompt": "a"}),
+        (f"{base}/seed=7", {"prompt": "a"}),
+        (f"{base}", {"prompt": "a", "seed": 7}),
+        (f"{base}/", {"prompt": "a", "seed": 7}),
+        (f"{base}/*/m.jsonl", {"prompt": "a", "seed": 7}),
+        (f"{base}/seed=*/m.jsonl", {"prompt": "a", "seed": 7}),
+        (f"{tmp_path}", {"prompt": "a", "seed": 7, "fps": 60}),
+        (f"{tmp_path}/*=60/*/*.jsonl", {"prompt": "a", "seed": 7, "fps": 60}),
+    ):
+        assert [found for _, found in Manifest(url).rows()] == [row], url
+    urls = [f"{base}/seed=7/m.jsonl", str(base)]
+    assert list(Manifest(urls).rows()) == list(Manifest(urls[::-1]).rows()) == [(1, {"prompt": "a", "seed": 7})]
+    (note,) = check(Manifest(f"{base}")).summary.warnings
+    assert 'the folder "fps=60" sets no column' in note
+
+
 def test_a_row_that_contradicts_its_folder_is_invalid(tmp_path):
     """P6: two different values are ambiguous; the same value twice is allowed."""
     write(tmp_path / "take=7" / "m.jsonl", {"prompt": "a", "take": 7}, {"prompt": "b", "take": 8})
@@ -126,8 +148,8 @@ def test_mixed_schemas_join_their_columns(tmp_path):
 def test_missing_and_foreign_files_are_reported_by_name(folder, tmp_path):
     """P6: no file is skipped silently."""
     assert f"{tmp_path}/none-*.jsonl does not exist" in refusal(f"{tmp_path}/none-*.jsonl")
-    write(folder / "notes.txt", "hello")
-    assert f"{folder}/notes.txt has the suffix '.txt'; allowed: .jsonl, .ndjson" in refusal(str(folder))
+    write(folder / "notes.md", "hello")
+    assert f"{folder}/notes.md has the suffix '.md'; allowed: .jsonl, .ndjson" in refusal(str(folder))
     (tmp_path / "empty").mkdir()
     assert "is a folder without files" in refusal(str(tmp_path / "empty"))
     write(tmp_path / "bad" / "a.csv", "text\n", "x\n")

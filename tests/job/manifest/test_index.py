@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.manifest import check, formats
+from hv_batch.job.manifest import check
 from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.index import load_index, load_recorded_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.storage.store import Store
@@ -41,7 +42,7 @@ def _one_process(monkeypatch):
 @pytest.fixture
 def manifest(tmp_path, monkeypatch):
     """A manifest of 100 rows in several parts, some rows with more than one video."""
-    monkeypatch.setattr(formats, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(limits, "CHUNK_BYTES", 1000)
     rows = [{"prompt": f"p {n}", "seed": n, "num_videos": 1 + n % 3, "take": n / 7, "tags": ["ä"]} for n in range(100)]
     return write(tmp_path / "m.jsonl", rows)
 
@@ -91,7 +92,7 @@ def test_every_shard_holds_its_slice(videos, shard_size, chunk_bytes, tmp_path_f
     rows = [{"prompt": "a", "id": f"r{at}", "num_videos": count} for at, count in enumerate(videos)]
     manifest = write(tmp_path_factory.mktemp("m") / "m.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(limits, "CHUNK_BYTES", chunk_bytes)
         index = check_manifest(manifest, config_of(output={"shard_size": shard_size}), memory())
     expected = [(f"r{at}", video) for at, count in enumerate(videos) for video in range(count)]
     shards = [[(sample.id, sample.video_index) for sample in index.samples(shard)] for shard in range(index.shards)]
@@ -120,7 +121,7 @@ def test_several_processes_give_the_same_result_as_one(manifest, tmp_path, monke
 
 def test_equal_hashes_are_compared_as_keys(tmp_path, monkeypatch):
     """P6: 8 bytes a sample detect each duplicate key, and a collision of hashes is not reported."""
-    monkeypatch.setattr(formats, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(limits, "CHUNK_BYTES", 1000)
     rows = [{"prompt": "a", "id": f"shot-{n}"} for n in range(200)] + [{"prompt": "b", "id": "SHOT-3"}]
     with pytest.raises(
         UserError, match=r"row 201: id = .SHOT-3.; allowed: .* row 4 has the key .shot-3. too"
@@ -136,7 +137,7 @@ def test_equal_hashes_are_compared_as_keys(tmp_path, monkeypatch):
 def test_a_touched_or_copied_manifest_is_compared_by_its_bytes(manifest, published, tmp_path, monkeypatch):
     """P2: a manifest with the same content but another time, name or place is hashed again, but not validated again."""
     store, config = published
-    monkeypatch.setattr(Manifest, "chunks", lambda self: pytest.fail("the manifest was validated again"))
+    monkeypatch.setattr(Manifest, "chunks", lambda *_: pytest.fail("the manifest was validated again"))
     os.utime(manifest.name, (1, 1))
     assert load_index(store, fresh(manifest), config)
     copy = tmp_path / "copy.jsonl"

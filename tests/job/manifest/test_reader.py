@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.job.manifest import formats
-from hv_batch.job.manifest.formats import MAX_LINE_BYTES
+from hv_batch.job.manifest.formats import limits
+from hv_batch.job.manifest.formats.limits import MAX_LINE_BYTES
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.protocol import FieldProblem, UserError
 
@@ -159,7 +159,7 @@ def test_csv_round_trips_every_text(cells, tmp_path_factory):
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_where_a_file_is_cut_makes_no_difference(tmp_path, monkeypatch, chunk_bytes, suffix):
     """Rows and their numbers do not depend on chunks, nor on compression."""
-    monkeypatch.setattr(formats, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(limits, "CHUNK_BYTES", chunk_bytes)
     for name, content in (
         ("m.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "\xc3\xa4"}\n\n\n{bad\n{"prompt": "c"}'),
         ("m.csv", b'\xef\xbb\xbfprompt,note\r\na,\n\n"\xc3\xa4\n",x\nbad\nc,"y"'),
@@ -292,7 +292,7 @@ def test_a_manifest_that_changes_between_passes_is_refused(tmp_path):
 
 def test_an_invalid_manifest_is_rejected_by_name(tmp_path):
     """P6: missing, empty, truncated, without prompts, or another format: the error names the file and the remedy."""
-    for name in ("m.txt", "m.json", "m", "m.jsonl.bz2", "m.parquet.gz"):
+    for name in ("m.md", "m.yaml", "m", "m.jsonl.bz2", "m.parquet.gz"):
         assert "allowed: .jsonl, .ndjson (one JSON" in refusal(jsonl(tmp_path / name, '{"prompt": "a"}'))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.jsonl")))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.parquet")))

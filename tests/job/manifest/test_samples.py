@@ -282,15 +282,17 @@ def test_a_size_that_the_codec_refuses_is_reported():
 
 def test_all_invalid_rows_are_reported_together():
     """P6: one error lists unreadable lines, invalid values, duplicate keys and likely typing errors."""
+    config = RunConfig.model_validate({"manifest": {"duplicates": "refuse"}})
     text = refusal(
         {"prompt": "a", "id": "Shot", "height": 1},
         "{not json",
         {"prompt": "a"},
-        {"id": "shot", "num_frame": 33},
+        {"id": "shot", "heights": 33},
         {"prompt": " a "},
         {"prompt": "x" * 1000, "cfg_scale": -1},
         {"prompt": "a", "id": "good"},
         {"prompt": "y" * 1000, "seed": "z" * 1000},
+        config=config,
     )
     assert "has 7 problem(s) in 8 row(s)" in text
     for expected in (
@@ -298,10 +300,10 @@ def test_all_invalid_rows_are_reported_together():
         "row 2: line = ",
         "row 4: prompt is missing",
         "row 4: id = \"shot\"; allowed: an id that differs not only by case; row 1 has 'Shot'",
-        "row 5: id is missing; allowed: rows that differ; row 3 is the same. Give both an id or a seed",
+        "row 5: id is missing; allowed: rows that differ; row 3 is the same. Give both an id or another seed",
         "row 6: cfg_scale = -1",
         'row 8: seed = "zzz',
-        "note: column \"num_frame\" (first in row 4) is not 'num_frames'",
+        "note: column \"heights\" (first in row 4) is not 'height'",
     ):
         assert expected in text
     assert "good" not in text
@@ -366,15 +368,15 @@ def test_a_valid_manifest_has_a_summary():
     """One pass gives `rows`, `samples`, `shards`, `shapes`, warnings and the digest."""
     config = RunConfig.model_validate({"output": {"shard_size": 2}})
     manifest = manifest_of(
-        {"prompt": "a", "num_videos": 3, "Seed": 4},
-        {"prompt": "b", "height": 544, "width": 960, "heights": 1, "steps": 3},
+        {"prompt": "a", "num_videos": 3, "seed": 3, "Seed": 4, "uuid": "x"},
+        {"prompt": "b", "height": 544, "width": 960, "heights": 1, "steps": 3, "num_inference_steps": 3},
     )
     summary = check(manifest, config).summary
     assert (summary.rows, summary.samples, summary.shards) == (2, 4, 2)
     assert summary.shapes == {(720, 1280, 129): 3, (544, 960, 129): 1}
     assert summary.digest == manifest.digest
     assert [re.match(r'column "(\w+)" \(first in row (\d)\)', text).groups() for text in summary.warnings] == [
-        ("Seed", "1"),
+        ("uuid", "1"),
         ("heights", "2"),
     ]
 
@@ -397,12 +399,17 @@ def test_parquet_gives_the_same_samples_as_jsonl(tmp_path):
 
 
 def test_parquet_values_without_a_json_type_become_text_and_numbers(tmp_path):
-    """Any type is allowed in a further column: binary becomes base64, a duration seconds, NaN a missing value."""
-    columns = {"prompt": ["a"], "thumb": [b"\x89PNG"], "length": [timedelta(seconds=2.5)], "score": [float("nan")]}
+    """Any type but binary is allowed in a further column: a duration becomes seconds, a UUID text, NaN is missing."""
+    columns = {
+        "prompt": ["a"],
+        "length": [timedelta(seconds=2.5)],
+        "score": [float("nan")],
+        "take": pa.array([uuid.UUID(int=7).bytes], pa.uuid()),
+    }
     pq.write_table(pa.table(columns), tmp_path / "m.parquet")
     manifest = Manifest(str(tmp_path / "m.parquet"))
     (sample,) = check(manifest)
-    assert sample.extra == {"thumb": "iVBORw==", "length": 2.5}
+    assert sample.extra == {"length": 2.5, "take": "00000000-0000-0000-0000-000000000007"}
 
 
 def test_nan_in_a_known_column_is_invalid(tmp_path):

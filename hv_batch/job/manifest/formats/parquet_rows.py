@@ -7,28 +7,25 @@ before it is decoded. A chunk has a few MB of decoded text (P7), and a longer ro
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from itertools import groupby
 from typing import IO, Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hv_batch.job.manifest import formats
-from hv_batch.job.manifest.formats import (
-    CHUNK_ROWS,
-    MAX_LINE_BYTES,
-    UNREADABLE,
-    NumberedRows,
-    ParsedRow,
-    check_columns,
-)
+from hv_batch.job.config.field_rules import KNOWN_COLUMNS
+from hv_batch.job.manifest.column_mapping import NO_MAPPING, ColumnMapping
+from hv_batch.job.manifest.formats import limits
+from hv_batch.job.manifest.formats.limits import CHUNK_ROWS, MAX_LINE_BYTES, UNREADABLE, NumberedRows, ParsedRow
+from hv_batch.job.manifest.formats.parquet_columns import ReadColumns, holds_bytes, read_columns
+from hv_batch.job.manifest.formats.table_header import check_columns
 from hv_batch.protocol import FieldProblem
 
 BATCH_ROWS = 256  # rows decoded at a time: a few MB even with long prompts
@@ -48,6 +45,7 @@ class ArrowRows:
 
     first: int
     table: pa.Table
+    left_out: tuple[str, ...] = ()  # columns of media and other binary data, which are not read
 
     def rows(self) -> NumberedRows:
         number = self.first
@@ -77,32 +75,37 @@ class LongRow:
         return self.first
 
 
-def split_parquet(file: IO[bytes]) -> Iterator[ArrowRows | LongRow]:
+def split_parquet(file: IO[bytes], columns: ColumnMapping = NO_MAPPING) -> Iterator[ArrowRows | LongRow]:
     """Split a Parquet file. Raises ValueError if its columns are invalid, and pyarrow's errors if it is damaged."""
     # With buffer_size, the pages of a column chunk are streamed; without it, a whole row group would be held.
     options: dict[str, Any] = {"buffer_size": PAGE_BYTES, "pre_buffer": False}
     metadata = pq.read_metadata(file)
     plain = pq.ParquetFile(file, metadata=metadata, **options)
-    check_columns(plain.schema_arrow.names)
-    plans = [_plan_row_group(metadata.row_group(group), file) for group in range(metadata.num_row_groups)]
+    read = read_columns(plain.schema_arrow, columns)
+    check_columns(read.names)
+    plans = [_plan_row_group(metadata.row_group(group), file, read) for group in range(metadata.num_row_groups)]
     large = sorted({name for plan in plans for name in plan.large_dictionaries})
     parquet = pq.ParquetFile(file, metadata=metadata, read_dictionary=large, **options) if large else plain
-    first, rows, size = 1, 0, 0
+
+    def rows(first: int, batches: list[pa.RecordBatch]) -> ArrowRows:
+        return ArrowRows(first, pa.Table.from_batches(batches).rename_columns(list(read.names)), read.left_out)
+
+    first, count, size = 1, 0, 0
     batches: list[pa.RecordBatch] = []
-    for batch, sizes in _batches(parquet, plans):
+    for batch, sizes in _batches(parquet, plans, read):
         for part, num_bytes in _cut(batch, sizes):
-            if num_bytes > MAX_LINE_BYTES or size + num_bytes > formats.CHUNK_BYTES or rows + len(part) > CHUNK_ROWS:
+            if num_bytes > MAX_LINE_BYTES or size + num_bytes > limits.CHUNK_BYTES or count + len(part) > CHUNK_ROWS:
                 if batches:
-                    yield ArrowRows(first, pa.Table.from_batches(batches))
-                first, batches, rows, size = first + rows, [], 0, 0
+                    yield rows(first, batches)
+                first, batches, count, size = first + count, [], 0, 0
             if num_bytes > MAX_LINE_BYTES:
                 yield LongRow(first, num_bytes)
                 first += 1
                 continue
-            batches.append(part.cast(plain.schema_arrow) if large else part)
-            rows, size = rows + len(part), size + num_bytes
+            batches.append(part.cast(read.schema) if large else part)
+            count, size = count + len(part), size + num_bytes
     if batches:
-        yield ArrowRows(first, pa.Table.from_batches(batches))
+        yield rows(first, batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +116,19 @@ class _RowGroupPlan:
     large_dictionaries: tuple[str, ...]  # paths of columns
 
 
-def _plan_row_group(group: Any, file: IO[bytes]) -> _RowGroupPlan:
+def _plan_row_group(group: Any, file: IO[bytes], read: ReadColumns) -> _RowGroupPlan:
     """Decide from the metadata how many rows are decoded at a time. Raises ValueError if a column cannot be read so."""
-    row_bytes = group.total_byte_size / max(1, group.num_rows)
+    columns = [column for column in map(group.column, range(group.num_columns)) if read.includes(column.path_in_schema)]
+    row_bytes = sum(column.total_uncompressed_size for column in columns) / max(1, group.num_rows)
     large = []
-    for number in range(group.num_columns):
-        column = group.column(number)
+    for column in columns:
         values, stored = column.num_values, max(1, column.total_compressed_size)
         if values > max(MAX_REPEATED_VALUES, MAX_VALUES_PER_BYTE * stored) and values > group.num_rows:
             raise ValueError(
                 f"its column {column.path_in_schema} unpacks {stored} bytes to {values} values in one row group; write "
                 "the lists as JSON text, or remove the column"
             )
-        if column.physical_type != "BYTE_ARRAY" or column.total_uncompressed_size * BATCH_ROWS <= formats.CHUNK_BYTES:
+        if column.physical_type != "BYTE_ARRAY" or column.total_uncompressed_size * BATCH_ROWS <= limits.CHUNK_BYTES:
             continue
         if "DELTA_BYTE_ARRAY" in column.encodings:  # a value may repeat all of the value before it
             row_bytes += column.total_uncompressed_size
@@ -161,7 +164,9 @@ def _dictionary_bytes(column: Any, file: IO[bytes]) -> int:
     return number
 
 
-def _batches(parquet: pq.ParquetFile, plans: list[_RowGroupPlan]) -> Iterator[tuple[pa.RecordBatch, np.ndarray | None]]:
+def _batches(
+    parquet: pq.ParquetFile, plans: list[_RowGroupPlan], read: ReadColumns
+) -> Iterator[tuple[pa.RecordBatch, np.ndarray | None]]:
     """Yield batches in order, with the decoded bytes of each row if these may differ from what the batch holds."""
     is_stored = any(plan.large_dictionaries for plan in plans)
 
@@ -170,9 +175,9 @@ def _batches(parquet: pq.ParquetFile, plans: list[_RowGroupPlan]) -> Iterator[tu
         return plans[number].batch_rows, number if is_stored else -1
 
     for (batch_rows, _), numbers in groupby(range(len(plans)), key=one_read):
-        for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=list(numbers)):
+        for batch in read.batches(parquet, batch_rows, list(numbers)):
             has_dictionary = any(_has_dictionary(kind) for kind in batch.schema.types)
-            is_small = not has_dictionary and batch.nbytes <= formats.CHUNK_BYTES
+            is_small = not has_dictionary and batch.nbytes <= limits.CHUNK_BYTES
             yield batch, None if is_small else _row_bytes(batch.columns, len(batch))
 
 
@@ -183,7 +188,7 @@ def _cut(batch: pa.RecordBatch, sizes: np.ndarray | None) -> Iterator[tuple[pa.R
         return
     start, size = 0, 0
     for row, num_bytes in enumerate(sizes.tolist()):
-        if row > start and size + num_bytes > formats.CHUNK_BYTES:
+        if row > start and size + num_bytes > limits.CHUNK_BYTES:
             yield batch.slice(start, row - start), size
             start, size = row, 0
         size += num_bytes
@@ -241,6 +246,8 @@ def _convert(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
         if pa.types.is_timestamp(field.type):
             # Python's datetime has microseconds; the conversion of nanoseconds would need pandas.
             column = column.cast(pa.timestamp("us", field.type.tz), safe=False)
+        if field.name in KNOWN_COLUMNS and holds_bytes(field.type):
+            column = column.cast(pa.string())  # text of a writer that does not mark it as such
         values = column.to_pylist()
         columns.append(values if any(is_plain(field.type) for is_plain in _PLAIN) else map(_to_json, values))
     names = batch.schema.names
@@ -255,8 +262,8 @@ def _to_json(value: Any) -> Any:
         return [_to_json(below) for below in value]
     if isinstance(value, Decimal):
         return int(value) if value.as_tuple().exponent == 0 else float(value)
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
     if isinstance(value, timedelta):
         return value.total_seconds()
+    if isinstance(value, UUID):
+        return str(value)
     return value.isoformat() if hasattr(value, "isoformat") else value
