@@ -116,11 +116,14 @@ class LocalDisk:
             shutil.copyfileobj(source, target, COPY_BYTES)
 
     def exists(self, key: str) -> bool:
-        """Whether there is an object. A folder is none; a link in its place is an error, because it is not followed."""
+        """Whether there is an object. A folder is none, and there is none below a file.
+
+        A link in its place is an error, because it is not followed.
+        """
         try:
             status = local_paths.read_status(self.root, key)
             local_paths.refuse_irregular(status, os.path.join(self.root, key))
-        except (FileNotFoundError, IsADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return False
         return True
 

@@ -115,6 +115,12 @@ def test_a_folder_is_no_object(any_store):
     assert not any_store.exists("a")
 
 
+def test_there_is_no_object_below_an_object(any_store):
+    """P4: a file where a folder of step checkpoints should be must not end a run."""
+    any_store.put("steps/shard-00000", b"1")
+    assert not any_store.exists("steps/shard-00000/s001.safetensors")
+
+
 def test_list_is_recursive_relative_and_sorted(any_store):
     """Keys are returned as they were written, and only those below the folder, not those with the same prefix."""
     keys = ["commits/shard-00001/b.json", "commits/shard-00001/a.x.json", "commits/shard-00001/deep/er/c.json"]
