@@ -6,7 +6,6 @@ that is not empty or lies in the output root.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from hv_batch.cli.output_root import Json, Output, Shards, parse_shards
-from hv_batch.cli.terminal import show
+from hv_batch.cli.output_root import Output, Shards, parse_shards
+from hv_batch.cli.terminal import Json, show, show_json
 from hv_batch.job.export.destination import Destination
 from hv_batch.job.export.hub import export_hub
 from hv_batch.job.export.vbench import VIDEOS_PER_PROMPT, export_vbench
@@ -69,7 +68,6 @@ def export(
             facts = export_hub(store, run, destination, shards=chosen, progress=progress)
     counts = destination.counts
     report = {
-        "schema": SCHEMA,
         "mode": mode,
         "folder": str(destination.folder),
         "links": counts.links,
@@ -77,7 +75,10 @@ def export(
         "bytes": counts.bytes,
         **facts,
     }
-    show(json.dumps(report, indent=1) if as_json else _describe(report))
+    if as_json:
+        show_json(SCHEMA, report)
+    else:
+        show(_describe(report))
 
 
 def _describe(report: dict[str, Any]) -> str:
