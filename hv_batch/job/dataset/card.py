@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.card_text import CardFacts, card_text
-from hv_batch.job.dataset.seal import COLUMNS, read_table
+from hv_batch.job.dataset.seal import read_table, table_columns
 from hv_batch.job.documents.card import CardState, parse_card, sign_card
-from hv_batch.job.records.run_document import plan_size
+from hv_batch.job.records.run_document import dataset_schema, plan_size
 from hv_batch.job.records.unfinished_card import is_own_card
 from hv_batch.job.storage.store import Store
 
@@ -79,7 +79,8 @@ def table_schema(store: Store, run: Mapping[str, Any]) -> pa.Schema:
             return read_table(store, shard).schema.remove_metadata()
         except (FileNotFoundError, ValueError):  # open, or damaged, which `verify` reports
             continue
-    return pa.schema([("file_name", pa.string()), *((name, dtype) for name, (_, dtype) in COLUMNS.items())])
+    columns = table_columns(dataset_schema(run))
+    return pa.schema([("file_name", pa.string()), *((name, dtype) for name, (_, dtype) in columns.items())])
 
 
 def _state(summary: Mapping[str, Any]) -> CardState:

@@ -18,6 +18,7 @@ import yaml
 from hv_batch.job.formatting import duration, plural, size
 from hv_batch.job.licences import hub_licence, licence_notice, run_licence
 from hv_batch.job.manifest.extra_columns import clean_text
+from hv_batch.job.quality import SCORES
 from hv_batch.job.redaction import printable_text
 
 MAX_COLUMNS = 200  # described in the card; a manifest may have a thousand
@@ -47,6 +48,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "frames_sha256": "of the frames before compression",
     "fingerprint": "hash of everything in the run that changes pixels",
     "licence": "of the file",
+    **SCORES,
 }
 
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")

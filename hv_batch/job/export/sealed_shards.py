@@ -22,8 +22,8 @@ def sealed_shards(store: Store, run: Mapping[str, Any], shards: Collection[int] 
     sealed = store.each(lambda shard: store.exists(layout.metadata_key(shard)), chosen)
     if still_open := [shard for shard, is_sealed in zip(chosen, sealed, strict=True) if not is_sealed]:
         raise UserError(
-            f"{plural(len(still_open), 'shard')} of {public_url(store.url)} not sealed yet, for example "
-            f"{layout.shard_name(still_open[0])}, so the export would lack videos. Finish the run with `hv-batch "
+            f"Not sealed yet: {plural(len(still_open), 'shard')} of {public_url(store.url)}, for example "
+            f"{layout.shard_name(still_open[0])}. The export would lack their videos. Finish the run with `hv-batch "
             "resume`, or name sealed shards with --shards; `hv-batch status` lists them."
         )
     return chosen
