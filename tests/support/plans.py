@@ -9,7 +9,7 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.manifest.extra_columns import merge_types
 from hv_batch.job.manifest.index import IndexWriter, index_key
-from hv_batch.job.manifest.row_validation import PART_SCHEMA, _encode_part
+from hv_batch.job.manifest.row_validation import PART_SCHEMA, encode_part
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage.store import Store
@@ -35,7 +35,7 @@ def publish_plan(
             "videos": [1] * len(rows),
             "content": [json.dumps(pair) for pair in values],
         }
-        writer.add(_encode_part({name: columns[name] for name in PART_SCHEMA.names}), len(rows), len(rows))
+        writer.add(encode_part({name: columns[name] for name in PART_SCHEMA.names}), len(rows), len(rows))
     types: dict = {}
     for sample in samples:
         merge_types(types, sample.extra)

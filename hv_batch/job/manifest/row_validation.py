@@ -119,7 +119,7 @@ class ChunkBuilder:
         self.result.samples = len(hashes)
         self.result.key_hashes = b"".join(hashes)
         columns["row"] = [offset + number for number in columns["row"]]
-        self.result.part, self.result.part_rows = _encode_part(columns), len(columns["row"])
+        self.result.part, self.result.part_rows = encode_part(columns), len(columns["row"])
         return self.result
 
 
@@ -159,7 +159,8 @@ def _find_row_problems(
 _ENCODER = json.JSONEncoder(default=repr)  # repr is used only for rows that have problems anyway
 
 
-def _encode_part(columns: Mapping[str, list[Any]]) -> bytes:
+def encode_part(columns: Mapping[str, list[Any]]) -> bytes:
+    """A part of the index: a Parquet file of PART_SCHEMA."""
     sink = io.BytesIO()
     table = pa.table(columns, PART_SCHEMA)
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
