@@ -39,13 +39,14 @@ JOB = """
     documents
     config
     storage
+    hooks
     progress  log_records
     failure  user_input
     redaction  layout  licences  formatting  stages  workload  thread_map  quality
 """
 
 RUNTIME = """
-    nightly
+    nightly  finish_notice
     render
     driver
     pools

@@ -1,14 +1,14 @@
-"""`hv-batch export`: a folder in the layout of another tool, from the sealed shards of an output root.
+"""`hv-batch export`: a folder in the layout of another tool, from the sealed shards of an output root; or a manifest.
 
 A mode is a function that fills a `Destination` and returns the facts for the report. Every mode refuses a destination
-that is not empty or lies in the output root.
+that is not empty or lies in the output root. `--as-manifest` writes one file for another run of hv_batch.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from hv_batch.cli.output_root import Output, Shards, parse_shards
+from hv_batch.cli.output_root import Output, Shards, Where, parse_shards
 from hv_batch.cli.terminal import Json, show, show_json
+from hv_batch.job.dataset.committed import matching_records
+from hv_batch.job.dataset.conditions import parse_conditions
+from hv_batch.job.dataset.manifest_export import write_manifest
 from hv_batch.job.export.destination import Destination
 from hv_batch.job.export.hub import export_hub
 from hv_batch.job.export.vbench import VIDEOS_PER_PROMPT, export_vbench
@@ -41,6 +44,14 @@ def export(
     hub: Annotated[
         Path | None, typer.Option(help="new folder to push to the Hugging Face Hub: card, media, tables", metavar="DIR")
     ] = None,
+    as_manifest: Annotated[
+        str | None,
+        typer.Option(help="new file or URL: committed samples as a manifest (JSON Lines) for a run", metavar="FILE"),
+    ] = None,
+    new_seeds: Annotated[
+        bool, typer.Option("--new-seeds", help="with --as-manifest: give every row another seed")
+    ] = False,
+    where: Where = None,
     shards: Shards = None,
     prompt_column: Annotated[
         str | None,
@@ -49,10 +60,17 @@ def export(
     copy: Annotated[bool, typer.Option("--copy", help="copy files; default: hard links if possible")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the videos of sealed shards in the layout of another tool. Changes nothing in the output root."""
+    """Write the videos of sealed shards in the layout of another tool, or samples as a manifest for another run."""
+    if as_manifest is not None:
+        if vbench or hub or prompt_column or copy:
+            raise UserError("--as-manifest writes one file. Use --vbench and --hub in a command of their own.")
+        _export_manifest(Store(output), as_manifest, where or (), parse_shards(shards), new_seeds, as_json)
+        return
+    if where or new_seeds:
+        raise UserError("--where and --new-seeds belong to --as-manifest FILE. Add it, or remove them.")
     modes = {name: folder for name, folder in {"vbench": vbench, "hub": hub}.items() if folder is not None}
     if len(modes) != 1:
-        raise UserError("Give one of --vbench DIR and --hub DIR.")
+        raise UserError("Give one of --vbench DIR, --hub DIR and --as-manifest FILE.")
     ((mode, folder),) = modes.items()
     if prompt_column is not None and mode != "vbench":
         raise UserError("--prompt-column names the files of --vbench. Remove it.")
@@ -79,6 +97,22 @@ def export(
         show_json(SCHEMA, report)
     else:
         show(_describe(report))
+
+
+def _export_manifest(
+    store: Store,
+    target: str,
+    where: Sequence[str],
+    shards: list[int] | None,
+    new_seeds: bool,
+    as_json: bool,
+) -> None:
+    records = matching_records(store, read_run(store), parse_conditions(where), shards)
+    rows = write_manifest(target, records, new_seeds=new_seeds)
+    if as_json:
+        show_json(SCHEMA, {"mode": "as_manifest", "file": target, "rows": rows})
+    else:
+        show(f"{plural(rows, 'row')} written to {target}")
 
 
 def _describe(report: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from hv_batch.cli.terminal import (
 )
 from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config.run_config import load_config
+from hv_batch.job.hooks.notify import VARIABLE, take_target
 from hv_batch.job.manifest.selection import parse_selection
 from hv_batch.job.redaction import safe_text
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -71,6 +72,14 @@ TakeOver = Annotated[
     typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
 ]
 Config = Annotated[str, typer.Option(help="name of a shipped config (`hv-batch config list`), YAML file or URL")]
+OnFinish = Annotated[
+    str | None,
+    typer.Option(
+        help="command or URL that gets the result as JSON when the run ends, drains or fails; a URL belongs into the "
+        f"environment ({VARIABLE}), because command lines are visible to others",
+        metavar="COMMAND|URL",
+    ),
+]
 Manifests = Annotated[
     list[str],
     typer.Option(help="prompts: JSONL, JSON, CSV, TSV, TXT or Parquet; file, folder, glob or URL; repeatable"),
@@ -103,6 +112,7 @@ def run(
     duplicates: Duplicates = None,
     address: Address = None,
     take_over: TakeOver = False,
+    on_finish: OnFinish = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
     as_json: Json = False,
@@ -111,29 +121,29 @@ def run(
 
     Exit codes: 0 all committed, 3 finished with quarantined samples, 1 fatal error, 143 stopped by a signal or a limit.
     """
-    from hv_batch.runtime.render import render  # not at the top: Ray and the engine take seconds to import
+    from hv_batch.runtime.finish_notice import finish_notice  # not at the top: Ray takes seconds to import
+    from hv_batch.runtime.render import render
     from hv_batch.runtime.run_limits import run_limits
 
-    on_cluster = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
-    if on_cluster and "://" not in output and not Path(output).is_absolute():
-        raise UserError(
-            f"The output root {output} is a relative path, which is a different folder on every node of a cluster. Use "
-            "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
-        )
-    settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
-    selection = parse_selection(limit, where or [], shards)
-    with command_logging(log_settings(log_level, log_format)):
-        code = render(
-            settings,
+    target = take_target(on_finish)
+    with command_logging(log_settings(log_level, log_format)), finish_notice(target, output) as end:
+        on_cluster = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+        if on_cluster and "://" not in output and not Path(output).is_absolute():
+            raise UserError(
+                f"The output root {output} is a relative path, which is a different folder on every node of a cluster. "
+                "Use an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
+            )
+        end.code = render(
+            with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates),
             manifest,
             output,
-            selection=selection,
+            selection=parse_selection(limit, where or [], shards),
             address=address,
             steal=take_over,
             failed_only=failed_only,
             limits=run_limits(until, max_gpu_hours),
         )
-    output_root.end_run(output, code, as_json)
+    output_root.end_run(output, end.code, as_json)
 
 
 @app.command()
@@ -141,28 +151,33 @@ def resume(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
     manifest: Annotated[str | None, typer.Option(help="new location of the manifest, if it has moved")] = None,
     engine: output_root.Engines = None,
+    hook: output_root.Hooks = None,
     until: Until = None,
     max_gpu_hours: GpuHours = None,
     address: Address = None,
     take_over: TakeOver = False,
+    on_finish: OnFinish = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
     as_json: Json = False,
 ) -> None:
     """Resume a run with the config and manifest recorded in its run.json. Exit codes are those of run."""
+    from hv_batch.runtime.finish_notice import finish_notice
     from hv_batch.runtime.render import resume as resume_run
     from hv_batch.runtime.run_limits import run_limits
 
-    with command_logging(log_settings(log_level, log_format)):
-        code = resume_run(
+    target = take_target(on_finish)
+    with command_logging(log_settings(log_level, log_format)), finish_notice(target, output) as end:
+        end.code = resume_run(
             output,
             address=address,
             manifest=manifest,
             steal=take_over,
             engines=engine or (),
+            hooks=hook or (),
             limits=run_limits(until, max_gpu_hours),
         )
-    output_root.end_run(output, code, as_json)
+    output_root.end_run(output, end.code, as_json)
 
 
 @app.command()
@@ -180,6 +195,7 @@ def nightly(
     carry: Carry = None,
     duplicates: Duplicates = None,
     address: Address = None,
+    on_finish: OnFinish = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
     as_json: Annotated[
@@ -190,21 +206,22 @@ def nightly(
 
     The exit code is that of the worst night. A failed night does not prevent the others.
     """
+    from hv_batch.runtime.finish_notice import finish_notice
     from hv_batch.runtime.nightly import NightlyRequest, render_night, which_day
     from hv_batch.runtime.run_limits import next_time
 
-    now = datetime.now()
-    request = NightlyRequest(
-        config=with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates),
-        manifest=manifest,
-        output=output,
-        day=which_day(day, now),
-        until=None if until is None else next_time(until, now),
-        catch_up=catch_up,
-    )
-    with command_logging(log_settings(log_level, log_format)):
-        code = render_night(request, address=address, report=sys.stdout)
-    raise typer.Exit(code)
+    now, target = datetime.now(), take_target(on_finish)
+    with command_logging(log_settings(log_level, log_format)), finish_notice(target, output) as end:
+        request = NightlyRequest(
+            config=with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates),
+            manifest=manifest,
+            output=output,
+            day=which_day(day, now),
+            until=None if until is None else next_time(until, now),
+            catch_up=catch_up,
+        )
+        end.code = render_night(request, address=address, report=sys.stdout, on_line=end.set_night)
+    raise typer.Exit(end.code)
 
 
 @app.command()

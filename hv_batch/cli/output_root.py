@@ -63,6 +63,10 @@ Engines = Annotated[
         f"${VARIABLE}, separated by commas"
     ),
 ]
+Hooks = Annotated[
+    list[str] | None,
+    typer.Option(help="a hook that run.json names and that may be run, written as there; repeatable", metavar="TEXT"),
+]
 Where = Annotated[
     list[str] | None,
     typer.Option(help="only samples that satisfy this, such as category=cat, luma_mean<20 or look=black; repeatable"),
@@ -105,6 +109,7 @@ def verify(
         str | None, typer.Option(help="Ray cluster for --repair; default: RAY_ADDRESS, else a local Ray")
     ] = None,
     engine: Engines = None,
+    hook: Hooks = None,
     as_json: Json = False,
     take_over: TakeOver = False,
 ) -> None:
@@ -123,7 +128,7 @@ def verify(
             refuse_loss(store, result.findings)
             check_revision(store)
             if repair:
-                _check_resume(output, engine or ())
+                _check_resume(output, engine or (), hook or ())
             check_lease()
             remove_faults(store, repairable)
     removed = bool(repairable) and (remove or repair)
@@ -136,7 +141,7 @@ def verify(
     left = len(result.findings) - len(repairable)
     if repair and repairable:
         print("faulty objects were removed; rendering the samples again", file=sys.stderr)
-        code = _render_again(output, repairable, address, take_over, engine or ())
+        code = _render_again(output, repairable, address, take_over, engine or (), hook or ())
         raise typer.Exit(code or (FOUND if left else 0))
     if not as_json:
         show(_remedy(removed, len(repairable), left))
@@ -258,14 +263,19 @@ def parse_shards(text: str | None) -> list[int] | None:
     return sorted({shard for shards in parse_ranges(text) for shard in shards})
 
 
-def _check_resume(output: str, engines: Sequence[str]) -> None:
+def _check_resume(output: str, engines: Sequence[str], hooks: Sequence[str]) -> None:
     from hv_batch.runtime.render import check_resume  # Ray and the engine take seconds to import
 
-    check_resume(output, engines=engines)
+    check_resume(output, engines=engines, hooks=hooks)
 
 
 def _render_again(
-    output: str, findings: Sequence[Finding], address: str | None, take_over: bool, engines: Sequence[str]
+    output: str,
+    findings: Sequence[Finding],
+    address: str | None,
+    take_over: bool,
+    engines: Sequence[str],
+    hooks: Sequence[str],
 ) -> int:
     """Resume the run in the shards with findings; the whole run if a finding belongs to no shard."""
     from hv_batch.runtime.render import resume  # Ray and the engine take seconds to import
@@ -273,7 +283,7 @@ def _render_again(
     damaged = sorted({finding.shard for finding in findings if finding.shard is not None})
     is_whole = any(finding.shard is None for finding in findings)
     chosen = Selection(shards=() if is_whole else tuple(range(shard, shard + 1) for shard in damaged))
-    return resume(output, address=address, selection=chosen, steal=take_over, engines=engines)
+    return resume(output, address=address, selection=chosen, steal=take_over, engines=engines, hooks=hooks)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -57,6 +57,7 @@ class MediaInfo:
     width: int
     scores: Mapping[str, float] = field(default_factory=dict)  # of the raw frames: `hv_batch.job.quality.SCORES`
     poster: Poster | None = None
+    hook: Mapping[str, Any] | None = None  # what the sample hook has answered
 
 
 def write_media(

@@ -15,6 +15,7 @@ from datetime import date, datetime, timedelta
 from typing import Any, TextIO
 
 from hv_batch.job import layout
+from hv_batch.job.config.hook_rules import hook_texts
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.records.lease import LeaseHeldError
 from hv_batch.job.records.run_document import read_run_config, read_summary
@@ -78,8 +79,14 @@ class NightlyRequest:
         return f"{self.output.rstrip('/')}/{day.isoformat()}"
 
 
-def render_night(request: NightlyRequest, *, address: str | None, report: TextIO) -> ExitCode:
-    """Resume unfinished runs, render the date, and write the line of JSON to `report`.
+def render_night(
+    request: NightlyRequest,
+    *,
+    address: str | None,
+    report: TextIO,
+    on_line: Callable[[dict[str, Any]], None] | None = None,
+) -> ExitCode:
+    """Resume unfinished runs, render the date, write the line of JSON to `report`, and pass it to `on_line`, if any.
 
     Returns the exit code of the worst night.
     """
@@ -101,6 +108,8 @@ def render_night(request: NightlyRequest, *, address: str | None, report: TextIO
             print(safe_text(json.dumps(line, ensure_ascii=False)), file=report, flush=True)
         except OSError as error:  # the reader of the pipe is gone; the exit code still gives the outcome
             logger.error(f"the line of JSON cannot be written to stdout: {error}")
+        if on_line:
+            on_line(line)
     return worst
 
 
@@ -124,8 +133,9 @@ def _render_day(request: NightlyRequest, day: date, address: str | None, stop: S
 
 
 def _recorded(request: NightlyRequest, day: date) -> tuple[RunConfig, str | list[str]]:
-    """The config and manifest of an earlier night. The engine of tonight's config is one that the operator names."""
-    return read_run_config(request.root(day), [request.config.model.engine])
+    """The config and manifest of an earlier night. The operator names the engine and the hooks of tonight's config."""
+    tonight = request.config
+    return read_run_config(request.root(day), [tonight.model.engine], list(hook_texts(tonight.hooks).values()))
 
 
 def unfinished(request: NightlyRequest) -> Iterator[date]:

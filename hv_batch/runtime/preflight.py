@@ -13,6 +13,7 @@ from typing import Any
 from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import build_engine
+from hv_batch.job.config.hook_rules import identify_hooks
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.cost_model.resolver import resolve_run
@@ -21,6 +22,7 @@ from hv_batch.job.log_records import add_process_fields, current_settings
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.column_report import describe_columns
 from hv_batch.job.manifest.index import Index, load_index, load_recorded_index
+from hv_batch.job.manifest.prompt_hook import apply_prompt_hook, describe_results
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.pending import PendingSamples
@@ -78,6 +80,8 @@ def prepare_run(
     with _collected(problems):
         check_encoder(config.media)
     with _collected(problems):
+        hooks = identify_hooks(config.hooks)
+    with _collected(problems):
         unsafe_root = _probe(store)
     with _collected(problems):
         if not resumed:
@@ -99,6 +103,10 @@ def prepare_run(
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
     identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
+    if hooks:
+        identity["hooks"] = hooks
+    if index.summary.prompt_hook:  # a hook that answers otherwise would give other pixels
+        hooks["prompt"]["results"] = index.summary.prompt_hook["sha256"]
     licence = _licence(store, engine)
     document = _document(identity, config, manifest, index, versions)
     document |= {} if licence == TENCENT else {"licence_id": licence}
@@ -107,7 +115,7 @@ def prepare_run(
     state = inspect_run(store, document)
     if state is RunState.FINISHED and pending.takes_back:
         check_revision(store)
-    context = RunContext(run, engine, store, fingerprint(identity), versions, licence, current_settings())
+    context = RunContext(run, engine, store, fingerprint(identity), versions, licence, current_settings(), hooks)
     add_process_fields(run=short_id(context.fingerprint))
     return PreparedRun(context, index, pending, document, state)
 
@@ -158,9 +166,14 @@ def _read_manifest(config: RunConfig, manifest: Manifest, store: Store, spool: S
         _log_columns(index)
         return index
     index = check_manifest(manifest, config, spool)
+    if config.hooks.prompt:
+        index = apply_prompt_hook(index, manifest, config, spool)
     summary = index.summary
     logger.info(f"manifest: {summary.rows} rows, {summary.samples} samples in {summary.shards} shards, all valid")
     _log_columns(index)
+    if summary.prompt_hook:
+        for line in describe_results(summary.prompt_hook):
+            logger.info(line)
     return index
 
 

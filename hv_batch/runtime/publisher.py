@@ -25,6 +25,7 @@ import ray
 
 from hv_batch.job import layout
 from hv_batch.job.failure import Failure
+from hv_batch.job.hooks.hook import HookUnavailableError, parse_hook
 from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits
@@ -34,6 +35,7 @@ from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.media.encoder_check import check_encoder
 from hv_batch.media.ffmpeg import FfmpegError
+from hv_batch.media.sample_hook import check_sample_hook, run_sample_hook
 from hv_batch.media.writer import MediaInfo, write_media
 from hv_batch.runtime.classify import DISK_FULL, LatentsGoneError, NodeError
 from hv_batch.runtime.run_context import RunContext, StageReport, see_output_root, stopwatch
@@ -89,6 +91,8 @@ class Publisher:
         self._context = context
         self._name = name
         self._spool = Spool(context.config.output, context.store, context.fingerprint)
+        text = context.config.hooks.sample
+        self._hook = parse_hook(text) if text else None
         self._away_until = 0.0  # monotonic time until which the output root is assumed unreachable
         self.count = 0
 
@@ -103,6 +107,8 @@ class Publisher:
         self._spool.remove_stale()
         with blaming_node():
             check_encoder(self._context.config.media)  # otherwise a node without ffmpeg would fail at its first sample
+            if self._hook:
+                check_sample_hook(self._hook, self._context.hooks["sample"])
         problem = self._spool.problem()
         return f"{problem} (node {ray.util.get_node_ip_address()})" if problem else ""
 
@@ -140,11 +146,12 @@ class Publisher:
     def write(self, sample: Sample, chunks: Iterable[np.ndarray], folder: Path) -> MediaInfo:
         """Encode the frames, uint8 [F, H, W, 3] per chunk, to a media file in `folder`, named after the sample.
 
-        Raises NodeError if ffmpeg or the disk of the node fails.
+        Then the sample hook, if there is one, may change the file. Raises NodeError if ffmpeg, the hook or the disk of
+        the node fails, and HookFailedError if the hook refuses the file.
         """
         params, media = sample.params, self._context.config.media
         with blaming_node():
-            return write_media(
+            written = write_media(
                 self._counted(chunks),
                 folder / sample.key,
                 height=params.height,
@@ -153,6 +160,10 @@ class Publisher:
                 fps=sample.fps,
                 media=media,
             )
+            if self._hook is None:
+                return written
+            timeout_s = self._context.config.hooks.sample_timeout_s
+            return run_sample_hook(self._hook, written, commits.describe_sample(sample), timeout_s)
 
     def publish(self, made: Sequence[DecodedVideo]) -> list[str | None]:
         """Commit each video, unless the sample is already committed (P1).
@@ -198,6 +209,7 @@ class Publisher:
             versions=self._context.versions,
             scores=made.media.scores,
             licence=self._context.licence,
+            hook=made.media.hook,
         )
 
     def _is_away(self) -> bool:
@@ -232,10 +244,10 @@ def scratch_folder() -> tempfile.TemporaryDirectory[str]:
 
 @contextmanager
 def blaming_node() -> Iterator[None]:
-    """Raise NodeError for errors of ffmpeg and of the local disk. Only local files may be used in the block."""
+    """Raise NodeError for errors of ffmpeg, the hook and the local disk. The block may use local files only."""
     try:
         yield
-    except FfmpegError as error:
+    except (FfmpegError, HookUnavailableError) as error:
         raise NodeError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_FAULTS:

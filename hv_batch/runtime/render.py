@@ -281,15 +281,16 @@ def resume(
     steal: bool = False,
     stopped: Event | None = None,
     engines: Collection[str] = (),
+    hooks: Collection[str] = (),
     limits: RunLimits = NO_LIMITS,
 ) -> ExitCode:
     """Resume the run at `output`, or a selection of it, with the config and the manifest recorded in its run.json.
 
     The manifest is read only if its copy in the root is not complete, or if `manifest` gives its new location. `steal`,
-    `stopped` and `limits` as in `render`. `engines` are the engines that the operator names. Raises UserError if there
-    is no run, if its run.json is incomplete, or if it names an unknown engine.
+    `stopped` and `limits` as in `render`. `engines` and `hooks` are those that the operator names. Raises UserError if
+    there is no run, if its run.json is incomplete, or if it names an unknown engine or a hook that is not named here.
     """
-    config, recorded = read_run_config(output, engines)
+    config, recorded = read_run_config(output, engines, hooks)
     return render(
         config,
         manifest or recorded,
@@ -303,11 +304,11 @@ def resume(
     )
 
 
-def check_resume(output: str, *, engines: Collection[str] = ()) -> None:
+def check_resume(output: str, *, engines: Collection[str] = (), hooks: Collection[str] = ()) -> None:
     """Make every check of `resume` that needs no cluster. Changes nothing except for the probe of the output root.
 
     Raises UserError if the run could not be resumed: for a changed config or manifest, missing weights and the like.
     """
-    config, urls = read_run_config(output, engines)
+    config, urls = read_run_config(output, engines, hooks)
     with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
         prepare_run(config, Manifest(urls), Store(output), Store(folder), None, resumed=True)

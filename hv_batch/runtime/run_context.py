@@ -38,6 +38,7 @@ class RunContext:
     versions: Mapping[str, str]
     licence: str = TENCENT  # of the rendered files
     log: LogSettings = field(default_factory=LogSettings)
+    hooks: Mapping[str, Any] = field(default_factory=dict)  # those of the run's identity
     lease_token: str = ""  # of the run's lease; empty before the run holds it
 
     @property

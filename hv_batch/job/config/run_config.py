@@ -22,6 +22,7 @@ from hv_batch.job.config.sections import (
     Defaults,
     EncodersConfig,
     GroupsConfig,
+    HooksConfig,
     ManifestConfig,
     MediaConfig,
     ModelConfig,
@@ -63,6 +64,7 @@ class RunConfig(Section):
     decoders: DecodersConfig = DecodersConfig()
     output: OutputConfig = OutputConfig()
     media: MediaConfig = MediaConfig()
+    hooks: HooksConfig = HooksConfig()
     retries: RetriesConfig = RetriesConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     gpu: str | None = None
@@ -95,6 +97,11 @@ class RunConfig(Section):
             problems.append(
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, because Ray "
                 "places a rank by the resources that it reserves"
+            )
+        if self.hooks.sample and self.hooks.sample_timeout_s >= self.timeouts.stall_s:
+            problems.append(
+                f"hooks.sample_timeout_s = {self.hooks.sample_timeout_s:g} with timeouts.stall_s = "
+                f"{self.timeouts.stall_s:g}; allowed: a shorter time, because a decoder without progress counts as hung"
             )
         share = self.encoders.gpus if self.encoders.is_colocated else 0.0
         if share > 0 and (groups.gpus_per_rank < 1 or share >= 0.5):

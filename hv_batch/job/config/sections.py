@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS, find_fault
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD
+from hv_batch.job.hooks.hook import parse_hook
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device
 
 ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that the cost model describes
@@ -284,6 +285,31 @@ class MediaConfig(Section):
             problem = f"media.crf = {self.crf} with media.codec = {self.codec}; allowed: at most 51"
             raise PydanticCustomError(CROSS_FIELD, "{problem}", {"problem": problem})
         return self
+
+
+class HooksConfig(Section):
+    """Programs or functions of yours that the run calls. Part of the run's identity, with a hash of their content.
+
+    A hook is an import path, `package.module:function`, or a command line, which no shell interprets. It must exist on
+    every node that calls it. See `hv_batch/job/hooks/README.md`.
+    """
+
+    prompt: str | None = None
+    """Rewrites or drops prompts. Runs once, in the manifest check; a resume renders the same texts."""
+    prompt_timeout_s: Seconds = 3600.0
+    """Maximum duration of the prompt hook in seconds: of a command, or of one call of a function."""
+    sample: str | None = None
+    """Changes or scores the file of each sample after it is encoded and before it is committed, as a watermark does. It
+    runs where the video is encoded."""
+    sample_timeout_s: Seconds = 300.0
+    """Maximum duration of the sample hook in seconds, for one file. Must be below `timeouts.stall_s`."""
+
+    @field_validator("prompt", "sample")
+    @classmethod
+    def _check_hook(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_hook(value)
+        return value
 
 
 class RetriesConfig(Section):

@@ -2,7 +2,8 @@
 
 A condition is a column, an operator and a value: `category=cat`, `luma_mean<20`, `look=black`. A sample must satisfy
 all of them; several equalities of one column mean any of their values. The columns are those of `run --where`, the
-scores of the frames, and `look`, the word for the scores (`hv_batch.job.quality.LOOKS`).
+scores of the frames, `look`, the word for the scores (`hv_batch.job.quality.LOOKS`), and `hook.NAME`, a value in the
+answer of the sample hook.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hv_batch.job.user_input import shorten
 from hv_batch.protocol import UserError
 
 LOOK = "look"
+HOOK = "hook."  # before the name of a value in the answer of the sample hook
 TEXT_COLUMNS = ("id", "prompt", "negative_prompt")
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -72,7 +74,7 @@ def check_columns(conditions: Iterable[Condition], further: Iterable[str]) -> No
     """Raises UserError if a condition names a column that no sample has. `further` are the manifest's own columns."""
     allowed = (*sorted(further), *SELECTABLE, *SCORES, LOOK)
     for condition in conditions:
-        if condition.column not in allowed:
+        if condition.column not in allowed and not condition.column.startswith(HOOK):
             raise UserError(
                 f"--where names the column {shorten(condition.column)}, which this output root does not have; allowed: "
                 f"{', '.join(shorten(name)[1:-1] for name in allowed)}."
@@ -86,6 +88,8 @@ def column_value(record: Mapping[str, Any], column: str) -> Any:
         return look(scores, record["produced"]["num_frames"]) if scores else None
     if column in SCORES:
         return scores[column] if scores else None
+    if column.startswith(HOOK):
+        return (record.get("hook") or {}).get(column.removeprefix(HOOK))
     if column in ("id", "fps"):
         return record[column]
     return record["params"].get(column) if column in KNOWN_COLUMNS else record["extra"].get(column)
@@ -94,8 +98,8 @@ def column_value(record: Mapping[str, Any], column: str) -> Any:
 def in_table(conditions: Iterable[Condition], further: Collection[str], *, has_scores: bool) -> bool:
     """Whether the table of a sealed shard answers the conditions. It renames the manifest's own columns, `further`."""
     return all(
-        has_scores if condition.column in (*SCORES, LOOK) else condition.column not in further
-        for condition in conditions
+        has_scores if column in (*SCORES, LOOK) else column not in further and not column.startswith(HOOK)
+        for column in (condition.column for condition in conditions)
     )
 
 

@@ -9,7 +9,39 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
+
+import fsspec
+
+from hv_batch.job.redaction import refuse_credentials
+from hv_batch.job.user_input import explain_failure
+from hv_batch.protocol import UserError
+
+
+def write_manifest(target: str, records: Iterable[Mapping[str, Any]], *, new_seeds: bool) -> int:
+    """Write the manifest (`manifest_lines`) to `target`, a path or URL that must not exist. Returns its rows.
+
+    Raises UserError if there is no record, if `target` exists, or if it cannot be written.
+    """
+    lines = manifest_lines(records, new_seeds=new_seeds)
+    first = next(lines, None)  # before the file is created
+    if first is None:
+        raise UserError("No committed sample matches, so no manifest is written. Check --where and --shards.")
+    refuse_credentials("manifest", target)
+    rows = 0
+    try:
+        filesystem, path = fsspec.core.url_to_fs(target)
+        if filesystem.exists(path):
+            raise UserError(f"The file {target} exists and is not overwritten. Give another name, or remove it.")
+        filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+        with filesystem.open(path, "wb") as file:
+            for line in chain([first], lines):
+                file.write(line.encode("ascii"))
+                rows += 1
+    except (OSError, ImportError) as error:
+        raise UserError(f"The manifest {target} {explain_failure(error)}") from error
+    return rows
 
 
 def manifest_lines(records: Iterable[Mapping[str, Any]], *, new_seeds: bool) -> Iterator[str]:

@@ -15,6 +15,7 @@ Face VideoFolder. Invariants:
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -66,11 +67,14 @@ COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
 SCORE_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {  # version 2 adds these
     name: (("scores", name), pa.float64()) for name in SCORES
 }
+HOOK_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {"hook": (("hook",), pa.string())}  # JSON text
+
+OPTIONAL = ("scores", "hook")  # fields that a record may lack; their columns are then null
 
 
 def table_columns(schema: str) -> Mapping[str, tuple[tuple[str, ...], pa.DataType]]:
     """The columns of hv_batch in a table of this schema, in order, without `file_name`."""
-    return COLUMNS if schema == DATASET_SCHEMA_1 else {**COLUMNS, **SCORE_COLUMNS}
+    return COLUMNS if schema == DATASET_SCHEMA_1 else {**COLUMNS, **SCORE_COLUMNS, **HOOK_COLUMNS}
 
 
 def seal_shard(
@@ -205,9 +209,11 @@ def metadata_table(
 def _value_at(record: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = record
     for name in path:
-        if value is None:  # a record without scores
+        value = value.get(name) if path[0] in OPTIONAL else value[name]
+        if value is None:
             return None
-        value = value.get(name) if path[0] == "scores" else value[name]
+    if isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return clean_text(value) if isinstance(value, str) else value
 
 

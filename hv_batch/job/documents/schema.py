@@ -115,6 +115,7 @@ class CommitRecord(SampleRecord):
     frames_sha256: Hex64
     produced: Produced
     scores: Scores | None = None  # absent in records of version 0.1
+    hook: Extra | None = None  # the answer of the sample hook
     stages: Annotated[dict[Name, Seconds], Field(max_length=16)]
     places: Annotated[dict[Name, StageFacts], Field(max_length=16)]
     versions: Versions
@@ -236,6 +237,19 @@ class IndexPartEntry(Document):
     samples: Samples
 
 
+class DroppedRow(Document):
+    row: Annotated[int, Field(ge=1, le=2**53)]
+    id: Text
+    reason: Text
+
+
+class PromptHookResults(Document):
+    sha256: Hex64  # of all answers
+    rewritten: Samples
+    dropped: Samples
+    drops: Annotated[list[DroppedRow], Field(max_length=1000)]
+
+
 class IndexSummary(Document):
     model_config = ConfigDict(extra="forbid")  # they become the arguments of ManifestSummary
 
@@ -246,6 +260,7 @@ class IndexSummary(Document):
     shapes: list[Annotated[list[Number], Field(min_length=4, max_length=4)]]
     extra_kinds: dict[Any, Literal["null", "bool", "int", "long", "float", "text", "json"]]
     warnings: list[LongText]
+    prompt_hook: PromptHookResults | None = None
 
 
 class IndexDocument(Document):

@@ -202,6 +202,8 @@ def _more(record: Record) -> dict[str, Any]:
     facts |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in record["extra"].items()}
     facts |= {name.capitalize(): duration(seconds) for name, seconds in in_path_order(record["stages"])}
     facts |= {name.replace("_", " ").capitalize(): f"{value:g}" for name, value in (record.get("scores") or {}).items()}
+    answer = record.get("hook") or {}
+    facts |= {f"Hook: {name}": value if isinstance(value, str) else json.dumps(value) for name, value in answer.items()}
     return facts | {"Tries": record["attempts"]}
 
 

@@ -110,6 +110,14 @@ class Index:
         for shard in range(self.shards):
             yield from self.samples(shard)
 
+    def parts(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows of each part with all columns, and their `values` and `extra` (`parse_row`)."""
+        for part in self._parts:
+            rows = read_part(self._store, part).to_pylist()
+            yield [
+                row | dict(zip(("values", "extra"), parse_row(row["key"], row["content"]), strict=True)) for row in rows
+            ]
+
     def publish(self, store: Store) -> None:
         """Copy the index into the output root `store`, unless it was read from there.
 
@@ -199,7 +207,7 @@ class IndexWriter:
             "schema": SCHEMA,
             "key": index_key(config),
             "files": _versions(manifest),
-            "summary": {**asdict(summary), "shapes": [[*shape, count] for shape, count in summary.shapes.items()]},
+            "summary": _write_summary(summary),
             "parts": [asdict(part) for part in self.parts],
         }
         return Index(self.store, document, config)
@@ -263,13 +271,25 @@ def is_whole(store: Store, part: IndexPart) -> bool:
 
 def index_key(config: RunConfig) -> str:
     """Hex digest of everything except the manifest that an index depends on."""
-    facts = [__version__, config.defaults.model_dump(mode="json"), config.parallel.cfg_degree, config.media.codec]
+    facts: list[Any] = [
+        __version__,
+        config.defaults.model_dump(mode="json"),
+        config.parallel.cfg_degree,
+        config.media.codec,
+    ]
+    if config.hooks.prompt:
+        facts.append(config.hooks.prompt)
     facts += [options] if (options := config.manifest.identity()) else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _versions(manifest: Manifest) -> list[dict[str, Any]]:
     return [{"name": public_url(source.name), "version": dict(source.version)} for source in manifest.sources]
+
+
+def _write_summary(summary: ManifestSummary) -> dict[str, Any]:
+    fields = {name: value for name, value in asdict(summary).items() if name != "prompt_hook" or value}
+    return {**fields, "shapes": [[*shape, count] for shape, count in summary.shapes.items()]}
 
 
 def _read_summary(document: Mapping[str, Any], config: RunConfig) -> ManifestSummary:

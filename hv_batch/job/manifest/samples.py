@@ -54,6 +54,7 @@ class ManifestSummary:
     shapes: Mapping[tuple[int, int, int], int]  # (height, width, frames) -> samples
     extra_kinds: Mapping[str, ColumnType]  # further column -> common type of its values
     warnings: tuple[str, ...]
+    prompt_hook: Mapping[str, Any] | None = None  # the results of the prompt hook, if there is one
 
 
 def make_samples(row: CheckedRow, first: int, config: RunConfig, defaults: Mapping[str, Any]) -> Iterator[Sample]:

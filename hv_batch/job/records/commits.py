@@ -73,15 +73,16 @@ def commit_record(
     poster: str | None = None,
     scores: Mapping[str, float] | None = None,
     licence: str = TENCENT,
+    hook: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The commit record of `sample`.
 
     `file` is the media's key in the output root, `poster` that of its first frame. `stages` holds a report for each
     stage name: its "seconds" go to the record's `stages`, everything else (node, worker, ...) to its `places`.
     `failures` are the failed attempts before this one (`Failure.to_dict`); `fingerprint` and `licence` are those of the
-    run. `scores` are those of the frames (`hv_batch.job.quality`).
+    run. `scores` are those of the frames (`hv_batch.job.quality`), `hook` is the answer of the sample hook.
     """
-    scored = {"scores": dict(scores)} if scores else {}
+    optional = {name: dict(facts) for name, facts in (("scores", scores), ("hook", hook)) if facts}
     return {
         "schema": COMMIT_SCHEMA,
         **describe_sample(sample),
@@ -91,7 +92,7 @@ def commit_record(
         "poster": poster,
         "frames_sha256": media.frames_sha256,
         "produced": {"num_frames": media.num_frames, "height": media.height, "width": media.width},
-        **scored,
+        **optional,
         "stages": {name: report["seconds"] for name, report in stages.items()},
         "places": {name: {k: v for k, v in report.items() if k != "seconds"} for name, report in stages.items()},
         "attempts": len(failures) + 1,

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import refuse_unknown_engine
+from hv_batch.job.config.hook_rules import refuse_unnamed_hooks
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.documents.card import SCHEMA as CARD_SCHEMA
@@ -260,13 +261,17 @@ def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
     return samples, -(-samples // run["config"]["output"]["shard_size"])
 
 
-def read_run_config(output: str, engines: Collection[str] = ()) -> tuple[RunConfig, str | list[str]]:
+def read_run_config(
+    output: str, engines: Collection[str] = (), hooks: Collection[str] = ()
+) -> tuple[RunConfig, str | list[str]]:
     """The config and the manifest URLs with which the run at `output` was started.
 
     An output root says what to read, but neither what to execute nor where to write outside of it. So its engine must
-    be a known one or among `engines`, which the operator names, and its `output.spool_folder` is not used.
+    be a known one or among `engines`, which the operator names, its hooks must be among `hooks`, and its
+    `output.spool_folder` is not used.
 
-    Raises UserError if there is no run, if its run.json does not hold the complete config, or for an unknown engine.
+    Raises UserError if there is no run, if its run.json does not hold the complete config, for an unknown engine, or
+    for a hook that is not named.
     """
     run = read_run(Store(output))
     config = run["config"]
@@ -285,6 +290,7 @@ def read_run_config(output: str, engines: Collection[str] = ()) -> tuple[RunConf
             "the version that run.json names."
         ) from error
     refuse_unknown_engine(resumed.model.engine, public_url(output), engines)
+    refuse_unnamed_hooks(resumed.hooks, public_url(output), hooks)
     local = resumed.output.model_copy(update={"spool_folder": None})
     return resumed.model_copy(update={"output": local}), run["manifest"]["url"]
 

@@ -1,7 +1,9 @@
 """Output roots of every revision: still read, and finished only by a version that renders the same pixels (P2, P3).
 
 `tests/support/data/roots` holds one finished root of each revision, as the last version of that revision wrote it, from
-one config and one manifest with the fake engine. A change that raises `REVISION` adds the next one.
+one config and one manifest with the fake engine. A change that raises `REVISION` adds the next one, and so does a new
+schema of the tables: `revision-2` has tables of hv_batch/dataset/1, `dataset-2` those of hv_batch/dataset/2
+(`tests/support/make_fixture_root.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +17,20 @@ import pytest
 
 from hv_batch import __version__
 from hv_batch.job import layout
+from hv_batch.job.dataset.seal import HOOK_COLUMNS, SCORE_COLUMNS, read_table, seal_shard
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.verify import verify
-from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, open_run, read_run
+from hv_batch.job.records.run_document import (
+    DATASET_SCHEMA,
+    DATASET_SCHEMA_1,
+    RunState,
+    dataset_schema,
+    fingerprint,
+    inspect_run,
+    open_run,
+    read_run,
+)
 from hv_batch.job.records.run_identity import LAST_VERSIONS, REVISION
 from hv_batch.job.storage.store import Store
 from hv_batch.media.probe import decode_media
@@ -28,6 +40,9 @@ from tests.support.repository import ROOT
 
 ROOTS = ROOT / "tests" / "support" / "data" / "roots"
 OLDER = list(LAST_VERSIONS)
+
+
+SCHEMAS = {"revision-2": DATASET_SCHEMA_1, "dataset-2": DATASET_SCHEMA}  # of the tables, by root
 
 
 @pytest.fixture(params=[*OLDER, REVISION])
@@ -117,4 +132,32 @@ def test_every_older_revision_has_a_version_and_a_root():
     """P2: a change that raises the revision names the version before it, and keeps a root of each."""
     assert list(range(1, REVISION)) == OLDER
     assert __version__ not in LAST_VERSIONS.values()
-    assert sorted(path.name for path in ROOTS.iterdir()) == [f"revision-{each}" for each in [*OLDER, REVISION]]
+    assert sorted(path.name for path in ROOTS.iterdir()) == [
+        "dataset-2",
+        *(f"revision-{each}" for each in [*OLDER, REVISION]),
+    ]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_root_keeps_the_schema_with_which_it_began(name, tmp_path):
+    """P2, P3: this version seals a shard of either schema again as it was, and finds nothing wrong in it."""
+    store = Store(str(shutil.copytree(ROOTS / name, tmp_path / "root")))
+    run = read_run(store)
+    assert dataset_schema(run) == SCHEMAS[name]
+    before = read_table(store, 0)
+    assert before.schema.metadata[b"hv_batch.schema"].decode() == SCHEMAS[name]
+    store.delete(layout.metadata_key(0))
+    assert open_run(store, {**current_document(tmp_path / "root"), "dataset": DATASET_SCHEMA}) is RunState.FINISHED
+    seal_shard(store, 0, ["s00", "s01"], identity=run["identity"], schema=dataset_schema(read_run(store)))
+    assert read_table(store, 0).equals(before, check_metadata=True)
+    assert verify(store, decode_media, decodes=None).findings == []
+
+
+def test_a_table_of_version_2_adds_columns_and_changes_nothing_else():
+    """P3: the media are those of version 1, byte for byte."""
+    old, new = (Store(str(ROOTS / name)) for name in SCHEMAS)
+    assert compare(old, new).is_equal
+    tables = [read_table(store, 0) for store in (old, new)]
+    assert tables[1].column_names == [*tables[0].column_names, *SCORE_COLUMNS, *HOOK_COLUMNS]
+    assert tables[1].select(tables[0].column_names).equals(tables[0])
+    assert read_status(new).finished
