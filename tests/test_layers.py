@@ -46,7 +46,7 @@ JOB = """
 
 RUNTIME = """
     nightly
-    render
+    render  dry_run  doctor
     driver
     pools
     groups  session

@@ -15,7 +15,9 @@ from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
 from hv_batch.cli.config import app as config_app
+from hv_batch.cli.doctor import doctor
 from hv_batch.cli.export import export
+from hv_batch.cli.init import init
 from hv_batch.cli.terminal import (
     UNREACHABLE_REMEDY,
     Json,
@@ -29,8 +31,8 @@ from hv_batch.cli.terminal import (
     wants_json,
 )
 from hv_batch.cli.weights import app as weights_app
-from hv_batch.job.config.run_config import load_config
-from hv_batch.job.manifest.selection import parse_selection
+from hv_batch.job.config.run_config import RunConfig, load_config
+from hv_batch.job.manifest.selection import Selection, parse_selection
 from hv_batch.job.redaction import safe_text
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import UserError
@@ -96,6 +98,9 @@ def run(
     ] = False,
     until: Until = None,
     max_gpu_hours: GpuHours = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything that needs no GPU, show what would be done, and end")
+    ] = False,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
@@ -117,6 +122,9 @@ def run(
         )
     settings = load_config(config, overrides or [])
     selection = parse_selection(limit, where or [], shards)
+    if dry_run:
+        _show_dry_run(settings, manifest, output, selection, address, failed_only, as_json)
+        return
     with command_logging(log_settings(log_level, log_format)):
         code = render(
             settings,
@@ -129,6 +137,24 @@ def run(
             limits=run_limits(until, max_gpu_hours),
         )
     output_root.end_run(output, code, as_json)
+
+
+def _show_dry_run(
+    config: RunConfig,
+    manifest: list[str],
+    output: str,
+    selection: Selection | None,
+    address: str | None,
+    failed_only: bool,
+    as_json: bool,
+) -> None:
+    from hv_batch.runtime.dry_run import check_run, render_check
+
+    result = check_run(config, manifest, output, selection=selection, address=address, failed_only=failed_only)
+    if as_json:
+        show_json("hv_batch/dry-run/1", result)
+    else:
+        show(render_check(result))
 
 
 @app.command()
@@ -263,6 +289,8 @@ def plan(
         show(render_plan(estimate))
 
 
+app.command()(init)
+app.command()(doctor)
 for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
     app.command()(operation)
 app.command()(export)
