@@ -47,7 +47,7 @@ JOB = """
 
 RUNTIME = """
     nightly  finish_notice
-    render
+    render  dry_run  doctor
     driver
     pools
     groups  session

@@ -15,7 +15,9 @@ from hv_batch import __version__
 from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
 from hv_batch.cli.config import app as config_app
+from hv_batch.cli.doctor import doctor
 from hv_batch.cli.export import export
+from hv_batch.cli.init import init
 from hv_batch.cli.manifest_flags import Carry, Column, Duplicates, with_manifest_flags
 from hv_batch.cli.terminal import (
     UNREACHABLE_REMEDY,
@@ -30,9 +32,9 @@ from hv_batch.cli.terminal import (
     wants_json,
 )
 from hv_batch.cli.weights import app as weights_app
-from hv_batch.job.config.run_config import load_config
+from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.hooks.notify import VARIABLE, take_target
-from hv_batch.job.manifest.selection import parse_selection
+from hv_batch.job.manifest.selection import Selection, parse_selection
 from hv_batch.job.redaction import safe_text
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.protocol import UserError
@@ -110,6 +112,9 @@ def run(
     column: Column = None,
     carry: Carry = None,
     duplicates: Duplicates = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything that needs no GPU, show what would be done, and end")
+    ] = False,
     address: Address = None,
     take_over: TakeOver = False,
     on_finish: OnFinish = None,
@@ -126,13 +131,14 @@ def run(
     from hv_batch.runtime.run_limits import run_limits
 
     target = take_target(on_finish)
+    if dry_run:
+        _refuse_relative(output, address)
+        settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
+        selection = parse_selection(limit, where or [], shards)
+        _show_dry_run(settings, manifest, output, selection, address, failed_only, as_json)
+        return
     with command_logging(log_settings(log_level, log_format)), finish_notice(target, output) as end:
-        on_cluster = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
-        if on_cluster and "://" not in output and not Path(output).is_absolute():
-            raise UserError(
-                f"The output root {output} is a relative path, which is a different folder on every node of a cluster. "
-                "Use an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
-            )
+        _refuse_relative(output, address)
         end.code = render(
             with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates),
             manifest,
@@ -144,6 +150,33 @@ def run(
             limits=run_limits(until, max_gpu_hours),
         )
     output_root.end_run(output, end.code, as_json)
+
+
+def _refuse_relative(output: str, address: str | None) -> None:
+    on_cluster = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+    if on_cluster and "://" not in output and not Path(output).is_absolute():
+        raise UserError(
+            f"The output root {output} is a relative path, which is a different folder on every node of a cluster. Use "
+            "an absolute path on storage that all nodes share, or a URL such as s3://bucket/run."
+        )
+
+
+def _show_dry_run(
+    config: RunConfig,
+    manifest: list[str],
+    output: str,
+    selection: Selection | None,
+    address: str | None,
+    failed_only: bool,
+    as_json: bool,
+) -> None:
+    from hv_batch.runtime.dry_run import check_run, render_check
+
+    result = check_run(config, manifest, output, selection=selection, address=address, failed_only=failed_only)
+    if as_json:
+        show_json("hv_batch/dry-run/1", result)
+    else:
+        show(render_check(result))
 
 
 @app.command()
@@ -291,6 +324,8 @@ def plan(
         show(render_plan(estimate))
 
 
+app.command()(init)
+app.command()(doctor)
 for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
     app.command()(operation)
 app.command()(export)

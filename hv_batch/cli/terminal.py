@@ -135,5 +135,5 @@ class TerminalHandler(logging.Handler):
 
 def _bar(snapshot: Snapshot) -> Table:
     row = Table.grid(padding=(0, 1))
-    row.add_row(ProgressBar(total=max(1, snapshot.total), completed=snapshot.terminal, width=30), Text(str(snapshot)))
+    row.add_row(Text(str(snapshot)), ProgressBar(total=max(1, snapshot.total), completed=snapshot.terminal, width=20))
     return row

@@ -34,6 +34,7 @@ class Snapshot:
     spooled: int = 0  # finished videos on the disks of nodes, because the output root does not answer
     elapsed_s: float = 0.0
     eta_s: float | None = None  # None before a second sample is done
+    samples_per_s: float | None = None  # likewise
 
     @property
     def terminal(self) -> int:
@@ -43,7 +44,9 @@ class Snapshot:
         return asdict(self)
 
     def __str__(self) -> str:
-        parts = [f"{self.terminal}/{self.total} done"]
+        percent = 100 * self.terminal // max(1, self.total)
+        eta = "--:--" if self.eta_s is None else clock(self.eta_s)
+        parts = [f"{percent}%", _rate(self.samples_per_s), f"ETA {eta}", f"{self.terminal}/{self.total} done"]
         if self.quarantined:
             parts.append(f"{self.quarantined} quarantined")
         if self.starting:
@@ -51,8 +54,15 @@ class Snapshot:
         parts.append(f"running: {self.encoding} encode, {self.denoising} denoise, {self.decoding} decode")
         if self.spooled:
             parts.append(f"{self.spooled} finished, waiting for the output root")
-        parts.append(f"{clock(self.elapsed_s)} ETA {'--:--' if self.eta_s is None else clock(self.eta_s)}")
+        parts.append(f"{clock(self.elapsed_s)} elapsed")
         return " · ".join(parts)
+
+
+def _rate(per_s: float | None) -> str:
+    """Samples per minute, or per hour if that is less than one per minute."""
+    if per_s is None:
+        return "--/min"
+    return f"{60 * per_s:.3g}/min" if 60 * per_s >= 1 else f"{3600 * per_s:.3g}/h"
 
 
 class EtaEstimator:
@@ -63,6 +73,15 @@ class EtaEstimator:
 
     def eta_s(self, snapshot: Snapshot, now: float) -> float | None:
         """Seconds until all samples are done; None before a second sample is done. `now` is a monotonic time."""
+        per_s = self.samples_per_s(snapshot, now)
+        if per_s is None:
+            return None
+        # More samples done than there are: an earlier run has left records that this run has not selected.
+        left = max(0, snapshot.total - snapshot.terminal)
+        return left / per_s if left else 0.0
+
+    def samples_per_s(self, snapshot: Snapshot, now: float) -> float | None:
+        """The mean rate since the first sample was done; None before a second sample is done."""
         done_here = snapshot.terminal - snapshot.done_before
         if self._first is None:
             self._first = (now, done_here) if done_here > 0 else None
@@ -71,10 +90,9 @@ class EtaEstimator:
         if done_here < done_then:  # the counts of another run: the estimate begins again
             self._first = (now, done_here) if done_here > 0 else None
             return None
-        if done_here == done_then:
+        if done_here == done_then or now <= since:
             return None
-        # More samples done than there are: an earlier run has left records that this run has not selected.
-        return max(0, snapshot.total - snapshot.terminal) * (now - since) / (done_here - done_then)
+        return (done_here - done_then) / (now - since)
 
 
 class ProgressThrottle(logging.Filter):
@@ -108,5 +126,6 @@ class ProgressLog:
         if now < self._next:
             return
         self._next = now + RECORD_EVERY_S
-        snapshot = replace(snapshot, elapsed_s=now - self._begun, eta_s=self._eta.eta_s(snapshot, now))
+        rate, eta_s = self._eta.samples_per_s(snapshot, now), self._eta.eta_s(snapshot, now)
+        snapshot = replace(snapshot, elapsed_s=now - self._begun, eta_s=eta_s, samples_per_s=rate)
         logger.info("%s", snapshot, extra={"progress": snapshot})

@@ -28,7 +28,7 @@ def check_encoder(media: MediaConfig) -> None:
     """
     ffmpeg, wanted = find_ffmpeg(), encoder_name(media)
     name = f"media.codec = {media.codec}{' with media.lossless' if media.lossless else ''}"
-    available = _available_encoders(ffmpeg)
+    available = available_encoders(ffmpeg)
     if wanted not in available:
         codecs = [codec for codec, encoder in encoders(media).items() if encoder in available]
         raise FfmpegError(
@@ -56,7 +56,8 @@ def check_encoder(media: MediaConfig) -> None:
         ) from error
 
 
-def _available_encoders(ffmpeg: str) -> Set[str]:
+def available_encoders(ffmpeg: str) -> Set[str]:
+    """The names of the encoders that this ffmpeg lists. Raises FfmpegError."""
     with start_ffmpeg(
         ["-hide_banner", "-encoders"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:

@@ -68,6 +68,12 @@ def contact_cluster(address: str) -> None:
     _check_versions(address, found)
 
 
+def describe_token() -> str:
+    """Where this process has its token for Ray, without the token."""
+    mode = os.environ.get(MODE, "")
+    return f"token: {_token_source() if _token() else 'none'}{f', {MODE}={mode}' if mode else ''}"
+
+
 def private_token() -> None:
     """Write Ray's token file for this user's local clusters, if there is none, and make it readable only for the user.
 

@@ -48,7 +48,7 @@ from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, awai
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.ray_contact import contact_cluster, resolve_address
 from hv_batch.runtime.run_limits import GpuMeter, RunLimits, check_gpu_hours, stop_in_time
-from hv_batch.runtime.session import ray_session, submission_id
+from hv_batch.runtime.session import Session, ray_session, submission_id
 from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: boo
         if not store.exists(layout.CARD):  # it was removed, or the root is that of a version without cards
             with suppress(OSError):  # a finished root may be readable only
                 write_card(store, read_run(store), aggregate(store))
+        logger.info(f"report: {public_url(store.url)}/{layout.REPORT}")
         return _exit_code(summary)
     run, drain_s = job.context.run, job.context.config.timeouts.drain_s
     check_gpu_hours(limits, run.groups.largest.world_size * run.rank_gpus, drain_s)
@@ -159,8 +160,8 @@ def _render_pending(
 
     logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
-    with _removing_drafts(store, pending, lease), ray_session(run, address, stop) as local:
-        shortage = ResourceShortage(run, timeout_s=0.0 if local else config.timeouts.start_s)
+    with _removing_drafts(store, pending, lease), ray_session(run, address, stop) as ray, _naming_logs(ray, store):
+        shortage = ResourceShortage(run, timeout_s=0.0 if ray.is_local else config.timeouts.start_s)
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was started")
             return ExitCode.STOPPED
@@ -185,6 +186,16 @@ def _render_pending(
     if meter.hours:
         logger.info(f"the workers of this command have reserved {meter.hours:.2f} GPU hours")
     return _close(store, pending, outcome, stop)
+
+
+@contextmanager
+def _naming_logs(session: Session, store: Store) -> Iterator[None]:
+    """At the end, however it comes, log where its causes can be read."""
+    try:
+        yield
+    finally:
+        where = session.logs if session.is_local else f"{session.logs} on each node"
+        logger.info(f"logs of the actors: {where} (worker-*.err); state: hv-batch status {public_url(store.url)}")
 
 
 @contextmanager
@@ -218,6 +229,7 @@ def _close(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSi
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
     summary = _finish(store, own, Outage(), stop)
     logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
+    logger.info(f"report: {public_url(store.url)}/{layout.REPORT}")
     if cut := describe_truncated(summary):
         logger.warning(cut)
     if groups := outcome.losses.describe():

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import ray
 
@@ -25,9 +26,17 @@ from hv_batch.runtime.stop_signals import StopSignals
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A connection to Ray."""
+
+    is_local: bool  # whether this process has started it
+    logs: str  # the folder of the logs of all actors, on each node
+
+
 @contextmanager
-def ray_session(run: ResolvedRun, address: str | None, stop: StopSignals | None = None) -> Iterator[bool]:
-    """Connect to Ray for the duration of the block. Yields whether it is a local Ray that this process started.
+def ray_session(run: ResolvedRun, address: str | None, stop: StopSignals | None = None) -> Iterator[Session]:
+    """Connect to Ray for the duration of the block.
 
     If `address` is None, the environment variable RAY_ADDRESS is used, which `ray job submit` sets. Without it the
     address is "local". Raises UserError if no Ray answers or can be started, and KeyboardInterrupt if `stop` is
@@ -40,16 +49,16 @@ def ray_session(run: ResolvedRun, address: str | None, stop: StopSignals | None 
         if address == "local":
             with stop.interruptible() if stop else nullcontext():
                 started = stack.enter_context(_started_locally(run))
-            _connect(started)
+            folder = connect(started)
         else:
-            _connect(address)
+            folder = connect(address)
         if stop:
             stack.callback(stop.install)  # because `ray.shutdown` restores the system's default for SIGTERM
         stack.callback(ray.shutdown)
         if stop:
             stop.install()
             stop.check()
-        yield address == "local"
+        yield Session(is_local=address == "local", logs=f"{folder}/logs")
 
 
 def submission_id() -> str | None:
@@ -62,8 +71,8 @@ def submission_id() -> str | None:
     return name
 
 
-def _connect(address: str) -> None:
-    """Connect this process to the cluster.
+def connect(address: str) -> str:
+    """Connect this process to the cluster, and return the folder of Ray's session.
 
     `ray.init` runs in a thread, because in the main thread it replaces the handler of SIGTERM by one that exits in the
     middle of whatever the driver is doing.
@@ -71,7 +80,8 @@ def _connect(address: str) -> None:
     contact_cluster(address)
     try:
         with ThreadPoolExecutor(1, "connect") as thread:
-            thread.submit(ray.init, address=address, log_to_driver=False, logging_level=logging.ERROR).result()
+            start = thread.submit(ray.init, address=address, log_to_driver=False, logging_level=logging.ERROR)
+            return str(start.result().address_info["session_dir"])
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"The Ray cluster at {address} refuses this driver: {error}. {REMEDY}") from error
 

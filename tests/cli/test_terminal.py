@@ -118,7 +118,7 @@ def test_a_stream_that_is_no_terminal_gets_lines(package_logging):
         progress(logging.getLogger("hv_batch.test"), 2)
         logging.getLogger("hv_batch.test").warning("s01 failed")
     first, second = stream.getvalue().splitlines()
-    assert " INFO 2/9 done" in first
+    assert " INFO 22% · --/min · ETA --:-- · 2/9 done" in first
     assert second.endswith(" WARNING s01 failed")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +38,17 @@ def test_a_second_night_is_estimated_from_its_own_samples():
     assert estimator.eta_s(snapshot(20, 0, 10), 110.0) is None
     assert estimator.eta_s(snapshot(20, 1, 10), 120.0) is None
     assert estimator.eta_s(snapshot(20, 2, 10), 140.0) == 8 * 20.0
+
+
+@pytest.mark.parametrize(
+    ("total", "here", "rate", "eta", "begin"),
+    [
+        (12, 0, None, None, "0% · --/min · ETA --:-- · 0/12 done · "),
+        (12, 3, 0.5, 18.0, "25% · 30/min · ETA 00:18 · 3/12 done · "),
+        (2000, 1999, 1 / 338, 338.0, "99% · 10.7/h · ETA 05:38 · 1999/2000 done · "),
+        (12, 12, 0.5, 0.0, "100% · 30/min · ETA 00:00 · 12/12 done · "),
+    ],
+)
+def test_a_line_of_progress_starts_with_percent_rate_and_eta(total, here, rate, eta, begin):
+    """100% means that all samples are done, so 1999 of 2000 are 99%."""
+    assert str(replace(snapshot(total, here, 0), samples_per_s=rate, eta_s=eta)).startswith(begin)
