@@ -83,7 +83,8 @@ def test_another_seed_changes_every_weight_file(model_base, tmp_path):
     """P3: another seed changes all weights; configs and tokenizers are equal."""
     other = digests(write_toy_checkpoint(tmp_path, seed=1))
     changed = {name for name, digest in digests(model_base).items() if other[name] != digest}
-    assert changed == {DIT, VAE, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"}
+    weights = {DIT, VAE, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"}
+    assert changed == weights | {"licence.json"}  # it names the digests of the weights
 
 
 def test_a_complete_tree_is_not_written_again(model_base, monkeypatch):
