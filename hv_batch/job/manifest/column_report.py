@@ -37,6 +37,7 @@ class ColumnUses:
     """The columns of the rows of one chunk; after `merge`, of the whole manifest."""
 
     first_rows: dict[str, Any] = field(default_factory=dict)  # further column -> first row
+    foreign: dict[str, Alias] = field(default_factory=dict)  # those with another tool's name of a parameter
     lost: dict[str, Rows] = field(default_factory=dict)  # alias of a column that its rows lack -> these rows
     known: set[str] = field(default_factory=set)  # columns that any row has, also without a value
     derived_seeds: Rows | None = None  # with a seed of -1
@@ -46,16 +47,22 @@ class ColumnUses:
         self.known.update(parsed)
         if parsed.get("seed") == DERIVED_SEED:
             self._add_derived_seeds(number, 1)
-        has_other_prompt = False
         if len(self.first_rows) > MAX_COLUMNS:  # the check ends with an error
             return False
         for name in row.extra:
-            self.first_rows.setdefault(name, number)
-            alias = find_alias(name)
-            if alias is None or name in carried or not alias.is_lost(row.values) or alias.columns == ("id",):
-                continue
-            self.lost.setdefault(name, Rows(number)).count += 1
-            has_other_prompt |= alias.columns == ("prompt",)
+            if name not in self.first_rows:
+                self.first_rows[name] = number
+                alias = find_alias(name)
+                if alias is not None and alias.columns != ("id",) and name not in carried:
+                    self.foreign[name] = alias
+        return bool(self.foreign) and self._add_losses(number, row)
+
+    def _add_losses(self, number: int, row: Row) -> bool:
+        has_other_prompt = False
+        for name, alias in self.foreign.items():
+            if name in row.extra and alias.is_lost(row.values):
+                self.lost.setdefault(name, Rows(number)).count += 1
+                has_other_prompt |= alias.columns == ("prompt",)
         return has_other_prompt
 
     def merge(self, other: ColumnUses, prefix: str) -> None:

@@ -36,10 +36,11 @@ ALLOWED_FORMATS = (
     f"{', '.join(CSV_SUFFIXES + TSV_SUFFIXES)} (with a header) and {', '.join(TEXT_SUFFIXES)} (one prompt a line), "
     f"each also with {' or '.join(COMPRESSIONS)} appended, and {', '.join(PARQUET_SUFFIXES)}"
 )
+DATASET_CARD = "/README.md"  # of a repository on the Hugging Face Hub; not a file of its data
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # Hive's and Spark's folder name for a null
 
 # The fields in which stores report a file's version. Each store has some of them.
-VERSION_FIELDS = ("size", "ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "created")
+VERSION_FIELDS = ("size", "blob_id", "ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "created")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ def changed_message(name: str) -> str:
 def find_sources(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> tuple[Source, ...]:
     """All files that `urls` refer to, sorted by name and without duplicates.
 
-    A folder stands for all files below it except hidden ones, whose name (or a folder's) begins with "." or "_". Raises
-    UserError if a URL has no file, or a file has another format.
+    A folder stands for all files below it except README.md and hidden ones, whose name (or a folder's) begins with "."
+    or "_". Raises UserError if a URL has no file, or a file has another format.
     """
     sources: dict[str, Source] = {}
     for url in urls:
@@ -135,7 +136,9 @@ def _expand(url: str, filesystem: Any, path: str) -> Iterator[Source]:
             return
         base = len(path.rstrip("/").split("/"))
         files = {
-            below: entry for below, entry in filesystem.find(path, detail=True).items() if not _is_hidden(below, path)
+            below: entry
+            for below, entry in filesystem.find(path, detail=True).items()
+            if not _is_hidden(below, path) and not below.endswith(DATASET_CARD)
         }
         if not files:
             raise UserError(f"The manifest {url} is a folder without files. Allowed files: {ALLOWED_FORMATS}.")

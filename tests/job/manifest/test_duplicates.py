@@ -1,5 +1,7 @@
 """Repeated rows without id: numbered by their occurrence, dropped or refused."""
 
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,6 +49,7 @@ def test_keys_are_unique_whatever_is_repeated(prompts, videos, action, chunk, tm
     write_rows(path, *({"prompt": prompt, "num_videos": videos} for prompt in prompts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "CHUNK_BYTES", chunk)
+        patch.setattr(os, "cpu_count", lambda: 1)  # no processes, which take longer to start than all the rest
         index = check_file(path, duplicates=action)
     samples = list(index)
     firsts = {key_of({"prompt": prompt, "num_videos": videos}) for prompt in prompts}
