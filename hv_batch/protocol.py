@@ -197,7 +197,10 @@ def canonical_lora(value: Any) -> Any:
 
 
 def _lora(value: Any) -> bool:
-    return isinstance(value, str) and (value == "" or (value != NO_LORA and canonical_lora(value) == value))
+    try:
+        return isinstance(value, str) and parse_lora(value) is not None and canonical_lora(value) == value
+    except ValueError:
+        return False
 
 
 _SIDE_ALLOWED = f"a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIDE}"

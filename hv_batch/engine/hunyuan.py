@@ -279,7 +279,7 @@ class HunyuanVideo:
             self._loras,
             self._dtype("precision"),
             device,
-            in_place=self._offload == "blocks",
+            in_place=("double_blocks.", "single_blocks.") if self._offload == "blocks" else (),
         )
 
     def decoder(self, device: Device) -> HunyuanDecoder:

@@ -55,11 +55,10 @@ def chosen_strengths(text: str, files: Mapping[str, LoraFile]) -> dict[str, floa
 class LoraMerger:
     """Keeps the LoRAs of the current video merged into `model`.
 
-    `base` are the tensors that the model was loaded from, by name. `device` computes the merges. `in_place` keeps the
-    memory of each weight, which is required if that is pinned. The modules must be passed as they are after
-    quantisation and before offloading wraps the blocks. `on_change` is called after each change of weights.
-
-    Raises UserError if a file does not fit the model.
+    `base` are the tensors that the model was loaded from, by name. `device` computes the merges. Tensors whose names
+    begin with one of `in_place` keep their memory, which is required if that is pinned. `model` must have the modules
+    that quantisation leaves, and no blocks that offloading has wrapped. `on_change` is called after each change of
+    weights. Raises UserError if a file does not fit the model.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class LoraMerger:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        in_place: bool = False,
+        in_place: tuple[str, ...] = (),
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._modules = dict(model.named_modules())
@@ -113,8 +112,8 @@ class LoraMerger:
         module = self._modules[module_name]
         if parameter == "weight" and isinstance(module, Fp8Linear | Fp8MatmulLinear):
             weight, scale = self._fp8_weight(module, tensor, terms)
-            self._set(module.weight, weight)
-            self._set(module.scale, scale.to(module.scale.dtype))
+            self._set(tensor, module.weight, weight)
+            self._set(tensor, module.scale, scale.to(module.scale.dtype))
             return
         target = getattr(module, parameter)
         if terms:
@@ -122,7 +121,7 @@ class LoraMerger:
             self._require_finite(value, tensor, terms)
         else:
             value = aligned(self._base[tensor].read(target.device, self._dtype))
-        self._set(target, value)
+        self._set(tensor, target, value)
 
     def _fp8_weight(
         self, module: Fp8Linear | Fp8MatmulLinear, tensor: str, terms: Sequence[tuple[float, Addition]]
@@ -159,8 +158,8 @@ class LoraMerger:
                 "strength, or precision bf16."
             )
 
-    def _set(self, target: Tensor, value: Tensor) -> None:
-        if self._in_place:
+    def _set(self, tensor: str, target: Tensor, value: Tensor) -> None:
+        if tensor.startswith(self._in_place):
             target.data.copy_(value)
         else:  # a weight on the CPU may be a page of the checkpoint file, which must not be written
             target.data = value.to(target.device).contiguous()
