@@ -152,10 +152,11 @@ class HunyuanVideo:
 
         Reads no tensor data of the model, and all of the LoRAs, which are small.
         """
-        problems = verify(self._tree, self._dit_config, self._fp8)
-        if self._loras:
-            problems += check_adapters(self._loras, dit_shapes(self._dit_config), check_values)
-        return problems
+        return [*verify(self._tree, self._dit_config, self._fp8), *self.lora_problems()]
+
+    def lora_problems(self) -> list[str]:
+        """Return one message for each LoRA that cannot be used; needs no file of the checkpoint."""
+        return check_adapters(self._loras, dit_shapes(self._dit_config), check_values) if self._loras else []
 
     def identity(self) -> dict[str, Any]:
         """Return all facts of this engine that change pixels (P3).

@@ -42,6 +42,15 @@ TEXT = TextEmbedding(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As every part of the engine on a CPU: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """The toy tree, with FP8 weights and their map beside those in bf16."""
@@ -144,20 +153,30 @@ def test_after_a_failed_merge_the_next_video_has_the_bits_of_one_alone(toy, lora
     assert np.array_equal(render(denoiser, "film"), render(engine(toy, loras).join(ALONE), "film"))
 
 
-def test_the_pipeline_and_a_local_group_use_loras(toy, loras):
-    """The pipeline takes any form of the names; the ranks of a group merge the same weights."""
-    options = {"device": "cpu", "dit": TOY_DIT, "precision": "fp32", "text_encoder_precision": "fp32", "loras": loras}
-    call = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "output": "latents"}
-    one = HunyuanVideoPipeline.from_pretrained(toy, **options)
-    film = one("a cat", lora=["grain", "film : 0.50"], **call)
-    assert np.array_equal(film, one("a cat", lora="film:0.5,grain", **call))
-    assert not np.array_equal(film, one("a cat", **call))
-    with HunyuanVideoPipeline.from_pretrained(toy, ulysses_degree=2, **options) as two:
-        np.testing.assert_allclose(two("a cat", lora="film:0.5,grain", **call), film, rtol=1e-3, atol=1e-3)
+CALL = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "output": "latents"}
+
+
+@pytest.fixture(scope="module")
+def options(loras):
+    return {"device": "cpu", "dit": TOY_DIT, "precision": "fp32", "text_encoder_precision": "fp32", "loras": loras}
+
+
+def test_the_pipeline_takes_any_form_of_the_names(toy, options):
+    pipeline = HunyuanVideoPipeline.from_pretrained(toy, **options)
+    film = pipeline("a cat", lora=["grain", "film : 0.50"], **CALL)
+    assert np.array_equal(film, pipeline("a cat", lora="film:0.5,grain", **CALL))
+    assert not np.array_equal(film, pipeline("a cat", **CALL))
     with pytest.raises(UserError, match="has no LoRA 'anime'; its option loras has film, grain"):
-        one("a cat", lora="anime", **call)
+        pipeline("a cat", lora="anime", **CALL)
     with pytest.raises(UserError, match="Paths are not allowed"):
-        one("a cat", lora="/tmp/film.safetensors", **call)
+        pipeline("a cat", lora="/tmp/film.safetensors", **CALL)
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_group_merge_the_same_weights(toy, options):
+    one = HunyuanVideoPipeline.from_pretrained(toy, **options)("a cat", lora="film:0.5,grain", **CALL)
+    with HunyuanVideoPipeline.from_pretrained(toy, ulysses_degree=2, **options) as group:
+        np.testing.assert_allclose(group("a cat", lora="film:0.5,grain", **CALL), one, rtol=1e-3, atol=1e-3)
 
 
 # Preflight and identity -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from hv_batch.job.user_input import shorten
 from hv_batch.protocol import UserError
 
 LOOK = "look"
-TEXT_COLUMNS = ("id", "prompt", "negative_prompt")
+TEXT_COLUMNS = ("id", "prompt", "negative_prompt", "lora")
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,

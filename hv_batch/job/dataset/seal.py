@@ -36,6 +36,7 @@ from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
+from hv_batch.protocol import OPTIONAL_FIELDS
 
 # The path of each column in a commit record, and its type. A new column changes the bytes of every table, so it needs a
 # new schema; run.json fixes the schema of a root when the run begins. These are the columns of version 1.
@@ -63,14 +64,16 @@ COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
     "licence": (("licence",), pa.string()),
 }
 
-SCORE_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {  # version 2 adds these
+# Version 2 adds these. A video without LoRA has null.
+LORA_COLUMN: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {"lora": (("params", "lora"), pa.string())}
+SCORE_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
     name: (("scores", name), pa.float64()) for name in SCORES
 }
 
 
 def table_columns(schema: str) -> Mapping[str, tuple[tuple[str, ...], pa.DataType]]:
     """The columns of hv_batch in a table of this schema, in order, without `file_name`."""
-    return COLUMNS if schema == DATASET_SCHEMA_1 else {**COLUMNS, **SCORE_COLUMNS}
+    return COLUMNS if schema == DATASET_SCHEMA_1 else {**COLUMNS, **LORA_COLUMN, **SCORE_COLUMNS}
 
 
 def seal_shard(
@@ -207,7 +210,7 @@ def _value_at(record: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
         if value is None:  # a record without scores
             return None
-        value = value.get(name) if path[0] == "scores" else value[name]
+        value = value.get(name) if path[0] == "scores" or name in OPTIONAL_FIELDS else value[name]
     return clean_text(value) if isinstance(value, str) else value
 
 

@@ -265,6 +265,7 @@ def index_key(config: RunConfig) -> str:
     """Hex digest of everything except the manifest that an index depends on."""
     facts = [__version__, config.defaults.model_dump(mode="json"), config.parallel.cfg_degree, config.media.codec]
     facts += [options] if (options := config.manifest.identity()) else []
+    facts += [sorted(config.model.loras)] if config.model.loras else []  # the names that rows may use
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
