@@ -15,6 +15,7 @@ satisfies `Engine` can render: the HunyuanVideo engine of this package, another 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -39,6 +40,12 @@ DEFAULT_NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
     "bad hands, bad teeth, bad eyes, bad limbs, distortion"
 )
+
+
+MAX_LORAS = 8  # of one video
+MAX_LORA_STRENGTH = 100.0
+LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NO_LORA = "none"  # in a manifest, where an empty cell means the default
 
 
 class UserError(Exception):
@@ -84,10 +91,14 @@ class SamplingParams:
     cfg_scale: float  # classifier-free guidance; > 1 renders the negative prompt too
     guidance_rescale: float
     flow_shift: float
+    lora: str = ""  # names of LoRAs in the form of `canonical_lora`; empty: none
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict. `dataclasses.asdict` takes ten times as long because it looks for containers."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        """Return the fields as a dict. `dataclasses.asdict` takes ten times as long because it looks for containers.
+
+        An empty `lora` is left out, so that records and hashes of videos without one stay as they were before it.
+        """
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) or name != "lora"}
 
     @property
     def uses_cfg(self) -> bool:
@@ -148,6 +159,50 @@ def _between(low: float, high: float) -> Callable[[Any], bool]:
     return lambda value: _is_number(value) and low <= value <= high
 
 
+def parse_lora(text: str) -> dict[str, float | None]:
+    """Return the strengths of LoRAs by name, from a text such as "film:0.7,grain". None: the LoRA's own strength.
+
+    Raises ValueError if the text has another form, if a name occurs twice, or if a strength is out of bounds.
+    """
+    strengths: dict[str, float | None] = {}
+    for item in text.split(",") if text.strip() and text.strip() != NO_LORA else ():
+        name, colon, number = (part.strip() for part in item.partition(":"))
+        strength = float(number) if colon else None
+        if not LORA_NAME.fullmatch(name) or name in strengths or name == NO_LORA:
+            raise ValueError(f"{name!r} is not the name of a LoRA, or occurs twice")
+        if strength is not None and not abs(strength) <= MAX_LORA_STRENGTH:
+            raise ValueError(f"{strength} is not from -{MAX_LORA_STRENGTH:g} to {MAX_LORA_STRENGTH:g}")
+        strengths[name] = strength
+    if len(strengths) > MAX_LORAS:
+        raise ValueError(f"{len(strengths)} LoRAs, more than {MAX_LORAS}")
+    return strengths
+
+
+def canonical_lora(value: Any) -> Any:
+    """Return the one form of a choice of LoRAs: names in order, each with its strength if it has one.
+
+    `value` is a text such as "film: 0.70, grain", or a list of such texts; "none" and an empty list become "". Equal
+    choices get equal texts, and so equal pixels. Any other value is returned unchanged and breaks the rule of `lora`.
+    """
+    text = ",".join(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else value
+    if not isinstance(text, str):
+        return value
+    try:
+        strengths = parse_lora(text)
+    except ValueError:
+        return value
+    return ",".join(
+        name if strength is None else f"{name}:{float(strength)!r}" for name, strength in sorted(strengths.items())
+    )
+
+
+def _lora(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and parse_lora(value) is not None and canonical_lora(value) == value
+    except ValueError:
+        return False
+
+
 _SIDE_ALLOWED = f"a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIDE}"
 
 # The allowed values of each field of SamplingParams: one table for manifest rows, config defaults and the Python API.
@@ -163,7 +218,15 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "cfg_scale": (_between(1.0, 100.0), "a number from 1 (off) to 100"),
     "guidance_rescale": (_between(0.0, 1.0), "a number from 0 (off) to 1"),
     "flow_shift": (lambda v: _is_number(v) and 0.0 < v <= 1000.0, "a number above 0, at most 1000"),
+    "lora": (
+        _lora,
+        f"at most {MAX_LORAS} names of LoRAs, each once and with an optional strength, as film or film:0.7,grain; or "
+        f"{NO_LORA}. Paths are not allowed",
+    ),
 }
+
+# Fields that a record may lack.
+OPTIONAL_FIELDS = frozenset({"lora"})
 
 
 def problems(values: Mapping[str, Any]) -> list[FieldProblem]:

@@ -63,7 +63,7 @@ def _pool(actors: int, cpus: float, *arguments: Any) -> dict[str, Any]:
 
 
 def _engine(config: RunConfig) -> Engine:
-    return build_engine(config.model.engine, config.model.options)
+    return build_engine(config.model.engine, config.model.engine_options())
 
 
 class _Encode:

@@ -29,6 +29,12 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"{shape:<16}{work['steps']:>6}{'yes' if work['cfg'] else 'no':>5}{work['samples']:>10,}"
             f"{work['tokens']:>10,}{work['denoise_flops'] / 1e15:>15,.4g}{work['decode_flops'] / 1e15:>14,.4g}"
         )
+    if loras := plan.get("loras"):
+        sets = ", ".join(f"{lora or 'none'}: {count:,}" for lora, count in loras["samples"].items())
+        yield (
+            f"LoRAs, in samples: {sets}; a group changes them at most {loras['changes']:,} times, and each time reads "
+            "the weights that they touch"
+        )
     yield ""
     yield f"{'model':<16}{'parameters':>14}{'GB':>9}"
     for part in plan["components"]:

@@ -27,7 +27,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 
 from hv_batch import __version__
 from hv_batch.cli.sample_files import free_stem, read_latents, shorten, write_latents, write_video
-from hv_batch.cli.sample_flags import MODELS, ignored_flags, parse, round_up
+from hv_batch.cli.sample_flags import MODELS, ignored_flags, parse, parse_lora_flags, round_up
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device
@@ -36,7 +36,15 @@ from hv_batch.engine.video_requests import plan_videos
 from hv_batch.job.licences import engine_licence
 from hv_batch.job.redaction import safe_text
 from hv_batch.job.workload import long_video_warning
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, NonFiniteError, SamplingParams, UserError, problems
+from hv_batch.protocol import (
+    DEFAULT_NEGATIVE_PROMPT,
+    MAX_SIDE,
+    NonFiniteError,
+    SamplingParams,
+    UserError,
+    canonical_lora,
+    problems,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +63,7 @@ FLAGS = {
     "cfg_scale": "--cfg-scale",
     "guidance_rescale": "--guidance-rescale",
     "flow_shift": "--flow-shift",
+    "lora": "--lora",
 }
 # Tiles larger than any video that can be rendered.
 UNTILED = {"spatial_px": MAX_SIDE, "temporal_frames": 1040, "overlap": 0.0}
@@ -175,6 +184,7 @@ def _videos(options: argparse.Namespace) -> list[SamplingParams]:
         "cfg_scale": 1.0 if options.cfg_scale < 1.0 else options.cfg_scale,
         "guidance_rescale": options.guidance_rescale,
         "flow_shift": options.flow_shift,
+        "lora": canonical_lora(list(parse_lora_flags(options.lora))),
     }
     prompts = [prompt.strip() for prompt in options.prompt]
     invalid = [one for prompt in prompts for one in problems({"prompt": prompt})] + problems({**values, "seed": seed})
@@ -203,6 +213,7 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "step_cache": options.step_cache,
         "vae_tile": None if options.vae_tiling else UNTILED,
         "offload": "blocks" if options.use_cpu_offload else "none",
+        "loras": parse_lora_flags(options.lora),
     }
     return chosen
 

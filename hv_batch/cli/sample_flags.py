@@ -15,7 +15,10 @@ One default differs: `--flow-reverse` is on, because the released model renders 
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, SIZE_MULTIPLE, UserError
@@ -93,6 +96,23 @@ def ignored_flags(options: argparse.Namespace) -> list[str]:
     return [flag for flag in IGNORED if getattr(options, _attribute(flag)) is not None]
 
 
+def parse_lora_flags(values: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the engine option `loras` for the values of --lora. Each is named after its file."""
+    loras: dict[str, dict[str, Any]] = {}
+    for value in values:
+        path, colon, number = value.rpartition(":")
+        try:
+            entry = {"path": path, "strength": float(number)} if colon else {"path": value}
+        except ValueError:
+            entry = {"path": value}  # a colon within the path
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(str(entry["path"])).stem)[:48].lstrip("-_") or "lora"
+        name = next(
+            name for count in itertools.count(1) if (name := stem if count == 1 else f"{stem}-{count}") not in loras
+        )
+        loras[name] = entry
+    return loras
+
+
 def round_up(video_size: Sequence[int]) -> tuple[int, int]:
     """Return (height, width) in pixels, each rounded up to a multiple of 16 as in the release.
 
@@ -164,6 +184,13 @@ def _add_model(group: Group) -> None:
     add("--vae-precision", default="fp16", choices=PRECISIONS, help="precision of the VAE")
     add("--text-encoder-precision", default="fp16", choices=PRECISIONS, help="precision of LLaMA")
     add("--text-encoder-precision-2", default="fp16", choices=PRECISIONS, help="precision of CLIP")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="merge this LoRA (.safetensors) with this strength; may be repeated",
+    )
     add("--use-fp8", action="store_true", help="use the 8-bit weights that --dit-weight names")
     add("--step-cache", type=float, default=0.0, metavar="X", help="reuse blocks that change less, as 0.1; 0: off")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")

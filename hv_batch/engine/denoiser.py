@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from hv_batch.engine import sampler
+from hv_batch.engine.checkpoint.lora.merge import LoraMerger
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampler import SamplingOptions
 from hv_batch.engine.self_check import check_group
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import NonFiniteError, OnStep, SamplingParams, StepState
+from hv_batch.protocol import NonFiniteError, OnStep, SamplingParams, StepState, UserError
 
 
 class HunyuanDenoiser:
@@ -28,12 +29,14 @@ class HunyuanDenoiser:
         device: torch.device,
         options: SamplingOptions = SamplingOptions(),
         decoder: HunyuanDecoder | None = None,
+        loras: LoraMerger | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
         self._device = device
         self._options = options
         self._decoder = decoder
+        self._loras = loras
 
     def self_check(self) -> None:
         """Raise DeviceError if the group computes another result than one rank alone; see `hv_batch.engine.self_check`.
@@ -55,7 +58,11 @@ class HunyuanDenoiser:
         positives: Sequence[TextEmbedding],
         negatives: Sequence[TextEmbedding] | None,
     ) -> Generator[Tensor, None, None]:
-        """Yield the latents of a batch of videos after each step; see `sampler.trajectory`."""
+        """Yield the latents of a batch of videos after each step; see `sampler.trajectory`.
+
+        Merges the LoRAs of the batch into the weights first. Raises UserError for an unknown LoRA.
+        """
+        self._use_lora(batch[0])
         return sampler.trajectory(
             self._model, batch, positives, negatives, mesh=self._mesh, device=self._device, options=self._options
         )
@@ -71,8 +78,9 @@ class HunyuanDenoiser:
         """Return the final latents: float32, shaped `params.latent_shape`; see `sampler.denoise`.
 
         If the latents are not finite, the group repeats its self-check: a failed check raises DeviceError, a passed
-        check means that the sample is the cause, and NonFiniteError propagates.
+        check means that the sample is the cause, and NonFiniteError propagates. Raises UserError for an unknown LoRA.
         """
+        self._use_lora(params)
 
         def report(done: int, latents: Tensor) -> None:
             on_step(done, (lambda: latents.cpu().numpy()) if self._options.can_resume(done) else None)
@@ -93,3 +101,9 @@ class HunyuanDenoiser:
             check_group(self._model, self._mesh, self._device)
             raise
         return latents.cpu().numpy()
+
+    def _use_lora(self, params: SamplingParams) -> None:
+        if self._loras:
+            self._loras.use(params.lora)
+        elif params.lora:
+            raise UserError(f"lora = {params.lora!r}: the engine has no LoRAs. Name their files in its option loras.")

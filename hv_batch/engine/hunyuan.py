@@ -22,11 +22,16 @@ from hv_batch.architecture import DiTConfig, TileGeometry, check_fields
 from hv_batch.engine.attention import HALF_ONLY, KERNELS, choose_kernel
 from hv_batch.engine.checkpoint.digests import revision, vae_revision
 from hv_batch.engine.checkpoint.licence_file import declared_licence
-from hv_batch.engine.checkpoint.loading import FP8_MODES, load_dit, load_vae, verify
+from hv_batch.engine.checkpoint.loading import FP8_MODES, dit_shapes, load_dit_and_tensors, load_vae, verify
+from hv_batch.engine.checkpoint.lora.adapter import check_values, digest_adapter
+from hv_batch.engine.checkpoint.lora.merge import LoraMerger, check_adapters
+from hv_batch.engine.checkpoint.lora.options import parse_loras
+from hv_batch.engine.checkpoint.tensor_files import Tensors
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.denoiser import HunyuanDenoiser
 from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
+from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel.process_group import host_store, join_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
@@ -76,6 +81,8 @@ class HunyuanVideo:
       last computed step; see `hv_batch.engine.step_cache`. 0 computes every step.
     - `offload`: where the weights of the DiT's blocks are kept: "none" on the device, "blocks" in pinned host memory of
       every rank, "mapped" in the memory-mapped checkpoint file, whose pages the ranks of a node share.
+    - `loras`: LoRA files by name, as `{film: {path: film.safetensors, strength: 0.8}}`; the strength is 1 if it is left
+      out. `SamplingParams.lora` names those of a video; see `hv_batch.engine.checkpoint.lora`. Not with offload mapped.
 
     Raises UserError if a value is not allowed.
     """
@@ -99,6 +106,7 @@ class HunyuanVideo:
         flow_reverse: bool = True,
         step_cache: float = 0.0,
         offload: str = "none",
+        loras: Mapping[str, Any] | None = None,
     ) -> None:
         # Absolute, because actors run in another working directory than the driver.
         dit_path = None if dit_weight is None else _path("dit_weight", dit_weight)
@@ -132,10 +140,23 @@ class HunyuanVideo:
             )
         self._sampling = SamplingOptions(_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
         self._offload = _choice("offload", offload, OFFLOADS)
+        self._loras = parse_loras(loras or {})
+        if self._loras and offload == "mapped":
+            raise UserError(
+                "engine option offload: mapped keeps the weights in the checkpoint file, into which no LoRA can be "
+                "merged. Choose offload blocks or none, or remove loras."
+            )
 
     def check(self) -> list[str]:
-        """Return one sentence for each missing file, unreadable file or mismatching tensor; reads no tensor data."""
-        return verify(self._tree, self._dit_config, self._fp8)
+        """Return one sentence for each missing file, unreadable file or mismatching tensor.
+
+        Reads no tensor data of the model, and all of the LoRAs, which are small.
+        """
+        return [*verify(self._tree, self._dit_config, self._fp8), *self.lora_problems()]
+
+    def lora_problems(self) -> list[str]:
+        """Return one message for each LoRA that cannot be used; needs no file of the checkpoint."""
+        return check_adapters(self._loras, dit_shapes(self._dit_config), check_values) if self._loras else []
 
     def identity(self) -> dict[str, Any]:
         """Return all facts of this engine that change pixels (P3).
@@ -152,6 +173,7 @@ class HunyuanVideo:
             # Newer options are listed only if they are used, so that the identity of older output roots stays equal.
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
             **({"step_cache": self._sampling.step_cache} if self._sampling.step_cache else {}),
+            **({"loras": self._lora_identity} if self._loras else {}),
             "vae_tile": _jsonable(asdict(self._geometry)),
             "noise": self._sampling.noise,
             "flow_reverse": self._sampling.reverse,
@@ -172,6 +194,12 @@ class HunyuanVideo:
     @cached_property
     def _revision(self) -> dict[str, str]:
         return revision(self._tree)
+
+    @cached_property
+    def _lora_identity(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"sha256": digest_adapter(file.path), "strength": file.strength} for name, file in self._loras.items()
+        }
 
     def group_problems(self, plan: ParallelPlan, shapes: Iterable[Shape] = ()) -> list[str]:
         """Return the reasons why the model cannot run with `plan`, or cannot render `shapes` with it; empty if none.
@@ -230,16 +258,30 @@ class HunyuanVideo:
             check_xfuser(device)
         vae = load_vae(self._tree, self._dtype("vae_precision"), device) if spec.decodes else None
         load_device = device if self._offload == "none" else torch.device("cpu")
-        model = load_dit(self._tree, self._dit_config, self._attention, dtype, load_device, self._fp8)
+        model, base = load_dit_and_tensors(self._tree, self._dit_config, self._attention, dtype, load_device, self._fp8)
         if self._fp8 == "matmul":
             multiply_in_fp8_(model, device)
+        loras = self._lora_merger(model, base, device) if self._loras else None
         if self._offload != "none":
-            offload_blocks(model, device, pinned=self._offload == "blocks")
+            streamer = offload_blocks(model, device, pinned=self._offload == "blocks")
+            if loras:
+                loras.on_change = streamer.forget
         mesh = SequenceMesh.single() if spec.plan.world_size == 1 else join_group(spec)
         if self._sequence_parallel == "xfuser":
             model.joint_attention = XfuserAttention(mesh)
         decoder = HunyuanDecoder(vae, self._geometry, mesh) if vae else None
-        return HunyuanDenoiser(model, mesh, device, self._sampling, decoder)
+        return HunyuanDenoiser(model, mesh, device, self._sampling, decoder, loras)
+
+    def _lora_merger(self, model: HYVideoDiT, base: Tensors, device: torch.device) -> LoraMerger:
+        return LoraMerger(
+            model,
+            base,
+            dit_shapes(self._dit_config),
+            self._loras,
+            self._dtype("precision"),
+            device,
+            in_place=("double_blocks.", "single_blocks.") if self._offload == "blocks" else (),
+        )
 
     def decoder(self, device: Device) -> HunyuanDecoder:
         """Load the VAE on `device`."""

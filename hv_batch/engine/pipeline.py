@@ -150,6 +150,7 @@ class HunyuanVideoPipeline:
         cfg_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         flow_shift: float = 7.0,
+        lora: str | Sequence[str] = "",
         output: Literal["frames", "latents"] = "frames",
         callback: Callback | None = None,
     ) -> Any:
@@ -158,7 +159,8 @@ class HunyuanVideoPipeline:
         With several prompts, several seeds or `num_videos` above 1, the videos are stacked along a first axis, prompt
         by prompt; `plan_videos` documents their seeds. An empty list of prompts returns an empty list. `batch_size`
         videos are denoised in one batch, which changes no bit of any video. `output="latents"` returns float32 latents
-        [16, T, height / 8, width / 8] instead of frames.
+        [16, T, height / 8, width / 8] instead of frames. `lora` names entries of the engine option `loras`, with
+        optional strengths, as "film:0.7,grain"; the next call without it renders without LoRA.
 
         `callback(n, latents)` is called after each denoising step of each batch; its exceptions propagate. The callback
         or another thread may call `interrupt`. Raises UserError for invalid values, NonFiniteError for embeddings,
@@ -177,6 +179,7 @@ class HunyuanVideoPipeline:
             cfg_scale=cfg_scale,
             guidance_rescale=guidance_rescale,
             flow_shift=flow_shift,
+            lora=lora,
         )
         require("output", output, output in ("frames", "latents"), "'frames' or 'latents'")
         videos = checked_videos(videos, self._plan.cfg_degree)

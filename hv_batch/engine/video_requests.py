@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hv_batch.protocol import SamplingParams, UserError, problems
+from hv_batch.protocol import SamplingParams, UserError, canonical_lora, problems
 
 
 def plan_videos(
@@ -21,7 +21,7 @@ def plan_videos(
     for invalid values; it names all invalid values of a video at once.
     """
     prompt, seed, num_videos = plain(prompt), plain(seed), plain(num_videos)
-    values = {name: plain(value) for name, value in values.items()}
+    values = {name: canonical_lora(value) if name == "lora" else plain(value) for name, value in values.items()}
     require("prompt", prompt, isinstance(prompt, Sequence), "a text or a list of texts")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     require("num_videos", num_videos, is_count(num_videos), "a whole number above 0")

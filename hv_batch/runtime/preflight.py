@@ -28,7 +28,7 @@ from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
-from hv_batch.job.redaction import public_values
+from hv_batch.job.redaction import public_url, public_values
 from hv_batch.job.storage.hub_urls import refuse_hub_repository
 from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import long_video_warning
@@ -75,7 +75,7 @@ def prepare_run(
     with _collected(problems):
         resolve_address(address)
     with _collected(problems):
-        engine = build_engine(config.model.engine, config.model.options)
+        engine = build_engine(config.model.engine, config.model.engine_options())
         _check_engine(engine, config)
     with _collected(problems):
         check_encoder(config.media)
@@ -124,6 +124,7 @@ def _describe_reads(config: RunConfig, manifest: Manifest) -> str:
     """What a run reads outside its output root, in one line: on a resume, run.json decides it."""
     options = public_values(config.model.options)
     paths = [f"model.options.{name} = {value}" for name, value in options.items() if "/" in str(value)]
+    paths += [f"model.loras.{name} = {public_url(lora.path)}" for name, lora in config.model.loras.items()]
     urls = manifest.public_urls if isinstance(manifest.public_urls, str) else ", ".join(manifest.public_urls)
     return f"reads outside the output root: the manifest {urls}{''.join(f', {path}' for path in paths)}"
 

@@ -27,7 +27,7 @@ def commands(group: typer.core.TyperGroup, prefix: str = "") -> Iterator[tuple[s
 COMMANDS = dict(commands(typer.main.get_command(app)))
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - PARSED_BY_ITSELF)
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - PARSED_BY_ITSELF))
 def test_every_command_has_a_json_flag(name):
     assert "--json" in {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
 

@@ -157,6 +157,19 @@ def released_dit(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, S
     return {name: _fuse(name, parts, path) for name, parts in groups.items()}
 
 
+def module_parts(module: str) -> list[str]:
+    """Return the modules of diffusers that make up a released module of the DiT, in the order of concatenation."""
+    for theirs, ours, modules in _BLOCKS:
+        if match := re.fullmatch(rf"{re.escape(ours)}\.(\d+)\.(.+)", module):
+            return [f"{theirs}.{match[1]}.{name}" for name, released in modules.items() if released == match[2]]
+    return [name for name, released in _STEM.items() if released == module]
+
+
+def has_swapped_halves(module: str) -> bool:
+    """Return whether a module of diffusers stores the halves of its rows in the other order."""
+    return module == _FINAL_MODULATION
+
+
 def dit_options(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the fields of `DiTConfig` from the content of transformer/config.json.
 

@@ -56,9 +56,27 @@ def load_dit(
     `fp8` is one of FP8_MODES. Raises UserError if the file is missing, is unreadable or does not fit `config`, if FP8
     weights lack their scales, or if `fp8` is "storage" and the file contains no FP8 weights.
     """
+    return load_dit_and_tensors(tree, config, attention, dtype, device, fp8)[0]
+
+
+def load_dit_and_tensors(
+    tree: CheckpointTree,
+    config: DiTConfig,
+    attention: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    fp8: str = "none",
+) -> tuple[HYVideoDiT, Tensors]:
+    """Same as `load_dit`; also returns the tensors of the checkpoint, unread, by the names of the model's tensors."""
     model, tensors = _plan_dit(tree, config, attention, fp8)
     _fill(model, tensors, dtype, device)
-    return model
+    return model, tensors
+
+
+def dit_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the DiT's tensors by their released names."""
+    with torch.device("meta"):
+        return _shapes(HYVideoDiT(config, "sdpa"))
 
 
 def load_vae(tree: CheckpointTree, dtype: torch.dtype, device: torch.device) -> CausalVAE:
@@ -237,14 +255,14 @@ def _number(scale: StoredTensor) -> float:
 def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
     """Read the tensors into a model on the meta device: FP8 tensors unchanged, the others in `dtype`."""
     state = {
-        name: _aligned(tensors[name].read(device, FP8 if empty.dtype == FP8 else dtype))
+        name: aligned(tensors[name].read(device, FP8 if empty.dtype == FP8 else dtype))
         for name, empty in model.state_dict().items()
     }
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False).eval()
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """Copy the tensor if it is not aligned like an allocation of torch (P3).
 
     Matrix kernels of the CPU sum unaligned data in another order. Files of torch and of `hv-batch weights convert` are

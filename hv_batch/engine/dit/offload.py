@@ -104,6 +104,11 @@ class BlockStreamer:
         if self._find(following) is None:
             self._fetch(following)
 
+    def forget(self) -> None:
+        """Drop the device copies, because weights on the host have changed. Must not be called within `resident`."""
+        for slot in self._slots:
+            slot.holds = None
+
     def _find(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.holds == index), None)
 

@@ -49,7 +49,7 @@ def refuse_unknown_engine(path: str, output: str, named: Collection[str] = ()) -
 
 
 def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
-    """Import the engine at `path` (`package.module:Name`) and construct it with the config's `model.options`.
+    """Import the engine at `path` (`package.module:Name`) and construct it with `ModelConfig.engine_options`.
 
     Raises UserError if the engine cannot be imported, is not a class with the methods of `Engine`, or refuses the
     options.
@@ -69,6 +69,8 @@ def build_engine(path: str, options: Mapping[str, Any]) -> Engine:
         )
     parameters = {name: one for name, one in inspect.signature(factory).parameters.items() if name != "self"}
     allowed = list(parameters)
+    if "loras" in options and "loras" not in allowed:
+        raise UserError(f"model.loras: the engine {path} does not support LoRAs. Remove model.loras from the config.")
     if unknown := [name for name in options if name not in allowed]:
         raise UserError(
             f"model.options: the engine {path} has no option {', '.join(map(repr, unknown))}; allowed: "

@@ -44,7 +44,7 @@ from hv_batch.job.config.yaml_overrides import (
     parse_yaml,
 )
 from hv_batch.job.user_input import is_manifest_name, open_input, shorten
-from hv_batch.protocol import UserError
+from hv_batch.protocol import UserError, parse_lora
 
 
 class RunConfig(Section):
@@ -93,6 +93,11 @@ class RunConfig(Section):
         problems = list(
             group_problems(self.parallel, self.groups, self.encoders, self.model, self.gpu, self.gpu_memory_gib)
         )
+        if unknown := parse_lora(self.defaults.lora).keys() - self.model.loras.keys():
+            known = ", ".join(self.model.loras) or "none; model.loras is empty"
+            problems.append(
+                f"defaults.lora = {self.defaults.lora} names {', '.join(sorted(unknown))}; allowed: {known}"
+            )
         if groups.gpus_per_rank + groups.cpus_per_rank == 0:
             problems.append(
                 "groups.gpus_per_rank = 0 with groups.cpus_per_rank = 0; allowed: one of them above 0, because Ray "

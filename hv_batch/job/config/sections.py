@@ -9,13 +9,29 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS, find_fault
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD
 from hv_batch.job.hooks.hook import parse_hook
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, Device
+from hv_batch.protocol import (
+    DEFAULT_NEGATIVE_PROMPT,
+    LORA_NAME,
+    MAX_LORA_STRENGTH,
+    NO_LORA,
+    Device,
+    canonical_lora,
+)
 
 ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that the cost model describes
 
@@ -56,6 +72,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    """One LoRA of `model.loras`."""
+
+    path: str
+    strength: Annotated[float, Field(ge=-MAX_LORA_STRENGTH, le=MAX_LORA_STRENGTH)] = 1.0
+
+
 class ModelConfig(Section):
     """The engine that renders, and its options. Part of the run's identity, as far as it changes pixels."""
 
@@ -64,6 +87,10 @@ class ModelConfig(Section):
     options: dict[str, Any] = {}
     """Keyword arguments of the engine's constructor. The engine validates them. The default engine requires
     `model_base`, the checkpoint tree; its other options are described in `hv_batch/engine/README.md`."""
+    loras: dict[str, LoraConfig] = {}
+    """LoRA files by name, as `{film: {path: film.safetensors, strength: 0.8}}`; `strength` is 1 if it is left out. Rows
+    choose by name, in the column `lora` or `defaults.lora`. A path must exist on every node. The engine must
+    support LoRAs, as the default engine does."""
 
     @field_validator("engine")
     @classmethod
@@ -71,6 +98,30 @@ class ModelConfig(Section):
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
             raise ValueError("an import path, package.module:Name")
         return value
+
+    @field_validator("options")
+    @classmethod
+    def _refuse_loras(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "loras" in value:
+            raise ValueError("the options of the engine without loras, which belong into model.loras")
+        return value
+
+    @field_validator("loras")
+    @classmethod
+    def _check_names(cls, value: dict[str, LoraConfig]) -> dict[str, LoraConfig]:
+        if not all(LORA_NAME.fullmatch(name) and name != NO_LORA for name in value):
+            raise ValueError(f"names of at most 64 letters, digits, '.', '_' and '-', and not {NO_LORA}")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _leave_out_loras(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without LoRAs, a dump has no key for them, so that a run.json stays readable for older versions."""
+        return {name: value for name, value in handler(self).items() if value or name != "loras"}
+
+    def engine_options(self) -> dict[str, Any]:
+        """The keyword arguments of the engine's constructor."""
+        loras = {name: lora.model_dump() for name, lora in self.loras.items()}
+        return {**self.options, **({"loras": loras} if loras else {})}
 
 
 class Defaults(Section):
@@ -99,11 +150,19 @@ class Defaults(Section):
     """Shift of the noise schedule towards high noise."""
     fps: int = 24
     """Frames per second of the mp4."""
+    lora: str = ""
+    """The LoRAs: names of `model.loras`, each with a strength if that of `model.loras` is not meant. A list is allowed
+    as well. A row with `none` in this column has none."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _check_row_rules(cls, value: Any, info: Any) -> Any:
-        return check_row_rule(info.field_name, value)
+        return check_row_rule(info.field_name, canonical_lora(value) if info.field_name == "lora" else value)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_lora(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a LoRA, a dump has no key for it, so that the identity of older output roots stays the same."""
+        return {name: value for name, value in handler(self).items() if value or name != "lora"}
 
 
 class ManifestConfig(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
 from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
+from hv_batch.job.manifest.samples import Sample, count_lora_changes
 from hv_batch.job.scheduling.pool_sizing import worker_count, workers_needed
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.store import Store
@@ -58,9 +59,16 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
     """The whole plan, JSON-able. Raises UserError for a config or manifest that a run would refuse."""
     if config.model.engine != ENGINE:
         raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
-    engine = build_engine(config.model.engine, config.model.options)  # refuses the options that a run would refuse
+    engine = build_engine(
+        config.model.engine, config.model.engine_options()
+    )  # refuses the options that a run would refuse
     if (plan := resolve_run(config).fixed_plan) and (problems := engine.group_problems(plan)):
         raise UserError("; ".join(problems))
+    if config.model.loras:
+        # Not of the protocol: this is the engine of this package.
+        problems = getattr(engine, "lora_problems")()  # noqa: B009
+        if problems:
+            raise UserError("\n".join(problems))
     manifest = Manifest(manifest_urls)
     with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
         index = check_manifest(manifest, config, Store(folder))
@@ -71,6 +79,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         if problems := [line for plan in groups.plans for line in engine.group_problems(plan, groups.shapes(plan))]:
             raise UserError("; ".join(problems))
         work = count_work(sample.params for sample in index)
+        loras = _lora_changes(index) if config.model.loras else None
     workers = _workers(run, _seconds(run, work, gpu))
     return {
         "manifest": {
@@ -81,6 +90,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
             "carried": list(summary.extra_kinds),
             "notes": list(summary.warnings),
         },
+        **({"loras": loras} if loras else {}),
         "work": [_work(run.model, kind, count) for kind, count in sorted(work.items())],
         "components": _components(run.model),
         "memory": _memory(run, work, gpu),
@@ -102,6 +112,12 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         "halves": report_halves(run, work, gpu),
         "group_sizes": [_group_size(run.model, work, gpu, ranks) for ranks in GROUP_SIZES],
     }
+
+
+def _lora_changes(samples: Iterable[Sample]) -> Report:
+    """Samples of each choice of LoRAs, and how often a group that denoises all of them reads weights again."""
+    counts, changes = count_lora_changes(samples)
+    return {"samples": dict(sorted(counts.items())), "changes": changes}
 
 
 def _work(model: ModelShape, work: Workload, samples: int) -> Report:

@@ -22,7 +22,7 @@ from hv_batch.protocol import UserError
 
 LOOK = "look"
 HOOK = "hook."  # before the name of a value in the answer of the sample hook
-TEXT_COLUMNS = ("id", "prompt", "negative_prompt")
+TEXT_COLUMNS = ("id", "prompt", "negative_prompt", "lora")
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,

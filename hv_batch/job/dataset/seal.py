@@ -37,6 +37,7 @@ from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
+from hv_batch.protocol import OPTIONAL_FIELDS
 
 # The path of each column in a commit record, and its type. A new column changes the bytes of every table, so it needs a
 # new schema; run.json fixes the schema of a root when the run begins. These are the columns of version 1.
@@ -64,7 +65,9 @@ COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
     "licence": (("licence",), pa.string()),
 }
 
-SCORE_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {  # version 2 adds these
+# Version 2 adds these. A video without LoRA has null.
+LORA_COLUMN: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {"lora": (("params", "lora"), pa.string())}
+SCORE_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {
     name: (("scores", name), pa.float64()) for name in SCORES
 }
 HOOK_COLUMNS: Mapping[str, tuple[tuple[str, ...], pa.DataType]] = {"hook": (("hook",), pa.string())}  # JSON text
@@ -74,7 +77,7 @@ OPTIONAL = ("scores", "hook")  # fields that a record may lack; their columns ar
 
 def table_columns(schema: str) -> Mapping[str, tuple[tuple[str, ...], pa.DataType]]:
     """The columns of hv_batch in a table of this schema, in order, without `file_name`."""
-    return COLUMNS if schema == DATASET_SCHEMA_1 else {**COLUMNS, **SCORE_COLUMNS, **HOOK_COLUMNS}
+    return COLUMNS if schema == DATASET_SCHEMA_1 else {**COLUMNS, **LORA_COLUMN, **SCORE_COLUMNS, **HOOK_COLUMNS}
 
 
 def seal_shard(
@@ -209,7 +212,7 @@ def metadata_table(
 def _value_at(record: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = record
     for name in path:
-        value = value.get(name) if path[0] in OPTIONAL else value[name]
+        value = value.get(name) if path[0] in OPTIONAL or name in OPTIONAL_FIELDS else value[name]
         if value is None:
             return None
     if isinstance(value, dict):

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from hv_batch.job import layout
 from hv_batch.job.config.field_rules import MAX_TEXT_CHARS, ROW_RULES, find_fault
 from hv_batch.job.user_input import shorten
-from hv_batch.protocol import RULES
+from hv_batch.protocol import OPTIONAL_FIELDS, RULES
 
 MAX_SAMPLES = 10**9  # of a run: a hundred times the largest manifest, and small enough to loop over its shards
 MAX_MESSAGE_CHARS = 1_000_000  # of an error or a traceback; they are cut to 10,000 when they are written
@@ -51,6 +51,8 @@ def _check_time(value: str) -> str:
 def _check_fields(names: Iterable[str], values: dict[str, Any]) -> dict[str, Any]:
     for name in names:
         if name not in values:
+            if name in OPTIONAL_FIELDS:
+                continue
             raise ValueError(f"the field {name} is missing")
         if (allowed := find_fault(name, values[name])) is not None:
             raise ValueError(f"{name} = {shorten(values[name])}; allowed: {allowed}")

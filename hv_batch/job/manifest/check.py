@@ -40,7 +40,7 @@ from hv_batch.job.manifest.row_validation import (
 )
 from hv_batch.job.manifest.samples import ManifestSummary, sample_keys
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import FieldProblem, UserError
+from hv_batch.protocol import NO_LORA, FieldProblem, UserError, parse_lora
 
 MAX_PROCESSES = 8  # the reading process could feed twenty, but a head node has other users
 INLINE_CHUNKS = 2  # a manifest with no more chunks is validated faster than processes start
@@ -60,6 +60,7 @@ def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Ind
             writer.add(result.part, result.part_rows, result.samples)
     if check.rows == 0:
         raise UserError(manifest.no_rows_message())
+    check.find_unknown_loras(config)
     check.find_duplicate_keys(writer, config)
     report = check.column_report(config)
     problems = [*report.problems(), *check.problem_lines]
@@ -162,6 +163,7 @@ class _ManifestCheck:
     problem_lines: list[str] = field(default_factory=list)  # the first MAX_REPORTED problems
     key_hashes: array[int] = field(default_factory=lambda: array("q"))
     shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    loras: dict[str, str] = field(default_factory=dict)  # choice of LoRAs -> its first row
     columns: ColumnUses = field(default_factory=ColumnUses)
     left_out: dict[str, None] = field(default_factory=dict)  # columns of binary data, in order
     repeats: Repeats = field(default_factory=Repeats)
@@ -182,6 +184,8 @@ class _ManifestCheck:
         self.shapes.update(result.shapes)
         self.columns.merge(result.columns, self._file_prefix(chunk.source))
         self.left_out.update(dict.fromkeys(chunk.left_out))
+        for lora, row in result.loras.items():
+            self.loras.setdefault(lora, f"{self._file_prefix(chunk.source)}row {row}")
         for name, type_ in result.extra_types.items():
             self.extra_types[name] = common_type(self.extra_types.get(name, ColumnType.NULL), type_)
         if len(self.extra_types) > MAX_COLUMNS:
@@ -200,6 +204,16 @@ class _ManifestCheck:
         """File and row number of a row that is numbered over all files."""
         at = bisect_left(self.offsets, row) - 1
         return f"{self._file_prefix(self.sources[at])}row {row - self.offsets[at]}"
+
+    def find_unknown_loras(self, config: RunConfig) -> None:
+        """Report each choice of LoRAs that is not in the config, once, with its first row."""
+        known = config.model.loras
+        for lora, where in self.loras.items():
+            if not parse_lora(lora).keys() <= known.keys():
+                allowed = f"names of the config's model.loras: {', '.join(known) or 'it has none'}"
+                problem = FieldProblem("lora", lora, f"{allowed}; or {NO_LORA}")
+                self.problem_count += 1
+                self.problem_lines.append(f"{where} (and maybe later rows): {describe(problem)}")
 
     def find_duplicate_keys(self, writer: IndexWriter, config: RunConfig) -> None:
         """Number or drop repeated rows, and report samples with equal keys.

@@ -280,6 +280,7 @@ def index_key(config: RunConfig) -> str:
     if config.hooks.prompt:
         facts.append(config.hooks.prompt)
     facts += [options] if (options := config.manifest.identity()) else []
+    facts += [sorted(config.model.loras)] if config.model.loras else []  # the names that rows may use
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

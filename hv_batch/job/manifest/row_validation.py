@@ -55,6 +55,7 @@ class ChunkResult:
     problem_lines: list[str] = field(default_factory=list)  # the first MAX_REPORTED; row numbers within the file
     key_hashes: bytes = b""  # 8 bytes a sample
     shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    loras: dict[str, int] = field(default_factory=dict)  # choice of LoRAs -> first row in the file
     extra_types: dict[str, ColumnType] = field(default_factory=dict)  # of the further columns
     columns: ColumnUses = field(default_factory=ColumnUses)
     part: bytes = b""  # a part of the index: a Parquet file of PART_SCHEMA
@@ -112,6 +113,8 @@ class ChunkBuilder:
             given = row.values
             height, width = given.get("height", defaults["height"]), given.get("width", defaults["width"])
             result.shapes[height, width, given.get("num_frames", defaults["num_frames"])] += num_videos
+            if given.get("lora"):
+                result.loras.setdefault(given["lora"], number)
         if len(result.extra_types) <= MAX_COLUMNS:
             merge_types(result.extra_types, row.extra)
 

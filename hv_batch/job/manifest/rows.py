@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hv_batch.job.config.field_rules import MAX_TEXT_CHARS, REAL_COLUMNS, ROW_RULES, WHOLE_COLUMNS, find_fault
-from hv_batch.protocol import FieldProblem
+from hv_batch.protocol import FieldProblem, canonical_lora
 
 MAX_EXACT = 2**53  # a float below this size holds every whole number exactly
 SLUG_CHARS = 48  # of an id that is not a valid key: enough to recognise it in a listing
@@ -98,6 +98,8 @@ def normalise(name: str, value: Any) -> Any:
 
     It makes equal rows hash equally, whether JSON has 6 or Parquet 6.0.
     """
+    if name == "lora":
+        return canonical_lora(value)
     type_ = type(value)  # not isinstance, for which True is an int
     if type_ is str:
         return value.strip() if name == "prompt" else value

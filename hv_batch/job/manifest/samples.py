@@ -7,8 +7,10 @@ depend on manifest and config alone, so every pass gives the same samples (P2, P
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from hv_batch.job.config.run_config import RunConfig
@@ -91,3 +93,28 @@ def sample_keys(row_key: str, num_videos: int) -> Iterator[str]:
     else:
         for index in range(num_videos):
             yield f"{row_key}-v{index}"
+
+
+def group_by_lora(samples: Iterable[Sample], shard: int) -> list[Sample]:
+    """The samples of a shard in the order in which they are admitted: those with equal LoRAs one after the other.
+
+    Every second shard has the reverse order of LoRAs, so that the next shard begins with those of the last. Without
+    LoRAs, the order is that of the plan.
+    """
+    return sorted(samples, key=lambda sample: sample.params.lora, reverse=shard % 2 == 1)
+
+
+def count_lora_changes(samples: Iterable[Sample]) -> tuple[Counter[str], int]:
+    """The number of samples of each choice of LoRAs, and how often one group that denoises all of them changes it.
+
+    `samples` come shard by shard.
+    """
+    counts: Counter[str] = Counter()
+    changes, current = 0, ""
+    for shard, of_shard in groupby(samples, key=lambda sample: sample.shard):
+        own = Counter(sample.params.lora for sample in of_shard)
+        counts += own
+        for lora in sorted(own, reverse=shard % 2 == 1):
+            changes += lora != current
+            current = lora
+    return counts, changes

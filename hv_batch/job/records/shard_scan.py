@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 from hv_batch.job import layout
 from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.index import Index
-from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.manifest.samples import Sample, group_by_lora
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.commits import ShardState, scan_shard
 from hv_batch.job.records.latents import checkpointed, drop_latents, drop_steps
@@ -70,7 +70,7 @@ class ShardScan:
     shard: int
     committed: int = 0
     quarantined: int = 0
-    pending: tuple[Pending, ...] = ()  # in plan order
+    pending: tuple[Pending, ...] = ()  # in the order of `group_by_lora`
     keys: tuple[str, ...] = ()  # of all samples of the shard; empty if one outside the selection is pending too
     is_sealed: bool = False
 
@@ -145,7 +145,7 @@ class ShardScanner:
             shard,
             committed=sum(sample.key in state.committed for sample in selected),
             quarantined=sum(sample.key in state.quarantined for sample in selected),
-            pending=tuple(map(pending, samples)),
+            pending=tuple(map(pending, group_by_lora(samples, shard))),
             keys=tuple(sample.key for sample in everything) if pending_in_all == len(samples) else (),
             is_sealed=state.sealed and not samples,
         )

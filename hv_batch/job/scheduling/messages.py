@@ -41,6 +41,7 @@ class Admitted:
     latent_bytes: int = 0  # expected size of its latents in the object store
     size_class: int = 0  # index of the group size that denoises it
     work: Workload | None = None  # determines how long the sample takes at a stage
+    lora: str = ""  # the LoRAs that its denoise merges into the weights (`SamplingParams.lora`)
 
 
 @dataclass(frozen=True, slots=True)

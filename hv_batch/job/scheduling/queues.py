@@ -14,6 +14,11 @@ from hv_batch.job.workload import Workload
 
 Slot = tuple[Stage, int]  # stage and slot of a worker, without its incarnation
 
+# A group prefers samples with the LoRAs that its weights have, because a change reads every weight that the LoRAs touch
+# from the checkpoint. At most this number of tasks begin before an older sample, so that no sample, and with it the
+# table of its shard, waits for the end of a long manifest.
+MAX_OVERTAKES = 64
+
 STAGES = tuple(Stage)  # iterating over the enum itself is ten times slower
 
 
@@ -24,6 +29,8 @@ class _Sample:
     order: int  # of admission
     latent_bytes: int
     work: Workload | None
+    lora: str = ""
+    overtaken: int = 0  # tasks of samples behind it that began before it
     solo: bool = False  # was in a batch that failed, so it runs alone from now on
     avoids: Slot | None = None  # where its decode failed last
     failures: list[Failure] = field(default_factory=list)
@@ -90,10 +97,12 @@ class Queues:
     def work(self, key: str) -> Workload | None:
         return self._samples[key].work
 
-    def admit(self, key: str, stage: Stage, latent_bytes: int, size_class: int, work: Workload | None) -> None:
+    def admit(
+        self, key: str, stage: Stage, latent_bytes: int, size_class: int, work: Workload | None, lora: str = ""
+    ) -> None:
         assert key not in self._samples, f"sample {key} admitted twice"
         self._admitted += 1
-        self._enter(key, _Sample(stage, size_class, self._admitted, latent_bytes, work))
+        self._enter(key, _Sample(stage, size_class, self._admitted, latent_bytes, work, lora))
 
     def advance(self, key: str) -> None:
         """The running task completed the sample's stage: queue it at the next one, or remove it after the last."""
@@ -130,6 +139,25 @@ class Queues:
                 return True
         return False
 
+    def lora(self, key: str) -> str:
+        return self._samples[key].lora
+
+    def prefer_lora(self, size_class: int, lora: str) -> None:
+        """Move the first sample that waits for a denoise with these LoRAs to the front.
+
+        Nothing changes if there is none, or if the sample at the front has been overtaken MAX_OVERTAKES times.
+        """
+        queue = self._waiting[Stage.DENOISE][size_class]
+        first = self._samples[queue[0]]
+        if first.lora == lora or first.overtaken >= MAX_OVERTAKES:
+            return
+        for index, key in enumerate(queue):
+            if self._samples[key].lora == lora:
+                first.overtaken += 1
+                del queue[index]
+                queue.appendleft(key)
+                return
+
     def remove(self, key: str) -> None:
         """Remove a sample whose task has ended. It is no longer in flight."""
         self._store_budget.release(key, None)
@@ -157,10 +185,12 @@ class Queues:
         return list(islice(self._waiting[stage][size_class], most))
 
     def take_batch(self, stage: Stage, size_class: int, most: int) -> tuple[str, ...]:
-        """Dequeue the next samples for one task, at least one."""
+        """Dequeue the next samples for one task, at least one. A denoise takes samples with equal LoRAs only."""
         queue = self._waiting[stage][size_class]
         batch = [queue.popleft()]
         while queue and len(batch) < most:
+            if stage is Stage.DENOISE and self._samples[queue[0]].lora != self._samples[batch[0]].lora:
+                break
             if self._samples[batch[0]].solo or self._samples[queue[0]].solo or self._samples[queue[0]].avoids:
                 break
             batch.append(queue.popleft())

@@ -148,9 +148,9 @@ class Scheduler:
 
     def _apply(self, event: Event, now: float) -> list[Action]:
         match event:
-            case Admitted(key, stage, latent_bytes, size_class, work):
+            case Admitted(key, stage, latent_bytes, size_class, work, lora):
                 self._requested = max(0, self._requested - 1)
-                self._queues.admit(key, stage, latent_bytes, size_class, work)
+                self._queues.admit(key, stage, latent_bytes, size_class, work, lora)
             case Published(key):
                 self.note_commit()
                 self._outage.resume_decodes(now)
@@ -377,10 +377,14 @@ class Scheduler:
                     continue
                 if stage is Stage.DECODE and not self._finds_decode(worker):
                     continue
+                if stage is Stage.DENOISE:
+                    self._queues.prefer_lora(size_class, worker.lora)
                 workers = self._scaling.ready(stage, size_class)
                 if not (most := self._backpressure.task_size_for(worker.id, stage, size_class, workers)):
                     continue
                 worker.run(self._queues.take_batch(stage, size_class, most), now)
+                if stage is Stage.DENOISE:
+                    worker.lora = self._queues.lora(worker.task[0])
                 if stage is not Stage.DECODE:
                     self._store_budget.reserve(worker.id, worker.task)
                 yield Run(worker.id, worker.task, stage)

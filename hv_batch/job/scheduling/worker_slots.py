@@ -55,6 +55,7 @@ class WorkerSlot:
     last_heartbeat_at: float = 0.0
     next_within_s: float = math.inf  # the next heartbeat is due this long after the last one
     is_fresh: bool = True  # this incarnation has completed no task
+    lora: str = ""  # the LoRAs in the weights of this incarnation: those of its last denoise
     losses: int = 0  # in a row, each sample counted once
     start_at: float = 0.0  # no restart before this time
     counted_samples: set[str] = field(default_factory=set)  # samples whose loss is counted in `losses`
@@ -102,6 +103,7 @@ class WorkerSlot:
         """End this incarnation. The caller decides whether and when the next one starts."""
         self.status, self.placed, self.ready_at = Status.ABSENT, False, math.inf
         self.leaving_at, self.checkpoint_at, self.is_fresh = None, math.inf, True
+        self.lora = ""
         self.failed_samples.clear()
         self.id = WorkerId(self.id.stage, self.id.slot, self.id.incarnation + 1)
 

@@ -324,7 +324,7 @@ class Driver:
             sample, params = pending.sample, pending.sample.params
             self._items[sample.key] = InFlight(sample, earlier=pending.earlier, has_steps=pending.has_steps)
             size_class, work = self._context.run.groups.size_class(params.shape), Workload.of(params)
-            self._events.append(Admitted(sample.key, pending.stage, params.latent_bytes, size_class, work))
+            self._events.append(Admitted(sample.key, pending.stage, params.latent_bytes, size_class, work, params.lora))
 
     def _report(self) -> None:
         at, counts = self._scheduler.at, self._pending.counts

@@ -12,6 +12,7 @@ import pytest
 from hv_batch.bench.sleep_engine import SleepEngine
 from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import METHODS, OWN_ENGINES, VARIABLE, build_engine, refuse_unknown_engine
+from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.records.run_document import read_run_config, recorded_spool_folder
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -96,6 +97,14 @@ def test_only_a_class_with_the_methods_of_an_engine_is_called(path, monkeypatch)
         build_engine(path, {"command": "true"})
     assert set(METHODS) >= {"check", "identity", "join", "decoder"}
     assert isinstance(build_engine("hv_batch.bench.sleep_engine:SleepEngine", {}), SleepEngine)
+
+
+def test_loras_need_an_engine_that_supports_them():
+    """P6: an engine without LoRA refuses rows that name one, because its config cannot have any."""
+    loras = {"film": {"path": "film.safetensors"}}
+    config = RunConfig.model_validate({"model": {"engine": "hv_batch.bench.sleep_engine:SleepEngine", "loras": loras}})
+    with pytest.raises(UserError, match="does not support LoRAs"):
+        build_engine(config.model.engine, config.model.engine_options())
 
 
 def test_a_root_cannot_choose_a_folder_to_write_to(root):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
-from hv_batch.job.dataset.seal import COLUMNS, HOOK_COLUMNS, SCORE_COLUMNS, seal_shard
+from hv_batch.job.dataset.seal import COLUMNS, HOOK_COLUMNS, LORA_COLUMN, SCORE_COLUMNS, seal_shard
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.manifest.extra_columns import (
     ColumnType,
@@ -54,7 +54,8 @@ def test_sealed_shard_reads_back_in_plan_order(store):
         assert commits.commit(store, make_commit(sample))
     assert seal_shard(store, 0, [s.key for s in samples])
     table = read_table(store)
-    assert table.column_names == ["file_name", *COLUMNS, *SCORE_COLUMNS, *HOOK_COLUMNS, "score", "topic"]
+    own = [*COLUMNS, *LORA_COLUMN, *SCORE_COLUMNS, *HOOK_COLUMNS]
+    assert table.column_names == ["file_name", *own, "score", "topic"]
     rows = table.to_pylist()
     assert [row["id"] for row in rows] == ["s001", "s002", "s003"]
     assert rows[1]["seed"] == 1002
