@@ -68,7 +68,7 @@ def test_repair_renders_again_what_was_wrong(root, monkeypatch):
         return 3
 
     monkeypatch.setattr("hv_batch.runtime.render.render", render)
-    monkeypatch.setattr("hv_batch.runtime.render.check_resume", lambda output, *, engines: None)
+    monkeypatch.setattr("hv_batch.runtime.render.check_resume", lambda output, *, engines, hooks: None)
     assert hv_batch("verify", root, "--repair") == (0, hv_batch("verify", root)[1])
     assert not calls
     before = files(root)
