@@ -210,10 +210,11 @@ class _ManifestCheck:
         known = config.model.loras
         for lora, where in self.loras.items():
             if not parse_lora(lora).keys() <= known.keys():
-                allowed = f"names of the config's model.loras: {', '.join(known) or 'it has none'}"
-                problem = FieldProblem("lora", lora, f"{allowed}; or {NO_LORA}")
+                allowed = f"{NO_LORA}, or names of the config's model.loras, which has {', '.join(known) or 'none'}"
+                remedy = "Add the file there, or carry the column as data with --column lora="
+                problem = FieldProblem("lora", lora, f"{allowed}. {remedy}")
                 self.problem_count += 1
-                self.problem_lines.append(f"{where} (and maybe later rows): {describe(problem)}")
+                self.problem_lines.append(f"{where}, the first with this value: {describe(problem)}")
 
     def find_duplicate_keys(self, writer: IndexWriter, config: RunConfig) -> None:
         """Number or drop repeated rows, and report samples with equal keys.

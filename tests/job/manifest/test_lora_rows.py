@@ -125,11 +125,11 @@ def test_unknown_names_are_reported_once_with_the_names_of_the_config():
     rows = [{"prompt": f"p{i}", "lora": "anime"} for i in range(20)]
     message = refusal({"prompt": "a", "lora": "film"}, *rows)
     assert message.count("anime") == 1
-    assert (
-        'row 2 (and maybe later rows): lora = "anime"; allowed: names of the config\'s model.loras: film, grain'
-        in message
+    expected = (
+        'row 2, the first with this value: lora = "anime"; allowed: none, or names of the config\'s model.loras, which'
     )
-    assert "it has none" in refusal({"prompt": "a", "lora": "film"}, config=RunConfig())
+    assert f"{expected} has film, grain." in message
+    assert "which has none" in refusal({"prompt": "a", "lora": "film"}, config=RunConfig())
 
 
 # Compatibility --------------------------------------------------------------------------------------------------------
