@@ -69,7 +69,7 @@ ENGINE = """
     dit
     vae  step_cache
     parallel
-    attention  determinism  rank_failures  video_requests
+    attention  determinism  rank_failures  video_requests  matmul_speed
 """
 
 

@@ -33,6 +33,7 @@ from hv_batch.cli.terminal import (
 )
 from hv_batch.cli.weights import app as weights_app
 from hv_batch.job.config.run_config import RunConfig, load_config
+from hv_batch.job.config.shipped import shipped_configs
 from hv_batch.job.hooks.notify import VARIABLE, take_target
 from hv_batch.job.manifest.selection import Selection, parse_selection
 from hv_batch.job.redaction import safe_text
@@ -42,7 +43,7 @@ from hv_batch.protocol import UserError
 app = typer.Typer(
     help="Render HunyuanVideo datasets: a prompt manifest in, videos and metadata out, on Ray.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -73,7 +74,13 @@ TakeOver = Annotated[
     bool,
     typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
 ]
-Config = Annotated[str, typer.Option(help="name of a shipped config (`hv-batch config list`), YAML file or URL")]
+Config = Annotated[
+    str,
+    typer.Option(
+        help="name of a shipped config (`hv-batch config list`), YAML file or URL",
+        autocompletion=lambda: list(shipped_configs()),
+    ),
+]
 OnFinish = Annotated[
     str | None,
     typer.Option(

@@ -14,8 +14,8 @@ import argparse
 import logging
 import os
 import random
-import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +28,19 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 from hv_batch import __version__
 from hv_batch.cli.sample_files import free_stem, read_latents, shorten, write_latents, write_video
 from hv_batch.cli.sample_flags import MODELS, ignored_flags, parse, parse_lora_flags, round_up
+from hv_batch.cli.terminal import fail, show_json
 from hv_batch.engine.determinism import make_deterministic
-from hv_batch.engine.hunyuan import HunyuanVideo
+from hv_batch.engine.hunyuan import PRECISIONS, HunyuanVideo
+from hv_batch.engine.matmul_speed import matmul_flops
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device
 from hv_batch.engine.rank_failures import RankFailed
 from hv_batch.engine.video_requests import plan_videos
+from hv_batch.job.cost_model.flops import decode_flops, forward_flops
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.formatting import clock, duration
 from hv_batch.job.licences import engine_licence
-from hv_batch.job.redaction import safe_text
-from hv_batch.job.workload import long_video_warning
+from hv_batch.job.progress import LINE_EVERY_S
+from hv_batch.job.workload import Workload, long_video_warning, shape_name
 from hv_batch.protocol import (
     DEFAULT_NEGATIVE_PROMPT,
     MAX_SIDE,
@@ -50,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "hv_batch/sample/1"
 MAX_RANDOM_SEED = 1_000_000
+LONG_S = 600.0  # of a render on a CPU, after which another way is suggested
 # Flag of each field of the parameters, for messages.
 FLAGS = {
     "prompt": "--prompt",
@@ -78,23 +84,26 @@ def main(arguments: Sequence[str]) -> int:
     engine = HunyuanVideo(**_engine_options(options))
     folder = _save_folder(options)
     try:
-        if options.from_latents:
-            _decode(options, engine, folder)
-        else:
-            _render(options, engine, folder)
+        written = _decode(options, engine, folder) if options.from_latents else _render(options, engine, folder)
+        files = []
+        for path in written:
+            files.append(str(path))
+            if not options.json:
+                print(path, flush=True)
     except RankFailed as failed:
-        print(safe_text(f"error: {failed}"), file=sys.stderr)
-        return 1
+        fail(str(failed), options.json)
     except NonFiniteError as error:
         raise UserError(
             f"This video could not be rendered: {error}. Choose a wider --precision, --vae-precision or "
             "--text-encoder-precision (fp16 has the smallest range, fp32 the largest), and check the weights with "
             "`hv-batch weights check --deep`."
         ) from error
+    if options.json:
+        show_json("hv_batch/samples/1", {"files": files})
     return 0
 
 
-def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> None:
+def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> Iterator[Path]:
     videos = _videos(options)
     if warning := long_video_warning(Counter(video.shape for video in videos)):
         logger.warning(warning)
@@ -102,6 +111,8 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
     if options.reproduce:
         make_deterministic(seed)
     device = choose_device(options.device)
+    if device == "cpu":
+        _log_cpu_time(options, videos[0])
     pipeline = HunyuanVideoPipeline(
         engine,
         device,
@@ -139,12 +150,12 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
                 }
                 stem = free_stem(folder, f"seed{params.seed}_{shorten(params.prompt)}", options.name_suffix)
                 if options.latents_only:
-                    write_latents(stem, latents, record)
+                    yield write_latents(stem, latents, record)
                 else:
-                    write_video(stem, pipeline.decode(latents), latents.shape, record)
+                    yield write_video(stem, pipeline.decode(latents), latents.shape, record)
 
 
-def _decode(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> None:
+def _decode(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> Iterator[Path]:
     inputs = [read_latents(Path(file)) for file in options.from_latents]  # find bad files before the first decode
     decoder = engine.decoder(choose_device(options.device))
     for file, (latents, record) in zip(options.from_latents, inputs, strict=True):
@@ -155,7 +166,7 @@ def _decode(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
                 name = Path(file).stem
         stem = free_stem(folder, name, options.name_suffix)
         record = {"schema": SCHEMA, **record, "engine": _decoded_by(engine, record.get("engine"))}
-        write_video(stem, decoder.decode(latents), latents.shape, record)
+        yield write_video(stem, decoder.decode(latents), latents.shape, record)
 
 
 def _decoded_by(engine: HunyuanVideo, before: Any) -> dict[str, Any]:
@@ -256,12 +267,45 @@ def _warn_if_cut(prompt: str, num_tokens: int, tokens_lost: int) -> None:
         )
 
 
+def _log_cpu_time(options: argparse.Namespace, video: SamplingParams) -> None:
+    """Log how long a video takes without a GPU, and what to do if that is long."""
+    ranks = min(options.ulysses_degree * options.ring_degree * options.cfg_degree, os.cpu_count() or 1)
+    model = ModelShape.from_options(_engine_options(options))
+    speeds = {name: matmul_flops(PRECISIONS[name]) for name in {options.precision, options.vae_precision}}
+    work = Workload.of(video)
+    denoise = work.forwards * forward_flops(model, work.tokens) / speeds[options.precision] / ranks
+    decode = 0.0 if options.latents_only else decode_flops(model, work.shape) / speeds[options.vae_precision]
+    note = (
+        f"no GPU is used: on this CPU, a video of {shape_name(work.shape)} takes at least {duration(denoise + decode)} "
+        f"(at {speeds[options.precision] / 1e9:.2g} GFLOP/s in {options.precision}, one thread a rank)"
+    )
+    if denoise + decode < LONG_S:
+        logger.info(note)
+        return
+    logger.warning(
+        f"{note}. Use a machine with a GPU; or render less, for example with --video-size 320 512 --video-length 17 "
+        "--infer-steps 10 and --precision fp32, in which CPUs are faster; or try `hv-batch demo`"
+    )
+
+
 @contextmanager
 def _progress(num_videos: int, options: argparse.Namespace) -> Iterator[Callback]:
-    """Show a progress bar if stderr is a terminal."""
+    """Show a progress bar if stderr is a terminal; otherwise log the first step, and then a line now and then."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
+    total, begun, done, logged_at = -(-num_videos // options.batch_size) * options.infer_steps, time.monotonic(), 0, 0.0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        batches = -(-num_videos // options.batch_size)
-        task = bar.add_task("denoising", total=batches * options.infer_steps)
-        yield lambda _step, _latents: bar.advance(task)
+        task = bar.add_task("denoising", total=total)
+
+        def advance(_step: int, _latents: object) -> None:
+            nonlocal done, logged_at
+            done, now = done + 1, time.monotonic()
+            bar.advance(task)
+            if not console.is_terminal and (now - logged_at >= LINE_EVERY_S or done == total):
+                logged_at, each_s = now, (now - begun) / done
+                eta = clock(each_s * (total - done))
+                logger.info(
+                    f"denoising: {100 * done // total}%, {duration(each_s)} a step, ETA {eta}, step {done}/{total}"
+                )
+
+        yield advance

@@ -54,8 +54,8 @@ def _cut(text: str, num_bytes: int) -> str:
 
 def write_video(
     stem: Path, frames: Iterator[np.ndarray], latent_shape: Sequence[int], record: Mapping[str, Any]
-) -> None:
-    """Write frames, decoded from latents of `latent_shape`, to an .mp4 or .png with its record, and print its path."""
+) -> Path:
+    """Write frames, decoded from latents of `latent_shape`, to an .mp4 or .png with its record. Returns its path."""
     _, latent_frames, height, width = latent_shape
     info = write_media(
         frames,
@@ -77,14 +77,14 @@ def write_video(
             "media": MEDIA.model_dump(mode="json"),
         },
     )
-    print(info.path)
+    return info.path
 
 
-def write_latents(stem: Path, latents: np.ndarray, record: Mapping[str, Any]) -> None:
-    """Write final latents [16, T, h, w] with their record in the metadata, and print the path."""
+def write_latents(stem: Path, latents: np.ndarray, record: Mapping[str, Any]) -> Path:
+    """Write final latents [16, T, h, w] with their record in the metadata. Returns the path."""
     path = stem.with_name(stem.name + ".safetensors")
     path.write_bytes(save({"latents": latents}, metadata={"record": json.dumps(record)}))
-    print(path)
+    return path
 
 
 def _write_record(stem: Path, record: Mapping[str, Any]) -> None:

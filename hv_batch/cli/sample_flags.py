@@ -218,6 +218,7 @@ def _add_output(group: Group) -> None:
     add("--save-path-suffix", default="", metavar="TEXT", help="appended to the name of the folder, after _")
     add("--name-suffix", default="", metavar="TEXT", help="appended to the names of the files, after _")
     add("--latents-only", action="store_true", help="write latents as .safetensors instead of decoding them")
+    add("--json", action="store_true", help="print one JSON object with a schema; errors as well")
     add("--from-latents", nargs="+", metavar="FILE", help="decode these latents instead of rendering prompts")
 
 

@@ -406,3 +406,24 @@ def test_options_reach_the_engine(render):
     assert (engine["noise"], engine["flow_reverse"], engine["attention"]) == ("official", False, "math")
     assert engine["vae_tile"]["spatial_px"] == 8192
     assert engine["text_encoder_precision_2"] == "fp32"
+
+
+def test_without_a_gpu_the_duration_is_named_and_progress_is_logged(base, tmp_path):
+    """Off a terminal: percent, rate and ETA. A render that takes hours names what to do instead, before it begins."""
+    command = [sys.executable, "-m", "hv_batch", "sample", "--model-base", str(base), "--prompt", PROMPT, *SMALL]
+    done = subprocess.run(
+        [*command, "--seed", "1", "--save-path", str(tmp_path), "--json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "no GPU is used: on this CPU, a video of 32x48x5 takes at least" in done.stderr
+    assert re.search(r"denoising: 100%, .* s a step, ETA 00:00, step 2/2", done.stderr)
+    printed = json.loads(done.stdout)
+    assert printed["schema"] == "hv_batch/samples/1"
+    assert [Path(file).is_file() for file in printed["files"]] == [True]
+
+
+def test_a_render_that_takes_hours_is_announced_with_other_ways(caplog):
+    options = parse(["--prompt", "x", "--seed", "1", "--precision", "fp32", "--vae-precision", "fp32"])
+    with caplog.at_level(logging.WARNING, "hv_batch"):
+        sample._log_cpu_time(options, sample._videos(options)[0])
+    assert re.search(r"720x1280x129 takes at least [\d,.]+ h ", caplog.text)
+    assert "Use a machine with a GPU; or render less" in caplog.text
