@@ -40,12 +40,18 @@ def identify_hooks(hooks: HooksConfig) -> dict[str, Any]:
     return found
 
 
-def refuse_unnamed_hooks(hooks: HooksConfig, output: str, named: Collection[str] = ()) -> None:
-    """Refuse the hooks of the run.json of `output` that the operator does not name. Raises UserError."""
+def refuse_unnamed_hooks(
+    hooks: HooksConfig, output: str, named: Collection[str] = (), engines: Collection[str] = ()
+) -> None:
+    """Refuse the hooks of the run.json of `output` that are not among `named`, which the operator names.
+
+    `engines` are those that the operator names, for the command in the message. Raises UserError.
+    """
     recorded = hook_texts(hooks)
     if not set(recorded.values()) - set(named):
         return
-    options = "".join(f" --hook {shlex.quote(text)}" for text in recorded.values())
+    given = [("--engine", engine) for engine in engines] + [("--hook", text) for text in recorded.values()]
+    options = "".join(f" {option} {shlex.quote(text)}" for option, text in given)
     listing = ", ".join(f"hooks.{kind} = {text}" for kind, text in recorded.items())
     raise UserError(
         safe_text(

@@ -290,7 +290,7 @@ def read_run_config(
             "the version that run.json names."
         ) from error
     refuse_unknown_engine(resumed.model.engine, public_url(output), engines)
-    refuse_unnamed_hooks(resumed.hooks, public_url(output), hooks)
+    refuse_unnamed_hooks(resumed.hooks, public_url(output), hooks, engines)
     local = resumed.output.model_copy(update={"spool_folder": None})
     return resumed.model_copy(update={"output": local}), run["manifest"]["url"]
 

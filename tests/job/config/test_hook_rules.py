@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from hv_batch.job.config.sections import HooksConfig
 from hv_batch.job.records.run_document import read_run_config
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
+from hv_batch.runtime.nightly import NightlyRequest
+from hv_batch.runtime.nightly import _recorded as recorded_night
 from tests.support.cli_calls import files, hv_batch
 from tests.support.runs import FAKE_CONFIG
 from tests.support.small_runs import run_small, some_samples
@@ -26,7 +30,7 @@ def root(tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def name_hooks(root: Path, **hooks: str) -> None:
+def name_hooks(root: Path, **hooks) -> None:
     """Somebody with access to the bucket writes this into run.json."""
     run = json.loads((root / layout.RUN).read_text())
     run["config"]["hooks"] = hooks
@@ -48,6 +52,13 @@ def test_a_root_cannot_have_a_hook_run(root, tmp_path, command, kind):
     assert f"hooks.{kind} = {hook}" in str(caught.value)
     assert not (tmp_path / "executed").exists()
     assert {name: data for name, data in files(str(root)).items() if "lease" not in name} == before
+
+
+def test_the_command_of_the_message_has_the_engine_as_well(root):
+    """The operator copies it and need not add anything."""
+    name_hooks(root, sample="true")
+    with pytest.raises(UserError, match=f"hv-batch resume {root} --engine studio:Engine --hook true "):
+        hv_batch("resume", root, "--engine", "studio:Engine")
 
 
 def test_a_hook_that_the_operator_names_again_is_accepted(root):
@@ -91,3 +102,17 @@ def test_a_hook_must_end_before_its_worker_counts_as_hung():
     with pytest.raises(ValueError, match=r"hooks\.sample_timeout_s = 300 with timeouts\.stall_s = 60"):
         RunConfig.model_validate(config)
     RunConfig.model_validate({**config, "hooks": {"sample": "true", "sample_timeout_s": 30.0}})
+
+
+@pytest.mark.parametrize(("tonight", "allowed"), [("true --level 3", True), ("true --level 4", False), (None, False)])
+def test_an_earlier_night_runs_only_the_hooks_of_tonights_config(tmp_path, tonight, allowed):
+    """The config that `nightly` gets names its hooks."""
+    root = tmp_path / "2026-11-19"
+    run_small(Store(str(root)), some_samples(2))
+    name_hooks(root, sample="true --level 3", sample_timeout_s=30.0)
+    config = RunConfig.model_validate({**FAKE_CONFIG, "hooks": {"sample": tonight, "sample_timeout_s": 30.0}})
+    request = NightlyRequest(
+        config=config, manifest="{date}.jsonl", output=str(tmp_path), day=date(2026, 11, 20), until=None, catch_up=1
+    )
+    with nullcontext() if allowed else pytest.raises(UserError, match="names programs to run"):
+        assert recorded_night(request, date(2026, 11, 19))[0].hooks.sample == "true --level 3"
