@@ -80,11 +80,12 @@ class _Resolver:
 
     def resolve(self, table: pa.Table, repeated: np.ndarray[Any, Any]) -> pa.Table | None:
         """The table with other keys or without some rows; None if nothing changes."""
-        keys: list[str] = table["key"].to_pylist()
+        rows: list[dict[str, Any]] = table.to_pylist()
+        keys: list[str] = [row["key"] for row in rows]
         kept = np.ones(len(keys), bool)
         changed = False
         for at in np.flatnonzero(repeated).tolist():
-            row = {name: table[name][at].as_py() for name in PART_SCHEMA.names}
+            row = rows[at]
             if row["id"] is not None or not self._is_repeat(row):
                 continue
             values = json.loads(row["content"])[0]
