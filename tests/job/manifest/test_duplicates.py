@@ -74,7 +74,7 @@ def test_rows_that_another_number_does_not_change_are_problems(tmp_path):
     assert "has 2 problem(s) in 4 row(s)" in refusal_of(tmp_path / "m.jsonl", duplicates="refuse")
     named = [{"prompt": "a", "id": "x"}, {"prompt": "a", "id": "X"}]
     for action in ("number", "drop"):
-        assert "row 1 has the key 'x' too" in refusal_of(write_rows(tmp_path / "m.jsonl", *named), duplicates=action)
+        assert 'row 2: id = "X"; allowed: an id' in refusal_of(write_rows(tmp_path / "m.jsonl", *named), duplicates=action)
 
 
 def test_a_number_that_is_the_id_of_another_row_is_a_problem(tmp_path):
