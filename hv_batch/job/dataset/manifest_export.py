@@ -16,7 +16,7 @@ import fsspec
 
 from hv_batch.job.redaction import refuse_credentials
 from hv_batch.job.user_input import explain_failure
-from hv_batch.protocol import UserError
+from hv_batch.protocol import NO_LORA, UserError
 
 
 def write_manifest(target: str, records: Iterable[Mapping[str, Any]], *, new_seeds: bool) -> int:
@@ -52,7 +52,7 @@ def manifest_lines(records: Iterable[Mapping[str, Any]], *, new_seeds: bool) -> 
     same command writes the same file, and a second round gives other seeds than the first.
     """
     for record in records:
-        row = {"id": row_id(record), **record["params"], "fps": record["fps"]}
+        row = {"id": row_id(record), "lora": NO_LORA, **record["params"], "fps": record["fps"]}
         if new_seeds:
             row["seed"] = new_seed(record["params"]["seed"], record["key"])
         further = {name: value for name, value in record["extra"].items() if name not in row}

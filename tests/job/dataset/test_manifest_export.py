@@ -22,7 +22,8 @@ def read_back(tmp_path, lines: list[str]):
     """The samples of a run whose config has other defaults than the first one."""
     path = tmp_path / "again.jsonl"
     path.write_text("".join(lines), encoding="ascii")
-    config = RunConfig.model_validate(FAKE_CONFIG)
+    loras = {"film": {"path": "film.safetensors"}}
+    config = RunConfig.model_validate({**FAKE_CONFIG, "model": {"loras": loras}, "defaults": {"lora": "film"}})
     return list(check_manifest(Manifest(str(path)), config, Store(str(tmp_path / "plan"))).samples(0))
 
 
