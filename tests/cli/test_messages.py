@@ -24,6 +24,14 @@ def manifest(tmp_path) -> Path:
     return write_manifest(tmp_path, ["a cat"])
 
 
+@pytest.fixture
+def own_connections():
+    """s3fs keeps its connections, with their endpoint and credentials, for the tests that follow."""
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
 def refused(config, manifest, output, *overrides, **environment) -> str:
     command = ("run", "--config", config, "--manifest", manifest, "--output", output, *overrides)
     code, _, stderr = run_main(*command, **environment)
@@ -66,6 +74,7 @@ def test_a_config_given_as_manifest_is_named_as_such(tmp_path):
     assert f"The manifest {config} is a config. Give it with --config" in refused(config, config, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("own_connections")
 def test_a_store_without_credentials_is_no_damage_and_has_no_errno(tmp_path, manifest, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
@@ -119,10 +128,10 @@ def test_an_id_clash_names_both_rows_and_the_kind_of_clash(tmp_path):
     assert "row 6: id = \"b-v1\"; allowed: an id whose files have other names; the files of row 5 (id 'b')" in message
 
 
+@pytest.mark.usefixtures("own_connections")
 def test_a_store_that_does_not_answer_is_noted_while_the_command_waits(monkeypatch):
     """Without the note, a command is silent for up to a minute. The server closes each connection at once."""
     monkeypatch.setattr(store_module, "_noted_at", -1e9)
-    S3FileSystem.clear_instance_cache()  # the driver keeps a connection without credentials of another test
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=_refuse_all, args=(server,), daemon=True)
         thread.start()

@@ -454,5 +454,5 @@ def test_the_command_runs_without_weights_or_gpus(tmp_path):
     assert found["work"][0]["tokens"] == 9 * 8 * 8
     refused = plan("bad.jsonl")
     assert refused.returncode == 1
-    assert "row 1: height = 100" in refused.stderr
+    assert "row 1: height = 100" in json.loads(refused.stdout)["error"]
     assert "Traceback" not in refused.stderr

@@ -107,7 +107,9 @@ def test_a_log_gets_few_lines_of_progress_and_a_json_log_their_numbers(stream):
         ProgressLog().log(snapshot)
     logger.info("between")
     first, second = map(json.loads, stream.getvalue().splitlines())
-    assert first["message"].startswith("4/9 done · 1 quarantined · running: 1 encode, 2 denoise, 2 decode")
+    assert first["message"].startswith(
+        "44% · --/min · ETA --:-- · 4/9 done · 1 quarantined · running: 1 encode, 2 denoise"
+    )
     assert numbers.items() <= first["progress"].items()
     assert second["message"] == "between"
 
