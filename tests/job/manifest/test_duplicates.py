@@ -72,9 +72,9 @@ def test_rows_that_another_number_does_not_change_are_problems(tmp_path):
     assert [sample.row for sample in dropped] == [1, 3]
     assert dropped.summary.warnings == ("2 rows without id dropped, because an earlier row is equal: row 2 first",)
     assert "has 2 problem(s) in 4 row(s)" in refusal_of(tmp_path / "m.jsonl", duplicates="refuse")
-    named = [{"prompt": "a", "id": "x"}, {"prompt": "a", "id": "X"}]
+    path = write_rows(tmp_path / "m.jsonl", {"prompt": "a", "id": "x"}, {"prompt": "a", "id": "X"})
     for action in ("number", "drop"):
-        assert 'row 2: id = "X"; allowed: an id' in refusal_of(write_rows(tmp_path / "m.jsonl", *named), duplicates=action)
+        assert 'row 2: id = "X"; allowed: an id' in refusal_of(path, duplicates=action)
 
 
 def test_a_number_that_is_the_id_of_another_row_is_a_problem(tmp_path):
