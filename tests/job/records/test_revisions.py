@@ -17,7 +17,7 @@ import pytest
 
 from hv_batch import __version__
 from hv_batch.job import layout
-from hv_batch.job.dataset.seal import HOOK_COLUMNS, SCORE_COLUMNS, read_table, seal_shard
+from hv_batch.job.dataset.seal import read_table, seal_shard, table_columns
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.verify import verify
@@ -158,6 +158,6 @@ def test_a_table_of_version_2_adds_columns_and_changes_nothing_else():
     old, new = (Store(str(ROOTS / name)) for name in SCHEMAS)
     assert compare(old, new).is_equal
     tables = [read_table(store, 0) for store in (old, new)]
-    assert tables[1].column_names == [*tables[0].column_names, *SCORE_COLUMNS, *HOOK_COLUMNS]
+    assert tables[1].column_names == ["file_name", *table_columns(DATASET_SCHEMA)]
     assert tables[1].select(tables[0].column_names).equals(tables[0])
     assert read_status(new).finished
