@@ -16,6 +16,7 @@ PAGES = sorted(
     for name in subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
+    if not name.startswith("tests/support/data/")  # cards of fixture roots
 )
 
 
