@@ -79,6 +79,14 @@ Until = Annotated[
 GpuHours = Annotated[
     float | None, typer.Option(help="stop before the workers have reserved N GPU hours; default: no limit", metavar="N")
 ]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="go on in the output root although KEY differs, such as defaults.flow_shift; pending samples get the new "
+        "value, committed ones stay; repeatable",
+    ),
+]
 
 
 @app.command()
@@ -95,6 +103,7 @@ def run(
     ] = False,
     until: Until = None,
     max_gpu_hours: GpuHours = None,
+    allow_change: AllowChange = None,
     address: Address = None,
     take_over: TakeOver = False,
     log_level: LogLevel = None,
@@ -126,6 +135,7 @@ def run(
             steal=take_over,
             failed_only=failed_only,
             limits=run_limits(until, max_gpu_hours),
+            allow_change=allow_change or (),
         )
     output_root.end_run(output, code, as_json)
 
@@ -170,6 +180,7 @@ def nightly(
     catch_up: Annotated[
         int, typer.Option(min=0, help="resume unfinished runs of this many days before the date first")
     ] = 3,
+    allow_change: AllowChange = None,
     address: Address = None,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
@@ -192,6 +203,7 @@ def nightly(
         day=which_day(day, now),
         until=None if until is None else next_time(until, now),
         catch_up=catch_up,
+        allow_change=tuple(allow_change or ()),
     )
     with command_logging(log_settings(log_level, log_format)):
         code = render_night(request, address=address, report=sys.stdout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,8 +21,9 @@ from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.index import Index, load_index, load_recorded_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
+from hv_batch.job.records.continuation import Continuation, equal_earlier, inspect_continuation
 from hv_batch.job.records.pending import PendingSamples
-from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, inspect_run, read_run
+from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, read_run
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.redaction import public_values
 from hv_batch.job.storage.store import Store
@@ -47,6 +48,7 @@ class PreparedRun:
     pending: PendingSamples
     document: dict[str, Any]  # of run.json
     state: RunState
+    continuation: Continuation | None = None  # how the root goes on if the run's identity differs from the recorded one
 
 
 def prepare_run(
@@ -58,10 +60,13 @@ def prepare_run(
     address: str | None = None,
     *,
     resumed: bool = False,
+    allow_change: Collection[str] = (),
 ) -> PreparedRun:
     """Check the engine, its weights, ffmpeg, the output root, the manifest and the GPU memory.
 
     Writes only the index of the manifest into `spool`, a temporary folder, and the probe of the output root.
+    `allow_change` are the keys of the identity that may differ from those of the root (`hv_batch.job.records.
+    continuation`).
 
     Raises UserError with all problems of the engine, ffmpeg, the output root and the manifest at once.
     """
@@ -99,12 +104,19 @@ def prepare_run(
     document = _document(identity, config, manifest, index, versions)
     if unsafe_root:
         logger.warning(unsafe_root)
-    state = inspect_run(store, document)
+    state, continuation = inspect_continuation(
+        store, document, index, config, allow_change, releases=pending.takes_back
+    )
+    for note in continuation.notes if continuation else ():
+        logger.info(note)
     if state is RunState.FINISHED and pending.takes_back:
         check_revision(store)
-    context = RunContext(run, engine, store, fingerprint(identity), versions, current_settings())
+    written = continuation.run if continuation else {} if state is RunState.NEW else read_run(store)
+    context = RunContext(
+        *(run, engine, store, fingerprint(identity), versions, current_settings()), earlier=equal_earlier(written)
+    )
     add_process_fields(run=short_id(context.fingerprint))
-    return PreparedRun(context, index, pending, document, state)
+    return PreparedRun(context, index, pending, document, state, continuation)
 
 
 def _describe_reads(config: RunConfig, manifest: Manifest) -> str:

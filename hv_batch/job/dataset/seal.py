@@ -31,7 +31,7 @@ from hv_batch.job.documents.schema import TableRow
 from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_text, column_names, merge_types
 from hv_batch.job.quality import SCORES
 from hv_batch.job.records.commits import LICENCE_ID, read_commit
-from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1
+from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1, fingerprint
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
@@ -123,16 +123,34 @@ def seal_records(
     identity: Mapping[str, Any],
     schema: str,
     webdataset: bool,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> bool:
-    """As `seal_shard`, from the commit records that `read_committed` has returned."""
+    """As `seal_shard`, from the commit records that `read_committed` has returned.
+
+    `earlier` are the former identities of the run (`run.json`). If the rows have several fingerprints, the table's
+    metadata holds the identity of each as `hv_batch.identities`.
+    """
     table = metadata_table(committed, extra_types, schema)
     # These must be written before the seal, so that a sealed shard always has them.
     write_totals(store, shard, add_up(committed))
     store.put(layout.lineage_key(shard), parquet_bytes(lineage_table(committed)))
     if webdataset:
         write_tar(store, shard, table.to_pylist())
-    metadata = {"hv_batch.schema": schema, "hv_batch.identity": encode(identity), "hv_batch.licence": LICENCE_ID}
+    metadata = {"hv_batch.schema": schema, **_identities(committed, identity, earlier), "hv_batch.licence": LICENCE_ID}
     return store.put_new(layout.metadata_key(shard), parquet_bytes(table.replace_schema_metadata(metadata)))
+
+
+def _identities(
+    committed: Sequence[Mapping[str, Any]], identity: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]
+) -> dict[str, bytes]:
+    """The identities of the rows, for the table's metadata. `hv_batch.identity` is the newest of them."""
+    by_fingerprint = {each["fingerprint"]: each["identity"] for each in earlier}
+    by_fingerprint.pop(current := fingerprint(identity), None)  # a run may have gone back to an earlier identity
+    by_fingerprint[current] = identity
+    named = {record["fingerprint"] for record in committed}
+    of_rows = {name: each for name, each in by_fingerprint.items() if name in named} or {current: identity}
+    metadata = {"hv_batch.identity": encode(list(of_rows.values())[-1])}
+    return metadata | ({"hv_batch.identities": encode(of_rows)} if len(of_rows) > 1 else {})
 
 
 def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -> pa.Table:

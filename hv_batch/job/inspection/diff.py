@@ -16,7 +16,8 @@ from typing import Any
 from hv_batch.job.dataset.seal import describe_row, read_rows
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.commits import read_commit, scan_shard
-from hv_batch.job.records.run_document import find_differences, plan_size, read_run
+from hv_batch.job.records.identity_differences import find_differences
+from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 

@@ -110,6 +110,11 @@ class Index:
         for shard in range(self.shards):
             yield from self.samples(shard)
 
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows as tables of `row_validation.PART_SCHEMA`, part by part. Raises UserError as `samples`."""
+        for part in self._parts:
+            yield read_part(self._store, part)
+
     def publish(self, store: Store) -> None:
         """Copy the index into the output root `store`, unless it was read from there.
 
