@@ -83,8 +83,8 @@ AllowChange = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY",
-        help="go on in the output root although KEY differs, such as defaults.flow_shift; pending samples get the new "
-        "value, committed ones stay; repeatable",
+        help="continue in the output root although KEY differs, such as defaults.flow_shift; pending samples get "
+        "the new value, committed ones stay; repeatable",
     ),
 ]
 

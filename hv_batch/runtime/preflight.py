@@ -48,7 +48,7 @@ class PreparedRun:
     pending: PendingSamples
     document: dict[str, Any]  # of run.json
     state: RunState
-    continuation: Continuation | None = None  # how the root goes on if the run's identity differs from the recorded one
+    continuation: Continuation | None = None  # if the run's identity differs from that of the root
 
 
 def prepare_run(

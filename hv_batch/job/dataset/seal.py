@@ -79,6 +79,7 @@ def seal_shard(
     extra_types: Mapping[str, ColumnType] | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
+    earlier: Sequence[Mapping[str, Any]] = (),
     schema: str = DATASET_SCHEMA,
     webdataset: bool = False,
 ) -> bool:
@@ -88,17 +89,16 @@ def seal_shard(
     in plan order; quarantined samples have no row. `extra_types` are the types of the user's columns over the whole
     manifest (`extra_columns.merge_types`); without them, a column has the type of this shard's values, which is correct
     only if the run has one shard. `identity` is that of the run (`run.json`): weights, precision, plan and everything
-    else that determines the pixels, for users who receive the table without its output root. `schema` is that of the
-    run's tables (`dataset_schema`).
+    else that determines the pixels, for users who receive the table without its output root. `earlier` are its former
+    identities. `schema` is that of the run's tables (`dataset_schema`).
 
     Raises ValueError if a sample is neither committed nor quarantined.
     """
     if is_sealed(store, shard):
         return False
     committed = read_committed(store, shard, keys_in_order)
-    return seal_records(
-        *(store, shard, committed, extra_types or {}), identity=identity or {}, schema=schema, webdataset=webdataset
-    )
+    facts = {"identity": identity or {}, "earlier": earlier, "schema": schema}
+    return seal_records(store, shard, committed, extra_types or {}, **facts, webdataset=webdataset)
 
 
 def is_sealed(store: Store, shard: int) -> bool:

@@ -12,6 +12,7 @@ from hv_batch.job import layout
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RetriedRecord
 from hv_batch.job.inspection.findings import Fault, Finding, examine, object_finding
+from hv_batch.job.inspection.verify_plan import PlannedSamples
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import describe_sample, read_commit, read_quarantine
 from hv_batch.job.storage.store import Store
@@ -44,10 +45,11 @@ class SampleChecker:
 
     def __init__(self, store: Store, run: Mapping[str, Any]) -> None:
         self._store = store
-        self._run = run
+        self._identities = {each["fingerprint"]: each["identity"] for each in (*run.get("earlier", ()), run)}
+        self._has_posters = bool(run["config"].get("media", {}).get("poster"))
 
-    def check(self, shard: int, key: str, planned: Sample | None, decode: Decode | None) -> CheckedSample:
-        """Check a committed sample. `planned` is None if the plan is unknown. `decode`, if given, decodes its media."""
+    def check(self, shard: int, key: str, plan: PlannedSamples, decode: Decode | None) -> CheckedSample:
+        """Check a committed sample. `plan` holds the samples of its shard. `decode`, if given, decodes its media."""
         name = layout.commit_key(shard, key)
         try:
             record = examine(self._store, name, partial(read_commit, self._store, shard, key))
@@ -55,9 +57,10 @@ class SampleChecker:
             return CheckedSample(None, [])
         if isinstance(record, InvalidObjectError):
             return CheckedSample(None, [object_finding(record, Fault.RECORD, shard, key, name)])
-        if record["fingerprint"] != self._run["fingerprint"]:
+        if record["fingerprint"] not in self._identities:
             details = f"{name}: its fingerprint is {record['fingerprint']}, not that of {layout.RUN}"
             return CheckedSample(None, [Finding(shard, key, Fault.RECORD, details, (name,), layout.RUN)])
+        planned = plan.of(record)
         if planned and (difference := plan_difference(record, planned)):
             finding = Finding(shard, key, Fault.RECORD, f"{name}: {difference}", (name,), layout.INDEX)
             return CheckedSample(None, [finding])
@@ -69,7 +72,7 @@ class SampleChecker:
             findings.append(Finding(shard, key, *problem, (name, record["file"])))
         return CheckedSample(record, findings, len(media), decode is not None)
 
-    def check_quarantined(self, shard: int, key: str, planned: Sample | None) -> list[Finding]:
+    def check_quarantined(self, shard: int, key: str, plan: PlannedSamples) -> list[Finding]:
         name = layout.quarantine_key(shard, key)
         try:
             record = examine(self._store, name, partial(read_quarantine, self._store, shard, key))
@@ -77,6 +80,7 @@ class SampleChecker:
             return []
         if isinstance(record, InvalidObjectError):
             return [object_finding(record, Fault.RECORD, shard, key, name)]
+        planned = plan.of(record)
         if planned and (difference := plan_difference(record, planned)):
             return [Finding(shard, key, Fault.RECORD, f"{name}: {difference}", (name,))]
         return []
@@ -111,7 +115,8 @@ class SampleChecker:
         shard, key, poster = record["shard"], record["key"], record["poster"]
         commit = layout.commit_key(shard, key)
         if poster is None:
-            expected = self._run["config"].get("media", {}).get("poster") and record["params"]["num_frames"] > 1
+            media = self._identities[record["fingerprint"]].get("media", {})
+            expected = media.get("poster", self._has_posters) and record["params"]["num_frames"] > 1
             details = "the record names no poster, although media.poster is set"
             return [Finding(shard, key, Fault.POSTER, details, (commit,), layout.RUN)] if expected else []
         data = self._read(record, poster, Fault.POSTER)

@@ -1,4 +1,4 @@
-"""A root that goes on with another identity: its manifest has grown, or the operator has allowed a change.
+"""An output root that continues with another identity: its manifest has grown, or the operator has allowed a change.
 
 - **Growth.** The rows of before are the first rows of the manifest, unchanged. Positions decide shards, so old samples
   keep theirs. The last shard that was not full is sealed again, and all shards if the user's columns have changed.
@@ -55,7 +55,7 @@ UNSEALERS = 16  # threads; a shard's seal takes five requests
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """How a root goes on with another identity."""
+    """How an output root continues with another identity."""
 
     run: Mapping[str, Any]  # the run.json to write
     replaces: str  # the fingerprint of the run.json that it replaces
@@ -72,7 +72,7 @@ def inspect_continuation(
     *,
     releases: bool = False,
 ) -> tuple[RunState, Continuation | None]:
-    """The state of the root for the run that `document` describes, and how the root goes on if its identity differs.
+    """The state of the root for the run that `document` describes, and how it continues if the identity differs.
 
     `index` is that of the manifest, `config` that of the run. `allowed` are the keys of `--allow-change`. `releases`
     says that quarantined samples will be released, so that a finished root is not finished. Writes nothing.
@@ -180,8 +180,8 @@ def _reasons(refused: Collection[str], problem: str | None, allowed: Collection[
         keys = refused if len(refused) <= MAX_NAMED_KEYS else sorted({path.partition(".")[0] for path in refused})
         flags = " ".join(f"--allow-change {key}" for key in (*allowed, *keys))
         reasons += (
-            f"To go on with your values, add {flags}: committed samples keep their videos, and each record names the "
-            "values with which it was rendered. "
+            f"To continue with your values, add {flags}: committed samples keep their videos, and each record names "
+            "the values with which it was rendered. "
         )
     return reasons
 
@@ -243,6 +243,6 @@ def _notes(before: Index | None, index: Index, allowed: Collection[str]) -> Iter
             yield "its further columns differ from before, so all sealed shards are sealed again"
     if allowed:
         yield (
-            f"going on with other values of {', '.join(allowed)}, as --allow-change allows: committed samples keep "
+            f"continuing with other values of {', '.join(allowed)}, as --allow-change allows: committed samples keep "
             "their videos"
         )

@@ -2,8 +2,8 @@
 
 `run.json` is put if absent, so the first command determines the run of the root. Every later command must have the same
 identity, or it is refused with a list of the differences. Values outside the identity (number of groups, retries, ...)
-may change from one command to the next. `continuation` holds the two changes of the identity with which a root goes on;
-run.json then lists the former identities in `earlier`.
+may change from one command to the next. `continuation` holds the two changes with which a root may continue; run.json
+then lists the former identities in `earlier`.
 """
 
 from __future__ import annotations
