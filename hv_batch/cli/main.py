@@ -100,6 +100,14 @@ Until = Annotated[
 GpuHours = Annotated[
     float | None, typer.Option(help="stop before the workers have reserved N GPU hours; default: no limit", metavar="N")
 ]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="continue in the output root although KEY differs, such as defaults.flow_shift; pending samples get "
+        "the new value, committed ones stay; repeatable",
+    ),
+]
 
 
 @app.command()
@@ -122,6 +130,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything that needs no GPU, show what would be done, and end")
     ] = False,
+    allow_change: AllowChange = None,
     address: Address = None,
     take_over: TakeOver = False,
     on_finish: OnFinish = None,
@@ -155,6 +164,7 @@ def run(
             steal=take_over,
             failed_only=failed_only,
             limits=run_limits(until, max_gpu_hours),
+            allow_change=allow_change or (),
         )
     output_root.end_run(output, end.code, as_json)
 
@@ -234,6 +244,7 @@ def nightly(
     column: Column = None,
     carry: Carry = None,
     duplicates: Duplicates = None,
+    allow_change: AllowChange = None,
     address: Address = None,
     on_finish: OnFinish = None,
     log_level: LogLevel = None,
@@ -259,6 +270,7 @@ def nightly(
             day=which_day(day, now),
             until=None if until is None else next_time(until, now),
             catch_up=catch_up,
+            allow_change=tuple(allow_change or ()),
         )
         end.code = render_night(request, address=address, report=sys.stdout, on_line=end.set_night)
     raise typer.Exit(end.code)

@@ -30,7 +30,8 @@ from hv_batch.job.formatting import plural
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.findings import Finding
 from hv_batch.job.inspection.garbage import find_garbage, remove
-from hv_batch.job.inspection.status import Status, count_looks, read_status
+from hv_batch.job.inspection.identity_counts import count_identities
+from hv_batch.job.inspection.status import MAX_RECORDS, Status, count_looks, read_status
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.inspection.verify_plan import refuse_loss
@@ -316,7 +317,9 @@ def _read_status(store: Store, shards: list[int] | None, conditions: Sequence[Co
     if conditions:
         found = matching_records(store, read_run(store), conditions, shards, lambda _: None)
         matching = sum(1 for _ in found)
-    return replace(current, looks=count_looks(store, current), matching=matching)
+    sealed = {shard.shard: shard.sealed for shard in current.shards}
+    identities = count_identities(store, read_run(store), sealed, MAX_RECORDS)
+    return replace(current, looks=count_looks(store, current), identities=identities, matching=matching)
 
 
 def _readings(store: Store, shards: list[int] | None, conditions: Sequence[Condition]) -> Iterator[Status]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date, datetime, timedelta
 from typing import Any, TextIO
@@ -65,6 +65,7 @@ class NightlyRequest:
     day: date
     until: datetime | None  # the time at which all work must have ended
     catch_up: int  # number of days before `day` whose unfinished runs are resumed first
+    allow_change: Collection[str] = ()  # as of `render`, for the root of `day`; earlier runs keep their config
 
     def __post_init__(self) -> None:
         if not self.output.strip():
@@ -126,6 +127,7 @@ def _render_day(request: NightlyRequest, day: date, address: str | None, stop: S
                 address=address,
                 stopped=stop.stopped,
                 resumed=day != request.day,
+                allow_change=request.allow_change if day == request.day else (),
             )
 
     logger.info(f"night of {day}: {request.root(day)}")

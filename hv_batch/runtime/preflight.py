@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,8 +25,9 @@ from hv_batch.job.manifest.index import Index, load_index, load_recorded_index
 from hv_batch.job.manifest.prompt_hook import apply_prompt_hook, describe_results
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
+from hv_batch.job.records.continuation import Continuation, equal_earlier, inspect_continuation
 from hv_batch.job.records.pending import PendingSamples
-from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, inspect_run, read_run
+from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, read_run
 from hv_batch.job.records.run_identity import recorded_plans, run_identity
 from hv_batch.job.redaction import public_url, public_values
 from hv_batch.job.storage.hub_urls import refuse_hub_repository
@@ -52,6 +53,7 @@ class PreparedRun:
     pending: PendingSamples
     document: dict[str, Any]  # of run.json
     state: RunState
+    continuation: Continuation | None = None  # if the run's identity differs from that of the root
 
 
 def prepare_run(
@@ -63,10 +65,13 @@ def prepare_run(
     address: str | None = None,
     *,
     resumed: bool = False,
+    allow_change: Collection[str] = (),
 ) -> PreparedRun:
     """Check the engine, its weights, ffmpeg, the output root, the manifest and the GPU memory.
 
     Writes only the index of the manifest into `spool`, a temporary folder, and the probe of the output root.
+    `allow_change` are the keys of the identity that may differ from those of the root (`hv_batch.job.records.
+    continuation`).
 
     Raises UserError with all problems of the engine, ffmpeg, the output root and the manifest at once.
     """
@@ -112,12 +117,20 @@ def prepare_run(
     document |= {} if licence == TENCENT else {"licence_id": licence}
     if unsafe_root:
         logger.warning(unsafe_root)
-    state = inspect_run(store, document)
+    state, continuation = inspect_continuation(
+        store, document, index, config, allow_change, releases=pending.takes_back
+    )
+    for note in continuation.notes if continuation else ():
+        logger.info(note)
     if state is RunState.FINISHED and pending.takes_back:
         check_revision(store)
-    context = RunContext(run, engine, store, fingerprint(identity), versions, licence, current_settings(), hooks)
+    written = continuation.run if continuation else {} if state is RunState.NEW else read_run(store)
+    context = RunContext(
+        *(run, engine, store, fingerprint(identity), versions, licence, current_settings(), hooks),
+        earlier=equal_earlier(written),
+    )
     add_process_fields(run=short_id(context.fingerprint))
-    return PreparedRun(context, index, pending, document, state)
+    return PreparedRun(context, index, pending, document, state, continuation)
 
 
 def _describe_reads(config: RunConfig, manifest: Manifest) -> str:

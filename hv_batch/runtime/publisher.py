@@ -29,7 +29,7 @@ from hv_batch.job.hooks.hook import HookUnavailableError, parse_hook
 from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits
-from hv_batch.job.records.latents import drop_intermediates, get_latents, sample_identity
+from hv_batch.job.records.latents import drop_intermediates, get_latents
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -138,7 +138,7 @@ class Publisher:
 
         Raises LatentsGoneError if there are none of this run.
         """
-        stored = get_latents(self._context.store, sample, sample_identity(sample, self._context.fingerprint))
+        stored = get_latents(self._context.store, sample, *self._context.sample_identities(sample))
         if stored is None:
             raise LatentsGoneError(f"no stored latents of sample {sample.key} that belong to this run")
         return stored.latents, {name: StageReport.from_dict(report) for name, report in stored.stages.items()}

@@ -24,13 +24,13 @@ from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, describe_truncated, write_report
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
+from hv_batch.job.records.continuation import begin_run
 from hv_batch.job.records.lease import Lease, LeaseLostError, hold_lease
 from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
 from hv_batch.job.records.run_document import (
     RunState,
     finish_run,
-    open_run,
     read_run,
     read_run_config,
     read_summary,
@@ -81,11 +81,14 @@ def render(
     failed_only: bool = False,
     resumed: bool = False,
     limits: RunLimits = NO_LIMITS,
+    allow_change: Collection[str] = (),
 ) -> ExitCode:
     """Render the samples of the manifest, or of a selection of it, that have no record in `output_url`.
 
     `failed_only` renders only the quarantined samples of the selection. `resumed` says that config and manifest are
-    those of the root's run.json: then the manifest is read only if its copy in the root is not complete.
+    those of the root's run.json: then the manifest is read only if its copy in the root is not complete. `allow_change`
+    are keys of the identity that may differ from those of the root, as dotted paths: pending samples are rendered with
+    the new values.
 
     While another driver holds the output root, the run is refused; with `steal` it takes the root over and the other
     driver stops. If `stopped` is set, the run drains and ends; the stop signals and `limits` set it as well. Raises
@@ -104,7 +107,9 @@ def render(
                         logger.info(f"nothing to render: no such sample of {public_url(store.url)} is quarantined")
                         return ExitCode.COMMITTED
                 job = prepare_run(
-                    config, Manifest(manifest_urls), store, Store(spool), selection, address, resumed=resumed
+                    *(config, Manifest(manifest_urls), store, Store(spool), selection, address),
+                    resumed=resumed,
+                    allow_change=allow_change,
                 )
             return _render(job, address, stop, steal, limits)
     except KeyboardInterrupt:
@@ -167,8 +172,7 @@ def _render_pending(
             return ExitCode.STOPPED
         check_code(alive_nodes())
         # The root gets its run.json only now, so that a config that asks for too much can still be changed.
-        open_run(store, job.document)
-        job.index.publish(store)
+        begin_run(store, job.document, job.index, job.continuation)
         if pending.takes_back:
             logger.info(f"released from quarantine: {pending.take_back()} samples")
         driver = Driver(job.context, pending, pending.total, kinds, shortage, meter, should_stop)

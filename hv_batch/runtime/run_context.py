@@ -17,6 +17,8 @@ from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.licences import TENCENT
 from hv_batch.job.log_records import LogSettings, configure_logging
+from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.latents import sample_identity
 from hv_batch.job.records.lease import refuse_other_holder
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
@@ -40,10 +42,18 @@ class RunContext:
     log: LogSettings = field(default_factory=LogSettings)
     hooks: Mapping[str, Any] = field(default_factory=dict)  # those of the run's identity
     lease_token: str = ""  # of the run's lease; empty before the run holds it
+    earlier: tuple[str, ...] = ()  # former fingerprints of the root with equal pixels (`continuation.equal_earlier`)
 
     @property
     def config(self) -> RunConfig:
         return self.run.config
+
+    def sample_identities(self, sample: Sample) -> tuple[str, tuple[str, ...]]:
+        """The identity of a sample's latents in this run, and those under which an earlier command may have stored
+        them.
+        """
+        earlier = tuple(sample_identity(sample, fingerprint) for fingerprint in self.earlier)
+        return sample_identity(sample, self.fingerprint), earlier
 
     def check_lease(self) -> None:
         """Raises LeaseLostError if another process has taken over the output root. To be called before writes."""

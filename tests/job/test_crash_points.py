@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.records.commits import read_commit
-from hv_batch.job.records.quarantine import read_quarantined
+from hv_batch.job.records.quarantine import read_quarantined, release
+from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage.store import Store
+from tests.support.continued_runs import Command, rows_of, verified
 from tests.support.crash_points import (
     ACTS,
     EXPECTED,
@@ -116,3 +120,40 @@ def test_a_repair_that_is_killed():
         run_small(Store(url), SAMPLES, poison=POISON)
         is_sound(Store(url))
         assert everything(Store(url)) == EXPECTED
+
+
+# A root that continues with a grown manifest or an allowed change -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["grown", "allowed"])
+def test_a_continuation_that_is_killed(tmp_path, kind):
+    """P2: at whatever point it is killed, the same command ends in the root of an undisturbed one. A command of before
+    the change is refused from the moment at which run.json has changed, and no sample is denoised twice for it.
+    """
+    first = Command(tmp_path / "m.jsonl", rows_of(6), poison={"s006"})
+    change = {"rows": rows_of(9, take=1)} if kind == "grown" else {"sections": {"defaults": {"flow_shift": 5.0}}}
+    if kind == "grown":
+        change["rows"][:6] = first.rows
+    then = replace(first, **change, allowed=["defaults"], poison=())
+
+    def begun() -> str:
+        """Finished with a quarantined sample; in place of growth, that sample is released."""
+        url = fresh_url()
+        first.run(Store(url))
+        if kind == "allowed":
+            release(Store(url), read_quarantined(Store(url), SHARDS))
+        return url
+
+    undisturbed = CrashingStore(begun())
+    then.run(undisturbed)
+    unlike = {"fingerprint", "identities"}  # the time of the change is in run.json, on which nothing here depends
+    expected = everything(Store(undisturbed.url), ignoring=unlike)
+    for at, when in points(len(undisturbed.acts)):
+        url, denoised = begun(), Counter()
+        with pytest.raises(Crash):
+            then.run(CrashingStore(url, at, when), denoised)
+        then.run(Store(url), denoised)
+        assert everything(Store(url), ignoring=unlike) == expected
+        assert verified(Store(url)).findings == []
+        assert len(read_run(Store(url))["earlier"]) == 1
+        assert sum(denoised.values()) <= len(denoised) + 1, "a crash costs one denoise at most"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +20,10 @@ from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.dataset import card
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.inspection import summary
+from hv_batch.job.manifest.index import Index
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits, run_document
+from hv_batch.job.records.continuation import equal_earlier
 from hv_batch.job.records.latents import (
     FinalLatents,
     StoredLatents,
@@ -36,7 +38,7 @@ from hv_batch.job.stages import Stage
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.writer import write_media
-from tests.support.rendered_roots import FINGERPRINT, SCORES, RenderedMedia, make_failure, make_sample, open_root
+from tests.support.rendered_roots import SCORES, RenderedMedia, make_failure, make_sample, open_root
 
 COMPARED = ("data", "posters", "webdataset", "commits", "quarantine", "latents", "report/shards")
 # Fields that hold the attempts from before a sample was released, and the totals over them.
@@ -77,27 +79,34 @@ def run_small(
     denoised: Counter | None = None,
     media: WriteMedia | None = None,
     adorned: bool = False,
+    index: Index | None = None,
 ) -> None:
     """One call of the run command. `denoised` counts denoises by key; the samples in `poison` are quarantined.
 
-    `adorned` adds posters and tars.
+    `adorned` adds posters and tars. With `index`, the root has its run.json already, and the samples are those of the
+    index.
     """
-    open_root(store, len(samples), adorned=adorned)
+    if index is None:
+        open_root(store, len(samples), adorned=adorned)
     if store.exists(layout.SUCCESS):
         return
-    plan = PendingSamples(store, ListedShards(samples))
+    shards = index or ListedShards(samples)
+    plan = PendingSamples(store, shards)
+    run = run_document.read_run(store)
+    facts = {"identity": run["identity"], "earlier": run.get("earlier", ())}
     counts = denoised if denoised is not None else Counter()
     for scan in plan.scanner.scans():
         plan.enter(scan)
         for found in scan.pending:
             if found.sample.key in poison:
-                _give_up(store, found)
+                _give_up(store, run, found)
                 plan.quarantined(found.sample)
             else:
-                _render(store, found, counts, media or digest_media, adorned)
+                _render(store, run, found, counts, media or digest_media, adorned)
                 plan.committed(found.sample)
         for complete in plan.take_complete():
-            seal_shard(store, complete.shard, complete.keys, webdataset=adorned)
+            kinds = shards.summary.extra_kinds
+            seal_shard(store, complete.shard, complete.keys, kinds, **facts, webdataset=adorned)
     totals = summary.aggregate(store)
     summary.write_report(store, totals)
     card.write_card(store, run_document.read_run(store), totals)
@@ -108,19 +117,19 @@ def _earlier(found: Pending) -> list[dict]:
     return [failure.to_dict() for failure in found.earlier]
 
 
-def _give_up(store: Store, found: Pending) -> None:
+def _give_up(store: Store, run: Mapping, found: Pending) -> None:
     sample = found.sample
     failures = [*_earlier(found), make_failure(message=f"latents of step {sample.row} are not finite")]
-    commits.quarantine(
-        store, commits.quarantine_record(sample, failures=failures, fingerprint=FINGERPRINT, versions={})
-    )
+    record = commits.quarantine_record(sample, failures=failures, fingerprint=run["fingerprint"], versions={})
+    commits.quarantine(store, record)
     drop_latents(store, sample.shard, sample.key)
 
 
-def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, adorned: bool) -> None:
+def _render(store: Store, run: Mapping, found: Pending, denoised: Counter, media: WriteMedia, adorned: bool) -> None:
     sample = found.sample
-    identity = sample_identity(sample, FINGERPRINT)
-    stored = get_latents(store, sample, identity) if found.stage is Stage.DECODE else None
+    identity = sample_identity(sample, run["fingerprint"])
+    earlier = [sample_identity(sample, each) for each in equal_earlier(run)]
+    stored = get_latents(store, sample, identity, earlier) if found.stage is Stage.DECODE else None
     if stored is None:
         denoised[sample.key] += 1
         drawn = np.random.default_rng(sample.params.seed).standard_normal(sample.params.latent_shape)
@@ -138,7 +147,7 @@ def _render(store: Store, found: Pending, denoised: Counter, media: WriteMedia, 
         media=info,
         stages={**stored.stages, "decode": {"seconds": 0.5}},
         failures=_earlier(found),
-        fingerprint=fingerprint(store),
+        fingerprint=run["fingerprint"],
         versions={},
         scores=getattr(info, "scores", SCORES),
     )
@@ -153,10 +162,6 @@ def _put_poster(store: Store, sample: Sample, info: RenderedMedia, folder: Path)
     key = layout.poster_key(sample.shard, sample.key, hashlib.sha256(path.read_bytes()).hexdigest())
     store.put_file(key, path)
     return key
-
-
-def fingerprint(store: Store) -> str:
-    return run_document.read_run(store)["fingerprint"]
 
 
 def digest_media(sample: Sample, latents: np.ndarray, folder: Path) -> tuple[Path, str, RenderedMedia]:

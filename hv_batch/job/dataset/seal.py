@@ -33,7 +33,7 @@ from hv_batch.job.licences import records_licence
 from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_text, column_names, merge_types
 from hv_batch.job.quality import SCORES
 from hv_batch.job.records.commits import read_commit
-from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1
+from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1, fingerprint
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
@@ -87,6 +87,7 @@ def seal_shard(
     extra_types: Mapping[str, ColumnType] | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
+    earlier: Sequence[Mapping[str, Any]] = (),
     schema: str = DATASET_SCHEMA,
     webdataset: bool = False,
 ) -> bool:
@@ -96,8 +97,8 @@ def seal_shard(
     in plan order; quarantined samples have no row. `extra_types` are the types of the user's columns over the whole
     manifest (`extra_columns.merge_types`); without them, a column has the type of this shard's values, which is correct
     only if the run has one shard. `identity` is that of the run (`run.json`): weights, precision, plan and everything
-    else that determines the pixels, for users who receive the table without its output root. `schema` is that of the
-    run's tables (`dataset_schema`).
+    else that determines the pixels, for users who receive the table without its output root. `earlier` are its former
+    identities. `schema` is that of the run's tables (`dataset_schema`).
 
     Raises ValueError if a sample is neither committed nor quarantined.
     """
@@ -105,7 +106,14 @@ def seal_shard(
         return False
     committed = read_committed(store, shard, keys_in_order)
     return seal_records(
-        *(store, shard, committed, extra_types or {}), identity=identity or {}, schema=schema, webdataset=webdataset
+        store,
+        shard,
+        committed,
+        extra_types or {},
+        identity=identity or {},
+        earlier=earlier,
+        schema=schema,
+        webdataset=webdataset,
     )
 
 
@@ -131,8 +139,13 @@ def seal_records(
     identity: Mapping[str, Any],
     schema: str,
     webdataset: bool,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> bool:
-    """As `seal_shard`, from the commit records that `read_committed` has returned."""
+    """As `seal_shard`, from the commit records that `read_committed` has returned.
+
+    `earlier` are the former identities of the run (`run.json`). If the rows have several fingerprints, the table's
+    metadata holds the identity of each as `hv_batch.identities`.
+    """
     table = metadata_table(committed, extra_types, schema)
     # These must be written before the seal, so that a sealed shard always has them.
     write_totals(store, shard, add_up(committed))
@@ -140,8 +153,21 @@ def seal_records(
     if webdataset:
         write_tar(store, shard, table.to_pylist())
     licence = records_licence(committed)
-    metadata = {"hv_batch.schema": schema, "hv_batch.identity": encode(identity), "hv_batch.licence": licence}
+    metadata = {"hv_batch.schema": schema, **_identities(committed, identity, earlier), "hv_batch.licence": licence}
     return store.put_new(layout.metadata_key(shard), parquet_bytes(table.replace_schema_metadata(metadata)))
+
+
+def _identities(
+    committed: Sequence[Mapping[str, Any]], identity: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]
+) -> dict[str, bytes]:
+    """The identities of the rows, for the table's metadata. `hv_batch.identity` is the newest of them."""
+    by_fingerprint = {each["fingerprint"]: each["identity"] for each in earlier}
+    by_fingerprint.pop(current := fingerprint(identity), None)  # a run may have gone back to an earlier identity
+    by_fingerprint[current] = identity
+    named = {record["fingerprint"] for record in committed}
+    of_rows = {name: each for name, each in by_fingerprint.items() if name in named} or {current: identity}
+    metadata = {"hv_batch.identity": encode(list(of_rows.values())[-1])}
+    return metadata | ({"hv_batch.identities": encode(of_rows)} if len(of_rows) > 1 else {})
 
 
 def read_table(store: Store, shard: int, columns: Sequence[str] | None = None) -> pa.Table:

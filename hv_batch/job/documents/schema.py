@@ -202,6 +202,16 @@ class RecordedManifest(Document):
     samples: Samples
 
 
+class EarlierIdentity(Document):
+    """A former identity of the root, and what changed when the next one replaced it."""
+
+    identity: Identity
+    fingerprint: Hex64
+    manifest: RecordedManifest
+    replaced_at: Time
+    changed: Annotated[list[Text], Field(max_length=10_000)]  # dotted paths in the identity
+
+
 class RunDocument(Document):
     schema_: Literal["hv_batch/run/1"] = Field(alias="schema")
     dataset: Literal["hv_batch/dataset/1", "hv_batch/dataset/2"] = "hv_batch/dataset/1"
@@ -213,6 +223,7 @@ class RunDocument(Document):
     licence_id: LicenceId = ""
     card: Name = ""  # the schema of the dataset card; empty for a root of a version without cards
     versions: Versions
+    earlier: Annotated[list[EarlierIdentity], Field(max_length=10_000)] = Field(default_factory=list)  # oldest first
 
 
 class LeaseDocument(Document):

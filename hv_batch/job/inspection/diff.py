@@ -14,9 +14,11 @@ from itertools import zip_longest
 from typing import Any
 
 from hv_batch.job.dataset.seal import describe_row, read_rows
+from hv_batch.job.inspection.identity_counts import name_paths
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.commits import read_commit, scan_shard
-from hv_batch.job.records.run_document import find_differences, plan_size, read_run
+from hv_batch.job.records.identity_differences import find_differences
+from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
@@ -94,6 +96,7 @@ def compare(a: Store, b: Store) -> Comparison:
     """Compare the runs in two output roots. Raises UserError if one of them has no run."""
     run_a, run_b = read_run(a), read_run(b)
     result = Comparison(a.url, b.url, find_differences(run_a, run_b))
+    result.identity += [*_changes("A", run_a), *_changes("B", run_b)]
     unmatched_a: dict[str, Row] = {}
     unmatched_b: dict[str, Row] = {}
     no_rows: dict[str, Row] = {}
@@ -106,6 +109,12 @@ def compare(a: Store, b: Store) -> Comparison:
     result.only_in_a += unmatched_a
     result.only_in_b += unmatched_b
     return result
+
+
+def _changes(name: str, run: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each change with which a run continued: its samples do not all have the identity of run.json."""
+    for each in run.get("earlier", ()):
+        yield f"({name} continued at {each['replaced_at']} with other values of {name_paths(each['changed'])})"
 
 
 def _compare_sample(result: Comparison, key: str, in_a: Row, in_b: Row) -> None:

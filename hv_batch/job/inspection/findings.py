@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from hv_batch.job import layout
 from hv_batch.job.documents.reading import InvalidObjectError, unreadable
 from hv_batch.job.formatting import plural
+from hv_batch.job.inspection.identity_counts import IdentityCount, describe
 from hv_batch.job.storage.store import Store
 
 T = TypeVar("T")
@@ -95,6 +96,7 @@ class Verification:
     compared: bool = False  # whether records were compared with the manifest in plan/
     pending: int = 0
     quarantined: int = 0
+    identities: tuple[IdentityCount, ...] = ()  # empty unless the run has continued with changes
     findings: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +114,7 @@ class Verification:
         ]
         if not self.compared:
             lines.append("the records were not compared with the manifest, which plan/ does not hold")
+        lines += describe(self.identities, self.checked)
         lines += [finding.render() for finding in self.findings[:MAX_LINES]]
         if (cut := len(self.findings) - MAX_LINES) > 0:
             lines.append(f"and {cut:,} more; --json lists all")

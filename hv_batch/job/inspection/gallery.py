@@ -16,6 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 from hv_batch.job.formatting import duration, plural, size
+from hv_batch.job.inspection.identity_counts import MAX_LINES as MAX_IDENTITIES
+from hv_batch.job.inspection.identity_counts import name_paths
 from hv_batch.job.manifest.extra_columns import clean_text
 from hv_batch.job.quality import GOOD, describe_looks, look
 
@@ -83,9 +85,11 @@ def _tiles(summary: Record) -> str:
 
 
 def _panels(run: Record, summary: Record) -> str:
+    identities = summary.get("identities", ())
     panels = [
         ("panel", "Time by stage", _stages(summary["stages"])),
         ("panel", "Run", _table(_run_facts(run))),
+        *([("panel", "This run has continued with changes", _identities(identities))] if identities else []),
         ("panel licence", "Licence of these videos", f"<p>{text(run['licence'])}</p>"),
     ]
     return "".join(f'<section class="{css}"><h3>{title}</h3>{body}</section>' for css, title, body in panels)
@@ -111,6 +115,17 @@ def _run_facts(run: Record) -> dict[str, Any]:
         "Group": f"{parallel['device']}, {' or '.join(plans)}",
         "Run seed": config.get("seed", 0),
     }
+
+
+def _identities(identities: Sequence[Record]) -> str:
+    """What rendered the videos: one row for each identity of the run."""
+    rows = "".join(
+        f'<tr><th>{text(each["fingerprint"][:8])}</th><td class="n">{each["committed"]:,}</td>'
+        f"<td>{text(each['replaced_at'] or 'now')}</td><td>{text(name_paths(each['changed']))}</td></tr>"
+        for each in identities[-MAX_IDENTITIES:]
+    )
+    head = '<thead><tr><th>identity</th><th class="n">videos</th><th>until</th><th>then changed</th></tr></thead>'
+    return f"<table>{head}{rows}</table>"
 
 
 def _degrees(parallel: Record) -> str:

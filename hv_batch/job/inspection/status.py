@@ -15,6 +15,7 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.dataset.committed import committed_records
 from hv_batch.job.dataset.shard_totals import read_totals
+from hv_batch.job.inspection.identity_counts import IdentityCount, describe
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.quality import describe_looks, look
 from hv_batch.job.records.commits import scan_shard
@@ -71,6 +72,7 @@ class Status:
     reasons: tuple[Reason, ...] = ()
     looks: Mapping[str, int] = field(default_factory=dict)  # `count_looks`
     matching: int | None = None  # committed samples that satisfy the conditions, if any are given
+    identities: tuple[IdentityCount, ...] = ()  # `count_identities`; empty unless the run has continued with changes
     holder: LeaseHolder | None = None
 
     @property
@@ -105,6 +107,7 @@ class Status:
             "shards_sealed": self.sealed,
             "holder": asdict(self.holder) | {"gone": is_gone(self.holder)} if self.holder else None,
             "looks": dict(self.looks),
+            **({"identities": [asdict(each) for each in self.identities]} if self.identities else {}),
             **({} if self.matching is None else {"matching": self.matching}),
             "reasons": [reason.to_dict() for reason in self.reasons],
             "shards": [asdict(shard) | {"pending": shard.pending, "state": shard.state} for shard in self.shards],
@@ -120,6 +123,7 @@ class Status:
             f"{self.committed:,} of {self.samples:,} samples committed, {self.quarantined:,} quarantined, "
             f"{self.pending:,} pending; {self.sealed:,} of {len(self.shards):,} shards sealed",
             *([looks] if (looks := describe_looks(self.looks)) else []),
+            *describe(self.identities, self.committed),
             *([f"{self.matching:,} committed samples match --where"] if self.matching is not None else []),
             *([_describe_holder(self.holder)] if self.holder else []),
             "",
@@ -142,7 +146,7 @@ class Status:
 
 
 def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
-    """The status of an output root, or of `shards` only, without `looks`.
+    """The status of an output root, or of `shards` only, without `looks` and `identities`.
 
     Raises UserError if the root has no run or no such shard.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,6 +20,7 @@ from hv_batch.job.dataset.committed import committed_records
 from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_totals
 from hv_batch.job.formatting import plural
 from hv_batch.job.inspection import gallery
+from hv_batch.job.inspection.identity_counts import count_identities
 from hv_batch.job.inspection.status import ShardStatus, read_status
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.quarantine import read_quarantined
@@ -40,6 +42,7 @@ def aggregate(store: Store) -> dict[str, Any]:
     the prompts that were encoded for the committed samples, and those found in an encoder's memory. `truncated` counts
     the committed samples whose prompt or negative prompt is longer than the model reads, and the tokens it ignores.
     `looks` counts the committed samples that have scores by their look (`hv_batch.job.quality`); absent without scores.
+    `identities` counts the committed samples by the identity that rendered them; absent if the root has had only one.
     `failures` counts quarantined samples by class, `retries` the failed attempts of committed samples.
     """
     run, status = read_run(store), read_status(store)
@@ -49,6 +52,7 @@ def aggregate(store: Store) -> dict[str, Any]:
     failures: Counter[str] = Counter()
     for reason in status.reasons:
         failures[reason.kind] += reason.samples
+    identities = count_identities(store, run, {shard.shard: shard.sealed for shard in status.shards})
     return {
         "schema": SCHEMA,
         "fingerprint": run["fingerprint"],
@@ -69,6 +73,7 @@ def aggregate(store: Store) -> dict[str, Any]:
             "negative_prompts": totals.embeddings["truncated_negative"],
             "tokens": totals.embeddings["tokens_lost"],
         },
+        **({"identities": [asdict(each) for each in identities]} if identities else {}),
         **({"looks": dict(totals.looks)} if totals.looks else {}),
         "media": {
             "bytes": totals.bytes,

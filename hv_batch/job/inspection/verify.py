@@ -16,6 +16,7 @@ removed before the seal, the sample would be pending in a shard that no run proc
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +26,7 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.documents.reading import InvalidObjectError
 from hv_batch.job.inspection.findings import OUTSIDE_SEAL, Fault, Finding, Verification, examine, object_finding
+from hv_batch.job.inspection.identity_counts import with_history
 from hv_batch.job.inspection.verify_plan import Plan, check_run_objects, open_plan, without_shared
 from hv_batch.job.inspection.verify_samples import CheckedSample, Decode, MediaShape, SampleChecker
 from hv_batch.job.inspection.verify_seal import check_sealed
@@ -53,17 +55,20 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     result = Verification(store.url, compared=plan.index is not None)
     every = 1 if decodes is None else -(-_count_committed(store, chosen) // decodes) if decodes else 0
     checker = SampleChecker(store, run)
+    by_identity: Counter[str] = Counter()
     for shard in chosen:
         listing = _list_shard(store, plan, shard)
         samples = _check_shard(checker, plan, listing, _Decodes(decode, every, result.checked))
         result.checked += len(samples)
         result.decoded += sum(sample.decoded for sample in samples)
         result.bytes += sum(sample.bytes for sample in samples)
+        by_identity.update(sample.record["fingerprint"] for sample in samples if sample.record is not None)
         result.findings += listing.findings
         _count(run, listing, result)
         if listing.sealed and not any(finding.fault is Fault.UNREADABLE for finding in listing.findings):
             records = [sample.record for sample in samples if sample.record is not None]
             result.findings += check_sealed(store, shard, records, run)
+    result.identities = with_history(run, by_identity)
     of_run = check_run_objects(store, run, result, is_whole_run=shards is None)
     result.findings = without_shared([*plan.findings, *of_run, *result.findings], result.checked)
     return result
@@ -153,12 +158,12 @@ def _check_shard(checker: SampleChecker, plan: Plan, listing: _Listing, decodes:
 
     def check(number: int) -> CheckedSample:
         key = committed[number]
-        return checker.check(shard, key, planned.get(key), decodes.of(number))
+        return checker.check(shard, key, planned, decodes.of(number))
 
     samples = list(map_in_threads(check, range(len(committed)), READERS))
     findings += [finding for sample in samples for finding in sample.findings]
     for key in sorted(listing.quarantined - listing.committed):
-        findings += checker.check_quarantined(shard, key, planned.get(key))
+        findings += checker.check_quarantined(shard, key, planned)
     for key in sorted(listing.retried):
         findings += checker.check_retried(shard, key)
     terminal = listing.committed | listing.quarantined

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from hv_batch.job import layout
 from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.config.sections import Defaults
 from hv_batch.job.dataset.card import card_problem
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import LeaseDocument, SummaryDocument
@@ -33,24 +34,45 @@ MIN_SHARED = 2  # samples: a fault of one sample alone says nothing about the ru
 
 @dataclass(slots=True)
 class Plan:
-    """The samples of a run from `plan/`; without an index, records are not compared with the manifest."""
+    """The samples of a run from `plan/`; without an index, records are not compared with the manifest.
+
+    `earlier` has the same index with the defaults of each former identity, by fingerprint, if they differ.
+    """
 
     index: Index | None = None
     findings: list[Finding] = field(default_factory=list)
+    earlier: Mapping[str, Index] = field(default_factory=dict)
 
     def keys(self, shard: int) -> frozenset[str] | None:
         """The keys of the samples of a shard; None if they are unknown."""
         return None if self.index is None else frozenset(self.index.keys(shard))
 
-    def samples(self, shard: int) -> Mapping[str, Sample]:
-        """The samples of a shard by key; empty if they are unknown."""
+    def samples(self, shard: int) -> PlannedSamples:
+        """The samples of a shard; none if they are unknown."""
         if self.index is None:
-            return {}
+            return PlannedSamples({})
         try:
-            return {sample.key: sample for sample in self.index.samples(shard)}
+            by_key = {sample.key: sample for sample in self.index.samples(shard)}
+            earlier = {
+                fingerprint: {sample.key: sample for sample in index.samples(shard)}
+                for fingerprint, index in self.earlier.items()
+            }
+            return PlannedSamples(by_key, earlier)
         except InvalidObjectError as error:
             self.findings.append(object_finding(error, Fault.PLAN, None, None, layout.INDEX))
-            return {}
+            return PlannedSamples({})
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSamples:
+    """The samples of a shard by key, and as the manifest and a former identity determine them, by its fingerprint."""
+
+    by_key: Mapping[str, Sample]
+    earlier: Mapping[str, Mapping[str, Sample]] = field(default_factory=dict)
+
+    def of(self, record: Mapping[str, Any]) -> Sample | None:
+        """The sample of a record, under the identity that the record names; None if it is unknown."""
+        return self.earlier.get(record.get("fingerprint", ""), self.by_key).get(record["key"])
 
 
 def open_plan(store: Store, run: Mapping[str, Any]) -> Plan:
@@ -75,7 +97,24 @@ def open_plan(store: Store, run: Mapping[str, Any]) -> Plan:
     except (ValidationError, UserError, TypeError) as error:
         details = f"the config in {layout.RUN} is not valid for this version of hv_batch: {error}"
         return Plan(findings=[Finding(None, None, Fault.RUN, details)])
-    return Plan(Index(store, found.document, config))
+    plan = Plan(Index(store, found.document, config))
+    plan.earlier = {each: Index(store, found.document, other) for each, other in _earlier_configs(run, config, plan)}
+    return plan
+
+
+def _earlier_configs(run: Mapping[str, Any], config: RunConfig, plan: Plan) -> Iterator[tuple[str, RunConfig]]:
+    """The config of each former identity whose defaults differ from the run's, by fingerprint."""
+    for each in run.get("earlier", ()):
+        recorded = each["identity"].get("defaults", run["identity"].get("defaults"))
+        if recorded == run["identity"].get("defaults") or each["fingerprint"] == run["fingerprint"]:
+            continue
+        try:
+            defaults = Defaults.model_validate(recorded)
+        except ValidationError as error:
+            details = f"the defaults of an earlier identity in {layout.RUN} are not valid: {error}"
+            plan.findings.append(Finding(None, None, Fault.RUN, details))
+            continue
+        yield each["fingerprint"], config.model_copy(update={"defaults": defaults})
 
 
 def check_run_objects(

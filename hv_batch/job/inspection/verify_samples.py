@@ -12,6 +12,7 @@ from hv_batch.job import layout
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RetriedRecord
 from hv_batch.job.inspection.findings import Fault, Finding, examine, object_finding
+from hv_batch.job.inspection.verify_plan import PlannedSamples
 from hv_batch.job.licences import run_licence
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import describe_sample, read_commit, read_quarantine
@@ -45,10 +46,12 @@ class SampleChecker:
 
     def __init__(self, store: Store, run: Mapping[str, Any]) -> None:
         self._store = store
-        self._run = run
+        self._identities = {each["fingerprint"]: each["identity"] for each in (*run.get("earlier", ()), run)}
+        self._licence = run_licence(run)
+        self._has_posters = bool(run["config"].get("media", {}).get("poster"))
 
-    def check(self, shard: int, key: str, planned: Sample | None, decode: Decode | None) -> CheckedSample:
-        """Check a committed sample. `planned` is None if the plan is unknown. `decode`, if given, decodes its media."""
+    def check(self, shard: int, key: str, plan: PlannedSamples, decode: Decode | None) -> CheckedSample:
+        """Check a committed sample. `plan` holds the samples of its shard. `decode`, if given, decodes its media."""
         name = layout.commit_key(shard, key)
         try:
             record = examine(self._store, name, partial(read_commit, self._store, shard, key))
@@ -56,10 +59,12 @@ class SampleChecker:
             return CheckedSample(None, [])
         if isinstance(record, InvalidObjectError):
             return CheckedSample(None, [object_finding(record, Fault.RECORD, shard, key, name)])
-        of_run = {"fingerprint": self._run["fingerprint"], "licence": run_licence(self._run)}
-        if other := [field for field, value in of_run.items() if record[field] != value]:
-            details = f"{name}: its {other[0]} is {record[other[0]]}, not that of {layout.RUN}"
+        wrong = [] if record["fingerprint"] in self._identities else ["fingerprint"]
+        wrong += [] if record["licence"] == self._licence else ["licence"]
+        if wrong:
+            details = f"{name}: its {wrong[0]} is {record[wrong[0]]}, not that of {layout.RUN}"
             return CheckedSample(None, [Finding(shard, key, Fault.RECORD, details, (name,), layout.RUN)])
+        planned = plan.of(record)
         if planned and (difference := plan_difference(record, planned)):
             finding = Finding(shard, key, Fault.RECORD, f"{name}: {difference}", (name,), layout.INDEX)
             return CheckedSample(None, [finding])
@@ -71,7 +76,7 @@ class SampleChecker:
             findings.append(Finding(shard, key, *problem, (name, record["file"])))
         return CheckedSample(record, findings, len(media), decode is not None)
 
-    def check_quarantined(self, shard: int, key: str, planned: Sample | None) -> list[Finding]:
+    def check_quarantined(self, shard: int, key: str, plan: PlannedSamples) -> list[Finding]:
         name = layout.quarantine_key(shard, key)
         try:
             record = examine(self._store, name, partial(read_quarantine, self._store, shard, key))
@@ -79,6 +84,7 @@ class SampleChecker:
             return []
         if isinstance(record, InvalidObjectError):
             return [object_finding(record, Fault.RECORD, shard, key, name)]
+        planned = plan.of(record)
         if planned and (difference := plan_difference(record, planned)):
             return [Finding(shard, key, Fault.RECORD, f"{name}: {difference}", (name,))]
         return []
@@ -113,7 +119,8 @@ class SampleChecker:
         shard, key, poster = record["shard"], record["key"], record["poster"]
         commit = layout.commit_key(shard, key)
         if poster is None:
-            expected = self._run["config"].get("media", {}).get("poster") and record["params"]["num_frames"] > 1
+            media = self._identities[record["fingerprint"]].get("media", {})
+            expected = media.get("poster", self._has_posters) and record["params"]["num_frames"] > 1
             details = "the record names no poster, although media.poster is set"
             return [Finding(shard, key, Fault.POSTER, details, (commit,), layout.RUN)] if expected else []
         data = self._read(record, poster, Fault.POSTER)

@@ -118,6 +118,11 @@ class Index:
                 row | dict(zip(("values", "extra"), parse_row(row["key"], row["content"]), strict=True)) for row in rows
             ]
 
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows as tables of `row_validation.PART_SCHEMA`, part by part. Raises UserError as `samples`."""
+        for part in self._parts:
+            yield read_part(self._store, part)
+
     def publish(self, store: Store) -> None:
         """Copy the index into the output root `store`, unless it was read from there.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,15 +72,15 @@ def put_latents(store: Store, denoised: Sequence[FinalLatents]) -> None:
     store.put_all(objects)
 
 
-def get_latents(store: Store, sample: Sample, identity: str) -> StoredLatents | None:
-    """The latents that `put_latents` stored with this identity; None if there are no valid ones.
+def get_latents(store: Store, sample: Sample, identity: str, earlier: Collection[str] = ()) -> StoredLatents | None:
+    """The latents that `put_latents` stored with this identity, or one of `earlier`; None if there are no valid ones.
 
     Raises the store's own errors.
     """
     data = _get(store, layout.latent_key(sample.shard, sample.key))
     try:
         tensor, metadata = _open(data)
-        is_ours = metadata["schema"] == LATENTS_SCHEMA and metadata["identity"] == identity
+        is_ours = metadata["schema"] == LATENTS_SCHEMA and metadata["identity"] in (identity, *earlier)
         is_whole = tensor.shape == sample.params.latent_shape and metadata["sha256"] == _digest(tensor)
         stages = parse(StoredStages, metadata["stages"].encode())
     except INVALID_FILE_ERRORS:
@@ -107,13 +107,16 @@ def put_steps(store: Store, sample: Sample, state: StepState, identity: str) -> 
     store.put(layout.step_key(sample.shard, sample.key), save({"latents": tensor}, metadata=metadata))
 
 
-def get_steps(store: Store, sample: Sample, identity: str) -> StepState | None:
-    """The last step checkpoint with this identity; None if there is no valid one. Raises the store's own errors."""
+def get_steps(store: Store, sample: Sample, identity: str, earlier: Collection[str] = ()) -> StepState | None:
+    """The last step checkpoint with this identity, or one of `earlier`; None if there is no valid one.
+
+    Raises the store's own errors.
+    """
     data = _get(store, layout.step_key(sample.shard, sample.key))
     try:
         tensor, metadata = _open(data)
         step = int(metadata["step"])
-        is_ours = metadata["schema"] == STEPS_SCHEMA and metadata["identity"] == identity
+        is_ours = metadata["schema"] == STEPS_SCHEMA and metadata["identity"] in (identity, *earlier)
         is_whole = tensor.shape == sample.params.latent_shape and metadata["sha256"] == _digest(tensor, step)
         is_between = 0 < step < sample.params.num_inference_steps
     except INVALID_FILE_ERRORS:

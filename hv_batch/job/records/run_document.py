@@ -2,17 +2,16 @@
 
 `run.json` is put if absent, so the first command determines the run of the root. Every later command must have the same
 identity, or it is refused with a list of the differences. Values outside the identity (number of groups, retries, ...)
-may change from one command to the next.
+may change from one command to the next. `continuation` holds the two changes with which a root may continue; run.json
+then lists the former identities in `earlier`.
 """
 
 from __future__ import annotations
 
 import enum
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import takewhile
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,6 +25,7 @@ from hv_batch.job.documents.card import SCHEMA as CARD_SCHEMA
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RunDocument, SummaryDocument
 from hv_batch.job.licences import licence_notice, run_licence
+from hv_batch.job.records.identity_differences import ABSENT, differences, find_differences
 from hv_batch.job.records.run_identity import revision_problem, without_revision
 from hv_batch.job.records.unfinished_card import announce_run
 from hv_batch.job.redaction import MASK, public_url
@@ -38,9 +38,6 @@ DATASET_SCHEMA = "hv_batch/dataset/2"  # of the tables of a root that begins now
 DATASET_SCHEMA_1 = "hv_batch/dataset/1"
 
 MAX_DIFFERENCES = 20  # lines in a message: enough to recognise that a root belongs to an entirely different run
-MAX_VALUE_CHARS = 80  # of each side of a difference: a prompt can be a page long
-
-_ABSENT = object()
 
 
 class RunState(enum.Enum):
@@ -69,7 +66,7 @@ def inspect_run(store: Store, document: Mapping[str, Any]) -> RunState:
         if not is_finished and existing["identity"].get("revision", 1) != ours.get("revision", 1):
             _check_revision(store, existing)
         if fingerprint(without_revision(existing["identity"])) != fingerprint(without_revision(ours)):
-            raise UserError(_refusal(store, existing, document))
+            raise UserError(describe_refusal(store, existing, document))
     return RunState.FINISHED if is_finished else RunState.RESUMED
 
 
@@ -139,14 +136,16 @@ def read_run(store: Store) -> dict[str, Any]:
 def contradictions(run: Mapping[str, Any]) -> list[str]:
     """What does not agree in a run.json: the fingerprint with the identity, and the identity with the config."""
     identity, config = run["identity"], run["config"]
-    problems = []
-    if run["fingerprint"] != (expected := fingerprint(identity)):
-        problems.append(f"its fingerprint is {run['fingerprint']}, and that of its identity is {expected}")
+    problems = [
+        f"its fingerprint is {each['fingerprint']}, and that of its identity is {expected}"
+        for each in (run, *run.get("earlier", ()))
+        if each["fingerprint"] != (expected := fingerprint(each["identity"]))
+    ]
     for path, recorded in _recorded_twice(identity):
         value = _value_at(config, path)
-        problems += [
-            f"config.{line} (identity)" for line in _differences(value, recorded, path) if value is not _ABSENT
-        ][:MAX_DIFFERENCES]
+        problems += [f"config.{line} (identity)" for line in differences(value, recorded, path) if value is not ABSENT][
+            :MAX_DIFFERENCES
+        ]
     return [problem for problem in problems if f'"{MASK}" ->' not in problem]
 
 
@@ -161,7 +160,7 @@ def _recorded_twice(identity: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _value_at(values: Any, path: str) -> Any:
     for name in path.split("."):
-        values = values.get(name, _ABSENT) if isinstance(values, dict) else _ABSENT
+        values = values.get(name, ABSENT) if isinstance(values, dict) else ABSENT
     return values
 
 
@@ -201,48 +200,16 @@ def _refuse_orphans(store: Store) -> None:
         )
 
 
-def _refusal(store: Store, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def describe_refusal(store: Store, theirs: Mapping[str, Any], ours: Mapping[str, Any], why: str = "") -> str:
+    """The message for a command with another identity than the root's. `why` explains it before the remedy."""
     lines = find_differences(theirs, ours)
     shown = "\n".join(f"  {line}" for line in lines[:MAX_DIFFERENCES])
     rest = f"\n  and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
     return (
         f"The output root {public_url(store.url)} was made by a run with another config, manifest or model, so it "
         f"cannot be resumed with these. What differs (theirs -> yours):\n{shown}{rest}\n"
-        "Choose another output root, or go back to the values on the left."
+        f"{why}Choose another output root, or go back to the values on the left."
     )
-
-
-def find_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line for each difference between the identities of two runs, given as `run.json` documents."""
-    lines = list(_differences(theirs["identity"], json.loads(encode(ours["identity"]))))
-    if any(line.startswith("manifest:") for line in lines):
-        # Two digests explain nothing, so the descriptions of the manifests are compared as well.
-        lines += [f"(manifest) {line}" for line in _differences(theirs.get("manifest"), ours.get("manifest"))]
-    return lines
-
-
-def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
-    """One line for each leaf at which two JSON values differ, in order of their dotted paths."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in sorted(theirs.keys() | ours.keys()):
-            where = f"{path}.{name}" if path else name
-            yield from _differences(theirs.get(name, _ABSENT), ours.get(name, _ABSENT), where)
-    elif (left := _as_text(theirs)) != (right := _as_text(ours)):
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
-        yield f"{path}: {_clip(left, same)} -> {_clip(right, same)}"
-
-
-def _as_text(value: Any) -> str:
-    return "(absent)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _clip(text: str, same: int) -> str:
-    """At most MAX_VALUE_CHARS of `text`, around its first differing character, which is at index `same`."""
-    if len(text) <= MAX_VALUE_CHARS:
-        return text
-    start = max(0, min(same - MAX_VALUE_CHARS // 2, len(text) - MAX_VALUE_CHARS))
-    end = start + MAX_VALUE_CHARS
-    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
 
 
 def chosen_shards(run: Mapping[str, Any], shards: Collection[int] | None) -> Sequence[int]:
@@ -295,9 +262,11 @@ def read_run_config(
     return resumed.model_copy(update={"output": local}), run["manifest"]["url"]
 
 
-def recorded_spool_folder(store: Store) -> str | None:
-    """The `output.spool_folder` with which the run was started. It may be read, but not created or written to."""
-    folder = read_run(store)["config"]["output"].get("spool_folder")
+def recorded_spool_folder(run: Mapping[str, Any]) -> str | None:
+    """The `output.spool_folder` with which a run was started, from its run.json. It may be read, but not created or
+    written to.
+    """
+    folder = run["config"]["output"].get("spool_folder")
     return folder if isinstance(folder, str) else None
 
 

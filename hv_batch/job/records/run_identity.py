@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.workload import shape_name
-from hv_batch.protocol import ParallelPlan, Shape
+from hv_batch.protocol import ParallelPlan, Shape, UserError
 
 # The number of the pixels and bytes that one config and one manifest give. It is raised by a change of either, so that
 # no run continues with other pixels under an equal identity. Revision 1 is not written into the identity.
@@ -16,6 +16,12 @@ REVISION = 2
 
 # The last version of hv_batch that renders each older revision.
 LAST_VERSIONS = {1: "0.1.0"}
+
+# The parts of an identity that the operator may allow to change within an output root, because each record names the
+# identity under which it was rendered. Everything else decides which samples there are, where they lie, and how their
+# tables look: seeds, shards, `defaults.num_videos`.
+CHANGEABLE = ("defaults", "engine", "media", "model", "parallel")
+FIXED_DEFAULT = "defaults.num_videos"
 
 
 def run_identity(run: ResolvedRun) -> dict[str, Any]:
@@ -39,6 +45,48 @@ def run_identity(run: ResolvedRun) -> dict[str, Any]:
 def without_revision(identity: Mapping[str, Any]) -> dict[str, Any]:
     """The identity except for its revision: what the user has chosen."""
     return {name: value for name, value in identity.items() if name != "revision"}
+
+
+def is_changeable(path: str) -> bool:
+    """Whether the value at this dotted path may change within an output root if the operator allows it."""
+    return any(is_below(path, key) for key in CHANGEABLE) and path != FIXED_DEFAULT
+
+
+def is_below(path: str, key: str) -> bool:
+    """Whether a dotted path is `key` or lies below it."""
+    return path == key or path.startswith(f"{key}.")
+
+
+def check_changeable(keys: Collection[str]) -> None:
+    """Raises UserError if one of the keys of `--allow-change` can never change within an output root."""
+    for key in keys:
+        if not is_changeable(key):
+            raise UserError(
+                f"--allow-change {key}: this cannot change within an output root; allowed: {', '.join(CHANGEABLE)}, or "
+                f"a dotted path below one of them, except {FIXED_DEFAULT}. Everything else decides which samples a run "
+                "has and where they lie. Choose another output root for the change."
+            )
+
+
+def is_same_but_manifest(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether a sample that is in both manifests has the same pixels and bytes under these two identities.
+
+    With `gpus_per_group: auto`, a manifest that grows may add the plans of further shapes.
+    """
+    theirs, ours = _without_manifest(theirs), _without_manifest(ours)
+    plans = parallel_plans(ours)
+    if any(plans.get(shape) != plan for shape, plan in parallel_plans(theirs).items()):
+        return False
+    return _without_plans(theirs) == _without_plans(ours)
+
+
+def _without_manifest(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name != "manifest"}
+
+
+def _without_plans(identity: Mapping[str, Any]) -> dict[str, Any]:
+    parallel = {name: value for name, value in identity["parallel"].items() if name != "plans"}
+    return {**identity, "parallel": parallel}
 
 
 def revision_problem(identity: Mapping[str, Any]) -> str | None:
@@ -74,8 +122,13 @@ def parallel_identity(run: ResolvedRun) -> dict[str, Any]:
 
 def recorded_plans(identity: Mapping[str, Any]) -> dict[Shape, ParallelPlan]:
     """The plan of each shape in a run's identity, from `parallel_identity`; empty if all shapes share one plan."""
-    plans = identity.get("parallel", {}).get("plans", {})
-    return {_read_shape(name): ParallelPlan(**degrees) for name, degrees in plans.items()}
+    return {_read_shape(name): ParallelPlan(**degrees) for name, degrees in parallel_plans(identity).items()}
+
+
+def parallel_plans(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As `recorded_plans`, with the names of the shapes, and the degrees as they are recorded."""
+    plans: Mapping[str, Any] = identity.get("parallel", {}).get("plans", {})
+    return plans
 
 
 def _read_shape(name: str) -> Shape:

@@ -69,6 +69,10 @@ class Spool:
         self._local = Store(str(self._folder), "spool")
         self._largest = 0  # bytes of the largest video so far, as an estimate for the next one
 
+    def exists(self) -> bool:
+        """Whether a process of this node has written to this spool."""
+        return self._folder.is_dir()
+
     def problem(self) -> str:
         """Why videos cannot be spooled on this node, with the remedy; empty if they can, or if no spool is wanted."""
         reason = self._refusal() if self._cap_bytes > 0 else ""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -21,8 +22,9 @@ from hv_batch.job.config.sections import OutputConfig
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.continuation import equal_earlier
 from hv_batch.job.records.lease import refuse_other_holder
-from hv_batch.job.records.run_document import recorded_spool_folder
+from hv_batch.job.records.run_document import read_run, recorded_spool_folder
 from hv_batch.job.records.spool import DrainResult, Spool, spool_base
 from hv_batch.job.scheduling.messages import Event, Published, SpoolLost
 from hv_batch.job.stages import Stage
@@ -47,16 +49,33 @@ def empty_spool(output: OutputConfig, root: Store, fingerprint: str, lease_token
     except StorageUnavailableError as error:
         return DrainResult((), str(error))
     result = Spool(output, root, fingerprint).drain()
-    # The folder in run.json must not be created: anybody with write access to the root can name any folder. If this
-    # user has a spool there, an earlier run has written it, and its videos are committed.
     try:
-        recorded = None if result.outage else recorded_spool_folder(root)
+        run = None if result.outage else read_run(root)
     except StorageUnavailableError as error:
         return DrainResult(result.committed, str(error))
-    if recorded in (None, output.spool_folder) or not spool_base(recorded).is_dir():
-        return result
-    earlier = Spool(output.model_copy(update={"spool_folder": recorded}), root, fingerprint).drain()
-    return DrainResult(result.committed + earlier.committed, earlier.outage)
+    for spool in _earlier_spools(output, root, fingerprint, run) if run else ():
+        if not result.outage:
+            earlier = spool.drain()
+            result = DrainResult(result.committed + earlier.committed, earlier.outage)
+    return result
+
+
+def _earlier_spools(output: OutputConfig, root: Store, fingerprint: str, run: Mapping[str, Any]) -> Iterator[Spool]:
+    """The spools of earlier commands on this node: in another folder, or from before the manifest had grown.
+
+    The folder in run.json must not be created: anybody with write access to the root can name any folder. If this user
+    has a spool there, an earlier run has written it, and its videos are committed.
+    """
+    folders = [output.spool_folder]
+    recorded = recorded_spool_folder(run)
+    if recorded not in (None, output.spool_folder) and spool_base(recorded).is_dir():
+        folders.append(recorded)
+    for folder in folders:
+        for each in (fingerprint, *equal_earlier(run)):
+            if each != fingerprint or folder != output.spool_folder:
+                spool = Spool(output.model_copy(update={"spool_folder": folder}), root, each)
+                if spool.exists():
+                    yield spool
 
 
 class SpoolDrain:

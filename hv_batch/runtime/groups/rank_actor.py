@@ -119,7 +119,7 @@ class RankActor:
 
     def read_steps(self, sample: Sample) -> StepState | None:
         """Rank 0: the step checkpoint of an earlier try, from the output root; None if there is none."""
-        return read_steps(self._context.store, sample, sample_identity(sample, self._context.fingerprint))
+        return read_steps(self._context.store, sample, *self._context.sample_identities(sample))
 
     def denoise(self, tasks: Sequence[DenoiseTask], *inputs: Any) -> Any:
         """Denoise the samples of a task. Every rank of the group must be called with the same arguments.

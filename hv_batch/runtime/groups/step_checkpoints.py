@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -109,9 +109,9 @@ class StepWriter:
             self.failed += 1
 
 
-def read_steps(store: Store, sample: Sample, identity: str) -> StepState | None:
-    """The last step checkpoint; None if there is none or it cannot be read."""
+def read_steps(store: Store, sample: Sample, identity: str, earlier: Collection[str] = ()) -> StepState | None:
+    """The last step checkpoint, as `get_steps`; None if there is none or it cannot be read."""
     try:
-        return get_steps(store, sample, identity)
+        return get_steps(store, sample, identity, earlier)
     except Exception:  # noqa: BLE001  # as above: the denoise can start from the first step
         return None

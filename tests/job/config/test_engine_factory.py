@@ -13,7 +13,7 @@ from hv_batch.bench.sleep_engine import SleepEngine
 from hv_batch.job import layout
 from hv_batch.job.config.engine_factory import METHODS, OWN_ENGINES, VARIABLE, build_engine, refuse_unknown_engine
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.records.run_document import read_run_config, recorded_spool_folder
+from hv_batch.job.records.run_document import read_run, read_run_config, recorded_spool_folder
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.support.cli_calls import files, hv_batch
@@ -114,4 +114,4 @@ def test_a_root_cannot_choose_a_folder_to_write_to(root):
     (root / layout.RUN).write_text(json.dumps(run))
     config, _ = read_run_config(str(root))
     assert config.output.spool_folder is None
-    assert recorded_spool_folder(Store(str(root))) == "/home/victim"
+    assert recorded_spool_folder(read_run(Store(str(root)))) == "/home/victim"

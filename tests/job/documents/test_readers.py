@@ -16,7 +16,6 @@ OTHERS = {
     "job/manifest/index.py": "parts of the index, whose rows `parse_row` checks",
     "job/dataset/seal.py": "tables of sealed shards, whose rows `TableRow` checks",
     "job/inspection/verify_seal.py": "the lineage table, which is only compared",
-    "job/records/run_document.py": "what this process has encoded itself",
 }
 
 

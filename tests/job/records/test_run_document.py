@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from hv_batch.job import layout
 from hv_batch.job.licences import licence_notice
+from hv_batch.job.records.identity_differences import differences
 from hv_batch.job.records.run_document import (
     MAX_DIFFERENCES,
     RunState,
-    _differences,
     fingerprint,
     finish_run,
     open_run,
@@ -139,7 +139,7 @@ identities = st.dictionaries(
 @given(theirs=identities, ours=identities)
 def test_a_refusal_always_has_a_difference_to_show(theirs, ours):
     """P2: fingerprints differ exactly if there is a line to show, also for 1, 1.0 and true."""
-    assert (fingerprint(theirs) != fingerprint(ours)) == bool(list(_differences(theirs, ours)))
+    assert (fingerprint(theirs) != fingerprint(ours)) == bool(list(differences(theirs, ours)))
 
 
 def test_of_many_commands_one_claims_the_root(any_store):

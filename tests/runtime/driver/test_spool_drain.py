@@ -198,3 +198,21 @@ def test_a_recorded_spool_folder_is_read_if_it_is_ours_and_never_created(tmp_pat
     assert result == DrainResult(("s001",) if is_ours else ())
     assert store.exists(layout.commit_key(0, "s001")) == is_ours
     assert folder.exists() == is_ours, "a folder that run.json names is not created"
+
+
+@pytest.mark.parametrize("changed", ["manifest", "model"])
+def test_a_video_from_before_the_manifest_had_grown_is_committed(tmp_path, changed):
+    """P4: the identity of the run is another then, and its pixels are the same; after another change they are not."""
+    store = Store(str(tmp_path / "root"))
+    spooled_by_an_earlier_run(tmp_path, store, tmp_path / "spool")
+    run = json.loads(store.get(layout.RUN))
+    earlier = {name: run[name] for name in ("identity", "fingerprint", "manifest")}
+    earlier |= {"replaced_at": "2026-11-28T20:00:00+00:00", "changed": [changed]}
+    identity = {**run["identity"], changed: "new"}
+    fingerprint = run_document.fingerprint(identity)
+    written = {**run, "identity": identity, "fingerprint": fingerprint, "earlier": [earlier]}
+    store.put(layout.RUN, json.dumps(written).encode())
+    output = OutputConfig(spool_folder=str(tmp_path / "spool"))
+    result = spool_drain.empty_spool._function(output, store, fingerprint, "")
+    assert result == DrainResult(("s001",) if changed == "manifest" else ())
+    assert store.exists(layout.commit_key(0, "s001")) == (changed == "manifest")
