@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -151,7 +152,7 @@ def run(
         _refuse_relative(output, address)
         settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
         selection = parse_selection(limit, where or [], shards)
-        _show_dry_run(settings, manifest, output, selection, address, failed_only, as_json)
+        _show_dry_run(settings, manifest, output, selection, address, failed_only, allow_change or (), as_json)
         return
     with command_logging(log_settings(log_level, log_format)), finish_notice(target, output) as end:
         _refuse_relative(output, address)
@@ -185,11 +186,18 @@ def _show_dry_run(
     selection: Selection | None,
     address: str | None,
     failed_only: bool,
+    allow_change: Collection[str],
     as_json: bool,
 ) -> None:
     from hv_batch.runtime.dry_run import check_run, render_check
 
-    result = check_run(config, manifest, output, selection=selection, address=address, failed_only=failed_only)
+    result = check_run(
+        *(config, manifest, output),
+        selection=selection,
+        address=address,
+        failed_only=failed_only,
+        allow_change=allow_change,
+    )
     if as_json:
         show_json("hv_batch/dry-run/1", result)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hv_batch.job.config.run_config import RunConfig
@@ -27,6 +27,7 @@ def check_run(
     selection: Selection | None,
     address: str | None,
     failed_only: bool = False,
+    allow_change: Collection[str] = (),
 ) -> dict[str, Any]:
     """Check a run as `render` does before it starts Ray, and return what it would do as JSON values.
 
@@ -38,7 +39,9 @@ def check_run(
         if failed_only:
             selection = only_failed(store, selection or Selection())
         try:
-            job = prepare_run(config, Manifest(manifest_urls), store, Store(spool), selection, address)
+            job = prepare_run(
+                *(config, Manifest(manifest_urls), store, Store(spool), selection, address), allow_change=allow_change
+            )
             contact_cluster(resolve_address(address))
         except OSError as error:
             raise UserError(f"{error}. Nothing was started.") from error

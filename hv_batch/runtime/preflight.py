@@ -120,14 +120,16 @@ def prepare_run(
     state, continuation = inspect_continuation(
         store, document, index, config, allow_change, releases=pending.takes_back
     )
+    if continuation:
+        _refuse_other_licence(continuation, engine, licence)
     for note in continuation.notes if continuation else ():
         logger.info(note)
     if state is RunState.FINISHED and pending.takes_back:
         check_revision(store)
     written = continuation.run if continuation else {} if state is RunState.NEW else read_run(store)
+    earlier = equal_earlier(written)
     context = RunContext(
-        *(run, engine, store, fingerprint(identity), versions, licence, current_settings(), hooks),
-        earlier=equal_earlier(written),
+        *(run, engine, store, fingerprint(identity), versions, licence, current_settings(), hooks), earlier=earlier
     )
     add_process_fields(run=short_id(context.fingerprint))
     return PreparedRun(context, index, pending, document, state, continuation)
@@ -155,6 +157,16 @@ def _probe(store: Store) -> str | None:
 def _licence(store: Store, engine: Engine) -> str:
     """The licence that the run has recorded when it began, so that a resume cannot change it; else the engine's."""
     return run_licence(read_run(store)) if store.exists(layout.RUN) else engine_licence(engine)
+
+
+def _refuse_other_licence(continuation: Continuation, engine: Engine, licence: str) -> None:
+    """Raises UserError if a change of the weights that is allowed would give one dataset two licences."""
+    has_other_weights = any(path.partition(".")[0] in ("model", "engine") for path in continuation.changed)
+    if has_other_weights and (declared := engine_licence(engine)) != licence:
+        raise UserError(
+            f"The weights declare the licence {declared}, and the videos of this output root are under {licence}. A "
+            "dataset has one licence: choose another output root for these weights."
+        )
 
 
 def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:

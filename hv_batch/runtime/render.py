@@ -28,13 +28,7 @@ from hv_batch.job.records.continuation import begin_run
 from hv_batch.job.records.lease import Lease, LeaseLostError, hold_lease
 from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
-from hv_batch.job.records.run_document import (
-    RunState,
-    finish_run,
-    read_run,
-    read_run_config,
-    read_summary,
-)
+from hv_batch.job.records.run_document import RunState, finish_run, read_run, read_run_config, read_summary
 from hv_batch.job.records.shard_scan import has_commits
 from hv_batch.job.redaction import public_url
 from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hv_batch.job import layout
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.quarantine import read_quarantined, release
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage.store import Store
-from tests.support.continued_runs import Command, rows_of, verified
+from tests.support.continued_runs import Command, copied, rows_of, verified
 from tests.support.crash_points import (
     ACTS,
     EXPECTED,
@@ -125,35 +128,47 @@ def test_a_repair_that_is_killed():
 # A root that continues with a grown manifest or an allowed change -----------------------------------------------------
 
 
+def crash_and_continue(folder: Path, kind: str, *, to_the_end: bool) -> None:
+    """Crash at each of the writes with which a root continues, or at each write of the command; then repeat it."""
+    first = Command(folder / "m.jsonl", rows_of(5), poison={"s005"})
+    grown = {"rows": [*first.rows, {**rows_of(6)[5], "take": 1}]}
+    change = grown if kind == "grown" else {"sections": {"defaults": {"flow_shift": 5.0}}}
+    then = replace(first, **change, allowed=["defaults"], poison=())
+    begun = Store(fresh_url())
+    first.run(begun)
+    if kind == "allowed":  # otherwise no sample would be left that could get the new value
+        release(begun, read_quarantined(begun, SHARDS))
+
+    def run_again(at: int | None, when: str) -> tuple[CrashingStore, Counter[str]]:
+        store, denoised = CrashingStore(copied(begun), at, when), Counter()
+        with suppress(Crash):
+            then.run(store, denoised)
+        return store, denoised
+
+    undisturbed, _ = run_again(None, "never")
+    acts = undisturbed.acts
+    last = len(acts) if to_the_end else acts.index(f"put {layout.INDEX}") + 1
+    unlike = {"identities"}  # they hold the time of the change
+    expected = everything(Store(undisturbed.url), ignoring=unlike)
+    assert last >= 4, "run.json, the card, the parts and the index"
+    for at, when in points(last):
+        crashed, denoised = run_again(at, when)
+        store = Store(crashed.url)
+        then.run(store, denoised)
+        assert everything(store, ignoring=unlike) == expected
+        assert verified(store).findings == []
+        assert len(read_run(store)["earlier"]) == 1
+        assert sum(denoised.values()) <= len(denoised) + 1, "a crash costs one denoise at most"
+
+
 @pytest.mark.parametrize("kind", ["grown", "allowed"])
 def test_a_continuation_that_is_killed(tmp_path, kind):
-    """P2: at whatever point it is killed, the same command ends in the root of an undisturbed one. A command of before
-    the change is refused from the moment at which run.json has changed, and no sample is denoised twice for it.
-    """
-    first = Command(tmp_path / "m.jsonl", rows_of(6), poison={"s006"})
-    change = {"rows": rows_of(9, take=1)} if kind == "grown" else {"sections": {"defaults": {"flow_shift": 5.0}}}
-    if kind == "grown":
-        change["rows"][:6] = first.rows
-    then = replace(first, **change, allowed=["defaults"], poison=())
+    """P2: wherever it is killed until it renders, the same command ends in the root of an undisturbed one."""
+    crash_and_continue(tmp_path, kind, to_the_end=False)
 
-    def begun() -> str:
-        """Finished with a quarantined sample; in place of growth, that sample is released."""
-        url = fresh_url()
-        first.run(Store(url))
-        if kind == "allowed":
-            release(Store(url), read_quarantined(Store(url), SHARDS))
-        return url
 
-    undisturbed = CrashingStore(begun())
-    then.run(undisturbed)
-    unlike = {"fingerprint", "identities"}  # the time of the change is in run.json, on which nothing here depends
-    expected = everything(Store(undisturbed.url), ignoring=unlike)
-    for at, when in points(len(undisturbed.acts)):
-        url, denoised = begun(), Counter()
-        with pytest.raises(Crash):
-            then.run(CrashingStore(url, at, when), denoised)
-        then.run(Store(url), denoised)
-        assert everything(Store(url), ignoring=unlike) == expected
-        assert verified(Store(url)).findings == []
-        assert len(read_run(Store(url))["earlier"]) == 1
-        assert sum(denoised.values()) <= len(denoised) + 1, "a crash costs one denoise at most"
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grown", "allowed"])
+def test_a_continuation_that_is_killed_at_every_point(tmp_path, kind):
+    """P2: the same for every write."""
+    crash_and_continue(tmp_path, kind, to_the_end=True)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.inspection.findings import Verification
 from hv_batch.job.inspection.verify import MediaShape, verify
@@ -37,6 +38,7 @@ class Command:
     sections: Mapping[str, Mapping] = field(default_factory=dict)
     seed: int = 0
     model: str = "a"  # what the engine's identity says
+    hook_results: str = ""  # what a prompt hook has answered, if there is one
     allowed: Collection[str] = ()
     poison: Collection[str] = ()
 
@@ -63,6 +65,8 @@ class Command:
             manifest, config, Store(f"memory://{uuid.uuid4().hex}")
         )
         document = document_of(config, index.summary, self.model)
+        if self.hook_results:
+            document["identity"]["hooks"] = {"prompt": {"name": "rewrite", "results": self.hook_results}}
         found = inspect_continuation(store, document, index, config, self.allowed)
         return index, document, found
 
@@ -101,3 +105,14 @@ def document_of(config: RunConfig, summary, model: str = "a") -> dict:
 
 def verified(store: Store) -> Verification:
     return verify(store, lambda data, suffix: MediaShape(5, 32, 32), decodes=None)
+
+
+def copied(store: Store) -> str:
+    """The URL of a copy of a root in memory."""
+    copy = Store(f"memory://{uuid.uuid4().hex}")
+    folders = ("commits", "data", "lineage", "plan", "quarantine", "report", "retried")
+    names = [name for folder in folders for name in store.list(folder)]
+    for name in (*names, layout.RUN, layout.SUMMARY, layout.SUCCESS, layout.CARD):
+        if store.exists(name):
+            copy.put(name, store.get(name))
+    return copy.url

@@ -106,10 +106,7 @@ def seal_shard(
         return False
     committed = read_committed(store, shard, keys_in_order)
     return seal_records(
-        store,
-        shard,
-        committed,
-        extra_types or {},
+        *(store, shard, committed, extra_types or {}),
         identity=identity or {},
         earlier=earlier,
         schema=schema,

@@ -59,10 +59,9 @@ class SampleChecker:
             return CheckedSample(None, [])
         if isinstance(record, InvalidObjectError):
             return CheckedSample(None, [object_finding(record, Fault.RECORD, shard, key, name)])
-        wrong = [] if record["fingerprint"] in self._identities else ["fingerprint"]
-        wrong += [] if record["licence"] == self._licence else ["licence"]
-        if wrong:
-            details = f"{name}: its {wrong[0]} is {record[wrong[0]]}, not that of {layout.RUN}"
+        allowed = {"fingerprint": self._identities, "licence": (self._licence,)}
+        if other := [field for field, values in allowed.items() if record[field] not in values]:
+            details = f"{name}: its {other[0]} is {record[other[0]]}, not that of {layout.RUN}"
             return CheckedSample(None, [Finding(shard, key, Fault.RECORD, details, (name,), layout.RUN)])
         planned = plan.of(record)
         if planned and (difference := plan_difference(record, planned)):

@@ -21,18 +21,26 @@ def growth_problem(old: Index, new: Index) -> str | None:
     if new.summary.rows < old.summary.rows:
         return f"it has {new.summary.rows:,} rows, and it had {old.summary.rows:,}"
     for before, now in _in_step(old.tables(), new.tables()):
+        if not now.num_rows:  # a prompt hook may drop rows
+            return f"row {before['row'][0].as_py():,} is missing"
         if not before.equals(now):
             return _first_difference(before, now)
     return None
 
 
 def _in_step(old: Iterator[pa.Table], new: Iterator[pa.Table]) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """The rows of `old`, each piece with the same number of rows of `new`, which may be divided elsewhere."""
+    """The rows of `old`, each piece with the same number of rows of `new`, which may be divided elsewhere.
+
+    If `new` has fewer rows, the last piece comes with none.
+    """
     now = PART_SCHEMA.empty_table()
     for before in old:
         while before.num_rows:
             if not now.num_rows:
-                now = next(new)
+                now = next(new, now)
+            if not now.num_rows:
+                yield before, now
+                return
             count = min(before.num_rows, now.num_rows)
             yield before.slice(0, count), now.slice(0, count)
             before, now = before.slice(count), now.slice(count)

@@ -7,8 +7,8 @@
 Each record names the identity under which it was rendered. run.json lists the former identities in `earlier`.
 
 `begin_run` changes a root in an order that the same command resumes from, wherever it is killed: `_SUCCESS`, so that no
-root counts as finished with an open shard; then the seals; then run.json; then the index. Only if the command is killed
-between the last two is the index older than run.json. No sample of the new rows is rendered before both are there.
+root counts as finished with an open shard; then the card and the seals; then run.json; then the index. Only if it is
+killed between the last two is the index older than run.json. No new row is rendered before both are there.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from hv_batch.job.records.run_document import (
 )
 from hv_batch.job.records.run_identity import (
     CHANGEABLE,
+    OF_MANIFEST,
     check_changeable,
     is_below,
     is_changeable,
@@ -43,6 +44,7 @@ from hv_batch.job.records.run_identity import (
     parallel_plans,
 )
 from hv_batch.job.records.seals import unseal_shard
+from hv_batch.job.records.unfinished_card import reopen_card
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
@@ -59,6 +61,7 @@ class Continuation:
 
     run: Mapping[str, Any]  # the run.json to write
     replaces: str  # the fingerprint of the run.json that it replaces
+    changed: Sequence[str]  # the dotted paths that differ
     unsealed: Sequence[int]  # the shards to be sealed again
     notes: tuple[str, ...]  # what has changed, for the log
 
@@ -91,10 +94,11 @@ def inspect_continuation(
     grown = before is not None and index.summary.samples > before.summary.samples
     if store.exists(layout.SUCCESS) and not (grown or releases):
         return RunState.FINISHED, None  # no sample would be rendered with the new values
-    chosen = [path for path in changed if not _follows(path, theirs, ours)]
+    chosen = [path for path in changed if not _follows(path, theirs, ours, has_grown=before is not None)]
     run = _next_run(existing, document, changed, keeps_config=not chosen)
     notes = tuple(_notes(before, index, chosen))
-    return RunState.RESUMED, Continuation(run, existing["fingerprint"], _to_unseal(before, index, config), notes)
+    unsealed = _to_unseal(before, index, config)
+    return RunState.RESUMED, Continuation(run, existing["fingerprint"], changed, unsealed, notes)
 
 
 def begin_run(store: Store, document: Mapping[str, Any], index: Index, continuation: Continuation | None) -> None:
@@ -118,6 +122,7 @@ def _continue(store: Store, continuation: Continuation) -> None:
     for key in (layout.SUCCESS, layout.SUMMARY):
         if store.exists(key):
             store.delete(key)
+    reopen_card(store)
     for _ in map_in_threads(partial(unseal_shard, store), continuation.unsealed, UNSEALERS):
         pass
     store.put(layout.RUN, encode(continuation.run))
@@ -160,7 +165,7 @@ def _refuse_changes(
         path
         for path in changed
         if not (any(is_below(path, key) for key in allowed) and is_changeable(path))
-        and (problem is not None or not _follows(path, theirs, ours))
+        and not _follows(path, theirs, ours, has_grown=before is not None and problem is None)
     ]
     if refused:
         raise UserError(describe_refusal(store, existing, document, _reasons(refused, problem, allowed)))
@@ -170,7 +175,7 @@ def _refuse_changes(
 def _reasons(refused: Collection[str], problem: str | None, allowed: Collection[str]) -> str:
     """Why these paths are refused, and the flags that allow them, as sentences that each end with a space."""
     reasons = f"The manifest has not only grown: {problem}. " if problem else ""
-    never = [path for path in refused if path != "manifest" and not is_changeable(path)]
+    never = [path for path in refused if not is_changeable(path) and not (problem and path in OF_MANIFEST)]
     if never:
         reasons += (
             f"Within an output root only {', '.join(CHANGEABLE)} can change (if --allow-change names them), not "
@@ -200,12 +205,12 @@ def _recorded_index(store: Store, run: Mapping[str, Any], config: RunConfig) -> 
     return load_recorded_index(store, config, digest) if digest in known else None
 
 
-def _follows(path: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether a manifest that has grown changes this path, or other values of `defaults` do without changing a pixel
-    of any other sample: the digest of the manifest, and the plan of a shape that only one of the runs has.
+def _follows(path: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], *, has_grown: bool) -> bool:
+    """Whether a change needs no permission: that of a manifest that has grown, and the plan of a shape that only one of
+    the two runs has. Neither changes a pixel of a sample that both have.
     """
-    if path == "manifest":
-        return True
+    if path in OF_MANIFEST:
+        return has_grown
     shapes = parallel_plans(ours).keys() ^ parallel_plans(theirs).keys()
     return any(is_below(path, f"parallel.plans.{shape}") for shape in shapes)
 

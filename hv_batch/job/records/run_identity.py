@@ -23,6 +23,9 @@ LAST_VERSIONS = {1: "0.1.0"}
 CHANGEABLE = ("defaults", "engine", "media", "model", "parallel")
 FIXED_DEFAULT = "defaults.num_videos"
 
+# What differs if a manifest has grown: its digest, and that of what a prompt hook has made of its rows.
+OF_MANIFEST = ("manifest", "hooks.prompt.results")
+
 
 def run_identity(run: ResolvedRun) -> dict[str, Any]:
     """The part of a config that changes pixels or keys, as JSON values, without the engine's own `identity()` (P3).
@@ -81,7 +84,12 @@ def is_same_but_manifest(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
 
 
 def _without_manifest(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in identity.items() if name != "manifest"}
+    """The identity without OF_MANIFEST."""
+    rest = {name: value for name, value in identity.items() if name != "manifest"}
+    hooks = rest.get("hooks")
+    if isinstance(hooks, dict) and isinstance(prompt := hooks.get("prompt"), dict):
+        rest["hooks"] = {**hooks, "prompt": {name: value for name, value in prompt.items() if name != "results"}}
+    return rest
 
 
 def _without_plans(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,14 +31,6 @@ def seal(
     if lost := release_lost(store, shard, records):
         return lost
     run = read_run(store)
-    seal_records(
-        store,
-        shard,
-        records,
-        extra_kinds,
-        identity=run["identity"],
-        earlier=run.get("earlier", ()),
-        schema=dataset_schema(run),
-        webdataset=webdataset,
-    )
+    facts = {"identity": run["identity"], "earlier": run.get("earlier", ()), "schema": dataset_schema(run)}
+    seal_records(store, shard, records, extra_kinds, **facts, webdataset=webdataset)
     return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.manifest import formats
+from hv_batch.job.manifest import check
 from hv_batch.job.manifest.check import check_manifest
+from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.growth import growth_problem
 from hv_batch.job.manifest.index import Index
 from hv_batch.job.manifest.reader import Manifest
@@ -25,7 +27,9 @@ CONFIG = RunConfig()
 
 def index_of(rows: list[dict], chunk_bytes: int) -> Index:
     """The index of these rows, in parts of about so many bytes of the file."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(formats, "CHUNK_BYTES", chunk_bytes):
+    one_process = mock.patch.object(check.os, "cpu_count", return_value=1)  # processes take a second to start
+    in_parts = mock.patch.object(limits, "CHUNK_BYTES", chunk_bytes)
+    with tempfile.TemporaryDirectory() as folder, one_process, in_parts:
         path = Path(folder) / "m.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return check_manifest(Manifest(str(path)), CONFIG, Store(f"memory://{uuid.uuid4().hex}"))
@@ -62,3 +66,10 @@ def test_the_column_that_differs_is_named(old, new, problem):
     """P2: with both values; two texts of equal values are shown as they are."""
     row = {"id": "a", "prompt": "p"}
     assert growth_problem(index_of([row | old], 1000), index_of([row | new], 1000)).startswith(problem)
+
+
+def test_a_row_that_a_prompt_hook_drops_now_is_missing():
+    """P2: a manifest counts its rows, and the index those that the hook has left."""
+    old, new = index_of(rows_of([0, 1, 0]), 1), index_of(rows_of([0, 1]), 1000)
+    new.summary = replace(new.summary, rows=5)
+    assert growth_problem(old, new) == "row 3 is missing"

@@ -23,6 +23,7 @@ from hv_batch.job.records import commits
 from hv_batch.job.records.continuation import equal_earlier
 from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import is_same_but_manifest
+from hv_batch.job.records.unfinished_card import UNFINISHED_CARD
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -115,6 +116,19 @@ def test_a_manifest_with_other_old_rows_is_refused_with_the_first_of_them(store,
     assert objects(store) == before
 
 
+def test_the_answers_of_a_prompt_hook_may_grow_with_the_manifest_only(store, command):
+    """P2, P4: the rows are compared as the hook leaves them, so the digest of its answers follows them."""
+    command = changed(command, hook_results="a")
+    command.run(store)
+    with pytest.raises(UserError, match=r"can change .*not hooks\.prompt\.results"):
+        changed(command, hook_results="b").run(store)
+    changed(grown(command), hook_results="b").run(store)
+    run = read_run(store)
+    assert run["earlier"][0]["changed"] == ["hooks.prompt.results", "manifest"]
+    assert equal_earlier(run) == (run["earlier"][0]["fingerprint"],)
+    assert verified(store).findings == []
+
+
 def test_growth_is_refused_if_the_copy_of_the_old_manifest_is_damaged(store, command):
     """P2: rows that cannot be compared are not assumed to be equal."""
     command.run(store)
@@ -132,6 +146,7 @@ def test_a_manifest_may_change_again_after_a_kill_before_its_index(store, comman
         with pytest.raises(KeyboardInterrupt):
             grown(command).run(store)
     assert read_run(store)["manifest"]["rows"] == 9
+    assert store.get(layout.CARD) == UNFINISHED_CARD, "dataset loaders refuse the root until it is finished again"
     grown(command, count).run(store)
     assert len(records(store)) == count
     assert verified(store).findings == []
