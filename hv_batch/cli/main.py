@@ -355,6 +355,7 @@ app.command()(init)
 app.command()(doctor)
 for operation in (output_root.status, output_root.verify, output_root.retry, output_root.gc, output_root.diff):
     app.command()(operation)
+app.command()(output_root.withdraw)
 app.command()(export)
 
 

@@ -1,4 +1,4 @@
-"""The commands for an output root: `status`, `verify`, `retry`, `gc` and `diff`.
+"""The commands for an output root: `status`, `verify`, `retry`, `withdraw`, `gc` and `diff`.
 
 They read storage only and need no Ray, except `verify --repair`, which renders again what it has removed. Commands that
 change the root only report what they would do, unless a flag asks for the change. While they change the root they hold
@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import click
@@ -35,6 +35,8 @@ from hv_batch.job.inspection.status import MAX_RECORDS, Status, count_looks, rea
 from hv_batch.job.inspection.verify import remove_faults
 from hv_batch.job.inspection.verify import verify as verify_root
 from hv_batch.job.inspection.verify_plan import refuse_loss
+from hv_batch.job.inspection.withdraw import find_samples
+from hv_batch.job.inspection.withdraw import withdraw as withdraw_samples
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.manifest.selection import Selection, parse_ranges
 from hv_batch.job.records.lease import hold_lease
@@ -197,6 +199,29 @@ def retry(
         show(
             f"{plural(count, 'sample')} would be released; --yes does it" if count else "no such sample is quarantined"
         )
+
+
+def withdraw(
+    output: Output,
+    sample: Annotated[str, typer.Argument(help="id of a row (all of its videos), or key of one video", metavar="ID")],
+    reason: Annotated[str, typer.Option(help="why; it is kept in the output root for good")],
+    as_json: Json = False,
+    take_over: TakeOver = False,
+) -> None:
+    """Remove a sample from the dataset for good: its files and records go, and it is never rendered again."""
+    store = Store(output)
+    with _changing(store, "withdraw", True, take_over) as check_lease:
+        run = read_run(store)
+        found = withdraw_samples(store, run, find_samples(store, run, sample), reason, check_lease)
+    if as_json:
+        show_json("hv_batch/withdrawal/1", asdict(found))
+        return
+    show(f"withdrawn: {', '.join(found.samples)}; {plural(len(found.removed) + found.spooled, 'object')} removed")
+    shards = ", ".join(map(layout.shard_name, found.sealed))
+    show(
+        f"{f'{shards} sealed again; ' if shards else ''}"
+        f"{'the run is finished' if found.finished else 'the run is not finished: the same run command continues it'}"
+    )
 
 
 def gc(

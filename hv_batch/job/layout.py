@@ -9,6 +9,7 @@
     commits/shard-00017/<key>.json               the record of a committed sample
     quarantine/shard-00017/<key>.json            the record of a quarantined sample
     retried/shard-00017/<key>.json               the quarantine record of a sample that was released for a retry
+    withdrawn/shard-00017/<key>.json             the tombstone of a sample that was withdrawn for good
     latents/shard-00017/<key>.safetensors        the final latents of a sample that is not committed yet
     steps/shard-00017/<key>.safetensors          the last step checkpoint of an unfinished denoise
     report/shards/shard-00017.json               the totals of the sealed shard, for the summary
@@ -28,9 +29,11 @@ from collections.abc import Iterable, Iterator
 # The path of an object whose name is a sample's key and nothing else. Folders and suffixes belong together: a
 # `commits/shard-00000/a.safetensors` is no record.
 _SAMPLE_OBJECT = re.compile(
-    r"(?:(?:commits|quarantine|retried)/shard-\d{5,}/(?P<record>[^/]+)\.json"
+    r"(?:(?:commits|quarantine|retried|withdrawn)/shard-\d{5,}/(?P<record>[^/]+)\.json"
     r"|(?:latents|steps)/shard-\d{5,}/(?P<tensors>[^/]+)\.safetensors)"
 )
+# The path of a media file or poster: the sample's key, eight digits of the file's hash, a suffix.
+_MEDIA = re.compile(r"(?:data|posters)/shard-\d{5,}/(?P<key>[^/]+)-[0-9a-f]{8}\.[A-Za-z0-9]+")
 # The key of a row (`hv_batch.job.manifest.rows`) or of one of its videos, which adds a suffix of up to 6 characters.
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,101}")
 
@@ -42,6 +45,7 @@ LEASE = "lease.json"
 CARD = "README.md"  # the name that the Hugging Face Hub and its loaders expect
 COMMITS = "commits/"
 STEPS = "steps/"
+WITHDRAWN = "withdrawn/"
 PLAN = "plan/"
 INDEX = f"{PLAN}index.json"
 
@@ -53,7 +57,7 @@ def examples() -> tuple[str, ...]:
         *(RUN, SUMMARY, SUCCESS, REPORT, LEASE, CARD, INDEX, index_part(0, digest)),
         *(media_key(0, sample, digest, suffix) for suffix in (".mp4", ".png")),
         *(metadata_key(0), totals_key(0), tar_key(0), lineage_key(0), poster_key(0, sample, digest)),
-        *(commit_key(0, sample), quarantine_key(0, sample), retried_key(0, sample)),
+        *(commit_key(0, sample), quarantine_key(0, sample), retried_key(0, sample), withdrawn_key(0, sample)),
         *(latent_key(0, sample), step_key(0, sample)),
     )
 
@@ -146,6 +150,14 @@ def retried_key(shard: int, key: str) -> str:
     return f"{retried_dir(shard)}{key}.json"
 
 
+def withdrawn_dir(shard: int) -> str:
+    return f"{WITHDRAWN}{shard_name(shard)}/"
+
+
+def withdrawn_key(shard: int, key: str) -> str:
+    return f"{withdrawn_dir(shard)}{key}.json"
+
+
 def latent_dir(shard: int) -> str:
     return f"latents/{shard_name(shard)}/"
 
@@ -154,8 +166,18 @@ def latent_key(shard: int, key: str) -> str:
     return f"{latent_dir(shard)}{key}.safetensors"
 
 
+def step_dir(shard: int) -> str:
+    return f"{STEPS}{shard_name(shard)}/"
+
+
 def step_key(shard: int, key: str) -> str:
-    return f"{STEPS}{shard_name(shard)}/{key}.safetensors"
+    return f"{step_dir(shard)}{key}.safetensors"
+
+
+def media_owner(path: str) -> str | None:
+    """The key in the path of a media file or poster, whatever its hash; None for any other object."""
+    match = _MEDIA.fullmatch(path)
+    return match["key"] if match and is_sample_key(match["key"]) else None
 
 
 def is_sample_key(name: str) -> bool:

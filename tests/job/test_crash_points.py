@@ -17,6 +17,7 @@ from hv_batch.job import layout
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.quarantine import read_quarantined, release
 from hv_batch.job.records.run_document import read_run
+from hv_batch.job.records.withdrawn import withdrawn_keys
 from hv_batch.job.storage.store import Store
 from tests.support.continued_runs import Command, copied, rows_of, verified
 from tests.support.crash_points import (
@@ -38,6 +39,7 @@ from tests.support.crash_points import (
     repair,
     run_small,
     take_back,
+    withdraw_two,
 )
 from tests.support.doubles import Crash, CrashingStore
 from tests.support.small_runs import TRIES, everything
@@ -123,6 +125,27 @@ def test_a_repair_that_is_killed():
         run_small(Store(url), SAMPLES, poison=POISON)
         is_sound(Store(url))
         assert everything(Store(url)) == EXPECTED
+
+
+def test_a_withdrawal_that_is_killed():
+    """P1, P2: at whatever point it is killed, the same command finishes it, with or without a run in between."""
+    undisturbed = finished_url()
+    withdraw_two(Store(undisturbed))
+    expected = everything(Store(undisturbed))
+    for at, when in points(acts_of(withdraw_two)):
+        for runs_between in (False, True):
+            url = finished_url()
+            store = Store(url)
+            with pytest.raises(Crash):
+                withdraw_two(CrashingStore(url, at, when))
+            if runs_between:
+                denoised: Counter[str] = Counter()
+                run_small(store, SAMPLES, poison=POISON, denoised=denoised)
+                assert not denoised, "a sample was rendered again"
+            withdraw_two(store)
+            is_sound(store)
+            assert everything(store) == expected
+            assert {key for shard in SHARDS for key in withdrawn_keys(store, shard)} == {"s002", "s005"}
 
 
 # A root that continues with a grown manifest or an allowed change -----------------------------------------------------

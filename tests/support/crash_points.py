@@ -11,10 +11,13 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.seal import read_rows
 from hv_batch.job.inspection.findings import Fault, Finding
 from hv_batch.job.inspection.verify import MediaShape, remove_faults, verify
+from hv_batch.job.inspection.withdraw import find_samples, withdraw
 from hv_batch.job.records.commits import scan_shard
 from hv_batch.job.records.quarantine import read_quarantined, release
+from hv_batch.job.records.run_document import read_run
 from hv_batch.job.storage.store import Store
 from tests.support.doubles import Crash, CrashingStore
+from tests.support.plans import publish_plan
 from tests.support.small_runs import TRIES, everything, some_samples
 from tests.support.small_runs import run_small as run_plain
 
@@ -121,6 +124,7 @@ def is_sound(store: Store) -> None:
 def finished_url() -> str:
     url = fresh_url()
     run_small(Store(url), SAMPLES, poison=POISON)
+    publish_plan(Store(url), SAMPLES)
     return url
 
 
@@ -141,3 +145,10 @@ def repair(store: Store) -> None:
         (media,) = [name for name in Store(store.url).list(layout.media_dir(shard)) if f"/{key}-" in name]
         found.append(Finding(shard, key, Fault.HASH, "", (layout.commit_key(shard, key), media)))
     remove_faults(store, found)
+
+
+def withdraw_two(store: Store) -> None:
+    """Withdraws a committed sample and a quarantined one."""
+    run = read_run(store)
+    for name in ("s002", "s005"):
+        withdraw(store, run, find_samples(store, run, name), "a face", lambda: None)

@@ -43,6 +43,7 @@ def render_card(store: Store, run: Mapping[str, Any], summary: Mapping[str, Any]
         bytes=media.get("bytes", 0),
         seconds=media.get("seconds", 0.0),
         schema=table_schema(store, run),
+        withdrawn=summary.get("withdrawn", 0),
     )
     return sign_card(card_text(run, facts), _state(summary))
 

@@ -65,6 +65,7 @@ class CardFacts:
     bytes: int
     seconds: float  # of the videos
     schema: pa.Schema
+    withdrawn: int = 0
 
     @property
     def media_column(self) -> str:
@@ -118,6 +119,8 @@ def _counts(facts: CardFacts) -> str:
     text = f"{' and '.join(lines) or 'No media'}, {size(facts.bytes)}, rendered from prompts by a model."
     if facts.quarantined:
         text += f" {plural(facts.quarantined, 'sample')} of the run failed and have no file."
+    if facts.withdrawn:
+        text += f" Withdrawn: {plural(facts.withdrawn, 'sample')}, whose files were removed."
     return text
 
 
@@ -173,9 +176,11 @@ def code_block(ascii_json: str) -> str:
     return "```json\n" + ascii_json.replace("`", "\\u0060") + "\n```"
 
 
-def facts_of_rows(rows: Sequence[Mapping[str, Any]], quarantined: int, schema: pa.Schema) -> CardFacts:
+def facts_of_rows(
+    rows: Sequence[Mapping[str, Any]], quarantined: int, schema: pa.Schema, withdrawn: int = 0
+) -> CardFacts:
     """The facts of rows with `num_frames`, `fps` and `bytes`, of tables with this schema."""
     videos = [row for row in rows if row["num_frames"] > 1]
     seconds = sum(row["num_frames"] / row["fps"] for row in videos)
     total = sum(row["bytes"] for row in rows)
-    return CardFacts(len(videos), len(rows) - len(videos), quarantined, total, round(seconds, 3), schema)
+    return CardFacts(len(videos), len(rows) - len(videos), quarantined, total, round(seconds, 3), schema, withdrawn)

@@ -16,6 +16,7 @@ from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.quality import SCORES
 from hv_batch.job.records.commits import read_commit, scan_shard
 from hv_batch.job.records.run_document import chosen_shards, dataset_schema
+from hv_batch.job.records.withdrawn import all_withdrawn
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
@@ -64,11 +65,13 @@ def matching_records(
         check_columns(conditions, further)
     schema = dataset_schema(run)
     from_table = in_table(conditions, further or (), has_scores=set(SCORES) <= table_columns(schema).keys())
+    withdrawn = all_withdrawn(store)  # the table of a shard may still have their rows after a crash
     for shard in chosen_shards(run, shards):
         keys = _matching_keys(store, shard, conditions) if from_table else None
         if keys is not None:
             of_samples = planned.of(shard)
-            known = [key for key in keys if of_samples is None or key in of_samples]
+            gone = withdrawn.get(shard, frozenset())
+            known = [key for key in keys if (of_samples is None or key in of_samples) and key not in gone]
             records = map_in_threads(partial(_read, store, shard, damaged), known, store.readers)
             yield from (record for record in records if record)
         else:

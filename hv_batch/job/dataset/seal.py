@@ -34,6 +34,7 @@ from hv_batch.job.manifest.extra_columns import ColumnType, arrow_column, clean_
 from hv_batch.job.quality import SCORES
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.run_document import DATASET_SCHEMA, DATASET_SCHEMA_1, fingerprint
+from hv_batch.job.records.withdrawn import withdrawn_keys
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
@@ -121,9 +122,10 @@ def is_sealed(store: Store, shard: int) -> bool:
 def read_committed(store: Store, shard: int, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The commit records of a shard in the order of `keys`, which are all its keys.
 
-    Quarantined samples have none. Raises ValueError if a sample is neither committed nor quarantined.
+    Quarantined and withdrawn samples have none. Raises ValueError if a sample is pending.
     """
-    records = store.each(partial(_terminal_record, store, shard), keys)
+    withdrawn = withdrawn_keys(store, shard)
+    records = store.each(partial(_terminal_record, store, shard), [key for key in keys if key not in withdrawn])
     return [record for record in records if record is not None]
 
 

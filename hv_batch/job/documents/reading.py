@@ -12,7 +12,6 @@ from pydantic import BaseModel, ValidationError
 
 from hv_batch.job import layout
 from hv_batch.job.documents.fields import check_row_values
-from hv_batch.job.documents.schema import SampleRecord
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.canonical_json import decode, decode_value
 from hv_batch.job.storage.errors import StorageUnavailableError
@@ -97,7 +96,7 @@ def read(store: Store, key: str, model: type[BaseModel], remedy: str = "") -> di
         raise InvalidObjectError(key, str(error), url=store.url, remedy=remedy) from error
 
 
-def read_record(store: Store, key: str, model: type[SampleRecord], shard: int, sample: str) -> dict[str, Any]:
+def read_record(store: Store, key: str, model: type[BaseModel], shard: int, sample: str) -> dict[str, Any]:
     """The record of `sample` (its key) in `shard`. Raises as `read`, and if it is the record of another sample."""
     record = read(store, key, model, REPAIR)
     if problem := misplacement(record, shard, sample):

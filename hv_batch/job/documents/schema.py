@@ -148,6 +148,21 @@ class RetriedRecord(Document):
     history: History
 
 
+class WithdrawnRecord(Document):
+    """The tombstone of a sample that was withdrawn for good."""
+
+    schema_: Literal["hv_batch/withdrawn/1"] = Field(alias="schema")
+    key: Key
+    id: Text
+    row: Annotated[int, Field(ge=1, le=2**53)]
+    video_index: Annotated[int, Field(ge=0, le=1_000_000)]
+    shard: Samples
+    reason: Text
+    sha256: Hex64 | None  # of the media that was removed; None if the sample was not committed
+    withdrawn_at: Time
+    version: Name  # of hv_batch
+
+
 class Degrees(Document):
     model_config = ConfigDict(extra="forbid")  # they become the arguments of ParallelPlan
 
@@ -324,6 +339,7 @@ class SummaryDocument(Document):
     committed: Samples
     quarantined: Samples
     pending: Samples
+    withdrawn: Samples = 0  # absent if there are none
     shards: Samples
     shards_sealed: Samples
     media: MediaTotals | None = None

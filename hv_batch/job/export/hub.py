@@ -15,6 +15,7 @@ from hv_batch.job.dataset.card_text import card_text, facts_of_rows
 from hv_batch.job.export.destination import Destination, ExportedFile
 from hv_batch.job.export.sealed_shards import count_rows, media_file, media_rows, sealed_shards
 from hv_batch.job.records.run_document import plan_size
+from hv_batch.job.records.withdrawn import all_withdrawn
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
@@ -53,7 +54,9 @@ def export_hub(
     destination.add([ExportedFile(key, key) for key in map(layout.metadata_key, chosen)], advance)
     samples, shard_size = plan_size(run)[0], run["config"]["output"]["shard_size"]
     planned = sum(min(shard_size, samples - shard * shard_size) for shard in chosen)
-    facts = facts_of_rows(rows, max(0, planned - len(rows)), table_schema(store, run))
+    of_shards = all_withdrawn(store)
+    withdrawn = sum(len(of_shards.get(shard, ())) for shard in chosen)
+    facts = facts_of_rows(rows, max(0, planned - len(rows) - withdrawn), table_schema(store, run), withdrawn)
     destination.write(layout.CARD, card_text(run, facts, for_hub=True).encode())
     return {"media": len(rows), "shards": len(chosen), "advice": ADVICE.format(folder=destination.folder)}
 

@@ -11,6 +11,7 @@ from hv_batch.job.dataset.seal import read_rows, read_table
 from hv_batch.job.export.destination import ExportedFile
 from hv_batch.job.formatting import plural
 from hv_batch.job.records.run_document import chosen_shards
+from hv_batch.job.records.withdrawn import all_withdrawn
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -32,14 +33,21 @@ def sealed_shards(store: Store, run: Mapping[str, Any], shards: Collection[int] 
 def media_rows(store: Store, shards: Sequence[int], *columns: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(shard, row) of every media file in plan order: the columns of hv_batch, and of the manifest those in `columns`.
 
-    Raises UserError if a table cannot be read.
+    Raises UserError if a table cannot be read, or if it has the row of a sample that was withdrawn.
     """
+    withdrawn = all_withdrawn(store)
     for shard in shards:
         try:
             rows = read_rows(store, shard)
             extra = read_table(store, shard, list(columns)).to_pylist() if columns else [{}] * len(rows)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{error}. Run `hv-batch verify --repair`, and export again.") from error
+        if gone := withdrawn.get(shard, frozenset()).intersection(row["key"] for row in rows):
+            raise UserError(
+                f"The withdrawal of sample {min(gone)} from {public_url(store.url)} was interrupted, and "
+                f"{layout.metadata_key(shard)} still has its row. Run the same `hv-batch withdraw` command again, and "
+                "then export."
+            )
         yield from ((shard, row | more) for row, more in zip(rows, extra, strict=True))
 
 

@@ -40,7 +40,8 @@ PARAMETER_COLUMNS = (
     "flow_shift",
 )
 
-Row = Mapping[str, Any] | None  # a row of the metadata table, or None for a quarantined sample
+Row = Mapping[str, Any] | None  # a row of the metadata table, _WITHDRAWN, or None for a quarantined sample
+_WITHDRAWN: Row = {}
 
 
 @dataclass(slots=True)
@@ -60,6 +61,10 @@ class Comparison:
     quarantined_in_a: list[str] = field(default_factory=list)  # committed in the other run
     quarantined_in_b: list[str] = field(default_factory=list)
 
+    withdrawn_in_both: int = 0
+    withdrawn_in_a: list[str] = field(default_factory=list)  # not in the other run
+    withdrawn_in_b: list[str] = field(default_factory=list)
+
     @property
     def is_equal(self) -> bool:
         """Whether every sample has the same bytes in both runs. The identities of the runs may differ."""
@@ -72,19 +77,25 @@ class Comparison:
             ("only in B", self.only_in_b),
             ("quarantined in A only", self.quarantined_in_a),
             ("quarantined in B only", self.quarantined_in_b),
+            ("withdrawn in A only", self.withdrawn_in_a),
+            ("withdrawn in B only", self.withdrawn_in_b),
             ("with different parameters", parameters),
             ("with equal parameters and different frames", self.other_frames),
             ("with equal frames and different bytes", self.other_bytes),
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"equal": self.is_equal}
+        """The result as JSON values. Fields about withdrawn samples are absent if they are empty."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        kept = {name: value for name, value in values.items() if value or not name.startswith("withdrawn")}
+        return kept | {"equal": self.is_equal}
 
     def render(self) -> str:
         lines = [f"A: {self.a}", f"B: {self.b}"]
         lines += ["the runs differ in (A -> B):", *(f"  {line}" for line in self.identity)] if self.identity else []
         lines.append(f"{self.equal_bytes:,} samples with equal bytes, {self.quarantined_in_both:,} quarantined in both")
+        if self.withdrawn_in_both:
+            lines.append(f"{self.withdrawn_in_both:,} withdrawn in both")
         for title, samples in self._categories():
             if samples:
                 more = f" and {len(samples) - MAX_LINES:,} more" if len(samples) > MAX_LINES else ""
@@ -106,8 +117,12 @@ def compare(a: Store, b: Store) -> Comparison:
         for key in dict.fromkeys((*rows_a, *rows_b)):
             if key in unmatched_a and key in unmatched_b:
                 _compare_sample(result, key, unmatched_a.pop(key), unmatched_b.pop(key))
-    result.only_in_a += unmatched_a
-    result.only_in_b += unmatched_b
+    for unmatched, only, withdrawn in (
+        (unmatched_a, result.only_in_a, result.withdrawn_in_a),
+        (unmatched_b, result.only_in_b, result.withdrawn_in_b),
+    ):
+        for key, row in unmatched.items():
+            (withdrawn if row is _WITHDRAWN else only).append(key)
     return result
 
 
@@ -118,7 +133,13 @@ def _changes(name: str, run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _compare_sample(result: Comparison, key: str, in_a: Row, in_b: Row) -> None:
-    if in_a is None and in_b is None:
+    if in_a is _WITHDRAWN and in_b is _WITHDRAWN:
+        result.withdrawn_in_both += 1
+    elif in_a is _WITHDRAWN:
+        result.withdrawn_in_a.append(key)
+    elif in_b is _WITHDRAWN:
+        result.withdrawn_in_b.append(key)
+    elif in_a is None and in_b is None:
         result.quarantined_in_both += 1
     elif in_a is None:
         result.quarantined_in_a.append(key)
@@ -140,6 +161,7 @@ def _shards(store: Store, run: Mapping[str, Any]) -> Iterator[dict[str, Row]]:
     for shard in range(plan_size(run)[1]):
         state = scan_shard(store, shard, keys=planned.of(shard))
         quarantined: dict[str, Row] = dict.fromkeys(sorted(state.quarantined))
+        quarantined |= dict.fromkeys(sorted(state.withdrawn), _WITHDRAWN)
         rows = _table(store, shard, state.committed) if state.sealed else None
         if rows is None:
             records = map_in_threads(partial(read_commit, store, shard), sorted(state.committed), store.readers)

@@ -39,14 +39,17 @@ class Fault(StrEnum):
     RUN = "run.json"  # contradicts all records, or its config is not valid
     SUMMARY = "summary"  # of a finished run: missing, cannot be read, or differs from the records
     CARD = "card"  # README.md is missing, was edited, or contradicts the run
+    TOMBSTONE = "tombstone"  # of a withdrawn sample: cannot be read, or is that of another sample
+    WITHDRAWN = "withdrawn sample"  # objects of it are left
     LEASE = "lease"  # cannot be read
     HISTORY = "history"  # the record of a sample that was released for a retry cannot be read
     UNREADABLE = "unreadable"  # the store does not return this object, although it returns others
     FOREIGN = "foreign object"  # belongs to no sample and is counted nowhere
 
 
-# Faults whose repair does not change a sealed shard.
-OUTSIDE_SEAL = frozenset({Fault.TWO_RECORDS, Fault.HISTORY, Fault.FOREIGN})
+# Faults whose repair does not change a sealed shard. If its table has the row of a withdrawn sample, that is a fault of
+# the seal as well.
+OUTSIDE_SEAL = frozenset({Fault.TWO_RECORDS, Fault.HISTORY, Fault.FOREIGN, Fault.WITHDRAWN})
 # Faults of the files that the run command writes again if they are missing.
 REWRITTEN = frozenset({Fault.SUMMARY, Fault.CARD})
 # Faults of the files of a seal. A new seal replaces them.
@@ -97,20 +100,24 @@ class Verification:
     pending: int = 0
     quarantined: int = 0
     identities: tuple[IdentityCount, ...] = ()  # empty unless the run has continued with changes
+    withdrawn: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
         numbers = {name: value for name, value in asdict(self).items() if name != "findings"}
+        if not self.withdrawn:
+            del numbers["withdrawn"]
         faults = Counter(finding.fault.value for finding in self.findings)
         findings = [asdict(finding) | {"fault": finding.fault.value} for finding in self.findings]
         return numbers | {"faults": dict(faults), "findings": findings}
 
     def render(self) -> str:
+        gone = f"; {self.withdrawn:,} are withdrawn" if self.withdrawn else ""
         lines = [
             f"{self.url}: {self.checked:,} committed samples ({self.bytes / 1e9:,.3f} GB), {self.decoded:,} of them "
             f"decoded, and {self.tables:,} sealed shards checked; {self.quarantined:,} samples are quarantined and "
-            f"{self.pending:,} pending",
+            f"{self.pending:,} pending{gone}",
         ]
         if not self.compared:
             lines.append("the records were not compared with the manifest, which plan/ does not hold")

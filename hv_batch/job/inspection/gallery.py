@@ -56,6 +56,8 @@ def _pill(summary: Record) -> str:
         return f'<span class="pill wait">{text(plural(summary["pending"], "sample"))} pending</span>'
     if summary["quarantined"]:
         return f'<span class="pill bad">finished, {summary["quarantined"]:,} quarantined</span>'
+    if summary.get("withdrawn"):
+        return f'<span class="pill good">finished, {summary["withdrawn"]:,} withdrawn</span>'
     return '<span class="pill good">all committed</span>'
 
 
@@ -74,6 +76,7 @@ def _tiles(summary: Record) -> str:
         "committed": f"{summary['committed']:,}",
         "quarantined": f"{summary['quarantined']:,}",
         "pending": f"{summary['pending']:,}",
+        **({"withdrawn": f"{summary['withdrawn']:,}"} if summary.get("withdrawn") else {}),
         "of footage": duration(media["seconds"]),
         "frames": f"{media['frames']:,}",
         "of media": size(media["bytes"]),

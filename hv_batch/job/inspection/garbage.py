@@ -21,6 +21,7 @@ from hv_batch.job import layout
 from hv_batch.job.manifest.index import read_index
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.run_document import plan_size, read_run
+from hv_batch.job.records.withdrawn import withdrawn_keys
 from hv_batch.job.storage.store import Leftover, Store
 from hv_batch.job.thread_map import map_in_threads
 
@@ -36,8 +37,8 @@ class Kind(StrEnum):
     POSTER = "poster"  # no commit record names it
     SEAL = "seal"  # a table or tar of a shard that is not sealed; the next seal writes it again
     PLAN = "plan"  # a part of the checked manifest that the index does not name
-    LATENTS = "latents"  # of a committed or quarantined sample
-    STEPS = "steps"  # the step checkpoint of a committed or quarantined sample
+    LATENTS = "latents"  # of a committed, quarantined or withdrawn sample
+    STEPS = "steps"  # as LATENTS: a step checkpoint
     DRAFT = "draft"  # a hidden file of a killed writer
     UPLOAD = "upload"  # the parts of an unfinished multipart upload
 
@@ -99,13 +100,16 @@ def _of_shard(store: Store, shard: int, has_posters: bool, keeps_latents: bool) 
     latents = list(store.list(layout.latent_dir(shard)))
     steps = list(store.list(f"{layout.STEPS}{layout.shard_name(shard)}/"))
     committed = layout.sample_keys(store.list(layout.commit_dir(shard)))
-    terminal = committed | layout.sample_keys(store.list(layout.quarantine_dir(shard)))
+    withdrawn = withdrawn_keys(store, shard)
+    committed -= withdrawn
+    terminal = committed | withdrawn | layout.sample_keys(store.list(layout.quarantine_dir(shard)))
     for kind, names, named_by in ((Kind.MEDIA, media, "file"), (Kind.POSTER, posters, "poster")):
         for name in _orphans(store, shard, names, committed, named_by):
             yield kind, name
-    for kind, names in ((Kind.LATENTS, [] if keeps_latents else latents), (Kind.STEPS, steps)):
+    finished = withdrawn if keeps_latents else terminal
+    for kind, names, owners in ((Kind.LATENTS, latents, finished), (Kind.STEPS, steps, terminal)):
         for name in names:
-            if layout.sample_key(name) in terminal:
+            if layout.sample_key(name) in owners:
                 yield kind, name
     if layout.metadata_key(shard) not in media:
         for name in (layout.tar_key(shard), layout.lineage_key(shard), layout.totals_key(shard)):

@@ -1,8 +1,8 @@
 """The state of an output root, read from storage alone: without Ray or a driver, during a run or years later.
 
-The status is what a resume would find: a sample is committed or quarantined if its record exists, and pending
-otherwise. For each shard only counts are kept. The reasons of quarantine records are grouped. Objects that belong to no
-sample are not counted; `verify` reports them.
+The status is what a resume would find: a sample is committed, quarantined or withdrawn if its record exists, and
+pending otherwise. For each shard only counts are kept. The reasons of quarantine records are grouped. Objects that
+belong to no sample are not counted; `verify` reports them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.committed import committed_records
 from hv_batch.job.dataset.shard_totals import read_totals
+from hv_batch.job.documents.reading import InvalidObjectError
 from hv_batch.job.inspection.identity_counts import IdentityCount, describe
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.quality import describe_looks, look
@@ -22,12 +24,15 @@ from hv_batch.job.records.commits import scan_shard
 from hv_batch.job.records.lease_holder import LeaseHolder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
 from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
+from hv_batch.job.records.withdrawn import all_withdrawn, read_tombstone
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
+from hv_batch.job.user_input import shorten
 
 SCANNERS = 16  # listings wait for the store, not for the CPU
 MAX_RECORDS = 1000  # that are read for their looks; of a longer run, only sealed shards count
+MAX_WITHDRAWALS = 20  # reasons that are read
 MAX_LINES = 100  # shards in the text table; if there are more, only those that need attention are listed
 
 
@@ -38,11 +43,12 @@ class ShardStatus:
     committed: int
     quarantined: int
     sealed: bool
+    withdrawn: int = 0
 
     @property
     def pending(self) -> int:
         # More records than samples: foreign ones, in a root without an index that would tell them apart.
-        return max(0, self.samples - self.committed - self.quarantined)
+        return max(0, self.samples - self.committed - self.quarantined - self.withdrawn)
 
     @property
     def state(self) -> str:
@@ -51,11 +57,23 @@ class ShardStatus:
             return "sealed" if self.pending == 0 else "sealed, records missing"
         if self.pending == 0:
             return "complete"
-        return "partial" if self.committed or self.quarantined else "untouched"
+        return "partial" if self.committed or self.quarantined or self.withdrawn else "untouched"
 
     @property
     def needs_attention(self) -> bool:
         return not self.sealed or self.pending > 0 or self.quarantined > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shard as JSON values; `withdrawn` is absent if it is 0."""
+        counts = {name: value for name, value in asdict(self).items() if name != "withdrawn" or value}
+        return counts | {"pending": self.pending, "state": self.state}
+
+    def render(self) -> str:
+        gone = f", {self.withdrawn:,} withdrawn" if self.withdrawn else ""
+        return (
+            f"{layout.shard_name(self.shard):<14}{self.samples:>9,}{self.committed:>11,}{self.quarantined:>13,}"
+            f"{self.pending:>9,}  {self.state}{gone}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +92,7 @@ class Status:
     matching: int | None = None  # committed samples that satisfy the conditions, if any are given
     identities: tuple[IdentityCount, ...] = ()  # `count_identities`; empty unless the run has continued with changes
     holder: LeaseHolder | None = None
+    withdrawals: tuple[Mapping[str, Any], ...] = ()  # the key and the reason of the first MAX_WITHDRAWALS
 
     @property
     def samples(self) -> int:
@@ -92,6 +111,10 @@ class Status:
         return sum(shard.pending for shard in self.shards)
 
     @property
+    def withdrawn(self) -> int:
+        return sum(shard.withdrawn for shard in self.shards)
+
+    @property
     def sealed(self) -> int:
         return sum(shard.sealed for shard in self.shards)
 
@@ -104,13 +127,14 @@ class Status:
             "committed": self.committed,
             "quarantined": self.quarantined,
             "pending": self.pending,
+            **({"withdrawn": self.withdrawn, "withdrawals": list(self.withdrawals)} if self.withdrawn else {}),
             "shards_sealed": self.sealed,
             "holder": asdict(self.holder) | {"gone": is_gone(self.holder)} if self.holder else None,
             "looks": dict(self.looks),
             **({"identities": [asdict(each) for each in self.identities]} if self.identities else {}),
             **({} if self.matching is None else {"matching": self.matching}),
             "reasons": [reason.to_dict() for reason in self.reasons],
-            "shards": [asdict(shard) | {"pending": shard.pending, "state": shard.state} for shard in self.shards],
+            "shards": [shard.to_dict() for shard in self.shards],
         }
 
     def render(self) -> str:
@@ -118,10 +142,11 @@ class Status:
         listed = self.shards
         if len(listed) > MAX_LINES:
             listed = tuple(shard for shard in self.shards if shard.needs_attention)
+        gone = f", {self.withdrawn:,} withdrawn" if self.withdrawn else ""
         lines = [
             f"{self.url}: {'finished' if self.finished else 'not finished'}",
             f"{self.committed:,} of {self.samples:,} samples committed, {self.quarantined:,} quarantined, "
-            f"{self.pending:,} pending; {self.sealed:,} of {len(self.shards):,} shards sealed",
+            f"{self.pending:,} pending{gone}; {self.sealed:,} of {len(self.shards):,} shards sealed",
             *([looks] if (looks := describe_looks(self.looks)) else []),
             *describe(self.identities, self.committed),
             *([f"{self.matching:,} committed samples match --where"] if self.matching is not None else []),
@@ -129,11 +154,7 @@ class Status:
             "",
             f"{'shard':<14}{'samples':>9}{'committed':>11}{'quarantined':>13}{'pending':>9}  state",
         ]
-        lines += [
-            f"{layout.shard_name(shard.shard):<14}{shard.samples:>9,}{shard.committed:>11,}{shard.quarantined:>13,}"
-            f"{shard.pending:>9,}  {shard.state}"
-            for shard in listed[:MAX_LINES]
-        ]
+        lines += [shard.render() for shard in listed[:MAX_LINES]]
         clean, cut = len(self.shards) - len(listed), len(listed) - len(listed[:MAX_LINES])
         if clean:
             lines.append(f"and {clean:,} shards that are sealed and have no quarantined samples")
@@ -142,6 +163,9 @@ class Status:
         if self.reasons:
             lines += ["", "quarantined samples by class and message (# is any number):"]
             lines += [reason.render() for reason in self.reasons[:MAX_LINES]]
+        if self.withdrawals:
+            lines += ["", f"withdrawn samples (the first {len(self.withdrawals):,} of {self.withdrawn:,}):"]
+            lines += [f"  {found['key']}: {shorten(found['reason'])}" for found in self.withdrawals]
         return "\n".join(lines)
 
 
@@ -161,7 +185,23 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
         shards=scanned,
         reasons=tuple(group_reasons(quarantined)),
         holder=read_lease(store),
+        withdrawals=tuple(islice(_withdrawals(store, planned, scanned), MAX_WITHDRAWALS)),
     )
+
+
+def _withdrawals(store: Store, planned: PlannedKeys, scanned: Sequence[ShardStatus]) -> Iterator[Mapping[str, Any]]:
+    """The key and the reason of each withdrawn sample. `verify` reports damaged tombstones."""
+    withdrawn = all_withdrawn(store) if any(shard.withdrawn for shard in scanned) else {}
+    for shard in (shard.shard for shard in scanned if shard.withdrawn):
+        keys = planned.of(shard)
+        for key in sorted(withdrawn.get(shard, frozenset())):
+            if keys is not None and key not in keys:
+                continue
+            try:
+                reason = read_tombstone(store, shard, key)["reason"]
+            except (FileNotFoundError, InvalidObjectError):
+                reason = "(unreadable)"
+            yield {"key": key, "reason": reason}
 
 
 def count_looks(store: Store, status: Status) -> Mapping[str, int]:
@@ -203,6 +243,7 @@ def _scan_shards(
             committed=len(state.committed),
             quarantined=len(state.quarantined),
             sealed=state.sealed,
+            withdrawn=len(state.withdrawn),
         )
 
     return map_in_threads(scan, shards, SCANNERS)

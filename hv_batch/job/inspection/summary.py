@@ -43,6 +43,7 @@ def aggregate(store: Store) -> dict[str, Any]:
     the committed samples whose prompt or negative prompt is longer than the model reads, and the tokens it ignores.
     `looks` counts the committed samples that have scores by their look (`hv_batch.job.quality`); absent without scores.
     `identities` counts the committed samples by the identity that rendered them; absent if the root has had only one.
+    `withdrawn` counts the samples that were withdrawn; absent if there are none.
     `failures` counts quarantined samples by class, `retries` the failed attempts of committed samples.
     """
     run, status = read_run(store), read_status(store)
@@ -60,6 +61,7 @@ def aggregate(store: Store) -> dict[str, Any]:
         "committed": status.committed,
         "quarantined": status.quarantined,
         "pending": status.pending,
+        **({"withdrawn": status.withdrawn} if status.withdrawn else {}),
         "shards": len(status.shards),
         "shards_sealed": status.sealed,
         "stages": {

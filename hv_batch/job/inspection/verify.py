@@ -32,6 +32,7 @@ from hv_batch.job.inspection.verify_samples import CheckedSample, Decode, MediaS
 from hv_batch.job.inspection.verify_seal import check_sealed
 from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
 from hv_batch.job.records.seals import unseal_shard
+from hv_batch.job.records.withdrawn import remnants
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
@@ -106,6 +107,7 @@ class _Listing:
     committed: frozenset[str]
     quarantined: frozenset[str]
     retried: frozenset[str]
+    withdrawn: frozenset[str]
     sealed: bool
     findings: list[Finding]
 
@@ -133,6 +135,7 @@ def _list_shard(store: Store, plan: Plan, shard: int) -> _Listing:
 
     committed, quarantined = sample_keys(layout.commit_dir(shard)), sample_keys(layout.quarantine_dir(shard))
     retried = sample_keys(layout.retried_dir(shard))
+    withdrawn = sample_keys(layout.withdrawn_dir(shard))
     for folder in (layout.latent_dir(shard), f"{layout.STEPS}{layout.shard_name(shard)}/"):
         sample_keys(folder)
     sealed = False
@@ -142,7 +145,8 @@ def _list_shard(store: Store, plan: Plan, shard: int) -> _Listing:
                 sealed = True
             elif not _is_media(name.removeprefix(folder), keys):
                 findings.append(_foreign(shard, name))
-    return _Listing(shard, keys, committed, quarantined, retried, sealed, findings)
+    records = (committed - withdrawn, quarantined - withdrawn, retried - withdrawn)
+    return _Listing(shard, keys, *records, withdrawn, sealed, findings)
 
 
 def _check_shard(checker: SampleChecker, plan: Plan, listing: _Listing, decodes: _Decodes) -> list[CheckedSample]:
@@ -166,7 +170,10 @@ def _check_shard(checker: SampleChecker, plan: Plan, listing: _Listing, decodes:
         findings += checker.check_quarantined(shard, key, planned)
     for key in sorted(listing.retried):
         findings += checker.check_retried(shard, key)
-    terminal = listing.committed | listing.quarantined
+    left = remnants(checker.store, shard, listing.withdrawn) if listing.withdrawn and is_listed else {}
+    for key in sorted(listing.withdrawn):
+        findings += checker.check_withdrawn(shard, key, planned.by_key.get(key), left.get(key, []))
+    terminal = listing.committed | listing.quarantined | listing.withdrawn
     if is_listed and (terminal or listing.sealed):  # in an untouched shard, every sample is pending
         pending = sorted((listing.keys or frozenset()) - terminal)
         names: list[tuple[str | None, str]]
@@ -182,11 +189,12 @@ def _count(run: Mapping[str, Any], listing: _Listing, result: Verification) -> N
     result.open_shards += not listing.sealed
     quarantined = len(listing.quarantined - listing.committed)
     result.quarantined += quarantined
+    result.withdrawn += len(listing.withdrawn)
     if not any(finding.fault is Fault.UNREADABLE and finding.key is None for finding in listing.findings):
         total, _ = plan_size(run)
         size = run["config"]["output"]["shard_size"]
         samples = min(size, total - listing.shard * size)
-        result.pending += max(0, samples - len(listing.committed) - quarantined)
+        result.pending += max(0, samples - len(listing.committed) - quarantined - len(listing.withdrawn))
 
 
 def _is_media(name: str, keys: frozenset[str] | None) -> bool:

@@ -147,12 +147,12 @@ def check_run_objects(
         return
     expected = {"fingerprint": run["fingerprint"]}
     if is_whole_run:
-        expected |= {"pending": 0, "quarantined": result.quarantined}
+        expected |= {"pending": 0, "quarantined": result.quarantined, "withdrawn": result.withdrawn}
         if not any(finding.fault is Fault.UNREADABLE for finding in result.findings):
             expected["committed"] = result.checked
     for name, value in expected.items():
-        if summary[name] != value:
-            details = f"{layout.SUMMARY}: its {name} is {summary[name]!r}, not {value!r}"
+        if (written := summary.get(name, 0)) != value:  # `withdrawn` is absent if it is 0
+            details = f"{layout.SUMMARY}: its {name} is {written!r}, not {value!r}"
             yield Finding(None, None, Fault.SUMMARY, details, (layout.SUMMARY,))
             return
     yield from _check_card(store, run, summary)

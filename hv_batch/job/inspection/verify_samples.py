@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RetriedRecord
+from hv_batch.job.formatting import plural
 from hv_batch.job.inspection.findings import Fault, Finding, examine, object_finding
 from hv_batch.job.inspection.verify_plan import PlannedSamples
 from hv_batch.job.licences import run_licence
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import describe_sample, read_commit, read_quarantine
+from hv_batch.job.records.withdrawn import read_tombstone
 from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
 
@@ -45,7 +47,7 @@ class SampleChecker:
     """Checks samples of one run. `run` is its run.json. May be used in several threads."""
 
     def __init__(self, store: Store, run: Mapping[str, Any]) -> None:
-        self._store = store
+        self.store = store
         self._identities = {each["fingerprint"]: each["identity"] for each in (*run.get("earlier", ()), run)}
         self._licence = run_licence(run)
         self._has_posters = bool(run["config"].get("media", {}).get("poster"))
@@ -54,7 +56,7 @@ class SampleChecker:
         """Check a committed sample. `plan` holds the samples of its shard. `decode`, if given, decodes its media."""
         name = layout.commit_key(shard, key)
         try:
-            record = examine(self._store, name, partial(read_commit, self._store, shard, key))
+            record = examine(self.store, name, partial(read_commit, self.store, shard, key))
         except FileNotFoundError:  # removed since the listing
             return CheckedSample(None, [])
         if isinstance(record, InvalidObjectError):
@@ -78,7 +80,7 @@ class SampleChecker:
     def check_quarantined(self, shard: int, key: str, plan: PlannedSamples) -> list[Finding]:
         name = layout.quarantine_key(shard, key)
         try:
-            record = examine(self._store, name, partial(read_quarantine, self._store, shard, key))
+            record = examine(self.store, name, partial(read_quarantine, self.store, shard, key))
         except FileNotFoundError:  # committed since the listing
             return []
         if isinstance(record, InvalidObjectError):
@@ -91,15 +93,34 @@ class SampleChecker:
     def check_retried(self, shard: int, key: str) -> list[Finding]:
         name = layout.retried_key(shard, key)
         try:
-            found = examine(self._store, name, lambda: read(self._store, name, RetriedRecord))
+            found = examine(self.store, name, lambda: read(self.store, name, RetriedRecord))
         except FileNotFoundError:
             return []
         return [object_finding(found, Fault.HISTORY, shard, key, name)] if isinstance(found, InvalidObjectError) else []
 
+    def check_withdrawn(self, shard: int, key: str, planned: Sample | None, left: Sequence[str]) -> list[Finding]:
+        """Check the tombstone of a sample. `left` are the objects of it that should not exist."""
+        name = layout.withdrawn_key(shard, key)
+        findings = []
+        if left:
+            details = f"{plural(len(left), 'object')} of it still exist, for example {left[0]}"
+            findings.append(Finding(shard, key, Fault.WITHDRAWN, details, tuple(left)))
+        try:
+            record = examine(self.store, name, partial(read_tombstone, self.store, shard, key))
+        except FileNotFoundError:
+            return findings
+        remedy = "The sample counts as withdrawn. `hv-batch withdraw` writes the tombstone again"
+        if isinstance(record, InvalidObjectError):
+            found = object_finding(record, Fault.TOMBSTONE, shard, key)
+            findings.append(replace(found, details=f"{found.details}. {remedy}"))
+        elif planned and (difference := plan_difference(record, planned)):
+            findings.append(Finding(shard, key, Fault.TOMBSTONE, f"{name}: {difference}. {remedy}"))
+        return findings
+
     def check_absent(self, shard: int, key: str | None, name: str) -> list[Finding]:
         """Check that there is no object `name`, rather than one that no listing shows, such as a folder."""
         try:
-            found = examine(self._store, name, partial(self._store.get, name))
+            found = examine(self.store, name, partial(self.store.get, name))
         except FileNotFoundError:
             return []
         return [object_finding(found, Fault.RECORD, shard, key)] if isinstance(found, InvalidObjectError) else []
@@ -108,7 +129,7 @@ class SampleChecker:
         """A file of a committed sample, or the finding if it is missing or cannot be read."""
         shard, key = record["shard"], record["key"]
         try:
-            data = examine(self._store, name, partial(self._store.get, name))
+            data = examine(self.store, name, partial(self.store.get, name))
         except FileNotFoundError:
             return Finding(shard, key, missing, f"{name} is missing", (layout.commit_key(shard, key),))
         return object_finding(data, missing, shard, key) if isinstance(data, InvalidObjectError) else data

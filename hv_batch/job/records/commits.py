@@ -1,5 +1,7 @@
 """The terminal records of samples: a commit record or a quarantine record, exactly one for each sample (P1).
 
+A sample that was withdrawn (`hv_batch.job.records.withdrawn`) has a tombstone instead, and neither of them.
+
 Rendering is at-least-once: two workers may finish the same sample after a lost message. Committing is exactly-once. A
 worker first stores the media, under a name that holds the hash of its bytes, and then puts the commit record if it is
 absent. A second worker finds the record and changes nothing.
@@ -20,6 +22,7 @@ from hv_batch.job import layout
 from hv_batch.job.documents.reading import read_record
 from hv_batch.job.documents.schema import CommitRecord, QuarantineRecord
 from hv_batch.job.licences import TENCENT
+from hv_batch.job.records.withdrawn import delete_remnants, is_withdrawn, withdrawn_keys
 from hv_batch.job.storage.canonical_json import encode, encode_line
 
 if TYPE_CHECKING:
@@ -55,10 +58,16 @@ class ShardState:
     quarantined: frozenset[str]  # without committed samples (P1)
     latents: frozenset[str]  # samples with stored final latents
     sealed: bool
+    withdrawn: frozenset[str] = frozenset()  # samples with a tombstone; in neither of the first two sets
+
+    @property
+    def terminal(self) -> frozenset[str]:
+        return self.committed | self.quarantined | self.withdrawn
 
     def of(self, keys: Set[str]) -> ShardState:
         """The state without foreign objects, whose names are not in `keys`."""
-        return ShardState(self.committed & keys, self.quarantined & keys, self.latents & keys, self.sealed)
+        sets = (self.committed & keys, self.quarantined & keys, self.latents & keys)
+        return ShardState(*sets, self.sealed, self.withdrawn & keys)
 
 
 def commit_record(
@@ -131,7 +140,8 @@ def with_current_time(record: Mapping[str, Any]) -> dict[str, Any]:
 def commit(store: Store, record: Mapping[str, Any]) -> bool:
     """Commit the record's sample. The media must already be stored.
 
-    Returns True if the sample's commit record is now `record`, False if another one was there first.
+    Returns True if the sample's commit record is now `record`, False if another one was there first, or if the sample
+    was withdrawn. The result of a withdrawn sample is removed.
     """
     return commit_all(store, [record])[0]
 
@@ -142,6 +152,10 @@ def commit_all(store: Store, records: Sequence[Mapping[str, Any]]) -> list[bool]
     created = dict(zip(objects, store.put_new_all(objects), strict=True))
 
     def is_ours(record: Mapping[str, Any]) -> bool:
+        # After the put: a withdrawal puts its tombstone before it looks for records, so one of the two sees the other.
+        if is_withdrawn(store, record["shard"], record["key"]):
+            delete_remnants(store, record["shard"], {record["key"]})
+            return False
         target = layout.commit_key(record["shard"], record["key"])
         # A put whose acknowledgement was lost is retried and then finds its own record. This still counts as ours.
         is_ours = created[target] or store.get(target) == objects[target]
@@ -154,13 +168,13 @@ def commit_all(store: Store, records: Sequence[Mapping[str, Any]]) -> list[bool]
 
 
 def quarantine(store: Store, record: Mapping[str, Any]) -> bool:
-    """Quarantine the record's sample. Returns True if it is quarantined now, False if it is committed."""
+    """Quarantine the record's sample. Returns True if it is quarantined now, False if it is committed or withdrawn."""
     shard, key = record["shard"], record["key"]
     committed, target = layout.commit_key(shard, key), layout.quarantine_key(shard, key)
     if store.exists(committed):
         return False
     store.put_new(target, encode(record))
-    if store.exists(committed):
+    if store.exists(committed) or is_withdrawn(store, shard, key):
         store.delete(target)
         return False
     return True
@@ -182,7 +196,7 @@ def read_quarantine(store: Store, shard: int, key: str) -> dict[str, Any]:
 def scan_shard(
     store: Store, shard: int, *, sealed: bool | None = None, keys: frozenset[str] | None = None
 ) -> ShardState:
-    """The state of one shard, from three listings whatever its size.
+    """The state of one shard, from four listings whatever its size.
 
     `sealed` saves a request if it is known. `keys` are those of the shard's samples: records of other keys are foreign
     and not counted. If it is None, every record with a valid name counts.
@@ -193,7 +207,9 @@ def scan_shard(
     )
     if sealed is None:
         sealed = store.exists(layout.metadata_key(shard))
-    state = ShardState(committed, quarantined - committed, latents, sealed)
+    withdrawn = withdrawn_keys(store, shard)
+    committed -= withdrawn
+    state = ShardState(committed, quarantined - committed - withdrawn, latents, sealed, withdrawn)
     return state if keys is None else state.of(keys)
 
 

@@ -24,12 +24,14 @@ class SampleCounts:
 
     committed_before: int = 0  # found in the output root
     quarantined_before: int = 0
+    withdrawn_before: int = 0
     committed: int = 0  # by this run
     quarantined: int = 0
 
     @property
     def terminal(self) -> int:
-        return self.committed_before + self.quarantined_before + self.committed + self.quarantined
+        before = self.committed_before + self.quarantined_before + self.withdrawn_before
+        return before + self.committed + self.quarantined
 
 
 @dataclass(slots=True)
@@ -102,6 +104,7 @@ class PendingSamples:
             self.unfinished.add(scan.shard)
         self.counts.committed_before += scan.committed
         self.counts.quarantined_before += scan.quarantined
+        self.counts.withdrawn_before += scan.withdrawn
         if scan.pending:
             self._open[scan.shard] = _OpenShard(scan.keys, len(scan.pending))
         elif scan.keys and not scan.is_sealed:

@@ -129,7 +129,7 @@ def failed_keys(store: Store, shards: Iterable[int]) -> dict[int, frozenset[str]
 
     def of_shard(shard: int) -> frozenset[str]:
         state = scan_shard(store, shard)
-        return (state.quarantined | taken_back(store, shard)) - state.committed
+        return (state.quarantined | taken_back(store, shard)) - state.committed - state.withdrawn
 
     numbers = list(shards)
     failed = map_in_threads(of_shard, numbers, store.readers)

@@ -8,9 +8,9 @@ keys of its samples are read.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -24,6 +24,7 @@ from hv_batch.job.records.commits import ShardState, scan_shard
 from hv_batch.job.records.latents import checkpointed, drop_latents, drop_steps
 from hv_batch.job.records.quarantine import earlier_failures, taken_back
 from hv_batch.job.records.seals import unseal_shard
+from hv_batch.job.records.withdrawn import all_withdrawn, remove_withdrawn
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
@@ -70,6 +71,7 @@ class ShardScan:
     shard: int
     committed: int = 0
     quarantined: int = 0
+    withdrawn: int = 0
     pending: tuple[Pending, ...] = ()  # in the order of `group_by_lora`
     keys: tuple[str, ...] = ()  # of all samples of the shard; empty if one outside the selection is pending too
     is_sealed: bool = False
@@ -81,7 +83,8 @@ class _Records:
 
     state: ShardState
     taken_back: frozenset[str]  # keys
-    may_be_done: bool = False  # sealed with as many records as samples; then only `state.committed` has been read
+    # Sealed with as many records as samples; then only `state.committed` and `state.withdrawn` have been read.
+    may_be_done: bool = False
 
 
 class ShardScanner:
@@ -100,6 +103,7 @@ class ShardScanner:
         self._selected = selected
         self._keep_latents = keep_latents
         self._pool: ThreadPoolExecutor | None = None
+        self._withdrawn: Mapping[int, frozenset[str]] = {}  # keys by shard
 
     def selected_samples(self, shard: int) -> list[Sample]:
         """Reads the index. Raises UserError if that is damaged."""
@@ -109,11 +113,13 @@ class ShardScanner:
         """Every selected shard, in order. Removes what a crash has left of samples that are terminal."""
         # One listing for all shards: only what was running when a run ended has a step checkpoint.
         with_steps = retry(partial(checkpointed, self._store))
+        self._withdrawn = retry(partial(all_withdrawn, self._store))  # one listing too; nothing is withdrawn in a run
         for shard, look_up in self._look_up(shard for shard, count in enumerate(self._selected) if count):
             records = retry(look_up)
             if records.may_be_done:
-                if retry(partial(self._index.keys, shard)) <= records.state.committed:
-                    yield ShardScan(shard, committed=self._selected[shard], is_sealed=True)
+                if retry(partial(self._index.keys, shard)) <= records.state.terminal:
+                    gone = retry(partial(self._count_withdrawn, shard, records.state))
+                    yield ShardScan(shard, committed=self._selected[shard] - gone, withdrawn=gone, is_sealed=True)
                     continue
                 # A foreign object has made up the number.
                 records = retry(partial(self._read_all, shard, is_sealed=True))
@@ -129,7 +135,9 @@ class ShardScanner:
         selected = self._select(shard, everything)
         state = records.state.of({sample.key for sample in everything})
         retry(partial(self._remove_remnants, selected, state, with_steps))
-        terminal = state.committed | state.quarantined
+        if state.withdrawn:
+            state = retry(partial(self._without_remnants, shard, state))
+        terminal = state.terminal
         samples = [sample for sample in selected if sample.key not in terminal]
         pending_in_all = sum(sample.key not in terminal for sample in everything)
         if state.sealed and samples:  # a record was removed; the seal describes the video that it named
@@ -145,6 +153,7 @@ class ShardScanner:
             shard,
             committed=sum(sample.key in state.committed for sample in selected),
             quarantined=sum(sample.key in state.quarantined for sample in selected),
+            withdrawn=sum(sample.key in state.withdrawn for sample in selected),
             pending=tuple(map(pending, group_by_lora(samples, shard))),
             keys=tuple(sample.key for sample in everything) if pending_in_all == len(samples) else (),
             is_sealed=state.sealed and not samples,
@@ -178,13 +187,24 @@ class ShardScanner:
         is_sealed = self._store.exists(layout.metadata_key(shard))
         if is_sealed:
             committed = layout.sample_keys(self._store.list(layout.commit_dir(shard)))
-            if len(committed) >= self._index.size(shard):
-                state = ShardState(committed, frozenset(), frozenset(), sealed=True)
+            withdrawn = self._withdrawn.get(shard, frozenset())
+            # A record beside a tombstone is what a crash has left, so such a shard is not done.
+            if len(committed | withdrawn) >= self._index.size(shard) and not committed & withdrawn:
+                state = ShardState(committed, frozenset(), frozenset(), sealed=True, withdrawn=withdrawn)
                 return _Records(state, frozenset(), may_be_done=True)
         return self._read_all(shard, is_sealed=is_sealed)
 
     def _read_all(self, shard: int, *, is_sealed: bool) -> _Records:
         return _Records(scan_shard(self._store, shard, sealed=is_sealed), taken_back(self._store, shard))
+
+    def _count_withdrawn(self, shard: int, state: ShardState) -> int:
+        """The number of selected samples that are withdrawn."""
+        return sum(sample.key in state.withdrawn for sample in self.selected_samples(shard)) if state.withdrawn else 0
+
+    def _without_remnants(self, shard: int, state: ShardState) -> ShardState:
+        """Finish withdrawals that were killed. Returns the new state."""
+        is_unsealed = remove_withdrawn(self._store, shard, state.withdrawn)
+        return replace(state, sealed=state.sealed and not is_unsealed)
 
     def _remove_remnants(self, selected: list[Sample], state: ShardState, with_steps: frozenset[str]) -> None:
         """Remove what a crash between a record and the removal of latents or steps has left."""

@@ -31,6 +31,7 @@ from hv_batch.job.documents.reading import parse
 from hv_batch.job.documents.schema import CommitRecord
 from hv_batch.job.records import commits
 from hv_batch.job.records.latents import drop_intermediates
+from hv_batch.job.records.withdrawn import delete_remnants, is_withdrawn
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.local_disk import file_sha256
@@ -46,7 +47,7 @@ STALE_S = 7 * 86400.0  # a run that has not been resumed for a week is considere
 class DrainResult:
     """The result of `Spool.drain`."""
 
-    committed: tuple[str, ...]  # keys of samples with a commit record in the output root, from this drain or earlier
+    committed: tuple[str, ...]  # keys of samples that are committed (by this drain or earlier) or withdrawn
     outage: str = ""  # the error if the output root was unreachable; the other entries are still in the spool
 
 
@@ -132,6 +133,13 @@ class Spool:
         committed = tuple(key for key in map_in_threads(publish, names, UPLOADS_AT_ONCE) if key)
         return DrainResult(committed, "".join(outages[:1]))
 
+    def discard(self, shard: int, key: str) -> int:
+        """Remove what this node holds of a sample. Creates nothing. Returns the number of files."""
+        if not self._folder.is_dir() or not self._is_ours():
+            return 0
+        with self._lock():
+            return len(delete_remnants(self._local, shard, {key}))
+
     def remove_stale(self) -> None:
         """Remove the spools of all runs that have not changed for STALE_S."""
         for folder in self._base.iterdir() if self._is_ours() else ():
@@ -147,7 +155,8 @@ class Spool:
             return None
         shard, key = record["shard"], record["key"]
         files = _files(record)
-        if not self._root.exists(layout.commit_key(shard, key)):
+        is_done = self._root.exists(layout.commit_key(shard, key)) or is_withdrawn(self._root, shard, key)
+        if not is_done:
             for file in files:
                 self._root.put_file(file, self._folder / file)
             commits.commit(self._root, commits.with_current_time(record))

@@ -329,7 +329,7 @@ class Driver:
     def _report(self) -> None:
         at, counts = self._scheduler.at, self._pending.counts
         snapshot = Snapshot(
-            total=self._total,
+            total=self._total - counts.withdrawn_before,
             committed=counts.committed_before + counts.committed,
             quarantined=counts.quarantined_before + counts.quarantined,
             done_before=counts.committed_before + counts.quarantined_before,
