@@ -48,6 +48,7 @@ JOB = """
 RUNTIME = """
     nightly  finish_notice
     render  dry_run  doctor
+    run_end
     driver
     pools
     groups  session

@@ -36,7 +36,8 @@ from hv_batch.job.config.sections import (
 from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.protocol import UserError
-from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.render import render
+from hv_batch.runtime.run_end import ExitCode
 from hv_batch.runtime.session import ray_session
 
 SCRATCH = "hv_batch-bench-"

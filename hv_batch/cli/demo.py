@@ -9,7 +9,8 @@ from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.config.shipped import shipped_folder
 from hv_batch.job.storage.store import Store
-from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.render import render
+from hv_batch.runtime.run_end import ExitCode
 from hv_batch.toy.checkpoint import cache_dir
 from hv_batch.toy.trained import write_trained_checkpoint
 

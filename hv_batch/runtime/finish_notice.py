@@ -14,7 +14,7 @@ from hv_batch.job.records.run_document import read_summary
 from hv_batch.job.redaction import public_url, safe_text
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime.render import ExitCode
+from hv_batch.runtime.run_end import ExitCode
 
 SCHEMA = "hv_batch/finish/1"
 WORDS = {

@@ -22,7 +22,8 @@ from hv_batch.job.records.run_document import read_run_config, read_summary
 from hv_batch.job.redaction import safe_text
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.render import render
+from hv_batch.runtime.run_end import ExitCode
 from hv_batch.runtime.run_limits import stop_in_time
 from hv_batch.runtime.stop_signals import StopSignals
 

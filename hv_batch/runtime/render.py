@@ -8,39 +8,34 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from enum import IntEnum
 from threading import Event
-from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.dataset.card import write_card
-from hv_batch.job.formatting import clock
-from hv_batch.job.inspection.status import read_status
-from hv_batch.job.inspection.summary import aggregate, describe_truncated, write_report
+from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.continuation import begin_run
 from hv_batch.job.records.lease import Lease, LeaseLostError, hold_lease
 from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.pending import PendingSamples, only_failed
-from hv_batch.job.records.run_document import RunState, finish_run, read_run, read_run_config, read_summary
+from hv_batch.job.records.run_document import RunState, read_run, read_run_config, read_summary
 from hv_batch.job.records.shard_scan import has_commits
 from hv_batch.job.redaction import public_url
-from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S, OUTAGE_PAUSE_S
+from hv_batch.job.scheduling.limits import OUTAGE_LIMIT_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime.driver.loop import Driver, Outcome
-from hv_batch.runtime.driver.outage import Outage
+from hv_batch.runtime.driver.loop import Driver
 from hv_batch.runtime.nodes.code_check import check_code
 from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.ray_contact import contact_cluster, resolve_address
+from hv_batch.runtime.run_end import ExitCode, close_run, exit_code_of, write_summary_again
 from hv_batch.runtime.run_limits import GpuMeter, RunLimits, check_gpu_hours, stop_in_time
 from hv_batch.runtime.session import Session, ray_session, submission_id
 from hv_batch.runtime.stop_signals import StopSignals
@@ -53,14 +48,6 @@ MAX_RENDERS_OF_LOST = 2
 
 
 NO_LIMITS = RunLimits()
-
-
-class ExitCode(IntEnum):
-    COMMITTED = 0
-    FATAL = 1
-    QUARANTINED = 3
-    HELD = 4  # of the nightly job: another driver is rendering this date
-    STOPPED = 143
 
 
 def render(
@@ -122,12 +109,12 @@ def _render(job: PreparedRun, address: str | None, stop: StopSignals, steal: boo
     store = job.context.store
     if job.state is RunState.FINISHED and not job.pending.takes_back:
         logger.info(f"nothing to render: all {job.index.summary.samples} samples of {public_url(store.url)} are done")
-        summary = read_summary(store) or _write_summary_again(store, stop)
+        summary = read_summary(store) or write_summary_again(store, stop)
         if not store.exists(layout.CARD):  # it was removed, or the root is that of a version without cards
             with suppress(OSError):  # a finished root may be readable only
                 write_card(store, read_run(store), aggregate(store))
         logger.info(f"report: {public_url(store.url)}/{layout.REPORT}")
-        return _exit_code(summary)
+        return exit_code_of(summary)
     run, drain_s = job.context.run, job.context.config.timeouts.drain_s
     check_gpu_hours(limits, run.groups.largest.world_size * run.rank_gpus, drain_s)
     with stop.interruptible():
@@ -183,7 +170,7 @@ def _render_pending(
     lease.check()
     if meter.hours:
         logger.info(f"the workers of this command have reserved {meter.hours:.2f} GPU hours")
-    return _close(store, pending, outcome, stop)
+    return close_run(store, pending, outcome, stop)
 
 
 @contextmanager
@@ -205,81 +192,6 @@ def _removing_drafts(store: Store, pending: PendingSamples, lease: Lease) -> Ite
         with suppress(OSError, LeaseLostError):
             lease.check()
             store.remove_drafts(layout.folders(sorted(pending.unfinished)))
-
-
-def _close(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSignals) -> ExitCode:
-    counts = pending.counts
-    done_before = counts.committed_before + counts.quarantined_before
-    totals = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {done_before} were done before"
-    if outcome.drained:
-        # No summary, because reading every record of a large run takes longer than a stopped process may live.
-        logger.info(f"stopped after {clock(outcome.seconds)}: {totals}; run the same command again to resume")
-        return ExitCode.STOPPED
-    timing = {"loop_max_s": outcome.loop_max_s}
-    if not pending.is_whole and (left := read_status(store).pending):
-        # No summary: the command that renders the last sample writes it.
-        logger.info(
-            f"finished the selection after {clock(outcome.seconds)}: {totals}; {left} samples outside it are pending",
-            extra=timing,
-        )
-        return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
-    # These facts are about this command only, unlike the rest of the summary: a resume may run on other nodes.
-    own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
-    summary = _finish(store, own, Outage(), stop)
-    logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
-    logger.info(f"report: {public_url(store.url)}/{layout.REPORT}")
-    if cut := describe_truncated(summary):
-        logger.warning(cut)
-    if groups := outcome.losses.describe():
-        logger.info(f"denoise groups lost during the run: {groups}")
-    if left := summary["pending"]:
-        raise UserError(
-            f"{left} samples that were rendered have no record in {public_url(store.url)}. Either another process "
-            "removes objects there, or the store loses what it has confirmed, or the actors write to a place that this "
-            "driver does not read. Fix that and run the same command again."
-        )
-    if unsealed := summary["shards"] - summary["shards_sealed"]:
-        raise UserError(
-            f"Every sample of {public_url(store.url)} is done, but {unsealed} shard(s) could not be sealed; the "
-            "warnings above give the reasons. Run the same command again: it seals them and renders nothing."
-        )
-    return _exit_code(summary)
-
-
-def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSignals) -> dict[str, Any]:
-    """Write summary, report, card and _SUCCESS; retry while the output root does not answer. Returns the summary.
-
-    `own` are facts that no record holds. Raises KeyboardInterrupt if a stop is requested: reading every record of a
-    large run takes longer than a stopped process may live, and the next command writes what is missing.
-    """
-    while True:
-        try:
-            with stop.interruptible():
-                summary = {**aggregate(store), **own}
-                write_report(store, summary)
-                write_card(store, read_run(store), summary)
-            finish_run(store, summary)
-            return summary
-        except StorageUnavailableError as error:
-            outage.note_failure(error, time.monotonic())
-            if stop.stopped.wait(OUTAGE_PAUSE_S):
-                raise KeyboardInterrupt from error
-
-
-def _write_summary_again(store: Store, stop: StopSignals) -> dict[str, Any]:
-    """The summary of a finished run that has lost it. It depends on the records only. Raises UserError as `resume`."""
-    logger.warning(f"{layout.SUMMARY} of {public_url(store.url)} is missing or damaged; it is written again")
-    summary = _finish(store, {}, Outage(), stop)
-    if summary["pending"] or summary["shards_sealed"] < summary["shards"]:
-        raise UserError(
-            f"{public_url(store.url)} is marked as finished, but {summary['pending']:,} of its samples are pending or "
-            "some of its shards are not sealed. Run `hv-batch verify --repair`: it renders and seals what is missing."
-        )
-    return summary
-
-
-def _exit_code(summary: dict[str, Any]) -> ExitCode:
-    return ExitCode.QUARANTINED if summary["quarantined"] else ExitCode.COMMITTED
 
 
 def resume(

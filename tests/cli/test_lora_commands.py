@@ -10,9 +10,9 @@ import torch
 from safetensors.numpy import load_file
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.cli import sample
 from hv_batch.cli.plan import render_plan
-from hv_batch.cli.sample_flags import parse_lora_flags
+from hv_batch.cli.sample import command as sample
+from hv_batch.cli.sample.flags import parse_lora_flags
 from hv_batch.job.config.hardware import GPUS
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.cost_model.estimate import make_plan

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hv_batch.cli import sample, sample_files
-from hv_batch.cli.sample_flags import FIXED, ignored_flags, parse, round_up
+from hv_batch.cli.sample import command as sample
+from hv_batch.cli.sample import files as sample_files
+from hv_batch.cli.sample.flags import FIXED, ignored_flags, parse, round_up
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, UserError

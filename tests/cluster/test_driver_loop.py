@@ -13,7 +13,8 @@ import yaml
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.storage.store import Store
 from hv_batch.runtime.driver.loop import Driver
-from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.render import render
+from hv_batch.runtime.run_end import ExitCode
 from tests.support.runs import DEADLINE_S, count, records, write_config, write_manifest
 
 STORE_METHODS = ("exists", "list", "get", "get_file", "modified", "delete", "put_new_all", "put_all", "put_file")

@@ -9,7 +9,8 @@ import yaml
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.job.config.run_config import load_config
-from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.render import render
+from hv_batch.runtime.run_end import ExitCode
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
 from tests.support.lora_files import official, random_adapter, write
 from tests.support.repository import CONFIGS

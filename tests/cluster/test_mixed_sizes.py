@@ -14,7 +14,8 @@ from hv_batch.job.cost_model.memory import GIB, denoiser_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.workload import count_tokens
-from hv_batch.runtime.render import ExitCode, render
+from hv_batch.runtime.render import render
+from hv_batch.runtime.run_end import ExitCode
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 from tests.support.runs import count, records, videos, wait_for, write_config
 

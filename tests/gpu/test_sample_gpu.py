@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hv_batch.cli import sample
+from hv_batch.cli.sample import command as sample
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampler import initial_noise
 from hv_batch.protocol import SamplingParams

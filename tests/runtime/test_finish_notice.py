@@ -12,7 +12,7 @@ from hv_batch.job.records.lease import LeaseHeldError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.finish_notice import finish_notice
-from hv_batch.runtime.render import ExitCode
+from hv_batch.runtime.run_end import ExitCode
 from tests.support.cli_calls import hv_batch
 from tests.support.small_runs import run_small, some_samples
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from hv_batch.cli.manifest_flags import with_manifest_flags
+from hv_batch.cli.run_flags import with_manifest_flags
 from hv_batch.job.config.run_config import load_config
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.records.run_document import open_run, read_run, read_run_config

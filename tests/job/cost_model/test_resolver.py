@@ -14,7 +14,7 @@ from hv_batch.protocol import ParallelPlan
 from tests.support.repository import ROOT
 
 HD, IMAGE = (720, 1280, 129), (720, 1280, 1)
-SAMPLE_COMMAND = "hv_batch/cli/sample.py"
+SAMPLE_COMMAND = "hv_batch/cli/sample/command.py"
 RESOLVER = "hv_batch/job/cost_model/resolver.py"
 SECTIONS = "hv_batch/job/config/sections.py"
 VALIDATION = "hv_batch/job/config/run_config.py"

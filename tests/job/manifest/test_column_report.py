@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.cli import sample_flags
-from hv_batch.cli.manifest_flags import with_manifest_flags
+from hv_batch.cli.run_flags import with_manifest_flags
+from hv_batch.cli.sample import flags as sample_flags
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.cost_model.resolver import resolve_run

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hv_batch.cli.manifest_flags import with_manifest_flags
+from hv_batch.cli.run_flags import with_manifest_flags
 from hv_batch.job.config.run_config import RunConfig
 from tests.support.manifests import check_file, refusal_of
 from tests.support.repository import ROOT

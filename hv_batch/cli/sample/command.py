@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from hv_batch import __version__
-from hv_batch.cli.sample_files import free_stem, read_latents, shorten, write_latents, write_video
-from hv_batch.cli.sample_flags import MODELS, ignored_flags, parse, parse_lora_flags, round_up
+from hv_batch.cli.sample.files import free_stem, read_latents, shorten, write_latents, write_video
+from hv_batch.cli.sample.flags import MODELS, ignored_flags, parse, parse_lora_flags, round_up
 from hv_batch.cli.terminal import fail, show_json
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.hunyuan import PRECISIONS, HunyuanVideo

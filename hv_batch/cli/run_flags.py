@@ -1,4 +1,4 @@
-"""The flags that set `manifest.*` of the config: `--column`, `--carry` and `--duplicates`."""
+"""The flags that several commands share which start or describe a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,53 @@ from pydantic import ValidationError
 
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import ManifestConfig
+from hv_batch.job.config.shipped import shipped_configs
 from hv_batch.job.config.yaml_overrides import explain
+from hv_batch.job.hooks.notify import VARIABLE
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import UserError
 
+Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, such as groups.count=4", metavar="KEY=VALUE")]
+
+Address = Annotated[str | None, typer.Option(help="running Ray cluster; default: RAY_ADDRESS, else a local Ray")]
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", "--steal", help="stop the driver that holds the output root; use if it hangs"),
+]
+Config = Annotated[
+    str,
+    typer.Option(
+        help="name of a shipped config (`hv-batch config list`), YAML file or URL",
+        autocompletion=lambda: list(shipped_configs()),
+    ),
+]
+OnFinish = Annotated[
+    str | None,
+    typer.Option(
+        help="command or URL that gets the result as JSON when the run ends, drains or fails; a URL belongs into the "
+        f"environment ({VARIABLE}), because command lines are visible to others",
+        metavar="COMMAND|URL",
+    ),
+]
+Manifests = Annotated[
+    list[str],
+    typer.Option(help="prompts: JSONL, JSON, CSV, TSV, TXT or Parquet; file, folder, glob or URL; repeatable"),
+]
+
+Until = Annotated[
+    str | None, typer.Option(help="local time at which all work must have ended, such as 06:30; default: no limit")
+]
+GpuHours = Annotated[
+    float | None, typer.Option(help="stop before the workers have reserved N GPU hours; default: no limit", metavar="N")
+]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="continue in the output root although KEY differs, such as defaults.flow_shift; pending samples get "
+        "the new value, committed ones stay; repeatable",
+    ),
+]
 Column = Annotated[
     list[str] | None,
     typer.Option(

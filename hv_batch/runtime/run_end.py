@@ -1,0 +1,114 @@
+"""The end of a run: its exit code, its last log lines, and the summary, report and `_SUCCESS` of a finished root."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+from hv_batch.job import layout
+from hv_batch.job.dataset.card import write_card
+from hv_batch.job.formatting import clock
+from hv_batch.job.inspection.status import read_status
+from hv_batch.job.inspection.summary import aggregate, describe_truncated, write_report
+from hv_batch.job.records.pending import PendingSamples
+from hv_batch.job.records.run_document import finish_run, read_run
+from hv_batch.job.redaction import public_url
+from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
+from hv_batch.job.storage.errors import StorageUnavailableError
+from hv_batch.job.storage.store import Store
+from hv_batch.protocol import UserError
+from hv_batch.runtime.driver.loop import Outcome
+from hv_batch.runtime.driver.outage import Outage
+from hv_batch.runtime.stop_signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+
+class ExitCode(IntEnum):
+    COMMITTED = 0
+    FATAL = 1
+    QUARANTINED = 3
+    HELD = 4  # of the nightly job: another driver is rendering this date
+    STOPPED = 143
+
+
+def close_run(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSignals) -> ExitCode:
+    """Log how the run ended, and finish the output root if nothing is left to do in it.
+
+    Raises UserError if records or seals are missing although every sample was rendered.
+    """
+    counts = pending.counts
+    done_before = counts.committed_before + counts.quarantined_before
+    totals = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {done_before} were done before"
+    if outcome.drained:
+        # No summary, because reading every record of a large run takes longer than a stopped process may live.
+        logger.info(f"stopped after {clock(outcome.seconds)}: {totals}; run the same command again to resume")
+        return ExitCode.STOPPED
+    timing = {"loop_max_s": outcome.loop_max_s}
+    if not pending.is_whole and (left := read_status(store).pending):
+        # No summary: the command that renders the last sample writes it.
+        logger.info(
+            f"finished the selection after {clock(outcome.seconds)}: {totals}; {left} samples outside it are pending",
+            extra=timing,
+        )
+        return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
+    # These facts are about this command only, unlike the rest of the summary: a resume may run on other nodes.
+    own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
+    summary = _finish(store, own, Outage(), stop)
+    logger.info(f"finished after {clock(outcome.seconds)}: {totals}", extra=timing)
+    logger.info(f"report: {public_url(store.url)}/{layout.REPORT}")
+    if cut := describe_truncated(summary):
+        logger.warning(cut)
+    if groups := outcome.losses.describe():
+        logger.info(f"denoise groups lost during the run: {groups}")
+    if left := summary["pending"]:
+        raise UserError(
+            f"{left} samples that were rendered have no record in {public_url(store.url)}. Either another process "
+            "removes objects there, or the store loses what it has confirmed, or the actors write to a place that this "
+            "driver does not read. Fix that and run the same command again."
+        )
+    if unsealed := summary["shards"] - summary["shards_sealed"]:
+        raise UserError(
+            f"Every sample of {public_url(store.url)} is done, but {unsealed} shard(s) could not be sealed; the "
+            "warnings above give the reasons. Run the same command again: it seals them and renders nothing."
+        )
+    return exit_code_of(summary)
+
+
+def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSignals) -> dict[str, Any]:
+    """Write summary, report, card and _SUCCESS; retry while the output root does not answer. Returns the summary.
+
+    `own` are facts that no record holds. Raises KeyboardInterrupt if a stop is requested: reading every record of a
+    large run takes longer than a stopped process may live, and the next command writes what is missing.
+    """
+    while True:
+        try:
+            with stop.interruptible():
+                summary = {**aggregate(store), **own}
+                write_report(store, summary)
+                write_card(store, read_run(store), summary)
+            finish_run(store, summary)
+            return summary
+        except StorageUnavailableError as error:
+            outage.note_failure(error, time.monotonic())
+            if stop.stopped.wait(OUTAGE_PAUSE_S):
+                raise KeyboardInterrupt from error
+
+
+def write_summary_again(store: Store, stop: StopSignals) -> dict[str, Any]:
+    """The summary of a finished run that has lost it. It depends on the records only. Raises UserError as `resume`."""
+    logger.warning(f"{layout.SUMMARY} of {public_url(store.url)} is missing or damaged; it is written again")
+    summary = _finish(store, {}, Outage(), stop)
+    if summary["pending"] or summary["shards_sealed"] < summary["shards"]:
+        raise UserError(
+            f"{public_url(store.url)} is marked as finished, but {summary['pending']:,} of its samples are pending or "
+            "some of its shards are not sealed. Run `hv-batch verify --repair`: it renders and seals what is missing."
+        )
+    return summary
+
+
+def exit_code_of(summary: dict[str, Any]) -> ExitCode:
+    return ExitCode.QUARANTINED if summary["quarantined"] else ExitCode.COMMITTED
