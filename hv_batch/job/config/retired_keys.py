@@ -6,10 +6,12 @@ contain them, and the identity of a run does not depend on them.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # Dotted key -> what the user should do. The key is ignored, whatever its value.
 REMOVED_KEYS: Mapping[str, str] = {
@@ -30,9 +32,9 @@ RETIRED_VALUES: Mapping[str, Mapping[str, tuple[Any, str]]] = {
 def replace_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config's `values` without removed keys and with retired values replaced.
 
-    Prints one warning to stderr for each key found, once per process, since a command may read run.json several times.
-    A removed key that is null was its default, which every run.json of an earlier version holds, so it gives no
-    warning. Values of removed keys are not printed: they may hold secrets.
+    Logs one warning for each key found, once per process, since a command may read run.json several times. A removed
+    key that is null was its default, which every run.json of an earlier version holds, so it gives no warning. Values
+    of removed keys are not logged: they may hold secrets.
     """
     current = dict(values)
     for key, advice in REMOVED_KEYS.items():
@@ -63,6 +65,6 @@ def _own_section(values: dict[str, Any], key: str) -> tuple[dict[str, Any] | Non
     return (section if name in section else None), name
 
 
-@cache  # prints each text once
+@cache  # logs each text once
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    logger.warning(text)
