@@ -113,7 +113,7 @@ class Verification:
         return numbers | {"faults": dict(faults), "findings": findings}
 
     def render(self) -> str:
-        gone = f"; {self.withdrawn:,} are withdrawn" if self.withdrawn else ""
+        gone = f", {self.withdrawn:,} withdrawn" if self.withdrawn else ""
         lines = [
             f"{self.url}: {self.checked:,} committed samples ({self.bytes / 1e9:,.3f} GB), {self.decoded:,} of them "
             f"decoded, and {self.tables:,} sealed shards checked; {self.quarantined:,} samples are quarantined and "

@@ -18,6 +18,7 @@ from hv_batch.job.documents.reading import InvalidObjectError, parse, parse_row,
 from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.lease_holder import encode_holder, this_process
+from hv_batch.job.records.withdrawn import tombstone
 from hv_batch.job.storage.canonical_json import MAX_BYTES, decode, encode
 from hv_batch.job.storage.store import Store
 from tests.support.plans import publish_plan
@@ -25,6 +26,8 @@ from tests.support.rendered_roots import make_commit, make_failure, make_quarant
 from tests.support.small_runs import run_small, some_samples
 
 COMMIT = make_commit(make_sample(1), failures=[make_failure()], poster=layout.poster_key(0, "s001", "ab" * 32))
+PLACE = {"key": "s003", "id": "s003", "row": 3, "video_index": 0, "shard": 0}
+TOMBSTONE = tombstone(PLACE, reason="a face", sha256="ab" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,7 @@ def documents(tmp_path_factory) -> dict[type, dict[str, Any]]:
         schema.CommitRecord: COMMIT,
         schema.QuarantineRecord: make_quarantine(make_sample(2)),
         schema.RetriedRecord: make_quarantine(make_sample(2)),
+        schema.WithdrawnRecord: TOMBSTONE,
         schema.RunDocument: decode(store.get(layout.RUN)),
         schema.LeaseDocument: decode(encode_holder(this_process("run"))),
         schema.IndexDocument: decode(store.get(layout.INDEX)),
@@ -50,6 +54,7 @@ READ = [
     schema.CommitRecord,
     schema.QuarantineRecord,
     schema.RetriedRecord,
+    schema.WithdrawnRecord,
     schema.RunDocument,
     schema.LeaseDocument,
     schema.IndexDocument,
@@ -97,6 +102,7 @@ TYPED = {
     schema.CommitRecord: "key id row video_index shard params fps extra file sha256 bytes poster frames_sha256 "
     "produced stages places attempts history versions fingerprint licence created_at schema",
     schema.QuarantineRecord: "key id row video_index shard params class message traceback attempts history schema",
+    schema.WithdrawnRecord: "schema key id row video_index shard reason sha256 withdrawn_at version",
     schema.RunDocument: "schema identity fingerprint config manifest versions",
     schema.LeaseDocument: "token purpose host machine pid process job since beats beat_at",
     schema.IndexDocument: "schema key files summary parts",

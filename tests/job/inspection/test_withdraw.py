@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from hv_batch.job.records.withdrawn import read_tombstone
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.support.cli_calls import files, hv_batch, json_of
+from tests.support.continued_runs import Command, rows_of, verified
 from tests.support.doubles import Crash, CrashingStore
 from tests.support.plans import publish_plan
 from tests.support.rendered_roots import RenderedMedia, make_commit, make_quarantine
@@ -223,6 +225,23 @@ def test_paths_come_from_shard_and_key_alone(root):
     take(root, COMMITTED)
     assert objects_of(root, "s001") == before
     assert objects_of(root, COMMITTED) == []
+
+
+@pytest.mark.parametrize(("name", "keys"), [("s002", ["s002-v0", "s002-v1", "s002-v2"]), ("s002-v1", ["s002-v1"])])
+def test_all_videos_of_a_row_or_one_and_a_grown_manifest_keeps_them_withdrawn(tmp_path, name, keys):
+    """The row lies in two shards. P1: rows that are appended later do not bring a withdrawn sample back."""
+    store = Store(str(tmp_path / "root"))
+    first = Command(tmp_path / "m.jsonl", rows_of(3, num_videos=3))
+    first.run(store)
+    found = take(store, name)
+    assert (found.samples, found.finished) == (keys, True)
+    media = {key for path in everything(store) if path.startswith("data/") and (key := layout.media_owner(path))}
+    assert media == {f"s{row:03d}-v{video}" for row in range(1, 4) for video in range(3)} - set(keys)
+    denoised: Counter = Counter()
+    replace(first, rows=rows_of(4, num_videos=3)).run(store, denoised)
+    assert set(denoised) == {"s004-v0", "s004-v1", "s004-v2"}
+    result = verified(store)
+    assert (result.findings, result.withdrawn, result.pending) == ([], len(keys), 0)
 
 
 def test_the_command(root):
