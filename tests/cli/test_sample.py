@@ -409,6 +409,7 @@ def test_options_reach_the_engine(render):
     assert engine["text_encoder_precision_2"] == "fp32"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_duration_is_named_and_progress_is_logged(base, tmp_path):
     """Off a terminal: percent, rate and ETA. A render that takes hours names what to do instead, before it begins."""
     command = [sys.executable, "-m", "hv_batch", "sample", "--model-base", str(base), "--prompt", PROMPT, *SMALL]

@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.repository import ROOT
 
 
+@pytest.mark.slow
 def test_every_node_is_checked_by_a_task_there(ray_head):
     address = ray_head[0]
     command = [sys.executable, "-m", "hv_batch", "doctor", "--address", address, "--json"]

@@ -29,6 +29,7 @@ print(json.dumps({"words": len(sample["params"]["prompt"].split())}))
 """
 
 
+@pytest.mark.slow
 def test_the_sample_hook_marks_every_file_before_its_commit(ray_head, tmp_path, marks):
     """P1, P5: records describe the marked files; a refused sample is quarantined, and a bare resume runs nothing."""
     script = tmp_path / "mark.py"

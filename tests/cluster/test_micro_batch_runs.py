@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.support.runs import count, records, render, table, write_config, write_manifest
 
 PICTURE = {"height": 64, "width": 64, "num_frames": 1, "num_inference_steps": 2, "negative_prompt": ""}
@@ -11,6 +13,7 @@ COUNT = 120
 POISONED, KILLER = 60, 90  # late enough to meet a group that knows how quick such samples are
 
 
+@pytest.mark.slow
 def test_only_the_failing_sample_of_a_micro_batch_is_charged(ray_head, tmp_path, marks):
     """P1, P5: a poisoned sample and one that kills its group, each in a task of several. The task's failure is charged
     to no sample; all but the poisoned one are committed, and that one is quarantined after tries of its own.

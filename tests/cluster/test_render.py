@@ -250,8 +250,8 @@ def test_a_fault_that_every_rank_finds_keeps_the_group(ray_head, tmp_path, marks
 @pytest.mark.parametrize(
     "fault",
     [
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("!kill-denoise-once", "!kill-encode-once")),
-        "!freeze-denoise-once",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("!freeze-denoise-once", "!kill-encode-once")),
+        "!kill-denoise-once",
     ],
 )
 def test_a_lost_worker_costs_one_try(expected, ray_head, tmp_path, marks, fault):

@@ -51,6 +51,7 @@ def placed(reservation):
     return reservation
 
 
+@pytest.mark.slow
 def test_a_reservation_is_retained_for_the_next_group_only(pool):
     """P4, P5: the rebuilt group gets what it had; a group that will not be started keeps no GPUs from others."""
     reservation = placed(request(pool, FIRST))
@@ -71,6 +72,7 @@ def test_a_reservation_is_retained_for_the_next_group_only(pool):
     assert placed(request(pool, SECOND)) is not reservation
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_answer_gets_no_rebuild(pool, fleet):
     """P4: Ray lists a node as alive for a while after its power is cut; a group there would be lost at once."""
     reservation = placed(request(pool, FIRST))
