@@ -20,7 +20,7 @@ from hv_batch.job.manifest.index import load_index
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import commit_record
-from hv_batch.job.records.run_document import read_run
+from hv_batch.job.records.run_document import dataset_schema, read_run
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 
@@ -87,7 +87,14 @@ def commit_first(output: Path, manifest: Path, config: RunConfig, samples: int) 
             (records / f"{sample.key}.json").write_bytes(encode(record))
         if left < len(inside):
             return
-        seal_shard(store, shard, [sample.key for sample in inside], index.summary.extra_kinds, identity=run["identity"])
+        seal_shard(
+            store,
+            shard,
+            [sample.key for sample in inside],
+            index.summary.extra_kinds,
+            identity=run["identity"],
+            schema=dataset_schema(run),
+        )
         left -= len(inside)
 
 
