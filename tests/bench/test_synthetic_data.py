@@ -18,7 +18,7 @@ from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.progress import Snapshot
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.pending import PendingSamples
-from hv_batch.job.records.run_document import open_run
+from hv_batch.job.records.run_document import open_run, read_run
 from hv_batch.job.storage.store import Store
 from tests.support.pending import iterate
 
@@ -111,4 +111,4 @@ def test_a_synthetic_output_root_can_be_resumed(tmp_path):
     assert plan.take_complete() == []
     records = [read_commit(store, 0, sample.key) for sample in index.samples(0)]
     assert len(records) == CONFIG.output.shard_size
-    assert check_sealed(store, 0, records, document) == []
+    assert check_sealed(store, 0, records, read_run(store)) == []
