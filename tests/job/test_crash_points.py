@@ -127,12 +127,13 @@ def test_a_repair_that_is_killed():
         assert everything(Store(url)) == EXPECTED
 
 
-def test_a_withdrawal_that_is_killed():
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 12])
+def test_a_withdrawal_that_is_killed(every):
     """P1, P2: at whatever point it is killed, the same command finishes it, with or without a run in between."""
     undisturbed = finished_url()
     withdraw_two(Store(undisturbed))
     expected = everything(Store(undisturbed))
-    for at, when in points(acts_of(withdraw_two)):
+    for at, when in list(points(acts_of(withdraw_two)))[::every]:
         for runs_between in (False, True):
             url = finished_url()
             store = Store(url)
