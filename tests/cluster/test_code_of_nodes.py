@@ -8,7 +8,7 @@ import pytest
 
 from hv_batch import __version__
 from tests.support.repository import ROOT
-from tests.support.runs import command, finish, render, start, wait_for, write_config, write_manifest
+from tests.support.runs import command, finish, records, render, start, wait_for, write_config, write_manifest
 
 pytestmark = pytest.mark.slow  # each adds nodes
 
@@ -56,18 +56,26 @@ def test_a_node_without_the_code_ends_the_run_before_it_starts(fleet, tmp_path, 
     assert not (output / "run.json").exists()
 
 
-def test_a_node_that_joins_without_the_code_ends_the_run(fleet, tmp_path, marks, environment):
-    """The first actor that starts there ends the run; it is not tried again."""
+def test_a_node_that_joins_without_the_code_is_excluded(fleet, tmp_path, marks, environment):
+    """P5: the run has started on another node, so only the new one is at fault. The warning names it, the reason and
+    the remedy, and the run ends on the other node.
+    """
     variables, reason = environment
     fleet.add_node(gpus=2)
     config = write_config(tmp_path, marks, {"hold_after": [1]}, groups={"count": 2})
-    driver = start(command(config, write_manifest(tmp_path, ["one", "two", "three"]), tmp_path / "out", fleet.address))
+    output = tmp_path / "out"
+    driver = start(command(config, write_manifest(tmp_path, ["one", "two", "three"]), output, fleet.address))
     wait_for(lambda: (marks / "steps").exists(), "a step")
     node = fleet.add_node(gpus=2, environment=variables)
+    lines = []
+    while not lines or "is excluded for the rest of this run" not in lines[-1]:
+        lines.append(driver.stdout.readline())
+        assert lines[-1], "".join(lines)
+    (marks / "go-1").touch()
     code, text = finish(driver)
-    assert code == 1, text
-    error = text.splitlines()[-1]
-    assert reason in error
-    assert f"node {node.node_ip_address}" in error
-    assert REMEDY in error
-    assert "Traceback" not in text
+    assert code == 0, text
+    assert len(records(output)) == 3
+    assert f"node {node.node_ip_address}" in lines[-1]
+    assert reason in lines[-1]
+    assert "Install them in the image of the nodes" in lines[-1]
+    assert "Traceback" not in "".join(lines) + text
