@@ -20,14 +20,14 @@ SCORES: Mapping[str, str] = {
 # Limited-range video calls 16 black and 235 white. A dark scene has lights, and a bright one has shadows: both have
 # more spread than an empty frame.
 BLACK_MEAN, WHITE_MEAN, EMPTY_SPREAD = 16.0, 235.0, 8.0
-FLAT_SPREAD = 3.0  # one colour, with the noise of a decoder
+FLAT_SPREAD = 3.0  # one brightness, with the noise of a decoder; colours of equal luma are not distinguished
 STILL_SHARE = 0.95  # the first frames of a video may differ because the VAE encodes frame 0 alone
 
 # What a video may look like, with the words of a summary. One video has one look.
 LOOKS: Mapping[str, str] = {
     "black": "look black",
     "white": "look white",
-    "flat": "have one colour",
+    "flat": "have one brightness",
     "still": "do not move",
 }
 GOOD = "ok"  # the look of all other scored videos
@@ -52,7 +52,7 @@ def describe_looks(counts: Mapping[str, int]) -> str:
     if not total:
         return ""
     if not found:
-        return f"none of {total:,} videos looks black, white, of one colour or still"
+        return f"none of {total:,} videos looks black, white, of one brightness or still"
     first, *rest = found
     number, _, words = first.partition(" ")
     return ", ".join([f"{number} of {total:,} videos {words}", *rest])

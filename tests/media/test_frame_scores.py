@@ -109,6 +109,6 @@ def test_a_night_scene_is_not_black():
 
 def test_looks_are_summarised_in_one_line():
     assert describe_looks({"black": 12, "still": 3, GOOD: 1985}) == "12 of 2,000 videos look black, 3 do not move"
-    assert describe_looks({GOOD: 7}) == "none of 7 videos looks black, white, of one colour or still"
+    assert describe_looks({GOOD: 7}) == "none of 7 videos looks black, white, of one brightness or still"
     assert describe_looks({}) == ""
     assert GOOD not in LOOKS
