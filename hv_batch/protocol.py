@@ -372,7 +372,8 @@ class Engine(Protocol):
     no device. It must make relative paths absolute, because actors run in another working directory.
 
     Optional: `licence() -> str`, the licence of the weights as the Hugging Face Hub names it, such as apache-2.0. An
-    engine without it renders under the licence of the released weights.
+    engine without it renders under the licence of the released weights. `lora_problems() -> list[str]`, the part of
+    `check` about LoRAs, which needs no weights; `hv-batch plan` calls it.
     """
 
     def check(self) -> list[str]:

@@ -69,20 +69,19 @@ def run(
     from hv_batch.runtime.render import render
     from hv_batch.runtime.run_limits import run_limits
 
-    target = take_target(on_finish)
-    if dry_run:
+    target = None if dry_run else take_target(on_finish)
+    with command_logging(log_settings(log_level, log_format)), finish_notice(target, output) as end:
         _refuse_relative(output, address)
         settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
         selection = parse_selection(limit, where or [], shards)
-        _show_dry_run(settings, manifest, output, selection, address, failed_only, allow_change or (), as_json)
-        return
-    with command_logging(log_settings(log_level, log_format)), finish_notice(target, output) as end:
-        _refuse_relative(output, address)
+        if dry_run:
+            _show_dry_run(settings, manifest, output, selection, address, failed_only, allow_change or (), as_json)
+            return
         end.code = render(
-            with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates),
+            settings,
             manifest,
             output,
-            selection=parse_selection(limit, where or [], shards),
+            selection=selection,
             address=address,
             steal=take_over,
             failed_only=failed_only,

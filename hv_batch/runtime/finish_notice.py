@@ -1,4 +1,4 @@
-"""Tells `--on-finish` how a command has ended. It never changes how the command ends."""
+"""Reports to `--on-finish` how a command has ended. It never changes how the command ends."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ from hv_batch.job.records.run_document import read_summary
 from hv_batch.job.redaction import public_url, safe_text
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
-from hv_batch.runtime.run_end import ExitCode
+from hv_batch.runtime.run_end import OUTCOMES, ExitCode
 
 SCHEMA = "hv_batch/finish/1"
-WORDS = {
-    ExitCode.COMMITTED: "committed",
-    ExitCode.QUARANTINED: "quarantined",
-    ExitCode.STOPPED: "stopped",
-    ExitCode.HELD: "held",
-    ExitCode.FATAL: "failed",
-}
 
 
 @dataclass(slots=True)
@@ -70,7 +63,7 @@ def describe_end(output: str, code: ExitCode, seconds: float, problem: str | Non
     """
     summary = _read_summary(output) if code in (ExitCode.COMMITTED, ExitCode.QUARANTINED) else None
     where, error = public_url(output), problem and safe_text(problem)
-    text = f"hv_batch: {where}: {WORDS[code]}"
+    text = f"hv_batch: {where}: {OUTCOMES[code]}"
     if summary:
         text += f", {summary['committed']:,} of {summary['samples']:,} videos, {summary['quarantined']:,} quarantined"
     if error:
@@ -79,7 +72,7 @@ def describe_end(output: str, code: ExitCode, seconds: float, problem: str | Non
         "schema": SCHEMA,
         "text": text,
         "output": where,
-        "outcome": WORDS[code],
+        "outcome": OUTCOMES[code],
         "exit_code": int(code),
         "seconds": round(seconds, 1),
         "error": error,

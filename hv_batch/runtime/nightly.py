@@ -23,23 +23,13 @@ from hv_batch.job.redaction import safe_text
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.render import render
-from hv_batch.runtime.run_end import ExitCode
+from hv_batch.runtime.run_end import OUTCOMES, ExitCode
 from hv_batch.runtime.run_limits import stop_in_time
 from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
 PLACE = "{date}"  # in a manifest's URL; replaced by a date such as 2026-11-20
-
-# From best to worst. A failed night needs attention; a stopped one is resumed by the next job; another driver is
-# rendering a held one at this moment.
-OUTCOMES = {
-    ExitCode.COMMITTED: "committed",
-    ExitCode.QUARANTINED: "quarantined",
-    ExitCode.STOPPED: "stopped",
-    ExitCode.HELD: "held",
-    ExitCode.FATAL: "failed",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,17 @@ class ExitCode(IntEnum):
     STOPPED = 143
 
 
+# The words for the exit codes, from best to worst: a failed run needs attention, a stopped one is resumed by its
+# command, and another driver is rendering a held one at this moment.
+OUTCOMES = {
+    ExitCode.COMMITTED: "committed",
+    ExitCode.QUARANTINED: "quarantined",
+    ExitCode.STOPPED: "stopped",
+    ExitCode.HELD: "held",
+    ExitCode.FATAL: "failed",
+}
+
+
 def close_run(store: Store, pending: PendingSamples, outcome: Outcome, stop: StopSignals) -> ExitCode:
     """Log how the run ended, and finish the output root if nothing is left to do in it.
 

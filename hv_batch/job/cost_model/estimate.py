@@ -59,16 +59,13 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
     """The whole plan, JSON-able. Raises UserError for a config or manifest that a run would refuse."""
     if config.model.engine != ENGINE:
         raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
-    engine = build_engine(
-        config.model.engine, config.model.engine_options()
-    )  # refuses the options that a run would refuse
+    # This refuses the options that a run would refuse.
+    engine = build_engine(config.model.engine, config.model.engine_options())
     if (plan := resolve_run(config).fixed_plan) and (problems := engine.group_problems(plan)):
         raise UserError("; ".join(problems))
-    if config.model.loras:
-        # Not of the protocol: this is the engine of this package.
-        problems = getattr(engine, "lora_problems")()  # noqa: B009
-        if problems:
-            raise UserError("\n".join(problems))
+    check_loras = getattr(engine, "lora_problems", list)
+    if problems := check_loras():
+        raise UserError("\n".join(problems))
     manifest = Manifest(manifest_urls)
     with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
         index = check_manifest(manifest, config, Store(folder))

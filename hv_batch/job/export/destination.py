@@ -1,7 +1,7 @@
 """The folder that an export fills: new, local, outside the output root, with hard links or copies of the root's files.
 
-A link costs no time and no space, but it is the same file: whoever edits it in place edits the output root. Files of an
-object store, and of a local root on another file system, are copied, and their hashes are checked.
+A link costs no time and no space, but it is the same file: an edit in place changes the output root. Files of an object
+store, and of a local root on another file system, are copied, and their hashes are checked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Sends a JSON document to a command or a URL of the user, within a time limit, and never raises.
 
-A URL is a secret: whoever knows that of a webhook can write to it. It is never stored, and messages show its host only.
+A URL is a secret: anyone who knows the URL of a webhook can write to it. It is never stored, and messages show only its
+host.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def export(store: Store, folder: Path, **options) -> dict:
-    progress = lambda total: lambda count: None  # noqa: E731
+    def progress(total):
+        return lambda count: None
+
     return export_hub(store, read_run(store), Destination(store, folder), progress=progress, **options)
 
 

@@ -70,7 +70,7 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path):
         while time.monotonic() < deadline:
             os.kill(pid, 0)
             if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
-                return  # killed; whoever adopted it has not reaped it
+                return  # killed; its new parent has not waited for it yet
             time.sleep(0.02)
         pytest.fail("the child is still running")
 

@@ -166,7 +166,7 @@ def test_verify_finds_what_a_late_worker_has_left_and_removes_it(root):
 
 @pytest.mark.parametrize("data", [b"{", b"{}", b'{"schema": "hv_batch/withdrawn/1"}'])
 def test_a_damaged_tombstone_still_counts_and_is_written_again(root, data):
-    """A root says what to read, and whoever can damage a tombstone must not get the sample rendered again."""
+    """A sample whose tombstone is damaged must not be rendered again."""
     take(root, COMMITTED)
     root.put(layout.withdrawn_key(0, COMMITTED), data)
     (finding,) = examine(root).findings
