@@ -14,25 +14,12 @@ from hv_batch.engine.dit.fp8_storage import quantise
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import ParallelPlan, RankSpec, SamplingParams, UserError
+from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
+from tests.support.dit_reference import ALONE, SMALL_VIDEO
 from tests.support.lora_files import diffusers, official, random_adapter, write
 
 CONFIG = DiTConfig(**TOY_DIT)
-ALONE = RankSpec(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
-PARAMS = SamplingParams(
-    prompt="a",
-    negative_prompt="",
-    height=32,
-    width=48,
-    num_frames=5,
-    num_inference_steps=2,
-    seed=0,
-    guidance_scale=6.0,
-    cfg_scale=1.0,
-    guidance_rescale=0.0,
-    flow_shift=7.0,
-)
 FP8_FILE = Path("hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states_fp8.pt")
 TEXT = TextEmbedding(
     states=torch.randn(5, CONFIG.text_states_dim, generator=torch.Generator().manual_seed(0)),
@@ -82,7 +69,7 @@ def engine(toy, loras, **options):
 
 
 def render(denoiser, lora=""):
-    return denoiser.denoise(replace(PARAMS, lora=lora), TEXT, None, lambda *_: None)
+    return denoiser.denoise(replace(SMALL_VIDEO, lora=lora), TEXT, None, lambda *_: None)
 
 
 MODES = {

@@ -11,6 +11,23 @@ from torch import Tensor
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.fp8_storage import block_linears, hold_in_fp8, quantise
 from hv_batch.engine.dit.model import HYVideoDiT
+from hv_batch.protocol import ParallelPlan, RankSpec, SamplingParams
+
+# The smallest video with several latent frames, and the place of a rank that renders alone.
+SMALL_VIDEO = SamplingParams(
+    prompt="a",
+    negative_prompt="",
+    height=32,
+    width=48,
+    num_frames=5,
+    num_inference_steps=2,
+    seed=0,
+    guidance_scale=6.0,
+    cfg_scale=1.0,
+    guidance_rescale=0.0,
+    flow_shift=7.0,
+)
+ALONE = RankSpec(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
 
 # Released name -> diffusers name; the first match applies.
 RENAMES = [

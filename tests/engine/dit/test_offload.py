@@ -16,9 +16,9 @@ from hv_batch.engine.dit.offload import BlockStreamer, StreamedBlock, offload_bl
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import ParallelPlan, RankSpec, SamplingParams
+from hv_batch.protocol import ParallelPlan
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
-from tests.support.dit_reference import keep_in_fp8, random_dit, random_inputs
+from tests.support.dit_reference import ALONE, SMALL_VIDEO, keep_in_fp8, random_dit, random_inputs
 from tests.support.live_bytes import LiveBytes
 from tests.support.rank_processes import joined
 
@@ -194,21 +194,6 @@ def test_a_group_streams_too(group, u, r):
 
 # ---- the engine's option
 
-PARAMS = SamplingParams(
-    prompt="",
-    negative_prompt="",
-    height=32,
-    width=48,
-    num_frames=5,
-    num_inference_steps=2,
-    seed=0,
-    guidance_scale=6.0,
-    cfg_scale=1.0,
-    guidance_rescale=0.0,
-    flow_shift=7.0,
-)
-ALONE = RankSpec(rank=0, local_rank=0, plan=ParallelPlan(), device="cpu", address="", timeout_s=0.0)
-
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
@@ -253,7 +238,9 @@ def test_the_option_changes_no_bit_and_no_identity(toy):
     )
     build = partial(HunyuanVideo, model_base=toy, dit=TOY_DIT, precision="fp32")
     engines = [build(offload=offload) for offload in ("none", "blocks", "mapped")]
-    latents = [torch.from_numpy(e.join(ALONE).denoise(PARAMS, text, None, lambda _n, _read: None)) for e in engines]
+    latents = [
+        torch.from_numpy(e.join(ALONE).denoise(SMALL_VIDEO, text, None, lambda _n, _read: None)) for e in engines
+    ]
     assert torch.equal(latents[0], latents[1])
     assert torch.equal(latents[0], latents[2])
     assert engines[0].identity() == engines[1].identity() == engines[2].identity()
