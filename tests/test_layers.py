@@ -64,13 +64,13 @@ ENGINE = """
     local_group
     hunyuan
     denoiser
-    sampler  decoder
+    sampling  decoder
     text_encoders
     checkpoint  self_check
     dit
     vae  step_cache
     parallel
-    attention  determinism  rank_failures  video_requests  matmul_speed
+    attention  determinism  rank_failures  video_requests  matmul_speed  option_values
 """
 
 

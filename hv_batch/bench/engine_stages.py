@@ -11,7 +11,7 @@ import torch
 from hv_batch.bench.measure import Probe, Times, Work, measure_matmul_peak, median_ratio, probe, time_in_turns
 from hv_batch.bench.presets import PRESETS, Preset
 from hv_batch.bench.stage_workloads import STAGES, Stage, has_diffusers
-from hv_batch.engine.attention import KERNELS
+from hv_batch.engine.attention.kernels import KERNELS
 from hv_batch.protocol import UserError
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hv_batch.engine import sampler
 from hv_batch.engine.checkpoint.lora.merge import LoraMerger
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.sampler import SamplingOptions
+from hv_batch.engine.sampling import sampler
+from hv_batch.engine.sampling.sampler import SamplingOptions
 from hv_batch.engine.self_check import check_group
 from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import NonFiniteError, OnStep, SamplingParams, StepState, UserError

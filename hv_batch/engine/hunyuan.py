@@ -11,15 +11,15 @@ tens of times.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hv_batch.architecture import DiTConfig, TileGeometry, check_fields
-from hv_batch.engine.attention import HALF_ONLY, KERNELS, choose_kernel
+from hv_batch.architecture import DiTConfig, TileGeometry
+from hv_batch.engine.attention.kernels import HALF_ONLY, KERNELS, choose_kernel
 from hv_batch.engine.checkpoint.digests import revision, vae_revision
 from hv_batch.engine.checkpoint.licence_file import declared_licence
 from hv_batch.engine.checkpoint.loading import FP8_MODES, dit_shapes, load_dit_and_tensors, load_vae, verify
@@ -33,10 +33,11 @@ from hv_batch.engine.denoiser import HunyuanDenoiser
 from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
+from hv_batch.engine.option_values import parse_choice, parse_fields, parse_path, to_json
 from hv_batch.engine.parallel.process_group import host_store, join_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.parallel.xfuser import XfuserAttention, check_xfuser, uneven_problem
-from hv_batch.engine.sampler import NOISES, SamplingOptions
+from hv_batch.engine.sampling.sampler import NOISES, SamplingOptions
 from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.protocol import (
     Device,
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 PRECISIONS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OFFLOADS = ("none", "blocks", "mapped")
 SEQUENCE_PARALLELS = ("native", "xfuser")
-
-T = TypeVar("T")
 
 
 class HunyuanVideo:
@@ -109,12 +108,12 @@ class HunyuanVideo:
         loras: Mapping[str, Any] | None = None,
     ) -> None:
         # Absolute, because actors run in another working directory than the driver.
-        dit_path = None if dit_weight is None else _path("dit_weight", dit_weight)
+        dit_path = None if dit_weight is None else parse_path("dit_weight", dit_weight)
         self._tree = CheckpointTree(
-            _path("model_base", model_base), dit_path, _choice("load_key", load_key, ("module", "ema"))
+            parse_path("model_base", model_base), dit_path, parse_choice("load_key", load_key, ("module", "ema"))
         )
-        self._dit_config = _from_options(DiTConfig, dit or {}, "dit", self._tree.dit_options())
-        self._geometry = _from_options(TileGeometry, vae_tile or {}, "vae_tile")
+        self._dit_config = parse_fields(DiTConfig, dit or {}, "dit", self._tree.dit_options())
+        self._geometry = parse_fields(TileGeometry, vae_tile or {}, "vae_tile")
         self._precisions = {
             "precision": precision,
             "vae_precision": vae_precision,
@@ -122,15 +121,15 @@ class HunyuanVideo:
             "text_encoder_precision_2": text_encoder_precision_2 or text_encoder_precision,
         }
         for option, value in self._precisions.items():
-            _choice(option, value, PRECISIONS)
-        self._fp8 = _choice("fp8", fp8, FP8_MODES)
-        self._attention = _choice("attention", attention, KERNELS)
+            parse_choice(option, value, PRECISIONS)
+        self._fp8 = parse_choice("fp8", fp8, FP8_MODES)
+        self._attention = parse_choice("attention", attention, KERNELS)
         if attention in HALF_ONLY and precision == "fp32":
             raise UserError(
                 f"engine option attention: {attention} computes in half precision only, and precision is fp32; choose "
                 "precision bf16 or fp16, or attention sdpa."
             )
-        self._sequence_parallel = _choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
+        self._sequence_parallel = parse_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
         if not isinstance(flow_reverse, bool):
             raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true and false.")
         if isinstance(step_cache, bool) or not isinstance(step_cache, int | float) or not 0 <= step_cache < 1:
@@ -138,8 +137,8 @@ class HunyuanVideo:
                 f"engine option step_cache: {step_cache!r} is not allowed; allowed is a number of at least 0 (off) and "
                 "below 1."
             )
-        self._sampling = SamplingOptions(_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
-        self._offload = _choice("offload", offload, OFFLOADS)
+        self._sampling = SamplingOptions(parse_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
+        self._offload = parse_choice("offload", offload, OFFLOADS)
         self._loras = parse_loras(loras or {})
         if self._loras and offload == "mapped":
             raise UserError(
@@ -166,7 +165,7 @@ class HunyuanVideo:
         return {
             "weights": self._revision,
             "load_key": self._tree.load_key,
-            "dit": _jsonable(asdict(self._dit_config)),
+            "dit": to_json(asdict(self._dit_config)),
             **self._precisions,
             "fp8": self._fp8,
             "attention": self._attention,
@@ -174,7 +173,7 @@ class HunyuanVideo:
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
             **({"step_cache": self._sampling.step_cache} if self._sampling.step_cache else {}),
             **({"loras": self._lora_identity} if self._loras else {}),
-            "vae_tile": _jsonable(asdict(self._geometry)),
+            "vae_tile": to_json(asdict(self._geometry)),
             "noise": self._sampling.noise,
             "flow_reverse": self._sampling.reverse,
         }
@@ -184,7 +183,7 @@ class HunyuanVideo:
         return {
             "weights": vae_revision(self._tree),
             "vae_precision": self._precisions["vae_precision"],
-            "vae_tile": _jsonable(asdict(self._geometry)),
+            "vae_tile": to_json(asdict(self._geometry)),
         }
 
     def licence(self) -> str | None:
@@ -310,44 +309,6 @@ def _select_device(device: Device, local_rank: int = 0) -> torch.device:
 def _splits(heads: int, ranks: int) -> str:
     """List every Ulysses x ring combination of `ranks` ranks that divides the heads."""
     return ", ".join(f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0)
-
-
-def _path(option: str, value: object) -> Path:
-    if not isinstance(value, str | Path) or not str(value):
-        raise UserError(f"engine option {option}: {value!r} is not a path; give the path of a file or folder.")
-    return Path(value).expanduser().absolute()
-
-
-def _choice(option: str, value: str, allowed: Iterable[str]) -> str:
-    if value not in list(allowed):  # a list, because a value from YAML may be unhashable
-        raise UserError(f"engine option {option}: {value!r} is not allowed; allowed are {', '.join(allowed)}.")
-    return value
-
-
-def _from_options(
-    config_class: type[T], options: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None
-) -> T:
-    """Build a config dataclass from `base`, which is checked, updated with the untrusted `options`.
-
-    YAML lists become tuples. Raises UserError if a name is unknown or a value is not allowed.
-    """
-    allowed = [field.name for field in fields(config_class)]  # type: ignore[arg-type]
-    if not isinstance(options, Mapping):
-        raise UserError(
-            f"engine option {name}: {options!r} must map names to values; allowed names are {', '.join(allowed)}."
-        )
-    values = {**(base or {}), **options}
-    if unknown := [key for key in values if key not in allowed]:
-        raise UserError(
-            f"engine option {name}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}."
-        )
-    check_fields(config_class, options, f"engine option {name}")
-    return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    """Convert tuples to lists, so that an identity is equal after a JSON round trip."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.parallel.process_group import leave_group
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.engine.sampler import initial_noise
+from hv_batch.engine.sampling.sampler import initial_noise
 from hv_batch.protocol import (
     DeviceError,
     NonFiniteError,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hv_batch.engine import sampler
 from hv_batch.engine.pipeline import HunyuanVideoPipeline, Interrupted, choose_device, plan_videos
-from hv_batch.engine.sampler import SamplingOptions
+from hv_batch.engine.sampling import sampler
+from hv_batch.engine.sampling.sampler import SamplingOptions
 from hv_batch.engine.video_requests import checked_videos
 from hv_batch.protocol import NonFiniteError, UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint

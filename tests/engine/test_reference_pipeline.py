@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.engine.sampler import initial_noise
+from hv_batch.engine.sampling.sampler import initial_noise
 from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from hv_batch.protocol import SamplingParams
 from hv_batch.toy.checkpoint import write_toy_checkpoint

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.sampler import SamplingOptions, denoise, trajectory
+from hv_batch.engine.sampling.sampler import SamplingOptions, denoise, trajectory
 from hv_batch.engine.step_cache import REFRESH, can_resume, is_fresh
 from hv_batch.protocol import ParallelPlan, SamplingParams, StepState
 from tests.support.dit_reference import random_dit
@@ -141,7 +141,7 @@ def _rank_main(rank: int, folder: Path, queues: list[mp.Queue]) -> None:
 def test_all_ranks_skip_the_same_blocks(tmp_path):
     """All ranks make the decision of a single rank. Different decisions would deadlock the group."""
     context = mp.get_context("forkserver")  # imports torch once, not once per process
-    context.set_forkserver_preload(["hv_batch.engine.sampler", "pytest"])
+    context.set_forkserver_preload(["hv_batch.engine.sampling.sampler", "pytest"])
     mp.start_processes(_rank_main, (tmp_path, [context.Queue() for _ in PLANS]), nprocs=4, start_method="forkserver")
     alone = Counted()
     expected = render(alone.model, SOME)

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
+from hv_batch.engine.attention.kernels import KERNELS, attend_math, choose_kernel, merge
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
 from hv_batch.engine.parallel.xfuser import XfuserAttention
 from hv_batch.protocol import ParallelPlan, RankSpec

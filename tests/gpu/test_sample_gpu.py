@@ -11,7 +11,7 @@ import torch
 
 from hv_batch.cli.sample import command as sample
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.engine.sampler import initial_noise
+from hv_batch.engine.sampling.sampler import initial_noise
 from hv_batch.protocol import SamplingParams
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hv_batch.architecture import REFINER_MLP_RATIO, TIMESTEP_WIDTH
-from hv_batch.engine.attention import Kernel
+from hv_batch.engine.attention.kernels import Kernel
 from hv_batch.engine.dit.blocks import MLP
 
 Grid = tuple[int, int, int]  # tokens along t, h, w

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.attention import choose_kernel
+from hv_batch.engine.attention.kernels import choose_kernel
 from hv_batch.engine.dit.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from hv_batch.engine.dit.embeddings import (
     MLPEmbedder,

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hv_batch.engine.attention import Kernel, merge
+from hv_batch.engine.attention.kernels import Kernel, merge
 
 
 class JointAttention(Protocol):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hv_batch.engine.attention import Kernel
+from hv_batch.engine.attention.kernels import Kernel
 from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.protocol import UserError
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.attention import KERNELS, attend_math, choose_kernel, merge
+from hv_batch.engine.attention.kernels import KERNELS, attend_math, choose_kernel, merge
 from hv_batch.engine.dit.blocks import modulate
 from hv_batch.engine.dit.embeddings import patchify, rope_table, unpatchify
 from hv_batch.engine.dit.model import HYVideoDiT

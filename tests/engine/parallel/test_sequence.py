@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.attention import attend_math, attend_sdpa
+from hv_batch.engine.attention.kernels import attend_math, attend_sdpa
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.sampler import trajectory
+from hv_batch.engine.sampling.sampler import trajectory
 from hv_batch.protocol import ParallelPlan, SamplingParams
 from tests.support.dit_reference import random_dit
 from tests.support.rank_processes import joined
@@ -138,7 +138,9 @@ EXHAUSTIVE = pytest.param(True, id="exhaustive", marks=[pytest.mark.slow, pytest
 def rendered(request, tmp_path_factory) -> Rendered:
     folder = tmp_path_factory.mktemp("ranks")
     context = mp.get_context("forkserver")  # imports torch once, not once per process
-    context.set_forkserver_preload(["hv_batch.engine.sampler", "hv_batch.engine.text_encoders", "hypothesis", "pytest"])
+    context.set_forkserver_preload(
+        ["hv_batch.engine.sampling.sampler", "hv_batch.engine.text_encoders", "hypothesis", "pytest"]
+    )
     addresses = {plan: context.Queue() for plan in (*PLANS, *HALVED)}
     mp.start_processes(_rank_main, (folder, request.param, addresses), nprocs=8, start_method="forkserver")
     model, cases = _model(), {case for plan in PLANS for case in _cases(plan, request.param)}

@@ -14,8 +14,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_batch.engine import sampler
 from hv_batch.engine.parallel.sequence import SequenceMesh
+from hv_batch.engine.sampling import sampler
 from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import SamplingParams, StepState
 
