@@ -38,6 +38,7 @@ PARAMETER_COLUMNS = (
     "cfg_scale",
     "guidance_rescale",
     "flow_shift",
+    "lora",  # absent from tables of version 1, whose videos have none
 )
 
 Row = Mapping[str, Any] | None  # a row of the metadata table, _WITHDRAWN, or None for a quarantined sample
@@ -145,7 +146,7 @@ def _compare_sample(result: Comparison, key: str, in_a: Row, in_b: Row) -> None:
         result.quarantined_in_a.append(key)
     elif in_b is None:
         result.quarantined_in_b.append(key)
-    elif changed := [column for column in PARAMETER_COLUMNS if in_a[column] != in_b[column]]:
+    elif changed := [column for column in PARAMETER_COLUMNS if in_a.get(column) != in_b.get(column)]:
         result.other_parameters[key] = changed
     elif in_a["sha256"] == in_b["sha256"]:
         result.equal_bytes += 1

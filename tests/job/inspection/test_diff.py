@@ -76,6 +76,14 @@ def test_every_kind_of_difference(stores):
     assert "s004 (width, seed)" in found.render()
 
 
+def test_another_lora_is_another_parameter(stores):
+    """P3: a LoRA changes the pixels, so `diff` reports it as the cause of other frames."""
+    for store, lora in zip(stores, ("", "film:0.5"), strict=True):
+        open_root(store, 1)
+        commits.commit(store, make_commit(make_sample(1, lora=lora)))
+    assert compare(*stores).other_parameters == {"s001": ["lora"]}
+
+
 def test_sealed_and_open_shards_compare_as_equal(stores):
     """P1: the table of a sealed shard and the records of an open shard compare as equal."""
     run_small(stores[0], some_samples(6))
