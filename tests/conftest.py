@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # No example has a deadline: on a busy machine one that needs a millisecond sometimes takes a second.
 settings.register_profile("untimed", deadline=None)
@@ -12,5 +14,17 @@ settings.load_profile("untimed")
 
 # Runs of the tests are resumed by their output roots alone. A root may name only engines that the operator knows.
 os.environ["HV_BATCH_ENGINES"] = "tests.support.doubles:FakeEngine,tests.support.faulty_engine:FaultyVideo"
+
+
+class OneRayProcess(LoadFileScheduling):
+    """The tests of a file run in one process, and so do all tests in tests/cluster, which share a Ray head."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> OneRayProcess | None:
+    return OneRayProcess(config, log) if config.getvalue("dist") == "loadfile" else None
+
 
 pytest_plugins = ["tests.support.logs", "tests.support.s3_runs", "tests.support.signals", "tests.support.stores"]

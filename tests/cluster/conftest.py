@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,10 +33,26 @@ def metrics_url():
 
 
 @pytest.fixture(scope="session")
-def ray_head(ray_environment, metrics_url, tmp_path_factory):
+def ray_folder():
+    """Where the head keeps its logs and sockets. Not below tmp_path: the length of a socket's path is limited."""
+    with tempfile.TemporaryDirectory(prefix="hv-ray-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def planted_secret():
+    """A secret in the environment of the head, and so of the actors, and of the commands. test_logs.py looks for it."""
+    os.environ["SERVICE_TOKEN"] = "planted-0123456789"
+    yield os.environ["SERVICE_TOKEN"]
+    del os.environ["SERVICE_TOKEN"]
+
+
+@pytest.fixture(scope="session")
+def ray_head(ray_environment, planted_secret, metrics_url, ray_folder, tmp_path_factory):
     """(GCS address, dashboard URL) of `ray start --head --num-gpus 8`."""
     metrics = [f"--metrics-export-port={urlsplit(metrics_url).port}"]
     metrics += ["--system-config", '{"metrics_report_interval_ms": 500}']  # Ray's own 10 s is long for a test
+    metrics += [f"--temp-dir={ray_folder}"]
     log = tmp_path_factory.mktemp("head") / "log.txt"
     with started_head(log, free_port(), "--num-cpus=8", "--num-gpus=8", *metrics) as addresses:
         yield addresses

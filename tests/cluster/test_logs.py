@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from urllib.request import urlopen
 
-from tests.support.ray_head import free_port, started_head
 from tests.support.runs import command, finish, records, start, write_config, write_manifest
-
-SECRET = "planted-0123456789"
 
 
 def actor_logs(ray_folder: Path) -> list[str]:
@@ -24,31 +20,26 @@ def actor_records(ray_folder: Path) -> list[dict]:
     return sorted(map(json.loads, lines), key=lambda record: record["time"])
 
 
-def test_the_logs_of_the_actors_hold_the_history_of_every_sample(ray_environment, monkeypatch, tmp_path, marks):
+def test_the_logs_of_the_actors_hold_the_history_of_every_sample(
+    ray_head, ray_folder, metrics_url, planted_secret, tmp_path, marks
+):
     """A search for a sample's key in Ray's log folder finds what each worker did with it, by attempt, and no secret:
     not even one that an engine logs.
     """
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)  # of the head, so of the actors, and of the driver
     config = write_config(tmp_path, marks, encoders={"batch_size": 1})
-    prompts = ["good 0", f"bad !log-encode !raise-denoise-once {SECRET}"]
+    prompts = ["good 0", f"bad !log-encode !raise-denoise-once {planted_secret}"]
     manifest, output = write_manifest(tmp_path, prompts), tmp_path / "out"
-    # Not tmp_path: Ray's sockets lie in this folder, and the length of their paths is limited.
-    with tempfile.TemporaryDirectory(prefix="hv-ray-") as folder:
-        metrics_port = free_port()
-        arguments = ("--num-cpus=8", "--num-gpus=8", f"--temp-dir={folder}", f"--metrics-export-port={metrics_port}")
-        with started_head(tmp_path / "head.log", free_port(), *arguments) as (address, _):
-            driver = start([*command(config, manifest, output, address), "--log-format", "json"])
-            code, text = finish(driver)
-            assert code == 0, text
-            found, logs = actor_records(Path(folder)), actor_logs(Path(folder))
-            metrics = urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10).read().decode()
-            of_ray = [
-                path for path in Path(folder).rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()
-            ]
+    driver = start([*command(config, manifest, output, ray_head[0]), "--log-format", "json"])
+    code, text = finish(driver)
+    assert code == 0, text
+    run = json.loads(text.splitlines()[-1])["run"]
+    found = [record for record in actor_records(ray_folder) if record.get("run") == run]
+    logs, metrics = actor_logs(ray_folder), urlopen(metrics_url, timeout=10).read().decode()
+    files = [path for path in ray_folder.rglob("*") if path.is_file()]
+    of_ray = [path for path in files if planted_secret.encode() in path.read_bytes()]
 
     for sample, attempts in {"s00": 1, "s01": 2}.items():
         own = [record for record in found if record.get("sample") == sample]
-        assert {record["run"] for record in own} == {json.loads(text.splitlines()[-1])["run"]}
         encoded, denoised, committed = (
             [(record["worker"].partition("-")[0], record["attempt"]) for record in own if word in record["message"]]
             for word in ("encoded ", "denoised in", "; committed: ")
@@ -61,9 +52,9 @@ def test_the_logs_of_the_actors_hold_the_history_of_every_sample(ray_environment
     assert (failure["level"], failure["attempt"]) == ("warning", 1)
     assert "POISON" in failure["message"]
     assert any("made to log at encode: bad" in log for log in logs)
-    assert not [log for log in (*logs, text, metrics) if SECRET in log]
-    assert not of_ray, "nor does anything else in Ray's folder"
+    assert not [log for log in (*logs, text, metrics) if planted_secret in log]
+    assert not of_ray, "nor any other file in Ray's folder"
     # The prompt itself is data of the user; what the failure says of it is not.
     documents = [path.read_text().replace(prompts[1], "") for path in output.rglob("*.json")]
     assert len(documents) > 3
-    assert not [document for document in documents if SECRET in document]
+    assert not [document for document in documents if planted_secret in document]

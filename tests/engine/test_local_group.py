@@ -93,6 +93,7 @@ def test_a_group_renders_and_can_be_interrupted_and_fails_with_a_lost_rank(base,
     assert group._denoiser is not stopped
 
 
+@pytest.mark.slow
 def test_cfg_degree_2_renders_what_one_rank_renders(base):
     """P3: with one guidance branch per process, every bit is equal. P6: without guidance, an error names the field."""
     alone = HunyuanVideoPipeline.from_pretrained(base, device="cpu", noise="official", **FP32)

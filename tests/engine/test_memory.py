@@ -339,7 +339,7 @@ def test_flops_of_a_video_are_those_of_its_tiles():
     vae = vae_on_meta({}, "fp16")
     decoded = []
     vae.decode = lambda z: (decoded.append(tuple(z.shape[2:])), CausalVAE.decode(vae, z))[1]  # type: ignore[method-assign]
-    for latents in ((33, 40, 30), (9, 30, 20), (20, 24, 60)):
+    for latents in ((9, 30, 20), (20, 24, 30)):
         decoded.clear()
         list(decode_streaming(vae, torch.empty(1, 16, *latents, device="meta"), TileGeometry()))
         shape = (8 * latents[1], 8 * latents[2], 4 * (latents[0] - 1) + 1)

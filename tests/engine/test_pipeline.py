@@ -217,6 +217,7 @@ def _render_rank(rank, world_size, engine, address, arguments, results):
     leave_group()  # exiting with a live process group sometimes aborts the process
 
 
+@pytest.mark.slow
 def test_a_group_of_two_ranks_denoises_what_one_does(toy, pipeline, tmp_path):
     """Protocol `Denoiser.denoise`: the latents are equal on every rank, in the next call, and after a resume from any
     step (P4); they equal those of one rank up to rounding."""

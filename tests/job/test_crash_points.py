@@ -52,7 +52,7 @@ def test_a_crash_at_a_named_point(tmp_path, point, when):
     crash_and_resume(str(tmp_path / "root"), [(number_of(NAMED[point]), when)])
 
 
-@pytest.mark.parametrize("point", ["record", "seal"])
+@pytest.mark.parametrize("point", ["record", pytest.param("seal", marks=pytest.mark.slow)])
 def test_a_crash_on_s3(s3_store, point):
     """P1, P2: the same with conditional PUTs in place of hard links."""
     crash_and_resume(s3_store.url, [(number_of(NAMED[point]), "after")])
@@ -94,12 +94,16 @@ def test_crash_after_crash(crashes):
 
 # The commands of an operator may be killed as well --------------------------------------------------------------------
 
+# By default at every seventh point, because each takes two or three runs.
+SOME = pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
 
-def test_a_retry_that_is_killed():
+
+@SOME
+def test_a_retry_that_is_killed(every):
     """P2, P5: at whatever point it is killed, the run command leaves a valid root, and the retry can be repeated. No
     terminal attempt is lost from the history.
     """
-    for at, when in points(acts_of(take_back)):
+    for at, when in list(points(acts_of(take_back)))[::every]:
         url = finished_url()
         with pytest.raises(Crash):
             take_back(CrashingStore(url, at, when))
@@ -116,9 +120,10 @@ def test_a_retry_that_is_killed():
         assert again == [attempts + 1 for attempts in attempts_before]
 
 
-def test_a_repair_that_is_killed():
+@SOME
+def test_a_repair_that_is_killed(every):
     """P2: at whatever point it is killed, the run command renders what was removed and restores the root."""
-    for at, when in points(acts_of(repair)):
+    for at, when in list(points(acts_of(repair)))[::every]:
         url = finished_url()
         with pytest.raises(Crash):
             repair(CrashingStore(url, at, when))
@@ -127,7 +132,7 @@ def test_a_repair_that_is_killed():
         assert everything(Store(url)) == EXPECTED
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 12])
+@SOME
 def test_a_withdrawal_that_is_killed(every):
     """P1, P2: at whatever point it is killed, the same command finishes it, with or without a run in between."""
     undisturbed = finished_url()

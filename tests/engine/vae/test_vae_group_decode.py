@@ -27,8 +27,8 @@ SIZES = [
 ]
 PLANS = [
     pytest.param(ParallelPlan(ring_degree=2), marks=pytest.mark.slow),
+    pytest.param(ParallelPlan(ulysses_degree=2, cfg_degree=2), marks=pytest.mark.slow),
     ParallelPlan(ulysses_degree=3),
-    ParallelPlan(ulysses_degree=2, cfg_degree=2),
 ]
 
 

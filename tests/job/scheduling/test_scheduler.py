@@ -35,7 +35,7 @@ from tests.support.scheduler_world import (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_each_sample_leaves_exactly_once_in_any_history(data):
     """P1, P4, P5, P7: through any failures, preemptions and releases, each sample is committed or quarantined once,
