@@ -37,6 +37,11 @@ class Layout(StrEnum):
     diffusers = "diffusers"
 
 
+class Distilled(StrEnum):
+    fasthunyuan = "fasthunyuan"
+    accvideo = "accvideo"
+
+
 LoadKey = Annotated[str, typer.Option(help="key of the tensors in a .pt file: module or ema")]
 
 
@@ -109,6 +114,9 @@ def fetch(
     layout: Annotated[Layout, typer.Option(help="the released repositories, or the one in diffusers' layout")] = (
         Layout.released
     ),
+    distilled: Annotated[
+        Distilled | None, typer.Option(help="fetch distilled weights instead, in the released layout")
+    ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="also fetch the released FP8 weights")] = False,
     revision: Annotated[
         list[str] | None,
@@ -123,6 +131,11 @@ def fetch(
     from hv_batch.job.licences import licence_notice
     from hv_batch.weights import fetching
 
+    if distilled and (fp8 or layout is not Layout.released):
+        raise UserError(
+            f"--distilled {distilled} cannot be combined with --fp8 or --layout {Layout.diffusers}: its repository has "
+            "one set of 16-bit weights in the released layout. Use `hv-batch weights convert --fp8` for FP8 weights."
+        )
     print(licence_notice(), file=sys.stderr)
     revisions = {}
     for text in revision or []:
@@ -132,7 +145,7 @@ def fetch(
                 f"--revision {text!r} is invalid. Expected REPOSITORY=COMMIT, for example tencent/HunyuanVideo=main."
             )
         revisions[name] = commit
-    fetching.fetch(target, layout=layout, fp8=fp8, revisions=revisions, local=local)
+    fetching.fetch(target, layout=distilled or layout, fp8=fp8, revisions=revisions, local=local)
     _show_target(target, as_json)
 
 

@@ -4,7 +4,8 @@
     xtuner/llava-llama-3-8b-v1_1-transformers   -> its language model and tokenizer -> <target>/text_encoder/
     openai/clip-vit-large-patch14               -> <target>/text_encoder_2/
 
-or, in diffusers' layout, hunyuanvideo-community/HunyuanVideo -> <target>/.
+or, in diffusers' layout, hunyuanvideo-community/HunyuanVideo -> <target>/, or one repository of distilled weights,
+which holds the whole tree in the released layout.
 
 A branch such as "main" moves. It is therefore resolved to a commit once, at the first fetch into a folder, and the
 commit is written to <target>/fetch.json before the first download. Later fetches into this folder use the same commit.
@@ -25,6 +26,7 @@ from hv_batch.engine.checkpoint.json_files import read_json
 from hv_batch.engine.checkpoint.tree import MODEL
 from hv_batch.protocol import UserError
 from hv_batch.weights.conversion import link_or_copy
+from hv_batch.weights.distilled import DISTILLED
 from hv_batch.weights.extraction import TOKENIZER_FILES, extract_text_encoder
 from hv_batch.weights.shards import OnBytes, ignore_bytes, write_text
 
@@ -67,7 +69,15 @@ DIFFUSERS = (
         ),
     ),
 )
-LAYOUTS: Mapping[str, tuple[Repo, ...]] = {"released": RELEASED, "diffusers": DIFFUSERS}
+_TREE = (f"{MODEL}/vae/*", "text_encoder/*", "text_encoder_2/*", "README.md", "LICENSE*", "Notice*")
+LAYOUTS: Mapping[str, tuple[Repo, ...]] = {
+    "released": RELEASED,
+    "diffusers": DIFFUSERS,
+    **{
+        weights.name.lower(): (Repo(weights.repository, "main", (weights.dit_weight or f"{_TRANSFORMERS}.pt", *_TREE)),)
+        for weights in DISTILLED
+    },
+}
 _FP8 = (f"{_TRANSFORMERS}_fp8.pt", f"{_TRANSFORMERS}_fp8_map.pt")
 
 
@@ -81,7 +91,7 @@ def fetch(
     endpoint: str | None = None,
     on_bytes: OnBytes = ignore_bytes,
 ) -> None:
-    """Fill `target` with the weights of a layout; with `fp8`, also with the released FP8 file.
+    """Fill `target` with the weights of a layout, one of `LAYOUTS`; with `fp8`, also with the released FP8 file.
 
     `revisions` maps repositories to commits, tags or branches. `local` is a folder to copy from instead of the hub: a
     hub cache (models--org--name/) or plain folders (org/name/). Raises UserError if files cannot be fetched, or if

@@ -21,6 +21,7 @@ from hv_batch.engine.checkpoint.towers import CLIP_TYPES, LLAMA_TYPES, open_towe
 from hv_batch.engine.checkpoint.tree import LAYOUT, MODEL, CheckpointTree, scales_file
 from hv_batch.protocol import UserError
 from hv_batch.weights.deep_check import find_damage, find_non_finite
+from hv_batch.weights.distilled import Recognition, find_dit, recognize
 
 FP8_FILE = "mp_rank_00_model_states_fp8.pt"
 
@@ -46,6 +47,7 @@ class Inventory:
     parts: list[Part]
     problems: list[str]
     revision: dict[str, str] | None  # digest of each part, as in the identity of a run; None if there are problems
+    distilled: Recognition | None = None  # the distilled weights that these seem to be
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +61,7 @@ class Inventory:
                 f"  {part.name:<15} {part.parameters:>15,} parameters  {_size(part.nbytes):>9}{files}  {dtypes}",
                 f"  {'':<15} {part.path}: {part.note}",
             ]
+        lines += [f"  note: {self.distilled.render()}"] if self.distilled else []
         lines += [f"  problem: {problem}" for problem in self.problems]
         if self.revision:
             lines += ["  revision", *(f"    {part:<15} {digest}" for part, digest in self.revision.items())]
@@ -76,13 +79,15 @@ def take_inventory(path: Path, load_key: str = "module", *, deep: bool = False) 
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a model_base, or a DiT file or folder.")
     tree = CheckpointTree(path, load_key=load_key)
+    if not tree.dit_file().is_file() and (other := find_dit(path)):
+        tree = CheckpointTree(path, dit_weight=other, load_key=load_key)
     if not (tree.is_diffusers or (path / MODEL).is_dir()):
         alone = CheckpointTree(path.parent, dit_weight=path, load_key=load_key)
         if path.is_dir() and not any(path.glob("*.pt")) and not any(path.glob("*.safetensors*")):
             raise UserError(f"{path} is not a model_base and has no DiT weights. {LAYOUT}")
         parts, problems = _collect(path, {"DiT": lambda: _dit(alone)}, deep)
         problems = [*problems, *(verify_dit(alone, _config(alone)) if parts else [])]
-        return Inventory(str(path), "a DiT alone", parts, problems, None)
+        return Inventory(str(path), "a DiT alone", parts, problems, None, recognize(path, _dit_file(alone)))
 
     openers: dict[str, Callable[[], tuple[Path, Tensors, str]]] = {"DiT": lambda: _dit(tree)}
     fp8 = CheckpointTree(path, dit_weight=path / MODEL / "transformers" / FP8_FILE, load_key=load_key)
@@ -97,7 +102,8 @@ def take_inventory(path: Path, load_key: str = "module", *, deep: bool = False) 
     if has_fp8 and len(parts) == len(openers) and not tree.missing():
         problems = list(dict.fromkeys([*problems, *verify_dit(fp8, _config(fp8))]))
     layout = "diffusers' layout" if tree.is_diffusers else "the released layout"
-    return Inventory(str(path), layout, parts, problems, None if problems else revision(tree))
+    digests = None if problems else revision(tree)
+    return Inventory(str(path), layout, parts, problems, digests, recognize(path, _dit_file(tree)))
 
 
 def dit_widths(tensors: Tensors) -> dict[str, Any]:
@@ -143,6 +149,13 @@ def _config(tree: CheckpointTree) -> DiTConfig:
         return DiTConfig(**widths)
     except (UserError, KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         return DiTConfig()
+
+
+def _dit_file(tree: CheckpointTree) -> Path | None:
+    try:
+        return tree.dit_file()
+    except UserError:  # a folder without one DiT, which is among the problems
+        return None
 
 
 def _dit(tree: CheckpointTree) -> tuple[Path, Tensors, str]:
