@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ SIZE_MULTIPLE = 16  # VAE stride 8 x patch 2
 MAX_SIDE = 8192
 MAX_FRAMES = 1025
 MAX_STEPS = 1000
+MAX_HISTORY = 8  # arrays of a step state besides the latents
 MAX_SEED = 2**63 - 1  # torch.Generator takes a signed 64-bit seed
 
 
@@ -310,13 +311,23 @@ class StepState:
 
     step: int  # number of finished steps: at least 1, fewer than all
     latents: np.ndarray  # float32, shaped `SamplingParams.latent_shape`, equal on every rank
+    # What later steps need besides, such as earlier velocities, by names of letters, digits and "_": at most
+    # MAX_HISTORY arrays like `latents`.
+    history: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-# Called with (finished steps, read) when a step is finished, not when it is queued on a device: the runtime treats a
-# group as hung if its next step takes many times longer than the previous ones. `read()` copies the latents of this
-# step to host memory and may be called only before the callback returns. `read` is None after a step from which a
-# denoise cannot be resumed.
-OnStep = Callable[[int, "Callable[[], np.ndarray] | None"], None]
+class OnStep(Protocol):
+    """Called when a step is finished, not when it is queued on a device: the runtime treats a group as hung if its next
+    step takes many times longer than the previous ones.
+    """
+
+    def __call__(self, done: int, read: Callable[[], StepState], computed: int | None = None, /) -> None:
+        """`done` is the number of finished steps. `read()` copies the state after this step to host memory and may be
+        called only before this method returns.
+
+        `computed` is the number of finished steps that ran the model, if some do not: these take much longer.
+        """
+        ...
 
 
 class Denoiser(Protocol):
@@ -373,7 +384,8 @@ class Engine(Protocol):
 
     Optional: `licence() -> str`, the licence of the weights as the Hugging Face Hub names it, such as apache-2.0. An
     engine without it renders under the licence of the released weights. `lora_problems() -> list[str]`, the part of
-    `check` about LoRAs, which needs no weights; `hv-batch plan` calls it.
+    `check` about LoRAs, which needs no weights; `hv-batch plan` calls it. The denoiser of an engine that uses
+    `StepState.history` must have `can_resume(params, state) -> bool`, because a state from storage may lack arrays.
     """
 
     def check(self) -> list[str]:

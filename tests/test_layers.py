@@ -24,7 +24,7 @@ LAYERS = """
     runtime
     media  toy  weights
     job  engine
-    architecture
+    architecture  step_schedule
     protocol
 """
 
@@ -68,7 +68,7 @@ ENGINE = """
     text_encoders
     checkpoint  self_check
     dit
-    vae  step_cache
+    vae
     parallel
     attention  determinism  rank_failures  video_requests  matmul_speed  option_values
 """

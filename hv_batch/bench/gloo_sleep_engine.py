@@ -88,10 +88,10 @@ class GlooSleepDenoiser(SleepDenoiser):
     ) -> np.ndarray:
         """Denoise as `SleepDenoiser` does, with a barrier after every step."""
 
-        def finish_step(done: int, read: Callable[[], np.ndarray] | None) -> None:
+        def finish_step(done: int, read: Callable[[], StepState], computed: int | None = None) -> None:
             self._synchronize()
             record_event(self.events, STEP, self.place.rank)
-            on_step(done, read)
+            on_step(done, read, computed)
 
         record_event(self.events, RESUMED if resume else BEGUN, self.place.rank)
         latents = SleepDenoiser.denoise(self, params, positive, negative, finish_step, resume)

@@ -90,7 +90,9 @@ class _Denoise:
         params = [
             replace(self._params, prompt=prompt, seed=n) for prompt, n in zip(rows["prompt"], numbers, strict=True)
         ]
-        latents = [self._denoiser.denoise(each, None, None, lambda _done, _read: None) for each in params]
+        latents = [
+            self._denoiser.denoise(each, None, None, lambda _done, _read, _computed=None: None) for each in params
+        ]
         return {"number": rows["number"], "latents": np.stack(latents)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class SleepDenoiser:
         latents = np.random.default_rng(params.seed).random(params.latent_shape, np.float32)
         for step in range(resume.step if resume else 0, params.num_inference_steps):
             time.sleep(self.step_seconds)
-            on_step(step + 1, lambda: latents)
+            on_step(step + 1, partial(StepState, step + 1, latents))
         return latents
 
     def decode(self, latents: np.ndarray) -> Generator[np.ndarray, None, None]:

@@ -22,11 +22,13 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"{urls if isinstance(urls, str) else ', '.join(urls)}: {rows}, {samples} in {shards}"
     yield from describe_columns(manifest["carried"], manifest["notes"])
     yield ""
-    yield f"{'shape':<16}{'steps':>6}{'cfg':>5}{'samples':>10}{'tokens':>10}{'denoise PFLOP':>15}{'decode PFLOP':>14}"
+    # With a step cache, the number of steps that run the model is shown as well.
+    yield f"{'shape':<16}{'steps':>10}{'cfg':>5}{'samples':>10}{'tokens':>10}{'denoise PFLOP':>15}{'decode PFLOP':>14}"
     for work in plan["work"]:
         shape = shape_name([work["height"], work["width"], work["num_frames"]])
+        steps = f"{work['computed_steps']} of {work['steps']}" if "computed_steps" in work else str(work["steps"])
         yield (
-            f"{shape:<16}{work['steps']:>6}{'yes' if work['cfg'] else 'no':>5}{work['samples']:>10,}"
+            f"{shape:<16}{steps:>10}{'yes' if work['cfg'] else 'no':>5}{work['samples']:>10,}"
             f"{work['tokens']:>10,}{work['denoise_flops'] / 1e15:>15,.4g}{work['decode_flops'] / 1e15:>14,.4g}"
         )
     if loras := plan.get("loras"):

@@ -13,7 +13,7 @@ from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling import sampler
-from hv_batch.engine.sampling.sampler import SamplingOptions
+from hv_batch.engine.sampling.sampler import FinishedStep, SamplingOptions
 from hv_batch.engine.self_check import check_group
 from hv_batch.engine.text_encoders import TextEmbedding
 from hv_batch.protocol import NonFiniteError, OnStep, SamplingParams, StepState, UserError
@@ -82,8 +82,12 @@ class HunyuanDenoiser:
         """
         self._use_lora(params)
 
-        def report(done: int, latents: Tensor) -> None:
-            on_step(done, (lambda: latents.cpu().numpy()) if self._options.can_resume(done) else None)
+        def report(done: int, result: FinishedStep) -> None:
+            def read() -> StepState:
+                history = {name: tensor.cpu().numpy() for name, tensor in result.state.items()}
+                return StepState(done, result.latents.cpu().numpy(), history)
+
+            on_step(done, read, *((result.computed,) if self._options.step_cache else ()))
 
         try:
             latents = sampler.denoise(
@@ -101,6 +105,10 @@ class HunyuanDenoiser:
             check_group(self._model, self._mesh, self._device)
             raise
         return latents.cpu().numpy()
+
+    def can_resume(self, params: SamplingParams, state: StepState) -> bool:
+        """Return whether `state`, which may come from storage, has what a denoise with these parameters needs."""
+        return sampler.resume_problem([params], sampler.as_batch(state), self._options) is None
 
     def _use_lora(self, params: SamplingParams) -> None:
         if self._loras:

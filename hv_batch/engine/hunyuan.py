@@ -47,6 +47,7 @@ from hv_batch.protocol import (
     UserError,
     latent_shape,
 )
+from hv_batch.step_schedule import parse_cfg_until, parse_step_cache
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine
@@ -76,8 +77,10 @@ class HunyuanVideo:
     - `noise`: "cpu-fp32" draws equal noise on every device. "official" draws as the release does, on the device and in
       the dtype of the prompt embedding; use it to reproduce an old seed.
     - `flow_reverse`: the direction of sampling; the released model is sampled with True.
-    - `step_cache`: threshold, such as 0.1, of relative change below which a step reuses the output of the blocks of the
-      last computed step; see `hv_batch.engine.step_cache`. 0 computes every step.
+    - `step_cache`: which steps run the DiT, as `{kind: schedule, computed: 16}` of 50; the others are predicted. See
+      `hv_batch.step_schedule` and `hv_batch.engine.sampling.step_cache`. None computes every step.
+    - `cfg_until`: the share of the steps, such as 0.5, in which the negative branch of classifier-free guidance runs;
+      see `hv_batch.engine.sampling.cfg_gate`. None runs it in every step. Not with cfg_degree 2.
     - `offload`: where the weights of the DiT's blocks are kept: "none" on the device, "blocks" in pinned host memory of
       every rank, "mapped" in the memory-mapped checkpoint file, whose pages the ranks of a node share.
     - `loras`: LoRA files by name, as `{film: {path: film.safetensors, strength: 0.8}}`; the strength is 1 if it is left
@@ -103,7 +106,8 @@ class HunyuanVideo:
         vae_tile: Mapping[str, Any] | None = None,
         noise: str = "cpu-fp32",
         flow_reverse: bool = True,
-        step_cache: float = 0.0,
+        step_cache: Mapping[str, Any] | None = None,
+        cfg_until: float | None = None,
         offload: str = "none",
         loras: Mapping[str, Any] | None = None,
     ) -> None:
@@ -132,12 +136,9 @@ class HunyuanVideo:
         self._sequence_parallel = parse_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
         if not isinstance(flow_reverse, bool):
             raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true and false.")
-        if isinstance(step_cache, bool) or not isinstance(step_cache, int | float) or not 0 <= step_cache < 1:
-            raise UserError(
-                f"engine option step_cache: {step_cache!r} is not allowed; allowed is a number of at least 0 (off) and "
-                "below 1."
-            )
-        self._sampling = SamplingOptions(parse_choice("noise", noise, NOISES), flow_reverse, float(step_cache))
+        self._sampling = SamplingOptions(
+            parse_choice("noise", noise, NOISES), flow_reverse, parse_step_cache(step_cache), parse_cfg_until(cfg_until)
+        )
         self._offload = parse_choice("offload", offload, OFFLOADS)
         self._loras = parse_loras(loras or {})
         if self._loras and offload == "mapped":
@@ -171,7 +172,8 @@ class HunyuanVideo:
             "attention": self._attention,
             # Newer options are listed only if they are used, so that the identity of older output roots stays equal.
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
-            **({"step_cache": self._sampling.step_cache} if self._sampling.step_cache else {}),
+            **({"step_cache": self._sampling.step_cache.identity()} if self._sampling.step_cache else {}),
+            **({"cfg_until": self._sampling.cfg_until} if self._sampling.cfg_until else {}),
             **({"loras": self._lora_identity} if self._loras else {}),
             "vae_tile": to_json(asdict(self._geometry)),
             "noise": self._sampling.noise,
@@ -206,7 +208,14 @@ class HunyuanVideo:
         The Ulysses degree must divide the number of attention heads; the ring degree may be any number. Native sequence
         parallelism supports every shape with every plan; xfuser needs a token count that the ranks divide.
         """
-        return [*self._head_problems(plan), *self._xfuser_problems(plan, shapes)]
+        return [*self._head_problems(plan), *self._xfuser_problems(plan, shapes), *self._cfg_problems(plan)]
+
+    def _cfg_problems(self, plan: ParallelPlan) -> Iterator[str]:
+        if plan.cfg_degree > 1 and self._sampling.cfg_until:
+            yield (
+                f"cfg_degree {plan.cfg_degree} gives the negative branch to half of the ranks, which would wait in all "
+                f"steps after cfg_until {self._sampling.cfg_until:g} of them; remove cfg_until, or choose cfg_degree 1"
+            )
 
     def _xfuser_problems(self, plan: ParallelPlan, shapes: Iterable[Shape]) -> Iterator[str]:
         if self._sequence_parallel != "xfuser":

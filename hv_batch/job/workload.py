@@ -26,11 +26,6 @@ class Workload:
     def tokens(self) -> int:
         return count_tokens(self.shape)
 
-    @property
-    def forwards(self) -> int:
-        """Passes through the DiT."""
-        return self.steps * self.branches
-
 
 def count_tokens(shape: Shape) -> int:
     """The number of image tokens of the DiT for one video."""

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
+from hv_batch.step_schedule import KIND
 from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import cache_dir
 from hv_batch.toy.scorer import Score, score
@@ -58,13 +59,14 @@ def main(
     frames: int = 33,
     flow_shift: float = 7.0,
     cfg_scale: float = 3.0,
-    step_cache: float = 0.0,
+    step_cache: Annotated[int, typer.Option(help="steps of 50 that run the model; 0: all")] = 0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Render held-out prompts, and print the fraction of correct values of each attribute and the time per video."""
     precisions: Any = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
     base = model_base or write_trained_checkpoint(cache_dir())
-    with HunyuanVideoPipeline.from_pretrained(base, step_cache=step_cache, **precisions) as pipeline:
+    cache = {"kind": KIND, "computed": step_cache} if step_cache else None
+    with HunyuanVideoPipeline.from_pretrained(base, step_cache=cache, **precisions) as pipeline:
         scores, begun = [], time.perf_counter()
         for scene, prompt, video in render_held_out(
             pipeline, prompts, num_frames=frames, num_inference_steps=steps, flow_shift=flow_shift, cfg_scale=cfg_scale

@@ -21,6 +21,7 @@ from hv_batch.engine.video_requests import plan_videos
 from hv_batch.protocol import DeviceError, NonFiniteError, ParallelPlan, UserError
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 
+CACHE = {"step_cache": {"kind": "schedule", "computed": 3, "of": 4}}
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
 CHOICE = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "cfg_scale": 2.0, "output": "latents"}
 REST = {"negative_prompt": "", "guidance_scale": 6.0, "guidance_rescale": 0.0, "flow_shift": 7.0}
@@ -37,7 +38,7 @@ def base(tmp_path_factory):
 def group(base):
     """A pipeline of two ranks, which the tests leave usable."""
     with HunyuanVideoPipeline.from_pretrained(
-        base, device="cpu", ulysses_degree=2, noise="official", **FP32
+        base, device="cpu", ulysses_degree=2, noise="official", **FP32, **CACHE
     ) as pipeline:
         yield pipeline
 
@@ -64,10 +65,10 @@ def test_an_error_of_the_video_arrives_with_its_own_class_and_leaves_the_group(g
 
 
 def test_a_group_renders_and_can_be_interrupted_and_fails_with_a_lost_rank(base, group):
-    """Spec section 8, P4: the group renders what one rank renders, up to rounding. An interrupt stops all ranks at one
-    step, and the group stays usable. A killed rank stops the group with an error that names it, instead of a hang, and
-    the next call of the pipeline starts a new group."""
-    alone = HunyuanVideoPipeline.from_pretrained(base, device="cpu", noise="official", **FP32)
+    """Spec section 8, P4: the group renders what one rank renders, up to rounding, with a step cache. An interrupt
+    stops all ranks at one step, and the group stays usable. A killed rank stops the group with an error that names it,
+    instead of a hang, and the next call of the pipeline starts a new group."""
+    alone = HunyuanVideoPipeline.from_pretrained(base, device="cpu", noise="official", **FP32, **CACHE)
     expected = alone(PROMPT, **CHOICE)
     first = group(PROMPT, **CHOICE)
     np.testing.assert_allclose(first, expected, rtol=0, atol=1e-4)

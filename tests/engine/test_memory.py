@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hv_batch.architecture import ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
-from hv_batch.engine.step_cache import StepCache
+from hv_batch.engine.sampling.cfg_gate import CfgGate
+from hv_batch.engine.sampling.step_cache import StepCache
 from hv_batch.engine.vae import kernels
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import decode_streaming
@@ -25,6 +25,7 @@ from hv_batch.job.cost_model.flops import count_tiles, decode_flops, forward_flo
 from hv_batch.job.cost_model.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.protocol import ParallelPlan
+from hv_batch.step_schedule import StepSchedule
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE
 from tests.support.dit_reference import random_dit, random_inputs
 from tests.support.live_bytes import LiveBytes
@@ -92,11 +93,9 @@ def test_text_tower_parameters():
 # ---- memory of one rank, at the released width and size
 
 
-def traced_forward(
-    options: dict[str, Any], precision: str, size: tuple[int, int, int], text: int, caches: Sequence[StepCache] = ()
-) -> int:
-    """Return the peak memory in bytes of a forward of one item, or of one item per cache."""
-    config, items = DiTConfig(**options), len(caches) or 1
+def traced_forward(options: dict[str, Any], precision: str, size: tuple[int, int, int], text: int) -> int:
+    """Return the peak memory in bytes of a forward of one item."""
+    config, items = DiTConfig(**options), 1
     with torch.device("meta"):
         model = HYVideoDiT(config).to(DTYPES[precision])
         latents, timestep, guidance = torch.empty(items, 16, *size), torch.empty(items), torch.empty(items)
@@ -104,7 +103,7 @@ def traced_forward(
         pooled = torch.empty(items, config.text_states_dim_2, dtype=DTYPES[precision])
     given = guidance if config.guidance_embed else None
     with LiveBytes() as traced:
-        model(latents, timestep, states, [text] * items, pooled, given, caches=caches)
+        model(latents, timestep, states, [text] * items, pooled, given)
     return traced.peak
 
 
@@ -119,15 +118,19 @@ def test_activations_at_the_released_width(precision, depth, size):
     assert dit_activations(model, size[0] * size[1] * size[2] // 4, 1, 1) == pytest.approx(peak, rel=TOLERANCE)
 
 
-def test_what_a_step_cache_keeps_at_the_released_width():
-    """A step cache holds twice the image tokens, for each of both guidance branches."""
-    options = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 1}
-    peak = traced_forward(options, "bf16", (20, 60, 106), text=256, caches=[StepCache(0.1), StepCache(0.1)])
-    model, tokens = ModelShape(dit=DiTConfig(**options)), 20 * 30 * 53
-    plain, caching = (
-        denoiser_footprint(replace(model, step_cache=cached), tokens, 1, 1).activations for cached in (False, True)
-    )
-    assert dit_activations(model, tokens, 1, 1) + caching - plain == pytest.approx(peak, rel=TOLERANCE)
+def test_what_a_step_cache_and_a_cfg_gate_keep():
+    """The engine holds as many tensors of the latents' size between two steps as the memory model counts."""
+    plain, schedule = ModelShape(), StepSchedule(computed=5, of=9)
+    cache, gate = StepCache(schedule, torch.linspace(1, 0, 10)), CfgGate(5)
+    for step in schedule.steps(9):
+        cache.correct(step, torch.zeros(1, 16, 2, 4, 4), torch.zeros(1, 16, 2, 4, 4))
+        gate.split(torch.zeros(2, 16, 2, 4, 4))
+    kept = sum(tensor.nbytes for tensor in (*cache.state().values(), *gate.state().values()))
+    counted = [
+        denoiser_footprint(model, 2 * 2 * 2, 1, 1).activations
+        for model in (plain, replace(plain, step_cache=schedule, cfg_until=0.5))
+    ]
+    assert counted[1] - counted[0] == kept
 
 
 def test_depth_costs_no_activations():

@@ -24,7 +24,6 @@ from hv_batch.protocol import (
     ParallelPlan,
     RankSpec,
     SamplingParams,
-    StepState,
     UserError,
 )
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE, write_toy_checkpoint
@@ -212,7 +211,7 @@ def _render_rank(rank, world_size, engine, address, arguments, results):
     denoiser = engine.join(rank_spec(rank, world_size, address))
     states = {}
     latents = [denoiser.denoise(*arguments, lambda n, read: states.setdefault(n, read())) for _ in range(2)]
-    latents += [denoiser.denoise(*arguments, lambda n, read: None, StepState(n, states[n])) for n in (1, 2)]
+    latents += [denoiser.denoise(*arguments, lambda n, read: None, states[n]) for n in (1, 2)]
     np.save(results / f"{rank}.npy", np.stack(latents))
     leave_group()  # exiting with a live process group sometimes aborts the process
 
@@ -295,9 +294,11 @@ def test_importing_the_engine_loads_no_heavy_library():
         ({"dit": "toy"}, "dit: 'toy' must map names to values"),
         ({"vae_tile": {"size": 256}}, "vae_tile: unknown 'size'; allowed are spatial_px"),
         ({"vae_tile": {"overlap": 2}}, "overlap"),
-        ({"step_cache": 1}, r"step_cache: 1 is not allowed; allowed is a number of at least 0 \(off\) and below 1"),
-        ({"step_cache": "0.1"}, "step_cache: '0.1' is not allowed"),
+        ({"step_cache": 0.1}, r"step_cache: 0\.1 .*hv_batch 0\.2\.0.*step_cache: \{kind: schedule, computed: 16\}"),
+        ({"step_cache": "0.1"}, "step_cache: '0.1' is not allowed; allowed is a mapping"),
         ({"step_cache": True}, "step_cache: True is not allowed"),
+        ({"step_cache": {"kind": "schedule", "computed": 51}}, r"computed must be a whole number from 2 to 50 \(of\)"),
+        ({"cfg_until": 0}, "cfg_until: 0 is not allowed; allowed is a number above 0 and at most 1"),
         ({"model_base": ""}, "model_base: '' is not a path"),
         ({"dit_weight": 3}, "dit_weight: 3 is not a path"),
     ],
@@ -320,7 +321,9 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
         {"text_encoder_precision": "bf16"},
         {"attention": "math"},
         {"load_key": "ema"},
-        {"step_cache": 0.1},
+        {"step_cache": {"kind": "schedule", "computed": 16}},
+        {"step_cache": {"kind": "schedule", "computed": 16, "order": 1}},
+        {"cfg_until": 0.5},
         {"vae_tile": {"overlap": 0.5}},
         {"dit": {**TOY_DIT, "mm_single_blocks_depth": 1}},
     ):
@@ -339,6 +342,12 @@ def test_a_plan_that_does_not_divide_the_heads_is_reported_with_alternatives():
     assert sentence.endswith("; with cfg_degree 2 also 1 x 8, 2 x 4, 4 x 2, 8 x 1")
     (sentence,) = engine.group_problems(ParallelPlan(ulysses_degree=5))
     assert sentence.endswith("with 5 ranks, ulysses_degree x ring_degree may be 1 x 5")
+
+
+def test_a_gated_negative_branch_gets_no_ranks_of_its_own():
+    """P6: cfg_until with cfg_degree 2 is refused with the reason."""
+    (sentence,) = HunyuanVideo(model_base="ckpts", cfg_until=0.5).group_problems(ParallelPlan(cfg_degree=2))
+    assert "would wait in all steps after cfg_until 0.5 of them; remove cfg_until, or choose cfg_degree 1" in sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")

@@ -20,7 +20,7 @@ WAYS = {
     "bf16, cudnn": ({"precision": "bf16", "attention": "cudnn"}, 42),
     "fp16, cudnn": ({"precision": "fp16", "attention": "cudnn"}, 58),
     "as a render": ({"precision": "bf16", "attention": "cudnn", "vae_precision": "fp16"}, 42),
-    "step cache": ({"step_cache": 0.1}, 48),
+    "step cache": ({"step_cache": {"kind": "schedule", "computed": 23}}, 38),
 }
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
 

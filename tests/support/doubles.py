@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import ray
 from hv_batch.job.storage import store as store_module
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import NonFiniteError
+from hv_batch.protocol import NonFiniteError, StepState
 
 logger = logging.getLogger("hv_batch.engine.fake")
 
@@ -213,7 +214,7 @@ class FakeDenoiser:
             latents = np.float32(0.5) * latents + self.noise(params, step + 1)
             if self.rank == 0:
                 self.engine.mark("steps", f"{params.prompt} {step + 1}")
-            on_step(step + 1, latents.copy)
+            on_step(step + 1, partial(StepState, step + 1, latents.copy()))
             if self.rank == 0:
                 self.engine.hold(step + 1)
             if (self.engine.marks / f"faulty-{ray.util.get_node_ip_address()}").exists():

@@ -33,9 +33,9 @@ class FaultyVideo(HunyuanVideo):
         denoise = denoiser.denoise
 
         def faulty_denoise(params, positive, negative, on_step, resume=None):
-            def after_step(done, read):
+            def after_step(done, read, computed=None):
                 time.sleep(self.step_seconds)
-                on_step(done, read)
+                on_step(done, read, computed)
                 if done == FAULTY_STEP:
                     self.inject_fault(params.prompt, spec.rank)
 

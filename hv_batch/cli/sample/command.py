@@ -50,6 +50,7 @@ from hv_batch.protocol import (
     canonical_lora,
     problems,
 )
+from hv_batch.step_schedule import KIND
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "noise": options.noise,
         "flow_reverse": options.flow_reverse,
         "fp8": "storage" if options.use_fp8 else "none",
-        "step_cache": options.step_cache,
+        "step_cache": {"kind": KIND, "computed": options.step_cache} if options.step_cache else None,
         "vae_tile": None if options.vae_tiling else UNTILED,
         "offload": "blocks" if options.use_cpu_offload else "none",
         "loras": parse_lora_flags(options.lora),
@@ -273,7 +274,7 @@ def _log_cpu_time(options: argparse.Namespace, video: SamplingParams) -> None:
     model = ModelShape.from_options(_engine_options(options))
     speeds = {name: matmul_flops(PRECISIONS[name]) for name in {options.precision, options.vae_precision}}
     work = Workload.of(video)
-    denoise = work.forwards * forward_flops(model, work.tokens) / speeds[options.precision] / ranks
+    denoise = model.forwards(work) * forward_flops(model, work.tokens) / speeds[options.precision] / ranks
     decode = 0.0 if options.latents_only else decode_flops(model, work.shape) / speeds[options.vae_precision]
     note = (
         f"no GPU is used: on this CPU, a video of {shape_name(work.shape)} takes at least {duration(denoise + decode)} "

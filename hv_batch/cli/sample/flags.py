@@ -192,7 +192,7 @@ def _add_model(group: Group) -> None:
         help="merge this LoRA (.safetensors) with this strength; may be repeated",
     )
     add("--use-fp8", action="store_true", help="use the 8-bit weights that --dit-weight names")
-    add("--step-cache", type=float, default=0.0, metavar="X", help="reuse blocks that change less, as 0.1; 0: off")
+    add("--step-cache", type=int, default=0, metavar="N", help="run the model in N of 50 steps, as 16; 0: in all")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
     add(
         "--attention",

@@ -10,7 +10,6 @@ item do not depend on the batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,7 +29,6 @@ from hv_batch.engine.dit.embeddings import (
     unpatchify,
 )
 from hv_batch.engine.parallel.sequence import JointAttention, SequenceMesh, attend_jointly
-from hv_batch.engine.step_cache import StepCache
 from hv_batch.protocol import UserError
 
 ONE_RANK = SequenceMesh.single()
@@ -78,7 +76,6 @@ class HYVideoDiT(nn.Module):
         pooled: Tensor,
         guidance: Tensor | None,
         mesh: SequenceMesh = ONE_RANK,
-        caches: Sequence[StepCache] = (),
     ) -> Tensor:
         """Return the velocity [B, out_channels, T, h, w] in the model's dtype, equal on every rank of the mesh.
 
@@ -89,7 +86,6 @@ class HYVideoDiT(nn.Module):
         - text_states [B, S, text_states_dim], right-padded; the first text_lengths[b] >= 1 rows of item b are read
         - pooled [B, text_states_dim_2]
         - guidance [B]: scale * 1000; must be given if and only if the model has a guidance embedding
-        - caches: one `StepCache` per item, or none. A cache may skip blocks, which changes the result.
 
         Raises ValueError if the inputs break these rules, and UserError if the Ulysses degree does not divide the
         heads.
@@ -107,9 +103,7 @@ class HYVideoDiT(nn.Module):
         velocities = []
         for item, text_len in enumerate(text_lengths):
             vec = self._conditioning(timestep[item], pooled[item], None if guidance is None else guidance[item])
-            cache = caches[item] if caches else None
-            text = text_states[item, :text_len]
-            velocities.append(self._velocity(latents[item], timestep[item], text, vec, mesh, cache))
+            velocities.append(self._velocity(latents[item], timestep[item], text_states[item, :text_len], vec, mesh))
         return torch.stack(velocities)
 
     def _conditioning(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
@@ -122,9 +116,7 @@ class HYVideoDiT(nn.Module):
             vec = vec + self.guidance_in(torch.where(rounded.isfinite(), rounded.float(), guidance.float()))
         return vec
 
-    def _velocity(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh, cache: StepCache | None
-    ) -> Tensor:
+    def _velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh) -> Tensor:
         kernel = choose_kernel(self.attention, latents.device, self.dtype)
 
         patches, grid = patchify(latents.to(self.dtype), self.config.patch_size)
@@ -134,22 +126,11 @@ class HYVideoDiT(nn.Module):
         rope = torch.complex(*rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device))
         attend = partial(self.joint_attention, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
-        if cache:
-            cache.begin(img)
-        for number, block in enumerate(self.double_blocks):
+        for block in self.double_blocks:
             img, txt = block(img, txt, vec, rope, attend)
-            if cache and number == 0:
-                cached = cache.lookup(img, image_len, mesh)
-                if cached is not None:
-                    return self._output(cached, vec, grid, mesh)
         x = torch.cat((txt, img))
         del txt, img
         for block in self.single_blocks:
             x = block(x, vec, text_len, rope, attend)
-        if cache:
-            cache.store(x[text_len:])
-        return self._output(x[text_len:], vec, grid, mesh)
-
-    def _output(self, img: Tensor, vec: Tensor, grid: tuple[int, int, int], mesh: SequenceMesh) -> Tensor:
-        """Compute the velocity of this rank's image tokens and gather that of the other ranks."""
-        return unpatchify(mesh.gather(self.final_layer(img, vec), math.prod(grid)), grid, self.config.patch_size)
+        img = self.final_layer(x[text_len:], vec)
+        return unpatchify(mesh.gather(img, image_len), grid, self.config.patch_size)

@@ -4,7 +4,7 @@
     sigma   = sigmas(steps, shift)                         from 1 to 0
     texts   = condition(branch_embeddings(...))            one batch item per video and guidance branch
     repeat:
-        velocity = predict_velocity(model, latents, ...)   the DiT, then classifier-free guidance
+        velocity = predict_velocity(model, latents, ...)   the DiT, then classifier-free guidance; or the step cache
         latents  = euler_step(latents, velocity, ...)
 
 Latents and velocities are float32, and so is their arithmetic; only the model computes in its own dtype. The method
@@ -16,7 +16,7 @@ H and W latent rows and columns, L text tokens, D and P widths of the text state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hv_batch.engine import step_cache
+from hv_batch.engine.sampling.cfg_gate import CfgGate
+from hv_batch.engine.sampling.step_cache import StepCache
 from hv_batch.protocol import NonFiniteError, SamplingParams, StepState
+from hv_batch.step_schedule import StepSchedule, guided_steps
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit.model import HYVideoDiT
@@ -75,11 +77,8 @@ class SamplingOptions:
 
     noise: str = "cpu-fp32"  # one of NOISES
     reverse: bool = True
-    step_cache: float = 0.0  # threshold of `StepCache`; 0 computes every step
-
-    def can_resume(self, step: int) -> bool:
-        """Return whether the steps after `step` finished steps depend only on the latents."""
-        return self.step_cache == 0 or step_cache.can_resume(step)
+    step_cache: StepSchedule | None = None  # None computes every step
+    cfg_until: float | None = None  # share of the steps that run the negative branch of CFG; None: all
 
 
 # "official" draws as the release does: on the model's device, in the dtype of the prompt embedding.
@@ -94,6 +93,15 @@ class Condition:
     lengths: tuple[int, ...]  # valid text tokens of each item
     pooled: Tensor  # [B, P]
     guidance: Tensor | None  # [B], scale * 1000; None if the model has no guidance embedding
+
+    def of_last(self, items: int) -> Condition:
+        """Return the inputs of the last `items` batch items: with CFG on one rank, those of the positive branch."""
+        return Condition(
+            self.states[-items:],
+            self.lengths[-items:],
+            self.pooled[-items:],
+            None if self.guidance is None else self.guidance[-items:],
+        )
 
 
 def branch_embeddings(
@@ -145,21 +153,24 @@ def predict_velocity(
     texts: Condition,
     params: SamplingParams,
     mesh: SequenceMesh,
-    caches: Sequence[step_cache.StepCache] = (),
+    gate: CfgGate | None = None,
 ) -> Tensor:
     """Return the guided velocity at noise level `sigma` for latents [N, C, T, H, W]: same shape, float32.
 
-    `texts` holds the branches that this rank computes; see `branch_embeddings`. `caches` has one entry per batch item,
-    or is empty.
+    `texts` holds the branches that this rank computes; see `branch_embeddings`. With CFG and a `gate`, these may be the
+    positive branches alone.
     """
     items = len(texts.lengths)
     inputs = latents.repeat(items // len(latents), 1, 1, 1, 1)
     time = (sigma * TIME_UNIT).to(latents.device).expand(items)
-    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh, caches)
+    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh)
     velocity = mesh.all_gather_branches(own).float()
-    if len(velocity) == len(latents):
+    if len(velocity) > len(latents):
+        negative, positive = gate.split(velocity) if gate else velocity.chunk(2)
+    elif gate:
+        negative, positive = gate.complete(velocity)
+    else:
         return velocity
-    negative, positive = velocity.chunk(2)
     return guide(negative, positive, params.cfg_scale, params.guidance_rescale)
 
 
@@ -182,8 +193,17 @@ def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Ten
     return latents + velocity * float(sigma_next - sigma)
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """The result of one step of a batch."""
+
+    latents: Tensor  # [N, C, T, H, W], float32
+    computed: int  # number of steps so far that ran the model, including those before a resume
+    state: Mapping[str, Tensor]  # what later steps need besides the latents, by name; float32, shaped like the latents
+
+
 @torch.no_grad()
-def trajectory(
+def finished_steps(
     model: HYVideoDiT,
     batch: Sequence[SamplingParams],
     positives: Sequence[TextEmbedding],
@@ -193,14 +213,13 @@ def trajectory(
     device: torch.device,
     options: SamplingOptions = SamplingOptions(),
     resume: StepState | None = None,
-) -> Generator[Tensor, None, None]:
-    """Yield the latents [N, C, T, H, W] of N videos after each step.
+) -> Generator[FinishedStep, None, None]:
+    """Yield the result of each step of N videos. Tensors are on `device` and equal on every rank of `mesh`.
 
-    The latents are float32 on `device` and equal on every rank of `mesh`. The videos may differ only in prompts and
-    seed. The bits of a video do not depend on the batch. `negatives` are required if the parameters use CFG, and
-    ignored otherwise. `resume` is the state of an earlier trajectory with the same arguments, with latents
-    [N, C, T, H, W]: only the later steps are computed, and they have the same bits. Each step allocates new latents and
-    does not modify those yielded before. Closing the generator stops the sampling.
+    The videos may differ only in prompts and seed. The bits of a video do not depend on the batch. `negatives` are
+    required if the parameters use CFG, and ignored otherwise. `resume` is the state of an earlier call with the same
+    arguments, with arrays [N, C, T, H, W]: only the later steps are computed, and they have the same bits. Each step
+    allocates new tensors and does not modify those yielded before. Closing the generator stops the sampling.
 
     Raises ValueError if the videos differ in other fields, if `resume` does not fit them, and in the cases of
     `branch_embeddings`. Raises NonFiniteError after a step whose result is not finite.
@@ -212,24 +231,56 @@ def trajectory(
     ):
         raise ValueError("videos of one batch may differ in prompts and seed only")
     texts = condition(model, branch_embeddings(params, positives, negatives, mesh), params.guidance_scale, device)
-    levels = sigmas(params.num_inference_steps, params.flow_shift, options.reverse)
+    steps = params.num_inference_steps
+    levels = sigmas(steps, params.flow_shift, options.reverse)
+    cache, gate = _empty_state(params, options, levels)
+    first = resume.step if resume else 0
     if resume is None:
         latents = _start(batch, positives[0].states.dtype, device, mesh, options)
     else:
-        latents = _resumed(batch, resume, device, options)
-    caches = [step_cache.StepCache(options.step_cache) for _ in texts.lengths] if options.step_cache else []
-    for step in range(resume.step if resume else 0, params.num_inference_steps):
-        if step_cache.is_fresh(step, params.num_inference_steps):
-            for cache in caches:
-                cache.clear()
-        velocity = predict_velocity(model, latents, levels[step], texts, params, mesh, caches)
+        if problem := resume_problem(batch, resume, options):
+            raise ValueError(problem)
+        latents = _resumed(resume, device, cache, gate)
+    for step in range(first, steps):
+        if cache is None or cache.is_computed(step):
+            own = texts if gate is None or gate.is_open(step) else texts.of_last(len(batch))
+            velocity = predict_velocity(model, latents, levels[step], own, params, mesh, gate)
+            latents = cache.correct(step, latents, velocity) if cache else latents
+        else:
+            velocity = cache.predict(step)
         latents = euler_step(latents, velocity, levels[step], levels[step + 1])
         # This check waits for the device. The wait is short compared with a step, saves the remaining steps of a failed
         # sample, and ensures that a reported step is finished, not queued. All ranks hold equal latents, so all raise.
         if not torch.isfinite(latents).all():
             failed = next(one for one, item in zip(batch, latents, strict=True) if not torch.isfinite(item).all())
             raise NonFiniteError(_not_finite(step + 1, failed, model.dtype))
-        yield latents
+        state = {**(cache.state() if cache else {}), **(gate.state() if gate else {})}
+        yield FinishedStep(latents, cache.count(step + 1) if cache else step + 1, state)
+
+
+def trajectory(
+    model: HYVideoDiT,
+    batch: Sequence[SamplingParams],
+    positives: Sequence[TextEmbedding],
+    negatives: Sequence[TextEmbedding] | None,
+    *,
+    mesh: SequenceMesh,
+    device: torch.device,
+    options: SamplingOptions = SamplingOptions(),
+) -> Generator[Tensor, None, None]:
+    """Yield the latents [N, C, T, H, W] of N videos after each step; see `finished_steps`."""
+    for step in finished_steps(model, batch, positives, negatives, mesh=mesh, device=device, options=options):
+        yield step.latents
+
+
+def _empty_state(
+    params: SamplingParams, options: SamplingOptions, levels: Tensor
+) -> tuple[StepCache | None, CfgGate | None]:
+    """Return the step cache and the CFG gate of a denoise, empty; None if it does not use them."""
+    steps = params.num_inference_steps
+    cache = StepCache(options.step_cache, levels) if options.step_cache else None
+    gate = CfgGate(guided_steps(options.cfg_until, steps)) if options.cfg_until and params.uses_cfg else None
+    return cache, gate
 
 
 def _start(
@@ -248,14 +299,35 @@ def _start(
     return mesh.broadcast_from_rank0(drawn).float()
 
 
-def _resumed(
-    batch: Sequence[SamplingParams], state: StepState, device: torch.device, options: SamplingOptions
-) -> Tensor:
-    """Return the latents of `state`, float32 on `device`, copied into memory with the alignment and layout of torch."""
-    given, shape = state.latents.shape, (len(batch), *batch[0].latent_shape)
-    steps = batch[0].num_inference_steps
-    if not 0 < state.step < steps or given != shape or not options.can_resume(state.step):
-        raise ValueError(f"cannot resume after step {state.step} of {steps} with latents {given}; expected {shape}")
+def resume_problem(batch: Sequence[SamplingParams], state: StepState, options: SamplingOptions) -> str | None:
+    """Return why a denoise of these videos cannot continue from `state`, or None if it can.
+
+    `state` has arrays [N, C, T, H, W]. One that was read from storage may lack arrays, or have others.
+    """
+    params, step = batch[0], state.step
+    steps, shape = params.num_inference_steps, (len(batch), *params.latent_shape)
+    cache, gate = _empty_state(params, options, sigmas(steps, params.flow_shift, options.reverse))
+    names = (cache.names(step) if cache else set()) | (gate.names() if gate else set())
+    what = f"cannot resume after step {step} of {steps}"
+    if not 0 < step < steps:
+        return what
+    if state.history.keys() != names:
+        return f"{what} with the arrays {sorted(state.history)}; expected {sorted(names)}"
+    if others := {array.shape for array in (state.latents, *state.history.values())} - {shape}:
+        return f"{what} with arrays of shape {others.pop()}; expected {shape}"
+    return None
+
+
+def _resumed(state: StepState, device: torch.device, cache: StepCache | None, gate: CfgGate | None) -> Tensor:
+    """Return the latents of `state`, float32 on `device`. Restore `cache` and `gate` from its other arrays.
+
+    All arrays are copied into memory with the alignment and layout of torch.
+    """
+    history = {name: torch.tensor(array, dtype=torch.float32, device=device) for name, array in state.history.items()}
+    if cache:
+        cache.restore(history, state.step)
+    if gate:
+        gate.restore(history)
     return torch.tensor(state.latents, dtype=torch.float32, device=device)
 
 
@@ -267,22 +339,29 @@ def denoise(
     *,
     mesh: SequenceMesh,
     device: torch.device,
-    on_step: Callable[[int, Tensor], None],
+    on_step: Callable[[int, FinishedStep], None],
     options: SamplingOptions = SamplingOptions(),
     resume: StepState | None = None,
 ) -> Tensor:
-    """Return the final latents [C, T, H, W] of one video; see `trajectory`.
+    """Return the final latents [C, T, H, W] of one video; see `finished_steps`.
 
-    `on_step(n, latents)` is called after each computed step; n includes the steps before `resume`. An exception of
-    `on_step` stops the sampling and propagates.
+    `on_step(n, result)` is called after each step; n includes the steps before `resume`, and the tensors of the result
+    have no axis N. An exception of `on_step` stops the sampling and propagates.
     """
     negatives = None if negative is None else [negative]
-    start = resume and StepState(resume.step, resume.latents[None])
-    states = trajectory(model, [params], [positive], negatives, mesh=mesh, device=device, options=options, resume=start)
-    for step, latents in enumerate(states, 1 + (resume.step if resume else 0)):
-        current = latents[0]
-        on_step(step, current)
-    return current
+    start = resume and as_batch(resume)
+    results = finished_steps(
+        model, [params], [positive], negatives, mesh=mesh, device=device, options=options, resume=start
+    )
+    for step, result in enumerate(results, 1 + (resume.step if resume else 0)):
+        latents = result.latents[0]
+        on_step(step, replace(result, latents=latents, state={name: each[0] for name, each in result.state.items()}))
+    return latents
+
+
+def as_batch(state: StepState) -> StepState:
+    """Return the state of one video as that of a batch of one."""
+    return StepState(state.step, state.latents[None], {name: array[None] for name, array in state.history.items()})
 
 
 def _not_finite(step: int, params: SamplingParams, dtype: torch.dtype) -> str:

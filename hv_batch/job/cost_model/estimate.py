@@ -124,10 +124,11 @@ def _work(model: ModelShape, work: Workload, samples: int) -> Report:
         "width": width,
         "num_frames": frames,
         "steps": work.steps,
+        **({"computed_steps": model.computed_steps(work.steps)} if model.step_cache else {}),
         "cfg": work.branches == 2,
         "samples": samples,
         "tokens": work.tokens,
-        "denoise_flops": work.forwards * forward_flops(model, work.tokens),
+        "denoise_flops": model.forwards(work) * forward_flops(model, work.tokens),
         "decode_flops": decode_flops(model, work.shape),
     }
 
@@ -184,7 +185,8 @@ def _traffic(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> Report:
         "ulysses_bytes_a_step": sent.ulysses * passes,
         "ring_bytes_a_step": sent.ring * passes,
         "exchange_bytes_a_step": exchanged,
-        "bytes_a_sample": kind.steps * (sent.total * passes + exchanged),
+        "bytes_a_sample": model.forwards(kind) // together.cfg_degree * sent.total
+        + model.computed_steps(kind.steps) * exchanged,
         "streamed_bytes_a_step": model.streamed_bytes * passes,
         "group": str(together),
         "efficiency": denoise_seconds(gpu, model, kind, alone)

@@ -15,6 +15,7 @@ from hv_batch.architecture import MAX_TEXT_TOKENS, PROMPT_TOKENS
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import count_tokens
 from hv_batch.protocol import TEMPORAL_COMPRESSION, Shape
+from hv_batch.step_schedule import kept_velocities
 
 GIB = 2**30
 
@@ -43,10 +44,12 @@ def denoiser_footprint(model: ModelShape, tokens: int, ulysses: int, ring: int) 
         width = model.dit.hidden_size
         resident += 2 * width * (3 * width + model.dit.mlp_width) * ITEMSIZE[model.precision]
     # The sampler's whole float32 tensors on every rank: latents before the step, velocity, its product, latents after.
-    latents = 4 * tokens * _token_values(model) * 4
-    # The step cache holds the residuals of the first block and of all others, for both guidance branches.
-    kept = 4 * -(-tokens // (ulysses * ring)) * model.dit.hidden_size * ITEMSIZE[model.precision]
-    activations = dit_activations(model, tokens, ulysses, ring) + latents + (kept if model.step_cache else 0)
+    # The step cache holds velocities and the latents before its last computed step; CFG gating holds one difference.
+    tensors = 5 if model.cfg_until else 4
+    if cache := model.step_cache:
+        tensors += kept_velocities(cache) + (1 if cache.correct else 0)
+    latents = tensors * tokens * _token_values(model) * 4
+    activations = dit_activations(model, tokens, ulysses, ring) + latents
     return Footprint(resident, activations)
 
 

@@ -7,13 +7,15 @@ those of the release, so `hv-batch plan` works before anything is downloaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig, check_fields
+from hv_batch.job.workload import Workload
 from hv_batch.protocol import UserError
+from hv_batch.step_schedule import StepSchedule, computed_steps, count_forwards, parse_cfg_until, parse_step_cache
 
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
 
@@ -34,8 +36,17 @@ class ModelShape:
     text_encoder_precision: str = "fp16"
     fp8: bool = False
     offload: bool = False
-    step_cache: bool = False
+    step_cache: StepSchedule | None = None
+    cfg_until: float | None = None
     attention: str = "sdpa"
+
+    def computed_steps(self, steps: int) -> int:
+        """Number of the steps of a video that run the DiT."""
+        return len(computed_steps(self.step_cache, steps))
+
+    def forwards(self, work: Workload) -> int:
+        """Passes through the DiT for one video."""
+        return count_forwards(self.step_cache, self.cfg_until, work.steps, work.branches)
 
     @property
     def dit_bytes(self) -> int:
@@ -83,7 +94,8 @@ class ModelShape:
             tile=_shape(TileGeometry, options.get("vae_tile") or {}),
             fp8=options.get("fp8", "none") != "none",
             offload=options.get("offload", "none") != "none",
-            step_cache=options.get("step_cache", 0) > 0,
+            step_cache=_or_none(parse_step_cache, options.get("step_cache")),
+            cfg_until=_or_none(parse_cfg_until, options.get("cfg_until")),
             attention=options.get("attention", "sdpa"),
             **precisions,
         )
@@ -97,6 +109,16 @@ def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
     except UserError:
         return kind()
+
+
+def _or_none(parse: Callable[[object], T | None], value: object) -> T | None:
+    """The parsed value of an option; None if it is not allowed, as in the run.json of an older version. The engine
+    reports it before a run.
+    """
+    try:
+        return parse(value)
+    except UserError:
+        return None
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

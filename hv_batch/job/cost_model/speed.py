@@ -51,10 +51,10 @@ def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring
 
 def denoise_seconds(gpu: Gpu, model: ModelShape, work: Workload, plan: ParallelPlan) -> float:
     """Denoising one sample on a group of that plan."""
-    seconds = work.forwards * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree)
+    seconds = model.forwards(work) * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree)
     if plan.cfg_degree == 1:
         return seconds
-    return seconds / plan.cfg_degree + work.steps * exchange_bytes(model, work.tokens) / gpu.link
+    return seconds / plan.cfg_degree + model.computed_steps(work.steps) * exchange_bytes(model, work.tokens) / gpu.link
 
 
 def decode_seconds(gpu: Gpu, model: ModelShape, work: Workload, ranks: int = 1) -> float:

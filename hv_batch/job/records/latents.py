@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,16 @@ from hv_batch.job import layout
 from hv_batch.job.documents.reading import parse
 from hv_batch.job.documents.schema import StoredStages, TensorHeader
 from hv_batch.job.storage.canonical_json import encode_line
-from hv_batch.protocol import StepState
+from hv_batch.protocol import MAX_HISTORY, StepState
 
 if TYPE_CHECKING:
     from hv_batch.job.manifest.samples import Sample
     from hv_batch.job.storage.store import Store
 
 LATENTS_SCHEMA = "hv_batch/latents/1"
-STEPS_SCHEMA = "hv_batch/steps/1"
+STEPS_SCHEMA = "hv_batch/steps/1"  # the latents alone
+STEPS_SCHEMA_2 = "hv_batch/steps/2"  # with the arrays of `StepState.history`, which earlier versions do not read
+HISTORY_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 # Errors that may be raised when a file is read that this module has not written.
 INVALID_FILE_ERRORS = (SafetensorError, ValueError, KeyError, TypeError)
@@ -95,16 +98,16 @@ def drop_latents(store: Store, shard: int, key: str) -> None:
 def put_steps(store: Store, sample: Sample, state: StepState, identity: str) -> None:
     """Store a step checkpoint, which replaces the previous one.
 
-    Raises ValueError if the shape of its latents is not `latent_shape` of the sample's parameters.
+    Raises ValueError if the shape of an array is not `latent_shape` of the sample's parameters.
     """
-    tensor = _checked(sample, state.latents)
+    tensors = {name: _checked(sample, array) for name, array in {**state.history, "latents": state.latents}.items()}
     metadata = {
-        "schema": STEPS_SCHEMA,
+        "schema": STEPS_SCHEMA_2 if state.history else STEPS_SCHEMA,
         "identity": identity,
         "step": str(state.step),
-        "sha256": _digest(tensor, state.step),
+        "sha256": _steps_digest(tensors, state.step),
     }
-    store.put(layout.step_key(sample.shard, sample.key), save({"latents": tensor}, metadata=metadata))
+    store.put(layout.step_key(sample.shard, sample.key), save(tensors, metadata=metadata))
 
 
 def get_steps(store: Store, sample: Sample, identity: str, earlier: Collection[str] = ()) -> StepState | None:
@@ -114,14 +117,24 @@ def get_steps(store: Store, sample: Sample, identity: str, earlier: Collection[s
     """
     data = _get(store, layout.step_key(sample.shard, sample.key))
     try:
-        tensor, metadata = _open(data)
+        tensors, metadata = _open_all(data)
         step = int(metadata["step"])
-        is_ours = metadata["schema"] == STEPS_SCHEMA and metadata["identity"] in (identity, *earlier)
-        is_whole = tensor.shape == sample.params.latent_shape and metadata["sha256"] == _digest(tensor, step)
+        latents = tensors.pop("latents")
+        schema = STEPS_SCHEMA_2 if tensors else STEPS_SCHEMA
+        is_ours = metadata["schema"] == schema and metadata["identity"] in (identity, *earlier)
+        is_valid = len(tensors) <= MAX_HISTORY and all(map(HISTORY_NAME.fullmatch, tensors))
+        is_valid &= all(_is_latent(sample, array) for array in (latents, *tensors.values()))
+        is_whole = is_valid and metadata["sha256"] == _steps_digest({**tensors, "latents": latents}, step)
         is_between = 0 < step < sample.params.num_inference_steps
     except INVALID_FILE_ERRORS:
         return None
-    return StepState(step, tensor) if is_ours and is_whole and is_between else None
+    return StepState(step, latents, tensors) if is_ours and is_whole and is_between else None
+
+
+def _is_latent(sample: Sample, array: np.ndarray) -> bool:
+    """Whether an array from storage can be one of a denoise of this sample."""
+    is_latent = array.dtype == np.float32 and array.shape == sample.params.latent_shape
+    return is_latent and bool(np.isfinite(array).all())
 
 
 def drop_steps(store: Store, shard: int, key: str) -> None:
@@ -159,15 +172,30 @@ def _get(store: Store, key: str) -> bytes:
 
 
 def _open(data: bytes) -> tuple[np.ndarray, dict[str, str]]:
-    """The tensor of a file and its metadata. Raises one of INVALID_FILE_ERRORS if `data` is not such a file."""
+    """The latents of a file and its metadata. Raises one of INVALID_FILE_ERRORS if `data` is not such a file."""
+    tensors, metadata = _open_all(data)
+    return tensors["latents"], metadata
+
+
+def _open_all(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a file by name, and its metadata. Raises as `_open`."""
     header_bytes = int.from_bytes(data[:8], "little")
     metadata = parse(TensorHeader, data[8 : 8 + header_bytes])["__metadata__"]
-    return load(data)["latents"], metadata
+    return load(data), metadata
 
 
-def _digest(tensor: np.ndarray, step: int | None = None) -> str:
-    """Hex digest of the values and of their step, because an altered step number would give a wrong video."""
-    digest = hashlib.sha256(tensor.tobytes())
-    if step is not None:
-        digest.update(str(step).encode())
+def _digest(tensor: np.ndarray) -> str:
+    """Hex digest of the values."""
+    return hashlib.sha256(tensor.tobytes()).hexdigest()
+
+
+def _steps_digest(tensors: Mapping[str, np.ndarray], step: int) -> str:
+    """Hex digest of the latents, of the other arrays with their names, and of the step, because an altered step number
+    would give a wrong video.
+    """
+    digest = hashlib.sha256(tensors["latents"].tobytes())
+    for name in sorted(tensors.keys() - {"latents"}):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensors[name].tobytes())
+    digest.update(str(step).encode())
     return digest.hexdigest()

@@ -119,7 +119,10 @@ class RankActor:
 
     def read_steps(self, sample: Sample) -> StepState | None:
         """Rank 0: the step checkpoint of an earlier try, from the output root; None if there is none."""
-        return read_steps(self._context.store, sample, *self._context.sample_identities(sample))
+        state = read_steps(self._context.store, sample, *self._context.sample_identities(sample))
+        can_resume = getattr(self._denoiser, "can_resume", None)  # a state without `history` suits other engines
+        is_usable = state and (can_resume(sample.params, state) if can_resume else not state.history)
+        return state if is_usable else None
 
     def denoise(self, tasks: Sequence[DenoiseTask], *inputs: Any) -> Any:
         """Denoise the samples of a task. Every rank of the group must be called with the same arguments.
@@ -154,7 +157,11 @@ class RankActor:
     def _assist(self, sample: Sample, embeddings: tuple[Any, Any], resume: StepState | None) -> None:
         positive, negative = embeddings
         with self._timer.of(sample.params.num_inference_steps) as step_done:
-            self._denoiser.denoise(sample.params, positive, negative, lambda done, _: step_done(done), resume)
+
+            def on_step(done: int, _read: Callable[[], StepState], computed: int | None = None) -> None:
+                step_done(done, computed)
+
+            self._denoiser.denoise(sample.params, positive, negative, on_step, resume)
 
     def _denoise(
         self, task: DenoiseTask, embeddings: tuple[Any, Any], resume: StepState | None
@@ -163,6 +170,7 @@ class RankActor:
         positive, negative = embeddings
         identity = sample_identity(sample, context.fingerprint)
         every = context.config.groups.checkpoint_every
+        computed_steps: int | None = None
         logger.info(
             f"denoising {sample.params.num_inference_steps} steps" + (f" from step {resume.step}" if resume else "")
         )
@@ -172,14 +180,17 @@ class RankActor:
             self._timer.of(sample.params.num_inference_steps) as step_done,
         ):
 
-            def on_step(done: int, read: Callable[[], np.ndarray] | None) -> None:
-                step_done(done)
+            def on_step(done: int, read: Callable[[], StepState], computed: int | None = None) -> None:
+                nonlocal computed_steps
+                computed_steps = computed
+                step_done(done, computed)
                 writer.after_step(done, read)
 
             latents = self._denoiser.denoise(sample.params, positive, negative, on_step, resume)
         logger.info(f"denoised in {watch.seconds:.1f} s")
         details: dict[str, Any] = {"group": str(self._plan), "ranks": self._plan.world_size}
         details |= {"resumed_from_step": resume.step} if resume else {}
+        details |= {"computed_steps": computed_steps} if computed_steps is not None else {}
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
         reports = {name: stage.to_dict() for name, stage in {**task.upstream, "denoise": report}.items()}

@@ -16,16 +16,14 @@ from threading import Event
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.latents import get_steps, put_steps
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import StepState
 
-# All steps of a denoise take about the same time. A step that takes several times longer than the longest one before
-# it hangs, and is detected earlier than by timeouts.stall_s. The minimum allows for a busy node and for another group
-# that loads 26 GB of weights.
+# All steps of a denoise that run the model take about the same time. A step that takes several times longer than the
+# longest one before it hangs, and is detected earlier than by timeouts.stall_s. The minimum allows for a busy node and
+# for another group that loads 26 GB of weights.
 OVERDUE = 5.0
 MIN_LIMIT_S = 60.0
 
@@ -38,19 +36,21 @@ class StepTimer:
         self.next_within_s = math.inf  # the next step ends within this time; inf if that is not known
 
     @contextmanager
-    def of(self, steps: int) -> Iterator[Callable[[int], None]]:
-        """Measure a denoise of `steps` steps. Yields a function that must be called with the number of each finished
-        step.
+    def of(self, steps: int) -> Iterator[Callable[[int, int | None], None]]:
+        """Measure a denoise of `steps` steps. Yields a function that must be called after each step, with the number of
+        finished steps and with that of those that ran the model (None: all).
 
-        There is no limit for the first two steps, which include reading a checkpoint and selecting kernels, and none
-        after the last step, when the latents are written to the output root.
+        Steps that do not run the model are not measured, because the next one may. There is no limit for the first
+        step, which includes reading a checkpoint and selecting kernels, none until a later one has run the model, and
+        none after the last step, when the latents are written to the output root.
         """
-        last, longest = math.inf, 0.0
+        last, longest, before = math.inf, 0.0, -1
 
-        def after_step(done: int) -> None:
-            nonlocal last, longest
-            now = time.monotonic()
-            longest, last = max(longest, now - last), now
+        def after_step(done: int, computed: int | None = None) -> None:
+            nonlocal last, longest, before
+            now, runs = time.monotonic(), done if computed is None else computed
+            longest, last = max(longest, now - last if runs > before else 0.0), now
+            before = runs
             self.next_within_s = max(MIN_LIMIT_S, OVERDUE * longest) if longest > 0 and done < steps else math.inf
             self.steps += 1
 
@@ -71,7 +71,6 @@ class StepWriter:
         self._every = every
         self._asked = asked
         self._thread: ThreadPoolExecutor | None = None  # started by the first checkpoint; most denoises write none
-        self._is_due = False
         self._writing: Future[None] | None = None
         self.failed = 0  # writes that did not succeed
 
@@ -84,23 +83,20 @@ class StepWriter:
         if self._thread:
             self._thread.shutdown()
 
-    def after_step(self, done: int, read: Callable[[], np.ndarray] | None) -> None:
-        """Start a write if one is due. The ranks wait only for the copy of the latents to host memory.
+    def after_step(self, done: int, read: Callable[[], StepState]) -> None:
+        """Start a write if one is due. The ranks wait only for the copy of the state to host memory.
 
-        `done` is the number of finished steps; `read` returns the latents, or is None if a denoise cannot resume from
-        this step. Then the write starts after the next step from which it can. No write starts while the last one runs,
-        so on a slow store checkpoints become rare instead of piling up.
+        `done` is the number of finished steps; `read` returns the state after them. No write starts while the last one
+        runs, so on a slow store checkpoints become rare instead of piling up.
         """
-        self._is_due |= self._every > 0 and done % self._every == 0
-        is_last = done == self._sample.params.num_inference_steps
-        if is_last or read is None or not (self._is_due or self._asked.is_set()):
+        is_due = (self._every > 0 and done % self._every == 0) or self._asked.is_set()
+        if not is_due or done == self._sample.params.num_inference_steps:
             return
-        self._is_due = False
         if self._writing and not self._writing.done():
             return
         self._asked.clear()
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="steps")
-        self._writing = self._thread.submit(self._write, StepState(done, read()))
+        self._writing = self._thread.submit(self._write, read())
 
     def _write(self, state: StepState) -> None:
         try:

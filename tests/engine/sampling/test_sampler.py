@@ -46,7 +46,7 @@ class Field:
         self.dtype = dtype
         self.calls = []
 
-    def __call__(self, latents, timestep, text_states, text_lengths, pooled, guidance, mesh, caches=()):
+    def __call__(self, latents, timestep, text_states, text_lengths, pooled, guidance, mesh):
         self.calls.append(
             SimpleNamespace(
                 latents=latents, timestep=timestep, states=text_states, lengths=text_lengths, guidance=guidance
@@ -273,7 +273,7 @@ def test_a_model_without_guidance_embedding_gets_no_guidance():
 def test_steps_are_reported_in_order_and_an_exception_stops_the_sampling():
     """Protocol `Denoiser.denoise`: on_step is called after each step; its exception propagates and stops the group."""
     seen = []
-    final = run(on_step=lambda step, latents: seen.append((step, latents)))
+    final = run(on_step=lambda step, result: seen.append((step, result.latents)))
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert torch.equal(seen[-1][1], final)
 
@@ -344,7 +344,7 @@ def test_a_resumed_trajectory_is_the_same_bits(steps, at, cfg_scale, rescale, sh
     params = replace(PARAMS, num_inference_steps=steps, cfg_scale=cfg_scale, guidance_rescale=rescale, flow_shift=shift)
     at = min(at, steps - 1)
     states = {}
-    final = run(params, on_step=lambda step, latents: states.setdefault(step, latents.numpy()))
+    final = run(params, on_step=lambda step, result: states.setdefault(step, result.latents.numpy()))
     kept = states[at].copy()
     model, seen = Field(), []
     again = run(params, model, lambda step, latents: seen.append(step), StepState(at, states[at]))
@@ -357,7 +357,7 @@ def test_a_resumed_trajectory_is_the_same_bits(steps, at, cfg_scale, rescale, sh
 def test_latents_from_an_object_store_are_resumed_from():
     """P4: arrays from Ray's object store are read-only and can be resumed from."""
     states = {}
-    final = run(on_step=lambda step, latents: states.setdefault(step, latents.numpy()))
+    final = run(on_step=lambda step, result: states.setdefault(step, result.latents.numpy()))
     states[2].flags.writeable = False
     assert torch.equal(run(resume=StepState(2, states[2])), final)
 

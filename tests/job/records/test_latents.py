@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from hv_batch.job import layout
+from hv_batch.job.records import latents as latents_module
 from hv_batch.job.records.latents import (
     FinalLatents,
     checkpointed,
@@ -132,6 +134,46 @@ def test_the_last_step_checkpoint_is_read_back_bit_for_bit(any_store):
     assert checkpointed(any_store) == {"a.b"}
 
 
+HISTORY = {"velocity_0": some_latents() + 1, "anchor": some_latents() + 2}
+
+
+def test_a_state_with_earlier_velocities_is_read_back_bit_for_bit(any_store):
+    """P4: whatever later steps need is in the checkpoint; one without it has the format of earlier versions."""
+    put_steps(any_store, SAMPLE, StepState(3, some_latents(), HISTORY), "identity")
+    state = get_steps(any_store, SAMPLE, "identity")
+    assert {name: array.tobytes() for name, array in state.history.items()} == {
+        name: array.tobytes() for name, array in HISTORY.items()
+    }
+    key = layout.step_key(SAMPLE.shard, SAMPLE.key)
+    assert b"hv_batch/steps/2" in any_store.get(key)
+    put_steps(any_store, SAMPLE, StepState(3, some_latents()), "identity")
+    assert b"hv_batch/steps/1" in any_store.get(key)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        {"velocity_0": np.full(PARAMS.latent_shape, np.nan, np.float32)},
+        {"Velocity/0": some_latents()},
+        {f"velocity_{n}": some_latents() for n in range(9)},
+    ],
+    ids=["not finite", "name", "number"],
+)
+def test_a_state_that_no_denoise_has_written_is_ignored(any_store, history):
+    """P4: whoever can write to the bucket can write a checkpoint with a valid digest."""
+    put_steps(any_store, SAMPLE, StepState(3, some_latents(), history), "identity")
+    assert get_steps(any_store, SAMPLE, "identity") is None
+
+
+def test_a_state_of_another_dtype_is_ignored(any_store):
+    """P4: the same for the type of its numbers."""
+    tensors = {"latents": some_latents().astype(np.float64)}
+    digest = latents_module._steps_digest(tensors, 3)
+    metadata = {"schema": "hv_batch/steps/1", "identity": "identity", "step": "3", "sha256": digest}
+    any_store.put(layout.step_key(SAMPLE.shard, SAMPLE.key), save(tensors, metadata=metadata))
+    assert get_steps(any_store, SAMPLE, "identity") is None
+
+
 def test_step_checkpoints_and_final_latents_are_kept_apart(any_store):
     """P4: one is never read as the other."""
     put_steps(any_store, SAMPLE, StepState(1, some_latents()), "identity")
@@ -163,14 +205,18 @@ def test_a_step_checkpoint_of_another_identity_or_shape_is_ignored(any_store):
 
 
 @settings(deadline=None)
-@given(data=st.data())
-def test_a_damaged_step_checkpoint_is_ignored(data):
+@given(data=st.data(), history=st.sampled_from([{}, HISTORY]))
+def test_a_damaged_step_checkpoint_is_ignored(data, history):
     """P3, P4: if any byte changes, the step number included, the sample starts again and never gives a wrong video."""
     store = Store(f"memory://{uuid.uuid4().hex}")
-    put_steps(store, SAMPLE, StepState(2, some_latents()), "identity")
+    put_steps(store, SAMPLE, StepState(2, some_latents(), history), "identity")
     damage(store, layout.step_key(SAMPLE.shard, SAMPLE.key), data)
     state = get_steps(store, SAMPLE, "identity")
-    assert state is None or (state.step, state.latents.tobytes()) == (2, some_latents().tobytes())
+    if state is not None:
+        assert (state.step, state.latents.tobytes()) == (2, some_latents().tobytes())
+        assert {name: array.tobytes() for name, array in state.history.items()} == {
+            name: array.tobytes() for name, array in history.items()
+        }
 
 
 def test_a_changed_step_number_is_rejected(any_store):
