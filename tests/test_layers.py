@@ -24,7 +24,7 @@ LAYERS = """
     runtime
     media  toy  weights
     job  engine
-    architecture
+    architecture  attention_methods
     protocol
 """
 

@@ -295,6 +295,7 @@ def test_importing_the_engine_loads_no_heavy_library():
         ({"dit": "toy"}, "dit: 'toy' must map names to values"),
         ({"vae_tile": {"size": 256}}, "vae_tile: unknown 'size'; allowed are spatial_px"),
         ({"vae_tile": {"overlap": 2}}, "overlap"),
+        ({"sparse_attention": 0.3}, "sparse_attention: 0.3 is not allowed; give a mapping with density"),
         ({"step_cache": 1}, r"step_cache: 1 is not allowed; allowed is a number of at least 0 \(off\) and below 1"),
         ({"step_cache": "0.1"}, "step_cache: '0.1' is not allowed"),
         ({"step_cache": True}, "step_cache: True is not allowed"),
@@ -320,6 +321,7 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
         {"text_encoder_precision": "bf16"},
         {"attention": "math"},
         {"load_key": "ema"},
+        {"sparse_attention": {"density": 0.3}},
         {"step_cache": 0.1},
         {"vae_tile": {"overlap": 0.5}},
         {"dit": {**TOY_DIT, "mm_single_blocks_depth": 1}},
@@ -339,6 +341,18 @@ def test_a_plan_that_does_not_divide_the_heads_is_reported_with_alternatives():
     assert sentence.endswith("; with cfg_degree 2 also 1 x 8, 2 x 4, 4 x 2, 8 x 1")
     (sentence,) = engine.group_problems(ParallelPlan(ulysses_degree=5))
     assert sentence.endswith("with 5 ranks, ulysses_degree x ring_degree may be 1 x 5")
+
+
+def test_a_plan_that_divides_the_keys_is_refused_for_sparse_attention():
+    """P6: block selection needs all tokens of a head, so a ring and xfuser are refused with a reason."""
+    engine = HunyuanVideo(model_base="ckpts", sparse_attention={"density": 0.3})
+    assert engine.group_problems(ParallelPlan(ulysses_degree=8, cfg_degree=2)) == []
+    (sentence,) = engine.group_problems(ParallelPlan(ulysses_degree=2, ring_degree=2))
+    assert "sparse_attention chooses the keys of a head among all tokens" in sentence
+    assert "use ring_degree 1" in sentence
+    xfuser = HunyuanVideo(model_base="ckpts", sparse_attention={"density": 0.3}, sequence_parallel="xfuser")
+    (sentence,) = xfuser.group_problems(ParallelPlan(ulysses_degree=2))
+    assert "sparse_attention needs sequence_parallel 'native'" in sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")

@@ -193,6 +193,7 @@ def _add_model(group: Group) -> None:
     )
     add("--use-fp8", action="store_true", help="use the 8-bit weights that --dit-weight names")
     add("--step-cache", type=float, default=0.0, metavar="X", help="reuse blocks that change less, as 0.1; 0: off")
+    add("--sparse-attention", type=float, metavar="X", help="attend to this fraction of the blocks, as 0.25")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
     add(
         "--attention",

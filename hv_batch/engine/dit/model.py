@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hv_batch.architecture import DiTConfig
+from hv_batch.attention_methods import DENSE, StepAttention
+from hv_batch.engine.attention.block_sparse import SparseKernel
 from hv_batch.engine.attention.kernels import choose_kernel
+from hv_batch.engine.attention.token_order import BlockLayout, block_layout
 from hv_batch.engine.dit.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from hv_batch.engine.dit.embeddings import (
     MLPEmbedder,
@@ -79,6 +82,7 @@ class HYVideoDiT(nn.Module):
         guidance: Tensor | None,
         mesh: SequenceMesh = ONE_RANK,
         caches: Sequence[StepCache] = (),
+        attention: StepAttention = DENSE,
     ) -> Tensor:
         """Return the velocity [B, out_channels, T, h, w] in the model's dtype, equal on every rank of the mesh.
 
@@ -90,6 +94,7 @@ class HYVideoDiT(nn.Module):
         - pooled [B, text_states_dim_2]
         - guidance [B]: scale * 1000; must be given if and only if the model has a guidance embedding
         - caches: one `StepCache` per item, or none. A cache may skip blocks, which changes the result.
+        - attention: the methods of this step, which change the result
 
         Raises ValueError if the inputs break these rules, and UserError if the Ulysses degree does not divide the
         heads.
@@ -109,7 +114,7 @@ class HYVideoDiT(nn.Module):
             vec = self._conditioning(timestep[item], pooled[item], None if guidance is None else guidance[item])
             cache = caches[item] if caches else None
             text = text_states[item, :text_len]
-            velocities.append(self._velocity(latents[item], timestep[item], text, vec, mesh, cache))
+            velocities.append(self._velocity(latents[item], timestep[item], text, vec, mesh, cache, attention))
         return torch.stack(velocities)
 
     def _conditioning(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
@@ -123,15 +128,30 @@ class HYVideoDiT(nn.Module):
         return vec
 
     def _velocity(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh, cache: StepCache | None
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        vec: Tensor,
+        mesh: SequenceMesh,
+        cache: StepCache | None,
+        attention: StepAttention,
     ) -> Tensor:
         kernel = choose_kernel(self.attention, latents.device, self.dtype)
 
         patches, grid = patchify(latents.to(self.dtype), self.config.patch_size)
         image_len, text_len = patches.shape[0], text.shape[0]
+        sparse, layout = attention.sparse, None
+        if sparse:
+            layout = block_layout(grid, sparse.brick, sparse.neighbours, latents.device)
+            patches = patches[layout.order]
         img = self.img_in(mesh.shard(patches))
         txt = self.txt_in(text, timestep, kernel)
-        rope = torch.complex(*rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device))
+        brick = sparse.brick if sparse else None
+        table = rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device, brick)
+        rope = torch.complex(*table)
+        if sparse and layout:
+            kernel = SparseKernel(sparse, layout, text_len, kernel)
         attend = partial(self.joint_attention, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
         if cache:
@@ -141,15 +161,18 @@ class HYVideoDiT(nn.Module):
             if cache and number == 0:
                 cached = cache.lookup(img, image_len, mesh)
                 if cached is not None:
-                    return self._output(cached, vec, grid, mesh)
+                    return self._output(cached, vec, grid, mesh, layout)
         x = torch.cat((txt, img))
         del txt, img
         for block in self.single_blocks:
             x = block(x, vec, text_len, rope, attend)
         if cache:
             cache.store(x[text_len:])
-        return self._output(x[text_len:], vec, grid, mesh)
+        return self._output(x[text_len:], vec, grid, mesh, layout)
 
-    def _output(self, img: Tensor, vec: Tensor, grid: tuple[int, int, int], mesh: SequenceMesh) -> Tensor:
+    def _output(
+        self, img: Tensor, vec: Tensor, grid: tuple[int, int, int], mesh: SequenceMesh, layout: BlockLayout | None
+    ) -> Tensor:
         """Compute the velocity of this rank's image tokens and gather that of the other ranks."""
-        return unpatchify(mesh.gather(self.final_layer(img, vec), math.prod(grid)), grid, self.config.patch_size)
+        tokens = mesh.gather(self.final_layer(img, vec), math.prod(grid))
+        return unpatchify(tokens if layout is None else tokens[layout.inverse], grid, self.config.patch_size)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hv_batch.attention_methods import ALL_DENSE, DENSE, AttentionMethods, StepAttention
 from hv_batch.engine import step_cache
 from hv_batch.protocol import NonFiniteError, SamplingParams, StepState
 
@@ -76,6 +77,7 @@ class SamplingOptions:
     noise: str = "cpu-fp32"  # one of NOISES
     reverse: bool = True
     step_cache: float = 0.0  # threshold of `StepCache`; 0 computes every step
+    attention: AttentionMethods = ALL_DENSE
 
     def can_resume(self, step: int) -> bool:
         """Return whether the steps after `step` finished steps depend only on the latents."""
@@ -146,16 +148,17 @@ def predict_velocity(
     params: SamplingParams,
     mesh: SequenceMesh,
     caches: Sequence[step_cache.StepCache] = (),
+    attention: StepAttention = DENSE,
 ) -> Tensor:
     """Return the guided velocity at noise level `sigma` for latents [N, C, T, H, W]: same shape, float32.
 
     `texts` holds the branches that this rank computes; see `branch_embeddings`. `caches` has one entry per batch item,
-    or is empty.
+    or is empty. `attention` are the methods of this step.
     """
     items = len(texts.lengths)
     inputs = latents.repeat(items // len(latents), 1, 1, 1, 1)
     time = (sigma * TIME_UNIT).to(latents.device).expand(items)
-    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh, caches)
+    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh, caches, attention)
     velocity = mesh.all_gather_branches(own).float()
     if len(velocity) == len(latents):
         return velocity
@@ -222,7 +225,8 @@ def trajectory(
         if step_cache.is_fresh(step, params.num_inference_steps):
             for cache in caches:
                 cache.clear()
-        velocity = predict_velocity(model, latents, levels[step], texts, params, mesh, caches)
+        attention = options.attention.at(step, params.num_inference_steps)
+        velocity = predict_velocity(model, latents, levels[step], texts, params, mesh, caches, attention)
         latents = euler_step(latents, velocity, levels[step], levels[step + 1])
         # This check waits for the device. The wait is short compared with a step, saves the remaining steps of a failed
         # sample, and ensures that a reported step is finished, not queued. All ranks hold equal latents, so all raise.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hv_batch.attention_methods import ALL_DENSE
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.group_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.config.hardware import GPUS, Gpu
@@ -20,8 +21,8 @@ from hv_batch.job.config.sections import ENGINE
 from hv_batch.job.cost_model.flops import (
     count_work,
     decode_flops,
+    denoise_flops,
     exchange_bytes,
-    forward_flops,
     plan_ranks,
     rank_traffic,
 )
@@ -127,7 +128,8 @@ def _work(model: ModelShape, work: Workload, samples: int) -> Report:
         "cfg": work.branches == 2,
         "samples": samples,
         "tokens": work.tokens,
-        "denoise_flops": work.forwards * forward_flops(model, work.tokens),
+        "denoise_flops": denoise_flops(model, work),
+        **({"attention_density": model.methods.mean_density(work.steps)} if model.methods != ALL_DENSE else {}),
         "decode_flops": decode_flops(model, work.shape),
     }
 

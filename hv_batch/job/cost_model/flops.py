@@ -27,6 +27,12 @@ def forward_flops(model: ModelShape, tokens: int) -> float:
     return linear_flops(model, tokens) + attention_flops(model, tokens)
 
 
+def denoise_flops(model: ModelShape, work: Workload) -> float:
+    """All forwards of one sample, with the density of sparse attention."""
+    attention = model.methods.mean_density(work.steps) * attention_flops(model, work.tokens)
+    return work.forwards * (linear_flops(model, work.tokens) + attention)
+
+
 def linear_flops(model: ModelShape, tokens: int) -> float:
     dit = model.dit
     # Q, K, V, the output projection, and the MLP of the image stream: the same in double and single blocks.

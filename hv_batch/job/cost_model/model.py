@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig, check_fields
+from hv_batch.attention_methods import ALL_DENSE, AttentionMethods, parse_sparse_attention
 from hv_batch.protocol import UserError
 
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
@@ -36,6 +37,7 @@ class ModelShape:
     offload: bool = False
     step_cache: bool = False
     attention: str = "sdpa"
+    methods: AttentionMethods = ALL_DENSE
 
     @property
     def dit_bytes(self) -> int:
@@ -85,6 +87,7 @@ class ModelShape:
             offload=options.get("offload", "none") != "none",
             step_cache=options.get("step_cache", 0) > 0,
             attention=options.get("attention", "sdpa"),
+            methods=_methods(options),
             **precisions,
         )
 
@@ -97,6 +100,14 @@ def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
     except UserError:
         return kind()
+
+
+def _methods(options: Mapping[str, Any]) -> AttentionMethods:
+    """The attention methods of these options; none if they are wrong, which the engine reports."""
+    try:
+        return AttentionMethods(parse_sparse_attention(options.get("sparse_attention")))
+    except UserError:
+        return ALL_DENSE
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
