@@ -151,10 +151,3 @@ def guided_steps(cfg_until: float | None, total: int) -> int:
 def computed_steps(schedule: StepSchedule | None, total: int) -> tuple[int, ...]:
     """Return the numbers of the computed steps of a video of `total` steps, ascending."""
     return schedule.steps(total) if schedule else tuple(range(total))
-
-
-def count_forwards(schedule: StepSchedule | None, cfg_until: float | None, total: int, branches: int) -> int:
-    """Return how often the DiT runs, for one video of `total` steps with one or two guidance branches."""
-    computed = computed_steps(schedule, total)
-    both = sum(step < guided_steps(cfg_until, total) for step in computed)
-    return len(computed) + (both if branches == 2 else 0)

@@ -24,7 +24,7 @@ LAYERS = """
     runtime
     media  toy  weights
     job  engine
-    architecture  step_schedule
+    architecture  step_schedule  attention_methods
     protocol
 """
 

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from hv_batch.protocol import UserError
 from hv_batch.step_schedule import (
     StepSchedule,
-    computed_steps,
-    count_forwards,
     guided_steps,
     parse_cfg_until,
     parse_step_cache,
@@ -68,16 +66,6 @@ def test_published_lists_and_shares():
     assert StepSchedule(computed=16, warmup=5).steps(50)[:7] == (0, 1, 2, 3, 4, 8, 12)
     assert StepSchedule(computed=JENGA).steps(50) == JENGA
     assert len(StepSchedule(computed=JENGA).steps(100)) == 2 * len(JENGA)
-
-
-@given(schedule=st.none() | spreads(), until=st.none() | st.floats(0.01, 0.99), total=st.integers(1, 100))
-def test_forwards_are_counted_per_branch(schedule, until, total):
-    """Part 6: a computed step runs the negative branch only before `cfg_until`, and the first step always does."""
-    steps = computed_steps(schedule, total)
-    both = [step for step in steps if step < guided_steps(until, total)]
-    assert both[0] == 0
-    assert count_forwards(schedule, until, total, branches=2) == len(steps) + len(both)
-    assert count_forwards(schedule, until, total, branches=1) == len(steps)
 
 
 def test_half_of_the_steps_is_half_of_them():

@@ -96,6 +96,12 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"{gpu['name']}: {gpu['tflops']:g} TFLOP/s dense bf16, of which {gpu['efficiency']:.1%}, fitted to: "
         f"{gpu['fitted_to']}. Speeds are estimates; memory is computed, with an assumed reserve."
     )
+    if densities := sorted({work["attention_density"] for work in plan["work"] if "attention_density" in work}):
+        shown = ", ".join(f"{density:.2f}" for density in densities)
+        yield (
+            f"sparse attention computes a fraction of {shown} of the dense attention, averaged over the steps; more if "
+            "top_p is set. Its kernel is assumed to be as fast as the dense one."
+        )
     if plan["cudnn_would_save"] > 0:
         yield (
             f"model.options.attention=cudnn would denoise this in {plan['cudnn_would_save']:.0%} less time on "

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hv_batch.architecture import DiTConfig, TileGeometry
+from hv_batch.attention_methods import AttentionMethods, parse_sparse_attention
+from hv_batch.engine.attention.flex_blocks import check_backend
 from hv_batch.engine.attention.kernels import HALF_ONLY, KERNELS, choose_kernel
 from hv_batch.engine.checkpoint.digests import revision, vae_revision
 from hv_batch.engine.checkpoint.licence_file import declared_licence
@@ -71,6 +73,8 @@ class HunyuanVideo:
       pixels. "matmul" computes the products of the blocks in FP8, from any weights, and gives other pixels; see
       `hv_batch.engine.dit.fp8_matmul`.
     - `attention`: the attention kernel of the DiT: "sdpa", "cudnn", "flash" or "math".
+    - `sparse_attention`: fields of `SparseAttention`, as `{density: 0.25}`: after the first steps, the image attends to
+      a part of its blocks only. Needs native sequence parallelism without a ring.
     - `sequence_parallel`: how the ranks of a group compute attention: "native", or "xfuser" for xfuser's long-context
       attention, which needs GPUs and a token count that the ranks divide; see `hv_batch.engine.parallel.xfuser`.
     - `vae_tile`: fields of `TileGeometry` that differ from the tiling of the release.
@@ -102,6 +106,7 @@ class HunyuanVideo:
         text_encoder_precision_2: str | None = None,
         fp8: str = "none",
         attention: str = "sdpa",
+        sparse_attention: Mapping[str, Any] | None = None,
         sequence_parallel: str = "native",
         vae_tile: Mapping[str, Any] | None = None,
         noise: str = "cpu-fp32",
@@ -136,8 +141,13 @@ class HunyuanVideo:
         self._sequence_parallel = parse_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
         if not isinstance(flow_reverse, bool):
             raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true and false.")
+        self._methods = AttentionMethods(parse_sparse_attention(sparse_attention))
         self._sampling = SamplingOptions(
-            parse_choice("noise", noise, NOISES), flow_reverse, parse_step_cache(step_cache), parse_cfg_until(cfg_until)
+            parse_choice("noise", noise, NOISES),
+            flow_reverse,
+            parse_step_cache(step_cache),
+            parse_cfg_until(cfg_until),
+            self._methods,
         )
         self._offload = parse_choice("offload", offload, OFFLOADS)
         self._loras = parse_loras(loras or {})
@@ -172,6 +182,7 @@ class HunyuanVideo:
             "attention": self._attention,
             # Newer options are listed only if they are used, so that the identity of older output roots stays equal.
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
+            **({"sparse_attention": self._methods.sparse.to_json()} if self._methods.sparse else {}),
             **({"step_cache": self._sampling.step_cache.identity()} if self._sampling.step_cache else {}),
             **({"cfg_until": self._sampling.cfg_until} if self._sampling.cfg_until else {}),
             **({"loras": self._lora_identity} if self._loras else {}),
@@ -206,9 +217,15 @@ class HunyuanVideo:
         """Return the reasons why the model cannot run with `plan`, or cannot render `shapes` with it; empty if none.
 
         The Ulysses degree must divide the number of attention heads; the ring degree may be any number. Native sequence
-        parallelism supports every shape with every plan; xfuser needs a token count that the ranks divide.
+        parallelism supports every shape with every plan; xfuser needs a token count that the ranks divide. Sparse
+        attention needs a ring degree of 1 and native sequence parallelism.
         """
-        return [*self._head_problems(plan), *self._xfuser_problems(plan, shapes), *self._cfg_problems(plan)]
+        return [
+            *self._head_problems(plan),
+            *self._sparse_problems(plan),
+            *self._xfuser_problems(plan, shapes),
+            *self._cfg_problems(plan),
+        ]
 
     def _cfg_problems(self, plan: ParallelPlan) -> Iterator[str]:
         if plan.cfg_degree > 1 and self._sampling.cfg_until:
@@ -216,6 +233,17 @@ class HunyuanVideo:
                 f"cfg_degree {plan.cfg_degree} gives the negative branch to half of the ranks, which would wait in all "
                 f"steps after cfg_until {self._sampling.cfg_until:g} of them; remove cfg_until, or choose cfg_degree 1"
             )
+
+    def _sparse_problems(self, plan: ParallelPlan) -> Iterator[str]:
+        if self._methods.sparse is None:
+            return
+        if plan.ring_degree > 1:
+            yield (
+                f"sparse_attention chooses the keys of a head among all tokens, but a rank of {plan} holds a part of "
+                f"them; use ring_degree 1 and a ulysses_degree that divides {self._dit_config.heads_num} heads"
+            )
+        if self._sequence_parallel == "xfuser":
+            yield "sparse_attention needs sequence_parallel 'native', which gives a kernel all tokens of its heads"
 
     def _xfuser_problems(self, plan: ParallelPlan, shapes: Iterable[Shape]) -> Iterator[str]:
         if self._sequence_parallel != "xfuser":
@@ -262,6 +290,8 @@ class HunyuanVideo:
         device = _select_device(spec.device, spec.local_rank)
         dtype = self._dtype("precision")
         choose_kernel(self._attention, device, dtype)  # raises before 26 GB are read
+        if sparse := self._methods.sparse:
+            check_backend(sparse.backend, sparse.block, device)
         if self._sequence_parallel == "xfuser":
             check_xfuser(device)
         vae = load_vae(self._tree, self._dtype("vae_precision"), device) if spec.decodes else None

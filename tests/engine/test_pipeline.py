@@ -296,6 +296,7 @@ def test_importing_the_engine_loads_no_heavy_library():
         ({"vae_tile": {"overlap": 2}}, "overlap"),
         ({"step_cache": 0.1}, r"step_cache: 0\.1 .*hv_batch 0\.2\.0.*step_cache: \{kind: schedule, computed: 16\}"),
         ({"step_cache": "0.1"}, "step_cache: '0.1' is not allowed; allowed is a mapping"),
+        ({"sparse_attention": 0.3}, "sparse_attention: 0.3 is not allowed; give a mapping with density"),
         ({"step_cache": True}, "step_cache: True is not allowed"),
         ({"step_cache": {"kind": "schedule", "computed": 51}}, r"computed must be a whole number from 2 to 50 \(of\)"),
         ({"cfg_until": 0}, "cfg_until: 0 is not allowed; allowed is a number above 0 and at most 1"),
@@ -324,6 +325,7 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
         {"step_cache": {"kind": "schedule", "computed": 16}},
         {"step_cache": {"kind": "schedule", "computed": 16, "order": 1}},
         {"cfg_until": 0.5},
+        {"sparse_attention": {"density": 0.3}},
         {"vae_tile": {"overlap": 0.5}},
         {"dit": {**TOY_DIT, "mm_single_blocks_depth": 1}},
     ):
@@ -348,6 +350,18 @@ def test_a_gated_negative_branch_gets_no_ranks_of_its_own():
     """P6: cfg_until with cfg_degree 2 is refused with the reason."""
     (sentence,) = HunyuanVideo(model_base="ckpts", cfg_until=0.5).group_problems(ParallelPlan(cfg_degree=2))
     assert "would wait in all steps after cfg_until 0.5 of them; remove cfg_until, or choose cfg_degree 1" in sentence
+
+
+def test_a_plan_that_divides_the_keys_is_refused_for_sparse_attention():
+    """P6: block selection needs all tokens of a head, so a ring and xfuser are refused with a reason."""
+    engine = HunyuanVideo(model_base="ckpts", sparse_attention={"density": 0.3})
+    assert engine.group_problems(ParallelPlan(ulysses_degree=8, cfg_degree=2)) == []
+    (sentence,) = engine.group_problems(ParallelPlan(ulysses_degree=2, ring_degree=2))
+    assert "sparse_attention chooses the keys of a head among all tokens" in sentence
+    assert "use ring_degree 1" in sentence
+    xfuser = HunyuanVideo(model_base="ckpts", sparse_attention={"density": 0.3}, sequence_parallel="xfuser")
+    (sentence,) = xfuser.group_problems(ParallelPlan(ulysses_degree=2))
+    assert "sparse_attention needs sequence_parallel 'native'" in sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")

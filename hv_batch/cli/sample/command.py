@@ -35,7 +35,7 @@ from hv_batch.engine.matmul_speed import matmul_flops
 from hv_batch.engine.pipeline import Callback, HunyuanVideoPipeline, choose_device
 from hv_batch.engine.rank_failures import RankFailed
 from hv_batch.engine.video_requests import plan_videos
-from hv_batch.job.cost_model.flops import decode_flops, forward_flops
+from hv_batch.job.cost_model.flops import decode_flops, denoise_flops
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.formatting import clock, duration
 from hv_batch.job.licences import engine_licence
@@ -222,6 +222,7 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "noise": options.noise,
         "flow_reverse": options.flow_reverse,
         "fp8": "storage" if options.use_fp8 else "none",
+        "sparse_attention": options.sparse_attention and {"density": options.sparse_attention},
         "step_cache": {"kind": KIND, "computed": options.step_cache} if options.step_cache else None,
         "vae_tile": None if options.vae_tiling else UNTILED,
         "offload": "blocks" if options.use_cpu_offload else "none",
@@ -274,7 +275,7 @@ def _log_cpu_time(options: argparse.Namespace, video: SamplingParams) -> None:
     model = ModelShape.from_options(_engine_options(options))
     speeds = {name: matmul_flops(PRECISIONS[name]) for name in {options.precision, options.vae_precision}}
     work = Workload.of(video)
-    denoise = model.forwards(work) * forward_flops(model, work.tokens) / speeds[options.precision] / ranks
+    denoise = denoise_flops(model, work) / speeds[options.precision] / ranks
     decode = 0.0 if options.latents_only else decode_flops(model, work.shape) / speeds[options.vae_precision]
     note = (
         f"no GPU is used: on this CPU, a video of {shape_name(work.shape)} takes at least {duration(denoise + decode)} "

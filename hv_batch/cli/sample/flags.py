@@ -193,6 +193,7 @@ def _add_model(group: Group) -> None:
     )
     add("--use-fp8", action="store_true", help="use the 8-bit weights that --dit-weight names")
     add("--step-cache", type=int, default=0, metavar="N", help="run the model in N of 50 steps, as 16; 0: in all")
+    add("--sparse-attention", type=float, metavar="X", help="attend to this fraction of the blocks, as 0.25")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")
     add(
         "--attention",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hv_batch.architecture import REFINER_MLP_RATIO, TIMESTEP_WIDTH
 from hv_batch.engine.attention.kernels import Kernel
+from hv_batch.engine.attention.token_order import token_order
 from hv_batch.engine.dit.blocks import MLP
 
 Grid = tuple[int, int, int]  # tokens along t, h, w
@@ -40,14 +41,19 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
 
 
 @lru_cache(maxsize=2)  # one sample runs at a time; two entries cover alternating shapes
-def rope_table(grid: Grid, span: tuple[int, int], axes_dims: tuple[int, ...], device: torch.device) -> Rope:
+def rope_table(
+    grid: Grid, span: tuple[int, int], axes_dims: tuple[int, ...], device: torch.device, brick: Grid | None = None
+) -> Rope:
     """Return rotary cos and sin of the tokens `span` of a (t, h, w) grid, one angle per channel pair.
 
     Computed on the CPU in float32, so that all devices rotate by the same bits. A span may extend past the end of the
-    grid; these rows are padding.
+    grid; these rows are padding. With a `brick`, the tokens are counted in the order of `token_order`.
     """
     _, h, w = grid
     token = torch.arange(*span)
+    if brick:
+        order = token_order(grid, brick)
+        token = torch.cat((order, torch.arange(len(order), max(len(order), span[1]))))[slice(*span)]
     angles = []
     for position, dim in zip((token // (h * w), token // w % h, token % w), axes_dims, strict=True):
         frequency = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hv_batch.architecture import DiTConfig
+from hv_batch.attention_methods import DENSE, StepAttention
+from hv_batch.engine.attention.block_sparse import SparseKernel
 from hv_batch.engine.attention.kernels import choose_kernel
+from hv_batch.engine.attention.token_order import block_layout
 from hv_batch.engine.dit.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from hv_batch.engine.dit.embeddings import (
     MLPEmbedder,
@@ -76,6 +79,7 @@ class HYVideoDiT(nn.Module):
         pooled: Tensor,
         guidance: Tensor | None,
         mesh: SequenceMesh = ONE_RANK,
+        attention: StepAttention = DENSE,
     ) -> Tensor:
         """Return the velocity [B, out_channels, T, h, w] in the model's dtype, equal on every rank of the mesh.
 
@@ -86,6 +90,7 @@ class HYVideoDiT(nn.Module):
         - text_states [B, S, text_states_dim], right-padded; the first text_lengths[b] >= 1 rows of item b are read
         - pooled [B, text_states_dim_2]
         - guidance [B]: scale * 1000; must be given if and only if the model has a guidance embedding
+        - attention: the methods of this step, which change the result
 
         Raises ValueError if the inputs break these rules, and UserError if the Ulysses degree does not divide the
         heads.
@@ -103,7 +108,8 @@ class HYVideoDiT(nn.Module):
         velocities = []
         for item, text_len in enumerate(text_lengths):
             vec = self._conditioning(timestep[item], pooled[item], None if guidance is None else guidance[item])
-            velocities.append(self._velocity(latents[item], timestep[item], text_states[item, :text_len], vec, mesh))
+            text = text_states[item, :text_len]
+            velocities.append(self._velocity(latents[item], timestep[item], text, vec, mesh, attention))
         return torch.stack(velocities)
 
     def _conditioning(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
@@ -116,14 +122,30 @@ class HYVideoDiT(nn.Module):
             vec = vec + self.guidance_in(torch.where(rounded.isfinite(), rounded.float(), guidance.float()))
         return vec
 
-    def _velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, vec: Tensor, mesh: SequenceMesh) -> Tensor:
+    def _velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        vec: Tensor,
+        mesh: SequenceMesh,
+        attention: StepAttention,
+    ) -> Tensor:
         kernel = choose_kernel(self.attention, latents.device, self.dtype)
 
         patches, grid = patchify(latents.to(self.dtype), self.config.patch_size)
         image_len, text_len = patches.shape[0], text.shape[0]
+        sparse, layout = attention.sparse, None
+        if sparse:
+            layout = block_layout(grid, sparse.brick, sparse.neighbours, latents.device)
+            patches = patches[layout.order]
         img = self.img_in(mesh.shard(patches))
         txt = self.txt_in(text, timestep, kernel)
-        rope = torch.complex(*rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device))
+        brick = sparse.brick if sparse else None
+        table = rope_table(grid, mesh.span(image_len), tuple(self.config.rope_dim_list), latents.device, brick)
+        rope = torch.complex(*table)
+        if sparse and layout:
+            kernel = SparseKernel(sparse, layout, text_len, kernel)
         attend = partial(self.joint_attention, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
         for block in self.double_blocks:
@@ -132,5 +154,5 @@ class HYVideoDiT(nn.Module):
         del txt, img
         for block in self.single_blocks:
             x = block(x, vec, text_len, rope, attend)
-        img = self.final_layer(x[text_len:], vec)
-        return unpatchify(mesh.gather(img, image_len), grid, self.config.patch_size)
+        tokens = mesh.gather(self.final_layer(x[text_len:], vec), image_len)
+        return unpatchify(tokens if layout is None else tokens[layout.inverse], grid, self.config.patch_size)

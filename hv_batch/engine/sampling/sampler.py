@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hv_batch.attention_methods import ALL_DENSE, DENSE, AttentionMethods, StepAttention
 from hv_batch.engine.sampling.cfg_gate import CfgGate
 from hv_batch.engine.sampling.step_cache import StepCache
 from hv_batch.protocol import NonFiniteError, SamplingParams, StepState
@@ -79,6 +80,7 @@ class SamplingOptions:
     reverse: bool = True
     step_cache: StepSchedule | None = None  # None computes every step
     cfg_until: float | None = None  # share of the steps that run the negative branch of CFG; None: all
+    attention: AttentionMethods = ALL_DENSE
 
 
 # "official" draws as the release does: on the model's device, in the dtype of the prompt embedding.
@@ -154,16 +156,17 @@ def predict_velocity(
     params: SamplingParams,
     mesh: SequenceMesh,
     gate: CfgGate | None = None,
+    attention: StepAttention = DENSE,
 ) -> Tensor:
     """Return the guided velocity at noise level `sigma` for latents [N, C, T, H, W]: same shape, float32.
 
     `texts` holds the branches that this rank computes; see `branch_embeddings`. With CFG and a `gate`, these may be the
-    positive branches alone.
+    positive branches alone. `attention` are the methods of this step.
     """
     items = len(texts.lengths)
     inputs = latents.repeat(items // len(latents), 1, 1, 1, 1)
     time = (sigma * TIME_UNIT).to(latents.device).expand(items)
-    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh)
+    own = model(inputs, time, texts.states, texts.lengths, texts.pooled, texts.guidance, mesh, attention)
     velocity = mesh.all_gather_branches(own).float()
     if len(velocity) > len(latents):
         negative, positive = gate.split(velocity) if gate else velocity.chunk(2)
@@ -244,7 +247,8 @@ def finished_steps(
     for step in range(first, steps):
         if cache is None or cache.is_computed(step):
             own = texts if gate is None or gate.is_open(step) else texts.of_last(len(batch))
-            velocity = predict_velocity(model, latents, levels[step], own, params, mesh, gate)
+            attention = options.attention.at(step, steps)
+            velocity = predict_velocity(model, latents, levels[step], own, params, mesh, gate, attention)
             latents = cache.correct(step, latents, velocity) if cache else latents
         else:
             velocity = cache.predict(step)

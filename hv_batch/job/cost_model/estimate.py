@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hv_batch.attention_methods import ALL_DENSE
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.group_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.config.hardware import GPUS, Gpu
@@ -20,8 +21,9 @@ from hv_batch.job.config.sections import ENGINE
 from hv_batch.job.cost_model.flops import (
     count_work,
     decode_flops,
+    denoise_flops,
     exchange_bytes,
-    forward_flops,
+    mean_density,
     plan_ranks,
     rank_traffic,
 )
@@ -128,7 +130,8 @@ def _work(model: ModelShape, work: Workload, samples: int) -> Report:
         "cfg": work.branches == 2,
         "samples": samples,
         "tokens": work.tokens,
-        "denoise_flops": model.forwards(work) * forward_flops(model, work.tokens),
+        "denoise_flops": denoise_flops(model, work),
+        **({"attention_density": mean_density(model, work)} if model.methods != ALL_DENSE else {}),
         "decode_flops": decode_flops(model, work.shape),
     }
 
@@ -185,7 +188,7 @@ def _traffic(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> Report:
         "ulysses_bytes_a_step": sent.ulysses * passes,
         "ring_bytes_a_step": sent.ring * passes,
         "exchange_bytes_a_step": exchanged,
-        "bytes_a_sample": model.forwards(kind) // together.cfg_degree * sent.total
+        "bytes_a_sample": model.forwards(kind).total() // together.cfg_degree * sent.total
         + model.computed_steps(kind.steps) * exchanged,
         "streamed_bytes_a_step": model.streamed_bytes * passes,
         "group": str(together),

@@ -27,6 +27,18 @@ def forward_flops(model: ModelShape, tokens: int) -> float:
     return linear_flops(model, tokens) + attention_flops(model, tokens)
 
 
+def denoise_flops(model: ModelShape, work: Workload) -> float:
+    """All forwards of one sample, with the density of sparse attention."""
+    linear, attention = linear_flops(model, work.tokens), attention_flops(model, work.tokens)
+    return sum(count * (linear + density * attention) for density, count in model.forwards(work).items())
+
+
+def mean_density(model: ModelShape, work: Workload) -> float:
+    """The fraction of the attention that the forwards of one sample compute."""
+    forwards = model.forwards(work)
+    return sum(density * count for density, count in forwards.items()) / forwards.total()
+
+
 def linear_flops(model: ModelShape, tokens: int) -> float:
     dit = model.dit
     # Q, K, V, the output projection, and the MLP of the image stream: the same in double and single blocks.

@@ -7,15 +7,17 @@ those of the release, so `hv-batch plan` works before anything is downloaded.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig, check_fields
+from hv_batch.attention_methods import ALL_DENSE, AttentionMethods, parse_sparse_attention
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import UserError
-from hv_batch.step_schedule import StepSchedule, computed_steps, count_forwards, parse_cfg_until, parse_step_cache
+from hv_batch.step_schedule import StepSchedule, computed_steps, guided_steps, parse_cfg_until, parse_step_cache
 
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
 
@@ -39,14 +41,19 @@ class ModelShape:
     step_cache: StepSchedule | None = None
     cfg_until: float | None = None
     attention: str = "sdpa"
+    methods: AttentionMethods = ALL_DENSE
 
     def computed_steps(self, steps: int) -> int:
         """Number of the steps of a video that run the DiT."""
         return len(computed_steps(self.step_cache, steps))
 
-    def forwards(self, work: Workload) -> int:
-        """Passes through the DiT for one video."""
-        return count_forwards(self.step_cache, self.cfg_until, work.steps, work.branches)
+    def forwards(self, work: Workload) -> Counter[float]:
+        """Number of passes through the DiT for one video, by the density of their attention."""
+        found: Counter[float] = Counter()
+        for step in computed_steps(self.step_cache, work.steps):
+            branches = work.branches if step < guided_steps(self.cfg_until, work.steps) else 1
+            found[self.methods.density(step, work.steps)] += branches
+        return found
 
     @property
     def dit_bytes(self) -> int:
@@ -97,6 +104,7 @@ class ModelShape:
             step_cache=_or_none(parse_step_cache, options.get("step_cache")),
             cfg_until=_or_none(parse_cfg_until, options.get("cfg_until")),
             attention=options.get("attention", "sdpa"),
+            methods=AttentionMethods(_or_none(parse_sparse_attention, options.get("sparse_attention"))),
             **precisions,
         )
 

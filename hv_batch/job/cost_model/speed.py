@@ -34,12 +34,20 @@ DECODE_EFFICIENCY = 0.37
 ENCODE_SECONDS = 0.1  # per prompt, on any of these GPUs: the 14 GB of the LLaMA tower are read once
 
 
-def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring: int) -> float:
-    """One forward of one item through the DiT, on a group of ulysses x ring ranks."""
+def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring: int, density: float = 1.0) -> float:
+    """One forward of one item through the DiT, on a group of ulysses x ring ranks.
+
+    `density` is the fraction of the attention that is computed, at the speed of the dense kernel. This is assumed.
+    """
     ranks = ulysses * ring
     rate = gpu.tflops * 1e12 * gpu.efficiency
     local = -(-tokens // ranks) / tokens  # with the padding of the last shards
-    attending = attention_flops(model, tokens) * local / (rate * (gpu.cudnn_gain if model.attention == "cudnn" else 1))
+    attending = (
+        density
+        * attention_flops(model, tokens)
+        * local
+        / (rate * (gpu.cudnn_gain if model.attention == "cudnn" else 1))
+    )
     computing = linear_flops(model, tokens) * local / rate + attending
     traffic = rank_traffic(model, tokens, ulysses, ring)
     # The ring sends keys while it computes with those it has, so all hops but the last can overlap with computation.
@@ -51,7 +59,10 @@ def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring
 
 def denoise_seconds(gpu: Gpu, model: ModelShape, work: Workload, plan: ParallelPlan) -> float:
     """Denoising one sample on a group of that plan."""
-    seconds = model.forwards(work) * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree)
+    seconds = sum(
+        count * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree, density)
+        for density, count in model.forwards(work).items()
+    )
     if plan.cfg_degree == 1:
         return seconds
     return seconds / plan.cfg_degree + model.computed_steps(work.steps) * exchange_bytes(model, work.tokens) / gpu.link

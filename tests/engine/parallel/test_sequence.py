@@ -19,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.architecture import DiTConfig
+from hv_batch.attention_methods import SparseAttention, StepAttention
+from hv_batch.engine.attention.block_selection import select_blocks
 from hv_batch.engine.attention.kernels import attend_math, attend_sdpa
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
@@ -59,6 +61,9 @@ CASES = [
     Case((1, 14, 2), (1, PADDED)),
     Case((3, 6, 10), (7,), torch.bfloat16),
 ]
+SPARSE_CASE = Case((3, 10, 10), (7, PADDED))  # 75 tokens, with guidance
+SPARSE = StepAttention(SparseAttention(density=0.3, brick=(2, 2, 2), neighbours="none", backend="eager"))
+SPARSE_PLANS = [(2, 1), (4, 1)]
 PLANS = [(3, 1), (2, 2)]  # (Ulysses degree, ring degree)
 MORE = [  # all other plans of up to eight ranks whose Ulysses degree divides the twelve heads
     (u, r) for u in (1, 2, 3, 4, 6) for r in range(1, 9) if 1 < u * r <= 8 and (u, r) not in PLANS
@@ -76,6 +81,20 @@ def _forward(case: Case, mesh: SequenceMesh) -> torch.Tensor:
     return _model(case.dtype)(**inputs, mesh=mesh)
 
 
+def _sparse_forward(mesh: SequenceMesh) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the velocity of SPARSE_CASE with sparse attention, and the chosen blocks of each call, for own heads."""
+    inputs = random_inputs(CONFIG, SPARSE_CASE.size, list(SPARSE_CASE.text_lengths), seed=2, padded=PADDED)
+    chosen = []
+
+    def record(*args):
+        chosen.append(select_blocks(*args))
+        return chosen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hv_batch.engine.attention.block_sparse.select_blocks", record)
+        return _model(SPARSE_CASE.dtype)(**inputs, mesh=mesh, attention=SPARSE), chosen
+
+
 def _attend(mesh: SequenceMesh) -> torch.Tensor:
     """Return this rank's rows of the joint attention of 5 text and 9 image tokens."""
     qkv = torch.randn(5 + 9, 3, 12, 8, generator=torch.Generator().manual_seed(3))
@@ -84,8 +103,14 @@ def _attend(mesh: SequenceMesh) -> torch.Tensor:
     return attend_jointly(torch.cat((qkv[:5], image)), 5, 9, mesh, attend_sdpa)
 
 
-def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:
+def _rank_main(
+    rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue], sparse: dict[tuple[int, int], mp.Queue]
+) -> None:
     torch.set_num_threads(1)
+    for u, r in sparse:
+        if rank < u * r:
+            with joined(rank, ParallelPlan(ulysses_degree=u, ring_degree=r), sparse[u, r]) as mesh:
+                torch.save(_sparse_forward(mesh), folder / f"sparse-u{u}-{rank}.pt")
     for u, r in addresses:
         if rank >= u * r:
             continue
@@ -153,6 +178,11 @@ class Ranks:
         self._run(u, r)
         return [json.loads((self.folder / f"checks-u{u}r{r}-{rank}.json").read_text()) for rank in range(u * r)]
 
+    def sparse(self, u: int) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Return the results of `_sparse_forward` of each rank."""
+        self._run(*PLANS[0])
+        return [torch.load(self.folder / f"sparse-u{u}-{rank}.pt") for rank in range(u)]
+
     def _run(self, u: int, r: int) -> None:
         if (u, r) in self.ran:
             return
@@ -160,8 +190,9 @@ class Ranks:
         context = mp.get_context("forkserver")  # imports torch once, not once per process
         context.set_forkserver_preload(["hv_batch.engine.dit.model", "hypothesis", "pytest"])
         addresses = {plan: context.Queue() for plan in plans}
+        sparse = {plan: context.Queue() for plan in SPARSE_PLANS if plans is PLANS}
         processes = max(u * r for u, r in plans)
-        mp.start_processes(_rank_main, (self.folder, addresses), nprocs=processes, start_method="forkserver")
+        mp.start_processes(_rank_main, (self.folder, addresses, sparse), nprocs=processes, start_method="forkserver")
         self.ran += plans
 
 
@@ -192,6 +223,18 @@ def test_every_rank_returns_the_same_bits_every_time(ranks, u, r):
     for case in CASES:
         outputs = list(itertools.chain.from_iterable(runs[case] for runs in loaded))
         assert all(torch.equal(outputs[0], other) for other in outputs[1:]), case
+
+
+@pytest.mark.parametrize("u", [u for u, _ in SPARSE_PLANS])
+def test_ranks_select_the_blocks_of_one_rank(ranks, u):
+    """Sparse attention under Ulysses: each rank selects for its heads what one rank selects, and the results agree."""
+    alone, chosen = _sparse_forward(SequenceMesh.single())
+    assert torch.stack(chosen).float().mean() < 0.6
+    results = ranks.sparse(u)
+    for number, blocks in enumerate(chosen):
+        assert torch.equal(torch.cat([own[number] for _, own in results]), blocks)
+    assert all(torch.equal(velocity, results[0][0]) for velocity, _ in results)
+    assert torch.allclose(results[0][0], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize(("u", "r"), EVERY_PLAN)

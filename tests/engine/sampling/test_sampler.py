@@ -46,7 +46,7 @@ class Field:
         self.dtype = dtype
         self.calls = []
 
-    def __call__(self, latents, timestep, text_states, text_lengths, pooled, guidance, mesh):
+    def __call__(self, latents, timestep, text_states, text_lengths, pooled, guidance, mesh, attention=None):
         self.calls.append(
             SimpleNamespace(
                 latents=latents, timestep=timestep, states=text_states, lengths=text_lengths, guidance=guidance
