@@ -128,3 +128,22 @@ def denoise_group(
         show_json("hv_batch/bench-group/1", result)
     else:
         print(*(report.render() for report in (rebuild, idle) if report), sep="\n")
+
+
+@app.command()
+def scheduler(
+    groups: Annotated[
+        list[int] | None, typer.Option(min=1, help="denoise groups; repeatable; default: 125, 512 and 1024")
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="tasks that end in a round")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, help="timed rounds of each number of groups, in alternation")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure the CPU time of one step of the scheduler with few and with many groups, which must be about equal."""
+    from hv_batch.bench.scheduler_steps import bench_scheduler
+
+    reports = bench_scheduler(groups or [125, 512, 1024], tasks, rounds)
+    if as_json:
+        show_json("hv_batch/bench-scheduler/1", {"schedulers": [report.to_dict() for report in reports]})
+    else:
+        print(*(report.render() for report in reports), sep="\n")

@@ -11,3 +11,6 @@ class Stage(IntEnum):
     ENCODE = 0
     DENOISE = 1
     DECODE = 2
+
+
+STAGES = tuple(Stage)  # iterating over the enum itself is ten times slower

@@ -42,9 +42,9 @@ from hv_batch.job.scheduling.messages import (
     WorkerReady,
 )
 from hv_batch.job.scheduling.object_store_budget import ASSUMED_EMBEDDING_BYTES
-from hv_batch.job.scheduling.scaling import MAKES_ROOM, OTHER_SIZE
 from hv_batch.job.scheduling.scheduler import Scheduler
-from hv_batch.job.scheduling.worker_slots import END_MARGIN_S
+from hv_batch.job.scheduling.workers.scaling import MAKES_ROOM, OTHER_SIZE
+from hv_batch.job.scheduling.workers.worker_slots import END_MARGIN_S
 from hv_batch.job.stages import Stage
 
 RETRIES = RetryLimits(poison=2, oom=2, infra=3, preempted=5, worker=4)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from hv_batch.job.scheduling.backpressure import Backpressure
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.scheduling.queues import Queues
-from hv_batch.job.scheduling.scaling import WorkerScaling
-from hv_batch.job.stages import Stage
+from hv_batch.job.scheduling.workers.scaling import WorkerScaling
+from hv_batch.job.stages import STAGES, Stage
 
 
 def needed_workers(
@@ -17,10 +17,10 @@ def needed_workers(
     """How many workers of each stage the samples in flight can keep busy at most."""
     if is_draining:
         # A drain starts no encoding and no denoise, but decodes the samples that are denoised.
-        needed = {stage: sum(bool(worker.task) for worker in scaling.slots(stage)) for stage in Stage}
+        needed = {stage: scaling.count_busy(stage) for stage in STAGES}
         needed[Stage.DECODE] += needed[Stage.DENOISE] + queues.waiting(Stage.DECODE)
     else:
-        needed = {stage: queues.at_or_before(stage) for stage in Stage}
+        needed = {stage: queues.at_or_before(stage) for stage in STAGES}
     if not limits[Stage.DECODE].workers:  # the groups decode, so they are needed until the last decode
         needed |= {Stage.DENOISE: needed[Stage.DECODE], Stage.DECODE: 0}
     return needed
@@ -41,13 +41,11 @@ def needed_groups(limits: Mapping[Stage, StageLimits], queues: Queues, *, is_dra
 
 def find_bottleneck(queues: Queues, scaling: WorkerScaling, backpressure: Backpressure) -> Stage | None:
     """The stage that keeps groups idle: DECODE if their results are not taken, ENCODE if they have no samples."""
-    idle = scaling.idle(Stage.DENOISE)
     has_work = queues.waiting(Stage.DENOISE) > 0
-    are_blocked = (
-        has_work
-        and idle
-        and not any(backpressure.batch_size_for(slot.id, Stage.DENOISE, slot.size_class) for slot in idle)
-    )
-    if backpressure.room_after(Stage.DENOISE) <= 0 or are_blocked:
+    if backpressure.room_after(Stage.DENOISE) <= 0:
         return Stage.DECODE
-    return None if has_work else Stage.ENCODE
+    if not has_work:
+        return Stage.ENCODE
+    idle = list(scaling.idle(Stage.DENOISE))
+    can_start = any(backpressure.batch_size_for(slot.id, Stage.DENOISE, slot.size_class) for slot in idle)
+    return Stage.DECODE if idle and not can_start else None

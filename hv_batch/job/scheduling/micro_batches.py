@@ -30,10 +30,15 @@ class MicroBatcher:
     def __init__(self) -> None:
         self._seconds: dict[tuple[Stage, Workload | None], float] = {}
         self._recent: dict[Stage, deque[float]] = {}
+        self._typical: dict[Stage, int] = {}  # batch sizes
 
     def measure(self, stage: Stage, work: Sequence[Workload | None], seconds: float) -> None:
         """Record a task that took `seconds` for each of its samples. Mixed workloads update no estimate."""
-        self._recent.setdefault(stage, deque(maxlen=RECENT_TASKS)).append(seconds)
+        recent = self._recent.setdefault(stage, deque(maxlen=RECENT_TASKS))
+        recent.append(seconds)
+        mean = sum(recent) / len(recent)
+        typical = int(min(MAX_MICRO_BATCH, MICRO_BATCH_SECONDS / mean)) if mean > 0 else MAX_MICRO_BATCH
+        self._typical[stage] = max(1, typical)
         if len(set(work)) == 1:
             workload = (stage, work[0])
             self._seconds[workload] = max(seconds, DECAY * self._seconds.pop(workload, 0.0))
@@ -52,7 +57,4 @@ class MicroBatcher:
 
     def typical_batch_size(self, stage: Stage) -> int:
         """The batch size of recent tasks of the stage; queue lengths are multiples of it."""
-        if not (recent := self._recent.get(stage)):
-            return 1
-        mean = sum(recent) / len(recent)
-        return max(1, int(min(MAX_MICRO_BATCH, MICRO_BATCH_SECONDS / mean))) if mean > 0 else MAX_MICRO_BATCH
+        return self._typical.get(stage, 1)

@@ -9,7 +9,7 @@ from itertools import islice
 
 from hv_batch.job.failure import Failure
 from hv_batch.job.scheduling.object_store_budget import ObjectStoreBudget
-from hv_batch.job.stages import Stage
+from hv_batch.job.stages import STAGES, Stage
 from hv_batch.job.workload import Workload
 
 Slot = tuple[Stage, int]  # stage and slot of a worker, without its incarnation
@@ -18,8 +18,6 @@ Slot = tuple[Stage, int]  # stage and slot of a worker, without its incarnation
 # from the checkpoint. At most this number of tasks begin before an older sample, so that no sample, and with it the
 # table of its shard, waits for the end of a long manifest.
 MAX_OVERTAKES = 64
-
-STAGES = tuple(Stage)  # iterating over the enum itself is ten times slower
 
 
 @dataclass(slots=True)

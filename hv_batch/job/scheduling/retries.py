@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from hv_batch.job.failure import Failure, FailureClass
@@ -63,12 +63,17 @@ class StopRule:
         self._faults.clear()
 
     def note_failure(
-        self, worker: WorkerId, keys: Sequence[str], failure: Failure, quarantined: int, ready_slots: Collection[int]
+        self,
+        worker: WorkerId,
+        keys: Sequence[str],
+        failure: Failure,
+        quarantined: int,
+        count_workers: Callable[[Collection[int]], int],
     ) -> Failure | None:
         """Count a failed task of `worker` with the samples `keys`. Returns the FATAL failure if the run must stop.
 
-        `quarantined` is how many of the samples it has quarantined, `ready_slots` are those of the stage whose workers
-        are ready.
+        `quarantined` is how many of the samples it has quarantined. `count_workers(slots)` is how many worker slots of
+        the stage have a ready worker or are in `slots`.
         """
         self._quarantined += quarantined
         if self._max_quarantined is not None and self._quarantined > self._max_quarantined:
@@ -80,8 +85,8 @@ class StopRule:
         if self._has_commits or len(keys) != 1 or not (quarantined or failure.kind in OWN_ERRORS):
             return None
         fault = self._fault(worker, keys[0], failure)
-        slots = {*ready_slots, *fault.slots}
-        if len(fault.samples) < max(MIN_SAMPLES_ALIKE, len(slots)) or len(fault.slots) < min(2, len(slots)):
+        workers = count_workers(fault.slots)
+        if len(fault.samples) < max(MIN_SAMPLES_ALIKE, workers) or len(fault.slots) < min(2, workers):
             return None
         return self._fatal(
             failure, f"nothing has been committed, and {len(fault.samples)} different samples failed alike, with"

@@ -28,13 +28,13 @@ Invariants, which tests/job/scheduling/test_scheduler.py checks after each step 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.backpressure import Backpressure
 from hv_batch.job.scheduling.demand import find_bottleneck, needed_groups, needed_workers
+from hv_batch.job.scheduling.drain import Drain
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S, RetryLimits, StageLimits
 from hv_batch.job.scheduling.messages import (
     Abort,
@@ -48,7 +48,6 @@ from hv_batch.job.scheduling.messages import (
     KillWorker,
     PlanExhausted,
     Published,
-    Run,
     Spooled,
     SpoolLost,
     StopRequested,
@@ -66,9 +65,10 @@ from hv_batch.job.scheduling.outage import OutageTimer
 from hv_batch.job.scheduling.pool_sizing import PoolSizer
 from hv_batch.job.scheduling.queues import Queues
 from hv_batch.job.scheduling.retries import StopRule, all_workers_lost, charge_failure
-from hv_batch.job.scheduling.scaling import WorkerScaling
-from hv_batch.job.scheduling.worker_slots import LAST_CHECKPOINT_S, Status, WorkerSlot
-from hv_batch.job.stages import Stage
+from hv_batch.job.scheduling.task_starts import TaskStarts
+from hv_batch.job.scheduling.workers.scaling import WorkerScaling
+from hv_batch.job.scheduling.workers.worker_slots import Status, WorkerSlot
+from hv_batch.job.stages import STAGES, Stage
 
 
 class Scheduler:
@@ -77,12 +77,12 @@ class Scheduler:
     def __init__(self, stages: dict[Stage, StageLimits], retries: RetryLimits, drain_timeout_s: float) -> None:
         self._limits = stages
         self._retries = retries
-        self._drain_timeout_s = drain_timeout_s
         self._store_budget = ObjectStoreBudget({stage: limits.result_bytes for stage, limits in stages.items()})
         self._queues = Queues(self._store_budget, len(stages[Stage.DENOISE].sizes))
         self._pools = PoolSizer(stages)
         self._backpressure = Backpressure(stages, self._queues, self._store_budget)
         self._scaling = WorkerScaling(stages, self._pools)
+        self._task_starts = TaskStarts(self._queues, self._scaling, self._backpressure, self._store_budget)
         # (stage, size class) of each worker that was ever ready, which proves that config and weights are valid.
         self._proven: set[tuple[Stage, int]] = set()
         self._last_loss: dict[tuple[Stage, int], Failure] = {}
@@ -90,8 +90,7 @@ class Scheduler:
         self._stop_rule = StopRule(retries)
         self._requested = 0  # admissions that are requested and not answered yet
         self._exhausted = False
-        self._drain_until: float | None = None
-        self._last_checkpoint_at = math.inf  # of the drain
+        self._drain = Drain(drain_timeout_s)
         self._ended = False
 
     @property
@@ -113,7 +112,7 @@ class Scheduler:
 
     def starting(self) -> int:
         """How many workers are requested or loading."""
-        return sum(slot.status is Status.STARTING for slot in self._scaling)
+        return self._scaling.count_starting()
 
     def groups_to_come(self, now: float) -> list[int]:
         """How many groups of each size class will start if no further event comes, including after a pause."""
@@ -162,8 +161,9 @@ class Scheduler:
             case StopRequested():
                 return self._start_drain(now)
             case Tick():
-                hung = self._find_hung(now)
-                leaving = [action for worker in self._scaling for action in self._end_or_checkpoint(worker, now)]
+                hung = self._end_hung(now)
+                workers = self._scaling.watch.leaving()
+                leaving = [action for worker in workers for action in self._end_or_checkpoint(worker, now)]
                 return [*hung, *leaving, *self._last_checkpoints(now)]
             case _:
                 if worker := self._scaling.find(event.worker):
@@ -181,21 +181,14 @@ class Scheduler:
 
     def _start_drain(self, now: float) -> list[Action]:
         """Start the drain, unless it has started. Running denoises may outlast it, so they write checkpoints (P4)."""
-        if self._drain_until is not None:
-            return []
-        self._drain_until = now + self._drain_timeout_s
-        self._last_checkpoint_at = max(now + LAST_CHECKPOINT_S, self._drain_until - LAST_CHECKPOINT_S)
-        return self._checkpoints()
-
-    def _checkpoints(self) -> list[Action]:
-        return [Checkpoint(worker.id) for worker in self._scaling.slots(Stage.DENOISE) if self._denoises(worker)]
+        return self._checkpoints() if self._drain.begin(now) else []
 
     def _last_checkpoints(self, now: float) -> list[Action]:
         """The second checkpoints of a drain, near its end, of denoises that are still running."""
-        if now < self._last_checkpoint_at:
-            return []
-        self._last_checkpoint_at = math.inf
-        return self._checkpoints()
+        return self._checkpoints() if self._drain.take_last_checkpoint(now) else []
+
+    def _checkpoints(self) -> list[Action]:
+        return [Checkpoint(worker.id) for worker in self._scaling.busy(Stage.DENOISE) if self._denoises(worker)]
 
     def _denoises(self, worker: WorkerSlot) -> bool:
         return any(self._queues.stage_of(key) is Stage.DENOISE for key in worker.task)
@@ -204,8 +197,8 @@ class Scheduler:
         """Process an event of a living worker."""
         match event:
             case WorkerPlaced():
-                worker.placed = True
-            case WorkerReady() if worker.status is Status.STARTING:
+                worker.note_placed()
+            case WorkerReady() if worker.is_starting:
                 worker.become_ready(now)
                 self._proven.add((worker.id.stage, worker.size_class))
                 if worker.id.stage is not Stage.ENCODE:  # groups and decoders access the output root when they start
@@ -246,10 +239,10 @@ class Scheduler:
         self._pools.measure(stage, seconds, first=worker.is_fresh)
         if not worker.is_fresh:
             self._backpressure.measure(stage, [self._queues.work(key) for key in worker.task], seconds)
-        return worker.complete_task()
+        return worker.complete_task(now)
 
     def _task_failed(self, worker: WorkerSlot, failure: Failure, now: float) -> list[Action]:
-        keys = worker.end_task()
+        keys = worker.end_task(now)
         self._avoid(worker, keys, failure)
         worker.note_failure(keys, failure)
         actions = self._charge(worker.id, keys, failure, now)
@@ -261,7 +254,7 @@ class Scheduler:
         return actions
 
     def _worker_lost(self, worker: WorkerSlot, failure: Failure, now: float, *, counts: bool = True) -> list[Action]:
-        size_class, is_starting = (worker.id.stage, worker.size_class), worker.status is Status.STARTING
+        size_class, is_starting = (worker.id.stage, worker.size_class), worker.is_starting
         if failure.kind is FailureClass.FATAL and is_starting and size_class in self._proven:
             # The same config and weights have started on another node, so this node is faulty.
             failure = replace(failure, kind=FailureClass.INFRA)
@@ -274,7 +267,7 @@ class Scheduler:
         keeps_node = failure.kind is not FailureClass.PREEMPTED and not is_leaving
         actions: list[Action] = [KillWorker(lost, failure, rebuild=keeps_node and worker.status is Status.ABSENT)]
         if failure.kind is FailureClass.OUTAGE:
-            worker.start_at = now + OUTAGE_PAUSE_S
+            worker.pause_until(now + OUTAGE_PAUSE_S)
         if keys or failure.kind in (FailureClass.FATAL, FailureClass.OUTAGE):
             actions += self._charge(lost, keys, failure, now)
         self._last_loss[size_class] = failure
@@ -301,18 +294,18 @@ class Scheduler:
         if failure.kind is FailureClass.OUTAGE and self._outage.fail(now, pause_decodes=bool(keys)):
             return [Abort(replace(failure, kind=FailureClass.FATAL))]
         quarantined: list[Action] = [*charge_failure(self._queues, keys, failure, self._retries)]
-        ready_slots = {slot.id.slot for slot in self._scaling.slots(worker.stage) if slot.ready}
-        stop = self._stop_rule.note_failure(worker, keys, failure, len(quarantined), ready_slots)
+        stop = self._stop_rule.note_failure(
+            worker, keys, failure, len(quarantined), lambda slots: self._scaling.count_ready(worker.stage, slots)
+        )
         return [*quarantined, Abort(stop)] if stop else quarantined
 
-    def _find_hung(self, now: float) -> list[Action]:
+    def _end_hung(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for worker in self._scaling:
-            limit = min(self._limits[worker.id.stage].task_timeout_s, worker.next_within_s)
-            if worker.status is Status.BUSY and now - worker.last_heartbeat_at > limit:
-                message = f"no progress for {limit:g} s while working on {', '.join(worker.task)}"
-                failure = Failure(FailureClass.INFRA, message, where=str(worker.id))
-                actions += self._worker_lost(worker, failure, now)
+        for worker in self._scaling.watch.hung(now):
+            limit = self._scaling.watch.limit_s(worker)
+            message = f"no progress for {limit:g} s while working on {', '.join(worker.task)}"
+            failure = Failure(FailureClass.INFRA, message, where=str(worker.id))
+            actions += self._worker_lost(worker, failure, now)
         return actions
 
     # Actions ----------------------------------------------------------------------------------------------------------
@@ -320,32 +313,28 @@ class Scheduler:
     def _next_actions(self, now: float) -> list[Action]:
         if self._is_finished(now):
             self._ended = True
-            return [Finish(drained=self._is_draining and not self._all_done())]
+            return [Finish(drained=self._drain.has_begun and not self._all_done())]
         needed = self._needed()
-        groups = needed_groups(self._limits, self._queues, is_draining=self._is_draining)
+        groups = needed_groups(self._limits, self._queues, is_draining=self._drain.has_begun)
         self._scaling.size_classes.update(groups, now)
-        for stage in Stage:
+        for stage in STAGES:
             if needed[stage] and (size_class := self._scaling.abandoned(stage)) is not None:
                 self._ended = True
                 size, last = self._limits[stage].sizes[size_class].name, self._last_loss[stage, size_class]
                 return [Abort(all_workers_lost(stage, last, self._retries.worker, size))]
-        is_tail = self._exhausted or self._is_draining
+        is_tail = self._exhausted or self._drain.has_begun
         return [
             *self._admissions(),
             *self._scaling.exchanges(now),
             *self._runs(now),
             *self._pools.resize(self._scaling.placed(Stage.DENOISE), now, may_shrink=not is_tail),
             *self._scaling.surplus(needed if is_tail else {}),
-            *self._scaling.make_room(needed, self._bottleneck(), now),
+            *self._scaling.make_room(needed, self._bottleneck, now),
             *self._scaling.starts(needed, now),
         ]
 
-    @property
-    def _is_draining(self) -> bool:
-        return self._drain_until is not None
-
     def _needed(self) -> dict[Stage, int]:
-        return needed_workers(self._limits, self._queues, self._scaling, is_draining=self._is_draining)
+        return needed_workers(self._limits, self._queues, self._scaling, is_draining=self._drain.has_begun)
 
     def _bottleneck(self) -> Stage | None:
         return find_bottleneck(self._queues, self._scaling, self._backpressure)
@@ -354,48 +343,21 @@ class Scheduler:
         return self._exhausted and not (len(self._queues) or self._queues.spooled)
 
     def _is_finished(self, now: float) -> bool:
-        if self._drain_until is None:
+        if not self._drain.has_begun:
             return self._all_done()
-        is_running = any(worker.task for worker in self._scaling)
+        is_running = any(self._scaling.count_busy(stage) for stage in STAGES)
         has_work = is_running or self._queues.waiting(Stage.DECODE) or self._queues.spooled
-        return not has_work or now >= self._drain_until
+        return not has_work or self._drain.is_over(now)
 
     def _admissions(self) -> Iterator[Action]:
-        if self._exhausted or self._requested or self._is_draining:
+        if self._exhausted or self._requested or self._drain.has_begun:
             return
         if room := self._backpressure.admissible():
             self._requested = room
             yield Admit(room)
 
     def _runs(self, now: float) -> Iterator[Action]:
-        for stage in sorted(Stage, reverse=True):  # the stage closest to the commit comes first
-            if not self._may_start(stage, now):
-                continue
-            for worker in self._scaling.idle(stage) if self._queues.waiting(stage) else ():
-                size_class = self._backpressure.size_class_for(stage, worker.size_class)
-                if size_class is None:
-                    continue
-                if stage is Stage.DECODE and not self._finds_decode(worker):
-                    continue
-                if stage is Stage.DENOISE:
-                    self._queues.prefer_lora(size_class, worker.lora)
-                workers = self._scaling.ready(stage, size_class)
-                if not (most := self._backpressure.task_size_for(worker.id, stage, size_class, workers)):
-                    continue
-                worker.run(self._queues.take_batch(stage, size_class, most), now)
-                if stage is Stage.DENOISE:
-                    worker.lora = self._queues.lora(worker.task[0])
-                if stage is not Stage.DECODE:
-                    self._store_budget.reserve(worker.id, worker.task)
-                yield Run(worker.id, worker.task, stage)
-
-    def _finds_decode(self, worker: WorkerSlot) -> bool:
-        """Whether the worker may decode a waiting sample, which is then the first of the queue.
-
-        A sample whose decode failed waits for another ready worker, because the node of the first may be faulty.
-        """
-        slot = worker.id.stage, worker.id.slot
-        return not self._scaling.has_another_decoder(worker) or self._queues.bring_forward(Stage.DECODE, slot)
-
-    def _may_start(self, stage: Stage, now: float) -> bool:
-        return self._outage.may_decode(now) if stage is Stage.DECODE else not self._is_draining
+        for stage in reversed(STAGES):  # the stage closest to the commit comes first
+            may_start = self._outage.may_decode(now) if stage is Stage.DECODE else not self._drain.has_begun
+            if may_start:
+                yield from self._task_starts.start(stage, now)

@@ -11,7 +11,7 @@ from hv_batch.job.scheduling.messages import (
     Heartbeat,
     WorkerLost,
 )
-from hv_batch.job.scheduling.worker_slots import MAX_BACKOFF_S
+from hv_batch.job.scheduling.workers.worker_slots import MAX_BACKOFF_S
 from hv_batch.job.stages import Stage
 from tests.support.scheduler_world import (
     CHARGED_KINDS,

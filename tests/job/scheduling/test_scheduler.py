@@ -20,7 +20,7 @@ from hv_batch.job.scheduling.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from hv_batch.job.scheduling.worker_slots import MAX_BACKOFF_S
+from hv_batch.job.scheduling.workers.worker_slots import MAX_BACKOFF_S
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Workload
 from tests.support.scheduler_world import (

@@ -80,7 +80,7 @@ def test_a_commit_of_an_earlier_run_counts():
 
 
 def note(rule, slot, key, failure, *, quarantined=0, ready=(0, 1), stage=Stage.DENOISE):
-    return rule.note_failure(WorkerId(stage, slot, 0), [key], failure, quarantined, ready)
+    return rule.note_failure(WorkerId(stage, slot, 0), [key], failure, quarantined, lambda slots: len({*ready, *slots}))
 
 
 def test_failures_of_one_worker_are_not_failures_of_the_run():

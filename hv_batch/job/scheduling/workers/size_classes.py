@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hv_batch.job.scheduling.limits import SizeClass
-from hv_batch.job.scheduling.messages import WorkerId
-from hv_batch.job.scheduling.worker_slots import Status, WorkerSlot
+from hv_batch.job.scheduling.workers.stage_slots import StageSlots
+from hv_batch.job.scheduling.workers.worker_slots import Status, WorkerSlot
 
 LOAD_S = 120.0  # from the start of a group to its first step: 26 GB of weights on each rank, and the rendezvous
 MAX_WAIT_S = 1800.0
@@ -37,15 +37,13 @@ class SizeClassSlots:
     The methods that yield slots do not change them. The caller must start, or end, each slot before it takes the next.
     """
 
-    def __init__(self, size_classes: Sequence[SizeClass], slots: Sequence[WorkerSlot]) -> None:
+    def __init__(self, size_classes: Sequence[SizeClass], slots: StageSlots) -> None:
         self._size_classes = size_classes
-        self._slots = [
-            [slot for slot in slots if slot.size_class == size_class] for size_class in range(len(size_classes))
-        ]
+        self._classes = range(len(size_classes))
+        self._slots = slots
         self._budget = max(size_class.ranks * size_class.workers for size_class in size_classes)
         self._needed: Sequence[int] = [0] * len(size_classes)
         self._lacking: dict[int, float] = {}  # since when a size class has had samples and no placed group
-        self._idle: dict[WorkerId, float] = {}  # since when a group has been idle
         self._claim: int | None = None
         self._freed = (0.0, 0)  # for the claim: the time of the last release, and the ranks released
 
@@ -57,13 +55,7 @@ class SizeClassSlots:
         self._needed = needed
         if len(self._size_classes) == 1:
             return
-        idle = [slot.id for slots in self._slots for slot in slots if slot.status is Status.IDLE]
-        self._idle = {worker: self._idle.get(worker, now) for worker in idle}
-        lacking = [
-            size_class
-            for size_class, slots in enumerate(self._slots)
-            if needed[size_class] and not any(s.placed for s in slots)
-        ]
+        lacking = [each for each in self._classes if needed[each] and not self._slots.placed(each)]
         self._lacking = {size_class: self._lacking.get(size_class, now) for size_class in lacking}
         if self._claim not in self._lacking:
             first = min(self._lacking, key=self._lacking.__getitem__, default=None)
@@ -72,45 +64,45 @@ class SizeClassSlots:
 
     def abandoned(self) -> int | None:
         """A size class with samples in flight of which every slot is abandoned, or None."""
-        for size_class, slots in enumerate(self._slots):
-            if self._needed[size_class] and all(slot.status is Status.ABANDONED for slot in slots):
+        for size_class, size in enumerate(self._size_classes):
+            if self._needed[size_class] and self._slots.count(Status.ABANDONED, size_class) == size.workers:
                 return size_class
         return None
 
-    def shares(self) -> Iterator[tuple[list[WorkerSlot], int]]:
-        """The slots of each size class, and how many of them its samples in flight can keep busy."""
-        yield from zip(self._slots, self._needed, strict=True)
+    def needed(self, size_class: int) -> int:
+        """How many groups of the size class its samples in flight can keep busy."""
+        return self._needed[size_class]
 
     def starts(self, most: int, now: float) -> Iterator[WorkerSlot]:
         """The slots that should start, while fewer than `most` groups are alive."""
-        absent = [[slot for slot in slots if _may_start(slot, now)] for slots in self._slots]
-        while sum(map(_alive, self._slots)) < most:
-            size_classes = [
-                size_class
-                for size_class in range(len(self._size_classes))
-                if absent[size_class] and self._may_grow(size_class)
-            ]
-            if not size_classes:
+        while self._slots.alive() < most:
+            growing = {
+                size_class: slot
+                for size_class in self._classes
+                if self._may_grow(size_class) and (slot := self._slots.first_startable(size_class, now))
+            }
+            if not growing:
                 return
-            yield absent[max(size_classes, key=self._urgency)].pop(0)
+            yield growing[max(growing, key=self._urgency)]
 
     def to_come(self, most: int) -> list[int]:
         """How many slots of each size class would start if none had to pause after a loss."""
-        room = most - sum(map(_alive, self._slots))
+        room = most - self._slots.alive()
         counts = []
-        for size_class, (size, slots) in enumerate(zip(self._size_classes, self._slots, strict=True)):
-            absent = sum(slot.status is Status.ABSENT for slot in slots)
-            wanted = min(self._needed[size_class] - _alive(slots), absent, self._free_ranks() // size.ranks, room)
+        for size_class, size in enumerate(self._size_classes):
+            missing = self._needed[size_class] - self._slots.alive(size_class)
+            absent = self._slots.count(Status.ABSENT, size_class)
+            wanted = min(missing, absent, self._free_ranks() // size.ranks, room)
             counts.append(max(0, wanted) if self._claim in (None, size_class) else 0)
         return counts
 
     def _may_grow(self, size_class: int) -> bool:
-        is_short = self._needed[size_class] > _alive(self._slots[size_class])
+        is_short = self._needed[size_class] > self._slots.alive(size_class)
         has_ranks = self._size_classes[size_class].ranks <= self._free_ranks()
         return is_short and has_ranks and self._claim in (None, size_class)
 
     def _urgency(self, size_class: int) -> tuple[bool, float]:
-        alive = _alive(self._slots[size_class])
+        alive = self._slots.alive(size_class)
         return not alive, self._needed[size_class] / (alive + 1)
 
     def exchanges(self, now: float) -> Iterator[WorkerSlot]:
@@ -118,21 +110,22 @@ class SizeClassSlots:
         if self._claim is not None:
             yield from self._serve_claim(self._claim, now)
         elif len(self._size_classes) > 1:
-            for size_class in range(len(self._size_classes)):
+            for size_class in self._classes:
                 yield from self._exchange_idle(size_class, now)
 
     def _serve_claim(self, claim: int, now: float) -> Iterator[WorkerSlot]:
         """Groups of other sizes that are not placed yet, which would take the freed ranks, and idle ones as needed."""
-        others = [slot for slots in self._slots for slot in slots if slot.size_class != claim]
-        if not any(_is_unplaced(slot) or _may_start(slot, now) for slot in self._slots[claim]):
+        if not (self._slots.count(Status.REQUESTED, claim) or self._slots.first_startable(claim, now)):
             return
-        yield from [slot for slot in others if _is_unplaced(slot)]
+        others = [size_class for size_class in self._classes if size_class != claim]
+        for size_class in others:
+            yield from self._slots.having((Status.REQUESTED,), size_class)
         when, freed = self._freed
         wanted = self._size_classes[claim].ranks
         if freed >= wanted and now - when >= PLACE_S:
             freed = 0
-        for slot in [slot for slot in others if slot.status is Status.IDLE]:
-            has_room = not _alive(self._slots[claim]) and self._free_ranks() >= wanted
+        for slot in [slot for other in others for slot in self._slots.having((Status.IDLE,), other)]:
+            has_room = not self._slots.alive(claim) and self._free_ranks() >= wanted
             if freed >= wanted or has_room:
                 return
             freed += self._size_classes[slot.size_class].ranks
@@ -143,7 +136,7 @@ class SizeClassSlots:
         """Groups that have been idle for long, if they free all the ranks that a group of `size_class` lacks."""
         if (missing := self._missing_ranks(size_class, now)) <= 0:
             return
-        others = [other for other in range(len(self._size_classes)) if other != size_class]
+        others = [other for other in self._classes if other != size_class]
         has_none = size_class in self._lacking
         spare = [slot for other in others for slot in self._spare(other, now, include_needed=has_none)]
         if sum(self._size_classes[slot.size_class].ranks for slot in spare) < missing:
@@ -156,39 +149,27 @@ class SizeClassSlots:
 
     def _missing_ranks(self, size_class: int, now: float) -> int:
         """The ranks that the next group of a size class lacks."""
-        slots, ranks = self._slots[size_class], self._size_classes[size_class].ranks
-        unplaced = [slot for slot in slots if _is_unplaced(slot)]
-        if any(now - slot.requested_at >= LOAD_S for slot in unplaced):
+        ranks = self._size_classes[size_class].ranks
+        if now - self._slots.first_request(size_class) >= LOAD_S:
             return ranks  # within the budget, but the cluster does not have that many
-        may_grow = self._needed[size_class] > _alive(slots) and any(_may_start(slot, now) for slot in slots)
-        return ranks - self._free_ranks() if may_grow and not unplaced else 0
+        if self._slots.count(Status.REQUESTED, size_class):
+            return 0
+        is_short = self._needed[size_class] > self._slots.alive(size_class)
+        may_grow = is_short and self._slots.first_startable(size_class, now) is not None
+        return ranks - self._free_ranks() if may_grow else 0
 
     def _spare(self, size_class: int, now: float, *, include_needed: bool) -> list[WorkerSlot]:
         """Groups of a size class that its samples in flight cannot keep busy, the cheapest to release first.
 
         With `include_needed`, all groups that have been idle for long, whatever their samples wait for.
         """
-        slots = self._slots[size_class]
-        unplaced = [slot for slot in slots if _is_unplaced(slot)]
-        idle = [slot for slot in slots if now - self._idle.get(slot.id, now) >= LOAD_S]
-        too_many = max(0, _alive(slots) - self._needed[size_class])
+        too_many = max(0, self._slots.alive(size_class) - self._needed[size_class])
+        if not (too_many or include_needed):
+            return []
+        unplaced = self._slots.having((Status.REQUESTED,), size_class)
+        idle = [slot for slot in self._slots.having((Status.IDLE,), size_class) if now - slot.idle_since >= LOAD_S]
         return [*unplaced[:too_many], *idle] if include_needed else (unplaced + idle)[:too_many]
 
     def _free_ranks(self) -> int:
         """Ranks of the budget that no group holds."""
-        return self._budget - sum(
-            size.ranks * _alive(slots) for size, slots in zip(self._size_classes, self._slots, strict=True)
-        )
-
-
-def _alive(slots: Sequence[WorkerSlot]) -> int:
-    return sum(slot.alive for slot in slots)
-
-
-def _is_unplaced(slot: WorkerSlot) -> bool:
-    """Whether the worker is requested and not placed yet."""
-    return slot.status is Status.STARTING and not slot.placed
-
-
-def _may_start(slot: WorkerSlot, now: float) -> bool:
-    return slot.status is Status.ABSENT and now >= slot.start_at
+        return self._budget - sum(size.ranks * self._slots.alive(each) for each, size in enumerate(self._size_classes))

@@ -1,4 +1,4 @@
-"""hv_batch.job.scheduling.scaling: workers on draining nodes, and the number of workers."""
+"""hv_batch.job.scheduling.workers.scaling: workers on draining nodes, and the number of workers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.scheduling.messages import Admitted, Finish, TaskDone, WorkerLeaving, WorkerPlaced
-from hv_batch.job.scheduling.scaling import MAKE_ROOM_EVERY_S, STARVED_AFTER_S
-from hv_batch.job.scheduling.worker_slots import END_MARGIN_S, LAST_CHECKPOINT_S
+from hv_batch.job.scheduling.workers.scaling import MAKE_ROOM_EVERY_S, STARVED_AFTER_S
+from hv_batch.job.scheduling.workers.worker_slots import END_MARGIN_S, LAST_CHECKPOINT_S
 from hv_batch.job.stages import Stage
 from tests.support.scheduler_world import World, advance, limits, pass_time, plan_of
 

@@ -1,4 +1,4 @@
-"""hv_batch.job.scheduling.size_classes: when groups of one size are released for another, in whole schedules."""
+"""job.scheduling.workers.size_classes: when groups of one size are released for another, in whole schedules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.scheduling.messages import Admitted
-from hv_batch.job.scheduling.size_classes import LOAD_S, MAX_WAIT_S
+from hv_batch.job.scheduling.workers.size_classes import LOAD_S, MAX_WAIT_S
 from hv_batch.job.stages import Stage
 from tests.support.scheduler_world import World, limits, pass_time
 

@@ -14,14 +14,16 @@ if no group finds resources, idle workers of the other stages are released, beca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.scheduling.messages import ReleaseWorker, StartWorker, WorkerId
 from hv_batch.job.scheduling.pool_sizing import PoolSizer
-from hv_batch.job.scheduling.size_classes import SizeClassSlots
-from hv_batch.job.scheduling.worker_slots import Status, WorkerSlot
-from hv_batch.job.stages import Stage
+from hv_batch.job.scheduling.workers.size_classes import SizeClassSlots
+from hv_batch.job.scheduling.workers.stage_slots import RELEASABLE, StageSlots
+from hv_batch.job.scheduling.workers.task_watch import TaskWatch
+from hv_batch.job.scheduling.workers.worker_slots import READY, Status, WorkerSlot
+from hv_batch.job.stages import STAGES, Stage
 
 # Groups are requested first: only they need many GPUs of one node at once, and a single actor that is placed there
 # first would block them.
@@ -44,38 +46,61 @@ class WorkerScaling:
 
     def __init__(self, limits: Mapping[Stage, StageLimits], pools: PoolSizer) -> None:
         self._pools = pools
-        self._colocated = frozenset(stage for stage in Stage if limits[stage].is_colocated)
-        self._slots = {stage: _make_slots(stage, limits[stage]) for stage in Stage}
+        self._colocated = frozenset(stage for stage in STAGES if limits[stage].is_colocated)
+        self._slots = {stage: StageSlots(stage, limits[stage].sizes) for stage in STAGES}
         self.size_classes = SizeClassSlots(limits[Stage.DENOISE].sizes, self._slots[Stage.DENOISE])
+        self.watch = TaskWatch(limits)
         self._no_group_before = 0.0  # until then, freed resources are reserved for other stages
+        for slot in self:
+            slot.on_change = self._note_change
+
+    def _note_change(self, slot: WorkerSlot) -> None:
+        self._slots[slot.id.stage].file(slot)
+        self.watch.note(slot)
 
     def __iter__(self) -> Iterator[WorkerSlot]:
         for slots in self._slots.values():
             yield from slots
 
-    def slots(self, stage: Stage) -> list[WorkerSlot]:
-        return self._slots[stage]
+    def busy(self, stage: Stage) -> list[WorkerSlot]:
+        """The workers of the stage that have a task, of whatever stage."""
+        return self._slots[stage].having((Status.BUSY,))
 
-    def idle(self, stage: Stage) -> list[WorkerSlot]:
+    def count_busy(self, stage: Stage) -> int:
+        """How many workers of the stage have a task, of whatever stage."""
+        return self._slots[stage].count(Status.BUSY)
+
+    def count_starting(self) -> int:
+        """How many workers are requested or loading."""
+        return sum(slots.alive() - slots.ready() for slots in self._slots.values())
+
+    def idle(self, stage: Stage, without: Collection[int] = ()) -> Iterator[WorkerSlot]:
         """Idle workers that can run tasks of the stage, in the order in which they get them.
 
-        For a stage without workers of its own these are the groups. Groups of several sizes take turns, so that one
-        size does not leave another idle.
+        For a stage without workers of its own these are the groups. The caller may give a worker a task, or change the
+        size classes `without`, whose workers are left out, before it takes the next.
         """
-        slots = self._slots[stage] or self._slots[Stage.DENOISE]
-        idle = [slot for slot in slots if slot.status is Status.IDLE]
-        are_mixed = slots is self._slots[Stage.DENOISE] and len(self.size_classes) > 1
-        return sorted(idle, key=lambda slot: slot.last_heartbeat_at) if are_mixed else idle
+        return self._tasked(stage).idle_in_turn(without)
+
+    def has_idle(self, stage: Stage) -> bool:
+        return self._tasked(stage).count(Status.IDLE) > 0
 
     def ready(self, stage: Stage, size_class: int) -> int:
         """How many ready workers can run tasks of the stage; for DENOISE, only groups of the size class count."""
-        slots = self._slots[stage] or self._slots[Stage.DENOISE]
-        return sum(slot.ready for slot in slots if stage is not Stage.DENOISE or slot.size_class == size_class)
+        return self._tasked(stage).ready(size_class if stage is Stage.DENOISE else None)
 
     def has_another_decoder(self, worker: WorkerSlot) -> bool:
         """Whether another ready worker can run decodes, now or after its task."""
-        slots = self._slots[Stage.DECODE] or self._slots[Stage.DENOISE]
-        return any(slot.ready and slot is not worker for slot in slots)
+        return self._tasked(Stage.DECODE).ready() > (worker.status in READY)
+
+    def count_ready(self, stage: Stage, besides: Iterable[int] = ()) -> int:
+        """How many workers of the stage are ready. The slots `besides` count as well, ready or not."""
+        slots = self._slots[stage]
+        return slots.ready() + sum(slots[number].status not in READY for number in besides)
+
+    def _tasked(self, stage: Stage) -> StageSlots:
+        """The slots whose workers run tasks of the stage."""
+        return self._slots[stage] or self._slots[Stage.DENOISE]
 
     def find(self, worker: WorkerId) -> WorkerSlot | None:
         """The slot of this incarnation, or None if the incarnation has ended."""
@@ -91,81 +116,96 @@ class WorkerScaling:
         if stage is Stage.DENOISE:
             return self.size_classes.abandoned()
         slots = self._slots[stage]
-        abandoned = sum(slot.status is Status.ABANDONED for slot in slots)
-        return 0 if abandoned >= self._pools.most(stage) and not any(slot.alive for slot in slots) else None
+        return 0 if slots.count(Status.ABANDONED) >= self._pools.most(stage) and not slots.alive() else None
 
     def starts(self, needed: Mapping[Stage, int], now: float) -> Iterator[StartWorker]:
         """Start workers. `needed` is how many workers of each stage the samples in flight can keep busy."""
         for stage in START_ORDER:
             if stage is Stage.DENOISE:
-                yield from _start(self.size_classes.starts(self.most_groups(needed, now), now), now)
-                continue
-            absent = [slot for slot in self._absent(stage) if now >= slot.start_at]
-            yield from _start(absent[: self._missing(stage, needed) if absent else 0], now)
+                if self._slots[stage].alive() < self._pools.most(stage):
+                    yield from _start(self.size_classes.starts(self.most_groups(needed, now), now), now)
+            else:
+                yield from _start(self._missing(stage, needed, now), now)
 
     def most_groups(self, needed: Mapping[Stage, int], now: float) -> int:
         """How many groups may be alive; 0, so that none starts, while freed resources are reserved for other stages."""
-        if any(slot.placed for slot in self._slots[Stage.DENOISE]) and now < self._no_group_before:
+        if self.placed(Stage.DENOISE) and now < self._no_group_before:
             return 0
         return self._most(Stage.DENOISE, needed)
 
     def _most(self, stage: Stage, needed: Mapping[Stage, int]) -> int:
-        served = all(any(slot.placed for slot in self._slots[other]) for other in self._in_need(needed))
+        served = all(self.placed(other) for other in self._in_need(needed))
         return self._pools.most(stage) if served else 1
 
-    def _missing(self, stage: Stage, needed: Mapping[Stage, int]) -> int:
-        """How many more encoders or decoders should start, including slots that pause after a loss."""
-        if needed[Stage.DENOISE] and not any(slot.placed for slot in self._slots[Stage.DENOISE]):
-            return 0
-        wanted = min(needed[stage], self._most(stage, needed))
-        return max(0, min(wanted - sum(slot.alive for slot in self._slots[stage]), len(self._absent(stage))))
+    def _missing(self, stage: Stage, needed: Mapping[Stage, int], now: float) -> list[WorkerSlot]:
+        """The encoders or decoders that should start.
 
-    def _absent(self, stage: Stage) -> list[WorkerSlot]:
-        """The absent slots among as many slots as the stage may have workers.
-
-        The further slots into which an `auto` pool can grow are excluded: they would bypass the pause after a loss.
+        The further slots into which an `auto` pool can grow do not start for slots that pause after a loss: they would
+        bypass the pause.
         """
-        slots = [slot for slot in self._slots[stage] if slot.status is not Status.ABANDONED]
-        return [slot for slot in slots[: self._pools.most(stage)] if slot.status is Status.ABSENT]
+        alive = self._slots[stage].alive()
+        if alive >= min(needed[stage], self._pools.most(stage)):
+            return []
+        if needed[Stage.DENOISE] and not self.placed(Stage.DENOISE):
+            return []
+        missing = max(0, min(needed[stage], self._most(stage, needed)) - alive)
+        return self._slots[stage].startable(self._pools.most(stage), missing, now)
 
     def surplus(self, needed: Mapping[Stage, int]) -> Iterator[ReleaseWorker]:
         """Release workers beyond the size of an `auto` pool and, at the tail of a run, beyond `needed`.
 
         `needed` is empty before the tail, when more samples will come.
         """
-        enough = {stage: min(most := self._pools.most(stage), needed.get(stage, most)) for stage in Stage}
-        shares = [(self._slots[stage], enough[stage]) for stage in (Stage.ENCODE, Stage.DECODE)]
-        for slots, most in [*shares, *(self.size_classes.shares() if needed else ())]:
-            too_many = sum(slot.alive for slot in slots) - most
-            if too_many > 0:
-                yield from _release(_releasable(slots)[:too_many], NOT_NEEDED if needed else POOL_TOO_LARGE)
+        for stage in (Stage.ENCODE, Stage.DECODE):
+            most = self._pools.most(stage)
+            yield from self._release_beyond(stage, None, min(most, needed.get(stage, most)), is_tail=bool(needed))
+        if needed:
+            for size_class in range(len(self.size_classes)):
+                most = self.size_classes.needed(size_class)
+                yield from self._release_beyond(Stage.DENOISE, size_class, most, is_tail=True)
+
+    def _release_beyond(
+        self, stage: Stage, size_class: int | None, most: int, *, is_tail: bool
+    ) -> Iterator[ReleaseWorker]:
+        slots = self._slots[stage]
+        too_many = slots.alive(size_class) - most
+        if too_many > 0:
+            reason = NOT_NEEDED if is_tail else POOL_TOO_LARGE
+            yield from _release(slots.having(RELEASABLE, size_class)[:too_many], reason)
 
     def placed(self, stage: Stage) -> int:
         """How many workers hold their resources, loaded or not."""
-        return sum(slot.placed for slot in self._slots[stage])
+        return self._slots[stage].placed()
 
     def exchanges(self, now: float) -> Iterator[ReleaseWorker]:
         """Release groups of one size in favour of another size, before they get a further sample."""
         for slot in self.size_classes.exchanges(now):
             yield from _release([slot], OTHER_SIZE)
 
-    def make_room(self, needed: Mapping[Stage, int], bottleneck: Stage | None, now: float) -> Iterator[ReleaseWorker]:
+    def make_room(
+        self, needed: Mapping[Stage, int], bottleneck: Callable[[], Stage | None], now: float
+    ) -> Iterator[ReleaseWorker]:
         """Release idle workers if a stage has waited too long for resources and has none, or is the bottleneck."""
-        if not self._unplaced(Stage.ENCODE) and not self._unplaced(Stage.DECODE):
+        if not any(self._slots[stage].count(Status.REQUESTED) for stage in (Stage.ENCODE, Stage.DECODE)):
             self._no_group_before = 0.0
-        for stage in self._in_need(needed):
-            if not any(now - slot.requested_at >= STARVED_AFTER_S for slot in self._unplaced(stage)):
+        starved = [stage for stage in self._in_need(needed) if self._is_starved(stage, now)]
+        slow = bottleneck() if starved else None
+        for stage in starved:
+            if not self._is_starved(stage, now):  # it was released for the stage before
                 continue
-            has_none = not any(slot.placed for slot in self._slots[stage])
-            if not (has_none or stage is bottleneck):
+            has_none = not self.placed(stage)
+            if not (has_none or stage is slow):
                 continue
-            if stage is not Stage.DENOISE and self.idle(Stage.DENOISE):
+            if stage is not Stage.DENOISE and self.has_idle(Stage.DENOISE):
                 yield from self._release_a_group(stage, now)
             for other in {Stage.ENCODE, Stage.DECODE} - {stage} - self._colocated if has_none else ():
                 # Until a group is placed, no other worker is requested, so these come back only after the group has
                 # found its resources.
-                spare = _releasable(self._slots[other]) if stage is Stage.DENOISE else self._all_but_one(other)
+                spare = self._slots[other].having(RELEASABLE) if stage is Stage.DENOISE else self._all_but_one(other)
                 yield from _release(spare, MAKES_ROOM)
+
+    def _is_starved(self, stage: Stage, now: float) -> bool:
+        return now - self._slots[stage].first_request() >= STARVED_AFTER_S
 
     def _release_a_group(self, stage: Stage, now: float) -> Iterator[ReleaseWorker]:
         """Release one idle group, which makes room for many single actors, and the groups that are not placed yet.
@@ -173,35 +213,20 @@ class WorkerScaling:
         The latter would otherwise take the freed resources.
         """
         self._no_group_before = now + RESERVED_FOR_S
-        for slot in self._unplaced(stage):
-            slot.requested_at = now + MAKE_ROOM_EVERY_S - STARVED_AFTER_S
+        for slot in self._slots[stage].having((Status.REQUESTED,)):
+            slot.postpone_request(now + MAKE_ROOM_EVERY_S - STARVED_AFTER_S)
         spare = self._all_but_one(Stage.DENOISE)
         idle = [slot for slot in spare if slot.status is Status.IDLE]
-        yield from _release([slot for slot in spare if not slot.placed] + idle[:1], MAKES_ROOM)
+        yield from _release([slot for slot in spare if slot.status is Status.REQUESTED] + idle[:1], MAKES_ROOM)
 
     def _in_need(self, needed: Mapping[Stage, int]) -> list[Stage]:
         """Stages whose workers are needed and take resources of their own, which colocated encoders do not."""
-        return [stage for stage in Stage if needed[stage] and stage not in self._colocated]
-
-    def _unplaced(self, stage: Stage) -> list[WorkerSlot]:
-        """Workers that are requested and not placed yet."""
-        return [slot for slot in self._slots[stage] if slot.status is Status.STARTING and not slot.placed]
+        return [stage for stage in STAGES if needed[stage] and stage not in self._colocated]
 
     def _all_but_one(self, stage: Stage) -> list[WorkerSlot]:
-        """Releasable workers of a stage that leave at least one alive."""
+        """Releasable workers of a stage that leave at least one alive, the cheapest to release first."""
         slots = self._slots[stage]
-        return _releasable(slots)[: max(0, sum(slot.alive for slot in slots) - 1)]
-
-
-def _releasable(slots: list[WorkerSlot]) -> list[WorkerSlot]:
-    """Workers without a task, the cheapest to release first: not placed yet, then loading, then idle."""
-    spare = [slot for slot in slots if slot.status in (Status.STARTING, Status.IDLE)]
-    return sorted(spare, key=lambda slot: (slot.status is Status.IDLE, slot.placed))
-
-
-def _make_slots(stage: Stage, limits: StageLimits) -> list[WorkerSlot]:
-    size_classes = [size_class for size_class, size in enumerate(limits.sizes) for _ in range(size.workers)]
-    return [WorkerSlot(WorkerId(stage, slot, 0), size_class) for slot, size_class in enumerate(size_classes)]
+        return slots.having(RELEASABLE)[: max(0, slots.alive() - 1)]
 
 
 def _start(slots: Iterable[WorkerSlot], now: float) -> Iterator[StartWorker]:
