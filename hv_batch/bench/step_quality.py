@@ -22,8 +22,10 @@ import typer
 from torch.nn import functional
 
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.workload import Workload
 from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT
-from hv_batch.step_schedule import KIND, count_forwards, parse_cfg_until, parse_step_cache
+from hv_batch.step_schedule import KIND
 from hv_batch.toy.accuracy import PROMPTS_SEED
 from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import cache_dir
@@ -32,8 +34,15 @@ from hv_batch.toy.trained import write_trained_checkpoint
 from hv_batch.toy.world import Frames, Scene
 
 STEPS, FINE = 50, 200
-VIDEO: Mapping[str, Any] = {"height": 128, "width": 128, "num_frames": 17, "guidance_scale": 6.0, "cfg_scale": 3.0}
-REST: Mapping[str, Any] = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT, "guidance_rescale": 0.0, "flow_shift": 7.0}
+SHAPE = (128, 128, 17)
+VIDEO: Mapping[str, Any] = dict(zip(("height", "width", "num_frames"), SHAPE, strict=True))
+REST: Mapping[str, Any] = {
+    "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
+    "guidance_rescale": 0.0,
+    "flow_shift": 7.0,
+    "guidance_scale": 6.0,
+    "cfg_scale": 3.0,
+}
 FP32: Mapping[str, Any] = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
 README = Path(__file__).with_name("README.md")
 OLD_CURVE = Path(__file__).with_name("first_block_cache.json")
@@ -50,6 +59,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "`computed: 23`": {"step_cache": {"computed": 23}},
     "`computed: 16`": {"step_cache": {"computed": 16}},
     "`computed: 12`": {"step_cache": {"computed": 12}},
+    "`computed: 16, taper: 0`": {"step_cache": {"computed": 16, "taper": 0}},
     "`computed: 23, warmup: 5`": {"step_cache": {"computed": 23, "warmup": 5}},
     "`computed: 16, warmup: 5`": {"step_cache": {"computed": 16, "warmup": 5}},
     "Jenga's list": {"step_cache": {"computed": JENGA}},
@@ -86,10 +96,10 @@ class Toy:
     def quality(self, steps: int, options: Mapping[str, Any]) -> Quality:
         """Render all videos in so many steps, with these engine options."""
         frames = list(self._render(steps, options))
-        cache, until = parse_step_cache(options.get("step_cache")), parse_cfg_until(options.get("cfg_until"))
+        model = ModelShape.from_options(options)
         right = [value for (scene, _), one in zip(self._scenes, frames, strict=True) for value in _right(scene, one)]
         return Quality(
-            evaluations=count_forwards(cache, until, steps, branches=2) / 2,
+            evaluations=model.forwards(Workload(SHAPE, steps, branches=2)).total() / 2,
             psnr=_mean(psnr, frames, self._coarse),
             fine_psnr=_mean(psnr, frames, self._fine),
             ssim=_mean(ssim, frames, self._coarse),

@@ -345,7 +345,7 @@ def test_only_steps_that_run_the_model_are_counted(manifest):
     assert cached["memory"][1]["activations"] - whole["memory"][1]["activations"] == 3 * 4 * 16 * 33 * 90 * 160
     assert "16 of 50" in render_plan(cached)
     gated = plan("model.options.step_cache={kind: schedule, computed: 16}", "model.options.cfg_until=0.5")
-    assert gated["work"][1]["denoise_flops"] / whole["work"][0]["denoise_flops"] == pytest.approx((10 + 5) / 30)
+    assert gated["work"][1]["denoise_flops"] / whole["work"][0]["denoise_flops"] == pytest.approx((10 + 4) / 30)
 
 
 def test_widths_come_from_the_checkpoint_tree(tmp_path):
