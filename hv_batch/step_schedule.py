@@ -16,6 +16,8 @@ from hv_batch.protocol import MAX_STEPS, UserError
 
 KIND = "schedule"
 MAX_ORDER = 2
+MAX_TAPER = 0.9
+TAPER_UNIT = 1000  # tapers are rounded to three digits
 CORRECTOR_NODES = 3  # velocities through which the correction interpolates, that of the new computed step included
 OLD_FORM = (
     "A number was the threshold of the first-block cache, which hv_batch 0.2.0 was the last version to have: finish an "
@@ -30,7 +32,9 @@ class StepSchedule:
 
     `computed` is the number of computed steps out of `of`, or their numbers, counted from 0. A video with another
     number of steps computes the same share, rounded up, or the steps at the same places. The first `warmup` of `of`
-    steps are all computed, and the others are spread evenly. The first and the last step are always computed.
+    steps are all computed, and the others are spread: evenly with a `taper` of 0; otherwise their gaps shrink linearly
+    from 1 + `taper` to 1 - `taper` of the mean gap, because the noise level changes most in the last steps. The first
+    and the last step are always computed.
 
     `order` is the degree of the polynomial that predicts velocities: 0 reuses the last one. `correct` repeats the
     predicted steps once the next velocity is known.
@@ -39,6 +43,7 @@ class StepSchedule:
     computed: int | tuple[int, ...]
     of: int = 50
     warmup: int = 0
+    taper: float = 0.35
     order: int = 1
     correct: bool = True
 
@@ -56,8 +61,18 @@ class StepSchedule:
         # The last step of the warm-up is the first of the steps that are spread evenly.
         dense = min(count - 1, max(1, -(-self.warmup * total // self.of)))
         others, span = count - dense, total - dense
-        spread = (dense - 1 + _nearest(number * span, others) for number in range(1, others + 1)) if others else ()
+        spread = [dense - 1 + self._place(number, others, span) for number in range(1, others + 1)]
+        # Where the gaps are shorter than one step, a step is moved to the one before, which is free.
+        for number in range(others - 2, -1, -1):
+            spread[number] = min(spread[number], spread[number + 1] - 1)
         return (*range(dense), *spread)
+
+    def _place(self, number: int, others: int, span: int) -> int:
+        """Return the distance of one of the steps that are spread from the end of the warm-up, of `span` at most."""
+        taper = round(self.taper * TAPER_UNIT)
+        # span * (u + taper * u * (1 - u)) with u = number / others, in whole numbers
+        numerator = span * number * (TAPER_UNIT * others + taper * (others - number))
+        return _nearest(numerator, TAPER_UNIT * others * others)
 
     def identity(self) -> dict[str, Any]:
         """Return the option as JSON values, part of the identity of a run (P3)."""
@@ -90,6 +105,8 @@ def parse_step_cache(value: object) -> StepSchedule | None:
     options: dict[str, Any] = {
         name: tuple(v) if isinstance(v := value[name], list) else v for name in names if name in value
     }
+    if isinstance(taper := options.get("taper"), int) and not isinstance(taper, bool):
+        options["taper"] = float(taper)
     schedule = StepSchedule(**options)
     if problem := _problem(schedule):
         raise UserError(f"{where}: {problem}.")
@@ -112,6 +129,9 @@ def _problem(schedule: StepSchedule) -> str | None:
         return f"computed must be a whole number from 2 to {of} (of), or a list of steps, not {computed!r}"
     elif not _is_count(warmup, 0, computed):
         return f"warmup must be a whole number from 0 to {computed} (computed), not {warmup!r}"
+    taper = schedule.taper
+    if isinstance(taper, bool) or not isinstance(taper, int | float) or not 0 <= taper <= MAX_TAPER:
+        return f"taper must be a number from 0 to {MAX_TAPER:g}, not {taper!r}"
     if not _is_count(schedule.order, 0, MAX_ORDER):
         return f"order must be a whole number from 0 to {MAX_ORDER}, not {schedule.order!r}"
     if not isinstance(schedule.correct, bool):

@@ -326,6 +326,28 @@ def test_options_of_the_model_are_counted(manifest):
     assert rank("model.options.offload=blocks") == rank("model.options.offload=mapped") == pytest.approx(2.1, abs=0.1)
 
 
+def test_only_steps_that_run_the_model_are_counted(manifest):
+    """Issue 20: a step cache and `cfg_until` count in operations, hours and memory, by the steps of each row."""
+
+    def plan(*overrides: str) -> dict:
+        return make_plan(load_config(str(shipped("720p_8gpu.yaml")), overrides), manifest, GPUS["h100"])
+
+    whole, cached = plan(), plan("model.options.step_cache={kind: schedule, computed: 16}")
+    assert [work.get("computed_steps") for work in cached["work"]] == [10, 10, 16, 16]
+    assert "computed_steps" not in whole["work"][0]
+    shares = [
+        after["denoise_flops"] / before["denoise_flops"]
+        for before, after in zip(*(each["work"] for each in (whole, cached)), strict=True)
+    ]
+    assert shares == pytest.approx([10 / 30, 10 / 30, 16 / 50, 16 / 50])
+    hours = [each["estimate"]["h100"]["stage_hours"]["denoise"] for each in (whole, cached)]
+    assert 0.32 < hours[1] / hours[0] < 0.34
+    assert cached["memory"][1]["activations"] - whole["memory"][1]["activations"] == 3 * 4 * 16 * 33 * 90 * 160
+    assert "16 of 50" in render_plan(cached)
+    gated = plan("model.options.step_cache={kind: schedule, computed: 16}", "model.options.cfg_until=0.5")
+    assert gated["work"][1]["denoise_flops"] / whole["work"][0]["denoise_flops"] == pytest.approx((10 + 4) / 30)
+
+
 def test_widths_come_from_the_checkpoint_tree(tmp_path):
     """A plan for another checkpoint uses the widths of its VAE and text towers."""
     base = write_toy_checkpoint(tmp_path)

@@ -50,7 +50,7 @@ from hv_batch.protocol import (
     canonical_lora,
     problems,
 )
-from hv_batch.step_schedule import KIND
+from hv_batch.step_schedule import KIND, computed_steps, parse_step_cache
 
 logger = logging.getLogger(__name__)
 
@@ -223,12 +223,17 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "flow_reverse": options.flow_reverse,
         "fp8": "storage" if options.use_fp8 else "none",
         "sparse_attention": options.sparse_attention and {"density": options.sparse_attention},
-        "step_cache": {"kind": KIND, "computed": options.step_cache} if options.step_cache else None,
+        "step_cache": _step_cache(options),
+        "cfg_until": options.cfg_until,
         "vae_tile": None if options.vae_tiling else UNTILED,
         "offload": "blocks" if options.use_cpu_offload else "none",
         "loras": parse_lora_flags(options.lora),
     }
     return chosen
+
+
+def _step_cache(options: argparse.Namespace) -> dict[str, Any] | None:
+    return {"kind": KIND, "computed": options.step_cache} if options.step_cache else None
 
 
 def _refuse_launcher() -> None:
@@ -295,17 +300,20 @@ def _progress(num_videos: int, options: argparse.Namespace) -> Iterator[Callback
     """Show a progress bar if stderr is a terminal; otherwise log the first step, and then a line now and then."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    total, begun, done, logged_at = -(-num_videos // options.batch_size) * options.infer_steps, time.monotonic(), 0, 0.0
+    batches, begun, logged_at = -(-num_videos // options.batch_size), time.monotonic(), 0.0
+    computed = computed_steps(parse_step_cache(_step_cache(options)), options.infer_steps)
+    total, done, computed_done = batches * options.infer_steps, 0, 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("denoising", total=total)
 
-        def advance(_step: int, _latents: object) -> None:
-            nonlocal done, logged_at
+        def advance(step: int, _latents: object) -> None:
+            nonlocal done, computed_done, logged_at
             done, now = done + 1, time.monotonic()
+            computed_done += step - 1 in computed  # the other steps take almost no time
             bar.advance(task)
             if not console.is_terminal and (now - logged_at >= LINE_EVERY_S or done == total):
-                logged_at, each_s = now, (now - begun) / done
-                eta = clock(each_s * (total - done))
+                logged_at, each_s = now, (now - begun) / computed_done
+                eta = clock(each_s * (batches * len(computed) - computed_done))
                 logger.info(
                     f"denoising: {100 * done // total}%, {duration(each_s)} a step, ETA {eta}, step {done}/{total}"
                 )

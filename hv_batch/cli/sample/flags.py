@@ -192,6 +192,7 @@ def _add_model(group: Group) -> None:
         help="merge this LoRA (.safetensors) with this strength; may be repeated",
     )
     add("--use-fp8", action="store_true", help="use the 8-bit weights that --dit-weight names")
+    add("--cfg-until", type=float, metavar="X", help="share of the steps that run the negative prompt, as 0.5")
     add("--step-cache", type=int, default=0, metavar="N", help="run the model in N of 50 steps, as 16; 0: in all")
     add("--sparse-attention", type=float, metavar="X", help="attend to this fraction of the blocks, as 0.25")
     add("--vae-tiling", action=argparse.BooleanOptionalAction, default=True, help="decode in overlapping tiles")

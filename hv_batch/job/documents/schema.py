@@ -28,6 +28,7 @@ from hv_batch.job.documents.fields import (
     Time,
     Versions,
 )
+from hv_batch.protocol import MAX_STEPS
 
 Number = Annotated[int, Field(ge=1)]
 LicenceId = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.+-]{0,63}\z")]
@@ -51,6 +52,7 @@ class StageFacts(Document):
     node: Name = ""
     worker: Name = ""
     ranks: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    computed_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None  # that ran the model; absent: all
     encoded: Count = 0
     recalled: Count = 0
 

@@ -34,7 +34,7 @@ PARAMS = SamplingParams(
     guidance_rescale=0.0,
     flow_shift=7.0,
 )
-FIVE = StepSchedule(computed=5, of=9)  # 0 2 4 6 8
+FIVE = StepSchedule(computed=5, of=9, taper=0.0)  # 0 2 4 6 8
 OPTIONS = {
     "cache": SamplingOptions(step_cache=FIVE),
     "order 2": SamplingOptions(step_cache=replace(FIVE, order=2)),

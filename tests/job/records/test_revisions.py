@@ -161,3 +161,27 @@ def test_a_table_of_version_2_adds_columns_and_changes_nothing_else():
     assert tables[1].column_names == ["file_name", *table_columns(DATASET_SCHEMA)]
     assert tables[1].select(tables[0].column_names).equals(tables[0])
     assert read_status(new).finished
+
+
+def test_a_root_with_the_first_block_cache_is_read_but_not_continued(tmp_path):
+    """P2, issue 20: a threshold as `step_cache` is in the run.json of version 0.2.0. Status, verify and export
+    do not interpret it; `resume` names that version and the new form.
+    """
+    root = shutil.copytree(ROOTS / "dataset-2", tmp_path / "root")
+    run = json.loads((root / layout.RUN).read_text())
+    before, engine = run["fingerprint"], "hv_batch.engine.hunyuan:HunyuanVideo"
+    run["config"]["model"] = {"engine": engine, "options": {"model_base": "toy", "step_cache": 0.1}}
+    run["identity"] |= {"engine": engine, "model": {"step_cache": 0.1}}
+    run["fingerprint"] = fingerprint(run["identity"])
+    (root / layout.RUN).write_text(json.dumps(run))
+    for record in (root / layout.COMMITS).rglob("*.json"):
+        record.write_text(record.read_text().replace(before, run["fingerprint"]))
+    for derived in (layout.SUCCESS, layout.SUMMARY, layout.metadata_key(0), layout.metadata_key(1), "README.md"):
+        (root / derived).unlink()
+    store = Store(str(root))
+    assert read_status(store).committed == 3
+    assert verify(store, decode_media, decodes=None).decoded == 3
+    for command in (["status", root], ["export", root, "--as-manifest", tmp_path / "rows.jsonl"]):
+        assert hv_batch(*command)[0] == 0
+    with pytest.raises(UserError, match=r"hv_batch 0\.2\.0.*step_cache: \{kind: schedule, computed: 16\}"):
+        hv_batch("resume", str(root))
