@@ -33,6 +33,7 @@ JOB = """
     inspection
     dataset
     records
+    simulation
     cost_model
     scheduling
     manifest

@@ -17,6 +17,7 @@ from hv_batch.cli.doctor import doctor
 from hv_batch.cli.export import export
 from hv_batch.cli.init import init
 from hv_batch.cli.run import nightly, plan, resume, run
+from hv_batch.cli.simulate import simulate
 from hv_batch.cli.terminal import (
     UNREACHABLE_REMEDY,
     Json,
@@ -104,7 +105,7 @@ def sample(context: typer.Context) -> None:
     raise typer.Exit(render_sample(context.args))
 
 
-for command in (run, resume, nightly, plan, init, doctor, export):
+for command in (run, resume, nightly, plan, simulate, init, doctor, export):
     app.command()(command)
 for operation in (
     output_root.status,

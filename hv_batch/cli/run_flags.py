@@ -49,6 +49,9 @@ Until = Annotated[
 GpuHours = Annotated[
     float | None, typer.Option(help="stop before the workers have reserved N GPU hours; default: no limit", metavar="N")
 ]
+GpuPrice = Annotated[
+    float | None, typer.Option(min=0, help="price of one GPU for an hour, in any currency", metavar="PRICE")
+]
 AllowChange = Annotated[
     list[str] | None,
     typer.Option(

@@ -6,18 +6,16 @@ estimates; `hv_batch.job.cost_model.speed` says what they are fitted to.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from hv_batch.attention_methods import ALL_DENSE
-from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.group_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.config.hardware import GPUS, Gpu
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.job.config.sections import ENGINE
+from hv_batch.job.cost_model.checked_manifest import checked_manifest
 from hv_batch.job.cost_model.flops import (
     count_work,
     decode_flops,
@@ -37,19 +35,15 @@ from hv_batch.job.cost_model.memory import (
     encoder_footprint,
     rank_footprint,
 )
-from hv_batch.job.cost_model.memory_check import check_memory
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
-from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
-from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import Sample, count_lora_changes
 from hv_batch.job.scheduling.pool_sizing import worker_count, workers_needed
 from hv_batch.job.stages import Stage
-from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import Workload
-from hv_batch.protocol import ParallelPlan, UserError
+from hv_batch.protocol import ParallelPlan
 
 DAY_S = 86_400
 HOUR_S = 3600
@@ -59,27 +53,12 @@ Report = dict[str, Any]
 
 def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Report:
     """The whole plan, JSON-able. Raises UserError for a config or manifest that a run would refuse."""
-    if config.model.engine != ENGINE:
-        raise UserError(f"The costs of the engine {config.model.engine} are not known; known are those of {ENGINE}.")
-    # This refuses the options that a run would refuse.
-    engine = build_engine(config.model.engine, config.model.engine_options())
-    if (plan := resolve_run(config).fixed_plan) and (problems := engine.group_problems(plan)):
-        raise UserError("; ".join(problems))
-    check_loras = getattr(engine, "lora_problems", list)
-    if problems := check_loras():
-        raise UserError("\n".join(problems))
     manifest = Manifest(manifest_urls)
-    with tempfile.TemporaryDirectory(prefix="hv_batch-plan-") as folder:
-        index = check_manifest(manifest, config, Store(folder))
+    with checked_manifest(config, manifest) as (index, run):
         summary = index.summary
-        run = resolve_run(config, summary.shapes)
-        check_memory(run)
-        groups = run.groups
-        if problems := [line for plan in groups.plans for line in engine.group_problems(plan, groups.shapes(plan))]:
-            raise UserError("; ".join(problems))
         work = count_work(sample.params for sample in index)
         loras = _lora_changes(index) if config.model.loras else None
-    workers = _workers(run, _seconds(run, work, gpu))
+    workers = planned_workers(run, stage_seconds(run, work, gpu))
     return {
         "manifest": {
             "url": manifest.public_urls,
@@ -94,11 +73,11 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         "components": _components(run.model),
         "memory": _memory(run, work, gpu),
         "traffic": _traffic(run, work, gpu),
-        "gpus": _reserved_gpus(run, workers),
+        "gpus": reserved_gpus(run, workers),
         "workers": {stage.name.lower(): count for stage, count in sorted(workers.items())},
         "groups_decode": run.groups_decode,
         "encoders_colocated": config.encoders.is_colocated,
-        "estimate": {name: _estimate(run, _seconds(run, work, known), known) for name, known in GPUS.items()},
+        "estimate": {name: _estimate(run, stage_seconds(run, work, known), known) for name, known in GPUS.items()},
         "gpu": {
             "name": gpu.name,
             "tflops": gpu.tflops,
@@ -198,7 +177,7 @@ def _traffic(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> Report:
     }
 
 
-def _workers(run: ResolvedRun, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
+def planned_workers(run: ResolvedRun, seconds: Mapping[Stage, float]) -> dict[Stage, int]:
     """Workers of each stage, with `auto` pools as a run would size them. `seconds` are those of one worker for the
     whole manifest. All groups count as groups of the largest size.
     """
@@ -211,7 +190,7 @@ def _workers(run: ResolvedRun, seconds: Mapping[Stage, float]) -> dict[Stage, in
     return workers
 
 
-def _reserved_gpus(run: ResolvedRun, workers: Mapping[Stage, int]) -> Report:
+def reserved_gpus(run: ResolvedRun, workers: Mapping[Stage, int]) -> Report:
     groups = workers[Stage.DENOISE] * run.groups.largest.world_size * run.config.groups.gpus_per_rank
     encoders, decoders = (
         workers[stage] * run.pools[stage].gpus if stage in run.pools else 0.0 for stage in (Stage.ENCODE, Stage.DECODE)
@@ -219,7 +198,7 @@ def _reserved_gpus(run: ResolvedRun, workers: Mapping[Stage, int]) -> Report:
     return {"groups": groups, "encoders": encoders, "decoders": decoders, "total": groups + encoders + decoders}
 
 
-def _seconds(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> dict[Stage, float]:
+def stage_seconds(run: ResolvedRun, work: Counter[Workload], gpu: Gpu) -> dict[Stage, float]:
     """Seconds that one worker of each stage would take for the whole manifest. The group is one of the largest size, or
     several smaller ones on the same GPUs that are never idle.
     """
@@ -247,13 +226,13 @@ def _estimate(run: ResolvedRun, seconds: Mapping[Stage, float], gpu: Gpu) -> Rep
 
     A group does not denoise while it decodes: if groups do both, these two add up.
     """
-    workers = _workers(run, seconds)
+    workers = planned_workers(run, seconds)
     stages = {stage.name.lower(): seconds[stage] / (workers[stage] or workers[Stage.DENOISE]) for stage in Stage}
     in_groups = stages["denoise"] + stages["decode"]
     hours = (max(stages["encode"], in_groups) if run.groups_decode else max(stages.values())) / HOUR_S
     return {
         "hours": hours,
-        "gpu_hours": hours * _reserved_gpus(run, workers)["total"],
+        "gpu_hours": hours * reserved_gpus(run, workers)["total"],
         "slowest": max(stages, key=lambda stage: stages[stage]),
         "stage_hours": {stage: seconds / HOUR_S for stage, seconds in stages.items()},
         "assumed": gpu.anchor.startswith("none"),
