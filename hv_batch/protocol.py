@@ -280,6 +280,8 @@ class RankSpec:
     address: str
     timeout_s: float
     decodes: bool = False  # whether `Denoiser.decode` will be called as well
+    # The values of the engine's open options that the run has chosen; empty if it has not yet (see `Engine`).
+    choices: Mapping[str, str] = field(default_factory=dict)
 
 
 class Embedding(Protocol):
@@ -386,6 +388,12 @@ class Engine(Protocol):
     engine without it renders under the licence of the released weights. `lora_problems() -> list[str]`, the part of
     `check` about LoRAs, which needs no weights; `hv-batch plan` calls it. The denoiser of an engine that uses
     `StepState.history` must have `can_resume(params, state) -> bool`, because a state from storage may lack arrays.
+
+    Also optional: `open_options() -> tuple[str, ...]`, the names of the options that are left to the hardware
+    (`attention: auto`). The first group that joins decides them: its denoisers return equal values from
+    `choices() -> Mapping[str, str]`. The run records these, and passes them to `RankSpec.choices` of later groups, and
+    to `use_choices(choices)` of groups that have decided at the same time. A rank that cannot compute with them raises
+    DeviceError, so that its node is avoided.
     """
 
     def check(self) -> list[str]:

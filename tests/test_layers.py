@@ -24,7 +24,7 @@ LAYERS = """
     runtime
     media  toy  weights
     job  engine
-    architecture  step_schedule  attention_methods
+    architecture  attention_kernels  attention_methods  step_schedule
     protocol
 """
 
@@ -64,7 +64,7 @@ ENGINE = """
     local_group
     hunyuan
     denoiser
-    sampling  decoder
+    sampling  decoder  kernel_choice
     text_encoders
     checkpoint  self_check
     dit

@@ -25,7 +25,7 @@ def engine(
     stage: Annotated[list[str] | None, typer.Option(help="text, dit or vae; repeatable; default: all")] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="compute the matrix products of hv_batch's DiT in FP8")] = False,
     attention: Annotated[
-        str, typer.Option(help="attention kernel of hv_batch's DiT: sdpa, cudnn, flash or math")
+        str, typer.Option(help="attention kernel of hv_batch's DiT: sdpa, cudnn, flash, fa3, fa4 or math")
     ] = "sdpa",
     as_json: Json = False,
 ) -> None:

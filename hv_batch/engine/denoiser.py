@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from hv_batch.engine.checkpoint.lora.merge import LoraMerger
 from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.dit.model import HYVideoDiT
+from hv_batch.engine.kernel_choice import check_chosen
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling import sampler
 from hv_batch.engine.sampling.sampler import FinishedStep, SamplingOptions
@@ -30,6 +31,7 @@ class HunyuanDenoiser:
         options: SamplingOptions = SamplingOptions(),
         decoder: HunyuanDecoder | None = None,
         loras: LoraMerger | None = None,
+        choices: Mapping[str, str] | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
@@ -37,6 +39,17 @@ class HunyuanDenoiser:
         self._options = options
         self._decoder = decoder
         self._loras = loras
+        self._choices = dict(choices or {})
+
+    def choices(self) -> Mapping[str, str]:
+        """Return the values of the engine's open options with which this rank computes; see `Engine`."""
+        return self._choices
+
+    def use_choices(self, choices: Mapping[str, str]) -> None:
+        """Compute with other values of the open options. Raises DeviceError if this rank cannot."""
+        check_chosen(choices["attention"], self._device, self._model.dtype)
+        self._model.attention = choices["attention"]
+        self._choices = dict(choices)
 
     def self_check(self) -> None:
         """Raise DeviceError if the group computes another result than one rank alone; see `hv_batch.engine.self_check`.

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hv_batch.architecture import DiTConfig, TileGeometry
+from hv_batch.attention_kernels import AUTO, DEFAULT, HALF_ONLY
 from hv_batch.attention_methods import AttentionMethods, parse_sparse_attention
 from hv_batch.engine.attention.flex_blocks import check_backend
-from hv_batch.engine.attention.kernels import HALF_ONLY, KERNELS, choose_kernel
+from hv_batch.engine.attention.kernels import KERNELS, choose_kernel
+from hv_batch.engine.attention.torch_flash import replaced_problem
 from hv_batch.engine.checkpoint.digests import revision, vae_revision
 from hv_batch.engine.checkpoint.licence_file import declared_licence
 from hv_batch.engine.checkpoint.loading import FP8_MODES, dit_shapes, load_dit_and_tensors, load_vae, verify
@@ -35,6 +37,7 @@ from hv_batch.engine.denoiser import HunyuanDenoiser
 from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
+from hv_batch.engine.kernel_choice import check_chosen, choose_for_group
 from hv_batch.engine.option_values import parse_choice, parse_fields, parse_path, to_json
 from hv_batch.engine.parallel.process_group import host_store, join_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
@@ -72,7 +75,8 @@ class HunyuanVideo:
     - `fp8`: "none" dequantises FP8 weights at load time, "storage" on every use; both give equal
       pixels. "matmul" computes the products of the blocks in FP8, from any weights, and gives other pixels; see
       `hv_batch.engine.dit.fp8_matmul`.
-    - `attention`: the attention kernel of the DiT: "sdpa", "cudnn", "flash" or "math".
+    - `attention`: the attention kernel of the DiT: "sdpa", "cudnn", "flash", "fa3", "fa4" or "math". With "auto" the
+      first group chooses the fastest one that it can run, and the run keeps it; see `hv_batch.engine.kernel_choice`.
     - `sparse_attention`: fields of `SparseAttention`, as `{density: 0.25}`: after the first steps, the image attends to
       a part of its blocks only. Needs native sequence parallelism without a ring.
     - `sequence_parallel`: how the ranks of a group compute attention: "native", or "xfuser" for xfuser's long-context
@@ -132,7 +136,7 @@ class HunyuanVideo:
         for option, value in self._precisions.items():
             parse_choice(option, value, PRECISIONS)
         self._fp8 = parse_choice("fp8", fp8, FP8_MODES)
-        self._attention = parse_choice("attention", attention, KERNELS)
+        self._attention = parse_choice("attention", attention, (*KERNELS, AUTO))
         if attention in HALF_ONLY and precision == "fp32":
             raise UserError(
                 f"engine option attention: {attention} computes in half precision only, and precision is fp32; choose "
@@ -266,7 +270,9 @@ class HunyuanVideo:
         return [f"ulysses_degree {plan.ulysses_degree} does not divide the model's {heads} attention heads; {allowed}"]
 
     def text_encoder(self, device: Device) -> TextTowers:
-        """Load both text encoders on `device`."""
+        """Load both text encoders on `device`. Raises UserError if that GPU or a file is missing."""
+        if device == "cuda" and (problem := replaced_problem()):
+            raise UserError(problem)
         return TextTowers(
             self._tree.text_encoder,
             self._tree.text_encoder_2,
@@ -289,14 +295,19 @@ class HunyuanVideo:
         """
         device = _select_device(spec.device, spec.local_rank)
         dtype = self._dtype("precision")
-        choose_kernel(self._attention, device, dtype)  # raises before 26 GB are read
+        chosen = spec.choices.get("attention", AUTO) if self._attention == AUTO else self._attention
+        if chosen != self._attention:  # raises before 26 GB are read
+            check_chosen(chosen, device, dtype)
+        elif chosen != AUTO:
+            choose_kernel(chosen, device, dtype)
         if sparse := self._methods.sparse:
             check_backend(sparse.backend, sparse.block, device)
         if self._sequence_parallel == "xfuser":
             check_xfuser(device)
         vae = load_vae(self._tree, self._dtype("vae_precision"), device) if spec.decodes else None
         load_device = device if self._offload == "none" else torch.device("cpu")
-        model, base = load_dit_and_tensors(self._tree, self._dit_config, self._attention, dtype, load_device, self._fp8)
+        kernel = DEFAULT if chosen == AUTO else chosen
+        model, base = load_dit_and_tensors(self._tree, self._dit_config, kernel, dtype, load_device, self._fp8)
         if self._fp8 == "matmul":
             multiply_in_fp8_(model, device)
         loras = self._lora_merger(model, base, device) if self._loras else None
@@ -308,7 +319,14 @@ class HunyuanVideo:
         if self._sequence_parallel == "xfuser":
             model.joint_attention = XfuserAttention(mesh)
         decoder = HunyuanDecoder(vae, self._geometry, mesh) if vae else None
-        return HunyuanDenoiser(model, mesh, device, self._sampling, decoder, loras)
+        if chosen == AUTO:
+            chosen = choose_for_group(model, mesh, device)
+        choices = {"attention": chosen} if self._attention == AUTO else {}
+        return HunyuanDenoiser(model, mesh, device, self._sampling, decoder, loras, choices)
+
+    def open_options(self) -> tuple[str, ...]:
+        """Return the names of the options that the first group decides; see `hv_batch.protocol.Engine`."""
+        return ("attention",) if self._attention == AUTO else ()
 
     def _lora_merger(self, model: HYVideoDiT, base: Tensors, device: torch.device) -> LoraMerger:
         return LoraMerger(

@@ -3,7 +3,7 @@
     parent                              rank 0                          ranks 1 ...
       spawn all ranks                     starts the rendezvous store
       send its address to every rank      joins                           join
-      wait for "ready"
+      wait for the choices of rank 0
       send a job to every rank            step                            step
       receive latents after each step
       send True or False to every rank    next step, or end of the job    next step, or end of the job
@@ -19,7 +19,7 @@ from __future__ import annotations
 import pickle
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import connection, get_context
@@ -97,7 +97,7 @@ class LocalGroup:
                 self._start(engine, spec, reproduce_seed)
             address = self._receive_from_rank0()
             self._send_to_all(address)
-            self._receive_from_rank0()
+            self._choices: Mapping[str, str] = self._receive_from_rank0()
             self._is_ready = True
         except BaseException:
             self.kill()
@@ -107,6 +107,10 @@ class LocalGroup:
     def is_stopped(self) -> bool:
         """Whether the ranks have been stopped, by a failure or by `close`."""
         return not self._links
+
+    def choices(self) -> Mapping[str, str]:
+        """Return the values of the engine's open options that the ranks have chosen."""
+        return self._choices
 
     def trajectory(
         self,
@@ -224,7 +228,7 @@ def _serve(engine: HunyuanVideo, spec: RankSpec, link: Connection, reproduce_see
             _send(link, engine.host_rendezvous(HOST, spec.plan.world_size))
         denoiser = engine.join(replace(spec, address=_receive(link)))
         if spec.rank == 0:  # `join` returns on all ranks at the same time
-            _send(link, "ready")
+            _send(link, denoiser.choices())
         while (job := _receive(link)) is not None:
             try:
                 for latents in denoiser.trajectory(*job):

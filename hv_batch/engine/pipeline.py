@@ -306,6 +306,14 @@ class HunyuanVideoPipeline:
         if self._interrupts != mark:
             raise Interrupted(f"interrupted {where}")
 
+    def identity(self) -> dict[str, Any]:
+        """Return the identity of the engine, with the values that the ranks have chosen for its open options.
+
+        Loads the model if an option is open (`attention: auto`).
+        """
+        choices = self._ready_denoiser().choices() if self.engine.open_options() else {}
+        return {**self.engine.identity(), **choices}
+
     def free_text_encoder(self) -> None:
         """Free the memory of the text encoders, 16 GB for the released model. The next prompt loads them again."""
         self.__dict__.pop("_text_encoder", None)

@@ -73,6 +73,30 @@ def check_group(model: HYVideoDiT, mesh: SequenceMesh, device: torch.device) -> 
 
 
 @torch.no_grad()
+def check_kernel(model: HYVideoDiT, device: torch.device) -> None:
+    """Compare the DiT with its attention kernel on this rank alone with the DiT with plain attention.
+
+    Raises DeviceError if the difference is beyond rounding, or values are not finite, and whatever the kernel raises.
+    """
+    name = model.attention
+    latents, *others = _small_inputs(model, device, 1)
+    computed = model(latents, *others, SequenceMesh.single()).float()
+    perturbed = latents * (1.0 + torch.finfo(model.dtype).eps * _noise(1, latents.shape).to(device))
+    model.attention = "math"
+    try:
+        plain = model(latents, *others, SequenceMesh.single()).float()
+        rounding = _deviation(model(perturbed, *others, SequenceMesh.single()).float(), plain)
+    finally:
+        model.attention = name
+    deviation, limit = _deviation(computed, plain), max(MARGIN * rounding, FLOOR)
+    if not deviation <= limit:  # written so that NaN fails too
+        raise DeviceError(
+            f"self-check: attention {name!r} deviates from plain attention by {deviation:.2g} (relative RMS); rounding "
+            f"explains at most {limit:.2g}"
+        )
+
+
+@torch.no_grad()
 def check_decoding(vae: CausalVAE, mesh: SequenceMesh) -> None:
     """Compare a small picture, of which every rank decodes one tile, with what rank 0 decodes alone.
 

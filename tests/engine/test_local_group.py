@@ -38,9 +38,14 @@ def base(tmp_path_factory):
 def group(base):
     """A pipeline of two ranks, which the tests leave usable."""
     with HunyuanVideoPipeline.from_pretrained(
-        base, device="cpu", ulysses_degree=2, noise="official", **FP32, **CACHE
+        base, device="cpu", ulysses_degree=2, noise="official", attention="auto", **FP32, **CACHE
     ) as pipeline:
         yield pipeline
+
+
+def test_the_ranks_choose_one_kernel_together(group):
+    """P3: the identity names the kernel that the ranks have chosen for `attention: auto`."""
+    assert group.identity() == {**group.engine.identity(), "attention": "sdpa"}
 
 
 def test_an_error_of_the_video_arrives_with_its_own_class_and_leaves_the_group(group):

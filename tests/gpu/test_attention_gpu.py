@@ -10,8 +10,11 @@ import torch
 import torch.multiprocessing as mp
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.engine.attention.kernels import KERNELS, attend_math, choose_kernel, merge
+from hv_batch.attention_kernels import candidates
+from hv_batch.engine.attention.kernels import KERNELS, attend_math, choose_kernel, kernel_problem, merge
+from hv_batch.engine.kernel_choice import choose_for_group
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
+from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.parallel.xfuser import XfuserAttention
 from hv_batch.protocol import ParallelPlan, RankSpec
 from tests.support.dit_reference import random_dit, random_inputs
@@ -22,12 +25,14 @@ WIDE = DiTConfig(hidden_size=1024, heads_num=8, mm_double_blocks_depth=1, mm_sin
 PLANS = [(2, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("name", ["sdpa", "cudnn"])
+@pytest.mark.parametrize("name", [name for name in sorted(KERNELS) if name != "math"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_merge_to_the_whole(name, dtype):
     """Design section 5: the log-sum-exp is correct for strided inputs, so that partial results merge exactly."""
     torch.manual_seed(0)
-    kernel = choose_kernel(name, torch.device("cuda"), dtype)
+    if problem := kernel_problem(name, torch.device("cuda", 0), dtype):
+        pytest.skip(problem)
+    kernel = choose_kernel(name, torch.device("cuda", 0), dtype)
     q, k, v = torch.randn(1000, 3, 8, 128, device="cuda").to(dtype).unbind(1)
     expected, expected_lse = attend_math(q, k, v)
     whole, lse = kernel(q, k, v)
@@ -39,6 +44,29 @@ def test_kernels_merge_to_the_whole(name, dtype):
         assert (out_lse - expected_lse).abs().max().item() <= 1e-3
     assert torch.equal(whole, kernel(q, k, v)[0])
     assert KERNELS[name] is kernel
+
+
+def test_auto_chooses_the_fastest_kernel_of_this_gpu():
+    """`attention: auto` takes the first kernel of the table that this process can run."""
+    device = torch.device("cuda", 0)
+    model = random_dit(WIDE, seed=1).to(device, torch.bfloat16)
+    names = candidates(torch.cuda.get_device_capability(device)[0], is_half=True)
+    able = [name for name in names if kernel_problem(name, device, torch.bfloat16) is None]
+    assert choose_for_group(model, SequenceMesh.single(), device) == able[0]
+
+
+def test_an_activated_kernel_is_not_recorded_as_sdpa():
+    """P3: after `activate_flash_attention_impl`, `sdpa` is refused; after the restoration it has its bits again."""
+    device, q = torch.device("cuda", 0), torch.randn(300, 8, 128, device="cuda", dtype=torch.bfloat16)
+    before = choose_kernel("sdpa", device, q.dtype)(q, q, q)[0]
+    for name in torch.nn.attention.list_flash_attention_impls():
+        try:
+            torch.nn.attention.activate_flash_attention_impl(name)
+        except (ImportError, RuntimeError):
+            continue  # its package is not installed
+        assert name in str(kernel_problem("sdpa", device, q.dtype))
+        torch.nn.attention.restore_flash_attention_impl()
+    assert torch.equal(choose_kernel("sdpa", device, q.dtype)(q, q, q)[0], before)
 
 
 def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:

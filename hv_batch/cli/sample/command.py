@@ -123,7 +123,6 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
         reproduce_seed=seed if options.reproduce else None,
     )
     facts = {
-        "engine": engine.identity(),
         "parallel": {
             "device": device,
             "ulysses_degree": options.ulysses_degree,
@@ -145,6 +144,7 @@ def _render(options: argparse.Namespace, engine: HunyuanVideo, folder: Path) -> 
                     "schema": SCHEMA,
                     "params": params.to_dict(),
                     "text": {"num_tokens": text.num_tokens, "tokens_lost": text.tokens_lost},
+                    "engine": pipeline.identity(),  # with the kernel that was chosen, which is known by now
                     **facts,
                     "versions": {"hv_batch": __version__},
                     "licence": engine_licence(engine),

@@ -198,8 +198,8 @@ def _add_model(group: Group) -> None:
     add(
         "--attention",
         default="sdpa",
-        choices=("sdpa", "cudnn", "flash", "math"),
-        help="attention kernel; flash needs the flash-attn package",
+        choices=("sdpa", "cudnn", "flash", "fa3", "fa4", "math", "auto"),
+        help="attention kernel; flash, fa3 and fa4 need packages; auto: the fastest one that works here",
     )
 
 

@@ -23,7 +23,7 @@ step; the meshes do not communicate otherwise. Every batch item has the same bit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -117,6 +117,14 @@ class SequenceMesh:
         both = x.new_empty(2 * x.shape[0], *x.shape[1:])
         dist.all_gather(list(both.chunk(2)), x.contiguous(), group=self.cfg)
         return both
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all ranks of the denoise group, in order. They are pickled."""
+        values = [value]
+        if self.world is not None:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, group=self.world)
+        return values
 
     def broadcast_from_rank0(self, x: Tensor) -> Tensor:
         """Return x of rank 0 on every rank. Overwrites x."""
