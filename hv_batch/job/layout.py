@@ -13,6 +13,7 @@
     latents/shard-00017/<key>.safetensors        the final latents of a sample that is not committed yet
     steps/shard-00017/<key>.safetensors          the last step checkpoint of an unfinished denoise
     report/shards/shard-00017.json               the totals of the sealed shard, for the summary
+    choices.json                                 what the first group chose for `auto` options, such as the kernel
     lease.json                                   the process that is writing to the root
     plan/index.json, plan/part-00017-<hash8>.parquet   the checked manifest; a resume reads its samples from it
     README.md                                    the dataset card; that of an unfinished run refuses to be loaded
@@ -41,6 +42,7 @@ RUN = "run.json"
 SUMMARY = "summary.json"
 SUCCESS = "_SUCCESS"
 REPORT = "report/index.html"
+CHOICES = "choices.json"
 LEASE = "lease.json"
 CARD = "README.md"  # the name that the Hugging Face Hub and its loaders expect
 COMMITS = "commits/"
@@ -54,7 +56,7 @@ def examples() -> tuple[str, ...]:
     """A key of each kind of object."""
     digest, sample = "0" * 64, "sample"
     return (
-        *(RUN, SUMMARY, SUCCESS, REPORT, LEASE, CARD, INDEX, index_part(0, digest)),
+        *(RUN, SUMMARY, SUCCESS, REPORT, CHOICES, LEASE, CARD, INDEX, index_part(0, digest)),
         *(media_key(0, sample, digest, suffix) for suffix in (".mp4", ".png")),
         *(metadata_key(0), totals_key(0), tar_key(0), lineage_key(0), poster_key(0, sample, digest)),
         *(commit_key(0, sample), quarantine_key(0, sample), retried_key(0, sample), withdrawn_key(0, sample)),

@@ -48,6 +48,12 @@ class RunContext:
     def config(self) -> RunConfig:
         return self.run.config
 
+    @property
+    def open_options(self) -> tuple[str, ...]:
+        """The options of the engine that the first group decides, such as `attention: auto`."""
+        names: tuple[str, ...] = self.engine.open_options() if hasattr(self.engine, "open_options") else ()
+        return names
+
     def sample_identities(self, sample: Sample) -> tuple[str, tuple[str, ...]]:
         """The identity of a sample's latents in this run, and those under which an earlier command may have stored
         them.

@@ -23,7 +23,7 @@ import ray
 from hv_batch.job.storage import store as store_module
 from hv_batch.job.storage.local_disk import LocalDisk
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import NonFiniteError, StepState
+from hv_batch.protocol import DeviceError, NonFiniteError, StepState
 
 logger = logging.getLogger("hv_batch.engine.fake")
 
@@ -177,6 +177,38 @@ class FakeEngine:
                     time.sleep(0.02)
 
 
+class ChoosingEngine(FakeEngine):
+    """Has one open option, the kernel. `kernels` are those that every node can run, fastest first; a mark
+    "kernels-<host>" replaces them on a node.
+
+    With `together`, a rank that chooses waits until as many ranks do, and each chooses another kernel.
+    """
+
+    def __init__(self, *, marks: str, kernels: Sequence[str], together: int = 1, hold_after: Sequence[int] = ()):
+        super().__init__(marks=marks, hold_after=hold_after)
+        self.kernels = kernels
+        self.together = together
+
+    def open_options(self):
+        return ("kernel",)
+
+    def join(self, place):
+        able = self.able()
+        if not (choices := place.choices):
+            self.mark("choosing", str(os.getpid()))
+            while len((self.marks / "choosing").read_text().split()) < self.together:
+                time.sleep(0.02)
+            choices = {"kernel": next(name for name in able if self.together == 1 or self.first(f"chose-{name}"))}
+        denoiser = ChoosingDenoiser(self, place)
+        denoiser.use_choices(choices)
+        super().join(place)
+        return denoiser
+
+    def able(self):
+        path = self.marks / f"kernels-{ray.util.get_node_ip_address()}"
+        return path.read_text().split() if path.exists() else self.kernels
+
+
 class FakeEncoder:
     def __init__(self, engine):
         self.engine = engine
@@ -239,6 +271,16 @@ class FakeDenoiser:
     def noise(params, step):
         drawn = np.random.default_rng([params.seed, step]).standard_normal(params.latent_shape)
         return drawn.astype(np.float32) * np.float32(2.0 if params.uses_cfg else 1.0)
+
+
+class ChoosingDenoiser(FakeDenoiser):
+    def choices(self):
+        return self.chosen
+
+    def use_choices(self, choices):
+        if choices["kernel"] not in self.engine.able():
+            raise DeviceError(f"the run has chosen kernel {choices['kernel']}, and this node cannot run it")
+        self.chosen = dict(choices)
 
 
 class FakeDecoder:

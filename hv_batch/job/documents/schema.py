@@ -241,6 +241,16 @@ class RunDocument(Document):
     earlier: Annotated[list[EarlierIdentity], Field(max_length=10_000)] = Field(default_factory=list)  # oldest first
 
 
+class ChoicesDocument(Document):
+    """The values of the engine's open options that the first group of the run has chosen."""
+
+    schema_: Literal["hv_batch/choices/1"] = Field(alias="schema")
+    choices: Annotated[dict[Name, Name], Field(min_length=1, max_length=16)]
+    worker: Name
+    node: Name
+    chosen_at: Time
+
+
 class LeaseDocument(Document):
     token: Name
     purpose: Name

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -37,7 +38,7 @@ from hv_batch.runtime.classify import (
     most_telling,
     worker_survives,
 )
-from hv_batch.runtime.groups.rank_actor import DenoiseTask, RankActor, RankLocation
+from hv_batch.runtime.groups.rank_actor import DenoiseTask, Joined, RankActor, RankLocation
 from hv_batch.runtime.groups.rank_answers import Answers, CallLater, Errors, RankAnswers
 from hv_batch.runtime.groups.reservation import GroupReservation
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
@@ -160,24 +161,44 @@ class DenoiseGroup:
         self._heartbeats = [HeartbeatPoller(self.id, rank, self._watch_heartbeat) for rank in self._ranks]
         self._pool.placed(self.id)
         address, locations = self._ranks[0].host_rendezvous.remote(), self._ask_all("location")
+        recorded = {self._ranks[0].recorded_choices.remote(): 0} if self._context.open_options else {}
         self._when_all(
-            {address: 0, **locations},
-            lambda answers: self._meet(address, [answers[ref] for ref in locations], reservation),
+            {address: 0, **locations, **recorded},
+            lambda answers: self._meet(
+                address,
+                [answers[ref] for ref in locations],
+                reservation,
+                next((answers[ref] for ref in recorded), {}),
+            ),
         )
         return [WorkerPlaced(self.id)]
 
     def _meet(
-        self, address: ray.ObjectRef, locations: Sequence[RankLocation], reservation: GroupReservation
+        self,
+        address: ray.ObjectRef,
+        locations: Sequence[RankLocation],
+        reservation: GroupReservation,
+        choices: Mapping[str, str],
     ) -> list[Event]:
         self._all_started = True
         self._pool.mark_occupied(reservation)
         self._deadline = time.monotonic() + self._context.config.timeouts.start_s
-        self._when_all(self._ask_all("join", address, locations), self._joined)
+        self._when_all(self._ask_all("join", address, locations, choices), partial(self._joined, choices))
         return []
 
-    def _joined(self, warnings: Mapping[ray.ObjectRef, str]) -> list[Event]:
-        for warning in filter(None, warnings.values()):
+    def _joined(self, before: Mapping[str, str], answers: Mapping[ray.ObjectRef, Joined]) -> list[Event]:
+        """All ranks have joined; `before` are the choices that were recorded when they began."""
+        for warning in filter(None, (joined.warning for joined in answers.values())):
             logger.warning(warning, extra={"worker": str(self.id)})
+        recorded = next((joined.choices for joined in answers.values() if joined.choices), before)
+        if recorded == before:
+            return self._ready()
+        # Another group may have been faster, so that its choices are recorded, which these ranks take over.
+        logger.info(f"this run uses {', '.join(f'{option} {value}' for option, value in recorded.items())}")
+        self._when_all(self._ask_all("use_choices", recorded), lambda _: self._ready())
+        return []
+
+    def _ready(self) -> list[Event]:
         self.is_ready = True
         self._exclusion.started(Stage.DENOISE, self._nodes)
         return [WorkerReady(self.id)]

@@ -7,10 +7,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -18,9 +18,10 @@ import ray
 from hv_batch.job.failure import Failure
 from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.records.choices import read_choices, record_choices
 from hv_batch.job.records.latents import FinalLatents, put_latents, sample_identity
 from hv_batch.job.storage.errors import StorageUnavailableError
-from hv_batch.protocol import Denoiser, ParallelPlan, RankSpec, StepState
+from hv_batch.protocol import ParallelPlan, RankSpec, StepState
 from hv_batch.runtime.groups.gpu_memory import await_free_memory
 from hv_batch.runtime.groups.group_decode import RecordedDecode, record_decode
 from hv_batch.runtime.groups.step_checkpoints import StepTimer, StepWriter, read_steps
@@ -36,6 +37,14 @@ class RankLocation:
 
     node: str  # the id of the Ray node, because several nodes of a cluster may share an address
     gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The answer of a rank that has joined its group."""
+
+    warning: str = ""  # for the log of the run
+    choices: Mapping[str, str] = field(default_factory=dict)  # of rank 0: those that the run has recorded now
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +82,15 @@ class RankActor:
         """
         return self._context.engine.host_rendezvous(ray.util.get_node_ip_address(), self._plan.world_size)
 
-    def join(self, address: str, reservation: Sequence[RankLocation]) -> str:
+    def recorded_choices(self) -> Mapping[str, str]:
+        """Rank 0: the values of the engine's open options that the run has chosen; empty if it has not yet."""
+        return read_choices(self._context.store)
+
+    def join(self, address: str, reservation: Sequence[RankLocation], choices: Mapping[str, str]) -> Joined:
         """Load the weights, join the process group, and check that the group computes what one rank alone computes.
 
-        `address` is that of the rendezvous store; `reservation` holds the location of every rank, in order. Returns a
-        warning for the log of the run, or an empty text.
+        `address` is that of the rendezvous store; `reservation` holds the location of every rank, in order. `choices`
+        are the recorded ones. If there are none and the engine has open options, rank 0 records those of this group.
         """
         decodes, warning = self._context.run.groups_decode, ""
         if self._rank == 0:
@@ -103,11 +116,27 @@ class RankActor:
             # missing heartbeats.
             timeout_s=max(timeouts.start_s, timeouts.stall_s),
             decodes=decodes,
+            choices=choices,
         )
-        self._denoiser: Denoiser = self._context.engine.join(place)
+        # A Denoiser, which has `choices` and `use_choices` if the engine has open options.
+        self._denoiser = cast(Any, self._context.engine.join(place))
         self._denoiser.self_check()
         logger.info(f"rank {self._rank} of {self._plan.world_size} is ready")
-        return warning
+        if self._rank == 0 and self._context.open_options and not choices:
+            self._context.check_lease()
+            choices = record_choices(
+                self._context.store, self._denoiser.choices(), self._name, ray.util.get_node_ip_address()
+            )
+        return Joined(warning, choices if self._rank == 0 else {})
+
+    def use_choices(self, choices: Mapping[str, str]) -> None:
+        """Compute with the choices of the run, if another group has recorded its own while this one started.
+
+        Every rank of the group must be called.
+        """
+        if choices != self._denoiser.choices():
+            self._denoiser.use_choices(choices)
+            self._denoiser.self_check()
 
     def _await_own_gpu(self, local_rank: int) -> None:
         if self._context.run.rank_gpus < 1:  # other processes may use this GPU as well
@@ -191,6 +220,7 @@ class RankActor:
         details: dict[str, Any] = {"group": str(self._plan), "ranks": self._plan.world_size}
         details |= {"resumed_from_step": resume.step} if resume else {}
         details |= {"computed_steps": computed_steps} if computed_steps is not None else {}
+        details |= self._denoiser.choices() if context.open_options else {}
         details |= {"checkpoints_failed": writer.failed} if writer.failed else {}
         report = StageReport(watch.seconds, ray.util.get_node_ip_address(), self._name, details)
         reports = {name: stage.to_dict() for name, stage in {**task.upstream, "denoise": report}.items()}
