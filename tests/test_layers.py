@@ -24,7 +24,7 @@ LAYERS = """
     runtime
     media  toy  weights
     job  engine
-    architecture  step_schedule  attention_methods  attention_kernels
+    architecture  attention_kernels  attention_methods  step_schedule
     protocol
 """
 

@@ -92,6 +92,11 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"{'' if size['fits'] else '  does not fit'}"
         )
     yield ""
+    attention = plan["attention"]
+    assumes = (
+        "" if attention["option"] == attention["assumed"] else f", for which this plan assumes {attention['assumed']}"
+    )
+    yield f"attention kernel: {attention['option']}{assumes}"
     yield (
         f"{gpu['name']}: {gpu['tflops']:g} TFLOP/s dense bf16, of which {gpu['efficiency']:.1%}, fitted to: "
         f"{gpu['fitted_to']}. Speeds are estimates; memory is computed, with an assumed reserve."

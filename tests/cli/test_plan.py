@@ -294,6 +294,24 @@ def test_a_plan_reports_what_a_faster_kernel_would_save(manifest):
         assert "cudnn" not in line
 
 
+def test_a_plan_shows_the_kernel_that_it_assumes(manifest):
+    """`attention: auto` counts as the fastest kernel of the GPU that needs no package. A named kernel is as named."""
+
+    def planned(gpu: str, kernel: str) -> tuple[str, float, str]:
+        config = load_config(str(shipped("720p_8gpu.yaml")), [f"model.options.attention={kernel}"])
+        plan = make_plan(config, manifest, GPUS[gpu])
+        assert plan["attention"]["option"] == kernel
+        return plan["attention"]["assumed"], plan["estimate"][gpu]["stage_hours"]["denoise"], render_plan(plan)
+
+    hopper, hours, text = planned("h100", "auto")
+    assert hopper == "cudnn"
+    assert "attention kernel: auto, for which this plan assumes cudnn" in text
+    assert hours == planned("h100", "cudnn")[1]
+    assert planned("h100", "fa3")[1] < hours < planned("h100", "sdpa")[1]
+    assert planned("a100", "auto")[0] == "sdpa"
+    assert "cudnn would" not in text
+
+
 def test_a_plan_proposes_cfg_degree_2(config, tmp_path):
     """If every row uses guidance: the GPU hours of cfg_degree 2, if they are fewer."""
     manifest = tmp_path / "guided.jsonl"

@@ -23,16 +23,29 @@ class Gpu:
     efficiency: float  # fraction of the peak that a DiT step reaches on one GPU
     link: float  # bytes/s from one rank to the others of its group
     anchor: str  # the measurement that the efficiency is fitted to
+    capability: int  # major compute capability, which decides the kernel of `attention: auto`
     cudnn_gain: float = 1.0  # speed of the attention kernel "cudnn" relative to "sdpa"; 1 if not measured
+    fa3_gain: float = 1.0  # the same of "fa3"; 1 if not published
 
 
 _H100 = "34.2 s a step at 720x1280x129 on one H100"
 _HOPPER = 1.57  # at the tokens of 540p and of 720p, on an H200: 563 to 572 TFLOP/s for 359 to 363
+_FA3 = 1.7  # published figures of 610 TFLOP/s and more on an H100; not measured with hv_batch
 
 GPUS: Mapping[str, Gpu] = {
     gpu.name.lower(): gpu
     for gpu in (
-        Gpu(name="H100", tflops=989, memory_gib=79.6, efficiency=0.355, link=NVLINK, anchor=_H100, cudnn_gain=_HOPPER),
+        Gpu(
+            name="H100",
+            tflops=989,
+            memory_gib=79.6,
+            efficiency=0.355,
+            link=NVLINK,
+            anchor=_H100,
+            capability=9,
+            cudnn_gain=_HOPPER,
+            fa3_gain=_FA3,
+        ),
         Gpu(
             name="H200",
             tflops=989,
@@ -40,7 +53,9 @@ GPUS: Mapping[str, Gpu] = {
             efficiency=0.355,
             link=NVLINK,
             anchor=f"{_H100} (same cores)",
+            capability=9,
             cudnn_gain=_HOPPER,
+            fa3_gain=_FA3,
         ),
         Gpu(
             name="A100",
@@ -49,6 +64,7 @@ GPUS: Mapping[str, Gpu] = {
             efficiency=0.67,
             link=NVLINK,
             anchor="50 min for 720p on one A800, less 2 min of decoding",
+            capability=8,
         ),
         Gpu(
             name="H20",
@@ -57,8 +73,9 @@ GPUS: Mapping[str, Gpu] = {
             efficiency=0.62,
             link=NVLINK,
             anchor="6639 s at 720x1280x129 on one H20, less 2 min of decoding",
+            capability=9,
         ),
-        Gpu(name="L40S", tflops=362, memory_gib=45.0, efficiency=0.5, link=PCIE, anchor="none: assumed"),
+        Gpu(name="L40S", tflops=362, memory_gib=45.0, efficiency=0.5, link=PCIE, anchor="none: assumed", capability=8),
     )
 }
 

@@ -37,7 +37,7 @@ from hv_batch.job.cost_model.memory import (
 )
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
-from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds
+from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds, kernel_of
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import Sample, count_lora_changes
 from hv_batch.job.scheduling.pool_sizing import worker_count, workers_needed
@@ -85,6 +85,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
             "efficiency": gpu.efficiency,
             "fitted_to": gpu.anchor,
         },
+        "attention": {"option": run.model.attention, "assumed": kernel_of(gpu, run.model)},
         "cudnn_would_save": _cudnn_saves(run, work, gpu),
         "sizes": report_sizes(run, work, gpu),
         "halves": report_halves(run, work, gpu),

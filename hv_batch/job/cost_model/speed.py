@@ -11,6 +11,7 @@ than predicted, because their share of matrix products, which are faster, is lar
 
 from __future__ import annotations
 
+from hv_batch.attention_kernels import assumed_kernel
 from hv_batch.job.config.hardware import Gpu
 from hv_batch.job.cost_model.flops import (
     attention_flops,
@@ -34,6 +35,17 @@ DECODE_EFFICIENCY = 0.37
 ENCODE_SECONDS = 0.1  # per prompt, on any of these GPUs: the 14 GB of the LLaMA tower are read once
 
 
+def kernel_of(gpu: Gpu, model: ModelShape) -> str:
+    """The attention kernel with which a plan computes: for `attention: auto`, one that needs no package."""
+    return assumed_kernel(model.attention, gpu.capability, is_half=model.precision != "fp32")
+
+
+def kernel_gain(gpu: Gpu, model: ModelShape) -> float:
+    """The speed of the attention kernel relative to "sdpa". No figure of "fa4" is known, so that of "cudnn" is used."""
+    gains = {"cudnn": gpu.cudnn_gain, "fa3": gpu.fa3_gain, "fa4": gpu.cudnn_gain}
+    return gains.get(kernel_of(gpu, model), 1.0)
+
+
 def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring: int, density: float = 1.0) -> float:
     """One forward of one item through the DiT, on a group of ulysses x ring ranks.
 
@@ -42,12 +54,7 @@ def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring
     ranks = ulysses * ring
     rate = gpu.tflops * 1e12 * gpu.efficiency
     local = -(-tokens // ranks) / tokens  # with the padding of the last shards
-    attending = (
-        density
-        * attention_flops(model, tokens)
-        * local
-        / (rate * (gpu.cudnn_gain if model.attention == "cudnn" else 1))
-    )
+    attending = density * attention_flops(model, tokens) * local / (rate * kernel_gain(gpu, model))
     computing = linear_flops(model, tokens) * local / rate + attending
     traffic = rank_traffic(model, tokens, ulysses, ring)
     # The ring sends keys while it computes with those it has, so all hops but the last can overlap with computation.
