@@ -51,7 +51,7 @@ def planted_secret():
 def ray_head(ray_environment, planted_secret, metrics_url, ray_folder, tmp_path_factory):
     """(GCS address, dashboard URL) of `ray start --head --num-gpus 8`."""
     metrics = [f"--metrics-export-port={urlsplit(metrics_url).port}"]
-    metrics += ["--system-config", '{"metrics_report_interval_ms": 500}']  # Ray's own 10 s is long for a test
+    metrics += ["--system-config", '{"metrics_report_interval_ms": 1000}']  # Ray's own 10 s is long for a test
     metrics += [f"--temp-dir={ray_folder}"]
     log = tmp_path_factory.mktemp("head") / "log.txt"
     with started_head(log, free_port(), "--num-cpus=8", "--num-gpus=8", *metrics) as addresses:

@@ -99,6 +99,7 @@ def test_the_loop_does_no_io_and_does_not_wait_for_any(run, tmp_path, marks, mon
     assert list(records(tmp_path / "out", "quarantine")) == ["s00"]
 
 
+@pytest.mark.slow
 def test_groups_render_while_a_look_up_stalls(run, tmp_path, marks, monkeypatch):
     """P5: the look-up of a later shard does not return before the samples of the first are committed."""
     output = tmp_path / "out"

@@ -33,6 +33,7 @@ def started_head(log: Path, port: int, *arguments: str, **environment: str):
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
     command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     command += ["--object-store-memory=300000000", "--node-ip-address=127.0.0.1"]
+    command += ["--include-log-monitor=false"]  # sends logs to drivers, which do not ask for them
     command += arguments
     with log.open("w") as output:
         # A session of its own, so that everything it starts can be ended as one group.
