@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -42,7 +43,7 @@ def ray_folder():
 @pytest.fixture(scope="session")
 def planted_secret():
     """A secret in the environment of the head, and so of the actors, and of the commands. test_logs.py looks for it."""
-    os.environ["SERVICE_TOKEN"] = "planted-0123456789"
+    os.environ["SERVICE_TOKEN"] = f"planted-{secrets.token_hex(8)}"  # not in this file, which Ray uploads with jobs
     yield os.environ["SERVICE_TOKEN"]
     del os.environ["SERVICE_TOKEN"]
 

@@ -86,7 +86,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
-@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("is_open", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_damage_causes_a_traceback(root, rendered, name, damage, is_open):
     """P5: each command does its work or reports what is damaged; read-only commands change nothing."""
     (root / name).parent.mkdir(parents=True, exist_ok=True)
