@@ -76,8 +76,11 @@ class StepSchedule:
 
     def identity(self) -> dict[str, Any]:
         """Return the option as JSON values, part of the identity of a run (P3)."""
-        computed = list(self.computed) if isinstance(self.computed, tuple) else self.computed
-        return {"kind": KIND, **asdict(self), "computed": computed}
+        values = asdict(self)
+        if isinstance(self.computed, tuple):
+            values["computed"] = list(self.computed)
+            del values["warmup"], values["taper"]  # a list does not use them
+        return {"kind": KIND, **values}
 
 
 def _nearest(numerator: int, denominator: int) -> int:

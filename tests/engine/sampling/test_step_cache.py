@@ -46,6 +46,15 @@ OPTIONS = {
 LENGTHS = (31, 12)  # tokens of the prompt and of the negative prompt
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the engine computes on a CPU: more threads wait for each other in models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Counted:
     """A DiT that counts the items of each forward."""
 
