@@ -68,6 +68,7 @@ class JobReport:
     load: Load
     pace: Throughput  # throughput of commits
     first_denoise_s: float  # from the command to the first denoise: manifest check, start of Ray and of the workers
+    makespan_s: float  # from the first denoise to the last commit
     groups_busy: float  # fraction of the time between the first and the last commit that groups spend in denoising
     driver_mb: float  # peak resident memory of the driver process, in MB
     loop_max_ms: float  # longest iteration of the driver's loop while a worker had a task, in ms
@@ -103,7 +104,7 @@ def bench_job(load: Load, *, with_ray_data: bool = False) -> JobReport:
         raise UserError(f"--format {load.format!r} is unknown. Allowed values: {', '.join(FORMATS)}.")
     if with_ray_data:
         check_ray_data()
-    config, meter = _config(load), ProgressMeter()
+    config, meter = job_config(load), ProgressMeter()
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         manifest, output = Path(name) / f"manifest.{load.format}", Path(name) / "out"
         _in_subprocess(write_manifest, manifest, load.all_rows)
@@ -123,6 +124,7 @@ def bench_job(load: Load, *, with_ray_data: bool = False) -> JobReport:
         load=load,
         pace=Throughput(per_second(ends), meter.meter.cpu_ms()),
         first_denoise_s=min(record.begin for record in records) - begun,
+        makespan_s=ends[-1] - min(record.begin for record in records),
         groups_busy=(len(ends) - 1) * load.steps * load.step_seconds / (load.groups * span),
         driver_mb=driver_mb,
         loop_max_ms=1000 * meter.loop_max_s,
@@ -131,7 +133,7 @@ def bench_job(load: Load, *, with_ray_data: bool = False) -> JobReport:
 
 
 def _time_ray_data(load: Load, folder: Path) -> Throughput:
-    config, output = _config(load), folder / "ray_data"
+    config, output = job_config(load), folder / "ray_data"
     output.mkdir()
     with ray_session(resolve_run(config), "local"):
         return measure_map_batches(config, load.samples, load.decoders, output)
@@ -202,7 +204,7 @@ def _records_since(begun: float, output: Path, config: RunConfig, committed: int
     return times
 
 
-def _config(load: Load) -> RunConfig:
+def job_config(load: Load) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
             engine="hv_batch.bench.sleep_engine:SleepEngine", options={"step_seconds": load.step_seconds}

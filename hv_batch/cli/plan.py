@@ -92,6 +92,8 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"{'' if size['fits'] else '  does not fit'}"
         )
     yield ""
+    yield from _price_lines(plan)
+    yield from _recommendation_lines(plan)
     attention = plan["attention"]
     assumes = (
         "" if attention["option"] == attention["assumed"] else f", for which this plan assumes {attention['assumed']}"
@@ -112,6 +114,48 @@ def _cost_lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"model.options.attention=cudnn would denoise this in {plan['cudnn_would_save']:.0%} less time on "
             f"{gpu['name']}, with the same accuracy but other pixels in the last bits."
         )
+
+
+def _price_lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    """What a sample costs by shape and group size: GPU seconds, and a price if there is one."""
+    price = plan["price_gpu_hour"]
+    unit = "GPU seconds" if price is None else f"price at {price:g} for a GPU hour"
+    sizes = "".join(f"{size['ranks']:>10}" for size in plan["costs"][0]["group_sizes"])
+    yield f"{unit} of a sample, with encoding and decoding, by ranks of a group (*: does not fit)"
+    yield f"{'shape, steps':<22}{sizes}{'denoise':>10}{'decode':>8}{'encode':>8}"
+    for cost in plan["costs"]:
+        cells = ""
+        for size in cost["group_sizes"]:
+            value = f"{size['gpu_seconds']:,.1f}" if price is None else f"{size['cost']:,.4f}"
+            cells += f"{value if size['fits'] else value + '*':>10}"
+        name = f"{shape_name(cost['shape'])}, {cost['steps']}{' cfg' if cost['cfg'] else ''}"
+        shares = cost["shares"]
+        yield f"{name:<22}{cells}{shares['denoise']:>10.1%}{shares['decode']:>8.1%}{shares['encode']:>8.1%}"
+    yield ""
+
+
+def _recommendation_lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    """The setups that use the GPUs of the config best, for the options as they are and for others."""
+    recommended = plan["recommendation"]
+    has_price = plan["price_gpu_hour"] is not None
+    yield f"setups for {recommended['gpus']:g} GPUs, with the cheapest groups (!: other pixels, to be checked first)"
+    yield (
+        f"{'options':<38}{'ranks':>6}{'groups':>8}{'encoders':>10}{'decoders':>10}{'hours':>9}{'GPU hours':>11}"
+        f"{'a sample' if has_price else '':>10}"
+    )
+    for variant in recommended["variants"]:
+        name, setup = f"{variant['name']}{'' if variant['exact'] else ' !'}", variant["setup"]
+        if setup is None:
+            yield f"{name:<38}  no setup: too little memory, or too few GPUs for a group, an encoder and a decoder"
+            continue
+        yield (
+            f"{name:<38}{variant['ranks']:>6}{setup['groups']:>8}{setup['encoders']:>10}{setup['decoders']:>10}"
+            f"{setup['hours']:>9.2f}{variant['gpu_hours']:>11.1f}"
+            f"{format(variant['cost_a_sample'], '.4f') if has_price else '':>10}"
+        )
+    if best := next((each for each in recommended["variants"] if each["name"] == recommended["best_exact"]), None):
+        yield f"recommended: {' '.join([*best['setup']['overrides'], *best['overrides']])}"
+    yield ""
 
 
 def size_lines(plan: Mapping[str, Any]) -> Iterator[str]:

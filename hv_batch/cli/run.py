@@ -20,6 +20,7 @@ from hv_batch.cli.run_flags import (
     Config,
     Duplicates,
     GpuHours,
+    GpuPrice,
     Manifests,
     OnFinish,
     Overrides,
@@ -208,18 +209,19 @@ def plan(
     manifest: Manifests,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="H100, H200, A100, H20 or L40S; default: the config's gpu")] = None,
+    price_gpu_hour: GpuPrice = None,
     column: Column = None,
     carry: Carry = None,
     duplicates: Duplicates = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a run needs: memory of every stage, GPUs, traffic, hours. Needs no GPU and no weights."""
+    """Estimate what a run needs: memory of every stage, GPUs, traffic, hours, costs. Needs no GPU and no weights."""
     from hv_batch.cli.plan import render_plan  # the engine takes seconds to import
     from hv_batch.job.config.hardware import find_gpu
     from hv_batch.job.cost_model.estimate import make_plan  # the engine takes seconds to import
 
     settings = with_manifest_flags(load_config(config, overrides or []), column, carry, duplicates)
-    estimate = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"))
+    estimate = make_plan(settings, manifest, find_gpu(gpu or settings.gpu or "H100"), price_gpu_hour)
     if as_json:
         show_json("hv_batch/plan/1", estimate)
     else:

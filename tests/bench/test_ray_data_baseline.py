@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 from hv_batch.bench import ray_data_baseline
-from hv_batch.bench.job_throughput import SIDE, Load, _config
+from hv_batch.bench.job_throughput import SIDE, Load, job_config
 from hv_batch.protocol import UserError, latent_shape
 
 
 @pytest.mark.parametrize(("frames", "suffix"), [(1, ".png"), (5, ".mp4")])
 def test_the_three_stages_render_every_sample(tmp_path, frames, suffix):
     """The baseline is fair: it runs the same engine and writes one media file and one JSON file per sample."""
-    config = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=frames))
+    config = job_config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=frames))
     rows = {"number": np.arange(3), "prompt": np.array(["a", "b", "c"], object)}
     rows = ray_data_baseline._Denoise(config)(ray_data_baseline._Encode(config)(rows))
     assert rows["latents"].shape == (3, *latent_shape(SIDE, SIDE, frames))

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from hv_batch.bench import synthetic_data, throughput
-from hv_batch.bench.job_throughput import Load, _config
+from hv_batch.bench.job_throughput import Load, job_config
 from hv_batch.bench.throughput import Meter, ProgressMeter, cpu_seconds
 from hv_batch.job.inspection.verify_seal import check_sealed
 from hv_batch.job.manifest.check import check_manifest
@@ -22,7 +22,7 @@ from hv_batch.job.records.run_document import open_run, read_run
 from hv_batch.job.storage.store import Store
 from tests.support.pending import iterate
 
-CONFIG = _config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=1))
+CONFIG = job_config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=1))
 
 
 def test_cpu_time_covers_this_process_and_its_descendants():

@@ -36,7 +36,9 @@ from hv_batch.job.cost_model.memory import (
     rank_footprint,
 )
 from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.recommend import recommend
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
+from hv_batch.job.cost_model.sample_cost import report_prices
 from hv_batch.job.cost_model.speed import ENCODE_SECONDS, decode_seconds, denoise_seconds, kernel_of
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.samples import Sample, count_lora_changes
@@ -51,14 +53,18 @@ HOUR_S = 3600
 Report = dict[str, Any]
 
 
-def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Report:
-    """The whole plan, JSON-able. Raises UserError for a config or manifest that a run would refuse."""
+def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu, price: float | None = None) -> Report:
+    """The whole plan, JSON-able. Raises UserError for a config or manifest that a run would refuse.
+
+    `price` is that of one GPU for an hour; without it, all costs are null.
+    """
     manifest = Manifest(manifest_urls)
     with checked_manifest(config, manifest) as (index, run):
         summary = index.summary
         work = count_work(sample.params for sample in index)
         loras = _lora_changes(index) if config.model.loras else None
     workers = planned_workers(run, stage_seconds(run, work, gpu))
+    gpus = reserved_gpus(run, workers)
     return {
         "manifest": {
             "url": manifest.public_urls,
@@ -73,7 +79,7 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         "components": _components(run.model),
         "memory": _memory(run, work, gpu),
         "traffic": _traffic(run, work, gpu),
-        "gpus": reserved_gpus(run, workers),
+        "gpus": gpus,
         "workers": {stage.name.lower(): count for stage, count in sorted(workers.items())},
         "groups_decode": run.groups_decode,
         "encoders_colocated": config.encoders.is_colocated,
@@ -90,6 +96,9 @@ def make_plan(config: RunConfig, manifest_urls: Sequence[str], gpu: Gpu) -> Repo
         "sizes": report_sizes(run, work, gpu),
         "halves": report_halves(run, work, gpu),
         "group_sizes": [_group_size(run.model, work, gpu, ranks) for ranks in GROUP_SIZES],
+        "price_gpu_hour": price,
+        "costs": report_prices(run, work, gpu, price),
+        "recommendation": recommend(run, work, gpu, gpus["total"], price),
     }
 
 

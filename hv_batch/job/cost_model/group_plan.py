@@ -42,7 +42,7 @@ def fixed_plan(config: RunConfig, model: ModelShape) -> ParallelPlan | None:
     if ulysses or ring:
         ulysses = ulysses or ranks // (ring or 1)
         return ParallelPlan(ulysses_degree=ulysses, ring_degree=ranks // ulysses, cfg_degree=cfg)
-    return _choose_degrees(config, model, parallel.gpus_per_group)
+    return choose_degrees(config, model, parallel.gpus_per_group)
 
 
 def choose_plans(run: ResolvedRun, shapes: Iterable[Shape], recorded: Mapping[Shape, ParallelPlan]) -> GroupPlans:
@@ -65,7 +65,7 @@ def choose_plans(run: ResolvedRun, shapes: Iterable[Shape], recorded: Mapping[Sh
     return GroupPlans(tuple(sorted(set(by_shape.values()), key=lambda plan: -plan.world_size)), by_shape)
 
 
-def _choose_degrees(config: RunConfig, model: ModelShape, ranks: int) -> ParallelPlan:
+def choose_degrees(config: RunConfig, model: ModelShape, ranks: int) -> ParallelPlan:
     """The largest Ulysses degree that divides the heads and stays inside a node. For another engine, the released
     model's number of heads is assumed; the engine checks the plan before anything starts.
     """
@@ -95,7 +95,7 @@ def _options(run: ResolvedRun, shape: Shape) -> list[_Option]:
     work = Workload(shape, defaults.num_inference_steps, 2 if cfg > 1 or defaults.cfg_scale > 1 else 1)
     available = (config.gpu_memory_gib or 0.0) * _memory_share(run) * GIB
     options = []
-    for plan in (_choose_degrees(config, model, ranks) for ranks in GROUP_SIZES if ranks % cfg == 0):
+    for plan in (choose_degrees(config, model, ranks) for ranks in GROUP_SIZES if ranks % cfg == 0):
         need = rank_footprint(model, shape, plan.ulysses_degree, plan.ring_degree, decodes=run.groups_decode).total
         options.append(_Option(plan, need, need <= available, denoise_seconds(gpu, model, work, plan)))
     return options

@@ -49,6 +49,9 @@ class Queues:
             stage: [deque() for _ in range(1 if stage is Stage.DECODE else size_classes)] for stage in Stage
         }
         self._at: Counter[tuple[Stage, int | None]] = Counter()  # by size class, and over all size classes (None)
+        # LoRAs of the samples that wait for a denoise, by size class: a group must not search a queue for a sample that
+        # is not in it.
+        self._loras: list[Counter[str]] = [Counter() for _ in range(size_classes)]
         self._admitted = 0
 
     def __len__(self) -> int:
@@ -109,15 +112,12 @@ class Queues:
             self.remove(key)
         else:
             self._move(key, Stage(stage + 1))
-            self._queue_of(key).append(key)
+            self._enqueue(key)
 
     def put_back(self, key: str, stage: Stage, *, first: bool) -> None:
         """The running task failed: queue the sample at `stage`, before the waiting samples if `first`, else after."""
         self._move(key, stage)
-        if first:
-            self._queue_of(key).appendleft(key)
-        else:
-            self._queue_of(key).append(key)
+        self._enqueue(key, first=first)
 
     def run_alone(self, key: str) -> None:
         """From now on, the sample is the only one of its tasks."""
@@ -147,7 +147,7 @@ class Queues:
         """
         queue = self._waiting[Stage.DENOISE][size_class]
         first = self._samples[queue[0]]
-        if first.lora == lora or first.overtaken >= MAX_OVERTAKES:
+        if first.lora == lora or first.overtaken >= MAX_OVERTAKES or not self._loras[size_class][lora]:
             return
         for index, key in enumerate(queue):
             if self._samples[key].lora == lora:
@@ -185,20 +185,20 @@ class Queues:
     def take_batch(self, stage: Stage, size_class: int, most: int) -> tuple[str, ...]:
         """Dequeue the next samples for one task, at least one. A denoise takes samples with equal LoRAs only."""
         queue = self._waiting[stage][size_class]
-        batch = [queue.popleft()]
+        batch = [self._dequeue(queue)]
         while queue and len(batch) < most:
             if stage is Stage.DENOISE and self._samples[queue[0]].lora != self._samples[batch[0]].lora:
                 break
             if self._samples[batch[0]].solo or self._samples[queue[0]].solo or self._samples[queue[0]].avoids:
                 break
-            batch.append(queue.popleft())
+            batch.append(self._dequeue(queue))
         return tuple(batch)
 
     def _enter(self, key: str, sample: _Sample) -> None:
         self._store_budget.track(key, sample.latent_bytes)
         self._samples[key] = sample
         self._count(key, 1)
-        self._queue_of(key).append(key)
+        self._enqueue(key)
 
     def _move(self, key: str, stage: Stage) -> None:
         self._store_budget.release(key, stage)
@@ -211,6 +211,22 @@ class Queues:
         self._at[sample.stage, sample.size_class] += change
         self._at[sample.stage, None] += change
 
-    def _queue_of(self, key: str) -> deque[str]:
+    def _enqueue(self, key: str, *, first: bool = False) -> None:
         sample = self._samples[key]
-        return self._waiting[sample.stage][0 if sample.stage is Stage.DECODE else sample.size_class]
+        queue = self._waiting[sample.stage][0 if sample.stage is Stage.DECODE else sample.size_class]
+        if first:
+            queue.appendleft(key)
+        else:
+            queue.append(key)
+        if sample.stage is Stage.DENOISE:
+            self._loras[sample.size_class][sample.lora] += 1
+
+    def _dequeue(self, queue: deque[str]) -> str:
+        key = queue.popleft()
+        sample = self._samples[key]
+        if sample.stage is Stage.DENOISE:
+            loras = self._loras[sample.size_class]
+            loras[sample.lora] -= 1
+            if not loras[sample.lora]:
+                del loras[sample.lora]
+        return key

@@ -48,6 +48,7 @@ from hv_batch.protocol import UserError
 
 STUCK_S = 86_400.0  # without the start of a task: the cluster cannot render what is left
 TICK_S = 30.0  # the scheduler checks backoffs, exchanges and starved stages
+HEARTBEAT_SHARE = 0.8  # of the time after which a task counts as hung; a run sends more of them
 DRAIN_TICK_S = 2.0  # the same while nodes drain, for checkpoints and the end of their workers
 
 
@@ -210,7 +211,7 @@ class Simulator:
         work_s = self._denoise_s(keys) if stage is Stage.DENOISE else self._task_s(keys, stage)
         seconds = work_s + self._scenario.turn_s
         self.clock.after(seconds, lambda: self._end_task(worker, keys))
-        heartbeat_s = self._limits.stages[worker.id.stage].task_timeout_s / 2
+        heartbeat_s = HEARTBEAT_SHARE * self._limits.stages[worker.id.stage].task_timeout_s
         if seconds > heartbeat_s:
             self.clock.after(heartbeat_s, lambda: self._send_heartbeat(worker, keys, heartbeat_s))
 
