@@ -30,6 +30,7 @@ from hv_batch.bench.presets import PRESETS, Preset
 from hv_batch.bench.stage_workloads import random_module, vae_stage
 from hv_batch.engine.attention.kernels import KERNELS, kernel_problem
 from hv_batch.engine.dit.model import HYVideoDiT
+from hv_batch.engine.dit.pointwise import compile_pointwise
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling.sampler import SamplingOptions, trajectory
 from hv_batch.engine.text_encoders import TextEmbedding
@@ -48,7 +49,7 @@ def list_items(presets: Sequence[str]) -> list[str]:
     """Return the names of all measurements, the most important first."""
     dense = [f"dense {name}" for name in KERNELS if name != "math"]  # which holds all scores in memory
     sparse = [f"sparse {density}" for density in DENSITIES]
-    kinds = (dense, sparse, ["decode"], ["cache"], ["whole"])
+    kinds = (dense, sparse, ["decode"], ["fused"], ["cache"], ["whole"])
     return [f"{preset} {item}" for kind in kinds for preset in presets for item in kind]
 
 
@@ -60,7 +61,7 @@ def measure(item: str, device: torch.device) -> Result:
         return _dense(sizes, rest[0], device)
     if what == "sparse":
         return _sparse(sizes, float(rest[0]), device)
-    return {"decode": _decode, "cache": _cache, "whole": _whole}[what](sizes, device)
+    return {"decode": _decode, "fused": _fused, "cache": _cache, "whole": _whole}[what](sizes, device)
 
 
 def _dense(sizes: Preset, kernel: str, device: torch.device) -> Result:
@@ -74,6 +75,15 @@ def _sparse(sizes: Preset, density: float, device: torch.device) -> Result:
     small: dict[str, Any] = {} if device.type == "cuda" else {"brick": (1, 2, 4), "backend": "eager"}
     methods = StepAttention(SparseAttention(density=density, **small))
     return _time_step(sizes, _fastest(device, sizes), methods, device)
+
+
+def _fused(sizes: Preset, device: torch.device) -> Result:
+    """A step with the engine option `fuse_pointwise`. On a CPU, where compiling takes minutes, it is only traced."""
+    model = _model(sizes.dit, sizes.dit_dtype, device, DEPTH)
+    compile_pointwise((*model.double_blocks, *model.single_blocks), "inductor" if device.type == "cuda" else "eager")
+    result = _time_step(sizes, _fastest(device, sizes), DENSE, device)
+    _free(device)
+    return result
 
 
 def _whole(sizes: Preset, device: torch.device) -> Result:

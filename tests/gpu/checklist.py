@@ -32,7 +32,7 @@ RESERVE_S = 5.0  # of the whole time, for stopping processes and writing the res
 TESTS_SHARE = 0.45  # of the whole time that the tests may take
 START_S = 40.0  # of a measuring process: it imports PyTorch and creates its first CUDA context
 # Seconds of one measurement, by its kind. The first sparse one compiles a kernel.
-BUDGETS = {"dense": 25.0, "sparse": 60.0, "decode": 40.0, "cache": 40.0, "whole": 60.0}
+BUDGETS = {"dense": 25.0, "sparse": 60.0, "decode": 40.0, "fused": 60.0, "cache": 40.0, "whole": 60.0}
 OUTCOME = re.compile(r"^(?P<test>\S+::\S.*?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 Item = dict[str, Any]
