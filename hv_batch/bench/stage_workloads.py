@@ -55,8 +55,8 @@ def text_stage(preset: Preset, device: torch.device) -> Stage:
         llama_words = tokenizers.write_llama_tokenizer(llama_dir)
         clip_words = tokenizers.write_clip_tokenizer(clip_dir)
         llama_tokenizer, clip_tokenizer = (AutoTokenizer.from_pretrained(path) for path in (llama_dir, clip_dir))
-    llama = _random(lambda: _llama(preset.text, llama_words), device, preset.text_dtype)
-    clip = _random(lambda: _clip(preset.text, *clip_words), device, preset.text_dtype)
+    llama = random_module(lambda: _llama(preset.text, llama_words), device, preset.text_dtype)
+    clip = random_module(lambda: _clip(preset.text, *clip_words), device, preset.text_dtype)
     towers = TextTowers.of_models(llama_tokenizer, _used_part(llama), clip_tokenizer, clip, device)
 
     def theirs() -> Work:
@@ -76,7 +76,7 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
     """
     text_rows = MAX_TEXT_TOKENS if preset.dit_latents[0] == 1 else VIDEO_TEXT_TOKENS
     config, dtype = preset.dit, preset.dit_dtype
-    model = _random(lambda: HYVideoDiT(config, preset.attention), device, dtype)
+    model = random_module(lambda: HYVideoDiT(config, preset.attention), device, dtype)
     if preset.fp8:
         multiply_in_fp8_(model, device)
     latents = torch.randn(1, LATENT_CHANNELS, *preset.dit_latents, device=device).to(dtype)
@@ -90,7 +90,7 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
     def theirs() -> Work:
         from diffusers import HunyuanVideoTransformer3DModel
 
-        reference = _random(
+        reference = random_module(
             lambda: HunyuanVideoTransformer3DModel(
                 num_attention_heads=config.heads_num,
                 attention_head_dim=config.hidden_size // config.heads_num,
@@ -127,7 +127,7 @@ def dit_stage(preset: Preset, device: torch.device) -> Stage:
 def vae_stage(preset: Preset, device: torch.device) -> Stage:
     """Decode in tiles of the released geometry. diffusers uses the same tiles and the same weights."""
     config, dtype, geometry = preset.vae, preset.vae_dtype, TileGeometry()
-    vae = _random(lambda: CausalVAE(config), device, dtype)
+    vae = random_module(lambda: CausalVAE(config), device, dtype)
     latents = torch.randn(1, LATENT_CHANNELS, *preset.vae_latents, device=device) * config.scaling_factor
 
     def ours() -> None:
@@ -170,7 +170,7 @@ STAGES: dict[str, Callable[[Preset, torch.device], Stage]] = {
 }
 
 
-def _random(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+def random_module(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
     """Build a module with PyTorch's initial weights, directly on `device` and in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

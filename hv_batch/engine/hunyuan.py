@@ -37,6 +37,7 @@ from hv_batch.engine.denoiser import HunyuanDenoiser
 from hv_batch.engine.dit.fp8_matmul import multiply_in_fp8_
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.dit.offload import offload_blocks
+from hv_batch.engine.dit.pointwise import check_compiler, compile_pointwise
 from hv_batch.engine.kernel_choice import check_chosen, choose_for_group
 from hv_batch.engine.option_values import parse_choice, parse_fields, parse_path, to_json
 from hv_batch.engine.parallel.process_group import host_store, join_group
@@ -79,6 +80,8 @@ class HunyuanVideo:
       first group chooses the fastest one that it can run, and the run keeps it; see `hv_batch.engine.kernel_choice`.
     - `sparse_attention`: fields of `SparseAttention`, as `{density: 0.25}`: after the first steps, the image attends to
       a part of its blocks only. Needs native sequence parallelism without a ring.
+    - `fuse_pointwise`: whether torch.compile fuses the norms, modulation and rotation of the DiT's blocks. It needs a
+      compiler and changes the last bits; see `hv_batch.engine.dit.pointwise`.
     - `sequence_parallel`: how the ranks of a group compute attention: "native", or "xfuser" for xfuser's long-context
       attention, which needs GPUs and a token count that the ranks divide; see `hv_batch.engine.parallel.xfuser`.
     - `vae_tile`: fields of `TileGeometry` that differ from the tiling of the release.
@@ -111,6 +114,7 @@ class HunyuanVideo:
         fp8: str = "none",
         attention: str = "sdpa",
         sparse_attention: Mapping[str, Any] | None = None,
+        fuse_pointwise: bool = False,
         sequence_parallel: str = "native",
         vae_tile: Mapping[str, Any] | None = None,
         noise: str = "cpu-fp32",
@@ -143,8 +147,10 @@ class HunyuanVideo:
                 "precision bf16 or fp16, or attention sdpa."
             )
         self._sequence_parallel = parse_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLELS)
-        if not isinstance(flow_reverse, bool):
-            raise UserError(f"engine option flow_reverse: {flow_reverse!r} is not allowed; allowed are true and false.")
+        for option, flag in {"flow_reverse": flow_reverse, "fuse_pointwise": fuse_pointwise}.items():
+            if not isinstance(flag, bool):
+                raise UserError(f"engine option {option}: {flag!r} is not allowed; allowed are true and false.")
+        self._fuse_pointwise = fuse_pointwise
         self._methods = AttentionMethods(parse_sparse_attention(sparse_attention))
         self._sampling = SamplingOptions(
             parse_choice("noise", noise, NOISES),
@@ -185,6 +191,7 @@ class HunyuanVideo:
             "fp8": self._fp8,
             "attention": self._attention,
             # Newer options are listed only if they are used, so that the identity of older output roots stays equal.
+            **({"fuse_pointwise": True} if self._fuse_pointwise else {}),
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
             **({"sparse_attention": self._methods.sparse.to_json()} if self._methods.sparse else {}),
             **({"step_cache": self._sampling.step_cache.identity()} if self._sampling.step_cache else {}),
@@ -304,12 +311,16 @@ class HunyuanVideo:
             check_backend(sparse.backend, sparse.block, device)
         if self._sequence_parallel == "xfuser":
             check_xfuser(device)
+        if self._fuse_pointwise:
+            check_compiler(device)
         vae = load_vae(self._tree, self._dtype("vae_precision"), device) if spec.decodes else None
         load_device = device if self._offload == "none" else torch.device("cpu")
         kernel = DEFAULT if chosen == AUTO else chosen
         model, base = load_dit_and_tensors(self._tree, self._dit_config, kernel, dtype, load_device, self._fp8)
         if self._fp8 == "matmul":
             multiply_in_fp8_(model, device)
+        if self._fuse_pointwise:
+            compile_pointwise((*model.double_blocks, *model.single_blocks))
         loras = self._lora_merger(model, base, device) if self._loras else None
         if self._offload != "none":
             streamer = offload_blocks(model, device, pinned=self._offload == "blocks")

@@ -321,6 +321,7 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
         {"vae_precision": "bf16"},
         {"text_encoder_precision": "bf16"},
         {"attention": "math"},
+        {"fuse_pointwise": True},
         {"load_key": "ema"},
         {"step_cache": {"kind": "schedule", "computed": 16}},
         {"step_cache": {"kind": "schedule", "computed": 16, "order": 1}},

@@ -55,6 +55,7 @@ def test_auto_chooses_the_fastest_kernel_of_this_gpu():
     assert choose_for_group(model, SequenceMesh.single(), device) == able[0]
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "restore_flash_attention_impl"), reason="needs a newer PyTorch")
 def test_an_activated_kernel_is_not_recorded_as_sdpa():
     """P3: after `activate_flash_attention_impl`, `sdpa` is refused; after the restoration it has its bits again."""
     device, q = torch.device("cuda", 0), torch.randn(300, 8, 128, device="cuda", dtype=torch.bfloat16)

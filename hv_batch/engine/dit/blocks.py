@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Attend = Callable[[Tensor], Tensor]  # qkv [S + l, 3, H, D] -> [S + l, H * D], text rows first
+from hv_batch.engine.dit.pointwise import EAGER, Pointwise, modulate
 
-NORM_EPS = 1e-6
+Attend = Callable[[Tensor], Tensor]  # qkv [S + l, 3, H, D] -> [S + l, H * D], text rows first
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
@@ -27,26 +27,8 @@ def gelu_tanh_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply LayerNorm without weights, then scale and shift, in float32. Returns x's dtype."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
-    return normed.mul_(1 + scale).add_(shift).to(x.dtype)
-
-
-def rotate_(x: Tensor, rope: Tensor) -> None:
-    """Rotate each channel pair of x [L, ..., D] by the angle of its token, in place, as a complex product.
-
-    rope [L, D / 2] is complex64 with modulus 1; see `embeddings.rope_table`.
-    """
-    wide = x.float()  # x itself if it is float32
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    pairs.mul_(rope.view(len(rope), *[1] * (x.dim() - 2), -1))
-    if wide is not x:
-        x.copy_(wide)
-
-
 class RMSNorm(nn.Module):
-    """The weight of an RMS norm over the channels of one head. `normalize_qk_` applies two of them at once."""
+    """The weight of an RMS norm over the channels of one head. `pointwise.normalize_` applies two of them at once."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -79,6 +61,8 @@ class Modulation(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """A block with separate weights for image and text. The streams interact only in the joint attention."""
 
+    pointwise: Pointwise = EAGER
+
     def __init__(self, hidden_size: int, heads: int, mlp_hidden: int) -> None:
         super().__init__()
         self.heads = heads
@@ -100,11 +84,11 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        img_qkv = _split_heads(self.img_attn_qkv(modulate(img, img_shift1, img_scale1)), self.heads)
-        normalize_qk_(img_qkv, self.img_attn_q_norm, self.img_attn_k_norm)
-        rotate_(img_qkv[:, :2], rope)
-        txt_qkv = _split_heads(self.txt_attn_qkv(modulate(txt, txt_shift1, txt_scale1)), self.heads)
-        normalize_qk_(txt_qkv, self.txt_attn_q_norm, self.txt_attn_k_norm)
+        do = self.pointwise
+        img_qkv = _split_heads(self.img_attn_qkv(do.modulate(img, img_shift1, img_scale1)), self.heads)
+        do.normalize_rotate_(img_qkv, 0, self.img_attn_q_norm.weight, self.img_attn_k_norm.weight, rope)
+        txt_qkv = _split_heads(self.txt_attn_qkv(do.modulate(txt, txt_shift1, txt_scale1)), self.heads)
+        do.normalize_(txt_qkv, self.txt_attn_q_norm.weight, self.txt_attn_k_norm.weight)
 
         qkv = torch.cat((txt_qkv, img_qkv))
         del img_qkv, txt_qkv  # frees 2 GB before the attention, at 720p on one GPU
@@ -113,9 +97,9 @@ class DoubleStreamBlock(nn.Module):
 
         text_len = txt.shape[0]
         img = torch.addcmul(img, self.img_attn_proj(attended[text_len:]), img_gate1)
-        img = torch.addcmul(img, self.img_mlp(modulate(img, img_shift2, img_scale2)), img_gate2)
+        img = torch.addcmul(img, self.img_mlp(do.modulate(img, img_shift2, img_scale2)), img_gate2)
         txt = torch.addcmul(txt, self.txt_attn_proj(attended[:text_len]), txt_gate1)
-        txt = torch.addcmul(txt, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)), txt_gate2)
+        txt = torch.addcmul(txt, self.txt_mlp(do.modulate(txt, txt_shift2, txt_scale2)), txt_gate2)
         return img, txt
 
 
@@ -124,6 +108,8 @@ class SingleStreamBlock(nn.Module):
 
     (arXiv 2302.05442)
     """
+
+    pointwise: Pointwise = EAGER
 
     def __init__(self, hidden_size: int, heads: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -137,10 +123,10 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor, text_len: int, rope: Tensor, attend: Attend) -> Tensor:
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
+        do = self.pointwise
+        qkv, mlp = self.linear1(do.modulate(x, shift, scale)).split(self.widths, dim=-1)
         qkv = _split_heads(qkv, self.heads)
-        normalize_qk_(qkv, self.q_norm, self.k_norm)
-        rotate_(qkv[text_len:, :2], rope)
+        do.normalize_rotate_(qkv, text_len, self.q_norm.weight, self.k_norm.weight, rope)
         attended = attend(qkv)
         # Both parts are written directly into the input of linear2, which saves a concatenation.
         width = x.shape[-1]
@@ -162,14 +148,6 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec).chunk(2)
         return self.linear(modulate(x, shift, scale))
-
-
-def normalize_qk_(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> None:
-    """Normalise q and k of qkv [L, 3, H, D] in place. Rounds after the normalisation and again after the weight."""
-    qk = qkv[:, :2]
-    length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
-    qk.mul_(torch.rsqrt(length.square_().div_(qk.shape[-1]).add_(NORM_EPS)))
-    qk.mul_(torch.stack((q_norm.weight, k_norm.weight)).unsqueeze(1))
 
 
 def _split_heads(qkv: Tensor, heads: int) -> Tensor:

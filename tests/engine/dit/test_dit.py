@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.attention.kernels import KERNELS, attend_math, choose_kernel, merge
-from hv_batch.engine.dit.blocks import modulate
 from hv_batch.engine.dit.embeddings import patchify, rope_table, unpatchify
 from hv_batch.engine.dit.model import HYVideoDiT
+from hv_batch.engine.dit.pointwise import modulate
 from hv_batch.protocol import UserError
 from tests.support.dit_reference import random_dit, random_inputs, reference_model
 from tests.support.repository import DATA
