@@ -47,7 +47,8 @@ class SparseAttention:
 
     def density_at(self, step: int, steps: int) -> float:
         """The fraction of the image attention that step number `step` (from 0) of `steps` computes, at least."""
-        return 1.0 if step < math.ceil(self.dense_until * steps) else self.density
+        # Rounded first, because 0.1 * 30 is above 3.
+        return 1.0 if step < math.ceil(round(self.dense_until * steps, 6)) else self.density
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, for the identity of a run."""
