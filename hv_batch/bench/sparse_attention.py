@@ -15,13 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import typer
 from torch import Tensor
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.attention_methods import AttentionMethods, SparseAttention, parse_sparse_attention
+from hv_batch.bench.step_quality import FP32, REST, VIDEO, psnr
 from hv_batch.engine.attention.block_selection import select_blocks
 from hv_batch.engine.attention.block_sparse import SparseKernel
 from hv_batch.engine.attention.kernels import Kernel, attend_sdpa
@@ -33,7 +33,9 @@ from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampling.sampler import SamplingOptions, trajectory
 from hv_batch.engine.video_requests import plan_videos
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT
+from hv_batch.job.cost_model.flops import mean_density
+from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.workload import Workload
 from hv_batch.toy.accuracy import PROMPTS_SEED
 from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import cache_dir
@@ -44,9 +46,7 @@ from hv_batch.toy.world import Frames, Scene
 GRID, TEXT, HEADS, HEAD_DIM = (4, 32, 32), 64, 2, 128  # of the speed measurement: 4,096 image tokens
 DENSITIES = (0.5, 0.3, 0.15)
 TOY_BLOCKS: Mapping[str, Any] = {"brick": [4, 2, 2], "neighbours": "faces", "backend": "eager"}
-VIDEO: Mapping[str, Any] = {"height": 128, "width": 128, "num_frames": 33, "guidance_scale": 6.0, "cfg_scale": 3.0}
-REST: Mapping[str, Any] = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT, "guidance_rescale": 0.0, "flow_shift": 7.0}
-FP32: Mapping[str, Any] = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}
+LONG: Mapping[str, Any] = {**VIDEO, "num_frames": 33}  # more blocks than the short videos of `step_quality`
 CPU = torch.device("cpu")
 app = typer.Typer(help=__doc__)
 
@@ -117,9 +117,9 @@ def mass(steps: int = 10) -> None:
     base = write_trained_checkpoint(cache_dir())
     tree = CheckpointTree(base)
     model = load_dit(tree, parse_fields(DiTConfig, {}, "dit", tree.dit_options()), "sdpa", torch.float32, CPU)
-    _, prompt = next(captioned_scenes(PROMPTS_SEED, VIDEO["num_frames"], held_out=True))
+    _, prompt = next(captioned_scenes(PROMPTS_SEED, LONG["num_frames"], held_out=True))
     with HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32) as pipeline:
-        videos = plan_videos(prompt, 0, 1, **VIDEO, **REST, num_inference_steps=steps)
+        videos = plan_videos(prompt, 0, 1, **LONG, **REST, num_inference_steps=steps)
         texts = pipeline.encode(videos)
     branches = [texts[videos[0].prompt]], [texts[videos[0].negative_prompt]]
     print("density  kept   mass")
@@ -140,25 +140,28 @@ def quality(prompts: int = 3, steps: int = 50, step_cache: str = "") -> None:
     """
     torch.set_num_threads(1)
     base = write_trained_checkpoint(cache_dir())
-    scenes = list(islice(captioned_scenes(PROMPTS_SEED, VIDEO["num_frames"], held_out=True), prompts))
+    scenes = list(islice(captioned_scenes(PROMPTS_SEED, LONG["num_frames"], held_out=True), prompts))
     cached = {"step_cache": json.loads(step_cache)} if step_cache else {}
     settings: list[dict[str, Any]] = [{}, *([cached] if cached else [])]
     for dense_until, density in [(0.2, density) for density in DENSITIES] + [(0.0, 0.3), (0.4, 0.3), (0.4, 0.15)]:
         sparse = {**TOY_BLOCKS, "density": density, "dense_until": dense_until}
         settings.append({"sparse_attention": sparse, **cached})
     reference: list[Frames] = []
-    print("| density | dense until | mean density | PSNR | attributes |\n|---|---|---|---|---|")
+    print("| density | dense until | computed steps | mean density | PSNR | attributes |\n|---|---|---|---|---|---|")
     for options in settings:
         frames = list(_render(base, scenes, steps, options))
         reference = reference or frames
-        methods = AttentionMethods(parse_sparse_attention(options.get("sparse_attention")))
-        decibels = statistics.mean(_psnr(one, other) for one, other in zip(frames, reference, strict=True))
+        model = ModelShape.from_options(options)
+        work = Workload((LONG["height"], LONG["width"], LONG["num_frames"]), steps, branches=2)
+        decibels = statistics.mean(psnr(one, other) for one, other in zip(frames, reference, strict=True))
         right = [
             right for (scene, _), one in zip(scenes, frames, strict=True) for right in score(scene, one).right.values()
         ]
-        density, until = (methods.sparse.density, methods.sparse.dense_until) if methods.sparse else (1, 1)
+        density, until = (
+            (model.methods.sparse.density, model.methods.sparse.dense_until) if model.methods.sparse else (1, 1)
+        )
         print(
-            f"| {density} | {until} | {methods.mean_density(steps):.2f} | {decibels:.1f} dB | "
+            f"| {density} | {until} | {model.computed_steps(steps)} | {mean_density(model, work):.2f} | {decibels:.1f} dB | "
             f"{sum(right)} of {len(right)} |",
             flush=True,
         )
@@ -167,12 +170,7 @@ def quality(prompts: int = 3, steps: int = 50, step_cache: str = "") -> None:
 def _render(base: Path, scenes: list[tuple[Scene, str]], steps: int, options: Mapping[str, Any]) -> Iterator[Frames]:
     with HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32, **options) as pipeline:
         for seed, (_, prompt) in enumerate(scenes):
-            yield pipeline(prompt, seed=seed, num_inference_steps=steps, **VIDEO, **REST)
-
-
-def _psnr(frames: Frames, reference: Frames) -> float:
-    error = np.square(frames.astype(np.float64) - reference).mean()
-    return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-9))))
+            yield pipeline(prompt, seed=seed, num_inference_steps=steps, **LONG, **REST)
 
 
 if __name__ == "__main__":
