@@ -160,9 +160,9 @@ def quality(prompts: int = 3, steps: int = 50, step_cache: str = "") -> None:
         density, until = (
             (model.methods.sparse.density, model.methods.sparse.dense_until) if model.methods.sparse else (1, 1)
         )
+        work_done = f"{model.computed_steps(steps)} | {mean_density(model, work):.2f}"
         print(
-            f"| {density} | {until} | {model.computed_steps(steps)} | {mean_density(model, work):.2f} | {decibels:.1f} dB | "
-            f"{sum(right)} of {len(right)} |",
+            f"| {density} | {until} | {work_done} | {decibels:.1f} dB | {sum(right)} of {len(right)} |",
             flush=True,
         )
 
