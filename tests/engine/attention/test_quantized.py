@@ -12,7 +12,9 @@ from hv_batch.protocol import UserError
 from tests.support.dit_reference import random_dit, random_inputs
 from tests.support.trajectories import CONFIG, CPU
 
-FORMATS = ["fp8", "int8"]
+# The largest relative error against float32. FP8 scores are the coarser ones.
+LIMITS = {"fp8": 4e-2, "int8": 2e-2}
+FORMATS = sorted(LIMITS)
 
 
 def kernel(qk):
@@ -20,7 +22,9 @@ def kernel(qk):
 
 
 def inputs(tokens=300):
-    """q, k, v [L, 2, 64] of normalised channels, with the large mean of k and the offsets of v that DiTs have."""
+    """q, k, v [L, 2, 64]. k has a mean that is larger than its deviation. v has a mean of 1: without any, a sum over
+    many keys cancels, and the same rounding is a larger part of it.
+    """
     q, k, v = torch.randn(3, tokens, 2, 64, generator=torch.Generator().manual_seed(0))
     return q, k + 4 * torch.randn(2, 64, generator=torch.Generator().manual_seed(1)), v + 1.0
 
@@ -31,11 +35,11 @@ def error(x, reference):
 
 @pytest.mark.parametrize("qk", FORMATS)
 def test_the_error_is_bounded(qk):
-    """The relative error against float32 is below 2e-2, also if k has a mean that is larger than its deviation."""
+    """The relative error against float32 is bounded, also if k has a mean that is larger than its deviation."""
     q, k, v = inputs()
     out, lse = kernel(qk)(q, k, v)
     expected, expected_lse = attend_math(q, k, v)
-    assert 1e-4 < error(out, expected) < 2e-2
+    assert 1e-4 < error(out, expected) < LIMITS[qk]
     assert (lse - expected_lse).abs().max().item() < 5e-2
 
 
@@ -46,16 +50,16 @@ def test_partial_results_merge(qk):
     expected, _ = attend_math(q, k, v)
     (first, first_lse), second = (kernel(qk)(q, k[rows], v[rows]) for rows in (slice(0, 90), slice(90, None)))
     merged, _ = merge(first.float(), first_lse, *second)
-    assert error(merged, expected) < 2e-2
+    assert error(merged, expected) < LIMITS[qk]
 
 
 @pytest.mark.parametrize("qk", FORMATS)
 def test_the_model_computes_in_8_bits(qk):
-    """The velocity of a random DiT changes by less than 2e-2 (relative RMS)."""
+    """The velocity of a random DiT changes by less than the limit (relative RMS)."""
     model, given = random_dit(CONFIG, seed=1), random_inputs(CONFIG, (3, 10, 14), [7, 2], seed=2, padded=9)
     dense = model(**given)
     quantized = model(**given, attention=StepAttention(quantized=QuantizedAttention(qk=qk, backend="reference")))
-    assert 1e-5 < error(quantized, dense) < 2e-2
+    assert 1e-5 < error(quantized, dense) < LIMITS[qk]
 
 
 def test_equal_keys_and_zeros_are_finite():

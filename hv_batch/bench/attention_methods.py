@@ -1,4 +1,4 @@
-"""Measures block-sparse attention: `python -m hv_batch.bench.sparse_attention speed|mass|quality`.
+"""Measures sparse and 8-bit attention: `python -m hv_batch.bench.attention_methods speed|mass|quality`.
 
 `speed` alternates the sparse kernel with SDPA in one process, so the ratio does not depend on other load. `mass` and
 `quality` use the toy with blocks of 16 tokens: a toy video has 36 of them, where 720p has 929. This is
@@ -7,7 +7,6 @@ a harder case, because a block is a larger part of the video.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +32,6 @@ from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampling.sampler import SamplingOptions, trajectory
 from hv_batch.engine.video_requests import plan_videos
-from hv_batch.job.cost_model.flops import mean_density
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.workload import Workload
 from hv_batch.toy.accuracy import PROMPTS_SEED
@@ -133,38 +131,48 @@ def mass(steps: int = 10) -> None:
 
 
 @app.command()
-def quality(prompts: int = 3, steps: int = 50, step_cache: str = "") -> None:
+def quality(prompts: int = 3, steps: int = 50) -> None:
     """Render held-out prompts of the toy, and compare attributes and frames with those of dense attention.
 
-    `step_cache` is the engine option as JSON, for all rows but the first.
+    Two rows have a step cache, one of them with sparse attention.
     """
     torch.set_num_threads(1)
     base = write_trained_checkpoint(cache_dir())
     scenes = list(islice(captioned_scenes(PROMPTS_SEED, LONG["num_frames"], held_out=True), prompts))
-    cached = {"step_cache": json.loads(step_cache)} if step_cache else {}
-    settings: list[dict[str, Any]] = [{}, *([cached] if cached else [])]
-    for dense_until, density in [(0.2, density) for density in DENSITIES] + [(0.0, 0.3), (0.4, 0.3), (0.4, 0.15)]:
-        sparse = {**TOY_BLOCKS, "density": density, "dense_until": dense_until}
-        settings.append({"sparse_attention": sparse, **cached})
+    cached = {"step_cache": {"kind": "schedule", "computed": 16}}
+    settings: dict[str, dict[str, Any]] = {
+        "dense": {},
+        **{f"density {density}": _sparse(density) for density in DENSITIES},
+        "density 0.15, dense_until 0.4": _sparse(0.15, dense_until=0.4),
+        "step cache, 16 computed": cached,
+        "step cache, density 0.3": {**_sparse(0.3), **cached},
+        "int8": {"quantized_attention": {"qk": "int8", "backend": "reference"}},
+        "fp8": {"quantized_attention": {"qk": "fp8", "backend": "reference"}},
+    }
     reference: list[Frames] = []
-    print("| density | dense until | computed steps | mean density | PSNR | attributes |\n|---|---|---|---|---|---|")
-    for options in settings:
+    print("| setting | attention of 50 dense steps | PSNR | attributes |\n|---|---|---|---|")
+    for name, options in settings.items():
         frames = list(_render(base, scenes, steps, options))
         reference = reference or frames
-        model = ModelShape.from_options(options)
-        work = Workload((LONG["height"], LONG["width"], LONG["num_frames"]), steps, branches=2)
         decibels = statistics.mean(psnr(one, other) for one, other in zip(frames, reference, strict=True))
-        right = [
-            right for (scene, _), one in zip(scenes, frames, strict=True) for right in score(scene, one).right.values()
-        ]
-        density, until = (
-            (model.methods.sparse.density, model.methods.sparse.dense_until) if model.methods.sparse else (1, 1)
-        )
-        work_done = f"{model.computed_steps(steps)} | {mean_density(model, work):.2f}"
-        print(
-            f"| {density} | {until} | {work_done} | {decibels:.1f} dB | {sum(right)} of {len(right)} |",
-            flush=True,
-        )
+        right = [value for (scene, _), one in zip(scenes, frames, strict=True) for value in _right(scene, one)]
+        share = _attention_share(options, steps)
+        print(f"| {name} | {share:.2f} | {decibels:.1f} dB | {sum(right)} of {len(right)} |", flush=True)
+
+
+def _attention_share(options: Mapping[str, Any], steps: int) -> float:
+    """Return the attention that a video computes, relative to that of dense steps without a step cache."""
+    work = Workload((LONG["height"], LONG["width"], LONG["num_frames"]), steps, branches=2)
+    forwards = ModelShape.from_options(options).forwards(work)
+    return sum(density * count for density, count in forwards.items()) / (work.steps * work.branches)
+
+
+def _right(scene: Scene, frames: Frames) -> list[bool]:
+    return list(score(scene, frames).right.values())
+
+
+def _sparse(density: float, dense_until: float = 0.2) -> dict[str, Any]:
+    return {"sparse_attention": {**TOY_BLOCKS, "density": density, "dense_until": dense_until}}
 
 
 def _render(base: Path, scenes: list[tuple[Scene, str]], steps: int, options: Mapping[str, Any]) -> Iterator[Frames]:
