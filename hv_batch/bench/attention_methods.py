@@ -143,11 +143,11 @@ def quality(prompts: int = 3, steps: int = 50) -> None:
     settings: dict[str, dict[str, Any]] = {
         "dense": {},
         **{f"density {density}": _sparse(density) for density in DENSITIES},
-        "density 0.15, dense_until 0.4": _sparse(0.15, dense_until=0.4),
         "step cache, 16 computed": cached,
         "step cache, density 0.3": {**_sparse(0.3), **cached},
         "int8": {"quantized_attention": {"qk": "int8", "backend": "reference"}},
         "fp8": {"quantized_attention": {"qk": "fp8", "backend": "reference"}},
+        "density 0.15, dense_until 0.4": _sparse(0.15, dense_until=0.4),
     }
     reference: list[Frames] = []
     print("| setting | attention of 50 dense steps | PSNR | attributes |\n|---|---|---|---|")

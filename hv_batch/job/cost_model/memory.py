@@ -90,11 +90,11 @@ def _attention_tensors(item: int, ulysses: int, ring: int) -> float:
 
 
 def selection_bytes(heads: int, tokens: int, block: int) -> int:
-    """Peak bytes of the choice of key blocks in sparse attention, for each pair of blocks and head of a rank.
-
-    Two probabilities, one of them being sorted, the sorted values and indices, and the choice.
-    """
-    return heads * (-(-tokens // block)) ** 2 * (4 + 4 + 4 + 8 + 1)
+    """Peak bytes of the choice of key blocks in sparse attention, by the `heads` of a rank."""
+    # For each pair of blocks. First, one head after the other: three tables of 4 x 4 parts, besides the probabilities
+    # of the heads before. Then, for all heads: two probabilities, the sorted values and indices, and the choice.
+    estimating, choosing = 3 * 16 * 4 + heads * 4, heads * (4 + 4 + 4 + 8 + 1)
+    return (-(-tokens // block)) ** 2 * max(estimating, choosing)
 
 
 def _rotary_tensors(item: int) -> float:
