@@ -20,9 +20,10 @@ import torch
 
 from hv_batch.architecture import DiTConfig, TileGeometry
 from hv_batch.attention_kernels import AUTO, DEFAULT, HALF_ONLY
-from hv_batch.attention_methods import AttentionMethods, parse_sparse_attention
+from hv_batch.attention_methods import AttentionMethods, parse_quantized_attention, parse_sparse_attention
 from hv_batch.engine.attention.flex_blocks import check_backend
 from hv_batch.engine.attention.kernels import KERNELS, choose_kernel
+from hv_batch.engine.attention.quantized import check_quantized
 from hv_batch.engine.attention.torch_flash import replaced_problem
 from hv_batch.engine.checkpoint.digests import revision, vae_revision
 from hv_batch.engine.checkpoint.licence_file import declared_licence
@@ -82,6 +83,8 @@ class HunyuanVideo:
       a part of its blocks only. Needs native sequence parallelism without a ring.
     - `fuse_pointwise`: whether torch.compile fuses the norms, modulation and rotation of the DiT's blocks. It needs a
       compiler and changes the last bits; see `hv_batch.engine.dit.pointwise`.
+    - `quantized_attention`: fields of `QuantizedAttention`, as `{qk: int8}`: attention in 8 bits, except in the first
+      steps and the last one. Not together with `sparse_attention`.
     - `sequence_parallel`: how the ranks of a group compute attention: "native", or "xfuser" for xfuser's long-context
       attention, which needs GPUs and a token count that the ranks divide; see `hv_batch.engine.parallel.xfuser`.
     - `vae_tile`: fields of `TileGeometry` that differ from the tiling of the release.
@@ -115,6 +118,7 @@ class HunyuanVideo:
         attention: str = "sdpa",
         sparse_attention: Mapping[str, Any] | None = None,
         fuse_pointwise: bool = False,
+        quantized_attention: Mapping[str, Any] | None = None,
         sequence_parallel: str = "native",
         vae_tile: Mapping[str, Any] | None = None,
         noise: str = "cpu-fp32",
@@ -151,7 +155,9 @@ class HunyuanVideo:
             if not isinstance(flag, bool):
                 raise UserError(f"engine option {option}: {flag!r} is not allowed; allowed are true and false.")
         self._fuse_pointwise = fuse_pointwise
-        self._methods = AttentionMethods(parse_sparse_attention(sparse_attention))
+        self._methods = AttentionMethods(
+            parse_sparse_attention(sparse_attention), parse_quantized_attention(quantized_attention)
+        )
         self._sampling = SamplingOptions(
             parse_choice("noise", noise, NOISES),
             flow_reverse,
@@ -194,6 +200,7 @@ class HunyuanVideo:
             **({"fuse_pointwise": True} if self._fuse_pointwise else {}),
             **({} if self._sequence_parallel == "native" else {"sequence_parallel": self._sequence_parallel}),
             **({"sparse_attention": self._methods.sparse.to_json()} if self._methods.sparse else {}),
+            **({"quantized_attention": self._methods.quantized.to_json()} if self._methods.quantized else {}),
             **({"step_cache": self._sampling.step_cache.identity()} if self._sampling.step_cache else {}),
             **({"cfg_until": self._sampling.cfg_until} if self._sampling.cfg_until else {}),
             **({"loras": self._lora_identity} if self._loras else {}),
@@ -309,6 +316,8 @@ class HunyuanVideo:
             choose_kernel(chosen, device, dtype)
         if sparse := self._methods.sparse:
             check_backend(sparse.backend, sparse.block, device)
+        if self._methods.quantized:
+            check_quantized(self._methods.quantized, device, dtype)
         if self._sequence_parallel == "xfuser":
             check_xfuser(device)
         if self._fuse_pointwise:

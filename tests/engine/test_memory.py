@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hv_batch.architecture import ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig
+from hv_batch.attention_methods import SparseAttention
+from hv_batch.engine.attention.block_selection import select_blocks
+from hv_batch.engine.attention.token_order import block_layout
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling.cfg_gate import CfgGate
@@ -22,7 +25,13 @@ from hv_batch.engine.vae import kernels
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import decode_streaming
 from hv_batch.job.cost_model.flops import count_tiles, decode_flops, forward_flops, rank_traffic, tile_flops
-from hv_batch.job.cost_model.memory import decode_activations, denoiser_footprint, dit_activations, encoder_footprint
+from hv_batch.job.cost_model.memory import (
+    decode_activations,
+    denoiser_footprint,
+    dit_activations,
+    encoder_footprint,
+    selection_bytes,
+)
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.protocol import ParallelPlan
 from hv_batch.step_schedule import StepSchedule
@@ -116,6 +125,17 @@ def test_activations_at_the_released_width(precision, depth, size):
     peak = traced_forward(options, precision, size, text=256)
     model = ModelShape(dit=DiTConfig(**options), precision=precision)
     assert dit_activations(model, size[0] * size[1] * size[2] // 4, 1, 1) == pytest.approx(peak, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("heads", [3, 24])
+def test_what_the_choice_of_blocks_holds(heads):
+    """The pairs of blocks of all heads are counted, as the engine holds them."""
+    grid, options = (4, 16, 32), SparseAttention(density=0.3, brick=(2, 2, 2))
+    layout = block_layout(grid, options.brick, options.neighbours, torch.device("cpu"))
+    q, k = torch.randn(2, layout.tokens, heads, 8)
+    with LiveBytes() as traced:
+        select_blocks(q, k, layout, options)
+    assert selection_bytes(heads, layout.tokens, options.block) == pytest.approx(traced.peak, rel=0.1)
 
 
 def test_what_a_step_cache_and_a_cfg_gate_keep():

@@ -327,6 +327,7 @@ def test_the_identity_survives_json_and_moves_with_the_options(toy):
         {"step_cache": {"kind": "schedule", "computed": 16, "order": 1}},
         {"cfg_until": 0.5},
         {"sparse_attention": {"density": 0.3}},
+        {"quantized_attention": {"qk": "int8", "backend": "reference"}},
         {"vae_tile": {"overlap": 0.5}},
         {"dit": {**TOY_DIT, "mm_single_blocks_depth": 1}},
     ):

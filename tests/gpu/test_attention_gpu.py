@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +12,17 @@ import torch.multiprocessing as mp
 
 from hv_batch.architecture import DiTConfig
 from hv_batch.attention_kernels import candidates
-from hv_batch.engine.attention.kernels import KERNELS, attend_math, choose_kernel, kernel_problem, merge
+from hv_batch.attention_methods import QuantizedAttention, SparseAttention
+from hv_batch.engine.attention.block_sparse import SparseKernel
+from hv_batch.engine.attention.flex_blocks import check_backend
+from hv_batch.engine.attention.kernels import KERNELS, attend_math, attend_sdpa, choose_kernel, kernel_problem, merge
+from hv_batch.engine.attention.quantized import check_quantized, choose_quantized
+from hv_batch.engine.attention.token_order import block_layout
 from hv_batch.engine.kernel_choice import choose_for_group
 from hv_batch.engine.parallel.process_group import host_store, join_group, leave_group
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.parallel.xfuser import XfuserAttention
-from hv_batch.protocol import ParallelPlan, RankSpec
+from hv_batch.protocol import ParallelPlan, RankSpec, UserError
 from tests.support.dit_reference import random_dit, random_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -68,6 +74,42 @@ def test_an_activated_kernel_is_not_recorded_as_sdpa():
         assert name in str(kernel_problem("sdpa", device, q.dtype))
         torch.nn.attention.restore_flash_attention_impl()
     assert torch.equal(choose_kernel("sdpa", device, q.dtype)(q, q, q)[0], before)
+
+
+@pytest.mark.parametrize("backend", ["flex", "flex-flash"])
+@pytest.mark.parametrize("text", [1, 77, 256])
+def test_compiled_sparse_attention_equals_the_reference(backend, text):
+    """flex_attention attends to the chosen blocks only, with its log-sum-exp, for sizes that blocks do not divide."""
+    options, device = SparseAttention(density=0.3, backend=backend), torch.device("cuda")
+    try:
+        check_backend(backend, options.block, device)
+    except UserError as error:
+        pytest.skip(str(error))
+    grid = (9, 21, 38)
+    layout = block_layout(grid, options.brick, options.neighbours, device)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(text + layout.tokens, 3, 4, 128, device=device).bfloat16().unbind(1)
+    out, lse = SparseKernel(options, layout, text, attend_sdpa)(2 * q, k, v)
+    expected, expected_lse = SparseKernel(replace(options, backend="eager"), layout, text, attend_sdpa)(2 * q, k, v)
+    assert ((out - expected).float().norm() / expected.float().norm()).item() <= 2e-2
+    assert (lse - expected_lse).abs().max().item() <= 1e-2
+
+
+@pytest.mark.parametrize(("qk", "backend"), [("int8", "sage"), ("fp8", "fa3")])
+def test_8_bit_kernels_equal_the_reference(qk, backend):
+    """The kernels have the error of the reference against float32, and the same log-sum-exp."""
+    options = QuantizedAttention(qk=qk, backend=backend)
+    try:
+        check_quantized(options, torch.device("cuda"), torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1000, 3, 8, 128, device="cuda").bfloat16().unbind(1)
+    k, v = k + 4 * torch.randn(8, 128, device="cuda").bfloat16(), v + 1
+    out, lse = choose_quantized(options)(q, k, v)
+    expected, expected_lse = attend_math(q, k, v)
+    assert ((out - expected).float().norm() / expected.float().norm()).item() <= 5e-2
+    assert (lse - expected_lse).abs().max().item() <= 0.2
 
 
 def _rank_main(rank: int, folder: Path, addresses: dict[tuple[int, int], mp.Queue]) -> None:

@@ -53,7 +53,11 @@ MODES = {
     "blocks offloaded": ({"offload": "blocks"}, 90),
     "two ranks": ({"ulysses_degree": 2}, 75),
 }
+TOY_BLOCKS = {"brick": [4, 2, 2], "neighbours": "faces", "backend": "eager"}
 MORE_MODES = {
+    "sparse attention": ({"sparse_attention": {"density": 0.5, **TOY_BLOCKS}}, 25),
+    "INT8 attention": ({"quantized_attention": {"qk": "int8", "backend": "reference"}}, 40),
+    "FP8 attention": ({"quantized_attention": {"qk": "fp8", "backend": "reference"}}, 35),
     "ring of two": ({"ring_degree": 2}, 75),
 }
 

@@ -1,12 +1,11 @@
 """Block-sparse attention with PyTorch's compiled `flex_attention`.
 
-The keys are those of the image, then those of the text, then padding up to a fixed length, so that prompts of any
-length use the same compiled code. The blocks that hold text, and with it the end of the image, are always attended to;
-a mask excludes the padding in them. Nothing is padded inside the image. The compiler takes seconds to import, so this
-happens on first use.
+The keys are those of the image, then those of the text. The key blocks that hold text, and with it the end of the
+image, are always attended to. Nothing is padded, and sizes are dynamic, so prompts and videos of all sizes use the same
+compiled code. The compiler takes seconds to import, so this happens on first use.
 
-On a CPU, compiled flex_attention (PyTorch 2.13) has two limits: it takes these masks only as partial blocks, for which
-it evaluates the mask in every block, and it does not return the log-sum-exp.
+On a CPU, compiled flex_attention (PyTorch 2.13) takes these masks only as partial blocks, and does not return the
+log-sum-exp.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from hv_batch.protocol import UserError
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-TEXT_ROOM = 320  # tokens; the padded text has a multiple of it. Prompts have at most 315.
 CUDA_BLOCK = 128  # tokens; blocks on a GPU must be a multiple
 MAX_COMPILED = 256  # variants per process: sizes of a video, numbers of heads
 
@@ -64,15 +62,15 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """See `block_sparse.BlockAttention`. On a CPU, the log-sum-exp is NaN."""
     import torch._dynamo
+    import torch.fx.experimental._config
     from torch.nn.attention.flex_attention import AuxRequest
 
     image_len, text_len = len(q), len(k) - len(q)
-    room = -(-text_len // TEXT_ROOM) * TEXT_ROOM
-    blocks = -(-(image_len + room) // block)
-    queries = q.transpose(0, 1).unsqueeze(0)  # [1, H, N, D]
-    keys, values = (_image_first(x, text_len, blocks * block) for x in (k, v))
-    mask = _block_mask(kept, block, image_len, text_len, blocks)
-    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED):
+    queries, keys, values = q.transpose(0, 1).unsqueeze(0), _image_first(k, text_len), _image_first(v, text_len)
+    mask = _block_mask(kept, block, image_len, text_len)
+    # Two sizes that happen to be equal in the first call must not be compiled as one size.
+    separate_sizes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED), separate_sizes:
         if q.device.type == "cpu":
             out, lse = _compiled()(queries, keys, values, block_mask=mask), q.new_full(q.shape[:2], torch.nan).float()
         else:
@@ -100,30 +98,20 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-def _image_first(x: Tensor, text_len: int, rows: int) -> Tensor:
-    """[S + N, H, D] with the text first -> [1, H, rows, D] with the image first, then the text, then zeros."""
-    moved = x.new_zeros(1, x.shape[1], rows, x.shape[2])
-    image_len = len(x) - text_len
-    moved[0, :, :image_len] = x[text_len:].transpose(0, 1)
-    moved[0, :, image_len : len(x)] = x[:text_len].transpose(0, 1)
-    return moved
+def _image_first(x: Tensor, text_len: int) -> Tensor:
+    """[S + N, H, D] with the text first -> [1, H, N + S, D] with the image first."""
+    return torch.cat((x[text_len:], x[:text_len])).transpose(0, 1).unsqueeze(0)
 
 
-def _block_mask(kept: Tensor, block: int, image_len: int, text_len: int, blocks: int) -> BlockMask:
-    """Return the mask of the chosen blocks `kept` [H, n, n] over `blocks` key blocks, image first."""
+def _block_mask(kept: Tensor, block: int, image_len: int, text_len: int) -> BlockMask:
+    """Return the mask of the chosen blocks `kept` [H, n, n], over the key blocks of image and text."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    complete, used = image_len // block, -(-(image_len + text_len) // block)
+    complete, blocks = image_len // block, -(-(image_len + text_len) // block)
     chosen = kept.new_zeros(*kept.shape[:2], blocks)
     chosen[..., :complete] = kept[..., :complete]
     last = torch.zeros_like(chosen)
-    last[..., complete:used] = True
-    end = torch.tensor(image_len + text_len, device=kept.device)  # a tensor, so that its value is not compiled in
-
-    def is_valid(_batch: Tensor, _head: Tensor, _query: Tensor, key: Tensor) -> Tensor:
-        return key < end
-
-    # Blocks with text need the mask; the others are full, except on a CPU (see above).
+    last[..., complete:] = True
     is_cpu = kept.device.type == "cpu"
     count, index = _lists(chosen | last if is_cpu else last)
     full_count, full_index = (None, None) if is_cpu else _lists(chosen)
@@ -133,10 +121,15 @@ def _block_mask(kept: Tensor, block: int, image_len: int, text_len: int, blocks:
         full_count,
         full_index,
         BLOCK_SIZE=block,
-        mask_mod=is_valid,
-        seq_lengths=(image_len, blocks * block),
+        mask_mod=None if is_cpu else _allow,
+        seq_lengths=(image_len, image_len + text_len),
         compute_q_blocks=False,  # needed for gradients only
     )
+
+
+def _allow(_batch: Tensor, _head: Tensor, _query: Tensor, key: Tensor) -> Tensor:
+    """Allow every key. The compiler must not notice that: without a mask, FLASH ignores the list of blocks."""
+    return key >= 0
 
 
 def _lists(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.attention_methods import DENSE, StepAttention
 from hv_batch.engine.attention.block_sparse import SparseKernel
 from hv_batch.engine.attention.kernels import choose_kernel
+from hv_batch.engine.attention.quantized import choose_quantized
 from hv_batch.engine.attention.token_order import block_layout
 from hv_batch.engine.dit.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from hv_batch.engine.dit.embeddings import (
@@ -146,6 +147,8 @@ class HYVideoDiT(nn.Module):
         rope = torch.complex(*table)
         if sparse and layout:
             kernel = SparseKernel(sparse, layout, text_len, kernel)
+        elif attention.quantized:
+            kernel = choose_quantized(attention.quantized)
         attend = partial(self.joint_attention, text_len=text_len, image_len=image_len, mesh=mesh, kernel=kernel)
 
         for block in self.double_blocks:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hv_batch.attention_methods import ALL_DENSE
 from hv_batch.job.config.group_rules import GROUP_SIZES, NODE_GPUS
 from hv_batch.job.config.hardware import GPUS, Gpu
 from hv_batch.job.config.run_config import RunConfig
@@ -120,7 +119,7 @@ def _work(model: ModelShape, work: Workload, samples: int) -> Report:
         "samples": samples,
         "tokens": work.tokens,
         "denoise_flops": denoise_flops(model, work),
-        **({"attention_density": mean_density(model, work)} if model.methods != ALL_DENSE else {}),
+        **({"attention_density": mean_density(model, work)} if model.methods.sparse else {}),
         "decode_flops": decode_flops(model, work.shape),
     }
 

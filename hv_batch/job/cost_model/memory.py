@@ -59,6 +59,11 @@ def dit_activations(model: ModelShape, tokens: int, ulysses: int, ring: int, tex
     local = -(-tokens // (ulysses * ring))
     rows = local + text
     attending = max(_attention_tensors(item, ulysses, ring), _rotary_tensors(item))
+    if sparse := model.methods.sparse:
+        selecting = selection_bytes(dit.heads_num // ulysses, tokens, sparse.block) / (rows * dit.hidden_size * item)
+        # Of the chunk: q, k, v if they are copies; k and v with the image first; attended rows before and after they
+        # are joined with those of the text.
+        attending = max(attending, (3 if ulysses > 1 else 0) + 4 + selecting)
     widest = 0.0  # in rows of hidden channels, in the model's precision
     if dit.mm_double_blocks_depth:
         # In the image's MLP: stream before and after attention, attended, modulated, hidden layer, result; and of the
@@ -82,6 +87,14 @@ def _attention_tensors(item: int, ulysses: int, ring: int) -> float:
         return trade
     moving = 2 * (2 if ring > 2 else 1)  # k and v, and those that are being received unless it is the last hop
     return max(trade, chunk + moving + 2 * wide + 1 + cast)  # two partial results and their sum
+
+
+def selection_bytes(heads: int, tokens: int, block: int) -> int:
+    """Peak bytes of the choice of key blocks in sparse attention, by the `heads` of a rank."""
+    # For each pair of blocks. First, one head after the other: three tables of 4 x 4 parts, besides the probabilities
+    # of the heads before. Then, for all heads: two probabilities, the sorted values and indices, and the choice.
+    estimating, choosing = 3 * 16 * 4 + heads * 4, heads * (4 + 4 + 4 + 8 + 1)
+    return (-(-tokens // block)) ** 2 * max(estimating, choosing)
 
 
 def _rotary_tensors(item: int) -> float:
