@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hv_batch.attention_kernels import AUTO, assumed_kernel
-from hv_batch.attention_methods import AttentionMethods, SparseAttention
+from hv_batch.attention_methods import SparseAttention
 from hv_batch.job.config.hardware import Gpu
 from hv_batch.job.cost_model.group_plan import choose_degrees
 from hv_batch.job.cost_model.memory import GIB, rank_footprint
@@ -62,7 +62,7 @@ def variants(model: ModelShape, work: Counter[Workload], gpu: Gpu) -> Iterator[V
         yield Variant(f"attention {kernel}", fast, overrides)
     if min(kind.steps for kind in work) < MIN_STEPS:
         return
-    sparse = AttentionMethods(SparseAttention(density=DENSITY))
+    sparse = replace(model.methods, sparse=SparseAttention(density=DENSITY))
     with_sparse = f"model.options.sparse_attention={{density: {DENSITY}}}"
     if model.step_cache is None:
         for computed in COMPUTED:
