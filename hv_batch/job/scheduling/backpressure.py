@@ -53,7 +53,11 @@ class Backpressure:
 
         A denoise runs in the worker's `own` size class; other stages take the one whose next sample is the oldest.
         """
-        size_classes = [own] if stage is Stage.DENOISE else self._queues.size_classes(stage)
+        if stage is Stage.DENOISE:
+            return own if self._queues.waiting(stage, own) and self._room_for(stage, own) > 0 else None
+        size_classes = self._queues.size_classes(stage)
+        if len(size_classes) == 1:
+            return 0 if self._queues.waiting(stage, 0) and self._room_for(stage, 0) > 0 else None
         return self._queues.oldest(
             stage, (size_class for size_class in size_classes if self._room_for(stage, size_class) > 0)
         )

@@ -83,7 +83,7 @@ class Queues:
 
     def at_or_before(self, stage: Stage, size_class: int | None = None) -> int:
         """Samples that the stage has yet to complete: those at it and at earlier stages."""
-        return sum(self._at[each, size_class] for each in STAGES[: stage + 1])
+        return sum([self._at[each, size_class] for each in STAGES[: stage + 1]])
 
     def oldest(self, stage: Stage, size_classes: Iterable[int]) -> int | None:
         """Of these size classes, the one whose next sample was admitted first; None if no sample waits."""

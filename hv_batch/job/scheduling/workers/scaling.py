@@ -28,6 +28,7 @@ from hv_batch.job.stages import STAGES, Stage
 # Groups are requested first: only they need many GPUs of one node at once, and a single actor that is placed there
 # first would block them.
 START_ORDER = (Stage.DENOISE, Stage.ENCODE, Stage.DECODE)
+POOLS = (Stage.ENCODE, Stage.DECODE)
 
 # How long a stage without workers waits for a new node before others make room for it: an autoscaler takes minutes to
 # add a node, and a released group takes minutes to load again.
@@ -116,7 +117,7 @@ class WorkerScaling:
         if stage is Stage.DENOISE:
             return self.size_classes.abandoned()
         slots = self._slots[stage]
-        return 0 if slots.count(Status.ABANDONED) >= self._pools.most(stage) and not slots.alive() else None
+        return 0 if not slots.alive() and slots.count(Status.ABANDONED) >= self._pools.most(stage) else None
 
     def starts(self, needed: Mapping[Stage, int], now: float) -> Iterator[StartWorker]:
         """Start workers. `needed` is how many workers of each stage the samples in flight can keep busy."""
@@ -156,9 +157,11 @@ class WorkerScaling:
 
         `needed` is empty before the tail, when more samples will come.
         """
-        for stage in (Stage.ENCODE, Stage.DECODE):
+        for stage in POOLS:
             most = self._pools.most(stage)
-            yield from self._release_beyond(stage, None, min(most, needed.get(stage, most)), is_tail=bool(needed))
+            most = min(most, needed.get(stage, most))
+            if self._slots[stage].alive() > most:
+                yield from self._release_beyond(stage, None, most, is_tail=bool(needed))
         if needed:
             for size_class in range(len(self.size_classes)):
                 most = self.size_classes.needed(size_class)
@@ -186,7 +189,7 @@ class WorkerScaling:
         self, needed: Mapping[Stage, int], bottleneck: Callable[[], Stage | None], now: float
     ) -> Iterator[ReleaseWorker]:
         """Release idle workers if a stage has waited too long for resources and has none, or is the bottleneck."""
-        if not any(self._slots[stage].count(Status.REQUESTED) for stage in (Stage.ENCODE, Stage.DECODE)):
+        if self._no_group_before and not any(self._slots[each].count(Status.REQUESTED) for each in POOLS):
             self._no_group_before = 0.0
         starved = [stage for stage in self._in_need(needed) if self._is_starved(stage, now)]
         slow = bottleneck() if starved else None
