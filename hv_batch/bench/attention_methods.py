@@ -1,12 +1,13 @@
 """Measures sparse and 8-bit attention: `python -m hv_batch.bench.attention_methods speed|mass|quality`.
 
 `speed` alternates the sparse kernel with SDPA in one process, so the ratio does not depend on other load. `mass` and
-`quality` use the toy with blocks of 16 tokens: a toy video has 36 of them, where 720p has 929. This is
-a harder case, because a block is a larger part of the video.
+`quality` use the toy with blocks of 16 tokens: a toy video has 20 or 36 of them, where 720p has 929. This is a harder
+case, because a block is a larger part of the video.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +22,10 @@ from torch import Tensor
 from hv_batch.architecture import DiTConfig
 from hv_batch.attention_methods import AttentionMethods, SparseAttention, parse_sparse_attention
 from hv_batch.bench.step_quality import FP32, REST, VIDEO, psnr
-from hv_batch.engine.attention.block_selection import select_blocks
+from hv_batch.engine.attention.block_selection import choose_blocks, estimate_probabilities, select_blocks
 from hv_batch.engine.attention.block_sparse import SparseKernel
 from hv_batch.engine.attention.kernels import Kernel, attend_sdpa
-from hv_batch.engine.attention.token_order import block_layout
+from hv_batch.engine.attention.token_order import BlockLayout, block_layout
 from hv_batch.engine.checkpoint.loading import load_dit
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.option_values import parse_fields
@@ -32,8 +33,7 @@ from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampling.sampler import SamplingOptions, trajectory
 from hv_batch.engine.video_requests import plan_videos
-from hv_batch.job.cost_model.model import ModelShape
-from hv_batch.job.workload import Workload
+from hv_batch.step_schedule import computed_steps, parse_step_cache
 from hv_batch.toy.accuracy import PROMPTS_SEED
 from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import cache_dir
@@ -88,24 +88,40 @@ def _alternate(calls: tuple[Callable[[], Any], ...], rounds: int) -> list[float]
 
 
 class MassMeter:
-    """A `JointAttention` on one rank that also sums the attention of the image that the chosen blocks and text hold."""
+    """A `JointAttention` on one rank that also sums the attention of the image that text and chosen blocks hold.
+
+    `masses` has one list for each way of choosing as many blocks: by the true probabilities, by the estimate, and by an
+    estimate from one mean for each block.
+    """
 
     def __init__(self) -> None:
-        self.masses: list[float] = []
+        self.masses: dict[str, list[float]] = {"best": [], "chosen": [], "one mean": []}
         self.kept: list[float] = []
 
     def __call__(self, qkv: Tensor, text_len: int, image_len: int, mesh: SequenceMesh, kernel: Kernel) -> Tensor:
         if isinstance(kernel, SparseKernel):
             q, k, _ = qkv.unbind(1)
-            layout = kernel.layout
-            chosen = select_blocks(q[text_len:], k[text_len:], layout, kernel.options)
-            scores = torch.einsum("qhd,khd->hqk", q[text_len:], k) * q.shape[-1] ** -0.5
-            by_token = chosen.repeat_interleave(layout.block, 1).repeat_interleave(layout.block, 2)
-            probability = scores.softmax(dim=-1)
-            image = probability[..., text_len:] * by_token[:, :image_len, :image_len]
-            self.masses.append(float((image.sum(-1) + probability[..., :text_len].sum(-1)).mean()))
-            self.kept.append(float(chosen.float().mean()))
+            probability = (torch.einsum("qhd,khd->hqk", q[text_len:], k) * q.shape[-1] ** -0.5).softmax(dim=-1)
+            true = _block_means(probability[..., text_len:], kernel.layout)
+            images = q[text_len:], k[text_len:], kernel.layout
+            estimates = {
+                "best": true,
+                "chosen": estimate_probabilities(*images),
+                "one mean": estimate_probabilities(*images, parts=1),
+            }
+            for name, estimate in estimates.items():
+                kept = choose_blocks(estimate, kernel.layout, kernel.options)
+                self.masses[name].append(
+                    float((true * kept).sum(-1).mean() + probability[..., :text_len].sum(-1).mean())
+                )
+            self.kept.append(float(kept.float().mean()))
         return attend_jointly(qkv, text_len, image_len, mesh, kernel)
+
+
+def _block_means(probability: Tensor, layout: BlockLayout) -> Tensor:
+    """[H, N, N] -> [H, n, n]: summed over the keys of a block, averaged over its queries. All blocks are complete."""
+    blocks = (layout.blocks, layout.block)
+    return probability.unflatten(2, blocks).sum(3).unflatten(1, blocks).mean(2)
 
 
 @app.command()
@@ -120,25 +136,27 @@ def mass(steps: int = 10) -> None:
         videos = plan_videos(prompt, 0, 1, **LONG, **REST, num_inference_steps=steps)
         texts = pipeline.encode(videos)
     branches = [texts[videos[0].prompt]], [texts[videos[0].negative_prompt]]
-    print("density  kept   mass")
-    for density in DENSITIES:
+    print("neighbours  density  kept   best  chosen  one mean")
+    for neighbours, density in itertools.product(("none", "faces"), DENSITIES):
         meter = model.joint_attention = MassMeter()
-        sparse = parse_sparse_attention({**TOY_BLOCKS, "density": density, "dense_until": 0.0})
-        options = SamplingOptions(attention=AttentionMethods(sparse))
+        values = {**TOY_BLOCKS, "neighbours": neighbours, "density": density, "dense_until": 0.0}
+        options = SamplingOptions(attention=AttentionMethods(parse_sparse_attention(values)))
         for _ in trajectory(model, videos, *branches, mesh=SequenceMesh.single(), device=CPU, options=options):
             pass
-        print(f"{density:7.2f}  {statistics.mean(meter.kept):.2f}  {statistics.mean(meter.masses):.3f}")
+        best, chosen, one_mean = (statistics.mean(masses) for masses in meter.masses.values())
+        kept = statistics.mean(meter.kept)
+        print(f"{neighbours:>10}  {density:7.2f}  {kept:.2f}  {best:.3f}  {chosen:6.3f}  {one_mean:8.3f}", flush=True)
 
 
 @app.command()
 def quality(prompts: int = 3, steps: int = 50) -> None:
     """Render held-out prompts of the toy, and compare attributes and frames with those of dense attention.
 
-    Two rows have a step cache, one of them with sparse attention.
+    The videos are those of `step_quality`. Two rows have a step cache, one of them with sparse attention.
     """
     torch.set_num_threads(1)
     base = write_trained_checkpoint(cache_dir())
-    scenes = list(islice(captioned_scenes(PROMPTS_SEED, LONG["num_frames"], held_out=True), prompts))
+    scenes = list(islice(captioned_scenes(PROMPTS_SEED, VIDEO["num_frames"], held_out=True), prompts))
     cached = {"step_cache": {"kind": "schedule", "computed": 16}}
     settings: dict[str, dict[str, Any]] = {
         "dense": {},
@@ -150,7 +168,7 @@ def quality(prompts: int = 3, steps: int = 50) -> None:
         "density 0.15, dense_until 0.4": _sparse(0.15, dense_until=0.4),
     }
     reference: list[Frames] = []
-    print("| setting | attention of 50 dense steps | PSNR | attributes |\n|---|---|---|---|")
+    print("| setting | attention | PSNR | attributes |\n|---|---|---|---|")
     for name, options in settings.items():
         frames = list(_render(base, scenes, steps, options))
         reference = reference or frames
@@ -162,9 +180,9 @@ def quality(prompts: int = 3, steps: int = 50) -> None:
 
 def _attention_share(options: Mapping[str, Any], steps: int) -> float:
     """Return the attention that a video computes, relative to that of dense steps without a step cache."""
-    work = Workload((LONG["height"], LONG["width"], LONG["num_frames"]), steps, branches=2)
-    forwards = ModelShape.from_options(options).forwards(work)
-    return sum(density * count for density, count in forwards.items()) / (work.steps * work.branches)
+    methods = AttentionMethods(parse_sparse_attention(options.get("sparse_attention")))
+    computed = computed_steps(parse_step_cache(options.get("step_cache")), steps)
+    return sum(methods.density(step, steps) for step in computed) / steps
 
 
 def _right(scene: Scene, frames: Frames) -> list[bool]:
@@ -178,7 +196,7 @@ def _sparse(density: float, dense_until: float = 0.2) -> dict[str, Any]:
 def _render(base: Path, scenes: list[tuple[Scene, str]], steps: int, options: Mapping[str, Any]) -> Iterator[Frames]:
     with HunyuanVideoPipeline.from_pretrained(base, device="cpu", **FP32, **options) as pipeline:
         for seed, (_, prompt) in enumerate(scenes):
-            yield pipeline(prompt, seed=seed, num_inference_steps=steps, **LONG, **REST)
+            yield pipeline(prompt, seed=seed, num_inference_steps=steps, **VIDEO, **REST)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ MODES = {
 }
 TOY_BLOCKS = {"brick": [4, 2, 2], "neighbours": "faces", "backend": "eager"}
 MORE_MODES = {
-    "sparse attention": ({"sparse_attention": {"density": 0.5, **TOY_BLOCKS}}, 25),
-    "INT8 attention": ({"quantized_attention": {"qk": "int8", "backend": "reference"}}, 40),
-    "FP8 attention": ({"quantized_attention": {"qk": "fp8", "backend": "reference"}}, 35),
+    "sparse attention": ({"sparse_attention": {"density": 0.5, **TOY_BLOCKS}}, 30),
+    "INT8 attention": ({"quantized_attention": {"qk": "int8", "backend": "reference"}}, 55),
+    "FP8 attention": ({"quantized_attention": {"qk": "fp8", "backend": "reference"}}, 48),
     "ring of two": ({"ring_degree": 2}, 75),
 }
 
@@ -157,6 +157,7 @@ def test_every_render_mode_shows_the_same_attributes(trained, captioned, referen
     """Other arithmetic than P3 covers may change bits, but not the attributes that the scorer reads."""
     options, min_psnr = (MODES | MORE_MODES)[mode]
     frames = render(trained, captioned, options)
+    print(f"{mode}: {psnr(frames, reference):.1f} dB")  # shown with -rP
     assert psnr(frames, reference) > min_psnr
     assert score(captioned[0], frames).right == score(captioned[0], reference).right
 

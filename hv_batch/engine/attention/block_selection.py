@@ -28,7 +28,11 @@ def select_blocks(q: Tensor, k: Tensor, layout: BlockLayout, options: SparseAtte
     q and k [N, H, D] are the image tokens in the order of `layout`, with n blocks. A set for a larger density, or a
     larger `top_p`, contains that for a smaller one.
     """
-    probability = estimate_probabilities(q, k, layout)
+    return choose_blocks(estimate_probabilities(q, k, layout), layout, options)
+
+
+def choose_blocks(probability: Tensor, layout: BlockLayout, options: SparseAttention) -> Tensor:
+    """Return the choice [H, n, n] of `select_blocks` for given probabilities [H, n, n]."""
     budget = min(layout.blocks, math.ceil(options.density * layout.blocks))
     # Probabilities are at most 1. Blocks that are always kept come first, so they count against the budget.
     ranked = probability.masked_fill(layout.always, 2.0).sort(dim=-1, descending=True, stable=True).indices
@@ -40,9 +44,9 @@ def select_blocks(q: Tensor, k: Tensor, layout: BlockLayout, options: SparseAtte
     return kept
 
 
-def estimate_probabilities(q: Tensor, k: Tensor, layout: BlockLayout) -> Tensor:
+def estimate_probabilities(q: Tensor, k: Tensor, layout: BlockLayout, parts: int = PARTS) -> Tensor:
     """Return the estimated probability that the queries of a block give to each key block: float32 [H, n, n]."""
-    parts = PARTS if layout.block % PARTS == 0 else 1
+    parts = parts if layout.block % parts == 0 else 1
     q_means, k_means = (_part_means(x, layout.block // parts, layout.blocks * parts) for x in (q, k))
     is_empty = torch.arange(layout.blocks * parts, device=q.device) * (layout.block // parts) >= q.shape[0]
     # The weight of a part of the queries within its block. Only the last block may have empty parts.
