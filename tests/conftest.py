@@ -8,8 +8,9 @@ from typing import Any
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
-# No example has a deadline: on a busy machine one that needs a millisecond sometimes takes a second.
-settings.register_profile("untimed", deadline=None)
+# No example has a deadline: on a busy machine one that needs a millisecond sometimes takes a second. Half of the default
+# number of examples, because every run of the suite draws others.
+settings.register_profile("untimed", deadline=None, max_examples=50)
 settings.load_profile("untimed")
 
 # Runs of the tests are resumed by their output roots alone. A root may name only engines that the operator knows.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -29,7 +27,7 @@ from hv_batch.job.workload import Workload, count_tokens
 from hv_batch.protocol import ParallelPlan, UserError
 from hv_batch.runtime.render import render
 from hv_batch.toy.checkpoint import TOY_VAE, write_toy_checkpoint
-from tests.support.repository import ROOT
+from tests.support.cli_calls import run_main
 
 RELEASED = ModelShape()
 IN_GROUP = {"placement": "group"}
@@ -477,22 +475,16 @@ def test_the_command_runs_without_weights_or_gpus(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "height": 100}\n')
 
     def plan(name):
-        arguments = ["--config", tmp_path / "config.yaml", "--manifest", tmp_path / name, "--json", "--gpu", "h20"]
-        return subprocess.run(
-            [sys.executable, "-m", "hv_batch", "plan", *map(str, arguments)],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            timeout=120,
-            check=False,
+        return run_main(
+            *("plan", "--config", tmp_path / "config.yaml", "--manifest", tmp_path / name, "--json", "--gpu", "h20")
         )
 
-    done = plan("good.jsonl")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, stdout, stderr = plan("good.jsonl")
+    assert code == 0, stderr
+    found = json.loads(stdout)
     assert found["gpu"]["name"] == "H20"
     assert found["work"][0]["tokens"] == 9 * 8 * 8
-    refused = plan("bad.jsonl")
-    assert refused.returncode == 1
-    assert "row 1: height = 100" in json.loads(refused.stdout)["error"]
-    assert "Traceback" not in refused.stderr
+    code, stdout, stderr = plan("bad.jsonl")
+    assert code == 1
+    assert "row 1: height = 100" in json.loads(stdout)["error"]
+    assert "Traceback" not in stderr

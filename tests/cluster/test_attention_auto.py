@@ -30,6 +30,7 @@ def recorded(output):
     return json.loads((output / "choices.json").read_text())["choices"]["kernel"]
 
 
+@pytest.mark.slow
 def test_two_groups_that_start_at_once_use_one_kernel_and_a_rebuilt_one_keeps_it(ray_head, tmp_path, marks):
     """P3: each group would choose another kernel; one is recorded, before the first denoise, and both use it. So does
     the group that replaces one which was killed.

@@ -94,8 +94,8 @@ def test_crash_after_crash(crashes):
 
 # The commands of an operator may be killed as well --------------------------------------------------------------------
 
-# By default at every seventh point, because each takes two or three runs.
-SOME = pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
+# By default at every eleventh point, because each takes two or three runs.
+SOME = pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 11])
 
 
 @SOME

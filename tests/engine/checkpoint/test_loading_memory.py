@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.repository import ROOT
 
 # Runs in a separate process, because free heap memory of this process would hide allocations.
@@ -54,6 +56,7 @@ print(json.dumps(sizes))
 """
 
 
+@pytest.mark.slow  # it writes 1.5 GB
 def test_a_rank_needs_no_anonymous_memory_of_the_models_size(tmp_path):
     """26 GB of weights must not take 26 GB of private memory per rank; a conversion needs memory for a few tensors.
 
