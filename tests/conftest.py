@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
-# No example has a deadline: on a busy machine one that needs a millisecond sometimes takes a second. Half of the default
-# number of examples, because every run of the suite draws others.
+# No example has a deadline: on a busy machine one that needs a millisecond sometimes takes a second. There are
+# half as many examples as by default, because every run of the suite draws others.
 settings.register_profile("untimed", deadline=None, max_examples=50)
 settings.load_profile("untimed")
 

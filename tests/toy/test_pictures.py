@@ -51,10 +51,10 @@ MODES = {
     "FP8 products": ({"fp8": "matmul"}, 40),
     "step cache": ({"step_cache": {"kind": "schedule", "computed": 23}}, 38),  # 6 of 12 steps
     "blocks offloaded": ({"offload": "blocks"}, 90),
-    "two ranks": ({"ulysses_degree": 2}, 75),
 }
 TOY_BLOCKS = {"brick": [4, 2, 2], "neighbours": "faces", "backend": "eager"}
 MORE_MODES = {
+    "two ranks": ({"ulysses_degree": 2}, 75),
     "sparse attention": ({"sparse_attention": {"density": 0.5, **TOY_BLOCKS}}, 30),
     "INT8 attention": ({"quantized_attention": {"qk": "int8", "backend": "reference"}}, 55),
     "FP8 attention": ({"quantized_attention": {"qk": "fp8", "backend": "reference"}}, 48),
