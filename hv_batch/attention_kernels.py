@@ -21,7 +21,7 @@ PACKAGES: Mapping[str, str] = {"fa3": "flash_attn_3", "fa4": "flash-attn-4", "fl
 #   arXiv 2502.04507, and sglang's pull request 22814, from the time of whole steps), cudnn 563 to 572 and sdpa 359 to
 #   363 (H200, `hv-batch bench engine`, 2026-11-26). No figure of fa4 on Hopper is known, so it is not preferred.
 # - 10, Blackwell: fa4 is up to 1.3 times as fast as cuDNN 9.13 (arXiv 2603.05451). fa3 does not run there.
-# - 12, consumer and workstation Blackwell: cudnn before FlashAttention-2 (sglang's issue 36525, 14.0 for 14.4 s).
+# - 12, consumer and workstation Blackwell: cudnn before FlashAttention-2 (sglang #36525, 14.0 for 14.4 s).
 FASTEST: Mapping[int, Sequence[str]] = {
     9: ("fa3", "cudnn", "fa4", "sdpa"),
     10: ("fa4", "cudnn", "sdpa"),

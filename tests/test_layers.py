@@ -73,6 +73,7 @@ ENGINE = """
     vae
     parallel
     attention  determinism  rank_failures  video_requests  matmul_speed  option_values
+    compiler
 """
 
 

@@ -35,7 +35,7 @@ def lists(draw):
 
 @given(schedule=spreads() | lists(), total=st.integers(1, 300))
 def test_the_first_and_the_last_step_are_computed(schedule, total):
-    """Issue 20, part 1: for every number of steps; computed steps ascend and exist."""
+    """For every number of steps; computed steps ascend and exist."""
     steps = schedule.steps(total)
     assert steps[0] == 0
     assert steps[-1] == total - 1
@@ -44,7 +44,7 @@ def test_the_first_and_the_last_step_are_computed(schedule, total):
 
 @given(schedule=spreads(), total=st.integers(1, 300))
 def test_the_share_of_computed_steps_is_that_of_the_option(schedule, total):
-    """Issue 20, part 1: the cost of a video is known in advance. The warm-up is complete, and the other gaps are even
+    """The cost of a video is known in advance. The warm-up is complete, and the other gaps are even
     without a taper, and never grow by more than rounding with one.
     """
     steps = schedule.steps(total)
@@ -60,7 +60,7 @@ def test_the_share_of_computed_steps_is_that_of_the_option(schedule, total):
 
 @given(schedule=lists())
 def test_a_list_is_kept_at_its_own_number_of_steps(schedule):
-    """Issue 20, part 1: a published list of 50 steps means these steps at 50 steps."""
+    """A published list of 50 steps means these steps at 50 steps."""
     assert schedule.steps(schedule.of) == tuple(sorted({0, *schedule.computed, schedule.of - 1}))
 
 
@@ -74,7 +74,7 @@ def test_published_lists_and_shares():
 
 
 def test_half_of_the_steps_is_half_of_them():
-    """Part 6: 0.5 of 50 steps are 25; a share is rounded up."""
+    """A share of 0.5 of 50 steps is 25 steps; a share is rounded up."""
     assert [guided_steps(0.5, total) for total in (1, 2, 50, 51)] == [1, 1, 25, 26]
     assert guided_steps(0.3, 10) == 3  # 0.3 * 10 is above 3 in floating point on no machine
     assert guided_steps(0.07, 100) == 7  # 0.07 * 100 is 7.000000000000001

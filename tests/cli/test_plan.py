@@ -343,7 +343,7 @@ def test_options_of_the_model_are_counted(manifest):
 
 
 def test_only_steps_that_run_the_model_are_counted(manifest):
-    """Issue 20: a step cache and `cfg_until` count in operations, hours and memory, by the steps of each row."""
+    """A step cache and `cfg_until` count in operations, hours and memory, by the steps of each row."""
 
     def plan(*overrides: str) -> dict:
         return make_plan(load_config(str(shipped("720p_8gpu.yaml")), overrides), manifest, GPUS["h100"])

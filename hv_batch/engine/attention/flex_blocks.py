@@ -10,7 +10,6 @@ log-sum-exp.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hv_batch.engine.compiler import missing_compiler
 from hv_batch.protocol import UserError
 
 if TYPE_CHECKING:
@@ -33,28 +33,24 @@ def check_backend(backend: str, block: int, device: torch.device) -> None:
     if backend == "eager":
         return
     option = f"engine option sparse_attention: backend {backend!r}"
-    if device.type == "cpu":
-        if backend == "flex-flash":
-            raise UserError(f"{option} needs a CUDA device; choose 'flex' or 'eager'.")
-        if not any(map(shutil.which, ("g++", "clang++"))):
-            raise UserError(
-                f"{option} needs a C++ compiler (g++), which this machine lacks; install one, or use 'eager'."
-            )
-        return
-    if block % CUDA_BLOCK:
+    if device.type == "cpu" and backend == "flex-flash":
+        raise UserError(f"{option} needs a CUDA device; choose 'flex' or 'eager'.")
+    if device.type == "cuda" and block % CUDA_BLOCK:
         raise UserError(
             f"{option} needs bricks of {CUDA_BLOCK} tokens or a multiple on a GPU, not {block}; choose brick [4, 4, 8]."
         )
-    package = {"flex": "triton", "flex-flash": "flash_attn.cute"}[backend]
-    if not _is_installed(package):
-        raise UserError(f"{option} needs the package {package}; install it on all nodes, or choose another backend.")
+    missing = _missing_flash_attention_4() if backend == "flex-flash" else missing_compiler(device)
+    if missing:
+        raise UserError(
+            f"{option} needs {missing}, which this machine lacks; install it on all nodes, or choose 'eager'."
+        )
 
 
-def _is_installed(module: str) -> bool:
+def _missing_flash_attention_4() -> str | None:
     try:
-        return find_spec(module) is not None
+        return None if find_spec("flash_attn.cute") else "the package flash-attn-4"
     except ModuleNotFoundError:  # of the parent package
-        return False
+        return "the package flash-attn-4"
 
 
 def attend(

@@ -7,17 +7,16 @@ and texts of another length use the same compiled code. Gate and residual are on
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hv_batch.engine.compiler import missing_compiler
 from hv_batch.protocol import UserError
 
 NORM_EPS = 1e-6
@@ -70,14 +69,9 @@ EAGER = Pointwise(modulate, normalize_, normalize_rotate_)
 
 def check_compiler(device: torch.device) -> None:
     """Raise UserError if torch.compile cannot generate code for `device`."""
-    if device.type == "cuda" and find_spec("triton") is None:
+    if missing := missing_compiler(device):
         raise UserError(
-            "engine option fuse_pointwise needs the package triton on a GPU; install it, or set it to false."
-        )
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise UserError(
-            "engine option fuse_pointwise needs a C++ compiler (g++) on a CPU, which this machine lacks; install one, "
-            "or set it to false."
+            f"engine option fuse_pointwise needs {missing}, which this machine lacks; install it, or set it to false."
         )
 
 

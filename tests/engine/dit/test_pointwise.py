@@ -9,6 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from hv_batch.architecture import DiTConfig
+from hv_batch.engine import compiler
+from hv_batch.engine.attention.flex_blocks import CUDA_BLOCK, check_backend
 from hv_batch.engine.dit import pointwise
 from hv_batch.engine.dit.pointwise import EAGER, compile_pointwise, compiled
 from hv_batch.engine.hunyuan import HunyuanVideo
@@ -87,7 +89,9 @@ def test_the_option_takes_true_or_false(tmp_path):
 @pytest.mark.parametrize(("device", "needs"), [("cpu", "g++"), ("cuda", "triton")])
 def test_a_machine_that_cannot_compile_is_refused(monkeypatch, device, needs):
     """P6: before the weights are read."""
-    monkeypatch.setattr(pointwise, "find_spec", lambda _name: None)
-    monkeypatch.setattr(pointwise.shutil, "which", lambda _name: None)
-    with pytest.raises(UserError, match=re.escape(needs)):
+    monkeypatch.setattr(compiler, "find_spec", lambda _name: None)
+    monkeypatch.setattr(compiler.shutil, "which", lambda _name: None)
+    with pytest.raises(UserError, match=rf"fuse_pointwise needs .*{re.escape(needs)}"):
         pointwise.check_compiler(torch.device(device))
+    with pytest.raises(UserError, match=rf"backend 'flex' needs .*{re.escape(needs)}"):
+        check_backend("flex", CUDA_BLOCK, torch.device(device))

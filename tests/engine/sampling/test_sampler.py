@@ -17,22 +17,11 @@ from hypothesis import strategies as st
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling import sampler
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import SamplingParams, StepState
+from hv_batch.protocol import StepState
+from tests.support.dit_reference import SMALL_VIDEO
 
 CPU = torch.device("cpu")
-PARAMS = SamplingParams(
-    prompt="a",
-    negative_prompt="b",
-    height=32,
-    width=48,
-    num_frames=5,
-    num_inference_steps=4,
-    seed=7,
-    guidance_scale=6.0,
-    cfg_scale=1.0,
-    guidance_rescale=0.0,
-    flow_shift=7.0,
-)
+PARAMS = replace(SMALL_VIDEO, negative_prompt="b", num_inference_steps=4, seed=7)
 
 
 WIDE_SEED_NOISE = [-0.6358715, -1.2343866, 1.7795178]  # the first values of seed 2**32 + 7

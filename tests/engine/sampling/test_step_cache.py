@@ -16,24 +16,12 @@ from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling import sampler
 from hv_batch.engine.sampling.sampler import SamplingOptions
 from hv_batch.engine.sampling.step_cache import StepCache
-from hv_batch.protocol import SamplingParams, StepState
+from hv_batch.protocol import StepState
 from hv_batch.step_schedule import StepSchedule
-from tests.support.dit_reference import random_dit
+from tests.support.dit_reference import SMALL_VIDEO, random_dit
 from tests.support.trajectories import CONFIG, CPU, random_text
 
-PARAMS = SamplingParams(
-    prompt="",
-    negative_prompt="",
-    height=32,
-    width=48,
-    num_frames=5,
-    num_inference_steps=9,
-    seed=3,
-    guidance_scale=6.0,
-    cfg_scale=3.0,
-    guidance_rescale=0.0,
-    flow_shift=7.0,
-)
+PARAMS = replace(SMALL_VIDEO, num_inference_steps=9, seed=3, cfg_scale=3.0)
 FIVE = StepSchedule(computed=5, of=9, taper=0.0)  # 0 2 4 6 8
 OPTIONS = {
     "cache": SamplingOptions(step_cache=FIVE),
@@ -107,7 +95,7 @@ def test_with_every_step_computed_nothing_changes(cfg_scale):
     ],
 )
 def test_the_model_runs_in_computed_steps_only(name, items):
-    """Issue 20: five of nine steps; the negative branch in the first half. Each changes the result."""
+    """Five of nine steps; the negative branch in the first half. Each changes the result."""
     counted = Counted()
     final, _, counts = render(OPTIONS[name], denoiser=counted.denoiser(OPTIONS[name]))
     assert counted.items == items

@@ -160,7 +160,7 @@ def test_a_state_with_earlier_velocities_is_read_back_bit_for_bit(any_store):
     ids=["not finite", "name", "number"],
 )
 def test_a_state_that_no_denoise_has_written_is_ignored(any_store, history):
-    """P4: whoever can write to the bucket can write a checkpoint with a valid digest."""
+    """P4: an attacker who can write to the bucket can write a checkpoint with a valid digest."""
     put_steps(any_store, SAMPLE, StepState(3, some_latents(), history), "identity")
     assert get_steps(any_store, SAMPLE, "identity") is None
 

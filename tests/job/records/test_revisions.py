@@ -164,7 +164,7 @@ def test_a_table_of_version_2_adds_columns_and_changes_nothing_else():
 
 
 def test_a_root_with_the_first_block_cache_is_read_but_not_continued(tmp_path):
-    """P2, issue 20: a threshold as `step_cache` is in the run.json of version 0.2.0. Status, verify and export
+    """P2: a threshold as `step_cache` is in the run.json of version 0.2.0. Status, verify and export
     do not interpret it; `resume` names that version and the new form.
     """
     root = shutil.copytree(ROOTS / "dataset-2", tmp_path / "root")
