@@ -124,6 +124,14 @@ class AttentionMethods:
 ALL_DENSE = AttentionMethods()
 
 
+def parse_attention_methods(sparse: Any, quantized: Any) -> AttentionMethods:
+    """Return the methods of the engine options `sparse_attention` and `quantized_attention`.
+
+    Raises UserError if one of them is not allowed, or if both are set.
+    """
+    return AttentionMethods(parse_sparse_attention(sparse), parse_quantized_attention(quantized))
+
+
 def parse_sparse_attention(options: Any) -> SparseAttention | None:
     """Return the checked value of the engine option `sparse_attention`; None if it is not set.
 

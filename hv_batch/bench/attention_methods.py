@@ -43,7 +43,9 @@ from hv_batch.toy.world import Frames, Scene
 
 GRID, TEXT, HEADS, HEAD_DIM = (4, 32, 32), 64, 2, 128  # of the speed measurement: 4,096 image tokens
 DENSITIES = (0.5, 0.3, 0.15)
-TOY_BLOCKS: Mapping[str, Any] = {"brick": [4, 2, 2], "neighbours": "faces", "backend": "eager"}
+TOY_BRICK = (4, 2, 2)
+FINE_BRICK = (1, 2, 2)  # 80 blocks in the videos of `quality`
+TOY_BLOCKS: Mapping[str, Any] = {"brick": list(TOY_BRICK), "neighbours": "faces", "backend": "eager"}
 LONG: Mapping[str, Any] = {**VIDEO, "num_frames": 33}  # more blocks than the short videos of `step_quality`
 CPU = torch.device("cpu")
 app = typer.Typer(help=__doc__)
@@ -165,7 +167,7 @@ def quality(prompts: int = 3, steps: int = 50) -> None:
         "step cache, density 0.3": {**_sparse(0.3), **cached},
         "int8": {"quantized_attention": {"qk": "int8", "backend": "reference"}},
         "fp8": {"quantized_attention": {"qk": "fp8", "backend": "reference"}},
-        "density 0.15, dense_until 0.4": _sparse(0.15, dense_until=0.4),
+        **{f"density {density}, brick {list(FINE_BRICK)}": _sparse(density, FINE_BRICK) for density in DENSITIES},
     }
     reference: list[Frames] = []
     print("| setting | attention | PSNR | attributes |\n|---|---|---|---|")
@@ -189,8 +191,8 @@ def _right(scene: Scene, frames: Frames) -> list[bool]:
     return list(score(scene, frames).right.values())
 
 
-def _sparse(density: float, dense_until: float = 0.2) -> dict[str, Any]:
-    return {"sparse_attention": {**TOY_BLOCKS, "density": density, "dense_until": dense_until}}
+def _sparse(density: float, brick: tuple[int, int, int] = TOY_BRICK) -> dict[str, Any]:
+    return {"sparse_attention": {**TOY_BLOCKS, "density": density, "brick": list(brick)}}
 
 
 def _render(base: Path, scenes: list[tuple[Scene, str]], steps: int, options: Mapping[str, Any]) -> Iterator[Frames]:

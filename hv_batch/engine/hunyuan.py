@@ -20,7 +20,7 @@ import torch
 
 from hv_batch.architecture import DiTConfig, TileGeometry
 from hv_batch.attention_kernels import AUTO, DEFAULT, HALF_ONLY
-from hv_batch.attention_methods import AttentionMethods, parse_quantized_attention, parse_sparse_attention
+from hv_batch.attention_methods import parse_attention_methods
 from hv_batch.engine.attention.flex_blocks import check_backend
 from hv_batch.engine.attention.kernels import KERNELS, choose_kernel
 from hv_batch.engine.attention.quantized import check_quantized
@@ -155,9 +155,7 @@ class HunyuanVideo:
             if not isinstance(flag, bool):
                 raise UserError(f"engine option {option}: {flag!r} is not allowed; allowed are true and false.")
         self._fuse_pointwise = fuse_pointwise
-        self._methods = AttentionMethods(
-            parse_sparse_attention(sparse_attention), parse_quantized_attention(quantized_attention)
-        )
+        self._methods = parse_attention_methods(sparse_attention, quantized_attention)
         self._sampling = SamplingOptions(
             parse_choice("noise", noise, NOISES),
             flow_reverse,

@@ -26,10 +26,14 @@ class Gpu:
     capability: int  # major compute capability, which decides the kernel of `attention: auto`
     cudnn_gain: float = 1.0  # speed of the attention kernel "cudnn" relative to "sdpa"; 1 if not measured
     fa3_gain: float = 1.0  # the same of "fa3"; 1 if not published
+    quantized_gain: float = 1.0  # the same of 8-bit attention; 1 if not published
 
 
 _H100 = "34.2 s a step at 720x1280x129 on one H100"
 _HOPPER = 1.57  # at the tokens of 540p and of 720p, on an H200: 563 to 572 TFLOP/s for 359 to 363
+# FA3 in FP8, and SageAttention, which is as fast: 1.3 to 1.6 times the speed of FA3 by published reports. The lower
+# end; not measured with hv_batch.
+_EIGHT_BITS = 2.2
 _FA3 = 1.7  # published figures of 610 TFLOP/s and more on an H100; not measured with hv_batch
 
 GPUS: Mapping[str, Gpu] = {
@@ -45,6 +49,7 @@ GPUS: Mapping[str, Gpu] = {
             capability=9,
             cudnn_gain=_HOPPER,
             fa3_gain=_FA3,
+            quantized_gain=_EIGHT_BITS,
         ),
         Gpu(
             name="H200",
@@ -56,6 +61,7 @@ GPUS: Mapping[str, Gpu] = {
             capability=9,
             cudnn_gain=_HOPPER,
             fa3_gain=_FA3,
+            quantized_gain=_EIGHT_BITS,
         ),
         Gpu(
             name="A100",

@@ -30,13 +30,13 @@ def forward_flops(model: ModelShape, tokens: int) -> float:
 def denoise_flops(model: ModelShape, work: Workload) -> float:
     """All forwards of one sample, with the density of sparse attention."""
     linear, attention = linear_flops(model, work.tokens), attention_flops(model, work.tokens)
-    return sum(count * (linear + density * attention) for density, count in model.forwards(work).items())
+    return sum(count * (linear + kind.density * attention) for kind, count in model.forwards(work).items())
 
 
 def mean_density(model: ModelShape, work: Workload) -> float:
     """The fraction of the attention that the forwards of one sample compute."""
     forwards = model.forwards(work)
-    return sum(density * count for density, count in forwards.items()) / forwards.total()
+    return sum(kind.density * count for kind, count in forwards.items()) / forwards.total()
 
 
 def linear_flops(model: ModelShape, tokens: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hv_batch.architecture import DIT_CLASS, ClipShape, DiTConfig, LlamaShape, TileGeometry, VAEConfig, check_fields
-from hv_batch.attention_methods import ALL_DENSE, AttentionMethods, parse_sparse_attention
+from hv_batch.attention_methods import ALL_DENSE, AttentionMethods, parse_attention_methods
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import UserError
 from hv_batch.step_schedule import StepSchedule, computed_steps, guided_steps, parse_cfg_until, parse_step_cache
@@ -22,6 +22,14 @@ from hv_batch.step_schedule import StepSchedule, computed_steps, guided_steps, p
 ITEMSIZE: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a value in each precision
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardKind:
+    """What decides the cost of one pass through the DiT, beside the shape of the video."""
+
+    density: float = 1.0  # fraction of the attention that is computed
+    is_quantized: bool = False  # attention in 8 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +55,13 @@ class ModelShape:
         """Number of the steps of a video that run the DiT."""
         return len(computed_steps(self.step_cache, steps))
 
-    def forwards(self, work: Workload) -> Counter[float]:
-        """Number of passes through the DiT for one video, by the density of their attention."""
-        found: Counter[float] = Counter()
+    def forwards(self, work: Workload) -> Counter[ForwardKind]:
+        """Number of passes through the DiT for one video, by kind."""
+        found: Counter[ForwardKind] = Counter()
         for step in computed_steps(self.step_cache, work.steps):
             branches = work.branches if step < guided_steps(self.cfg_until, work.steps) else 1
-            found[self.methods.density(step, work.steps)] += branches
+            attention = self.methods.at(step, work.steps)
+            found[ForwardKind(self.methods.density(step, work.steps), attention.quantized is not None)] += branches
         return found
 
     @property
@@ -104,7 +113,7 @@ class ModelShape:
             step_cache=_or_none(parse_step_cache, options.get("step_cache")),
             cfg_until=_or_none(parse_cfg_until, options.get("cfg_until")),
             attention=options.get("attention", "sdpa"),
-            methods=AttentionMethods(_or_none(parse_sparse_attention, options.get("sparse_attention"))),
+            methods=_methods(options),
             **precisions,
         )
 
@@ -117,6 +126,13 @@ def _shape(kind: type[T], values: Mapping[str, Any]) -> T:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
     except UserError:
         return kind()
+
+
+def _methods(options: Mapping[str, Any]) -> AttentionMethods:
+    try:
+        return parse_attention_methods(options.get("sparse_attention"), options.get("quantized_attention"))
+    except UserError:  # as in `_or_none`
+        return ALL_DENSE
 
 
 def _or_none(parse: Callable[[object], T | None], value: object) -> T | None:

@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hv_batch.attention_kernels import AUTO, assumed_kernel
-from hv_batch.attention_methods import SparseAttention
+from hv_batch.attention_methods import (
+    ALL_DENSE,
+    QUANTIZED_BACKENDS,
+    AttentionMethods,
+    QuantizedAttention,
+    SparseAttention,
+)
 from hv_batch.job.config.hardware import Gpu
 from hv_batch.job.cost_model.group_plan import choose_degrees
 from hv_batch.job.cost_model.memory import GIB, rank_footprint
@@ -28,6 +34,8 @@ from hv_batch.step_schedule import StepSchedule
 
 COMPUTED = (23, 16)  # of 50 steps: those of published schedules, and fewer
 DENSITY = 0.3
+CFG_UNTIL = 0.5  # the fraction of the steps with a negative branch
+QK = "int8"
 MIN_STEPS = 20  # of fewer steps, as those of distilled weights, none can be left out
 
 Report = dict[str, Any]
@@ -62,19 +70,31 @@ def variants(model: ModelShape, work: Counter[Workload], gpu: Gpu) -> Iterator[V
         yield Variant(f"attention {kernel}", fast, overrides)
     if min(kind.steps for kind in work) < MIN_STEPS:
         return
-    sparse = replace(model.methods, sparse=SparseAttention(density=DENSITY))
-    with_sparse = f"model.options.sparse_attention={{density: {DENSITY}}}"
-    if model.step_cache is None:
-        for computed in COMPUTED:
-            cached = replace(fast, step_cache=StepSchedule(computed=computed))
-            with_cache = f"model.options.step_cache={{kind: schedule, computed: {computed}}}"
-            yield Variant(f"step cache, {computed} of 50", cached, (*overrides, with_cache), is_exact=False)
-            if model.methods.sparse is None:
-                name = f"step cache, {computed} of 50, sparse {DENSITY}"
-                both = (*overrides, with_cache, with_sparse)
-                yield Variant(name, replace(cached, methods=sparse), both, is_exact=False)
-    if model.methods.sparse is None:
-        yield Variant(f"sparse {DENSITY}", replace(fast, methods=sparse), (*overrides, with_sparse), is_exact=False)
+    # Methods of attention cannot be combined with each other, so none is proposed beside one of the config.
+    attention = dict(_attention_methods(gpu)) if model.methods == ALL_DENSE else {}
+    caches = COMPUTED if model.step_cache is None else ()
+    for computed in caches:
+        cached = replace(fast, step_cache=StepSchedule(computed=computed))
+        name = f"step cache, {computed} of 50"
+        with_cache = (*overrides, f"model.options.step_cache={{kind: schedule, computed: {computed}}}")
+        yield Variant(name, cached, with_cache, is_exact=False)
+        for method, (methods, option) in attention.items():
+            yield Variant(f"{name}, {method}", replace(cached, methods=methods), (*with_cache, option), is_exact=False)
+    for method, (methods, option) in attention.items():
+        yield Variant(method, replace(fast, methods=methods), (*overrides, option), is_exact=False)
+    if model.cfg_until is None and any(kind.branches > 1 for kind in work):
+        gated = (*overrides, f"model.options.cfg_until={CFG_UNTIL}")
+        yield Variant(f"CFG for {CFG_UNTIL} of the steps", replace(fast, cfg_until=CFG_UNTIL), gated, is_exact=False)
+
+
+def _attention_methods(gpu: Gpu) -> Iterator[tuple[str, tuple[AttentionMethods, str]]]:
+    """Name, methods and override of each method that saves time on this GPU."""
+    sparse = SparseAttention(density=DENSITY)
+    yield f"sparse {DENSITY}", (AttentionMethods(sparse), f"model.options.sparse_attention={{density: {DENSITY}}}")
+    if gpu.quantized_gain > 1:
+        quantized = QuantizedAttention(qk=QK, backend=QUANTIZED_BACKENDS[QK][0])
+        option = f"model.options.quantized_attention={{qk: {QK}}}"
+        yield "8-bit attention", (AttentionMethods(quantized=quantized), option)
 
 
 def _gains(model: ModelShape, kernel: str, work: Counter[Workload], gpu: Gpu) -> bool:

@@ -21,7 +21,7 @@ from hv_batch.job.cost_model.flops import (
     linear_flops,
     rank_traffic,
 )
-from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.model import ForwardKind, ModelShape
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import ParallelPlan
 
@@ -31,6 +31,8 @@ HOST_LINK = 25e9
 # Fraction of the peak that a decode reaches. Fitted to two measurements on an H100: 4.81 s for 544x960x129, 9.00 s for
 # 720x1280x129.
 DECODE_EFFICIENCY = 0.37
+
+DENSE_FORWARD = ForwardKind()
 
 ENCODE_SECONDS = 0.1  # per prompt, on any of these GPUs: the 14 GB of the LLaMA tower are read once
 
@@ -46,15 +48,18 @@ def kernel_gain(gpu: Gpu, model: ModelShape) -> float:
     return gains.get(kernel_of(gpu, model), 1.0)
 
 
-def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring: int, density: float = 1.0) -> float:
+def forward_seconds(
+    gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring: int, kind: ForwardKind = DENSE_FORWARD
+) -> float:
     """One forward of one item through the DiT, on a group of ulysses x ring ranks.
 
-    `density` is the fraction of the attention that is computed, at the speed of the dense kernel. This is assumed.
+    Sparse attention is counted with the speed of the dense kernel. This is assumed.
     """
     ranks = ulysses * ring
     rate = gpu.tflops * 1e12 * gpu.efficiency
     local = -(-tokens // ranks) / tokens  # with the padding of the last shards
-    attending = density * attention_flops(model, tokens) * local / (rate * kernel_gain(gpu, model))
+    gain = gpu.quantized_gain if kind.is_quantized else kernel_gain(gpu, model)
+    attending = kind.density * attention_flops(model, tokens) * local / (rate * gain)
     computing = linear_flops(model, tokens) * local / rate + attending
     traffic = rank_traffic(model, tokens, ulysses, ring)
     # The ring sends keys while it computes with those it has, so all hops but the last can overlap with computation.
@@ -67,8 +72,8 @@ def forward_seconds(gpu: Gpu, model: ModelShape, tokens: int, ulysses: int, ring
 def denoise_seconds(gpu: Gpu, model: ModelShape, work: Workload, plan: ParallelPlan) -> float:
     """Denoising one sample on a group of that plan."""
     seconds = sum(
-        count * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree, density)
-        for density, count in model.forwards(work).items()
+        count * forward_seconds(gpu, model, work.tokens, plan.ulysses_degree, plan.ring_degree, kind)
+        for kind, count in model.forwards(work).items()
     )
     if plan.cfg_degree == 1:
         return seconds

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hv_batch.attention_methods import AttentionMethods, SparseAttention
 from hv_batch.job.config.hardware import GPUS
 from hv_batch.job.cost_model.flops import attention_flops, denoise_flops, linear_flops, mean_density
-from hv_batch.job.cost_model.model import ModelShape
+from hv_batch.job.cost_model.model import ForwardKind, ModelShape
 from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import ParallelPlan
@@ -44,8 +44,22 @@ def test_forwards_are_counted_by_branch_and_density(computed, until, steps):
     assert 0 in dense
     assert 0 in both
     assert forwards.total() == len(schedule) + len(both)
-    assert forwards[1.0] == len(dense) + len(set(dense) & set(both))
+    assert forwards[ForwardKind()] == len(dense) + len(set(dense) & set(both))
     assert model.forwards(Workload((64, 64, 5), steps, 1)).total() == len(schedule)
+
+
+def test_8_bit_attention_is_counted_in_the_steps_that_use_it():
+    """The first tenth of the steps and the last one are exact; the others attend at the speed of the 8-bit kernel."""
+    dense, quantized = ModelShape(), ModelShape.from_options({"quantized_attention": {"qk": "int8"}})
+    assert quantized.forwards(HD) == {ForwardKind(): 6, ForwardKind(is_quantized=True): 44}
+    assert denoise_flops(quantized, HD) == denoise_flops(dense, HD)
+    with_dense, with_quantized = (
+        denoise_seconds(GPUS["h100"], model, HD, ParallelPlan()) for model in (dense, quantized)
+    )
+    gain = GPUS["h100"].quantized_gain
+    attending = denoise_seconds(GPUS["h100"], dense, HD, ParallelPlan()) * attention_flops(dense, HD.tokens)
+    attending /= attention_flops(dense, HD.tokens) + linear_flops(dense, HD.tokens)
+    assert with_dense - with_quantized == pytest.approx(44 / 50 * attending * (1 - 1 / gain), rel=1e-3)
 
 
 def test_density_1_costs_what_dense_attention_costs():

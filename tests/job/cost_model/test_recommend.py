@@ -97,6 +97,15 @@ def test_a_method_that_is_configured_is_not_proposed_again():
     model = run_of().model
     sparse = replace(model, methods=AttentionMethods(SparseAttention(density=0.5)))
     assert not any("sparse" in variant.name for variant in variants(sparse, Counter([VIDEO]), H100))
+    assert not any("8-bit" in variant.name for variant in variants(sparse, Counter([VIDEO]), H100))
+
+
+def test_a_gated_negative_branch_is_proposed_to_videos_that_have_one():
+    """`cfg_until` saves nothing without CFG."""
+    guided = replace(VIDEO, branches=2)
+    found = {variant["name"]: variant["gpu_hours"] for variant in proposed(run_of(), [guided])["variants"]}
+    assert found["CFG for 0.5 of the steps"] < 0.8 * found["as configured"]
+    assert not any(variant.name.startswith("CFG") for variant in variants(run_of().model, Counter([VIDEO]), H100))
 
 
 def test_proposed_overrides_are_accepted_by_a_config():
@@ -109,6 +118,7 @@ def test_proposed_overrides_are_accepted_by_a_config():
         assert run.model.attention == chosen.model.attention or variant["name"] == "as configured"
         assert ("step cache" in variant["name"]) == (run.model.step_cache is not None)
         assert ("sparse" in variant["name"]) == (run.model.methods.sparse is not None)
+        assert ("8-bit" in variant["name"]) == (run.model.methods.quantized is not None)
 
 
 def test_the_plan_shows_prices_and_the_recommendation(tmp_path):
