@@ -15,9 +15,12 @@ from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.scheduling.micro_batches import MicroBatcher
 from hv_batch.job.scheduling.object_store_budget import ObjectStoreBudget
 from hv_batch.job.scheduling.queues import Queues
-from hv_batch.job.stages import Stage
+from hv_batch.job.stages import STAGES, Stage
 from hv_batch.job.workload import Workload
 
+# Samples are admitted in portions, because each admission costs a step of the scheduler and a message. A 64th of the
+# room empties no queue: the encoders' and the groups' queues hold more than that.
+PORTIONS = 64
 MAX_SPOOLED = 10_000  # videos on the disks of nodes: the driver keeps a record of each
 
 
@@ -41,12 +44,13 @@ class Backpressure:
             self._micro_batcher.measure(stage, work, seconds)
 
     def admissible(self) -> int:
-        """How many further samples of the plan may be admitted."""
-        most = sum(self._capacity(stage, self._task_size(stage)) for stage in Stage)
+        """How many further samples of the plan may be admitted; 0 if they are less than a portion."""
+        most = sum([self._capacity(stage, self._task_size(stage)) for stage in STAGES])
         encode, denoise = self._limits[Stage.ENCODE], self._limits[Stage.DENOISE]
         early = self._queues.at(Stage.ENCODE) + self._queues.waiting(Stage.DENOISE)
         ahead = encode.ahead + encode.workers * encode.batch + denoise.ahead * self._task_size(Stage.DENOISE)
-        return max(0, min(most - len(self._queues), ahead - early))
+        room = min(most - len(self._queues), ahead - early)
+        return room if room >= max(1, min(most, ahead) // PORTIONS) else 0
 
     def size_class_for(self, stage: Stage, own: int) -> int | None:
         """The size class of an idle worker's next task, or None if no sample may start.

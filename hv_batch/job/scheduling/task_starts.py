@@ -30,7 +30,7 @@ class TaskStarts:
         A task that starts takes room in the queue of the next stage and gives none back. So a size class of which no
         sample may start is left out for the rest of the loop, however many of its groups are idle.
         """
-        if not self._queues.waiting(stage):
+        if not self._queues.waiting(stage) or not self._scaling.has_idle(stage):
             return
         full: set[int] = set()
         for worker in self._scaling.idle(stage, without=full):
