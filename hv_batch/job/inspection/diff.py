@@ -16,8 +16,9 @@ from typing import Any
 from hv_batch.job.dataset.seal import describe_row, read_rows
 from hv_batch.job.inspection.identity_counts import name_paths
 from hv_batch.job.manifest.planned_keys import PlannedKeys
+from hv_batch.job.records.choices import read_choices
 from hv_batch.job.records.commits import read_commit, scan_shard
-from hv_batch.job.records.identity_differences import find_differences
+from hv_batch.job.records.identity_differences import differences, find_differences
 from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
@@ -108,6 +109,7 @@ def compare(a: Store, b: Store) -> Comparison:
     """Compare the runs in two output roots. Raises UserError if one of them has no run."""
     run_a, run_b = read_run(a), read_run(b)
     result = Comparison(a.url, b.url, find_differences(run_a, run_b))
+    result.identity += differences(dict(read_choices(a)), dict(read_choices(b)), "choices")
     result.identity += [*_changes("A", run_a), *_changes("B", run_b)]
     unmatched_a: dict[str, Row] = {}
     unmatched_b: dict[str, Row] = {}

@@ -20,6 +20,7 @@ from hv_batch.job.documents.reading import InvalidObjectError
 from hv_batch.job.inspection.identity_counts import IdentityCount, describe
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.quality import describe_looks, look
+from hv_batch.job.records.choices import read_choices
 from hv_batch.job.records.commits import scan_shard
 from hv_batch.job.records.lease_holder import LeaseHolder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
@@ -89,6 +90,7 @@ class Status:
     shards: tuple[ShardStatus, ...]
     reasons: tuple[Reason, ...] = ()
     looks: Mapping[str, int] = field(default_factory=dict)  # `count_looks`
+    choices: Mapping[str, str] = field(default_factory=dict)  # of the engine, such as the kernel of `attention: auto`
     matching: int | None = None  # committed samples that satisfy the conditions, if any are given
     identities: tuple[IdentityCount, ...] = ()  # `count_identities`; empty unless the run has continued with changes
     holder: LeaseHolder | None = None
@@ -132,6 +134,7 @@ class Status:
             "holder": asdict(self.holder) | {"gone": is_gone(self.holder)} if self.holder else None,
             "looks": dict(self.looks),
             **({"identities": [asdict(each) for each in self.identities]} if self.identities else {}),
+            **({"choices": dict(self.choices)} if self.choices else {}),
             **({} if self.matching is None else {"matching": self.matching}),
             "reasons": [reason.to_dict() for reason in self.reasons],
             "shards": [shard.to_dict() for shard in self.shards],
@@ -149,6 +152,7 @@ class Status:
             f"{self.pending:,} pending{gone}; {self.sealed:,} of {len(self.shards):,} shards sealed",
             *([looks] if (looks := describe_looks(self.looks)) else []),
             *describe(self.identities, self.committed),
+            *(f"{option}: {choice} (chosen by the first group)" for option, choice in sorted(self.choices.items())),
             *([f"{self.matching:,} committed samples match --where"] if self.matching is not None else []),
             *([_describe_holder(self.holder)] if self.holder else []),
             "",
@@ -184,9 +188,18 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
         finished=finished,
         shards=scanned,
         reasons=tuple(group_reasons(quarantined)),
+        choices=_choices(store),
         holder=read_lease(store),
         withdrawals=tuple(islice(_withdrawals(store, planned, scanned), MAX_WITHDRAWALS)),
     )
+
+
+def _choices(store: Store) -> Mapping[str, str]:
+    """The choices of the engine; none if they cannot be read. `verify` reports that."""
+    try:
+        return read_choices(store)
+    except InvalidObjectError:
+        return {}
 
 
 def _withdrawals(store: Store, planned: PlannedKeys, scanned: Sequence[ShardStatus]) -> Iterator[Mapping[str, Any]]:

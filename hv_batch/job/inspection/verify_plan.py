@@ -17,8 +17,9 @@ from hv_batch.job.config.retired_keys import replace_retired
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.job.config.sections import Defaults
 from hv_batch.job.dataset.card import card_problem
+from hv_batch.job.documents.fields import Document
 from hv_batch.job.documents.reading import InvalidObjectError, read
-from hv_batch.job.documents.schema import LeaseDocument, SummaryDocument
+from hv_batch.job.documents.schema import ChoicesDocument, LeaseDocument, SummaryDocument
 from hv_batch.job.inspection.findings import Fault, Finding, Verification, examine, object_finding
 from hv_batch.job.manifest.index import Index, is_whole, read_index
 from hv_batch.job.manifest.planned_keys import belongs_to
@@ -117,16 +118,23 @@ def _earlier_configs(run: Mapping[str, Any], config: RunConfig, plan: Plan) -> I
         yield each["fingerprint"], config.model_copy(update={"defaults": defaults})
 
 
+def _unreadable(store: Store, key: str, document: type[Document], fault: Fault) -> Iterator[Finding]:
+    """A finding if this object exists and cannot be read."""
+    try:
+        found = examine(store, key, lambda: read(store, key, document))
+    except FileNotFoundError:
+        return
+    if isinstance(found, InvalidObjectError):
+        yield object_finding(found, fault)
+
+
 def check_run_objects(
     store: Store, run: Mapping[str, Any], result: Verification, *, is_whole_run: bool
 ) -> Iterator[Finding]:
-    """Check the lease, `_SUCCESS`, the card and the summary against the counts in `result`."""
-    try:
-        lease = examine(store, layout.LEASE, lambda: read(store, layout.LEASE, LeaseDocument))
-        if isinstance(lease, InvalidObjectError):  # the next run replaces it
-            yield object_finding(lease, Fault.LEASE)
-    except FileNotFoundError:
-        pass
+    """Check the lease, the choices, `_SUCCESS`, the card and the summary against the counts in `result`."""
+    # The next run replaces the lease. Choices cannot be recomputed, so nothing removes them.
+    yield from _unreadable(store, layout.LEASE, LeaseDocument, Fault.LEASE)
+    yield from _unreadable(store, layout.CHOICES, ChoicesDocument, Fault.CHOICES)
     if not store.exists(layout.SUCCESS):
         yield from _check_card(store, run, None)
         return

@@ -39,7 +39,7 @@ def test_groups_that_start_at_once_get_one_choice(store):
     ids=["none", "number", "long", "many", "list", "null"],
 )
 def test_a_damaged_choice_is_refused(store, choices):
-    """Issue 18: what is read from a root satisfies its schema; the message names the object and the remedy."""
+    """What is read from a root satisfies its schema; the message names the object and the remedy."""
     store.put(layout.CHOICES, encode({**CHOICES, "choices": choices}))
     store.put(layout.RUN, b"{}")
     with pytest.raises(InvalidObjectError, match=r"choices\.json .*is damaged .*Restore it from a copy"):

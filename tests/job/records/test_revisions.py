@@ -13,6 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hv_batch import __version__
@@ -21,6 +22,8 @@ from hv_batch.job.dataset.seal import read_table, seal_shard, table_columns
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.verify import verify
+from hv_batch.job.records.choices import read_choices
+from hv_batch.job.records.latents import get_latents, get_steps, sample_identity
 from hv_batch.job.records.run_document import (
     DATASET_SCHEMA,
     DATASET_SCHEMA_1,
@@ -35,7 +38,9 @@ from hv_batch.job.records.run_identity import LAST_VERSIONS, REVISION
 from hv_batch.job.storage.store import Store
 from hv_batch.media.probe import decode_media
 from hv_batch.protocol import UserError
+from tests.support import make_unfinished_root as unfinished
 from tests.support.cli_calls import hv_batch
+from tests.support.rendered_roots import FINGERPRINT
 from tests.support.repository import ROOT
 
 ROOTS = ROOT / "tests" / "support" / "data" / "roots"
@@ -135,6 +140,7 @@ def test_every_older_revision_has_a_version_and_a_root():
     assert sorted(path.name for path in ROOTS.iterdir()) == [
         "dataset-2",
         *(f"revision-{each}" for each in [*OLDER, REVISION]),
+        "unfinished-1",
     ]
 
 
@@ -185,3 +191,19 @@ def test_a_root_with_the_first_block_cache_is_read_but_not_continued(tmp_path):
         assert hv_batch(*command)[0] == 0
     with pytest.raises(UserError, match=r"hv_batch 0\.2\.0.*step_cache: \{kind: schedule, computed: 16\}"):
         hv_batch("resume", str(root))
+
+
+def test_an_unfinished_run_of_an_earlier_version_continues_with_its_intermediate_results():
+    """P4: the choices of the engine, both schemas of step checkpoints, and final latents are read with equal values."""
+    store = Store(str(ROOTS / "unfinished-1"))
+    assert read_choices(store) == unfinished.CHOICES
+    for sample, expected in unfinished.states().values():
+        found = get_steps(store, sample, sample_identity(sample, FINGERPRINT))
+        assert found.step == expected.step
+        assert np.array_equal(found.latents, expected.latents)
+        assert found.history.keys() == expected.history.keys()
+        assert all(np.array_equal(found.history[name], array) for name, array in expected.history.items())
+    sample = unfinished.DENOISED
+    stored = get_latents(store, sample, sample_identity(sample, FINGERPRINT))
+    assert np.array_equal(stored.latents, unfinished.array(sample, 5))
+    assert stored.stages == unfinished.STAGES
