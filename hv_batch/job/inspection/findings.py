@@ -42,6 +42,7 @@ class Fault(StrEnum):
     TOMBSTONE = "tombstone"  # of a withdrawn sample: cannot be read, or is that of another sample
     WITHDRAWN = "withdrawn sample"  # objects of it are left
     LEASE = "lease"  # cannot be read
+    EVENTS = "events"  # a part of a driver's log is damaged; nothing depends on it
     HISTORY = "history"  # the record of a sample that was released for a retry cannot be read
     UNREADABLE = "unreadable"  # the store does not return this object, although it returns others
     FOREIGN = "foreign object"  # belongs to no sample and is counted nowhere

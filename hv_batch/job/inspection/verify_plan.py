@@ -19,6 +19,7 @@ from hv_batch.job.config.sections import Defaults
 from hv_batch.job.dataset.card import card_problem
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import LeaseDocument, SummaryDocument
+from hv_batch.job.event_log.reader import check_part, list_parts
 from hv_batch.job.inspection.findings import Fault, Finding, Verification, examine, object_finding
 from hv_batch.job.manifest.index import Index, is_whole, read_index
 from hv_batch.job.manifest.planned_keys import belongs_to
@@ -120,7 +121,8 @@ def _earlier_configs(run: Mapping[str, Any], config: RunConfig, plan: Plan) -> I
 def check_run_objects(
     store: Store, run: Mapping[str, Any], result: Verification, *, is_whole_run: bool
 ) -> Iterator[Finding]:
-    """Check the lease, `_SUCCESS`, the card and the summary against the counts in `result`."""
+    """Check the lease, the events, `_SUCCESS`, the card and the summary against the counts in `result`."""
+    yield from _check_events(store)
     try:
         lease = examine(store, layout.LEASE, lambda: read(store, layout.LEASE, LeaseDocument))
         if isinstance(lease, InvalidObjectError):  # the next run replaces it
@@ -156,6 +158,17 @@ def check_run_objects(
             yield Finding(None, None, Fault.SUMMARY, details, (layout.SUMMARY,))
             return
     yield from _check_card(store, run, summary)
+
+
+def _check_events(store: Store) -> Iterator[Finding]:
+    """Check the parts that are read. Removing a damaged one costs a piece of the history and nothing else."""
+    parts = examine(store, layout.EVENTS, lambda: list_parts(store))
+    if isinstance(parts, InvalidObjectError):
+        yield object_finding(parts, Fault.EVENTS)
+        return
+    for problem in store.each(partial(check_part, store), parts):
+        if problem is not None:
+            yield object_finding(problem, Fault.EVENTS, None, None, problem.key)
 
 
 def _check_card(store: Store, run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> Iterator[Finding]:
