@@ -27,6 +27,7 @@ from hv_batch.job.dataset.committed import matching_records
 from hv_batch.job.dataset.conditions import Condition, parse_conditions
 from hv_batch.job.failure import FailureClass
 from hv_batch.job.formatting import plural
+from hv_batch.job.inspection.activity import read_activity
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.findings import Finding
 from hv_batch.job.inspection.garbage import find_garbage, remove
@@ -344,7 +345,13 @@ def _read_status(store: Store, shards: list[int] | None, conditions: Sequence[Co
         matching = sum(1 for _ in found)
     sealed = {shard.shard: shard.sealed for shard in current.shards}
     identities = count_identities(store, read_run(store), sealed, MAX_RECORDS)
-    return replace(current, looks=count_looks(store, current), identities=identities, matching=matching)
+    return replace(
+        current,
+        looks=count_looks(store, current),
+        identities=identities,
+        matching=matching,
+        activity=read_activity(store, current.holder),
+    )
 
 
 def _readings(store: Store, shards: list[int] | None, conditions: Sequence[Condition]) -> Iterator[Status]:

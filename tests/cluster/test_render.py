@@ -10,6 +10,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
+from hv_batch.job.event_log.reader import check_part, list_parts, read_events
+from hv_batch.job.storage.store import Store
 from tests.support.runs import (
     PROMPTS,
     command,
@@ -53,6 +55,27 @@ def test_a_record_holds_its_lineage(undisturbed):
     assert record["licence"]
 
 
+def test_what_the_driver_did_is_in_the_events(undisturbed):
+    """Design 4: workers, their tasks, progress and the end of the run, in order and within seconds of the records."""
+    (driver,) = read_events(Store(str(undisturbed / "out")))
+    kinds = [event["kind"] for event in driver.events]
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
+    assert driver.events[-1]["outcome"] == "finished"
+    assert (driver.last("progress")["committed"], driver.last("progress")["pending"]) == (10, 0)
+    for stage in ("encode", "denoise", "decode"):
+        own = [event for event in driver.events if event.get("stage") == stage]
+        states = [event["kind"] for event in own if event["worker"] == own[0]["worker"]]
+        assert states[:3] == ["worker_asked", "worker_placed", "worker_ready"]
+        work = [event for event in own if event["kind"] == "worker_work"]
+        assert sum(event["samples"] for event in work) == 10
+        assert all(event["since"] < event["at"] and event["seconds"] > 0 for event in work)
+        assert all(event["nodes"] and event["gpus"] == 2.0 * (stage == "denoise") for event in work)
+    found = records(undisturbed / "out").values()
+    committed = [datetime.fromisoformat(record["created_at"]).timestamp() for record in found]
+    assert driver.events[0]["at"] - 1 < min(committed)
+    assert max(committed) < driver.events[-1]["at"] + 1
+
+
 def test_a_finished_root_renders_nothing(undisturbed, ray_head):
     """P2: the same command over a finished output changes nothing and starts no actor."""
     before = dataset(undisturbed / "out")
@@ -86,6 +109,9 @@ def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, mar
     wait_for(lambda: len(records(output)) >= after and (output / "run.json").exists(), f"{after} commits")
     driver.send_signal(signal.SIGKILL)
     finish(driver)
+    store = Store(str(output))
+    assert list_parts(store)
+    assert all(check_part(store, part) is None for part in list_parts(store)), "a part is written whole or not at all"
     committed = {record["params"]["prompt"] for record in records(output).values()}
     begun = count(marks, "denoised")
     code, text = render(config, manifest, output, ray_head[0])
@@ -93,6 +119,7 @@ def test_sigkill_and_the_same_command_again(undisturbed, ray_head, tmp_path, mar
     assert all(count(marks, "denoised")[prompt] == begun[prompt] for prompt in committed)
     assert videos(output) == videos(undisturbed / "out")
     assert (output / "_SUCCESS").exists()
+    assert [bool(each.last("run_ended")) for each in read_events(store)] == [False, True]
 
 
 @pytest.mark.slow

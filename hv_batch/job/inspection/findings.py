@@ -43,6 +43,7 @@ class Fault(StrEnum):
     WITHDRAWN = "withdrawn sample"  # objects of it are left
     LEASE = "lease"  # cannot be read
     CHOICES = "choices.json"  # cannot be read, so the run cannot continue
+    EVENTS = "events"  # a part of a driver's log is damaged; nothing depends on it
     HISTORY = "history"  # the record of a sample that was released for a retry cannot be read
     UNREADABLE = "unreadable"  # the store does not return this object, although it returns others
     FOREIGN = "foreign object"  # belongs to no sample and is counted nowhere

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Any
 
 from hv_batch.job import layout
+from hv_batch.job.event_log.reader import list_parts
 from hv_batch.job.manifest.index import read_index
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.run_document import plan_size, read_run
@@ -37,6 +38,7 @@ class Kind(StrEnum):
     POSTER = "poster"  # no commit record names it
     SEAL = "seal"  # a table or tar of a shard that is not sealed; the next seal writes it again
     PLAN = "plan"  # a part of the checked manifest that the index does not name
+    EVENTS = "events"  # of a driver that is older than those whose events are read
     LATENTS = "latents"  # of a committed, quarantined or withdrawn sample
     STEPS = "steps"  # as LATENTS: a step checkpoint
     DRAFT = "draft"  # a hidden file of a killed writer
@@ -69,6 +71,7 @@ def find_garbage(store: Store, *, older_than: float) -> Iterator[Garbage]:
     for candidates in map_in_threads(scan, range(shards), SCANNERS):
         yield from _old(store, candidates, older_than)
     yield from _old(store, [(Kind.PLAN, name) for name in _unnamed_parts(store)], older_than)
+    yield from _old(store, [(Kind.EVENTS, name) for name in _unread_events(store)], older_than)
     for leftover in store.leftovers():
         if leftover.modified < older_than:
             kind = Kind.DRAFT if leftover.upload is None else Kind.UPLOAD
@@ -159,3 +162,9 @@ def _unnamed_parts(store: Store) -> list[str]:
     except ValueError:  # `verify` reports the damaged index
         return []
     return [name for name in parts if name not in named]
+
+
+def _unread_events(store: Store) -> list[str]:
+    """Parts of events that nothing reads, because there are too many newer ones."""
+    read = set(list_parts(store))
+    return [name for name in store.list(layout.EVENTS) if layout.event_driver(name) and name not in read]

@@ -17,6 +17,7 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.committed import committed_records
 from hv_batch.job.dataset.shard_totals import read_totals
 from hv_batch.job.documents.reading import InvalidObjectError
+from hv_batch.job.inspection.activity import Activity
 from hv_batch.job.inspection.identity_counts import IdentityCount, describe
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.quality import describe_looks, look
@@ -94,6 +95,7 @@ class Status:
     matching: int | None = None  # committed samples that satisfy the conditions, if any are given
     identities: tuple[IdentityCount, ...] = ()  # `count_identities`; empty unless the run has continued with changes
     holder: LeaseHolder | None = None
+    activity: Activity | None = None  # of the last driver, if it has written events
     withdrawals: tuple[Mapping[str, Any], ...] = ()  # the key and the reason of the first MAX_WITHDRAWALS
 
     @property
@@ -132,6 +134,7 @@ class Status:
             **({"withdrawn": self.withdrawn, "withdrawals": list(self.withdrawals)} if self.withdrawn else {}),
             "shards_sealed": self.sealed,
             "holder": asdict(self.holder) | {"gone": is_gone(self.holder)} if self.holder else None,
+            "activity": self.activity.to_dict() if self.activity else None,
             "looks": dict(self.looks),
             **({"identities": [asdict(each) for each in self.identities]} if self.identities else {}),
             **({"choices": dict(self.choices)} if self.choices else {}),
@@ -155,6 +158,7 @@ class Status:
             *(f"{option}: {choice} (chosen by the first group)" for option, choice in sorted(self.choices.items())),
             *([f"{self.matching:,} committed samples match --where"] if self.matching is not None else []),
             *([_describe_holder(self.holder)] if self.holder else []),
+            *(self.activity.render() if self.activity and not self.finished else []),
             "",
             f"{'shard':<14}{'samples':>9}{'committed':>11}{'quarantined':>13}{'pending':>9}  state",
         ]
@@ -174,7 +178,7 @@ class Status:
 
 
 def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
-    """The status of an output root, or of `shards` only, without `looks` and `identities`.
+    """The status of an output root, or of `shards` only, without `looks`, `identities` and `activity`.
 
     Raises UserError if the root has no run or no such shard.
     """

@@ -20,6 +20,7 @@ from hv_batch.job.dataset.card import card_problem
 from hv_batch.job.documents.fields import Document
 from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import ChoicesDocument, LeaseDocument, SummaryDocument
+from hv_batch.job.event_log.reader import check_part, list_parts
 from hv_batch.job.inspection.findings import Fault, Finding, Verification, examine, object_finding
 from hv_batch.job.manifest.index import Index, is_whole, read_index
 from hv_batch.job.manifest.planned_keys import belongs_to
@@ -131,10 +132,11 @@ def _unreadable(store: Store, key: str, document: type[Document], fault: Fault) 
 def check_run_objects(
     store: Store, run: Mapping[str, Any], result: Verification, *, is_whole_run: bool
 ) -> Iterator[Finding]:
-    """Check the lease, the choices, `_SUCCESS`, the card and the summary against the counts in `result`."""
+    """Check the lease, the choices, the events, `_SUCCESS`, the card and the summary against the counts in `result`."""
     # The next run replaces the lease. Choices cannot be recomputed, so nothing removes them.
     yield from _unreadable(store, layout.LEASE, LeaseDocument, Fault.LEASE)
     yield from _unreadable(store, layout.CHOICES, ChoicesDocument, Fault.CHOICES)
+    yield from _check_events(store)
     if not store.exists(layout.SUCCESS):
         yield from _check_card(store, run, None)
         return
@@ -164,6 +166,17 @@ def check_run_objects(
             yield Finding(None, None, Fault.SUMMARY, details, (layout.SUMMARY,))
             return
     yield from _check_card(store, run, summary)
+
+
+def _check_events(store: Store) -> Iterator[Finding]:
+    """Check the parts that are read. Removing a damaged one costs a piece of the history and nothing else."""
+    parts = examine(store, layout.EVENTS, lambda: list_parts(store))
+    if isinstance(parts, InvalidObjectError):
+        yield object_finding(parts, Fault.EVENTS)
+        return
+    for problem in store.each(partial(check_part, store), parts):
+        if problem is not None:
+            yield object_finding(problem, Fault.EVENTS, None, None, problem.key)
 
 
 def _check_card(store: Store, run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> Iterator[Finding]:

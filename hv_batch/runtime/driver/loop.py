@@ -46,12 +46,15 @@ from hv_batch.job.scheduling.messages import (
     TaskDone,
     TaskFailed,
     Tick,
+    WorkerPlaced,
+    WorkerReady,
 )
 from hv_batch.job.scheduling.scheduler import Scheduler
 from hv_batch.job.stages import Stage
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver.background_tasks import BackgroundTasks
+from hv_batch.runtime.driver.event_recorder import EventRecorder
 from hv_batch.runtime.driver.io_worker import IoWorker
 from hv_batch.runtime.driver.loop_calls import LoopCalls
 from hv_batch.runtime.driver.loop_timer import LoopTimer
@@ -133,8 +136,12 @@ class Driver:
         self._exclusion = NodeExclusion(run, self._cluster)
         self._reservations = ReservationPool(run, self._exclusion, self._cluster, self._probes_io.submit)
         self._metrics = RunMetrics(public_url(context.store.url))
+        self._recorder = EventRecorder(
+            context.store, self._cluster, self._exclusion.reasons, lambda: self._outage.is_away
+        )
         self._table = WorkerTable(
-            context, self._reservations, self._exclusion, self._metrics, self._watch, self._calls.call_later
+            *(context, self._reservations, self._exclusion, self._metrics, self._recorder),
+            *(self._watch, self._calls.call_later),
         )
         self._pending_actors = PendingActorWatch(run, self._cluster)
         self._nodes = NodeWatch(limits[Stage.DENOISE].workers, self._cluster)
@@ -157,6 +164,7 @@ class Driver:
         """Raises UserError when the run cannot go on. However it ends, its actors and placement groups are gone."""
         begun = time.monotonic()
         try:
+            self._recorder.started(self._snapshot())
             self._carry_out(self._scheduler.begin())
             # A stop does not wait for the background tasks: the next run finds complete shards and seals them, and
             # tries samples again that should have been quarantined.
@@ -171,6 +179,7 @@ class Driver:
                     self._spool_drain.poll(time.monotonic())
                     self._report()
             drained = self._end.drained or self._background_tasks.has_pending
+            self._recorder.end("stopped" if drained else "finished")
             return Outcome(
                 drained,
                 self._background_tasks.lost,
@@ -179,6 +188,9 @@ class Driver:
                 self._table.losses,
                 self._timer.busy_max_s,
             )
+        except BaseException as error:
+            self._recorder.end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+            raise
         finally:
             self._lookups.close()
             self._probes_io.close()
@@ -187,6 +199,7 @@ class Driver:
             self._cluster.close()
             self._shortage.forget()
             self._records_io.close(wait_s=CLOSE_S)
+            self._recorder.close()
             if waiting := self._spool_drain.describe():
                 logger.warning(waiting)
 
@@ -213,6 +226,7 @@ class Driver:
             self._stop_requested = True
             drain_s = self._context.config.timeouts.drain_s
             logger.info(f"stop requested: finishing what is running, at most {drain_s:g} s")
+            self._recorder.drain_started()
             self._events.append(StopRequested())
         now = time.monotonic()
         if now - self._polled_at >= POLL_S:
@@ -260,6 +274,10 @@ class Driver:
                         self._committed(item.sample.key)
             case Published(key):
                 self._committed(key)
+            case WorkerPlaced(worker) if worker in self._table.workers:
+                self._table.placed(worker)
+            case WorkerReady(worker) if worker in self._table.workers:
+                self._table.ready(worker)
             case TaskFailed(worker, failure) if worker in self._table.workers:
                 self._table.task_failed(worker, failure)
 
@@ -327,8 +345,14 @@ class Driver:
             self._events.append(Admitted(sample.key, pending.stage, params.latent_bytes, size_class, work, params.lora))
 
     def _report(self) -> None:
+        snapshot = self._snapshot()
+        self._progress.log(snapshot)
+        self._metrics.update(snapshot, self._timer)
+        self._recorder.poll(snapshot, time.monotonic())
+
+    def _snapshot(self) -> Snapshot:
         at, counts = self._scheduler.at, self._pending.counts
-        snapshot = Snapshot(
+        return Snapshot(
             total=self._total - counts.withdrawn_before,
             committed=counts.committed_before + counts.committed,
             quarantined=counts.quarantined_before + counts.quarantined,
@@ -339,5 +363,3 @@ class Driver:
             decoding=at(Stage.DECODE),
             spooled=self._scheduler.spooled(),
         )
-        self._progress.log(snapshot)
-        self._metrics.update(snapshot, self._timer)

@@ -23,6 +23,11 @@ class Outage:
         self._since: float | None = None
         self._try_at = 0.0
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the last try has failed."""
+        return self._since is not None
+
     def pauses(self, now: float) -> bool:
         """Whether new tries should wait, because one has failed less than OUTAGE_PAUSE_S ago."""
         return now < self._try_at

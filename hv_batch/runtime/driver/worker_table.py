@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hv_batch.job.failure import Failure
 from hv_batch.job.scheduling.messages import Event, WorkerId
 from hv_batch.job.stages import Stage
+from hv_batch.runtime.driver.event_recorder import EventRecorder
 from hv_batch.runtime.driver.loss_report import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
 from hv_batch.runtime.groups.denoise_group import DenoiseGroup
@@ -44,6 +45,7 @@ class WorkerTable:
         reservations: ReservationPool,
         exclusion: NodeExclusion,
         metrics: RunMetrics,
+        recorder: EventRecorder,
         watch: Watch,
         call_later: CallLater,
     ) -> None:
@@ -52,6 +54,7 @@ class WorkerTable:
         self._reservations = reservations
         self._exclusion = exclusion
         self._metrics = metrics
+        self._recorder = recorder
         self._watch = watch
         self._call_later = call_later
         self._workers: dict[WorkerId, Worker] = {}
@@ -69,13 +72,26 @@ class WorkerTable:
     @property
     def reserved_gpus(self) -> float:
         """The GPUs of the workers that are placed. Colocated encoders use those of the groups."""
+        return sum(self._gpus(each, worker) for each, worker in self._workers.items() if worker.nodes)
+
+    def _gpus(self, worker_id: WorkerId, worker: Worker) -> float:
         run = self._context.run
-        groups = [worker for worker in self._workers.values() if isinstance(worker, DenoiseGroup) and worker.nodes]
-        pools = [run.pools.get(each.stage) for each, worker in self._workers.items() if worker.nodes]
-        return sum(group.plan.world_size * run.rank_gpus for group in groups) + sum(pool.gpus for pool in pools if pool)
+        if isinstance(worker, DenoiseGroup):
+            return worker.plan.world_size * run.rank_gpus
+        pool = run.pools.get(worker_id.stage)
+        return pool.gpus if pool else 0.0
 
     def start(self, worker: WorkerId, size_class: int) -> None:
-        self._workers[worker] = self._start(worker, size_class)
+        self._workers[worker] = started = self._start(worker, size_class)
+        self._recorder.worker_asked(worker, self._gpus(worker, started))
+
+    def placed(self, worker: WorkerId) -> None:
+        """`worker` holds its resources and loads."""
+        self._recorder.worker_placed(worker, self._workers[worker].nodes)
+
+    def ready(self, worker: WorkerId) -> None:
+        """`worker` accepts tasks."""
+        self._recorder.worker_ready(worker, self._workers[worker].nodes)
 
     def poll(self, now: float) -> list[Event]:
         return [event for worker in list(self._workers.values()) for event in worker.poll(now)]
@@ -93,11 +109,15 @@ class WorkerTable:
         """The task that `worker` has finished."""
         task = self._tasks.pop(worker)
         self._metrics.task_done(task.stage, time.monotonic() - task.begun)
+        self._recorder.task_ended(worker, task.begun, len(task.items), failed=False)
         return task
 
     def task_failed(self, worker: WorkerId, failure: Failure) -> None:
         """The task of `worker` failed, and the worker goes on."""
-        _log_failure(worker, self._tasks.pop(worker, None), failure)
+        task = self._tasks.pop(worker, None)
+        if task:
+            self._recorder.task_ended(worker, task.begun, len(task.items), failed=True)
+        _log_failure(worker, task, failure)
 
     def lose(self, worker: WorkerId, failure: Failure, *, rebuild: bool) -> None:
         """Kill a worker because of a failure; the arguments are those of `KillWorker`."""
@@ -106,12 +126,16 @@ class WorkerTable:
             seconds = time.monotonic() - task.begun if task else 0.0
             self.losses.add(failure.kind, seconds, lost.plan.world_size)
             self._metrics.group_lost(failure.kind, seconds)
+        if task:
+            self._recorder.task_ended(worker, task.begun, len(task.items), failed=True)
+        self._recorder.worker_lost(worker, failure)
         _log_failure(worker, task, failure)
         lost.kill(rebuild=rebuild)
 
     def release(self, worker: WorkerId, reason: str) -> None:
         """End a worker that is not needed any more."""
         logger.info(f"{worker} is released: {reason}")
+        self._recorder.worker_released(worker, reason)
         self._workers.pop(worker).kill()
 
     def close(self) -> None:

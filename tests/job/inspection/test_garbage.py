@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job import layout
+from hv_batch.job.event_log.reader import MAX_DRIVERS
 from hv_batch.job.inspection.garbage import Kind, find_garbage, remove
 from hv_batch.job.inspection.verify import MediaShape, verify
 from hv_batch.job.records.latents import FinalLatents, put_latents, sample_identity
@@ -87,6 +88,18 @@ def test_files_of_killed_workers_are_found_and_removed(any_store):
     assert {k: v for k, v in everything(any_store).items() if k.startswith("data/")} == {
         k: v for k, v in everything(undisturbed).items() if k.startswith("data/")
     }
+
+
+def test_events_that_nothing_reads(store):
+    """The events of the newest drivers are kept, whatever else lies in their folder."""
+    run_small(store, SAMPLES)
+    drivers = [f"20261129T014500Z-{n:08x}" for n in range(MAX_DRIVERS + 2)]
+    for driver in drivers:
+        store.put(layout.event_part(driver, 0), b"")
+    store.put("events/notes.txt", b"")
+    found = list(find_garbage(store, older_than=FUTURE))
+    assert [garbage.name for garbage in found] == [layout.event_part(driver, 0) for driver in drivers[:2]]
+    assert {garbage.kind for garbage in found} == {Kind.EVENTS}
 
 
 def test_posters_and_interrupted_seals(store):

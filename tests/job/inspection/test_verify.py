@@ -213,6 +213,20 @@ def test_a_poster_with_other_bytes(root, spoil):
     assert (wrong.key, wrong.fault) == ("s002", Fault.POSTER)
 
 
+def test_damaged_events(root):
+    """P5: they are found and can be removed; no sample is rendered again for them."""
+    store = Store(str(root))
+    whole, damaged = (layout.event_part("20261129T014500Z-0a1b2c3d", number) for number in (0, 1))
+    store.put(whole, b'{"at": 1.0, "kind": "run_started"}\n')
+    store.put(damaged, b'{"at": 2.0, "kind": "run_en')
+    found = verify(store, decode_media, decodes=0).findings
+    assert [(finding.fault, finding.shard, finding.removes) for finding in found] == [(Fault.EVENTS, None, (damaged,))]
+    remove_faults(store, found)
+    assert store.exists(whole)
+    assert verify(store, decode_media, decodes=0).findings == []
+    assert store.exists(layout.SUCCESS)
+
+
 def another_lineage(root: Path) -> None:
     path = root / layout.lineage_key(0)
     table = pq.read_table(path)
