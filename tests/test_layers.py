@@ -38,6 +38,7 @@ JOB = """
     cost_model
     scheduling
     manifest
+    event_log
     documents
     config
     storage

@@ -13,6 +13,7 @@
     latents/shard-00017/<key>.safetensors        the final latents of a sample that is not committed yet
     steps/shard-00017/<key>.safetensors          the last step checkpoint of an unfinished denoise
     report/shards/shard-00017.json               the totals of the sealed shard, for the summary
+    events/20261129T014500Z-0a1b2c3d/00017.jsonl what one driver did, in parts that are written once (`job/event_log`)
     choices.json                                 what the first group chose for `auto` options, such as the kernel
     lease.json                                   the process that is writing to the root
     plan/index.json, plan/part-00017-<hash8>.parquet   the checked manifest; a resume reads its samples from it
@@ -35,6 +36,8 @@ _SAMPLE_OBJECT = re.compile(
 )
 # The path of a media file or poster: the sample's key, eight digits of the file's hash, a suffix.
 _MEDIA = re.compile(r"(?:data|posters)/shard-\d{5,}/(?P<key>[^/]+)-[0-9a-f]{8}\.[A-Za-z0-9]+")
+# The path of a part of a driver's events: the start of the driver, eight digits that tell drivers apart, the part.
+_EVENT_PART = re.compile(r"events/(?P<driver>\d{8}T\d{6}Z-[0-9a-f]{8})/(?P<part>\d{5})\.jsonl")
 # The key of a row (`hv_batch.job.manifest.rows`) or of one of its videos, which adds a suffix of up to 6 characters.
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,101}")
 
@@ -48,6 +51,7 @@ CARD = "README.md"  # the name that the Hugging Face Hub and its loaders expect
 COMMITS = "commits/"
 STEPS = "steps/"
 WITHDRAWN = "withdrawn/"
+EVENTS = "events/"
 PLAN = "plan/"
 INDEX = f"{PLAN}index.json"
 
@@ -60,7 +64,7 @@ def examples() -> tuple[str, ...]:
         *(media_key(0, sample, digest, suffix) for suffix in (".mp4", ".png")),
         *(metadata_key(0), totals_key(0), tar_key(0), lineage_key(0), poster_key(0, sample, digest)),
         *(commit_key(0, sample), quarantine_key(0, sample), retried_key(0, sample), withdrawn_key(0, sample)),
-        *(latent_key(0, sample), step_key(0, sample)),
+        *(latent_key(0, sample), step_key(0, sample), event_part("20261129T014500Z-0a1b2c3d", 0)),
     )
 
 
@@ -70,6 +74,17 @@ def index_part(number: int, sha256: str) -> str:
     The name holds the hex digest `sha256` of the part's bytes, so no writer can replace another writer's part.
     """
     return f"{PLAN}part-{number:05d}-{sha256[:8]}.parquet"
+
+
+def event_part(driver: str, part: int) -> str:
+    """The key of one part of the events of a driver, as the path names it."""
+    return f"{EVENTS}{driver}/{part:05d}.jsonl"
+
+
+def event_driver(path: str) -> tuple[str, int] | None:
+    """The name of the driver and the number of the part in the path of a part of its events; None for other objects."""
+    match = _EVENT_PART.fullmatch(path)
+    return (match["driver"], int(match["part"])) if match else None
 
 
 def folders(shards: Iterable[int]) -> Iterator[str]:
