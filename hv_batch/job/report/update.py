@@ -49,7 +49,9 @@ REFRESH_S = 60  # of an open page, while the run is at work
 class Update:
     """What one update has done."""
 
-    document: Mapping[str, Any]  # report.json
+    document: Mapping[str, Any]
+    data: bytes  # report.json
+    page: bytes  # index.html
     shards_read: int  # whose records were read
 
 
@@ -82,7 +84,7 @@ class Reporter:
             if len(first) < FIRST_SAMPLES:
                 shown = samples[: FIRST_SAMPLES - len(first)]
                 first += [{**sample, "shard": digest["shard"]} for sample in shown]
-        running = self._is_running() if running is None else running
+        running = self.is_running() if running is None else running
         moment = Moment(
             now=time.time(),
             finished=self._store.exists(layout.SUCCESS),
@@ -92,9 +94,10 @@ class Reporter:
         )
         events = read_events(self._store, parts=self._events)
         document = make_document(self._store.url, run, sums, events, gpus_of(run), moment)
-        self._target.put(layout.REPORT_DATA, encode_json(document))
-        self._target.put(layout.REPORT, render_page(document, first).encode("utf-8"))
-        return Update(document, shards_read)
+        data, page = encode_json(document), render_page(document, first).encode("utf-8")
+        self._target.put(layout.REPORT_DATA, data)
+        self._target.put(layout.REPORT, page)
+        return Update(document, data, page, shards_read)
 
     def _digests(self, run: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[Sample], bool]]:
         """The digest of each shard in order, the first samples of its part, and whether its records were read."""
@@ -124,29 +127,33 @@ class Reporter:
 
     def _known_digest(self, listing: ShardListing) -> dict[str, Any] | None:
         """The last digest of a shard; None if it has changed since."""
-        for digest in self._read_all(layout.report_digest_key(listing.shard), DigestDocument):
-            if (digest["shard"], digest["state"]) == (listing.shard, listing.state):
+        shard = listing.shard
+        for store, digest in self._read_all(layout.report_digest_key(shard), DigestDocument):
+            if (digest["shard"], digest["state"]) == (shard, listing.state):
+                if store is not self._target:  # a driver has written the part meanwhile: ours is older
+                    self._target.delete(layout.report_digest_key(shard))
+                    self._target.delete(layout.report_part_key(shard))
                 return digest
         return None
 
     def _read_samples(self, shard: int) -> list[Sample] | None:
-        for part in self._read_all(layout.report_part_key(shard), PartDocument):
+        for _, part in self._read_all(layout.report_part_key(shard), PartDocument):
             return list(part["samples"])
         return None
 
     def _last_price(self) -> float | None:
-        for report in self._read_all(layout.REPORT_DATA, ReportDocument):
+        for _, report in self._read_all(layout.REPORT_DATA, ReportDocument):
             price: float | None = report["totals"].get("price_per_gpu_hour")
             return price
         return None
 
-    def _read_all(self, key: str, model: type[BaseModel]) -> Iterator[dict[str, Any]]:
-        """The valid objects under `key`: in the target, then in the root."""
+    def _read_all(self, key: str, model: type[BaseModel]) -> Iterator[tuple[Store, dict[str, Any]]]:
+        """The valid objects under `key`, each with its store: the target, then the root."""
         for store in dict.fromkeys((self._target, self._store)):
             with contextlib.suppress(FileNotFoundError, InvalidObjectError):
-                yield read(store, key, model)
+                yield store, read(store, key, model)
 
-    def _is_running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a driver is at work on the root, as far as its lease says."""
         holder = read_lease(self._store)
         return bool(holder and holder.purpose == "run" and not is_gone(holder) and not _is_silent(holder.beat_at))
