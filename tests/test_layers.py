@@ -32,6 +32,7 @@ LAYERS = """
 JOB = """
     export
     inspection
+    report
     dataset
     records
     simulation

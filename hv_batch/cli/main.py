@@ -16,6 +16,7 @@ from hv_batch.cli.config import app as config_app
 from hv_batch.cli.doctor import doctor
 from hv_batch.cli.export import export
 from hv_batch.cli.init import init
+from hv_batch.cli.report import report
 from hv_batch.cli.run import nightly, plan, resume, run
 from hv_batch.cli.simulate import simulate
 from hv_batch.cli.terminal import (
@@ -105,7 +106,7 @@ def sample(context: typer.Context) -> None:
     raise typer.Exit(render_sample(context.args))
 
 
-for command in (run, resume, nightly, plan, simulate, init, doctor, export):
+for command in (run, resume, nightly, plan, simulate, report, init, doctor, export):
     app.command()(command)
 for operation in (
     output_root.status,

@@ -14,11 +14,13 @@
     steps/shard-00017/<key>.safetensors          the last step checkpoint of an unfinished denoise
     report/shards/shard-00017.json               the totals of the sealed shard, for the summary
     events/20261129T014500Z-0a1b2c3d/00017.jsonl what one driver did, in parts that are written once (`job/event_log`)
+    report/parts/shard-00017.json                the samples of the shard as the report shows them
+    report/digests/shard-00017.json              what the report counts of the shard, and the state that it describes
     choices.json                                 what the first group chose for `auto` options, such as the kernel
     lease.json                                   the process that is writing to the root
     plan/index.json, plan/part-00017-<hash8>.parquet   the checked manifest; a resume reads its samples from it
     README.md                                    the dataset card; that of an unfinished run refuses to be loaded
-    summary.json, report/index.html, _SUCCESS
+    summary.json, report/index.html, report/report.json, _SUCCESS
 
 Keys are POSIX paths relative to the root. `key` is a sample's key-safe name (`Sample.key`), unique within the manifest.
 """
@@ -45,6 +47,7 @@ RUN = "run.json"
 SUMMARY = "summary.json"
 SUCCESS = "_SUCCESS"
 REPORT = "report/index.html"
+REPORT_DATA = "report/report.json"
 CHOICES = "choices.json"
 LEASE = "lease.json"
 CARD = "README.md"  # the name that the Hugging Face Hub and its loaders expect
@@ -60,7 +63,8 @@ def examples() -> tuple[str, ...]:
     """A key of each kind of object."""
     digest, sample = "0" * 64, "sample"
     return (
-        *(RUN, SUMMARY, SUCCESS, REPORT, CHOICES, LEASE, CARD, INDEX, index_part(0, digest)),
+        *(RUN, SUMMARY, SUCCESS, REPORT, REPORT_DATA, CHOICES, LEASE, CARD, INDEX, index_part(0, digest)),
+        *(report_part_key(0), report_digest_key(0)),
         *(media_key(0, sample, digest, suffix) for suffix in (".mp4", ".png")),
         *(metadata_key(0), totals_key(0), tar_key(0), lineage_key(0), poster_key(0, sample, digest)),
         *(commit_key(0, sample), quarantine_key(0, sample), retried_key(0, sample), withdrawn_key(0, sample)),
@@ -89,7 +93,7 @@ def event_driver(path: str) -> tuple[str, int] | None:
 
 def folders(shards: Iterable[int]) -> Iterator[str]:
     """The folders in which a run writes objects: those of these shards, and those that all shards share."""
-    yield from ("", PLAN, "report/", "report/shards/", "lineage/", "webdataset/")
+    yield from ("", PLAN, "report/", "report/shards/", "report/parts/", "report/digests/", "lineage/", "webdataset/")
     for shard in shards:
         yield from (media_dir(shard), poster_dir(shard), commit_dir(shard), quarantine_dir(shard), retried_dir(shard))
         yield from (latent_dir(shard), f"{STEPS}{shard_name(shard)}/")
@@ -133,6 +137,14 @@ def metadata_key(shard: int) -> str:
 
 def totals_key(shard: int) -> str:
     return f"report/shards/{shard_name(shard)}.json"
+
+
+def report_part_key(shard: int) -> str:
+    return f"report/parts/{shard_name(shard)}.json"
+
+
+def report_digest_key(shard: int) -> str:
+    return f"report/digests/{shard_name(shard)}.json"
 
 
 def tar_key(shard: int) -> str:

@@ -33,7 +33,7 @@ def _check_key(value: str) -> str:
     return value
 
 
-def _check_text(max_chars: int, value: Any) -> Any:
+def check_text(max_chars: int, value: Any) -> Any:
     """Unlike pydantic's `str`, this allows lone surrogates, which prompts and file names may contain."""
     if not isinstance(value, str) or len(value) > max_chars:
         raise ValueError(f"allowed: a text of at most {max_chars:,} characters")
@@ -69,8 +69,8 @@ def check_row_values(values: dict[str, Any]) -> dict[str, Any]:
 Key = Annotated[str, AfterValidator(_check_key)]
 Hex64 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 Name = Annotated[str, Field(max_length=1024)]
-Text = Annotated[str, PlainValidator(partial(_check_text, MAX_TEXT_CHARS))]
-LongText = Annotated[str, PlainValidator(partial(_check_text, MAX_MESSAGE_CHARS))]
+Text = Annotated[str, PlainValidator(partial(check_text, MAX_TEXT_CHARS))]
+LongText = Annotated[str, PlainValidator(partial(check_text, MAX_MESSAGE_CHARS))]
 Time = Annotated[str, Field(max_length=64), AfterValidator(_check_time)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Samples = Annotated[int, Field(ge=0, le=MAX_SAMPLES)]

@@ -64,12 +64,13 @@ def read_quarantined(
     """
     for shard in shards:
         keys = scan_shard(store, shard, keys=planned.of(shard) if planned else None).quarantined
-        records = map_in_threads(partial(_read, store, shard), keys, store.readers)
+        records = map_in_threads(partial(read_failed, store, shard), keys, store.readers)
         selected = (record for record in records if record and (not kinds or record["class"] in kinds))
         yield from sorted(selected, key=itemgetter("row", "video_index"))
 
 
-def _read(store: Store, shard: int, key: str) -> dict[str, Any] | None:
+def read_failed(store: Store, shard: int, key: str) -> dict[str, Any] | None:
+    """The quarantine record of a sample, or what stands for a damaged one; None if there is none any more."""
     try:
         return read_quarantine(store, shard, key)
     except FileNotFoundError:  # the sample was committed after the listing
@@ -87,7 +88,7 @@ def group_reasons(records: Iterable[Mapping[str, Any]]) -> list[Reason]:
     groups: Counter[str] = Counter()
     examples: dict[tuple[str, str], list[str]] = {}
     for record in records:
-        reason = (record["class"], _normalized(record["message"]))
+        reason = (record["class"], normalize_message(record["message"]))
         if reason not in counts:
             groups[record["class"]] += 1
             if groups[record["class"]] > MAX_GROUPS:
@@ -98,7 +99,8 @@ def group_reasons(records: Iterable[Mapping[str, Any]]) -> list[Reason]:
     return [Reason(*reason, count, tuple(examples[reason])) for reason, count in counts.most_common()]
 
 
-def _normalized(message: str) -> str:
+def normalize_message(message: str) -> str:
+    """The first line of a message without its numbers: equal for samples that failed for the same reason."""
     first_line = message.strip().partition("\n")[0]
     return _VARYING.sub("#", first_line)[:MAX_REASON_CHARS]
 

@@ -107,6 +107,10 @@ class LocalDisk:
         with local_paths.opened_file(self.root, key) as descriptor, open(descriptor, "rb", closefd=False) as file:
             return file.read()
 
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        with local_paths.opened_file(self.root, key) as descriptor:
+            return os.pread(descriptor, end - start, start)
+
     def get_file(self, key: str, path: Path) -> None:
         with (
             local_paths.opened_file(self.root, key) as descriptor,

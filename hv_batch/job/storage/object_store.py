@@ -94,6 +94,9 @@ class Remote:
     def get(self, key: str) -> bytes:
         return bytes(self.fs.cat_file(self._path(key)))
 
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        return bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+
     def get_file(self, key: str, path: Path) -> None:
         self.fs.get_file(self._path(key), str(path))
 

@@ -172,6 +172,11 @@ class Store:
         path = _checked(key)
         return self._retry(lambda backend: backend.get(path))
 
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        """The bytes `start` to `end` (exclusive) of the object; fewer if it is shorter. Raises FileNotFoundError."""
+        path = _checked(key)
+        return self._retry(lambda backend: backend.get_range(path, start, end))
+
     def get_file(self, key: str, path: Path) -> None:
         """Download an object of any size. Raises FileNotFoundError."""
         source = _checked(key)
