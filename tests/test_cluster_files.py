@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import os
 import re
 import shlex
 import signal
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from hv_batch.cli.main import app
 from hv_batch.job.config.run_config import load_config
@@ -41,11 +42,12 @@ def pods(job):
 def ordered(command):
     """The config that a `hv-batch run|nightly` command names, with its overrides; the command line must parse."""
     words = shlex.split(command)
-    name, *arguments = words[words.index("hv-batch") + 1 :]
+    start = next(number for number, word in enumerate(words) if Path(word).name == "hv-batch")
+    name, *arguments = words[start + 1 :]
     assert name in {"run", "nightly"}
     given = click_command(name).make_context(name, list(arguments)).params
     assert given["manifest"]
-    return load_config(str(ROOT / "configs" / Path(given["config"]).name), given["overrides"] or [])
+    return load_config(str(ROOT / "configs" / Path(given["config"]).stem) + ".yaml", given["overrides"] or [])
 
 
 def click_command(name):
@@ -78,28 +80,109 @@ def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
 def test_only_what_a_new_cluster_can_fix_fails_the_job(tmp_path, name, failures, code):
     """Exit codes: quarantined samples and the deadline of a night do not create a second cluster."""
     pretend(tmp_path, "hv-batch", f"exit {code}")
-    entrypoint = job_of(f"kuberay-{name}.yaml")["entrypoint"]
+    entrypoint = job_of(f"kuberay-{name}.yaml")["entrypoint"].replace("/tmp", str(tmp_path))
     done = subprocess.run(entrypoint, shell=True, env=seeing(tmp_path))
     assert (done.returncode != 0) == (code in failures)
 
 
-def test_the_nightly_job_differs_from_the_other_in_its_command_alone():
+def test_the_nightly_job_differs_from_the_other_in_command_and_deadline_alone():
     nightly, once = job_of("kuberay-nightly.yaml"), job_of("kuberay-rayjob.yaml")
-    assert {**nightly, "entrypoint": ""} == {**once, "entrypoint": ""}
+    own = {"entrypoint": "", "activeDeadlineSeconds": 0}
+    assert {**nightly, **own} == {**once, **own}
 
 
-def test_ray_up_accepts_its_file():
-    cluster = yaml.safe_load((CLUSTER / "ray-up-aws.yaml").read_text())
-    validate_config(prepare_config(cluster))
+def test_every_pod_mounts_the_weights_that_the_command_names():
+    """P6: the driver identifies the weights before a GPU is taken, so the head pod needs them like the workers."""
+    job = job_of("kuberay-rayjob.yaml")
+    cluster = job["rayClusterSpec"]
+    base = ordered(hv_batch_command(job["entrypoint"])).model.options["model_base"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        spec = group["template"]["spec"]
+        (container,) = spec["containers"]
+        (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == base]
+        assert [volume for volume in spec["volumes"] if volume["name"] == name]
+
+
+def test_no_pod_runs_as_root_and_the_image_names_its_user_by_number():
+    """`runAsNonRoot` refuses a pod whose image has a user name, which may be root's."""
+    job = job_of("kuberay-rayjob.yaml")
+    cluster = job["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    templates = [job["submitterPodTemplate"], *(group["template"] for group in groups)]
+    (user,) = re.findall(r"^USER (\d+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    for template in templates:
+        security = template["spec"]["securityContext"]
+        assert security["runAsNonRoot"]
+        assert security["runAsUser"] == int(user) > 0
+
+
+def test_a_head_pod_that_is_evicted_waits_for_the_drain(tmp_path):
+    """P4: the hook signals the driver and returns when the driver has ended; the grace period covers a drain."""
+    job = job_of("kuberay-nightly.yaml")
+    pod = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > ordered(hv_batch_command(job["entrypoint"])).timeouts.drain_s
+    (container,) = pod["containers"]
+    hook = [word.replace("/tmp", str(tmp_path)) for word in container["lifecycle"]["preStop"]["exec"]["command"]]
+    pretend(tmp_path, "pkill", f"echo $* > {tmp_path}/signalled")
+    pretend(tmp_path, "pgrep", f"echo $* >> {tmp_path}/looks; (($(wc -l < {tmp_path}/looks) < 2))")
+    subprocess.run(hook, env=seeing(tmp_path), timeout=30)
+    assert (tmp_path / "signalled").read_text() == "-x hv-batch\n"
+    assert len((tmp_path / "looks").read_text().splitlines()) == 2  # the driver had ended at the second
+    # The command ends with 143, too, if the night is over, which creates no new cluster; an eviction must create one.
+    pretend(tmp_path, "hv-batch", "exit 143")
+    entrypoint = job["entrypoint"].replace("/tmp", str(tmp_path))
+    assert subprocess.run(entrypoint, shell=True, env=seeing(tmp_path)).returncode
+    (tmp_path / "evicted").unlink()
+    assert not subprocess.run(entrypoint, shell=True, env=seeing(tmp_path)).returncode
+
+
+@pytest.mark.slow  # the imports of the command take seconds
+def test_the_process_of_the_driver_has_the_name_that_the_hook_signals():
+    command = [Path(sys.executable).with_name("hv-batch"), "config", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as driver:
+        driver.stdout.read(1)  # its imports are done
+        assert Path(f"/proc/{driver.pid}/comm").read_text() == "hv-batch\n"
+
+
+@pytest.mark.parametrize("name", ["ray-up-aws.yaml", "ray-up-gcp.yaml"])
+def test_the_machines_of_ray_up_hold_every_group_that_the_command_asks_for(name):
+    cluster = yaml.safe_load((CLUSTER / name).read_text())
     nodes = [
         kind["resources"]
         for kind in cluster["available_node_types"].values()
         for _ in range(kind["max_workers"])
     ]  # fmt: skip
     assert len(nodes) == cluster["max_workers"]
-    command = " ".join(re.findall(r"^# +(.*)$", (CLUSTER / "ray-up-aws.yaml").read_text(), re.MULTILINE))
+    command = " ".join(re.findall(r"^# +(.*)$", (CLUSTER / name).read_text(), re.MULTILINE))
     command = re.search(r"hv-batch run .*groups\.count=\d+", command.replace("\\", ""))[0]
-    assert can_place(as_many_as_asked(ordered(command)), nodes)
+    config = ordered(command)
+    assert can_place(as_many_as_asked(config), nodes)
+    base = config.model.options["model_base"]
+    assert f"--volume {base}:{base}:ro" in cluster["docker"]["run_options"]  # on the head, too (P6)
+
+
+@pytest.mark.parametrize(("gpus", "overrides"), [(8, []), (1, ["parallel.gpus_per_group=1"])])
+def test_the_containers_of_compose_fit_on_one_machine(gpus, overrides):
+    text = (CLUSTER / "compose.yaml").read_text()
+    assert all(override in text for override in overrides)
+    service = yaml.safe_load(text)["services"]["render"]
+    config = ordered(" ".join([service["command"], *overrides]))
+    assert can_place(as_many_as_asked(config), [{"CPU": 64.0, "GPU": float(gpus)}])
+    assert not can_place(as_many_as_asked(config), [{"CPU": 64.0, "GPU": gpus - 1.0}])
+    (minutes,) = re.findall(r"^(\d+)m$", service["stop_grace_period"])
+    assert 60 * int(minutes) > config.timeouts.drain_s
+    assert f":{config.model.options['model_base']}:ro" in service["volumes"][0]
+
+
+def test_systemd_lets_the_driver_drain():
+    """P4: SIGTERM reaches the driver alone, which needs its workers, and nothing is killed before the drain ends."""
+    unit = configparser.RawConfigParser(strict=False)
+    unit.read_string((CLUSTER / "hv-batch-nightly.service").read_text().replace("\\\n", " "))
+    service = unit["Service"]
+    config = ordered(service["ExecStart"])
+    assert service["KillMode"] == "mixed"
+    assert int(service["TimeoutStopSec"]) > config.timeouts.drain_s
+    assert set(service["SuccessExitStatus"].split()) == {"3", "4", "143"}
 
 
 def test_the_image_is_built_from_what_there_is():
@@ -134,9 +217,9 @@ def slurm(tmp_path):
     pretend(tmp_path, "scontrol", f"[[ $1 == show ]] && printf 'localhost\\nother\\n' || {note}")
     pretend(tmp_path, "ray", f"{note}; [[ $1 == health-check ]] || exec sleep 60")
 
-    def start(driver):
+    def start(driver, **more):
         pretend(tmp_path, "hv-batch", f"{note}; {driver}")
-        environment = seeing(tmp_path, SLURM_JOB_ID="77", SLURM_JOB_NODELIST="any")
+        environment = seeing(tmp_path, SLURM_JOB_ID="77", SLURM_JOB_NODELIST="any", **more)
         command = [CLUSTER / "slurm.sbatch", "--config", "C"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
@@ -151,7 +234,10 @@ def test_a_slurm_job_ends_as_its_driver_does(slurm, code):
     assert slurm(f"{both_nodes_started}; exit {code}").wait(timeout=30) == code
     calls = slurm.calls()
     assert "hv-batch run --address 127.0.0.1:20077 --config C" in calls
-    assert any(call.startswith("srun --nodes=1 --ntasks=1 --exclude=localhost ray start --block") for call in calls)
+    assert any(
+        call.startswith("srun --nodes=1 --ntasks=1 --exclude=localhost --cpu-bind=none ray start --block")
+        for call in calls
+    )
     assert not any("requeue" in call for call in calls)
 
 
@@ -164,6 +250,19 @@ def test_slurms_notice_reaches_the_driver_and_the_job_is_queued_again(slurm):
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 143
     assert "scontrol requeue 77" in slurm.calls()
+
+
+@pytest.mark.parametrize(
+    ("folder", "used"),
+    [("/local/job.77", "/local/job.77"), ("/local/scratch/slurm/some-user/job.1234567", "/tmp/hv-77")],
+)
+def test_a_long_folder_of_a_slurm_job_is_replaced(slurm, folder, used):
+    """Ray adds up to 68 bytes to its folder, and the path of a socket has at most 107."""
+    longest = len(f"{used}/ray/session_2026-11-29_01-45-36_123456_1234567/sockets/plasma_store")
+    assert longest <= 107
+    job = slurm('echo "$RAY_TMPDIR"', RAY_TMPDIR="", TMPDIR=folder)
+    assert used in job.communicate(timeout=30)[0].splitlines()
+    assert ("srun --ntasks-per-node=1 rm -rf /tmp/hv-77" in slurm.calls()) == (used != folder)
 
 
 def test_the_quoted_messages_are_those_of_the_code():
