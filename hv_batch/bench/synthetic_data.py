@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
@@ -72,8 +74,16 @@ class _NoMedia:
         return self.sha256
 
 
+GROUPS = 8  # that have rendered the samples in turn, and as many decoders
+DENOISE_S, DECODE_S = 60.0, 5.0
+
+
 def commit_first(output: Path, manifest: Path, config: RunConfig, samples: int) -> None:
-    """Commit the first `samples` samples of an output root that a run has started, and seal the complete shards."""
+    """Commit the first `samples` samples of an output root that a run has started, and seal the complete shards.
+
+    Their records are those of a run on GROUPS groups that ends now.
+    """
+    ended = time.time()
     store = Store(str(output))
     run, index, left = read_run(store), load_index(store, Manifest(str(manifest)), config), samples
     assert index, "the run that started the output root must have written an index"
@@ -83,7 +93,7 @@ def commit_first(output: Path, manifest: Path, config: RunConfig, samples: int) 
         records.mkdir(parents=True, exist_ok=True)
         for sample in inside[:left]:
             # Not through the store, which flushes each record to disk: this step is not measured.
-            record = _record(sample, run["fingerprint"])
+            record = _record(sample, run["fingerprint"], ended - (samples - sample.row) // GROUPS * DENOISE_S)
             (records / f"{sample.key}.json").write_bytes(encode(record))
         if left < len(inside):
             return
@@ -98,16 +108,21 @@ def commit_first(output: Path, manifest: Path, config: RunConfig, samples: int) 
         left -= len(inside)
 
 
-def _record(sample: Sample, fingerprint: str) -> dict[str, object]:
+def _record(sample: Sample, fingerprint: str, committed_at: float) -> dict[str, object]:
     params = sample.params
     media = _NoMedia(hashlib.sha256(sample.key.encode()).hexdigest(), params.num_frames, params.height, params.width)
-    report = {"seconds": 1.0, "node": "127.0.0.1", "worker": "made up"}
-    return commit_record(
+    slot = sample.row % GROUPS
+    seconds = {"encode": 0.1, "denoise": DENOISE_S - slot / 10, "decode": DECODE_S}
+    record = commit_record(
         sample,
         file=layout.media_dir(sample.shard) + layout.media_name(sample.key, media.sha256, params.num_frames),
         media=media,
-        stages=dict.fromkeys(("encode", "denoise", "decode"), report),
+        stages={
+            stage: {"seconds": taken, "node": f"10.0.0.{slot}", "worker": f"{stage}-{slot}.0", "ranks": 1}
+            for stage, taken in seconds.items()
+        },
         failures=[],
         fingerprint=fingerprint,
         versions={},
     )
+    return record | {"created_at": datetime.fromtimestamp(committed_at, UTC).isoformat(timespec="milliseconds")}

@@ -82,14 +82,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_nothing(HTTPStatus.FOUND, {"Location": f"/{layout.REPORT}"})
             return
         try:
-            found = self.server.root.find(path.removeprefix("/"))
+            self._send(self.server.root.find(path.removeprefix("/")))
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # the client has gone
         except (FileNotFoundError, ValueError):
             self._send_nothing(HTTPStatus.NOT_FOUND)
         except OSError as error:
             logger.warning(f"{path} cannot be served: {error}")
             self._send_nothing(HTTPStatus.BAD_GATEWAY)
-        else:
-            self._send(found)
 
     def _send(self, found: ServedObject) -> None:
         headers = {
@@ -112,9 +112,15 @@ class _Handler(BaseHTTPRequestHandler):
         if part:
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{found.size}"
         status = HTTPStatus.PARTIAL_CONTENT if part else HTTPStatus.OK
-        self._send_head(status, {**headers, "Content-Length": str(end - start)})
-        if self.command == "GET":
-            self._send_bytes(found, start, end)
+        headers["Content-Length"] = str(end - start)
+        if self.command == "HEAD":
+            self._send_head(status, headers)
+            return
+        # Before the head: an object that cannot be read must not begin as if it could.
+        chunk = found.read(start, min(end, start + CHUNK_BYTES))
+        self._send_head(status, headers)
+        self.wfile.write(chunk)
+        self._send_bytes(found, start + len(chunk), end)
 
     def _send_bytes(self, found: ServedObject, start: int, end: int) -> None:
         while start < end:

@@ -17,6 +17,7 @@ from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 
 REFRESH_S = 20  # of the report and of an open page
+POLL_S = 0.05  # until a server that is to end notices it
 MAX_LOAD = 0.2  # the share of the time that updates may take
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def serve_report(store: Store, port: int = 0, price_per_gpu_hour: float | None =
             ) from error
         stopped = threading.Event()
         threads = [
-            threading.Thread(target=server.serve_forever, name="report-server"),
+            threading.Thread(target=server.serve_forever, args=(POLL_S,), name="report-server"),
             threading.Thread(target=_keep_current, args=(reporter, root, stopped), name="report-update", daemon=True),
         ]
         for thread in threads:
