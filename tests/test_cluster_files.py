@@ -116,24 +116,46 @@ def test_no_pod_runs_as_root_and_the_image_names_its_user_by_number():
         assert security["runAsUser"] == int(user) > 0
 
 
-def test_a_head_pod_that_is_evicted_waits_for_the_drain(tmp_path):
-    """P4: the hook signals the driver and returns when the driver has ended; the grace period covers a drain."""
+# A driver that counts its signals. At the first one it drains for a moment.
+DRAINS = """trap 'echo TERM >> {folder}/signals' TERM
+touch {folder}/runs
+until [ -e {folder}/signals ]; do sleep 0.02; done
+for _ in 1 2 3 4 5 6 7 8 9 10; do sleep 0.05; done
+touch {folder}/drained
+exit 143"""
+
+# As `ray job stop`: signals the driver and its shells.
+STOP_JOB = "kill -TERM $(pgrep -x bash) $(pgrep -x hv-batch); until [ -e signals ]; do sleep 0.02; done; "
+
+
+@pytest.mark.parametrize(("before", "is_evicted"), [("", True), (STOP_JOB, False)], ids=["eviction", "deletion"])
+def test_the_end_of_the_head_pod_waits_for_the_drain(tmp_path, before, is_evicted):
+    """P4: a driver gets one signal, because a second one ends the drain, and the pod stays until it has ended.
+
+    The command and the hook run in a namespace of their own, as in a pod, because the hook names processes.
+    """
     job = job_of("kuberay-nightly.yaml")
     pod = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] > ordered(hv_batch_command(job["entrypoint"])).timeouts.drain_s
     (container,) = pod["containers"]
-    hook = [word.replace("/tmp", str(tmp_path)) for word in container["lifecycle"]["preStop"]["exec"]["command"]]
-    pretend(tmp_path, "pkill", f"echo $* > {tmp_path}/signalled")
-    pretend(tmp_path, "pgrep", f"echo $* >> {tmp_path}/looks; (($(wc -l < {tmp_path}/looks) < 2))")
-    subprocess.run(hook, env=seeing(tmp_path), timeout=30)
-    assert (tmp_path / "signalled").read_text() == "-x hv-batch\n"
-    assert len((tmp_path / "looks").read_text().splitlines()) == 2  # the driver had ended at the second
-    # The command ends with 143, too, if the night is over, which creates no new cluster; an eviction must create one.
-    pretend(tmp_path, "hv-batch", "exit 143")
-    entrypoint = job["entrypoint"].replace("/tmp", str(tmp_path))
-    assert subprocess.run(entrypoint, shell=True, env=seeing(tmp_path)).returncode
-    (tmp_path / "evicted").unlink()
-    assert not subprocess.run(entrypoint, shell=True, env=seeing(tmp_path)).returncode
+    drain_s = ordered(hv_batch_command(job["entrypoint"])).timeouts.drain_s
+    (wait_s,) = [int(each["value"]) for each in container["env"] if each["name"] == "RAY_JOB_STOP_WAIT_TIME_S"]
+    assert drain_s < wait_s < pod["terminationGracePeriodSeconds"]
+    bash, option, hook = container["lifecycle"]["preStop"]["exec"]["command"]
+    (tmp_path / "hook").write_text(hook.replace("/tmp", str(tmp_path)))
+    (tmp_path / "command").write_text(job["entrypoint"].replace("/tmp", str(tmp_path)))
+    pretend(tmp_path, "hv-batch", DRAINS.format(folder=tmp_path))
+    script = f"""cd {tmp_path}; (sh ./command; echo $? > code) &
+        until [ -e runs ]; do sleep 0.02; done
+        {before}{bash} {option} "$(cat hook)"; ls > after; wait"""
+    in_namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*in_namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces")
+    subprocess.run([*in_namespace, "sh", "-c", script], env=seeing(tmp_path), timeout=30, capture_output=True)
+    assert (tmp_path / "signals").read_text() == "TERM\n"
+    assert "drained" in (tmp_path / "after").read_text().split()
+    # The command also ends with 143 if the night is over, which needs no new cluster. An eviction needs one.
+    assert not is_evicted or (tmp_path / "code").read_text() != "0\n"
+    assert (tmp_path / "evicted").exists()
 
 
 @pytest.mark.slow  # the imports of the command take seconds
@@ -196,12 +218,42 @@ def test_the_image_is_built_from_what_there_is():
     assert {*wheel["packages"], *wheel["force-include"], project["project"]["readme"]} <= set(copied)
 
 
+def test_the_image_has_the_programs_that_ray_and_kuberay_call_in_it():
+    """`ray up` runs rsync in the container, and ssh in that of the head; it reads HOME from the image's variables."""
+    text = (CLUSTER / "Dockerfile").read_text()
+    (packages,) = re.findall(r"apt-get install [^&]*", text)
+    assert {"openssh-client", "procps", "rsync", "wget"} <= set(packages.split())
+    (home,) = re.findall(r"^ENV HOME=(\S+)$", text, re.MULTILINE)
+    for name in ("ray-up-aws.yaml", "ray-up-gcp.yaml"):
+        mounts = yaml.safe_load((CLUSTER / name).read_text())["file_mounts"]
+        assert mounts == {f"{home}/.ray/auth_token": "~/.ray/auth_token"}
+
+
+def test_the_commands_of_the_first_steps_parse():
+    text = (CLUSTER / "start.md").read_text().replace("\\\n", "")
+    blocks = re.findall(r"^ *```sh\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if "hv-batch " in line]
+    parsed = [parse(shlex.split(line, comments=True)) for line in commands if re.search(r"(^|-- ) *hv-batch \w", line)]
+    assert {"fetch", "plan", "report", "run", "status"} <= set(parsed)
+
+
+def parse(words):
+    """The name of the command that the words after `hv-batch` give."""
+    from typer.main import get_command
+
+    command, words = get_command(app), words[words.index("hv-batch") + 1 :]
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, words)
+    return command.name
+
+
 # Slurm ----------------------------------------------------------------------------------------------------------------
 
 
 def pretend(folder, name, script):
     path = folder / name
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o755)
 
 
