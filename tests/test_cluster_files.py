@@ -58,7 +58,8 @@ def click_command(name):
 
 def hv_batch_command(entrypoint):
     (script,) = re.findall(r"bash -c '(.*)'", entrypoint)
-    return re.split(r"\|\||;", script)[0]
+    (command,) = [part for part in re.split(r"\|\||;", script) if "hv-batch " in part]
+    return command
 
 
 def as_many_as_asked(config):
@@ -80,9 +81,22 @@ def test_the_pods_of_a_job_hold_every_group_that_its_command_asks_for(name):
 def test_only_what_a_new_cluster_can_fix_fails_the_job(tmp_path, name, failures, code):
     """Exit codes: quarantined samples and the deadline of a night do not create a second cluster."""
     pretend(tmp_path, "hv-batch", f"exit {code}")
+    pretend(tmp_path, "date", "echo 22")
     entrypoint = job_of(f"kuberay-{name}.yaml")["entrypoint"].replace("/tmp", str(tmp_path))
     done = subprocess.run(entrypoint, shell=True, env=seeing(tmp_path))
     assert (done.returncode != 0) == (code in failures)
+
+
+@pytest.mark.parametrize(("hour", "renders"), [("05", True), ("06", False), ("09", False), ("19", False), ("20", True)])
+def test_a_night_that_is_repeated_by_day_does_not_render_until_the_next_morning(tmp_path, hour, renders):
+    """`--until 06:30` means the next 06:30: after a failure at 06:40, a new cluster would render for a day."""
+    pretend(tmp_path, "hv-batch", f"touch {tmp_path}/renders")
+    pretend(tmp_path, "date", f"echo {hour}")
+    entrypoint = job_of("kuberay-nightly.yaml")["entrypoint"]
+    assert not subprocess.run(entrypoint, shell=True, env=seeing(tmp_path)).returncode
+    assert (tmp_path / "renders").exists() == renders
+    condition = unit_section("Service")["ExecCondition"].replace("%%", "%")
+    assert (subprocess.run(condition, shell=True, env=seeing(tmp_path)).returncode == 0) == renders
 
 
 def test_the_nightly_job_differs_from_the_other_in_command_and_deadline_alone():
@@ -144,6 +158,7 @@ def test_the_end_of_the_head_pod_waits_for_the_drain(tmp_path, before, is_evicte
     (tmp_path / "hook").write_text(hook.replace("/tmp", str(tmp_path)))
     (tmp_path / "command").write_text(job["entrypoint"].replace("/tmp", str(tmp_path)))
     pretend(tmp_path, "hv-batch", DRAINS.format(folder=tmp_path))
+    pretend(tmp_path, "date", "echo 05")
     script = f"""cd {tmp_path}; (sh ./command; echo $? > code) &
         until [ -e runs ]; do sleep 0.02; done
         {before}{bash} {option} "$(cat hook)"; ls > after; wait"""
@@ -196,11 +211,15 @@ def test_the_containers_of_compose_fit_on_one_machine(gpus, overrides):
     assert f":{config.model.options['model_base']}:ro" in service["volumes"][0]
 
 
-def test_systemd_lets_the_driver_drain():
-    """P4: SIGTERM reaches the driver alone, which needs its workers, and nothing is killed before the drain ends."""
+def unit_section(name):
     unit = configparser.RawConfigParser(strict=False)
     unit.read_string((CLUSTER / "hv-batch-nightly.service").read_text().replace("\\\n", " "))
-    service = unit["Service"]
+    return unit[name]
+
+
+def test_systemd_lets_the_driver_drain():
+    """P4: SIGTERM reaches the driver alone, which needs its workers, and nothing is killed before the drain ends."""
+    service = unit_section("Service")
     config = ordered(service["ExecStart"])
     assert service["KillMode"] == "mixed"
     assert int(service["TimeoutStopSec"]) > config.timeouts.drain_s
