@@ -323,17 +323,24 @@ def test_slurms_notice_reaches_the_driver_and_the_job_is_queued_again(slurm):
     assert "scontrol requeue 77" in slurm.calls()
 
 
+LONG = "/local/scratch/slurm/some-user/job.1234567"
+
+
 @pytest.mark.parametrize(
-    ("folder", "used"),
-    [("/local/job.77", "/local/job.77"), ("/local/scratch/slurm/some-user/job.1234567", "/tmp/hv-77")],
+    ("folder", "used", "code", "removed"),
+    [
+        ("/local/job.77", "/local/job.77", 0, False),
+        (LONG, "/tmp/hv-77", 0, True),
+        (LONG, "/tmp/hv-77", 1, False),  # the logs in it say what happened
+    ],
 )
-def test_a_long_folder_of_a_slurm_job_is_replaced(slurm, folder, used):
+def test_a_long_folder_of_a_slurm_job_is_replaced(slurm, folder, used, code, removed):
     """Ray adds up to 68 bytes to its folder, and the path of a socket has at most 107."""
     longest = len(f"{used}/ray/session_2026-11-29_01-45-36_123456_1234567/sockets/plasma_store")
     assert longest <= 107
-    job = slurm('echo "$RAY_TMPDIR"', RAY_TMPDIR="", TMPDIR=folder)
+    job = slurm(f'echo "$RAY_TMPDIR"; exit {code}', RAY_TMPDIR="", TMPDIR=folder)
     assert used in job.communicate(timeout=30)[0].splitlines()
-    assert ("srun --ntasks-per-node=1 rm -rf /tmp/hv-77" in slurm.calls()) == (used != folder)
+    assert ("srun --ntasks-per-node=1 rm -rf /tmp/hv-77" in slurm.calls()) == removed
 
 
 def test_the_quoted_messages_are_those_of_the_code():
