@@ -87,7 +87,6 @@ class Reporter:
         running = self.is_running() if running is None else running
         moment = Moment(
             now=time.time(),
-            finished=self._store.exists(layout.SUCCESS),
             running=running,
             refresh_s=refresh_s if running else None,
             price_per_gpu_hour=self._last_price() if price_per_gpu_hour is None else price_per_gpu_hour,
@@ -165,6 +164,13 @@ def _is_silent(beat_at: str) -> bool:
         return time.time() - datetime.fromisoformat(beat_at).timestamp() > SILENT_S
     except (ValueError, OverflowError):
         return True
+
+
+def forget_shard(store: Store, shard: int) -> None:
+    """Remove what the report says of the samples of a shard. The next report reads the shard again."""
+    for key in (layout.report_digest_key(shard), layout.report_part_key(shard)):
+        if store.exists(key):  # on a versioned bucket, every delete of an absent object adds a delete marker
+            store.delete(key)
 
 
 def update_report(store: Store, *, price_per_gpu_hour: float | None = None, running: bool | None = None) -> Update:
