@@ -36,7 +36,8 @@ from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.records.withdrawn import delete_remnants, read_tombstone, remnants, tombstone
 from hv_batch.job.redaction import public_url
-from hv_batch.job.report.update import forget_shard, update_report
+from hv_batch.job.report.report_files import forget_shard
+from hv_batch.job.report.update import update_report
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
