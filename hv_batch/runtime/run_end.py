@@ -12,10 +12,11 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.card import write_card
 from hv_batch.job.formatting import clock
 from hv_batch.job.inspection.status import read_status
-from hv_batch.job.inspection.summary import aggregate, describe_truncated, write_report
+from hv_batch.job.inspection.summary import aggregate, describe_truncated
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import finish_run, read_run
 from hv_batch.job.redaction import public_url
+from hv_batch.job.report.update import update_report
 from hv_batch.job.scheduling.limits import OUTAGE_PAUSE_S
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
@@ -99,7 +100,7 @@ def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSign
         try:
             with stop.interruptible():
                 summary = {**aggregate(store), **own}
-                write_report(store, summary)
+                update_report(store, running=False)
                 write_card(store, read_run(store), summary)
             finish_run(store, summary)
             return summary

@@ -44,6 +44,7 @@ def root(tmp_path_factory) -> Path:
     [
         (["status", "ROOT"], "hv_batch/status/1", 0),
         (["verify", "ROOT", "--sample-decode", "0"], "hv_batch/verification/1", 0),
+        (["report", "ROOT"], "hv_batch/report-location/1", 0),
         (["retry", "ROOT"], "hv_batch/retry/1", 0),
         (["gc", "ROOT"], "hv_batch/gc/1", 0),
         (["diff", "ROOT", "ROOT"], "hv_batch/diff/1", 0),

@@ -34,6 +34,7 @@ from hv_batch.job.records.latents import (
 )
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.shard_scan import Pending
+from hv_batch.job.report.update import update_report
 from hv_batch.job.stages import Stage
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
@@ -108,7 +109,7 @@ def run_small(
             kinds = shards.summary.extra_kinds
             seal_shard(store, complete.shard, complete.keys, kinds, **facts, webdataset=adorned)
     totals = summary.aggregate(store)
-    summary.write_report(store, totals)
+    update_report(store, running=False)
     card.write_card(store, run_document.read_run(store), totals)
     run_document.finish_run(store, totals)
 

@@ -87,6 +87,7 @@ class DigestDocument(Document):
     schema_: Literal["hv_batch/report_digest/1"] = Field(alias="schema")
     shard: Samples
     state: Hex64  # of the objects that were read
+    sealed: bool
     samples: Samples
     committed: Samples
     quarantined: Samples

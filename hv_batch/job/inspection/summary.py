@@ -1,7 +1,7 @@
-"""The results of a run: the document of `summary.json`, and the page `report/index.html`.
+"""The results of a run: the document of `summary.json`.
 
-Both are computed from the output root, shard by shard. They are available for a run in progress, a finished run, and a
-run that was resumed on another machine, and no counter has to survive a crash. A sealed shard has stored its totals;
+It is computed from the output root, shard by shard. It is available for a run in progress, a finished run, and a run
+that was resumed on another machine, and no counter has to survive a crash. A sealed shard has stored its totals;
 records are read only for shards that are open or have changed since they were sealed.
 """
 
@@ -12,26 +12,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from typing import Any
 
-from hv_batch.job import layout
 from hv_batch.job.dataset.committed import committed_records
 from hv_batch.job.dataset.shard_totals import ShardTotals, add_up, read_totals
 from hv_batch.job.formatting import plural
-from hv_batch.job.inspection import gallery
 from hv_batch.job.inspection.identity_counts import count_identities
 from hv_batch.job.inspection.status import ShardStatus, read_status
 from hv_batch.job.manifest.planned_keys import PlannedKeys
-from hv_batch.job.records.quarantine import read_quarantined
 from hv_batch.job.records.run_document import read_run
-from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
 SCHEMA = "hv_batch/summary/1"
-MAX_CARDS = 500  # videos on the page; more would slow down a browser
-MAX_FAILED = 200  # quarantined samples on the page; each has a traceback of up to 8 kB
 
 
 def aggregate(store: Store) -> dict[str, Any]:
@@ -110,18 +103,6 @@ def _gpu_seconds(run: Mapping[str, Any], denoise_ms: Mapping[str, int]) -> float
         return None
     default_ranks = math.prod(parallel.get(degree, 1) for degree in ("ulysses_degree", "ring_degree", "cfg_degree"))
     return sum(milliseconds * int(ranks or default_ranks) for ranks, milliseconds in denoise_ms.items()) / 1000
-
-
-def write_report(store: Store, summary: Mapping[str, Any]) -> None:
-    """Write `report/index.html`: totals from `summary` (from `aggregate`), the first videos and the first failures."""
-    run, shards = read_run(store), summary["shards"]
-    planned = PlannedKeys(store, run)
-    videos = list(islice(committed_records(store, planned, range(shards)), MAX_CARDS))
-    # The limit is the number of quarantined samples: the search for one more would list every shard.
-    quarantined = read_quarantined(store, range(shards), planned=planned)
-    failed = list(islice(quarantined, min(MAX_FAILED, summary["quarantined"])))
-    name = public_url(store.url).rpartition("/")[2] or public_url(store.url)
-    store.put(layout.REPORT, gallery.page(name, run, summary, videos, failed).encode("utf-8"))
 
 
 def _totals(store: Store, planned: PlannedKeys, shards: Sequence[ShardStatus]) -> Iterator[ShardTotals]:

@@ -26,7 +26,7 @@ from hv_batch.job.dataset.card import write_card
 from hv_batch.job.dataset.lost_media import release_lost
 from hv_batch.job.dataset.seal import is_sealed, read_committed, read_table, seal_records
 from hv_batch.job.documents.reading import InvalidObjectError
-from hv_batch.job.inspection.summary import aggregate, write_report
+from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.manifest.index import read_index, read_part
 from hv_batch.job.manifest.planned_keys import PlannedKeys, belongs_to
 from hv_batch.job.manifest.samples import sample_keys
@@ -36,6 +36,8 @@ from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.records.spool import Spool
 from hv_batch.job.records.withdrawn import delete_remnants, read_tombstone, remnants, tombstone
 from hv_batch.job.redaction import public_url
+from hv_batch.job.report.report_files import forget_shard
+from hv_batch.job.report.update import update_report
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
@@ -125,6 +127,8 @@ def withdraw(
         if _needs_unseal(store, shard, keys):
             unseal_shard(store, shard)
         result.removed += delete_remnants(store, shard, keys)
+        if not is_sealed(store, shard):  # otherwise nothing was changed
+            forget_shard(store, shard)
         result.spooled += sum(spool.discard(shard, key) for spool in _spools(store, run) for key in keys)
         check_lease()
         if not is_sealed(store, shard) and _seal(store, run, planned, shard):
@@ -217,12 +221,13 @@ def _finish(store: Store, run: Mapping[str, Any], shards: Sequence[int]) -> bool
     """
     if store.exists(layout.SUCCESS):  # nothing was changed
         return True
-    if not store.exists(layout.REPORT) and not all(is_sealed(store, shard) for shard in shards):
-        return False
-    summary = aggregate(store)
-    is_complete = summary["pending"] == 0 and summary["shards_sealed"] == summary["shards"]
+    was_finished, is_complete = store.exists(layout.SUMMARY), False
+    if was_finished or all(is_sealed(store, shard) for shard in shards):
+        summary = aggregate(store)
+        is_complete = summary["pending"] == 0 and summary["shards_sealed"] == summary["shards"]
     if is_complete or store.exists(layout.REPORT):
-        write_report(store, summary)
+        update_report(store, running=False)
+    if is_complete or was_finished:
         write_card(store, run, summary)
         finish_run(store, summary)
     return is_complete

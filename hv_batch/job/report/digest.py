@@ -108,6 +108,7 @@ def _digest(
         "schema": DIGEST_SCHEMA,
         "shard": listing.shard,
         "state": listing.state,
+        "sealed": listing.is_sealed,
         "samples": samples,
         **counts,
         "pending": max(0, samples - sum(counts.values())),

@@ -40,7 +40,6 @@ class Moment:
     """When and in which state of the run a report was made."""
 
     now: float  # unix seconds
-    finished: bool
     running: bool
     refresh_s: int | None
     price_per_gpu_hour: float | None
@@ -61,7 +60,7 @@ def make_document(
     return {
         "schema": REPORT_SCHEMA,
         "generated_at": round(moment.now),
-        "finished": moment.finished,
+        "finished": sums.is_finished,
         "running": moment.running,
         "refresh_s": moment.refresh_s,
         "name": clamp(root_name(url), 200),

@@ -18,12 +18,13 @@ VERSION = 1  # of what parts and digests contain: another version writes all of 
 
 @dataclass(frozen=True, slots=True)
 class ShardListing:
-    """The keys of the samples of a shard by state, as `records.commits.ShardState`, and what identifies this state."""
+    """The keys of the samples of a shard by state, as `records.commits.ShardState`, and what identifies it."""
 
     shard: int
     committed: frozenset[str]
     quarantined: frozenset[str]
     withdrawn: frozenset[str]
+    is_sealed: bool
     state: str  # hex
 
     @property
@@ -46,7 +47,7 @@ def list_shard(
         for folder in (layout.commit_dir(shard), layout.quarantine_dir(shard))
     )
     try:
-        sealed_at = store.modified(layout.metadata_key(shard)) if committed else 0.0
+        sealed_at = store.modified(layout.metadata_key(shard))
     except (FileNotFoundError, NotADirectoryError):
         sealed_at = 0.0
     if withdrawn is None:
@@ -66,4 +67,4 @@ def list_shard(
         sorted(gone),
     )
     state = hashlib.sha256(repr(facts).encode()).hexdigest()
-    return ShardListing(shard, good - gone, bad - good - gone, gone, state)
+    return ShardListing(shard, good - gone, bad - good - gone, gone, sealed_at > 0, state)

@@ -25,6 +25,7 @@ class ReportSums:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+        self.sealed = 0  # shards
         self.media: Counter[str] = Counter()
         self.media_seconds = 0.0
         self.gpu_seconds: Counter[str] = Counter()
@@ -40,6 +41,7 @@ class ReportSums:
 
     def add(self, digest: Mapping[str, Any]) -> None:
         self.counts.update({name: digest[name] for name in COUNTS})
+        self.sealed += digest["sealed"]
         self.media.update(bytes=digest["media_bytes"], frames=digest["frames"])
         self.media_seconds += digest["media_seconds"]
         self.gpu_seconds.update(digest["gpu_seconds"])
@@ -72,6 +74,11 @@ class ReportSums:
                 "facets": facets,
             }
         )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no sample is pending and every shard is sealed, as in a root with `_SUCCESS`."""
+        return self.counts["pending"] == 0 and self.sealed == len(self._shards)
 
     def facets(self) -> Facets:
         return self._facets.result()

@@ -10,18 +10,12 @@ one has overwritten.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel
-
-from hv_batch.job import layout
-from hv_batch.job.documents.reading import InvalidObjectError, read
-from hv_batch.job.documents.report import DigestDocument, PartDocument, ReportDocument
 from hv_batch.job.event_log.reader import Event, read_events
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.lease_holder import is_gone, read_lease
@@ -33,6 +27,7 @@ from hv_batch.job.report.gpus import gpus_of
 from hv_batch.job.report.json_text import encode_json
 from hv_batch.job.report.page import render_page
 from hv_batch.job.report.planned import PlannedSamples
+from hv_batch.job.report.report_files import ReportFiles
 from hv_batch.job.report.samples import Sample
 from hv_batch.job.report.shard_state import ShardListing, list_shard
 from hv_batch.job.report.sums import ReportSums
@@ -55,6 +50,16 @@ class Update:
     shards_read: int  # whose records were read
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A shard, and its digest if that is current. `listing` is None if the shard was not listed."""
+
+    shard: int
+    samples: int
+    listing: ShardListing | None
+    digest: dict[str, Any] | None
+
+
 class Reporter:
     """The report of one root. `update` may be called again and again; it must not run twice at once.
 
@@ -64,7 +69,7 @@ class Reporter:
 
     def __init__(self, store: Store, target: Store | None = None) -> None:
         self._store = store
-        self._target = target or store
+        self._files = ReportFiles(store, target or store)
         self._events: dict[str, tuple[Event, ...]] = {}  # by part, which never changes
 
     def update(
@@ -72,91 +77,71 @@ class Reporter:
     ) -> Update:
         """Write what has changed. Without a price, that of the last report stays.
 
-        `running` says whether a driver is at work on the root; by default its lease decides.
+        `running` says whether a driver is at work on the root; by default its lease decides. A driver that passes True
+        holds the lease, so nobody else changes its sealed shards: those that were finished in the last report are not
+        listed again.
 
         Raises UserError if the root has no run, and StorageUnavailableError if it does not answer.
         """
         run = read_run(self._store)
         sums, first, shards_read = ReportSums(), list[Sample](), 0
-        for digest, samples, is_new in self._digests(run):
+        for digest, samples, is_new in self._digests(run, trusts_seals=running is True):
             sums.add(digest)
             shards_read += is_new
-            if len(first) < FIRST_SAMPLES:
-                shown = samples[: FIRST_SAMPLES - len(first)]
-                first += [{**sample, "shard": digest["shard"]} for sample in shown]
+            shown = samples[: FIRST_SAMPLES - len(first)]
+            first += [{**sample, "shard": digest["shard"]} for sample in shown]
         running = self.is_running() if running is None else running
         moment = Moment(
             now=time.time(),
-            finished=self._store.exists(layout.SUCCESS),
             running=running,
             refresh_s=refresh_s if running else None,
-            price_per_gpu_hour=self._last_price() if price_per_gpu_hour is None else price_per_gpu_hour,
+            price_per_gpu_hour=self._files.last_price() if price_per_gpu_hour is None else price_per_gpu_hour,
         )
         events = read_events(self._store, parts=self._events)
         document = make_document(self._store.url, run, sums, events, gpus_of(run), moment)
         data, page = encode_json(document), render_page(document, first).encode("utf-8")
-        self._target.put(layout.REPORT_DATA, data)
-        self._target.put(layout.REPORT, page)
+        self._files.write_page(data, page)
         return Update(document, data, page, shards_read)
-
-    def _digests(self, run: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[Sample], bool]]:
-        """The digest of each shard in order, the first samples of its part, and whether its records were read."""
-        samples, shards = plan_size(run)
-        shard_size = run["config"]["output"]["shard_size"]
-        keys, planned = PlannedKeys(self._store, run), PlannedSamples(self._store, run)
-        withdrawn, gpus = all_withdrawn(self._store), gpus_of(run)
-        wanted = FIRST_SAMPLES
-
-        def look_up(shard: int) -> tuple[ShardListing, int, dict[str, Any] | None]:
-            size = min(shard_size, samples - shard * shard_size)
-            listing = list_shard(self._store, shard, keys.of(shard), size, withdrawn.get(shard, frozenset()))
-            return listing, size, self._known_digest(listing) if listing.terminal else empty_digest(listing, size)
-
-        for listing, size, digest in map_in_threads(look_up, range(shards), SCANNERS):
-            shown: Sequence[Sample] | None = ()
-            if digest and digest["part_bytes"] and wanted > 0:
-                shown = self._read_samples(listing.shard)
-            is_new = digest is None or shown is None
-            if digest is None or shown is None:
-                part, digest, shown = digest_shard(self._store, listing, size, planned, gpus)
-                self._target.put(layout.report_part_key(listing.shard), part)
-                # Last: it says that the part is current.
-                self._target.put(layout.report_digest_key(listing.shard), encode_json(digest))
-            wanted -= len(shown)
-            yield digest, shown, is_new
-
-    def _known_digest(self, listing: ShardListing) -> dict[str, Any] | None:
-        """The last digest of a shard; None if it has changed since."""
-        shard = listing.shard
-        for store, digest in self._read_all(layout.report_digest_key(shard), DigestDocument):
-            if (digest["shard"], digest["state"]) == (shard, listing.state):
-                if store is not self._target:  # a driver has written the part meanwhile: ours is older
-                    self._target.delete(layout.report_digest_key(shard))
-                    self._target.delete(layout.report_part_key(shard))
-                return digest
-        return None
-
-    def _read_samples(self, shard: int) -> list[Sample] | None:
-        for _, part in self._read_all(layout.report_part_key(shard), PartDocument):
-            return list(part["samples"])
-        return None
-
-    def _last_price(self) -> float | None:
-        for _, report in self._read_all(layout.REPORT_DATA, ReportDocument):
-            price: float | None = report["totals"].get("price_per_gpu_hour")
-            return price
-        return None
-
-    def _read_all(self, key: str, model: type[BaseModel]) -> Iterator[tuple[Store, dict[str, Any]]]:
-        """The valid objects under `key`, each with its store: the target, then the root."""
-        for store in dict.fromkeys((self._target, self._store)):
-            with contextlib.suppress(FileNotFoundError, InvalidObjectError):
-                yield store, read(store, key, model)
 
     def is_running(self) -> bool:
         """Whether a driver is at work on the root, as far as its lease says."""
         holder = read_lease(self._store)
         return bool(holder and holder.purpose == "run" and not is_gone(holder) and not _is_silent(holder.beat_at))
+
+    def _digests(
+        self, run: Mapping[str, Any], *, trusts_seals: bool
+    ) -> Iterator[tuple[dict[str, Any], Sequence[Sample], bool]]:
+        """The digest of each shard in order, the samples of the first parts, and whether its records were read."""
+        samples, shards = plan_size(run)
+        shard_size = run["config"]["output"]["shard_size"]
+        keys, planned = PlannedKeys(self._store, run), PlannedSamples(self._store, run)
+        withdrawn, gpus = all_withdrawn(self._store), gpus_of(run)
+
+        def list_one(shard: int, size: int) -> ShardListing:
+            return list_shard(self._store, shard, keys.of(shard), size, withdrawn.get(shard, frozenset()))
+
+        def look_up(shard: int) -> _Found:
+            size = min(shard_size, samples - shard * shard_size)
+            if trusts_seals and (digest := self._files.read_finished_digest(shard, size)):
+                return _Found(shard, size, None, digest)
+            listing = list_one(shard, size)
+            if not listing.terminal:
+                return _Found(shard, size, listing, empty_digest(listing, size))
+            return _Found(shard, size, listing, self._files.read_digest(shard, listing.state))
+
+        wanted = FIRST_SAMPLES
+        for found in map_in_threads(look_up, range(shards), SCANNERS):
+            digest, shown = found.digest, list[Sample]()
+            if digest and digest["part_bytes"] and wanted > 0:
+                shown = self._files.read_part(found.shard) or []
+                digest = digest if shown else None  # the part is missing or damaged
+            is_new = digest is None
+            if digest is None:
+                listing = found.listing or list_one(found.shard, found.samples)
+                part, digest, shown = digest_shard(self._store, listing, found.samples, planned, gpus)
+                self._files.write_shard(part, digest)
+            wanted -= len(shown)
+            yield digest, shown, is_new
 
 
 def _is_silent(beat_at: str) -> bool:

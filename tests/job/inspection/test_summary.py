@@ -1,12 +1,9 @@
-"""The numbers of summary.json, and the report page."""
+"""The numbers of summary.json."""
 
 from __future__ import annotations
 
 import itertools
-import re
-from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urljoin
 
 import pytest
 
@@ -14,7 +11,7 @@ from hv_batch.job import formatting, layout
 from hv_batch.job.dataset import committed
 from hv_batch.job.dataset.seal import seal_shard
 from hv_batch.job.failure import FailureClass
-from hv_batch.job.inspection import gallery, summary
+from hv_batch.job.inspection import summary
 from hv_batch.job.records import commits, run_document
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -27,40 +24,6 @@ from tests.support.rendered_roots import (
     make_sample,
     open_root,
 )
-
-HOSTILE = """<script>alert("x")</script><img src=x onerror='y'> & $heading ${title} "quoted" \u202e \ud800"""
-VOID = {"meta", "img", "input", "br", "link"}
-
-
-class Page(HTMLParser):
-    """The elements of a page as a browser sees them, and whether each one is closed in order."""
-
-    def __init__(self, markup: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(markup)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def read_page(store: Store) -> Page:
-    page = Page(store.get(layout.REPORT).decode("utf-8"))
-    assert page.open == []
-    return page
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -199,95 +162,6 @@ def test_aggregate_needs_a_run(store):
         summary.aggregate(store)
 
 
-def test_page_shows_videos_in_plan_order_with_relative_paths(store):
-    """P1: relative sources lead to the media keys; an image is an image; nothing comes from another host."""
-    open_root(store, 5)
-    records = [make_commit(make_sample(n, num_frames=1 if n == 3 else 17)) for n in (5, 3, 2, 1, 4)]
-    for record in records:
-        commits.commit(store, record)
-    summary.write_report(store, summary.aggregate(store))
-    page = read_page(store)
-    media = [a["src"] for tag, a in page.elements if tag in ("video", "img")]
-    files = [record["file"] for record in sorted(records, key=lambda record: record["row"])]
-    assert [unquote(urljoin("http://h/report/index.html", src)) for src in media] == [f"http://h/{f}" for f in files]
-    assert len(page.all("img")) == 1
-    assert all({"muted", "loop", "autoplay", "playsinline", "controls"} <= a.keys() for a in page.all("video"))
-    links = [v for _, a in page.elements for k, v in a.items() if k in ("src", "href") and v]
-    assert all(link.startswith("../data/") for link in links)
-    assert not page.all("link")
-    assert "http" not in store.get(layout.REPORT).decode()
-
-
-def test_page_shows_the_posters_that_exist(store):
-    """P1: the poster that `media.poster` wrote is shown until a video plays."""
-    open_root(store, 2)
-    poster = layout.poster_key(0, "s001", "ab" * 32)
-    for record in (make_commit(make_sample(1), poster=poster), make_commit(make_sample(2))):
-        commits.commit(store, record)
-    summary.write_report(store, summary.aggregate(store))
-    assert [video.get("poster") for video in read_page(store).all("video")] == [f"../{poster}", None]
-
-
-def test_hostile_texts_stay_text(store):
-    """P5: prompts, ids, columns and errors are untrusted: they are escaped, never interpreted."""
-    open_root(store, 2)
-    commits.commit(store, make_commit(make_sample(1, prompt=HOSTILE, num_frames=1, extra={HOSTILE: HOSTILE})))
-    failure = make_failure(FailureClass.POISON, HOSTILE, HOSTILE)
-    bad = make_quarantine(make_sample(2, prompt=HOSTILE), failure)
-    commits.quarantine(store, bad | {"id": HOSTILE})
-    summary.write_report(store, summary.aggregate(store))
-    page = read_page(store)
-    assert len(page.all("script")) == 1
-    assert len(page.all("img")) == 1
-    assert not [a for _, a in page.elements if "onerror" in a]
-    shown = HOSTILE.replace("\ud800", "?")
-    assert page.all("img")[0]["alt"] == shown
-    assert "".join(page.words).count(shown) == 7
-
-
-def test_page_shows_failures_totals_and_licence(store):
-    """P5: each quarantined sample with its reason, and the licence notice."""
-    open_root(store, 3)
-    commits.commit(store, make_commit(make_sample(1)))
-    commits.quarantine(store, make_quarantine(make_sample(2)))
-    summary.write_report(store, summary.aggregate(store))
-    words = " ".join(read_page(store).words)
-    for expected in ("s002", "POISON, 2 tries", "not finite", "1 sample pending", "European Union"):
-        assert expected in words
-
-
-def test_page_of_a_run_without_commits(store):
-    """P2: the report can be written at any moment."""
-    open_root(store, 3)
-    summary.write_report(store, summary.aggregate(store))
-    assert "No sample is committed yet." in read_page(store).words
-
-
-def test_gallery_is_limited_with_a_note(store, monkeypatch):
-    """P7: the page of a long run has a bounded size and says how much it leaves out."""
-    monkeypatch.setattr(summary, "MAX_CARDS", 3)
-    monkeypatch.setattr(summary, "MAX_FAILED", 1)
-    open_root(store, 8)
-    for number in range(1, 6):
-        commits.commit(store, make_commit(make_sample(number)))
-    for number in (6, 7):
-        commits.quarantine(store, make_quarantine(make_sample(number)))
-    summary.write_report(store, summary.aggregate(store))
-    page = read_page(store)
-    assert len(page.all("video")) == 3
-    words = " ".join(page.words)
-    assert "The first 3 of 5 are shown" in words
-    assert "The first 1 of 2." in words
-
-
-def test_template_has_no_placeholder_left_over():
-    """P5: the script and the style of the page must not collide with the template's placeholders."""
-    template = (Path(gallery.__file__).parent / "report_page.html").read_text("utf-8")
-    names = re.findall(r"\$(\w*)", template)
-    assert all(names)
-    assert len(names) == len(set(names))
-
-
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0.42, "0.42 s"), (12.34, "12.3 s"), (250, "4.2 min"), (11520, "3.2 h"), (5999, "100.0 min")],
@@ -305,8 +179,8 @@ def test_sizes_have_decimal_units(count, shown):
     assert formatting.size(count) == shown
 
 
-def test_the_report_says_how_many_videos_look_wrong(store):
-    """The totals are the same from records and from sealed shards, and the cards show what a video looks like."""
+def test_the_summary_says_how_many_videos_look_wrong(store):
+    """The totals are the same from records and from sealed shards."""
     open_root(store, 5)
     for number, scores in enumerate((BLACK, STILL, BLACK, None), 1):
         commits.commit(store, make_commit(make_sample(number), scores=scores))
@@ -314,8 +188,3 @@ def test_the_report_says_how_many_videos_look_wrong(store):
     assert totals["looks"] == {"black": 2, "still": 1}
     seal_shard(store, 0, ["s001", "s002", "s003", "s004"])
     assert summary.aggregate(store)["looks"] == totals["looks"]
-    summary.write_report(store, totals)
-    page = read_page(store)
-    assert "2 of 3 videos look black, 1 do not move." in page.words
-    assert (page.words.count("black"), page.words.count("still")) == (2, 1)
-    assert page.words.count("Luma mean") == 3

@@ -17,8 +17,9 @@ import pytest
 from hv_batch.job import layout
 from hv_batch.job.inspection.findings import Fault
 from hv_batch.job.inspection.status import read_status
-from hv_batch.job.inspection.summary import aggregate, write_report
+from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.inspection.verify import remove_faults, verify
+from hv_batch.job.report.update import update_report
 from hv_batch.job.storage import canonical_json
 from hv_batch.job.storage.store import Store
 from hv_batch.media.probe import decode_media
@@ -324,7 +325,7 @@ def test_a_quarantine_record_that_cannot_be_read(tmp_path, data):
     store.put(layout.quarantine_key(0, "s001"), data)
     assert "its quarantine record cannot be read" in read_status(store).render()
     assert aggregate(store)["failures"] == {"(unreadable)": 1}
-    write_report(store, aggregate(store))
+    update_report(store)
     (wrong,) = verify(store, decode_media, decodes=0).findings
     assert (wrong.key, wrong.fault) == ("s001", Fault.RECORD)
     remove_faults(store, [wrong])

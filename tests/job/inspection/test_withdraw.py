@@ -103,7 +103,8 @@ def test_a_sample_of_any_state_is_gone_for_good(roots, tmp_path, which, key):
     assert objects_of(store, key)
     found = take(store, key)
     assert objects_of(store, key) == []
-    assert key not in store.get(layout.REPORT).decode() if store.exists(layout.REPORT) else True
+    prompt = SAMPLES[int(key[1:]) - 1].params.prompt.encode()
+    assert not [name for name in store.list("report") if prompt in store.get(name)]
     assert found.finished == store.exists(layout.SUCCESS) == (which == "finished")
     denoised: Counter = Counter()
     run_small(store, SAMPLES, poison=POISON, denoised=denoised, adorned=True)

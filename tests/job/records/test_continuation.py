@@ -24,6 +24,7 @@ from hv_batch.job.records.continuation import equal_earlier
 from hv_batch.job.records.run_document import RunState, fingerprint, inspect_run, read_run
 from hv_batch.job.records.run_identity import is_same_but_manifest
 from hv_batch.job.records.unfinished_card import UNFINISHED_CARD
+from hv_batch.job.report.update import update_report
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -312,7 +313,12 @@ def test_a_continued_root_is_marked(store, command):
         assert f"        6  {run['earlier'][0]['fingerprint'][:8]}  until {run['earlier'][0]['replaced_at']}" in text
         assert f"        3  {run['fingerprint'][:8]}  now" in text
     assert [each["committed"] for each in aggregate(store)["identities"]] == [6, 3]
-    assert "This run has continued with changes" in store.get(layout.REPORT).decode()
+    named = update_report(store).document["run"]["identities"]
+    assert [(each["fingerprint"], each["committed"]) for each in named] == [
+        (run["earlier"][0]["fingerprint"], 6),
+        (run["fingerprint"], 3),
+    ]
+    assert named[0]["changed"]
     assert any("A continued at" in line for line in compare(store, store).identity)
 
 

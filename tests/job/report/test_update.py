@@ -24,6 +24,7 @@ from hv_batch.job.records.quarantine import read_quarantined, release
 from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.records.withdrawn import tombstone
 from hv_batch.job.report import samples as report_samples
+from hv_batch.job.report import update
 from hv_batch.job.report.update import Reporter, update_report
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.store import Store
@@ -193,6 +194,26 @@ def test_records_of_an_unchanged_shard_are_read_once(tmp_path):
     assert CountingStore.records <= 2
 
 
+def test_a_driver_does_not_list_its_finished_shards_again(tmp_path, monkeypatch):
+    """P7: the reports during a run cost one request for each finished shard; the last one looks at everything."""
+    store = Store(str(tmp_path / "root"))
+    fill(store)
+    expected = update_report(store).document
+    listed: list[int] = []
+    list_one = update.list_shard
+    monkeypatch.setattr(
+        update, "list_shard", lambda store, shard, *rest: listed.append(shard) or list_one(store, shard, *rest)
+    )
+    document = update_report(store, running=True).document
+    assert sorted(listed) == [1, 2]
+    assert {name: document[name] for name in ("totals", "shards", "facets")} == {
+        name: expected[name] for name in ("totals", "shards", "facets")
+    }
+    commits.commit(store, make_commit(make_sample(4)))  # late, after the seal
+    assert update_report(store, running=True).document["totals"]["committed"] == 3
+    assert update_report(store, running=False).document["totals"]["committed"] == 4
+
+
 OPERATIONS = st.lists(
     st.one_of(
         *(st.tuples(st.just(name), st.integers(1, 9)) for name in ("commit", "quarantine", "withdraw", "retry")),
@@ -259,11 +280,11 @@ def test_hostile_texts_stay_data(prompt, message, column, value):
     commits.commit(store, make_commit(make_sample(1, prompt=prompt or "x", extra={column: value})))
     bad = make_quarantine(make_sample(2, prompt=prompt or "x"), make_failure(message=message, traceback=message))
     commits.quarantine(store, bad | {"id": message or "x"})
-    update = update_report(store)
-    page = update.page.decode()
+    made = update_report(store)
+    page = made.page.decode()
     data = page.partition('id="report">')[2].partition("</script>")[0]
     assert "<" not in data
-    shown = embedded(update.page)
+    shown = embedded(made.page)
     assert shown["first"] == [{**sample, "shard": 0} for sample in part(store, 0)]
     assert shown["first"][0]["prompt"] == report_samples.clamp(prompt or "x", report_samples.MAX_PROMPT_CHARS)
     parse(DigestDocument, store.get(layout.report_digest_key(0)))
