@@ -38,8 +38,8 @@ function picture(sample, lazy = true) {
 }
 
 function chipsOf(sample) {
-  const chips = [`${sample.width} × ${sample.height}`];
-  chips.push(isImage(sample) ? "image" : `${sample.frames} frames`);
+  const chips = sample.width ? [`${sample.width} × ${sample.height}`] : [];
+  if (sample.frames) chips.push(isImage(sample) ? "image" : `${sample.frames} frames`);
   if (sample.steps) chips.push(plural(sample.steps, "step"));
   if (sample.seed) chips.push(`seed ${sample.seed}`);
   if (sample.guidance !== null) chips.push(`guidance ${significant(sample.guidance, 4)}`);

@@ -52,10 +52,11 @@ class Grid {
     this.paint();
   }
 
+  // The range of the cards in view; never empty, so that the Tab key finds a card also from outside of the view.
   visible(extra = 0) {
-    const top = -this.root.getBoundingClientRect().top;
-    const first = Math.max(0, Math.floor(top / this.line) - extra);
-    const last = Math.max(0, Math.ceil((top + innerHeight) / this.line) + extra);
+    const top = -this.root.getBoundingClientRect().top, lines = Math.ceil((this.to - this.from) / this.columns);
+    const first = Math.max(0, Math.min(lines - 1, Math.floor(top / this.line) - extra));
+    const last = Math.max(first + 1, Math.ceil((top + innerHeight) / this.line) + extra);
     return [Math.min(this.to, this.from + first * this.columns), Math.min(this.to, this.from + last * this.columns)];
   }
 

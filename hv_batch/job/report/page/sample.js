@@ -98,7 +98,7 @@ class SampleView {
   // The other videos of the same prompt. They follow each other in the plan.
   siblings(sample) {
     const shard = this.parts.byNumber.get(sample.shard);
-    const all = (shard && this.parts.loaded.get(shard.shard)) ?? this.parts.hints ?? [];
+    const all = (shard && this.parts.loaded.get(shard.shard)) ?? [...this.parts.hints.values()];
     const videos = sample.row === null ? [] : all.filter((each) => each.row === sample.row && each.key);
     if (videos.length < 2) return null;
     const items = videos.slice(0, 64).map((each) => {
