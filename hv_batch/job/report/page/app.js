@@ -63,6 +63,9 @@ function drawViews() {
     "aria-current": view === state.view ? "page" : null },
   VIEW_NAMES[view], view === "failures" && report.totals.quarantined > 0 && el("span", { class: "n", text: integer(report.totals.quarantined) }))));
   if (focused) byId(focused)?.focus();
+  // On a narrow screen the views do not fit beside each other.
+  const views = byId("views"), current = byId(`to-${state.view}`);
+  if (views.scrollWidth > views.clientWidth) views.scrollLeft = current.offsetLeft - (views.clientWidth - current.offsetWidth) / 2;
 }
 
 function choose(facet, value, on) {

@@ -91,6 +91,8 @@ class SampleView {
         playsinline: true, "aria-label": `Video ${sample.id}` });
       video.muted = true;
       stage.append(video);
+      // Who opens a sample wants to see it.
+      if (!stillWanted.matches) requestAnimationFrame(() => video.isConnected && video.play().catch(() => {}));
     } else stage.append(el("p", { class: "state", text: sample.state === "quarantined" ? "No video: the sample failed" : humanize(sample.state) }));
     return sample.state === "quarantined" ? el("div", {}, stage, el("p", { class: "why" }, el("strong", { text: sample.failure }), ` ${sample.message}`)) : stage;
   }
