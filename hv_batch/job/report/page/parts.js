@@ -4,7 +4,15 @@
 const MAX_REQUESTS = 4;
 const MAX_LOADED = 200000; // samples in memory; the shards that were not used for the longest time are dropped
 const RETRY_MS = 5000;
+const MAX_DOCUMENT = 2e8; // bytes of a document that the page reads
 const canFetch = location.protocol === "http:" || location.protocol === "https:";
+
+async function fetchDocument(url) {
+  const response = await fetch(url, { cache: "no-cache" });
+  if (!response.ok) throw new Error(`the server answers ${response.status}`);
+  if (Number(response.headers.get("Content-Length")) > MAX_DOCUMENT) throw new Error("it is too large");
+  return parseDocument(await response.text());
+}
 
 class Parts {
   constructor(first, changed) {
@@ -110,9 +118,7 @@ class Parts {
 
   async fetch(shard) {
     try {
-      const response = await fetch(shard.part, { cache: "no-cache" });
-      if (!response.ok) throw new Error(String(response.status));
-      const raw = parseDocument(await response.text());
+      const raw = await fetchDocument(shard.part);
       const samples = list(raw.samples, shard.samples).map((each, i) => readSample(each, shard.shard, shard.start + i));
       this.loaded.set(shard.shard, samples);
       const latest = this.byNumber.get(shard.shard);
