@@ -28,4 +28,10 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> OneRayProcess | None:
     return OneRayProcess(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
-pytest_plugins = ["tests.support.logs", "tests.support.s3_runs", "tests.support.signals", "tests.support.stores"]
+pytest_plugins = [
+    "tests.support.browser",
+    "tests.support.logs",
+    "tests.support.s3_runs",
+    "tests.support.signals",
+    "tests.support.stores",
+]

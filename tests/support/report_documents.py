@@ -45,6 +45,7 @@ def hostile_report(samples: int = 40) -> SyntheticReport:
         sample |= {"id": attack, "prompt": attack * 3, "key": key, "message": attack, "flags": [attack], "row": attack}
         sample |= {"facets": {attack: attack, "category": attack}, "class": sample["class"] and attack}
         sample |= {field: PATHS[number % len(PATHS)] for field in ("file", "poster")}
+    documents.first = [{**sample, "shard": number // 20} for number, sample in enumerate(documents.samples)]
     report = documents.report
     report["name"] = ATTACKS[1]
     report["run"] = {attack: attack for attack in ATTACKS} | {"rows": [{attack: attack for attack in ATTACKS}]}

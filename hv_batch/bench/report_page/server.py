@@ -28,6 +28,9 @@ class CountingServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.lock = threading.Lock()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # the browser has closed the connection
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/report/index.html"

@@ -96,7 +96,7 @@ class SyntheticReport:
                 }
             )
         self.report = self._report(shards, facets, running)
-        self.first = self.samples[:FIRST]
+        self.first = [{**sample, "shard": number // shard_size} for number, sample in enumerate(self.samples[:FIRST])]
 
     def _report(self, shards: list[dict[str, Any]], facets: Mapping[str, Any], running: bool) -> dict[str, Any]:
         states, done = _states(self.samples), [sample for sample in self.samples if sample["state"] == "committed"]

@@ -1,5 +1,6 @@
 // Puts the page together: reads the embedded report, follows the URL's hash, and fetches newer reports of a run that goes on.
 
+const SCHEMA = "hv_batch/report/1";
 const MIN_REFRESH_S = 5;
 const VIEW_NAMES = { videos: "Videos", failures: "Failures", history: "What happened", run: "Run" };
 
@@ -63,6 +64,9 @@ function drawViews() {
     "aria-current": view === state.view ? "page" : null },
   VIEW_NAMES[view], view === "failures" && report.totals.quarantined > 0 && el("span", { class: "n", text: integer(report.totals.quarantined) }))));
   if (focused) byId(focused)?.focus();
+  // On a narrow screen the views do not fit beside each other.
+  const views = byId("views"), current = byId(`to-${state.view}`);
+  if (views.scrollWidth > views.clientWidth) views.scrollLeft = current.offsetLeft - (views.clientWidth - current.offsetWidth) / 2;
 }
 
 function choose(facet, value, on) {
@@ -130,9 +134,9 @@ function drawNotice() {
 async function refresh() {
   if (document.hidden) return schedule();
   try {
-    const response = await fetch("report.json", { cache: "no-cache" });
-    if (!response.ok) throw new Error(String(response.status));
-    const newer = readReport(parseDocument(await response.text()));
+    const raw = await fetchDocument("report.json");
+    if (!isObject(raw) || raw.schema !== SCHEMA) throw new Error("it is no report");
+    const newer = readReport(raw);
     if (newer.generatedAt !== report.generatedAt) take(newer);
   } catch {
     byId("pill").textContent = "Running; the last refresh failed";

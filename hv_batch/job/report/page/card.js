@@ -38,8 +38,8 @@ function picture(sample, lazy = true) {
 }
 
 function chipsOf(sample) {
-  const chips = [`${sample.width} × ${sample.height}`];
-  chips.push(isImage(sample) ? "image" : `${sample.frames} frames`);
+  const chips = sample.width ? [`${sample.width} × ${sample.height}`] : [];
+  if (sample.frames) chips.push(isImage(sample) ? "image" : `${sample.frames} frames`);
   if (sample.steps) chips.push(plural(sample.steps, "step"));
   if (sample.seed) chips.push(`seed ${sample.seed}`);
   if (sample.guidance !== null) chips.push(`guidance ${significant(sample.guidance, 4)}`);
@@ -59,7 +59,7 @@ function cardLabel(sample, videos) {
 function stateOf(sample) {
   const failed = sample.state === "quarantined";
   return el("span", { class: "outcome" }, el("span", { class: `state ${sample.state}`, text: failed && sample.failure ? `Quarantined: ${sample.failure}` : humanize(sample.state) }),
-    failed && el("span", { class: "message", dir: "auto", text: sample.message }));
+    sample.message && el("span", { class: "message", dir: "auto", text: sample.message }));
 }
 
 // Fill the link of a card. `sample` is null while its part is not here; `waiting` says whether it will come.
@@ -93,11 +93,11 @@ function fillCard(link, sample, place, waiting, videos, href) {
 const preview = {
   stage: null,
   timer: 0,
-  start(stage, sample, now = false) {
+  start(stage, sample) {
     this.stop();
-    if (!sample?.file || isImage(sample) || (stillWanted.matches && !now)) return;
+    if (!sample?.file || isImage(sample) || stillWanted.matches) return;
     this.stage = stage;
-    this.timer = setTimeout(() => this.play(stage, sample), now ? 0 : HOVER_MS);
+    this.timer = setTimeout(() => this.play(stage, sample), HOVER_MS);
   },
   play(stage, sample) {
     const video = el("video", { class: "preview", preload: "none", playsinline: true, loop: true, tabindex: "-1", "aria-hidden": "true" });

@@ -132,4 +132,4 @@ function gpuTable(totals) {
     el("tbody", {}, rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((cell) => el("td", { class: "n", text: cell }))))))));
 }
 
-const USES = new Set(["encode", "denoise", "decode", "start_up", "idle"]);
+const USES = new Set(["encode", "denoise", "decode", "start_up", "idle", "drain"]);

@@ -49,7 +49,7 @@ function readSeed(value) {
 function readSample(raw, shard, at) {
   raw = isObject(raw) ? raw : {};
   const key = isSampleKey(raw.key) ? raw.key : null;
-  const facets = new Map(entries(raw.facets, 50).map(([name, value]) => [name.slice(0, 300), text(String(value), 300)]));
+  const facets = new Map(entries(raw.facets, 64).map(([name, value]) => [name.slice(0, 300), text(String(value), 300)]));
   return {
     at,
     shard,
@@ -83,7 +83,7 @@ function readShard(raw) {
   const shard = { shard: count(raw.shard), samples: count(raw.samples), bytes: count(raw.bytes) };
   for (const state of STATES) shard[state] = count(raw[state]);
   shard.part = typeof raw.part === "string" && PART.test(raw.part) ? raw.part : null;
-  shard.facets = new Map(entries(raw.facets, 50).map(([name, values]) => [name, numbers(values, 500)]));
+  shard.facets = new Map(entries(raw.facets, 64).map(([name, values]) => [name, numbers(values, 500)]));
   return shard;
 }
 
@@ -126,7 +126,7 @@ function readTimeline(raw) {
       from: number(s[0]), to: number(s[1]), kind: text(s[2], 20), samples: count(s[3]),
     })).filter((span) => span.to >= span.from && span.to >= from && span.from <= to),
   }));
-  return to > from && rows.length ? { from, to, rows } : null;
+  return to > from && rows.length ? { from, to, rows, left: count(raw.rows_left_out) } : null;
 }
 
 function readReport(raw) {
@@ -141,9 +141,9 @@ function readReport(raw) {
     generatedAt: number(raw.generated_at), finished: raw.finished === true, running: raw.running === true,
     refreshSeconds: finite(raw.refresh_s), name: text(raw.name, 300), run: isObject(raw.run) ? raw.run : {},
     totals: readTotals(raw.totals), shards, samples: start,
-    facets: new Map(entries(raw.facets, 50).map(([name, values]) => [name, numbers(values, 500)])),
+    facets: new Map(entries(raw.facets, 64).map(([name, values]) => [name, numbers(values, 500)])),
     causes: list(raw.causes, 500).map(readCause),
-    stages: new Map(entries(raw.stages, 60).map(([shape, stages]) =>
+    stages: new Map(entries(raw.stages, 65).map(([shape, stages]) =>
       [shape, new Map(entries(stages, 16).map(([stage, spread]) => [stage, readSpread(spread)]))])),
     progress: list(raw.progress, 2000).filter(Array.isArray).map((p) =>
       ({ at: number(p[0]), committed: count(p[1]), quarantined: count(p[2]), pending: count(p[3]) })),

@@ -2,6 +2,8 @@
 
 const FACET_TITLES = { state: "State", shape: "Size", class: "Failure class", flags: "Quality flags" };
 const SHOWN_VALUES = 30;
+const narrow = matchMedia("(max-width: 860px)"); // as in videos.css, which hides the outer fold on wider screens
+narrow.addEventListener("change", () => { byId("filters").firstElementChild.open = !narrow.matches; });
 
 function facetLabel(facet, value) {
   if (facet === "shape") return shapeLabel(value);
@@ -30,7 +32,7 @@ function drawFilters(report, state, choose) {
     group.dataset.facet = facet;
     return group;
   });
-  const all = el("details", { class: "all-filters", open: open.get("") ?? !matchMedia("(max-width: 860px)").matches },
+  const all = el("details", { class: "all-filters", open: !narrow.matches || open.get("") },
     el("summary", { id: "f-all", text: "Filters" }), groups);
   all.dataset.facet = "";
   root.replaceChildren(all);

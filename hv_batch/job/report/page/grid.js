@@ -47,21 +47,24 @@ class Grid {
     this.root.append(probe);
     const height = Math.ceil(probe.getBoundingClientRect().height);
     probe.remove();
-    Object.assign(this, { columns, card, line: height + GAP, height });
+    Object.assign(this, { columns, card, line: height + GAP, height, version: (this.version ?? 0) + 1 });
     this.root.style.height = `${Math.max(0, Math.ceil((this.to - this.from) / columns) * this.line - GAP)}px`;
     this.paint();
   }
 
-  visible(extra = 0) {
-    const top = -this.root.getBoundingClientRect().top;
-    const first = Math.max(0, Math.floor(top / this.line) - extra);
-    const last = Math.max(0, Math.ceil((top + innerHeight) / this.line) + extra);
+  // The range of the cards in view; never empty, so that the Tab key finds a card also from outside of the view.
+  visible(extra = 0, top = -this.root.getBoundingClientRect().top) {
+    const lines = Math.ceil((this.to - this.from) / this.columns);
+    const first = Math.max(0, Math.min(lines - 1, Math.floor(top / this.line) - extra));
+    const last = Math.max(first + 1, Math.ceil((top + innerHeight) / this.line) + extra);
     return [Math.min(this.to, this.from + first * this.columns), Math.min(this.to, this.from + last * this.columns)];
   }
 
   paint() {
     if (!this.line || !this.root.clientWidth) return;
-    const [from, to] = this.visible(EXTRA_LINES);
+    // Everything is read before anything is written, so that the browser computes the layout once.
+    const top = -this.root.getBoundingClientRect().top;
+    const [from, to] = this.visible(EXTRA_LINES, top), [first, last] = this.visible(0, top);
     const held = this.root.contains(document.activeElement) ? document.activeElement.closest(".card") : null;
     for (const [index, card] of this.cards) {
       if ((index < from || index >= to || index >= this.to) && (card !== held || index >= this.to)) {
@@ -72,7 +75,6 @@ class Grid {
       }
     }
     for (let index = from; index < to; index += 1) this.place(index);
-    const [first, last] = this.visible();
     if (!held && (this.active < first || this.active >= last)) this.active = first;
     for (const [index, card] of this.cards) card.firstChild.tabIndex = index === this.active ? 0 : -1;
     this.fetchVisible();
@@ -89,11 +91,13 @@ class Grid {
       this.root.insertBefore(card, after ?? null);
     }
     const row = Math.floor((index - this.from) / this.columns), column = (index - this.from) % this.columns;
+    this.show(card, index, column);
+    if (card.version === this.version) return;
+    card.version = this.version;
     card.style.transform = `translate(${column * (this.card + GAP)}px, ${row * this.line}px)`;
     card.style.width = `${this.card}px`;
     card.setAttribute("aria-posinset", index + 1);
     card.setAttribute("aria-setsize", this.results.length);
-    this.show(card, index, column);
   }
 
   show(card, index, column) {

@@ -4,7 +4,15 @@
 const MAX_REQUESTS = 4;
 const MAX_LOADED = 200000; // samples in memory; the shards that were not used for the longest time are dropped
 const RETRY_MS = 5000;
+const MAX_DOCUMENT = 2e8; // bytes of a document that the page reads
 const canFetch = location.protocol === "http:" || location.protocol === "https:";
+
+async function fetchDocument(url) {
+  const response = await fetch(url, { cache: "no-cache" });
+  if (!response.ok) throw new Error(`the server answers ${response.status}`);
+  if (Number(response.headers.get("Content-Length")) > MAX_DOCUMENT) throw new Error("it is too large");
+  return parseDocument(await response.text());
+}
 
 class Parts {
   constructor(first, changed) {
@@ -20,7 +28,7 @@ class Parts {
   update(report) {
     const before = new Map(this.shards.map((shard) => [shard.shard, shard]));
     if (canFetch) this.shards = report.shards;
-    else if (!before.size) this.shards = this.embedded(report);
+    else if (!before.size) this.shards = this.embedded();
     this.byNumber = new Map(this.shards.map((shard) => [shard.shard, shard]));
     this.samples = this.shards.reduce((sum, shard) => sum + shard.samples, 0);
     const signature = ({ part, bytes, committed, quarantined, withdrawn, pending }) =>
@@ -29,24 +37,31 @@ class Parts {
       const now = this.byNumber.get(number);
       if (now && signature(now) === signature(old)) now.known = old.known;
     }
-    if (canFetch) this.hints = this.first.map((raw, at) => readSample(raw, this.at(at)?.shard ?? 0, at));
+    this.hints = canFetch ? this.embeddedHints() : new Map();
+  }
+
+  // The embedded samples by their place in the plan. They are the first of each part, until there are enough.
+  embeddedHints() {
+    const hints = new Map(), taken = new Map();
+    for (const raw of this.first) {
+      const shard = this.byNumber.get(isObject(raw) ? raw.shard : null), at = taken.get(shard) ?? 0;
+      if (!shard || at >= shard.samples) continue;
+      taken.set(shard, at + 1);
+      hints.set(shard.start + at, readSample(raw, shard.shard, shard.start + at));
+    }
+    return hints;
   }
 
   // The embedded samples as shards of a report.
-  embedded(report) {
+  embedded() {
     const shards = new Map();
     this.first.forEach((raw, at) => {
-      const number = this.shardOf(raw, at, report);
+      const number = count(isObject(raw) ? raw.shard : 0);
       const shard = shards.get(number) ?? { shard: number, samples: 0, known: true, facets: new Map(), start: at };
       this.loaded.set(number, [...(this.loaded.get(number) ?? []), readSample(raw, number, at)]);
       shards.set(number, { ...shard, samples: shard.samples + 1 });
     });
     return [...shards.values()];
-  }
-
-  shardOf(raw, at, report) {
-    if (isObject(raw) && Number.isInteger(raw.shard)) return count(raw.shard);
-    return report.shards.findLast((shard) => shard.start <= at)?.shard ?? 0;
   }
 
   // The shard that holds the sample at this place of the plan.
@@ -64,7 +79,7 @@ class Parts {
   sample(place) {
     const shard = this.at(place);
     const samples = shard && this.loaded.get(shard.shard);
-    return samples?.[place - shard.start] ?? this.hints?.[place] ?? null;
+    return samples?.[place - shard.start] ?? this.hints.get(place) ?? null;
   }
 
   isComplete(shard) {
@@ -103,9 +118,7 @@ class Parts {
 
   async fetch(shard) {
     try {
-      const response = await fetch(shard.part, { cache: "no-cache" });
-      if (!response.ok) throw new Error(String(response.status));
-      const raw = parseDocument(await response.text());
+      const raw = await fetchDocument(shard.part);
       const samples = list(raw.samples, shard.samples).map((each, i) => readSample(each, shard.shard, shard.start + i));
       this.loaded.set(shard.shard, samples);
       const latest = this.byNumber.get(shard.shard);
@@ -145,6 +158,6 @@ class Parts {
       const found = (await this.load(shard, true)).find((sample) => sample.key === key);
       if (found) return found;
     }
-    return this.hints?.find((sample) => sample.key === key) ?? null;
+    return [...this.hints.values()].find((sample) => sample.key === key) ?? null;
   }
 }

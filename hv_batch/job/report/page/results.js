@@ -71,7 +71,7 @@ class Results {
       const shard = this.parts.at(at);
       if (!shard) return;
       const end = shard.start + shard.samples;
-      const hinted = this.parts.hints && Math.min(to, end) <= this.parts.hints.length;
+      const hinted = this.parts.hints.has(at) && this.parts.hints.has(Math.min(to, end) - 1);
       if (!this.parts.isComplete(shard) && !hinted) this.parts.load(shard, true);
       at = Math.max(end, at + 1);
     }

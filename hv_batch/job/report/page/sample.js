@@ -71,10 +71,11 @@ class SampleView {
       const head = el("div", { class: "sheet-head" },
         el("h2", { id: "sample-id", dir: "auto", tabindex: "-1", text: sample.id }),
         el("span", { class: `pill ${sample.state}`, text: humanize(sample.state) }), el("span", { class: "spring" }), previous, next, close);
-      const record = el("div", { class: "record", "aria-live": "polite" });
+      const record = el("div", { class: "record" });
       this.dialog.replaceChildren(el("div", { class: "sheet" }, head, el("div", { class: "sheet-body" },
         el("div", { class: "main" }, this.media(sample), clamped(sample.prompt || "No prompt is recorded yet.", "prompt"),
-          el("p", { class: "chips" }, chipsOf(sample).map((chip) => el("span", { text: chip }))), this.siblings(sample)), record)));
+          el("p", { class: "chips" }, chipsOf(sample).map((chip) => el("span", { text: chip })),
+            sample.file && el("a", { href: sample.file, download: true, text: `Download, ${size(sample.bytes)}` })), this.siblings(sample)), record)));
       this.fillRecord(record, sample);
     }
     if (!this.dialog.open) this.dialog.showModal();
@@ -90,15 +91,23 @@ class SampleView {
       const video = el("video", { src: sample.file, poster: sample.poster, preload: "none", controls: true, loop: true,
         playsinline: true, "aria-label": `Video ${sample.id}` });
       video.muted = true;
+      video.addEventListener("error", () => stage.isConnected && video.hasAttribute("src") &&
+        stage.replaceChildren(el("p", { class: "state", text: "This browser cannot play the file, or it is not there" })));
       stage.append(video);
-    } else stage.append(el("p", { class: "state", text: sample.state === "quarantined" ? "No video: the sample failed" : humanize(sample.state) }));
+      // Who opens a sample wants to see it.
+      if (!stillWanted.matches) requestAnimationFrame(() => video.isConnected && video.play().catch(() => {}));
+    } else {
+      stage.classList.add("none");
+      stage.style.aspectRatio = "auto";
+      stage.append(el("p", { class: "state", text: sample.state === "quarantined" ? "No video: the sample failed" : humanize(sample.state) }));
+    }
     return sample.state === "quarantined" ? el("div", {}, stage, el("p", { class: "why" }, el("strong", { text: sample.failure }), ` ${sample.message}`)) : stage;
   }
 
   // The other videos of the same prompt. They follow each other in the plan.
   siblings(sample) {
     const shard = this.parts.byNumber.get(sample.shard);
-    const all = (shard && this.parts.loaded.get(shard.shard)) ?? this.parts.hints ?? [];
+    const all = (shard && this.parts.loaded.get(shard.shard)) ?? [...this.parts.hints.values()];
     const videos = sample.row === null ? [] : all.filter((each) => each.row === sample.row && each.key);
     if (videos.length < 2) return null;
     const items = videos.slice(0, 64).map((each) => {
@@ -221,7 +230,7 @@ function recordSections(record, sample, report) {
 function retryBlock(sample, report) {
   const cause = report.causes.find((each) => each.retry && each.failure === sample.failure);
   const command = cause?.retry ?? `hv-batch retry OUTPUT --class ${shellQuote(sample.failure)} --shards ${sample.shard} --yes`;
-  return el("section", { class: "command" }, el("div", { class: "row" }, el("h3", { text: "Retry in this run" }), copyButton("Copy", () => command)),
+  return el("section", { class: "command" }, el("div", { class: "row" }, el("h3", { text: "Release the samples of its class for a retry" }), copyButton("Copy", () => command)),
     el("pre", { tabindex: "0", text: command }));
 }
 

@@ -23,7 +23,7 @@ function timelineChart(timeline, width) {
   }
   const drawing = canvas(width, y + MARGIN.bottom, timeAxis(from, to, x, y, width), nodes);
   return figure("Groups and nodes", timelineText(timeline), drawing, timelineTable(timeline),
-    legendOf([...SPANS].map(([kind, name]) => [`swatch-${kind}`, name])));
+    [legendOf([...SPANS].map(([kind, name]) => [`swatch-${kind}`, name])), timeline.left > 0 && el("p", { class: "soft", text: `and ${plural(timeline.left, "more worker")}` })]);
 }
 
 const shorten = (value, most) => (value.length > most ? `${value.slice(0, most - 1)}…` : value);
@@ -43,7 +43,7 @@ function secondsOf(row, kind) {
 function timelineText(timeline) {
   const lost = timeline.rows.reduce((sum, row) => sum + row.spans.filter((span) => span.kind === "lost").length, 0);
   const nodes = new Set(timeline.rows.map((row) => row.node).filter(Boolean));
-  return `${plural(timeline.rows.length, "worker")} on ${plural(nodes.size, "node")} from ${moment(DATE, timeline.from)} to ${moment(DATE, timeline.to)}; ${plural(lost, "loss", "losses")}. The table has the numbers.`;
+  return `${plural(timeline.rows.length, "worker")} on ${plural(nodes.size, "node")} from ${moment(DATE, timeline.from)} to ${moment(DATE, timeline.to)}; ${plural(lost, "loss", "losses")}. The table has the numbers.${timeline.left ? ` ${plural(timeline.left, "worker")} more.` : ""}`;
 }
 
 function timelineTable(timeline) {

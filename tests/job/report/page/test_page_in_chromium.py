@@ -18,8 +18,6 @@ from hv_batch.job.report.page import render_page
 from tests.support.browser import wait_until
 from tests.support.report_documents import hostile_report, misshapen_report
 
-pytest_plugins = ["tests.support.browser"]
-
 CLIP_BYTES = 20_000_000
 READY = "document.querySelectorAll('.card .id').length > 0"
 SHOWN = "document.querySelector('#shown').textContent"
