@@ -1,18 +1,15 @@
-"""The metrics of a run, scraped from a real Ray head, and their use in the files of cluster/."""
+"""The metrics of a run, scraped from a real Ray head."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 import urllib.error
 import urllib.request
 
 import pytest
-import yaml
 
 from hv_batch.job.storage.store import Store
-from tests.support.repository import ROOT
 from tests.support.runs import command, finish, start, write_config, write_manifest
 
 DEADLINE_S = 60
@@ -59,27 +56,3 @@ def test_metrics_report_pending_samples_and_lost_groups(ray_head, metrics_url, t
         code, text = finish(driver)
     assert code == 0, text
     assert not any(key in str(seen) for key in ("s00", "s01", "s02"))
-
-
-@pytest.mark.parametrize("name", ["grafana.json", "prometheus-rules.yaml"])
-def test_dashboard_and_alerts_use_series_and_labels_that_exist(name):
-    """A panel or an alert on a misspelt series or label would be empty for ever."""
-    text = (ROOT / "cluster" / name).read_text()
-    (json.loads if name.endswith("json") else yaml.safe_load)(text)
-    source = (ROOT / "hv_batch" / "runtime" / "driver" / "metrics.py").read_text()
-    suffixes = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_count", "_sum"]}
-    exported = {
-        f"ray_{metric}{suffix}"
-        for kind, metric in re.findall(r"(Counter|Gauge|Histogram)\(\"(\w+)\"", source)
-        for suffix in suffixes[kind]
-    }
-    used = set(re.findall(r"ray_\w+", text))
-    assert used
-    assert used <= exported
-    tags = {tag for tags in re.findall(r"\(((?:\"\w+\",? ?)+)\)", source) for tag in re.findall(r"\w+", tags)}
-    assert tags == {"run", "state", "stage", "cause"}
-    lists = re.findall(r"(?:by|on|group_left) \(([\w, ]+)\)", text)
-    labels = {label for names in lists for label in names.split(", ")}
-    labels |= set(re.findall(r"[{,](\w+)!?=~?\\?\"", text)) | set(re.findall(r"\{\{ ?(?:\$labels\.)?(\w+) ?\}\}", text))
-    assert labels - {"le"} <= tags
-    assert "run" in labels
