@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.driver.stage_spans import CLOSE_S, start_spans
 from hv_batch.runtime.worker import InFlight
+from tests.support.otlp_receiver import attributes_of, otlp_receiver
 from tests.support.records import SAMPLE
 
 WORKER = WorkerId(Stage.DENOISE, 0, 1)
 
 
-def in_flight(key, prompt="a fox"):
-    return InFlight(replace(SAMPLE, key=key, params=replace(SAMPLE.params, prompt=prompt)))
-
-
 @pytest.fixture
 def receiver(monkeypatch):
-    """An OTLP receiver; `spans` are those it has got, `headers` those of its requests, and `hold` makes it hang."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            server.headers.append(dict(self.headers))
-            server.hold.wait(20)
-            request = ExportTraceServiceRequest.FromString(body)
-            server.bodies.append(body)
-            for resource in request.resource_spans:
-                server.resources.append({each.key: each.value.string_value for each in resource.resource.attributes})
-                server.spans += [span for scope in resource.scope_spans for span in scope.spans]
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.spans, server.resources, server.headers, server.bodies = [], [], [], []
-    server.hold = threading.Event()
-    server.hold.set()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret-of-the-receiver")
-    yield server
-    server.hold.set()
-    server.shutdown()
-    server.server_close()
+    with otlp_receiver() as server:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret-of-the-receiver")
+        yield server
 
 
-def attributes_of(span):
-    return {each.key: each.value for each in span.attributes}
+def in_flight(key, prompt="a fox"):
+    return InFlight(replace(SAMPLE, key=key, params=replace(SAMPLE.params, prompt=prompt)))
 
 
 def test_a_sample_is_one_trace_with_a_span_per_stage_and_attempt(receiver):
