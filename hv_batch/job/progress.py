@@ -120,12 +120,13 @@ class ProgressLog:
         self._eta = EtaEstimator()
         self._next = 0.0
 
-    def log(self, snapshot: Snapshot) -> None:
-        """May be called at any rate. Sets `elapsed_s` and `eta_s` of the snapshot."""
+    def log(self, snapshot: Snapshot) -> Snapshot | None:
+        """May be called at any rate. Sets `elapsed_s` and `eta_s` of the snapshot. Returns it if a record is due."""
         now = time.monotonic()
         if now < self._next:
-            return
+            return None
         self._next = now + RECORD_EVERY_S
         rate, eta_s = self._eta.samples_per_s(snapshot, now), self._eta.eta_s(snapshot, now)
         snapshot = replace(snapshot, elapsed_s=now - self._begun, eta_s=eta_s, samples_per_s=rate)
         logger.info("%s", snapshot, extra={"progress": snapshot})
+        return snapshot

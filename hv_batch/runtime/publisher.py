@@ -28,6 +28,7 @@ from hv_batch.job.failure import Failure
 from hv_batch.job.hooks.hook import HookUnavailableError, parse_hook
 from hv_batch.job.log_records import log_fields
 from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.quality import look
 from hv_batch.job.records import commits
 from hv_batch.job.records.latents import drop_intermediates, get_latents
 from hv_batch.job.records.spool import Spool
@@ -38,7 +39,7 @@ from hv_batch.media.ffmpeg import FfmpegError
 from hv_batch.media.sample_hook import check_sample_hook, run_sample_hook
 from hv_batch.media.writer import MediaInfo, write_media
 from hv_batch.runtime.classify import DISK_FULL, LatentsGoneError, NodeError
-from hv_batch.runtime.run_context import RunContext, StageReport, see_output_root, stopwatch
+from hv_batch.runtime.run_context import PublishReport, RunContext, StageReport, see_output_root, stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -165,11 +166,11 @@ class Publisher:
             timeout_s = self._context.config.hooks.sample_timeout_s
             return run_sample_hook(self._hook, written, commits.describe_sample(sample), timeout_s)
 
-    def publish(self, made: Sequence[DecodedVideo]) -> list[str | None]:
+    def publish(self, made: Sequence[DecodedVideo]) -> list[PublishReport]:
         """Commit each video, unless the sample is already committed (P1).
 
-        Returns, per video, None if it is committed, or the id of this node if the output root did not answer and the
-        video waits in the spool. Raises StorageUnavailableError if the spool has no room either.
+        If the output root does not answer, the videos wait in the spool. Raises StorageUnavailableError if the spool
+        has no room either.
         """
         try:
             if self._is_away():
@@ -187,9 +188,10 @@ class Publisher:
             if not all([self._spool.add(self._record(one, {"spooled": True}), one.files) for one in made]):
                 raise
             self._log(made, "the output root does not answer, spooled on this node's disk")
-            return [ray.get_runtime_context().get_node_id()] * len(made)
+            node = ray.get_runtime_context().get_node_id()
+            return [PublishReport(node, _look(video)) for video in made]
         self._log(made, "committed")
-        return [None] * len(made)
+        return [PublishReport(None, _look(video)) for video in made]
 
     def _log(self, made: Sequence[DecodedVideo], what: str) -> None:
         for video in made:
@@ -231,6 +233,10 @@ class Publisher:
         for chunk in chunks:
             self.count += len(chunk)
             yield chunk
+
+
+def _look(made: DecodedVideo) -> str:
+    return look(made.media.scores, made.sample.params.num_frames) if made.media.scores else ""
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:

@@ -147,6 +147,8 @@ def _render_pending(
     logger.info("resuming an unfinished run; starting Ray" if job.state is RunState.RESUMED else "starting Ray")
     kinds = job.index.summary.extra_kinds
     with _removing_drafts(store, pending, lease), ray_session(run, address, stop) as ray, _naming_logs(ray, store):
+        if ray.metrics:
+            logger.info(f"metrics for Prometheus: {ray.metrics}")
         shortage = ResourceShortage(run, timeout_s=0.0 if ray.is_local else config.timeouts.start_s)
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was started")

@@ -113,6 +113,14 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishReport:
+    """What became of one decoded video."""
+
+    node: str | None = None  # id of the node on whose disk it waits for the output root; None if it is committed
+    look: str = ""  # as of `hv_batch.job.quality.look`; empty if it has no scores, or an earlier try had committed it
+
+
+@dataclass(frozen=True, slots=True)
 class ProgressReport:
     """The answer of an actor to a progress request."""
 

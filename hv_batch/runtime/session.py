@@ -32,6 +32,7 @@ class Session:
 
     is_local: bool  # whether this process has started it
     logs: str  # the folder of the logs of all actors, on each node
+    metrics: str  # where Prometheus finds the metrics of this driver; empty if Ray exports none
 
 
 @contextmanager
@@ -58,7 +59,16 @@ def ray_session(run: ResolvedRun, address: str | None, stop: StopSignals | None 
         if stop:
             stop.install()
             stop.check()
-        yield Session(is_local=address == "local", logs=f"{folder}/logs")
+        yield Session(is_local=address == "local", logs=f"{folder}/logs", metrics=_metrics_url())
+
+
+def _metrics_url() -> str:
+    """The exporter of the node to which this driver is connected."""
+    own = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == own and node["MetricsExportPort"]:
+            return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return ""
 
 
 def submission_id() -> str | None:

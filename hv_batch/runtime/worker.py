@@ -14,7 +14,7 @@ from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.scheduling.messages import Event, Heartbeat, Spooled, TaskDone, WorkerId, WorkerLost
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.classify import classify
-from hv_batch.runtime.run_context import ProgressReport, StageReport
+from hv_batch.runtime.run_context import ProgressReport, PublishReport, StageReport
 
 Watch = Callable[[ray.ObjectRef, Callable[[ray.ObjectRef], list[Event]]], None]
 
@@ -35,6 +35,8 @@ class InFlight:
     failures: tuple[Failure, ...] = ()
     earlier: tuple[Failure, ...] = ()  # from before its release from quarantine; they do not count as tries now
     has_steps: bool = False  # the output root may hold a step checkpoint of it
+    look: str = ""  # of its video, as `PublishReport.look`
+    trace: Any = None  # the context of its first OpenTelemetry span, if there is one
 
     @property
     def history(self) -> tuple[Failure, ...]:
@@ -55,6 +57,11 @@ class InFlight:
 
 class Worker(Protocol):
     nodes: frozenset[str]  # ids of the Ray nodes on which it runs; empty until it is placed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has loaded."""
+        ...
 
     def run(self, items: Sequence[InFlight], stage: Stage) -> None: ...
 
@@ -103,11 +110,11 @@ def start_failure(failure: Failure) -> Failure:
     return replace(failure, kind=FailureClass.INFRA, message=f"the worker did not start: {failure.message}")
 
 
-def decoded(worker: WorkerId, items: Sequence[InFlight], nodes: Sequence[str | None]) -> Event:
-    """The event for the result of a decode task.
-
-    `nodes` has an entry for each of `items`: None if the sample is committed, or the id of the node on whose disk the
-    video waits for the output root.
-    """
-    spooled = {item.sample.key: node for item, node in zip(items, nodes, strict=True) if node is not None}
+def decoded(worker: WorkerId, items: Sequence[InFlight], reports: Sequence[PublishReport]) -> Event:
+    """The event for the result of a decode task. `reports` has an entry for each of `items`, which keep the looks."""
+    spooled: dict[str, str] = {}
+    for item, report in zip(items, reports, strict=True):
+        item.look = report.look
+        if report.node is not None:
+            spooled[item.sample.key] = report.node
     return Spooled(worker, next(iter(spooled.values())), tuple(spooled)) if spooled else TaskDone(worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -82,6 +83,7 @@ def test_the_demo_renders_its_manifest(finished):
     assert table(output)[0]["category"] == "motion", "further columns are carried into the metadata"
     assert str(output) in text
     assert (output / "report" / "index.html").as_uri() in text
+    assert re.search(r"metrics for Prometheus: http://[^ ]+:\d+/metrics", text), "in a local run as well"
 
 
 def test_the_videos_depend_on_their_prompts(finished):

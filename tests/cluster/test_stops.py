@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -127,7 +129,15 @@ def test_a_stop_at_any_moment(moment, number, who, command, ray_environment, tmp
         wait_for(lambda: any_ray(process), "Ray's processes")
     else:
         mark = {"denoise": "denoising", "summary": "summary"}[moment]
+        url = None
+        while not url:
+            line = process.stdout.readline()
+            assert line, "the command has ended"
+            url = re.search(r"metrics for Prometheus: (http://\S+)", line)
         wait_for(lambda: (marks / mark).exists(), moment)
+        if moment == "denoise":
+            with urlopen(url[1], timeout=10) as answer:  # the exporter of a local Ray asks for no token
+                assert b"ray_" in answer.read()
     children = descendants(process.pid)
     send(process, number, who)
     text = assert_stopped(process, command, tmp_path / "out")

@@ -15,6 +15,10 @@ class OutageTimer:
     def may_decode(self, now: float) -> bool:
         return now >= self._no_decode_before
 
+    def seconds(self, now: float) -> float:
+        """How long the outage lasts; 0 if there is none."""
+        return 0.0 if self._since is None else now - self._since
+
     def fail(self, now: float, *, pause_decodes: bool) -> bool:
         """Record an OUTAGE failure. Returns whether the outage has lasted longer than OUTAGE_LIMIT_S."""
         if self._since is None:

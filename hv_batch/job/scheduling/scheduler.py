@@ -110,6 +110,10 @@ class Scheduler:
         """How many samples wait or run at a stage."""
         return self._queues.at(stage)
 
+    def outage_s(self, now: float) -> float:
+        """How long tasks have found the output root unreachable; 0 if they reach it."""
+        return self._outage.seconds(now)
+
     def starting(self) -> int:
         """How many workers are requested or loading."""
         return self._scaling.count_starting()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import ray
 
+from hv_batch.job.failure import FailureClass
 from hv_batch.job.manifest.extra_columns import ColumnType
 from hv_batch.job.progress import ProgressLog, Snapshot
 from hv_batch.job.records.pending import PendingSamples
@@ -33,6 +34,7 @@ from hv_batch.job.scheduling.messages import (
     Checkpoint,
     Event,
     Finish,
+    Heartbeat,
     KillWorker,
     PlanExhausted,
     Published,
@@ -63,6 +65,7 @@ from hv_batch.runtime.driver.metrics import RunMetrics
 from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.driver.shard_lookups import ShardLookups
 from hv_batch.runtime.driver.spool_drain import SpoolDrain
+from hv_batch.runtime.driver.stage_spans import start_spans
 from hv_batch.runtime.driver.worker_table import WorkerTable
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
 from hv_batch.runtime.nodes.cluster_view import ClusterView
@@ -139,8 +142,9 @@ class Driver:
         self._recorder = EventRecorder(
             context.store, self._cluster, self._exclusion.reasons, lambda: self._outage.is_away
         )
+        self._spans = start_spans(public_url(context.store.url))
         self._table = WorkerTable(
-            *(context, self._reservations, self._exclusion, self._metrics, self._recorder),
+            *(context, self._reservations, self._exclusion, self._metrics, self._recorder, self._spans),
             *(self._watch, self._calls.call_later),
         )
         self._pending_actors = PendingActorWatch(run, self._cluster)
@@ -178,6 +182,7 @@ class Driver:
                     self._background_tasks.start_seals()
                     self._spool_drain.poll(time.monotonic())
                     self._report()
+            self._metrics.ended()
             drained = self._end.drained or self._background_tasks.has_pending
             self._recorder.end("stopped" if drained else "finished")
             return Outcome(
@@ -189,7 +194,10 @@ class Driver:
                 self._timer.busy_max_s,
             )
         except BaseException as error:
-            self._recorder.end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+            is_stop = isinstance(error, KeyboardInterrupt)  # a second stop signal
+            if is_stop:
+                self._metrics.ended()
+            self._recorder.end("stopped" if is_stop else "failed", str(error))
             raise
         finally:
             self._lookups.close()
@@ -202,6 +210,8 @@ class Driver:
             self._recorder.close()
             if waiting := self._spool_drain.describe():
                 logger.warning(waiting)
+            if self._spans:
+                self._spans.close()
 
     # Events -----------------------------------------------------------------------------------------------------------
 
@@ -258,14 +268,18 @@ class Driver:
 
     def _note(self, event: Event) -> None:
         """Keep the driver's own account of samples and tasks."""
+        if isinstance(event, (Heartbeat, TaskDone, Spooled, Published)):
+            self._metrics.progressed()
         match event:
             case TaskDone(worker) if worker in self._table.workers:
                 task = self._table.task_done(worker)
                 if task.stage is Stage.DECODE:
                     self._outage.note_success(time.monotonic())
+                    self._spool_drain.note_decode(has_failed=False)
                     self._committed(*task.keys)
             case Spooled(worker, node, spooled) if worker in self._table.workers:
                 task = self._table.task_done(worker)
+                self._spool_drain.note_decode(has_failed=False)
                 for item in task.items:
                     if item.sample.key in spooled:
                         item.latents = None  # makes room in the object store
@@ -279,7 +293,9 @@ class Driver:
             case WorkerReady(worker) if worker in self._table.workers:
                 self._table.ready(worker)
             case TaskFailed(worker, failure) if worker in self._table.workers:
-                self._table.task_failed(worker, failure)
+                failed = self._table.task_failed(worker, failure)
+                if failed and failed.stage is Stage.DECODE and failure.kind is FailureClass.OUTAGE:
+                    self._spool_drain.note_decode(has_failed=True)
 
     def _committed(self, *keys: str) -> None:
         for key in keys:
@@ -345,10 +361,16 @@ class Driver:
             self._events.append(Admitted(sample.key, pending.stage, params.latent_bytes, size_class, work, params.lora))
 
     def _report(self) -> None:
-        snapshot = self._snapshot()
-        self._progress.log(snapshot)
-        self._metrics.update(snapshot, self._timer)
-        self._recorder.poll(snapshot, time.monotonic())
+        snapshot, now = self._snapshot(), time.monotonic()
+        logged = self._progress.log(snapshot)
+        if logged and self._metrics.is_due():
+            self._metrics.update(
+                logged,
+                loop_s=self._timer.take_recent_max_s(),
+                away_s=max(self._outage.seconds(now), self._scheduler.outage_s(now)),
+                is_spool_unusable=self._spool_drain.is_unusable,
+            )
+        self._recorder.poll(snapshot, now)
 
     def _snapshot(self) -> Snapshot:
         at, counts = self._scheduler.at, self._pending.counts

@@ -32,6 +32,10 @@ class Outage:
         """Whether new tries should wait, because one has failed less than OUTAGE_PAUSE_S ago."""
         return now < self._try_at
 
+    def seconds(self, now: float) -> float:
+        """How long the outage lasts; 0 if there is none."""
+        return 0.0 if self._since is None else now - self._since
+
     def note_failure(self, error: StorageUnavailableError, now: float) -> None:
         """A try has failed. Raises UserError if tries have failed for longer than OUTAGE_LIMIT_S."""
         self._try_at = now + OUTAGE_PAUSE_S

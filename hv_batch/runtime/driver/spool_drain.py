@@ -89,11 +89,21 @@ class SpoolDrain:
         self._waiting: dict[str, dict[str, Sample]] = {}  # by node, then by key
         self._unscanned: set[str] = set()  # nodes that may have videos of an earlier run of this output root
         self._draining: set[str] = set()  # nodes with a task
+        self._found_no_room = False
 
     @property
     def is_scanning(self) -> bool:
         """Whether nodes may still commit videos of an earlier run, which must not be rendered meanwhile."""
         return bool(self._unscanned)
+
+    @property
+    def is_unusable(self) -> bool:
+        """Whether no further videos can wait on disks: spools are disabled, or the last decode found no room."""
+        return self._context.config.output.spool_gib <= 0 or self._found_no_room
+
+    def note_decode(self, *, has_failed: bool) -> None:
+        """A decode has ended; `has_failed` if neither the output root nor the spool has taken its videos."""
+        self._found_no_room = has_failed
 
     def scan_nodes(self, nodes: Iterable[str]) -> None:
         """Commit what an earlier run of this output root has left on the disks of `nodes`."""

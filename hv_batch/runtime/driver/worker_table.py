@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hv_batch.job.failure import Failure
+from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import Event, WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.runtime.driver.event_recorder import EventRecorder
+from hv_batch.runtime.driver.gpu_ledger import GpuLedger, use_of
 from hv_batch.runtime.driver.loss_report import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
+from hv_batch.runtime.driver.stage_spans import StageSpans
 from hv_batch.runtime.groups.denoise_group import DenoiseGroup
 from hv_batch.runtime.groups.rank_answers import CallLater
 from hv_batch.runtime.groups.reservation_pool import ReservationPool
@@ -46,15 +48,18 @@ class WorkerTable:
         exclusion: NodeExclusion,
         metrics: RunMetrics,
         recorder: EventRecorder,
+        spans: StageSpans | None,
         watch: Watch,
         call_later: CallLater,
     ) -> None:
+        self.gpu_ledger = GpuLedger()
         self.losses = Losses(on_gpus=context.config.parallel.device == "cuda")
         self._context = context
         self._reservations = reservations
         self._exclusion = exclusion
         self._metrics = metrics
         self._recorder = recorder
+        self._spans = spans
         self._watch = watch
         self._call_later = call_later
         self._workers: dict[WorkerId, Worker] = {}
@@ -74,13 +79,6 @@ class WorkerTable:
         """The GPUs of the workers that are placed. Colocated encoders use those of the groups."""
         return sum(self._gpus(each, worker) for each, worker in self._workers.items() if worker.nodes)
 
-    def _gpus(self, worker_id: WorkerId, worker: Worker) -> float:
-        run = self._context.run
-        if isinstance(worker, DenoiseGroup):
-            return worker.plan.world_size * run.rank_gpus
-        pool = run.pools.get(worker_id.stage)
-        return pool.gpus if pool else 0.0
-
     def start(self, worker: WorkerId, size_class: int) -> None:
         self._workers[worker] = started = self._start(worker, size_class)
         self._recorder.worker_asked(worker, self._gpus(worker, started))
@@ -94,6 +92,7 @@ class WorkerTable:
         self._recorder.worker_ready(worker, self._workers[worker].nodes)
 
     def poll(self, now: float) -> list[Event]:
+        self._metrics.gpus_used(self.gpu_ledger.note(self._gpu_uses(), now))
         return [event for worker in list(self._workers.values()) for event in worker.poll(now)]
 
     def run(self, worker: WorkerId, items: Sequence[InFlight], stage: Stage) -> None:
@@ -108,16 +107,17 @@ class WorkerTable:
     def task_done(self, worker: WorkerId) -> Task:
         """The task that `worker` has finished."""
         task = self._tasks.pop(worker)
-        self._metrics.task_done(task.stage, time.monotonic() - task.begun)
+        self._trace(worker, self._workers[worker], task)
+        looks = [item.look for item in task.items if item.look] if task.stage is Stage.DECODE else []
+        self._metrics.task_done(task.stage, time.monotonic() - task.begun, looks)
         self._recorder.task_ended(worker, task.begun, len(task.items), failed=False)
         return task
 
-    def task_failed(self, worker: WorkerId, failure: Failure) -> None:
-        """The task of `worker` failed, and the worker goes on."""
+    def task_failed(self, worker: WorkerId, failure: Failure) -> Task | None:
+        """The task of `worker`, which failed; the worker goes on."""
         task = self._tasks.pop(worker, None)
-        if task:
-            self._recorder.task_ended(worker, task.begun, len(task.items), failed=True)
-        _log_failure(worker, task, failure)
+        self._note_lost(worker, self._workers[worker], task, failure)
+        return task
 
     def lose(self, worker: WorkerId, failure: Failure, *, rebuild: bool) -> None:
         """Kill a worker because of a failure; the arguments are those of `KillWorker`."""
@@ -126,10 +126,8 @@ class WorkerTable:
             seconds = time.monotonic() - task.begun if task else 0.0
             self.losses.add(failure.kind, seconds, lost.plan.world_size)
             self._metrics.group_lost(failure.kind, seconds)
-        if task:
-            self._recorder.task_ended(worker, task.begun, len(task.items), failed=True)
+        self._note_lost(worker, lost, task, failure)
         self._recorder.worker_lost(worker, failure)
-        _log_failure(worker, task, failure)
         lost.kill(rebuild=rebuild)
 
     def release(self, worker: WorkerId, reason: str) -> None:
@@ -142,6 +140,33 @@ class WorkerTable:
         """Kill all workers."""
         for worker in list(self._workers.values()):
             worker.kill()
+
+    def _gpus(self, worker: WorkerId, own: Worker) -> float:
+        """The GPUs that a worker asks for; 0 for colocated encoders."""
+        run = self._context.run
+        if isinstance(own, DenoiseGroup):
+            return own.plan.world_size * run.rank_gpus
+        pool = run.pools.get(worker.stage)
+        return pool.gpus if pool else 0.0
+
+    def _gpu_uses(self) -> Iterator[tuple[str, float]]:
+        for worker, own in self._workers.items():
+            task = self._tasks.get(worker)
+            if not own.nodes:
+                continue
+            use = use_of(worker.stage, is_ready=own.is_ready, task=task.stage if task else None)
+            yield use, self._gpus(worker, own)
+
+    def _note_lost(self, worker: WorkerId, own: Worker, task: Task | None, failure: Failure) -> None:
+        if task:
+            self._metrics.task_lost(failure.kind, (time.monotonic() - task.begun) * self._gpus(worker, own))
+            self._trace(worker, own, task, failure.kind)
+            self._recorder.task_ended(worker, task.begun, len(task.items), failed=True)
+        _log_failure(worker, task, failure)
+
+    def _trace(self, worker: WorkerId, own: Worker, task: Task, cause: FailureClass | None = None) -> None:
+        if self._spans:
+            self._spans.task_ended(worker, own.nodes, task.stage, task.items, task.begun, cause)
 
     def _start(self, worker: WorkerId, size_class: int) -> Worker:
         context, exclusion = self._context, self._exclusion

@@ -26,7 +26,14 @@ from hv_batch.runtime.groups.gpu_memory import await_free_memory
 from hv_batch.runtime.groups.group_decode import RecordedDecode, record_decode
 from hv_batch.runtime.groups.step_checkpoints import StepTimer, StepWriter, read_steps
 from hv_batch.runtime.publisher import DecodedVideo, Publisher, Stages, scratch_folder
-from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport, see_output_root, stopwatch
+from hv_batch.runtime.run_context import (
+    ProgressReport,
+    PublishReport,
+    RunContext,
+    StageReport,
+    see_output_root,
+    stopwatch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +255,8 @@ class RankActor:
         else:
             deque(frames, maxlen=0)
 
-    def publish(self, sample: Sample, stages: Stages, failures: Sequence[Failure]) -> str | None:
-        """Rank 0, after all ranks have decoded: commit the video. Returns as `Publisher.publish` for one video.
+    def publish(self, sample: Sample, stages: Stages, failures: Sequence[Failure]) -> PublishReport:
+        """Rank 0, after all ranks have decoded: commit the video.
 
         Raises the deferred error if rank 0 could not write the media file.
         """

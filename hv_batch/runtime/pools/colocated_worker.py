@@ -36,6 +36,10 @@ class ColocatedWorker:
         self._encoder: EncoderWorker | None = None
         self._take_slot()
 
+    @property
+    def is_ready(self) -> bool:
+        return self._encoder is not None and self._encoder.is_ready
+
     def run(self, items: Sequence[InFlight], stage: Stage) -> None:
         assert self._encoder, f"{self.id} has no slot"
         self._encoder.run(items, stage)

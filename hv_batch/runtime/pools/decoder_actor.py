@@ -16,7 +16,7 @@ from hv_batch.job.failure import Failure
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.protocol import Decoder
 from hv_batch.runtime.publisher import DecodedVideo, Publisher, scratch_folder
-from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport, stopwatch
+from hv_batch.runtime.run_context import ProgressReport, PublishReport, RunContext, StageReport, stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class DecoderActor:
         self._decoder: Decoder = self._context.engine.decoder(self._context.config.parallel.device)
         return warning
 
-    def decode(self, tasks: Sequence[DecodeTask], *latents: np.ndarray | None) -> list[str | None]:
+    def decode(self, tasks: Sequence[DecodeTask], *latents: np.ndarray | None) -> list[PublishReport]:
         """Decode and commit each sample that is not committed yet (P1).
 
-        `latents` has an entry per task: [C, T, H, W], or None to read them from the output root. Returns, per task,
-        None, or the id of this node if the video waits on its disk for the output root.
+        `latents` has an entry per task: [C, T, H, W], or None to read them from the output root. Returns a report
+        per task.
         """
         made: dict[int, DecodedVideo] = {}
-        answers: list[str | None] = [None] * len(tasks)
+        answers = [PublishReport()] * len(tasks)
         committed = self._context.store.each(self._publisher.is_committed, [task.sample for task in tasks])
         with scratch_folder() as folder:
             try:

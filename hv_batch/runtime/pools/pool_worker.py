@@ -53,13 +53,13 @@ class PoolWorker:
         self._place = place
         self._watch = watch
         self._exclusion = exclusion
-        self._ready = False
+        self.is_ready = False
         self._start_timeout_s = start_timeout_s
         self._deadline = math.inf  # of the start, set once the actor is placed: waiting for resources is no failure
         self._create_actor()
 
     def poll(self, now: float) -> list[Event]:
-        if self._ready:
+        if self.is_ready:
             self._heartbeat.ask()
         elif not self.nodes and self._avoid != self._exclusion.avoided(self.id.stage):
             ray.kill(self._actor, no_restart=True)
@@ -98,7 +98,7 @@ class PoolWorker:
             return [WorkerLost(self.id, start_failure(failure), counts)]
         if warning:
             logger.warning(warning, extra={"worker": str(self.id)})
-        self._ready = True
+        self.is_ready = True
         self._exclusion.started(self.id.stage, self.nodes)
         return [WorkerReady(self.id)]
 
@@ -144,14 +144,14 @@ class DecoderWorker(PoolWorker):
 
     def _decoded(self, ref: ray.ObjectRef, items: Sequence[InFlight]) -> list[Event]:
         try:
-            nodes = ray.get(ref)
+            reports = ray.get(ref)
         except RayError as error:
             if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
                 for item in items:
                     item.latents = None  # the lost object may be this one; the next try reads the output root
             return self._failed(error)
         self._exclusion.worked(self.id.stage, self.nodes)
-        return [decoded(self.id, items, nodes)]
+        return [decoded(self.id, items, reports)]
 
 
 def start_encoder(

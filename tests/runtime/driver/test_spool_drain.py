@@ -216,3 +216,13 @@ def test_a_video_from_before_the_manifest_had_grown_is_committed(tmp_path, chang
     result = spool_drain.empty_spool._function(output, store, fingerprint, "")
     assert result == DrainResult(("s001",) if changed == "manifest" else ())
     assert store.exists(layout.commit_key(0, "s001")) == (changed == "manifest")
+
+
+def test_videos_cannot_wait_on_disks_if_spools_are_disabled_or_a_decode_found_no_room(monkeypatch, store):
+    assert Nodes(monkeypatch, store, spool_gib=0.0).spool_drain.is_unusable
+    drain = Nodes(monkeypatch, store).spool_drain
+    assert not drain.is_unusable
+    drain.note_decode(has_failed=True)
+    assert drain.is_unusable
+    drain.note_decode(has_failed=False)
+    assert not drain.is_unusable
