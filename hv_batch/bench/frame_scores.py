@@ -49,7 +49,7 @@ def measure() -> dict[str, float]:
     begun = _children_seconds()
     with tempfile.TemporaryDirectory() as folder:
         size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": 24}
-        write_media(chunks, Path(folder) / "video", **size, media=MediaConfig())
+        write_media(chunks, Path(folder) / "video", **size, media=MediaConfig(poster=False))
     encode = _children_seconds() - begun  # of ffmpeg, which has ended
     return {"scores_s": round(scores, 3), "encode_s": round(encode, 3), "share": round(scores / encode, 4)}
 

@@ -274,11 +274,11 @@ def end_run(output: str, code: int, as_json: bool) -> None:
     if as_json:
         store = Store(output)
         try:
-            summary = read_summary(store)
+            summary, has_report = read_summary(store), store.exists(layout.REPORT)
         except (OSError, UserError):  # stopped before the run began, or the store does not answer
-            summary = None
+            summary, has_report = None, False
         url = public_url(store.url)
-        report = f"{url}/{layout.REPORT}" if summary else None
+        report = f"{url}/{layout.REPORT}" if has_report else None
         show_json("hv_batch/run/1", {"output": url, "exit_code": int(code), "summary": summary, "report": report})
     raise typer.Exit(code)
 

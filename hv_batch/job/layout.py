@@ -5,7 +5,7 @@
     data/shard-00017/metadata.parquet            the sealed shard
     webdataset/shard-00017.tar                   the sealed shard as one file, if output.webdataset is set
     lineage/shard-00017.parquet                  how its videos were rendered: times, attempts, places, versions
-    posters/shard-00017/<key>-<hash8>.jpg        the first frame of a video, if media.poster is set
+    posters/shard-00017/<key>-<hash8>.jpg        a frame of a video for pages, if media.poster is set
     commits/shard-00017/<key>.json               the record of a committed sample
     quarantine/shard-00017/<key>.json            the record of a quarantined sample
     retried/shard-00017/<key>.json               the quarantine record of a sample that was released for a retry

@@ -42,24 +42,13 @@ _TO_YUV420 = (
 )
 # The same pixels in planar layout. The frames are sRGB, which is what displays assume for untagged RGB.
 _TO_PLANES = "format=gbrp,setparams=range=full:colorspace=gbr:color_primaries=bt709:color_trc=iec61966-2-1"
-# JPEG has a single colour encoding: full-range BT.601.
-_TO_JPEG = (
-    "scale=in_range=full:out_range=full:out_color_matrix=bt601:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
-    "format=yuvj420p"
-)
 _BITEXACT = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact")
-_ONE_IMAGE = ("-threads", "1", *_BITEXACT, "-f", "image2", "-update", "1")
 
 
 def video_options(media: MediaConfig) -> list[str]:
     """Return ffmpeg's output arguments for an mp4 without audio."""
     filters = _TO_PLANES if media.lossless else _TO_YUV420
     return ["-an", "-vf", filters, *_codec_options(media), *_BITEXACT, "-movflags", "+faststart", "-f", "mp4"]
-
-
-def jpeg_options() -> list[str]:
-    """Return ffmpeg's output arguments for a JPEG of one frame."""
-    return ["-frames:v", "1", "-vf", _TO_JPEG, "-c:v", "mjpeg", "-q:v", "2", *_ONE_IMAGE]
 
 
 def encoder_name(media: MediaConfig) -> str:

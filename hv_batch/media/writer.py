@@ -14,7 +14,7 @@ import os
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +26,10 @@ from PIL import Image
 
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.storage.local_disk import file_sha256
-from hv_batch.media.codecs import jpeg_options, video_options
+from hv_batch.media.codecs import video_options
 from hv_batch.media.ffmpeg import FfmpegError, find_ffmpeg, kill_ffmpeg, start_ffmpeg
 from hv_batch.media.frame_scores import FrameScorer
+from hv_batch.media.poster import PosterFrame, encode_poster
 
 STDERR_LINES = 40  # last lines of ffmpeg's stderr that are kept for the error message
 PNG_LEVEL = 3  # of zlib; the default, 6, takes several times as long and saves 3 % of the bytes
@@ -37,7 +38,7 @@ EXIT_TIMEOUT_S = 600.0  # after the last frame: flushing the encoder and moving 
 
 @dataclass(frozen=True, slots=True)
 class Poster:
-    """The first frame of a video, as a JPEG."""
+    """A frame of a video, as a JPEG (`hv_batch.media.poster`)."""
 
     path: Path
     sha256: str  # of the file
@@ -91,7 +92,7 @@ def write_media(
             with _Encoder([*raw, *video_options(media), *_output(path)], exit_timeout_s) as encoder:
                 frames_sha256, frame = _feed(encoder.write, scorer, frames, shape, num_frames)
         sha256, size = file_sha256(path), path.stat().st_size
-        poster = Poster(poster_path, _write_poster(frame, poster_path, raw, exit_timeout_s)) if poster_path else None
+        poster = _write_poster(frame, poster_path) if poster_path else None
     except BaseException:
         for left in (path, poster_path):
             if left:
@@ -122,11 +123,10 @@ def encode_png(frame: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _write_poster(frame: np.ndarray, path: Path, raw: Sequence[str], exit_timeout_s: float) -> str:
-    """Write the frame as a JPEG and return the sha256 of the file."""
-    with _Encoder([*raw, *jpeg_options(), *_output(path)], exit_timeout_s) as encoder:
-        encoder.write(frame.data.cast("B"))
-    return file_sha256(path)
+def _write_poster(frame: np.ndarray, path: Path) -> Poster:
+    data = encode_poster(frame)
+    path.write_bytes(data)  # as in `encode_png`, Pillow does not write into the file
+    return Poster(path, hashlib.sha256(data).hexdigest())
 
 
 def _raw_input(height: int, width: int, fps: int) -> list[str]:
@@ -145,13 +145,13 @@ def _feed(
     frame_shape: tuple[int, int, int],
     num_frames: int,
 ) -> tuple[str, np.ndarray]:
-    """Pass every chunk to `write` and `scorer`. Returns the sha256 of all frames, and the first frame.
+    """Pass every chunk to `write` and `scorer`. Returns the sha256 of all frames, and that of the poster.
 
     Raises ValueError if dtype, size or number of the frames differ from `frame_shape` and `num_frames`.
     """
     digest = hashlib.sha256()
     written = 0
-    first: np.ndarray | None = None
+    chosen = PosterFrame()
     for chunk in frames:
         if chunk.dtype != np.uint8 or chunk.shape[1:] != frame_shape:
             raise ValueError(f"frames are {chunk.dtype} {chunk.shape[1:]}, expected uint8 {frame_shape}")
@@ -159,15 +159,14 @@ def _feed(
         if written > num_frames:
             raise ValueError(f"received at least {written} frames, expected {num_frames}")
         if len(chunk):
-            if first is None:
-                first = chunk[0].copy()
+            chosen.look(chunk)
             raw = np.ascontiguousarray(chunk).data.cast("B")
             digest.update(raw)
             write(raw)
             scorer.add(chunk)  # after the write, so that ffmpeg encodes meanwhile
-    if written != num_frames or first is None:
+    if written != num_frames or chosen.frame is None:
         raise ValueError(f"received only {written} frames, expected {num_frames}")
-    return digest.hexdigest(), first
+    return digest.hexdigest(), chosen.frame
 
 
 class _Encoder:

@@ -28,7 +28,7 @@ from hv_batch.job.manifest.selection import Selection
 from hv_batch.job.records.continuation import Continuation, equal_earlier, inspect_continuation
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import RunState, check_revision, fingerprint, read_run
-from hv_batch.job.records.run_identity import recorded_plans, run_identity
+from hv_batch.job.records.run_identity import recorded_plans, recorded_poster, run_identity, with_recorded_poster
 from hv_batch.job.redaction import public_url, public_values
 from hv_batch.job.storage.hub_urls import refuse_hub_repository
 from hv_batch.job.storage.store import Store
@@ -98,6 +98,9 @@ def prepare_run(
     if long := long_video_warning(index.summary.shapes):
         logger.warning(long)
     # Only now, because these checks require options that the engine has accepted.
+    poster = _recorded_poster(store, config, allow_change)
+    if poster is not None:
+        config = config.model_copy(update={"media": config.media.model_copy(update={"poster": poster})})
     run = resolve_run(config, index.summary.shapes, _recorded_plans(store))
     groups = run.groups
     if len(groups.plans) > 1:
@@ -107,7 +110,8 @@ def prepare_run(
     _refuse([problem for plan in groups.plans for problem in engine.group_problems(plan, groups.shapes(plan))], config)
     versions = {"hv_batch": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in RECORDED_PACKAGES}
-    identity = {**run_identity(run), "model": engine.identity(), "manifest": index.summary.digest}
+    identity = with_recorded_poster(run_identity(run), poster)
+    identity |= {"model": engine.identity(), "manifest": index.summary.digest}
     if hooks:
         identity["hooks"] = hooks
     if index.summary.prompt_hook:  # a hook that answers otherwise would give other pixels
@@ -167,6 +171,23 @@ def _refuse_other_licence(continuation: Continuation, engine: Engine, licence: s
             f"The weights declare the licence {declared}, and the videos of this output root are under {licence}. A "
             "dataset has one licence: choose another output root for these weights."
         )
+
+
+def _recorded_poster(store: Store, config: RunConfig, allow_change: Collection[str]) -> bool | None:
+    """`media.poster` of a root in whose identity it is, unless the operator allows another value; None otherwise.
+
+    The root keeps its value because the default of the key has changed since. Not even `--allow-change media` changes
+    it, which is about other keys.
+    """
+    if "media.poster" in allow_change or not store.exists(layout.RUN):
+        return None
+    poster = recorded_poster(read_run(store)["identity"])
+    if poster is not None and poster != config.media.poster:
+        logger.info(
+            f"media.poster is {str(poster).lower()}, as in {layout.RUN}; --allow-change media.poster changes it for "
+            "the videos that follow"
+        )
+    return poster
 
 
 def _recorded_plans(store: Store) -> Mapping[Shape, ParallelPlan]:

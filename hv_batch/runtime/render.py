@@ -156,6 +156,10 @@ def _render_pending(
         check_code(alive_nodes())
         # The root gets its run.json only now, so that a config that asks for too much can still be changed.
         begin_run(store, job.document, job.index, job.continuation)
+        if store.exists(layout.REPORT):
+            logger.info(
+                f"report so far: {public_url(store.url)}/{layout.REPORT}; it is written again every few minutes"
+            )
         if pending.takes_back:
             logger.info(f"released from quarantine: {pending.take_back()} samples")
         driver = Driver(job.context, pending, pending.total, kinds, shortage, meter, should_stop)

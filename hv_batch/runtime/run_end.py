@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Mapping
 from enum import IntEnum
@@ -26,6 +28,11 @@ from hv_batch.runtime.driver.outage import Outage
 from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
+
+# How long a stopped command works on its report. Most of it is there already, and a process that was asked to end may
+# be killed at any moment.
+REPORT_S = 10.0
+POLL_S = 0.2
 
 
 class ExitCode(IntEnum):
@@ -57,6 +64,7 @@ def close_run(store: Store, pending: PendingSamples, outcome: Outcome, stop: Sto
     totals = f"{counts.committed} rendered, {counts.quarantined} quarantined now, {done_before} were done before"
     if outcome.drained:
         # No summary, because reading every record of a large run takes longer than a stopped process may live.
+        write_last_report(store, stop)
         logger.info(f"stopped after {clock(outcome.seconds)}: {totals}; run the same command again to resume")
         return ExitCode.STOPPED
     timing = {"loop_max_s": outcome.loop_max_s}
@@ -66,6 +74,7 @@ def close_run(store: Store, pending: PendingSamples, outcome: Outcome, stop: Sto
             f"finished the selection after {clock(outcome.seconds)}: {totals}; {left} samples outside it are pending",
             extra=timing,
         )
+        write_last_report(store, stop)
         return ExitCode.QUARANTINED if counts.quarantined_before + counts.quarantined else ExitCode.COMMITTED
     # These facts are about this command only, unlike the rest of the summary: a resume may run on other nodes.
     own = {"excluded_nodes": dict(outcome.excluded_nodes), "groups_lost": outcome.losses.to_dict()}
@@ -100,7 +109,7 @@ def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSign
         try:
             with stop.interruptible():
                 summary = {**aggregate(store), **own}
-                update_report(store, running=False)
+                update_or_warn(store)
                 write_card(store, read_run(store), summary)
             finish_run(store, summary)
             return summary
@@ -108,6 +117,45 @@ def _finish(store: Store, own: Mapping[str, Any], outage: Outage, stop: StopSign
             outage.note_failure(error, time.monotonic())
             if stop.stopped.wait(OUTAGE_PAUSE_S):
                 raise KeyboardInterrupt from error
+
+
+def update_or_warn(store: Store) -> None:
+    """Write the report of a run that has ended. Raises StorageUnavailableError; any other error becomes a warning."""
+    try:
+        update_report(store, running=False)
+    except StorageUnavailableError:
+        raise
+    except Exception as error:  # noqa: BLE001  (a page must not fail a run)
+        logger.warning(f"the report could not be written: {error}; `hv-batch report` writes it")
+
+
+def write_last_report(store: Store, stop: StopSignals) -> None:
+    """Write the report and log its location: until a stop is requested, or for REPORT_S if one was requested before.
+
+    What is not finished by then is left to `hv-batch report` or to the next command. Raises nothing.
+    """
+    errors: list[Exception] = []
+
+    def write() -> None:
+        try:
+            update_report(store, running=False)
+        except Exception as error:  # noqa: BLE001  (reported below)
+            errors.append(error)
+
+    # A daemon: if it is not finished in time, it ends with the process. Each object is whole at any moment.
+    thread = threading.Thread(target=write, name="report", daemon=True)
+    was_stopped = stop.stopped.is_set()
+    deadline = time.monotonic() + (REPORT_S if was_stopped else math.inf)
+    thread.start()
+    while thread.is_alive() and time.monotonic() < deadline and stop.stopped.is_set() == was_stopped:
+        thread.join(POLL_S)
+    url = public_url(store.url)
+    if thread.is_alive():
+        logger.info(f"the report is not complete yet; `hv-batch report {url}` writes the rest")
+    elif errors:
+        logger.warning(f"the report could not be written: {errors[0]}; `hv-batch report {url}` writes it")
+    else:
+        logger.info(f"report: {url}/{layout.REPORT}")
 
 
 def write_summary_again(store: Store, stop: StopSignals) -> dict[str, Any]:

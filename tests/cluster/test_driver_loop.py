@@ -92,7 +92,7 @@ def test_the_loop_does_no_io_and_does_not_wait_for_any(run, tmp_path, marks, mon
     guard = Guard(monkeypatch, {"driver-records": lambda: count(marks, "decoded").total() == len(good)})
     assert run(prompts) is ExitCode.QUARANTINED
     assert guard.in_loop == []
-    others = {"driver-records", "driver-lookups", "driver-probes", "driver-cluster", "plan"}
+    others = {"driver-records", "driver-lookups", "driver-probes", "driver-cluster", "driver-events", "plan"}
     assert guard.threads >= others, "the test has lost its point"
     assert guard.timeouts == []
     assert len(records(tmp_path / "out")) == len(good)

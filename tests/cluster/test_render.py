@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import time
 from datetime import datetime, timedelta
 
@@ -131,6 +132,7 @@ def test_a_run_over_a_part_leaves_the_rest_to_the_next(undisturbed, ray_head, tm
         code, text = render(config, manifest, output, ray_head[0], *selection)
         assert code == 0, text
         assert f"{10 - done} samples outside it are pending" in text
+        assert json.loads((output / "report" / "report.json").read_text())["totals"]["pending"] == 10 - done
         assert len(records(output)) == done
         assert not (output / "_SUCCESS").exists()
     code, text = render(config, manifest, output, ray_head[0])
@@ -156,22 +158,37 @@ def test_a_run_continues_without_its_manifest(ray_head, tmp_path, marks):
 
 @pytest.mark.slow
 def test_sigterm_drains_and_exits_143(ray_head, tmp_path, marks):
-    """Exit codes: after SIGTERM running samples finish, the exit code is 143, and the same command resumes the run."""
-    config, output = write_config(tmp_path, marks, {"step_seconds": 0.2}), tmp_path / "out"
-    manifest = write_manifest(tmp_path, PROMPTS[:6])
-    driver = start(command(config, manifest, output, ray_head[0]))
-    wait_for(lambda: count(marks, "denoised"), "a denoise")
+    """Exit codes: after SIGTERM running samples finish, the exit code is 143, and the same command resumes the run. The
+    report exists while it runs, and says how it was stopped.
+    """
+    config, output = write_config(tmp_path, marks, {"step_seconds": 0.4}), tmp_path / "out"
+    manifest = write_manifest(tmp_path, PROMPTS)
+    at_once = "from hv_batch.runtime.driver import report_task; report_task.FIRST_S = 0.0"
+    program = f"{at_once}; from hv_batch.cli.main import main; main()"
+    driver = start([sys.executable, "-c", program, *command(config, manifest, output, ray_head[0])[3:]])
+    report = output / "report" / "report.json"
+    wait_for(lambda: count(marks, "denoised") and report.exists(), "a denoise and a report")
+    assert json.loads(report.read_text())["running"] is True
     driver.send_signal(signal.SIGTERM)
     code, text = finish(driver)
     assert code == 143, text
     done = len(records(output))
-    assert 1 <= done < 6
+    assert 1 <= done < len(PROMPTS)
     assert sum(count(marks, "denoised").values()) == done, "what was denoised was committed too"
     assert not (output / "_SUCCESS").exists()
+    stopped = json.loads(report.read_text())
+    assert (stopped["running"], stopped["finished"], stopped["totals"]["committed"]) == (False, False, done)
+    assert f"report: {output}/report/index.html" in text
+    (events,) = read_events(Store(str(output)))
+    assert [event["kind"] for event in events.events if event["kind"].startswith(("drain", "run"))] == [
+        *("run_started", "drain_started", "drain_ended", "run_ended"),
+    ]
+    assert events.events[-1]["outcome"] == "stopped"
     code, text = render(config, manifest, output, ray_head[0])
     assert code == 0, text
-    assert len(records(output)) == 6
-    assert sum(count(marks, "denoised").values()) == 6
+    assert f"report so far: {output}/report/index.html" in text
+    assert len(records(output)) == len(PROMPTS)
+    assert sum(count(marks, "denoised").values()) == len(PROMPTS)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from hv_batch.media.writer import MediaInfo, encode_png, write_media
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 HEIGHT, WIDTH = 48, 64
-H264 = MediaConfig(crf=10, preset="veryfast")
+H264 = MediaConfig(crf=10, preset="veryfast", poster=False)
 SETTINGS = {"height": HEIGHT, "width": WIDTH, "fps": 24, "media": H264}
 
 
@@ -133,7 +133,7 @@ class TestCodec:
         media = MediaConfig(codec=codec, crf=20, preset="veryfast", threads=2, lossless=lossless)
         first, second = (
             write_media(iter([frames]), tmp_path / name, num_frames=9, **{**SETTINGS, "media": settings})
-            for name, settings in (("first", media), ("second", media.model_copy(update={"poster": True})))
+            for name, settings in (("first", media), ("second", media.model_copy(update={"poster": False})))
         )
         assert first.path.read_bytes() == second.path.read_bytes()
 
@@ -161,6 +161,7 @@ def test_a_poster_shows_the_first_frame(tmp_path):
     settings = {**SETTINGS, "media": H264.model_copy(update={"poster": True})}
     frames = _video(9)
     one, other = (write_media(iter([frames]), tmp_path / name, num_frames=9, **settings) for name in ("one", "other"))
+    assert write_media(iter([frames]), tmp_path / "none", num_frames=9, **SETTINGS).poster is None
     assert one.poster.path == tmp_path / "one.jpg"
     assert one.poster.sha256 == hashlib.sha256(one.poster.path.read_bytes()).hexdigest() == other.poster.sha256
     with Image.open(one.poster.path) as image:

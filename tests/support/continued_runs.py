@@ -87,7 +87,7 @@ def document_of(config: RunConfig, summary, model: str = "a") -> dict:
         "engine": config.model.engine,
         "defaults": values["defaults"],
         "parallel": {"device": "cpu", "ulysses_degree": 1, "ring_degree": 1},
-        "media": values["media"],
+        "media": {name: value for name, value in values["media"].items() if name != "poster"},
         "shard_size": config.output.shard_size,
         "webdataset": config.output.webdataset,
         "model": {"weights": model},

@@ -26,7 +26,7 @@ FPS = 24  # as in the release
 PROMPT_CHARS = 100  # characters of the prompt in a file name
 NAME_BYTES = 255 - len("_999.safetensors")  # limit of file systems, minus the longest ending
 SUFFIXES = (".mp4", ".png", ".safetensors", ".json")
-MEDIA = MediaConfig()  # the defaults of a run
+MEDIA = MediaConfig(poster=False)  # otherwise the defaults of a run
 
 
 def shorten(prompt: str) -> str:

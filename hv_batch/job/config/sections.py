@@ -320,7 +320,7 @@ class OutputConfig(Section):
 
 
 class MediaConfig(Section):
-    """How frames become files. Part of the run's identity."""
+    """How frames become files. Part of the run's identity, except for `poster`."""
 
     codec: Literal["h264", "h265", "av1"] = "h264"
     """The video codec. `h264` plays everywhere; `h265` and `av1` make smaller files and take several times as long."""
@@ -335,8 +335,11 @@ class MediaConfig(Section):
     lossless: bool = False
     """Encode the RGB frames without loss: decoding gives them back bit for bit. `crf` has no effect then, and few
     players show such files."""
-    poster: bool = False
-    """Also write the first frame of every video as a JPEG, under `posters/`."""
+    poster: bool = True
+    """Also write the first frame of every video that is not black as a JPEG of at most 640x640 pixels (about 40 kB),
+    under `posters/`; pages show it until a video plays. It is taken before the sample hook. Not part of the run's
+    identity, so it may change. An output root of version 0.1 keeps its own value, unless `--allow-change media.poster`
+    is given."""
 
     @model_validator(mode="after")
     def _check_scale_of_codec(self) -> Self:

@@ -22,6 +22,7 @@ from hv_batch.job.event_log.reader import list_parts
 from hv_batch.job.manifest.index import read_index
 from hv_batch.job.records.commits import read_commit
 from hv_batch.job.records.run_document import plan_size, read_run
+from hv_batch.job.records.run_identity import recorded_poster
 from hv_batch.job.records.withdrawn import withdrawn_keys
 from hv_batch.job.storage.store import Leftover, Store
 from hv_batch.job.thread_map import map_in_threads
@@ -62,7 +63,7 @@ def find_garbage(store: Store, *, older_than: float) -> Iterator[Garbage]:
     """Yields all garbage last written before `older_than` (seconds since 1970). Raises UserError if there is no run."""
     run = read_run(store)
     _, shards = plan_size(run)
-    has_posters = bool(run["config"].get("media", {}).get("poster"))
+    has_posters = recorded_poster(run["identity"]) is not False
     keeps_latents = bool(run["config"]["output"].get("keep_latents"))
 
     def scan(shard: int) -> list[tuple[Kind, str]]:

@@ -134,13 +134,17 @@ class SampleChecker:
             return Finding(shard, key, missing, f"{name} is missing", (layout.commit_key(shard, key),))
         return object_finding(data, missing, shard, key) if isinstance(data, InvalidObjectError) else data
 
+    def _expects_poster(self, fingerprint: str) -> bool:
+        """Whether each video of this identity must have a poster. `media.poster` may change if it is not part of it."""
+        media = self._identities[fingerprint].get("media")
+        return self._has_posters if media is None else bool(media.get("poster"))
+
     def _check_poster(self, record: Mapping[str, Any]) -> list[Finding]:
         # The uncompressed first frame is not stored anywhere, so the sample must be rendered again.
         shard, key, poster = record["shard"], record["key"], record["poster"]
         commit = layout.commit_key(shard, key)
         if poster is None:
-            media = self._identities[record["fingerprint"]].get("media", {})
-            expected = media.get("poster", self._has_posters) and record["params"]["num_frames"] > 1
+            expected = self._expects_poster(record["fingerprint"]) and record["params"]["num_frames"] > 1
             details = "the record names no poster, although media.poster is set"
             return [Finding(shard, key, Fault.POSTER, details, (commit,), layout.RUN)] if expected else []
         data = self._read(record, poster, Fault.POSTER)

@@ -26,7 +26,7 @@ from hv_batch.job.documents.reading import InvalidObjectError, read
 from hv_batch.job.documents.schema import RunDocument, SummaryDocument
 from hv_batch.job.licences import licence_notice, run_licence
 from hv_batch.job.records.identity_differences import ABSENT, differences, find_differences
-from hv_batch.job.records.run_identity import revision_problem, without_revision
+from hv_batch.job.records.run_identity import POSTER, recorded_poster, revision_problem, without_revision
 from hv_batch.job.records.unfinished_card import announce_run
 from hv_batch.job.redaction import MASK, public_url
 from hv_batch.job.storage.canonical_json import encode
@@ -143,6 +143,8 @@ def contradictions(run: Mapping[str, Any]) -> list[str]:
     ]
     for path, recorded in _recorded_twice(identity):
         value = _value_at(config, path)
+        if path == "media" and isinstance(value, dict) and recorded_poster(identity) is None:
+            value = {name: each for name, each in value.items() if name != POSTER}
         problems += [f"config.{line} (identity)" for line in differences(value, recorded, path) if value is not ABSENT][
             :MAX_DIFFERENCES
         ]

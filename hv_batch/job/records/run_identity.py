@@ -21,6 +21,7 @@ LAST_VERSIONS = {1: "0.1.0"}
 # identity under which it was rendered. Everything else decides which samples there are, where they lie, and how their
 # tables look: seeds, shards, `defaults.num_videos`.
 CHANGEABLE = ("defaults", "engine", "media", "model", "parallel")
+POSTER = "poster"  # the key of `media` that is not part of an identity
 FIXED_DEFAULT = "defaults.num_videos"
 
 # What differs if a manifest has grown: its digest, and that of what a prompt hook has made of its rows.
@@ -30,7 +31,8 @@ OF_MANIFEST = ("manifest", "hooks.prompt.results")
 def run_identity(run: ResolvedRun) -> dict[str, Any]:
     """The part of a config that changes pixels or keys, as JSON values, without the engine's own `identity()` (P3).
 
-    With `gpus_per_group: auto`, the plans of the manifest's shapes are part of the identity.
+    With `gpus_per_group: auto`, the plans of the manifest's shapes are part of the identity. A poster changes neither
+    pixels nor keys, so `media.poster` is not; see `with_recorded_poster`.
     """
     config = run.config
     return {
@@ -39,10 +41,21 @@ def run_identity(run: ResolvedRun) -> dict[str, Any]:
         "engine": config.model.engine,
         "defaults": config.defaults.model_dump(mode="json"),
         "parallel": parallel_identity(run),
-        "media": config.media.model_dump(mode="json"),
+        "media": config.media.model_dump(mode="json", exclude={POSTER}),
         "shard_size": config.output.shard_size,
         "webdataset": config.output.webdataset,
     } | ({"manifest_options": options} if (options := config.manifest.identity()) else {})
+
+
+def recorded_poster(identity: Mapping[str, Any]) -> bool | None:
+    """`media.poster` in the identity of a root, where those of version 0.1 have it and where it decides; else None."""
+    poster = identity.get("media", {}).get(POSTER)
+    return poster if isinstance(poster, bool) else None
+
+
+def with_recorded_poster(identity: Mapping[str, Any], poster: bool | None) -> dict[str, Any]:
+    """The identity from `run_identity` as it is in a root with this `recorded_poster`."""
+    return {**identity} if poster is None else {**identity, "media": {**identity["media"], POSTER: poster}}
 
 
 def without_revision(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ from hv_batch.runtime.driver.loop_timer import LoopTimer
 from hv_batch.runtime.driver.loss_report import Losses
 from hv_batch.runtime.driver.metrics import RunMetrics
 from hv_batch.runtime.driver.outage import Outage
+from hv_batch.runtime.driver.report_task import ReportTask
 from hv_batch.runtime.driver.shard_lookups import ShardLookups
 from hv_batch.runtime.driver.spool_drain import SpoolDrain
 from hv_batch.runtime.driver.stage_spans import start_spans
@@ -149,6 +150,7 @@ class Driver:
         )
         self._pending_actors = PendingActorWatch(run, self._cluster)
         self._nodes = NodeWatch(limits[Stage.DENOISE].workers, self._cluster)
+        self._report_task = ReportTask(context, self._watch, self._outage)
         self._progress = ProgressLog()
         self._timer = LoopTimer()
         self._polled_at = 0.0
@@ -181,6 +183,8 @@ class Driver:
                     self._process_events()
                     self._background_tasks.start_seals()
                     self._spool_drain.poll(time.monotonic())
+                    if not self._stop_requested:
+                        self._report_task.poll(time.monotonic())
                     self._report()
             self._metrics.ended()
             drained = self._end.drained or self._background_tasks.has_pending
@@ -200,6 +204,7 @@ class Driver:
             self._recorder.end("stopped" if is_stop else "failed", str(error))
             raise
         finally:
+            self._report_task.close()
             self._lookups.close()
             self._probes_io.close()
             self._table.close()

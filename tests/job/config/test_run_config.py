@@ -232,6 +232,7 @@ def test_identity_is_what_changes_pixels_and_keys():
         "encoders": {"batch_size": 1},
         "decoders": {"cpus": 1},
         "retries": {"poison": 1},
+        "media": {"poster": False},
         "output": {"keep_latents": True},
         "model": {"options": {"model_base": "elsewhere"}},
     }
