@@ -41,7 +41,9 @@ def is_black(frame: np.ndarray) -> bool:
 def encode_poster(frame: np.ndarray) -> bytes:
     """The JPEG of a uint8 frame [height, width, 3]. Equal frames give equal bytes with one version of Pillow."""
     image = Image.fromarray(frame)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    # The mean of 2x2 pixels comes first where it fits: 5 ms instead of 18 ms of CPU time for 720p (2-core CPU machine,
+    # 2026-11-29).
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=1.0)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
