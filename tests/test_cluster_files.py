@@ -94,7 +94,7 @@ def test_a_night_that_is_repeated_by_day_does_not_render_until_the_next_morning(
     entrypoint = job_of("kuberay-nightly.yaml")["entrypoint"]
     assert not subprocess.run(entrypoint, shell=True, env=seeing(tmp_path)).returncode
     assert (tmp_path / "renders").exists() == renders
-    condition = unit_section("Service")["ExecCondition"].replace("%%", "%")
+    condition = unit_section("Service")["ExecCondition"].replace("%%", "%").replace("$$", "$")
     assert (subprocess.run(condition, shell=True, env=seeing(tmp_path)).returncode == 0) == renders
 
 
