@@ -131,6 +131,23 @@ def denoise_group(
 
 
 @app.command()
+def report(
+    samples: Annotated[
+        list[int] | None, typer.Option(min=1, help="samples of a root; repeatable; default: 10000")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the first and the next report of a synthetic output root, its memory, and the size of its page."""
+    from hv_batch.bench.report.update_speed import bench_report
+
+    reports = [bench_report(count) for count in samples or [10_000]]
+    if as_json:
+        show_json("hv_batch/bench-report/1", {"reports": [report.to_dict() for report in reports]})
+    else:
+        print(*(report.render() for report in reports), sep="\n")
+
+
+@app.command()
 def scheduler(
     groups: Annotated[
         list[int] | None, typer.Option(min=1, help="denoise groups; repeatable; default: 125, 512 and 1024")

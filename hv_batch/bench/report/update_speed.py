@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +27,14 @@ PENDING = 500  # samples of the root that have no record
 class ReportSpeed:
     """`first` is the report of a root without one, `again` the next one, after one more record in `changed`.
 
-    The times are those of the command `hv-batch report`, whose start takes `start_s` of them.
+    The times are those of the command `hv-batch report`, of which its start takes `start`: (seconds, seconds of CPU).
     """
 
     samples: int
-    start_s: float
-    first_s: float
-    again_s: float
-    changed_s: float
+    start: tuple[float, float]
+    first: tuple[float, float]
+    again: tuple[float, float]
+    changed: tuple[float, float]
     peak_bytes: int  # of the first report
     again_peak_bytes: int
     page_bytes: int
@@ -47,11 +45,15 @@ class ReportSpeed:
 
     def render(self) -> str:
         return (
-            f"{self.samples:,} samples: first report {self.first_s:.1f} s, again {self.again_s:.1f} s, after one more "
-            f"record {self.changed_s:.1f} s (of each, {self.start_s:.1f} s is the start of the command)\n"
+            f"{self.samples:,} samples: first report {_seconds(self.first)}, again {_seconds(self.again)}, after one "
+            f"more record {_seconds(self.changed)}; of each, the start of the command takes {_seconds(self.start)}\n"
             f"peak memory {size(self.peak_bytes)} and {size(self.again_peak_bytes)}; index.html "
             f"{size(self.page_bytes)}, parts {size(self.part_bytes)}"
         )
+
+
+def _seconds(taken: tuple[float, float]) -> str:
+    return f"{taken[0]:.1f} s ({taken[1]:.1f} s of CPU)"
 
 
 def bench_report(samples: int) -> ReportSpeed:
@@ -59,15 +61,15 @@ def bench_report(samples: int) -> ReportSpeed:
     with tempfile.TemporaryDirectory(prefix="hv_batch-bench-") as scratch:
         root = Path(scratch, "root")
         make_root(root, samples)
-        start_s, _ = _command("report", "--help")
-        first_s, peak = _command("report", str(root), "--json")
-        again_s, again_peak = _command("report", str(root), "--json")
+        start, _ = _command("report", "--help")
+        first, peak = _command("report", str(root), "--json")
+        again, again_peak = _command("report", str(root), "--json")
         last = max((root / layout.COMMITS).rglob("*.json"))
         last.write_bytes(last.read_bytes() + b" ")  # another size: the shard has changed
-        changed_s, _ = _command("report", str(root), "--json")
+        changed, _ = _command("report", str(root), "--json")
         parts = sum(path.stat().st_size for path in (root / "report/parts").iterdir())
         page = (root / layout.REPORT).stat().st_size
-        return ReportSpeed(samples, start_s, first_s, again_s, changed_s, peak, again_peak, page, parts)
+        return ReportSpeed(samples, start, first, again, changed, peak, again_peak, page, parts)
 
 
 def make_root(root: Path, samples: int) -> None:
@@ -88,22 +90,13 @@ def make_root(root: Path, samples: int) -> None:
     commit_first(root, manifest, config, samples)
 
 
-def _command(*arguments: str) -> tuple[float, int]:
-    """The seconds and the peak memory in bytes of a command in a process of its own."""
+def _command(*arguments: str) -> tuple[tuple[float, float], int]:
+    """The seconds, seconds of CPU and peak memory in bytes of a command in a process of its own."""
     begun = time.perf_counter()
-    # S603: the arguments are those of this module.
     child = subprocess.Popen([sys.executable, "-m", "hv_batch", *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise RuntimeError(f"hv-batch {arguments[0]} has failed with exit code {child.returncode}")
-    return time.perf_counter() - begun, usage.ru_maxrss * 1024
-
-
-def main(counts: Sequence[str]) -> None:
-    for count in counts:
-        print(json.dumps(bench_report(int(count)).to_dict()), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:] or ["10000"])
+    seconds = round(time.perf_counter() - begun, 2), round(usage.ru_utime + usage.ru_stime, 2)
+    return seconds, usage.ru_maxrss * 1024

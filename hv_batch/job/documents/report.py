@@ -40,7 +40,6 @@ Label = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Facets = Annotated[
     dict[Label, Annotated[dict[Label, Count], Field(max_length=MAX_VALUES + 1)]], Field(max_length=MAX_FACETS)
 ]
-UnixTime = Annotated[float, Field(ge=0, le=1e11)]
 Price = Annotated[float, Field(ge=0, le=1e6)]
 Number = Annotated[int, Field(ge=-(2**63), le=2**63)] | Annotated[float, Field(ge=-1e18, le=1e18)]
 ShortText = Annotated[str, PlainValidator(partial(check_text, 4000))]
@@ -64,22 +63,23 @@ class Cause(Document):
     traceback: Text
 
 
-class WorkSpan(Document):
-    """A time in which one worker processed `samples` samples, from their records."""
+Millis = Annotated[int, Field(ge=0, le=10**14)]
 
-    model_config = ConfigDict(extra="forbid")  # they become the arguments of WorkSpan in `job.report.spans`
+
+class WorkerSpans(Document):
+    """When one worker processed samples, from their records: (start, end, samples), the times in unix milliseconds."""
 
     worker: Name
     stage: Label
     node: Name
     gpus: Annotated[float, Field(ge=0, le=1e6)]
-    start: UnixTime
-    end: UnixTime
-    samples: Count
+    spans: Annotated[
+        list[Annotated[list[Millis], Field(min_length=3, max_length=3)]], Field(min_length=1, max_length=MAX_SPANS)
+    ]
 
 
 class DigestDocument(Document):
-    """`seconds` holds the time of every committed sample by shape and stage, in seconds. `gpu_seconds` is by stage.
+    """`stage_ms` has the milliseconds of every committed sample by shape and stage. `gpu_seconds` is by stage.
 
     `committed_at` and `quarantined_at` are the unix times of the records.
     """
@@ -99,14 +99,14 @@ class DigestDocument(Document):
     media_seconds: Seconds
     facets: Facets
     causes: Annotated[list[Cause], Field(max_length=MAX_CAUSES + 1)]
-    seconds: Annotated[
-        dict[ShapeName | Literal["other"], Annotated[dict[Label, list[Seconds]], Field(max_length=16)]],
+    stage_ms: Annotated[
+        dict[ShapeName | Literal["other"], Annotated[dict[Label, list[Millis]], Field(max_length=16)]],
         Field(max_length=MAX_SHAPES + 1),
     ]
     gpu_seconds: Annotated[dict[Label, Annotated[float, Field(ge=0, le=1e12)]], Field(max_length=16)]
     committed_at: Times
     quarantined_at: Times
-    spans: Annotated[list[WorkSpan], Field(max_length=MAX_SPANS)]
+    work: Annotated[list[WorkerSpans], Field(max_length=MAX_SPANS)]
     fingerprints: Annotated[dict[Hex64, Count], Field(max_length=10_000)]
 
 

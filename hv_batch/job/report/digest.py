@@ -30,8 +30,8 @@ from hv_batch.job.report.samples import (
     describe_withdrawn,
 )
 from hv_batch.job.report.shard_state import ShardListing
-from hv_batch.job.report.spans import find_spans
-from hv_batch.job.report.spread import collect_seconds
+from hv_batch.job.report.spans import find_spans, pack_spans
+from hv_batch.job.report.spread import collect_millis
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
 
@@ -117,11 +117,11 @@ def _digest(
         "media_seconds": round(sum(map(_duration, committed)), 3),
         "facets": count_facets(shown),
         "causes": group_causes(failed),
-        "seconds": collect_seconds(shown),
+        "stage_ms": collect_millis(shown),
         "gpu_seconds": {stage: round(seconds, 3) for stage, seconds in stages.items() if seconds},
         "committed_at": sorted(int(at) for _, at in times),
         "quarantined_at": sorted(int(at) for at in map(created_at, failed) if at is not None),
-        "spans": [span.to_dict() for span in find_spans(times, gpus)],
+        "work": pack_spans(find_spans(times, gpus)),
         "fingerprints": fingerprints,
     }
 

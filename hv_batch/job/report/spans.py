@@ -9,8 +9,8 @@ it has written any (`hv_batch.job.report.timeline`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hv_batch.job.documents.report import MAX_NAME_CHARS, MAX_SPANS
@@ -20,7 +20,7 @@ from hv_batch.job.report.samples import clamp
 GAP_S = 2.0  # between two samples of one span
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class WorkSpan:
     """A worker processed `samples` samples from `start` to `end` (unix seconds)."""
 
@@ -32,8 +32,22 @@ class WorkSpan:
     end: float
     samples: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def pack_spans(spans: Iterable[WorkSpan]) -> list[dict[str, Any]]:
+    """The spans as a digest holds them."""
+    packed: dict[tuple[str, str, str, float], list[list[int]]] = {}
+    for span in spans:
+        times = [round(1000 * span.start), round(1000 * span.end), span.samples]
+        packed.setdefault((span.worker, span.stage, span.node, span.gpus), []).append(times)
+    names = ("worker", "stage", "node", "gpus")
+    return [{**dict(zip(names, worker, strict=True)), "spans": times} for worker, times in packed.items()]
+
+
+def unpack_spans(packed: Iterable[Mapping[str, Any]]) -> Iterator[WorkSpan]:
+    for each in packed:
+        worker = {name: each[name] for name in ("worker", "stage", "node", "gpus")}
+        for start, end, samples in each["spans"]:
+            yield WorkSpan(**worker, start=start / 1000, end=max(start, end) / 1000, samples=samples)
 
 
 def find_spans(records: Iterable[tuple[Mapping[str, Any], float]], gpus: Gpus) -> list[WorkSpan]:
@@ -66,24 +80,27 @@ def _moved_apart(times: Sequence[tuple[float, float]]) -> Iterable[tuple[float, 
 
 
 def merge_spans(spans: Iterable[WorkSpan], at_most: int, gap_s: float = GAP_S) -> list[WorkSpan]:
-    """Spans in order of worker and time, with those of one worker merged whose gap is small.
+    """The given spans, which this changes, by worker and time, with those of one worker merged whose gap is small.
 
-    `gap_s` is doubled until at most `at_most` are left. If there are more workers than that, the last are left out.
+    `gap_s` grows until at most `at_most` are left. If there are more workers than that, the last are left out.
     """
     merged = _merge(sorted(spans, key=lambda span: (span.worker, span.node, span.start)), gap_s)
     workers = len({(span.worker, span.node) for span in merged})
     while len(merged) > max(at_most, workers):
-        gap_s *= 2
+        gap_s *= 4
         merged = _merge(merged, gap_s)
     return merged[:at_most]
 
 
 def _merge(spans: Sequence[WorkSpan], gap_s: float) -> list[WorkSpan]:
+    """The spans, which this changes."""
     merged: list[WorkSpan] = []
+    last: WorkSpan | None = None
     for span in spans:
-        last = merged[-1] if merged else None
-        if last and (last.worker, last.node) == (span.worker, span.node) and span.start - last.end <= gap_s:
-            merged[-1] = replace(last, end=max(last.end, span.end), samples=last.samples + span.samples)
+        if last and span.start - last.end <= gap_s and last.worker == span.worker and last.node == span.node:
+            last.end = max(last.end, span.end)
+            last.samples += span.samples
         else:
             merged.append(span)
+            last = span
     return merged

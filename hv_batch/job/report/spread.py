@@ -11,21 +11,23 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hv_batch.job.documents.report import MAX_NAME_CHARS, MAX_SHAPES
 from hv_batch.job.report.facets import OTHER
 from hv_batch.job.report.samples import COMMITTED, clamp, shape_name
 
 _BIN = math.log(1.01)
-_SHORTEST_S = 0.001  # records have milliseconds; whatever is shorter is in the first bin
 PERCENTS = {"p10": 10, "p50": 50, "p90": 90}
 MAX_STAGES = 16
 
-Seconds = dict[str, dict[str, list[float]]]
+Millis = dict[str, dict[str, list[int]]]
 
 
-def collect_seconds(samples: Iterable[Mapping[str, Any]]) -> Seconds:
-    """The times of committed samples by shape and stage, for a digest."""
-    found: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def collect_millis(samples: Iterable[Mapping[str, Any]]) -> Millis:
+    """The times of committed samples by shape and stage, for a digest, in milliseconds as in records."""
+    found: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if sample["state"] != COMMITTED:
             continue
@@ -33,35 +35,36 @@ def collect_seconds(samples: Iterable[Mapping[str, Any]]) -> Seconds:
         of_shape = found[shape if shape in found or len(found) < MAX_SHAPES else OTHER]
         for stage, seconds in sample["seconds"].items():
             if (stage := clamp(stage, MAX_NAME_CHARS)) in of_shape or len(of_shape) < MAX_STAGES:
-                of_shape[stage].append(seconds)
+                of_shape[stage].append(round(1000 * seconds))
     return {shape: dict(stages) for shape, stages in found.items()}
 
 
 class Spread:
-    """Some times in seconds."""
+    """Some times."""
 
     def __init__(self) -> None:
         self._bins: Counter[int] = Counter()
-        self._sums: list[float] = []
+        self._sum = 0
         self._count = 0
-        self._smallest = math.inf
-        self._largest = 0.0
+        self._smallest: float = math.inf
+        self._largest = 0
 
-    def add(self, seconds: Sequence[float]) -> None:
-        if not seconds:
+    def add(self, millis: Sequence[int]) -> None:
+        if not millis:
             return
-        self._bins.update(map(_bin, seconds))
-        self._sums = [math.fsum([*self._sums, *seconds])]
-        self._count += len(seconds)
-        self._smallest = min(self._smallest, *seconds)
-        self._largest = max(self._largest, *seconds)
+        numbers, counts = np.unique(_bins(np.asarray(millis, dtype=np.float64)), return_counts=True)
+        self._bins.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+        self._sum += sum(millis)
+        self._count += len(millis)
+        self._smallest = min(self._smallest, *millis)
+        self._largest = max(self._largest, *millis)
 
     def to_dict(self) -> dict[str, float]:
+        """In seconds."""
         ordered = sorted(self._bins.items())
-        percents = {name: _rounded(self._percentile(ordered, percent)) for name, percent in PERCENTS.items()}
-        mean = math.fsum(self._sums) / self._count
-        largest, smallest = _rounded(self._largest), _rounded(self._smallest)
-        return {"count": self._count, "mean": _rounded(mean), "min": smallest, **percents, "max": largest}
+        percents = {name: self._percentile(ordered, percent) for name, percent in PERCENTS.items()}
+        millis = {"mean": self._sum / self._count, "min": self._smallest, **percents, "max": self._largest}
+        return {"count": self._count} | {name: _seconds(value) for name, value in millis.items()}
 
     def _percentile(self, ordered: Sequence[tuple[int, int]], percent: int) -> float:
         """The smallest time that at least `percent` % of the times do not exceed."""
@@ -79,26 +82,28 @@ class StageSpreads:
     def __init__(self) -> None:
         self._spreads: defaultdict[str, defaultdict[str, Spread]] = defaultdict(lambda: defaultdict(Spread))
 
-    def add(self, seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-        for shape, stages in seconds.items():
+    def add(self, stage_ms: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        for shape, stages in stage_ms.items():
             of_shape = self._spreads[shape if shape in self._spreads or len(self._spreads) < MAX_SHAPES else OTHER]
-            for stage, values in stages.items():
-                if values and (stage in of_shape or len(of_shape) < MAX_STAGES):
-                    of_shape[stage].add(values)
+            for stage, millis in stages.items():
+                if millis and (stage in of_shape or len(of_shape) < MAX_STAGES):
+                    of_shape[stage].add(millis)
 
     def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         by_shape = sorted(self._spreads.items())
         return {shape: {stage: spread.to_dict() for stage, spread in stages.items()} for shape, stages in by_shape}
 
 
-def _bin(seconds: float) -> int:
-    return 0 if seconds <= _SHORTEST_S else math.ceil(math.log(seconds / _SHORTEST_S) / _BIN)
+def _bins(millis: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The number of the bin of each time: 0 for up to a millisecond, then logarithmic."""
+    return np.ceil(np.log(np.maximum(millis, 1.0)) / _BIN).astype(np.int64)
 
 
 def _middle(number: int) -> float:
-    return _SHORTEST_S * math.exp((number - 0.5) * _BIN) if number else _SHORTEST_S
+    return math.exp((number - 0.5) * _BIN) if number else 0.0
 
 
-def _rounded(seconds: float) -> float:
+def _seconds(millis: float) -> float:
     """To a millisecond, or to five digits."""
+    seconds = millis / 1000
     return round(seconds, 3) if seconds < 100 else float(f"{seconds:.5g}")

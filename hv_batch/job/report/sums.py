@@ -10,7 +10,7 @@ from hv_batch.job import layout
 from hv_batch.job.report.causes import Cause, add_causes
 from hv_batch.job.report.facets import Facets, FacetSums, restrict
 from hv_batch.job.report.pace import TimeBins
-from hv_batch.job.report.spans import GAP_S, WorkSpan, merge_spans
+from hv_batch.job.report.spans import GAP_S, WorkSpan, merge_spans, unpack_spans
 from hv_batch.job.report.spread import StageSpreads
 
 MAX_SPANS = 4000  # of all workers
@@ -50,11 +50,11 @@ class ReportSums:
         self.fingerprints.update(digest["fingerprints"])
         if digest["causes"]:
             self.causes = add_causes(self.causes, digest["causes"])
-        self.spreads.add(digest["seconds"])
+        self.spreads.add(digest["stage_ms"])
         self._facets.add(digest["facets"])
         self._add_shard(digest)
-        if digest["spans"]:
-            self._spans += [WorkSpan(**span) for span in digest["spans"]]
+        if digest["work"]:
+            self._spans += unpack_spans(digest["work"])
             if len(self._spans) > 2 * MAX_SPANS:
                 self._spans = merge_spans(self._spans, MAX_SPANS, GAP_S)
 

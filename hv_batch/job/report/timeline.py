@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 from hv_batch.job.event_log.reader import DriverEvents, Event
@@ -90,6 +91,8 @@ def make_timeline(
     for number, driver in enumerate(drivers):
         if not driver.events:
             continue
+        # A driver writes them in this order, but anybody may have written others.
+        driver = replace(driver, events=tuple(sorted(driver.events, key=itemgetter("at"))))
         begin, end = _driver_range(driver, now if number == len(drivers) - 1 else None)
         ranges.append((begin, end))
         _add_driver(rows, driver, end)
