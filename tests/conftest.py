@@ -31,6 +31,7 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> OneRayProcess | None:
 pytest_plugins = [
     "tests.support.browser",
     "tests.support.logs",
+    "tests.support.report_pages",
     "tests.support.s3_runs",
     "tests.support.signals",
     "tests.support.stores",

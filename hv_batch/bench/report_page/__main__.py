@@ -65,7 +65,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     for name, unit in rounds[0]:
-        print(f"{name:<44} {statistics.median(each[name, unit] for each in rounds):>9,.0f} {unit}")
+        median = statistics.median(each[name, unit] for each in rounds)
+        print(f"{name:<44} {f'{median:,.0f}' if median >= 20 else f'{median:,.1f}':>9} {unit}")
     return 0
 
 
@@ -86,7 +87,11 @@ def _measure(browser: Any, server: CountingServer) -> dict[tuple[str, str], floa
         ("of it videos", "kB"): server.sent["data"] / 1000,
         ("elements", ""): page.evaluate("document.querySelectorAll('*').length"),
     }
+    devtools = context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+    before = _cpu_seconds(devtools)
     frames = page.evaluate(SCROLL)
+    found["CPU time of the page, per frame of a scroll", "ms"] = 1000 * (_cpu_seconds(devtools) - before) / len(frames)
     found["longest frame while it scrolls", "ms"] = max(frames)
     found["frames over 100 ms", ""] = sum(frame > 100 for frame in frames)
     found["median frame", "ms"] = statistics.median(frames)
@@ -103,6 +108,13 @@ def _measure(browser: Any, server: CountingServer) -> dict[tuple[str, str], floa
     found["transferred in all", "kB"] = sum(server.sent.values()) / 1000
     context.close()
     return found
+
+
+def _cpu_seconds(devtools: Any) -> float:
+    """CPU time of all tasks of the page's main thread."""
+    metrics = devtools.send("Performance.getMetrics")["metrics"]
+    seconds: float = next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+    return seconds
 
 
 def _wait(page: Any, expression: str) -> None:
