@@ -106,7 +106,7 @@ class Grid {
     const before = column > 0 ? this.results.sample(index - 1) : null;
     const together = (other) => Boolean(sample && other && sample.row !== null && sample.row === other.row);
     card.classList.toggle("joined", together(next));
-    const videos = sample?.video > 0 || this.videos > 1 || together(next) || together(before) ? 2 : 1;
+    const videos = sample?.video > 0 || together(next) || together(before) ? 2 : 1;
     const shard = sample ? null : this.results.parts.at(index);
     const waiting = Boolean(shard && !this.results.parts.isComplete(shard));
     const shown = `${sample ? "" : waiting}${videos}`;
