@@ -82,7 +82,8 @@ def test_only_what_a_new_cluster_can_fix_fails_the_job(tmp_path, name, failures,
     pretend(tmp_path, "hv-batch", f"exit {code}")
     pretend(tmp_path, "date", "echo 22")
     entrypoint = job_of(f"kuberay-{name}.yaml")["entrypoint"].replace("/tmp", str(tmp_path))
-    done = subprocess.run(entrypoint, shell=True, env=seeing(tmp_path))
+    words = shlex.split(entrypoint)  # by the shell of KubeRay's submitter; `ray job submit` joins them again
+    done = subprocess.run(shlex.join(words), shell=True, env=seeing(tmp_path))
     assert (done.returncode != 0) == (code in failures)
 
 
