@@ -273,6 +273,8 @@ def test_a_run_whose_every_sample_fails_alike_stops_with_that_error(ray_head, tm
     assert not (output / "_SUCCESS").exists()
     quarantined = len(records(output, "quarantine"))
     assert quarantined < 16
+    causes = json.loads((output / "report" / "report.json").read_text())["causes"]
+    assert sum(cause["count"] for cause in causes) == quarantined
     code, text = finish(start([*command(config, manifest, output, ray_head[0]), "--shards", "10"]))
     assert code == 0, text
     code, text = render(config, manifest, output, ray_head[0], "retries.max_quarantined=0.1")
