@@ -35,7 +35,7 @@ from hv_batch.runtime.nodes.code_check import check_code
 from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
 from hv_batch.runtime.ray_contact import contact_cluster, resolve_address
-from hv_batch.runtime.run_end import ExitCode, close_run, exit_code_of, write_summary_again
+from hv_batch.runtime.run_end import ExitCode, close_run, exit_code_of, reporting_failure, write_summary_again
 from hv_batch.runtime.run_limits import GpuMeter, RunLimits, check_gpu_hours, stop_in_time
 from hv_batch.runtime.session import Session, ray_session, submission_id
 from hv_batch.runtime.stop_signals import StopSignals
@@ -167,12 +167,13 @@ def _render_pending(
             driver.commit_spooled()
             if has_commits(store, job.index.shards):
                 driver.note_commits()
-        outcome = driver.run()
-        for _ in range(MAX_RENDERS_OF_LOST):
-            if not outcome.lost or outcome.drained:
-                break
-            pending = pending.again()
-            outcome = Driver(job.context, pending, pending.total, kinds, shortage, meter, should_stop).run()
+        with reporting_failure(store, stop):
+            outcome = driver.run()
+            for _ in range(MAX_RENDERS_OF_LOST):
+                if not outcome.lost or outcome.drained:
+                    break
+                pending = pending.again()
+                outcome = Driver(job.context, pending, pending.total, kinds, shortage, meter, should_stop).run()
     lease.check()
     if meter.hours:
         logger.info(f"the workers of this command have reserved {meter.hours:.2f} GPU hours")

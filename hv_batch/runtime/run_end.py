@@ -6,7 +6,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -15,6 +16,7 @@ from hv_batch.job.dataset.card import write_card
 from hv_batch.job.formatting import clock
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.summary import aggregate, describe_truncated
+from hv_batch.job.records.lease import LeaseLostError
 from hv_batch.job.records.pending import PendingSamples
 from hv_batch.job.records.run_document import finish_run, read_run
 from hv_batch.job.redaction import public_url
@@ -29,8 +31,8 @@ from hv_batch.runtime.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
-# How long a stopped command works on its report. Most of it is there already, and a process that was asked to end may
-# be killed at any moment.
+# How long a command that was stopped or has failed works on its report. Most of it is there already, and a process that
+# was asked to end may be killed at any moment.
 REPORT_S = 10.0
 POLL_S = 0.2
 
@@ -129,8 +131,24 @@ def update_or_warn(store: Store) -> None:
         logger.warning(f"the report could not be written: {error}; `hv-batch report` writes it")
 
 
-def write_last_report(store: Store, stop: StopSignals) -> None:
-    """Write the report and log its location: until a stop is requested, or for REPORT_S if one was requested before.
+@contextmanager
+def reporting_failure(store: Store, stop: StopSignals) -> Iterator[None]:
+    """If the block raises the error with which a run ends, write the report, which shows the causes.
+
+    Nothing is written after another process has taken the root over.
+    """
+    try:
+        yield
+    except LeaseLostError:
+        raise
+    except UserError:
+        write_last_report(store, stop, within_s=REPORT_S)
+        raise
+
+
+def write_last_report(store: Store, stop: StopSignals, *, within_s: float = math.inf) -> None:
+    """Write the report and log its location: for `within_s` at most, until a stop is requested, or for REPORT_S if one
+    was requested before.
 
     What is not finished by then is left to `hv-batch report` or to the next command. Raises nothing.
     """
@@ -145,7 +163,7 @@ def write_last_report(store: Store, stop: StopSignals) -> None:
     # A daemon: if it is not finished in time, it ends with the process. Each object is whole at any moment.
     thread = threading.Thread(target=write, name="report", daemon=True)
     was_stopped = stop.stopped.is_set()
-    deadline = time.monotonic() + (REPORT_S if was_stopped else math.inf)
+    deadline = time.monotonic() + min(within_s, REPORT_S if was_stopped else math.inf)
     thread.start()
     while thread.is_alive() and time.monotonic() < deadline and stop.stopped.is_set() == was_stopped:
         thread.join(POLL_S)

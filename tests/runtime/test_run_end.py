@@ -10,10 +10,12 @@ import time
 import pytest
 
 from hv_batch.job import layout
+from hv_batch.job.records.lease import LeaseLostError
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
+from hv_batch.protocol import UserError
 from hv_batch.runtime import run_end
-from hv_batch.runtime.run_end import update_or_warn, write_last_report
+from hv_batch.runtime.run_end import reporting_failure, update_or_warn, write_last_report
 from hv_batch.runtime.stop_signals import StopSignals
 from tests.support.small_runs import run_small, some_samples
 
@@ -78,3 +80,16 @@ def test_an_error_is_a_warning(tmp_path, stop, monkeypatch, caplog, error):
             update_or_warn(Store(str(tmp_path)))
     else:
         update_or_warn(Store(str(tmp_path)))
+
+
+def test_a_run_that_fails_leaves_a_report(tmp_path, stop):
+    """P5: the page shows the causes; a driver that has lost the root to another one writes nothing."""
+    store = Store(str(tmp_path))
+    run_small(store, some_samples(4))
+    store.delete(layout.REPORT)
+    with pytest.raises(LeaseLostError), reporting_failure(store, stop):
+        raise LeaseLostError("taken over")
+    assert not store.exists(layout.REPORT)
+    with pytest.raises(UserError, match="cannot go on"), reporting_failure(store, stop):
+        raise UserError("The run cannot go on")
+    assert store.exists(layout.REPORT)
