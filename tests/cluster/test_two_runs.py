@@ -47,6 +47,7 @@ def test_two_runs_share_a_cluster(ray_head, metrics_url, tmp_path):
         code, text = finish(drivers[name])
         assert code == 0, text
         assert "groups.max_share = 0.5 allows this run 4 of the cluster's 8 GPUs: further groups wait" in text
+        assert "autoscaler" not in text, "the head has none"
         found = records(folders[name] / "out")
         assert sorted(found) == [f"s{number:02d}" for number in range(6)]
         assert all(record["params"]["prompt"].startswith(name) for record in found.values())

@@ -19,6 +19,7 @@ from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
 from hv_batch.runtime.groups.group_share import GroupShare
 from hv_batch.runtime.groups.reservation import BundleSlot, GroupReservation, all_answer
+from hv_batch.runtime.nodes.autoscaler import REMEDY, ignores_labels
 from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import (
@@ -209,6 +210,10 @@ class ReservationPool:
             outlook = "They start when other jobs release enough, or when nodes join."
         else:
             outlook = "No node is large enough, even when idle: they start only if larger nodes join."
+        if self._exclusion.excluded and ignores_labels():
+            outlook += (
+                f" The autoscaler is version 1 and counts the excluded nodes as usable: it may add none. {REMEDY}."
+            )
         return (
             f"{len(self._placed)} denoise group(s) are placed, {len(self._waiting)} wait for nodes. Each asks "
             f"for {' or '.join(map(format_bundles, asked))}; {hardware}. {outlook}"
