@@ -31,6 +31,7 @@ from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from hv_batch.runtime.driver.loop import Driver
+from hv_batch.runtime.nodes.autoscaler import REMEDY, ignores_labels
 from hv_batch.runtime.nodes.code_check import check_code
 from hv_batch.runtime.nodes.resources import ResourceShortage, alive_nodes, await_resources
 from hv_batch.runtime.preflight import PreparedRun, prepare_run
@@ -149,6 +150,11 @@ def _render_pending(
     with _removing_drafts(store, pending, lease), ray_session(run, address, stop) as ray, _naming_logs(ray, store):
         if ray.metrics:
             logger.info(f"metrics for Prometheus: {ray.metrics}")
+        if not ray.is_local and ignores_labels():
+            logger.warning(
+                "the autoscaler of this cluster is version 1, which ignores label selectors: if the run excludes a "
+                f"node, it may add no other node in its place. {REMEDY}"
+            )
         shortage = ResourceShortage(run, timeout_s=0.0 if ray.is_local else config.timeouts.start_s)
         if not await_resources(shortage, should_stop):
             logger.info("stopped while waiting for nodes; nothing was started")

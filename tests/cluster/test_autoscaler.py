@@ -95,6 +95,7 @@ def test_an_autoscaler_brings_nodes_for_the_groups_and_takes_them_away(autoscale
     code, text = finish(driver)
     assert code == 0, text
     assert "waiting for nodes: Minimum: a group of 2 rank(s)" in text
+    assert "the autoscaler of this cluster is version 1, which ignores label selectors" in text
     assert "INFRA" not in text
     assert len(count(marks, "ranks")) == 6, "three groups of two"
     assert len(records(output)) == 4

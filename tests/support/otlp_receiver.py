@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
-        server.hold.wait(20)
+        server.hold.wait(100)
         server.headers.append(dict(self.headers))
         server.bodies.append(body)
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:

@@ -242,6 +242,10 @@ class GroupsConfig(Section):
     the others, so an autoscaler can add nodes for them. Near the end of the run, idle groups are released. With groups
     of several sizes (`parallel.gpus_per_group: auto`), the GPUs are bounded: at most `count` x those of the largest
     group that the manifest needs, and several smaller groups may use the GPUs of one."""
+    max_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Largest share of the cluster's GPUs that the workers of this run use, so that several runs can share a cluster.
+    Only nodes that have joined count; if an autoscaler adds them, bound `count` instead. One group may always run.
+    `null`: no bound but `count`; the run that asks first gets what is free."""
     gpus_per_rank: GpuShare = 1.0
     """GPUs that Ray reserves for a rank. Must be 1 on `cuda`, except for groups of one rank, which may have a share
     above 0."""
@@ -258,6 +262,11 @@ class GroupsConfig(Section):
     is that of the cost model, with the steps and guidance of `defaults`. If no group size is fast enough, the fastest
     is used. `null`: no maximum; the cheapest group may take an hour, and a drain, a lost node or the end of the run has
     to wait that long."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_share(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a share, a dump has no key for it, so that a run.json stays readable for older versions."""
+        return {name: value for name, value in handler(self).items() if value is not None or name != "max_share"}
 
 
 class EncodersConfig(Section):

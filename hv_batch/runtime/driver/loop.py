@@ -258,6 +258,7 @@ class Driver:
         self._meter.note(self._table.reserved_gpus, now)
         groups_to_come = zip(self._context.run.groups.plans, self._scheduler.groups_to_come(now), strict=True)
         self._reservations.release_unused(dict(groups_to_come), now)
+        self._reservations.grant_deferred()
         self._pending_actors.look(self._table.workers, now)
         if self._end is None:
             self._shortage.lasts(list(self._cluster.alive().values()), now, is_busy=self._table.is_busy)
@@ -384,7 +385,7 @@ class Driver:
             committed=counts.committed_before + counts.committed,
             quarantined=counts.quarantined_before + counts.quarantined,
             done_before=counts.committed_before + counts.quarantined_before,
-            starting=self._scheduler.starting(),
+            starting=self._scheduler.starting() - self._reservations.deferred,
             encoding=at(Stage.ENCODE),
             denoising=at(Stage.DENOISE),
             decoding=at(Stage.DECODE),

@@ -88,12 +88,10 @@ class RunMetrics:
     def __init__(self, run: str) -> None:
         self._metrics = {name: _create(name, definition, run) for name, definition in DEFINITIONS.items()}
         self._updated_at = -math.inf
-        self._progressed_at = time.time()
-        self._gauge("hv_driver_started_timestamp_seconds", self._progressed_at)
-        self._gauge("hv_driver_ended_timestamp_seconds", 0.0)
+        self._started_at = self._progressed_at = time.time()
 
     def update(self, snapshot: Snapshot, *, loop_s: float, away_s: float, is_spool_unusable: bool) -> None:
-        """Set the gauges. `loop_s` is the longest recent iteration, `away_s` the duration of an outage."""
+        """Set all gauges. `loop_s` is the longest recent iteration, `away_s` the duration of an outage."""
         pending = snapshot.total - snapshot.terminal
         counts = {"committed": snapshot.committed, "quarantined": snapshot.quarantined, "pending": pending}
         for state, count in counts.items():
@@ -106,7 +104,9 @@ class RunMetrics:
             self._gauge("hv_eta_seconds", snapshot.eta_s)
         self._gauge("hv_workers_starting", snapshot.starting)
         self._gauge("hv_driver_loop_seconds", loop_s)
+        self._gauge("hv_driver_started_timestamp_seconds", self._started_at)
         self._gauge("hv_driver_heartbeat_timestamp_seconds", time.time())
+        self._gauge("hv_driver_ended_timestamp_seconds", 0.0)
         self._gauge("hv_progress_timestamp_seconds", self._progressed_at)
         self._gauge("hv_output_root_away_seconds", away_s)
         self._gauge("hv_spool_unusable", float(is_spool_unusable))

@@ -17,7 +17,9 @@ from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.scheduling.messages import Event, WorkerId
 from hv_batch.job.stages import Stage
 from hv_batch.protocol import ParallelPlan
+from hv_batch.runtime.groups.group_share import GroupShare
 from hv_batch.runtime.groups.reservation import BundleSlot, GroupReservation, all_answer
+from hv_batch.runtime.nodes.autoscaler import REMEDY, ignores_labels
 from hv_batch.runtime.nodes.cluster_view import ClusterView
 from hv_batch.runtime.nodes.exclusion import NodeExclusion
 from hv_batch.runtime.nodes.resources import (
@@ -53,6 +55,10 @@ class ReservationPool:
         self._probing: list[GroupReservation] = []  # retained ones whose nodes are being probed
         self._occupied: list[GroupReservation] = []
         self._serial = count()
+        self._share = GroupShare(run)
+        self._held: list[GroupReservation] = []  # all that are not released
+        # Groups for which `groups.max_share` leaves no room now, in the order of their requests.
+        self._deferred: dict[WorkerId, tuple[ParallelPlan, Callable[[GroupReservation], None]]] = {}
         self._waiting: dict[WorkerId, tuple[float, GroupReservation]] = {}  # since when, and for what
         self._placed: set[WorkerId] = set()
         self._logged: tuple[float, str] = (-math.inf, "")  # time and text of the last line
@@ -62,7 +68,8 @@ class ReservationPool:
     def request(self, worker: WorkerId, plan: ParallelPlan, grant: Callable[[GroupReservation], None]) -> None:
         """Call `grant` with a reservation for a group of `plan`: a retained one that is usable, otherwise a new one.
 
-        A new one is granted at once, a retained one after its nodes have been probed.
+        A new one is granted at once, a retained one after its nodes have been probed, and one that exceeds the run's
+        share of the cluster later, by `grant_deferred`.
         """
         for since, retained in self._retained_for(plan):
             self._retained.remove((since, retained))
@@ -72,8 +79,37 @@ class ReservationPool:
                 self._submit(probe, partial(self._probed, retained, worker, grant))
                 return
             retained.release()
+        if self._deferred or not self._fits(plan):
+            if not self._deferred:
+                logger.info(f"{self._share.describe(self._cluster.alive().values())}: further groups wait")
+            self._deferred[worker] = (plan, grant)
+            return
+        self._reserve(worker, plan, grant)
+
+    @property
+    def deferred(self) -> int:
+        """How many groups wait because of the run's share, and not for nodes."""
+        return len(self._deferred)
+
+    def grant_deferred(self) -> None:
+        """Grant what groups wait for because of the run's share, if there is room now. To be called in every poll."""
+        for worker, (plan, grant) in list(self._deferred.items()):
+            if not self._fits(plan):
+                return
+            del self._deferred[worker]
+            self._reserve(worker, plan, grant)
+
+    def _fits(self, plan: ParallelPlan) -> bool:
+        self._held = [reservation for reservation in self._held if not reservation.is_released]
+        held = [reservation.plan for reservation in self._held]
+        return self._share.admits(plan, held, self._cluster.alive().values())
+
+    def _reserve(self, worker: WorkerId, plan: ParallelPlan, grant: Callable[[GroupReservation], None]) -> None:
         name = f"hv-group-{worker.slot}-{next(self._serial)}"
-        grant(GroupReservation(self._run, plan, name, self._exclusion.avoided(Stage.DENOISE), self._cluster))
+        avoid = self._exclusion.avoided(Stage.DENOISE)
+        reservation = GroupReservation(self._run, plan, name, avoid, self._cluster)
+        self._held.append(reservation)
+        grant(reservation)
 
     def _probed(
         self, retained: GroupReservation, worker: WorkerId, grant: Callable[[GroupReservation], None], answered: bool
@@ -158,6 +194,7 @@ class ReservationPool:
 
     def ended(self, worker: WorkerId) -> None:
         """The group has been killed or released."""
+        self._deferred.pop(worker, None)
         self._waiting.pop(worker, None)
         self._placed.discard(worker)
 
@@ -173,6 +210,10 @@ class ReservationPool:
             outlook = "They start when other jobs release enough, or when nodes join."
         else:
             outlook = "No node is large enough, even when idle: they start only if larger nodes join."
+        if self._exclusion.excluded and ignores_labels():
+            outlook += (
+                f" The autoscaler is version 1 and counts the excluded nodes as usable: it may add none. {REMEDY}."
+            )
         return (
             f"{len(self._placed)} denoise group(s) are placed, {len(self._waiting)} wait for nodes. Each asks "
             f"for {' or '.join(map(format_bundles, asked))}; {hardware}. {outlook}"
