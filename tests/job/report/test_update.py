@@ -277,7 +277,7 @@ def act(store: Store, operation: str, number: int) -> None:
         update_report(store)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(OPERATIONS)
 def test_an_incremental_report_equals_one_from_scratch(operations):
     """P2: whatever happens between two reports, the next one says what the records say."""
@@ -305,7 +305,7 @@ def test_an_incremental_report_equals_one_from_scratch(operations):
 TEXTS = st.one_of(st.text(max_size=40), st.just(HOSTILE))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(TEXTS, TEXTS, TEXTS, TEXTS)
 def test_hostile_texts_stay_data(prompt, message, column, value):
     """P5: no text of a record can end the script element; a browser reads what the record says."""
@@ -341,8 +341,14 @@ def test_damaged_records_are_counted_and_marked(tmp_path):
         assert (by_key["s006"]["state"], by_key["s006"]["class"]) == ("quarantined", "(unreadable)")
 
 
-@pytest.mark.parametrize("key", [layout.report_part_key(0), layout.report_digest_key(0), layout.REPORT_DATA])
-@pytest.mark.parametrize("data", [b"", b"{}", b'{"schema":"hv_batch/report_digest/1","shard":0}', b"<script>"])
+DAMAGED = [
+    pytest.param(key, data, marks=[] if data == b"{}" else [pytest.mark.slow])
+    for key in (layout.report_part_key(0), layout.report_digest_key(0), layout.REPORT_DATA)
+    for data in (b"", b"{}", b'{"schema":"hv_batch/report_digest/1","shard":0}', b"<script>")
+]
+
+
+@pytest.mark.parametrize(("key", "data"), DAMAGED)
 def test_damaged_objects_of_a_report_are_written_again(tmp_path, key, data):
     """P2: nothing of an earlier report is used that its schema has not accepted."""
     store = Store(str(tmp_path / "root"))
@@ -383,7 +389,7 @@ def test_records_of_other_samples_are_left_out(tmp_path):
     assert "s099" not in {sample["key"] for sample in part(store, 0)}
 
 
-@pytest.mark.parametrize("name", ["revision-1", "revision-2", "dataset-2"])
+@pytest.mark.parametrize("name", ["revision-1", pytest.param("revision-2", marks=pytest.mark.slow), "dataset-2"])
 def test_roots_of_earlier_versions_have_a_report(tmp_path, name):
     """P2: every old root is readable, also without posters, events and scores."""
     root = shutil.copytree(ROOT / "tests/support/data/roots" / name, tmp_path / "root")
