@@ -248,6 +248,16 @@ def test_a_driver_does_not_list_its_finished_shards_again(tmp_path, monkeypatch)
     assert update_report(store, running=False).document["totals"]["committed"] == 4
 
 
+def test_a_driver_lists_a_shard_that_was_opened_again(tmp_path):
+    """P2: after `retry`, also the reports during the run show that its samples are pending."""
+    store = Store(str(tmp_path / "root"))
+    fill(store)
+    assert update_report(store).document["totals"]["quarantined"] == 2
+    release(store, list(read_quarantined(store, [0])))
+    totals = update_report(store, running=True).document["totals"]
+    assert (totals["quarantined"], totals["pending"]) == (1, 4)
+
+
 OPERATIONS = st.lists(
     st.one_of(
         *(st.tuples(st.just(name), st.integers(1, 9)) for name in ("commit", "quarantine", "withdraw", "retry")),
