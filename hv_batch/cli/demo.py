@@ -21,7 +21,7 @@ MANIFEST = "demo_prompts.jsonl"
 
 
 def run_demo(output: str, as_json: bool = False) -> ExitCode:
-    """Render the demo manifest into `output`, or resume it, and print the output root and the gallery."""
+    """Render the demo manifest into `output`, or resume it, and print the output root and the report."""
     model_base = write_trained_checkpoint(cache_dir())
     logger.info(f"toy checkpoint in the released layout: {model_base}")
     config = with_model_base(load_config(str(shipped(CONFIG))), model_base)
@@ -30,8 +30,8 @@ def run_demo(output: str, as_json: bool = False) -> ExitCode:
         return code
     root = Store(output).url
     print(f"output root: {root}")
-    gallery = f"{root}/{layout.REPORT}"
-    print(f"gallery:     {gallery if '://' in root else Path(gallery).as_uri()}")
+    report = f"{root}/{layout.REPORT}"
+    print(f"report:      {report if '://' in root else Path(report).as_uri()}")
     return code
 
 

@@ -13,7 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from hv_batch.job import layout
 from hv_batch.job.licences import records_licence
+from hv_batch.job.storage.canonical_json import decode_value
+from hv_batch.job.storage.parquet import read_parquet
+from hv_batch.job.storage.store import Store
 
 SCHEMA = "hv_batch/lineage/1"
 
@@ -26,6 +30,21 @@ COLUMNS: Mapping[str, pa.DataType] = {
     "places": pa.string(),  # JSON: node, worker and further facts by stage
     "versions": pa.string(),  # JSON: of the packages that rendered it
 }
+
+JSON_COLUMNS = ("failures", "stages", "places", "versions")
+
+
+def read_lineage(store: Store, shard: int) -> list[dict[str, Any]]:
+    """The rows of the lineage table of a sealed shard, with the values of their JSON texts.
+
+    Raises FileNotFoundError, and ValueError if the table cannot be read. Whoever uses the values must check them.
+    """
+    data = store.get(layout.lineage_key(shard))
+    try:
+        rows = read_parquet(data, list(COLUMNS)).to_pylist()
+        return [{**row, **{name: decode_value(row[name].encode()) for name in JSON_COLUMNS}} for row in rows]
+    except (pa.ArrowException, OSError, AttributeError, KeyError) as error:
+        raise ValueError(f"{layout.lineage_key(shard)} is not a lineage table of hv_batch: {error}") from error
 
 
 def lineage_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -15,15 +15,17 @@ from hv_batch.job.documents.fields import (
     Count,
     Document,
     FailureName,
+    Fps,
     Hex64,
     Key,
     Name,
     Samples,
     Seconds,
     Text,
+    Time,
     check_text,
 )
-from hv_batch.job.documents.schema import ShapeName
+from hv_batch.job.documents.schema import ShapeName, StageFacts, TableRow
 
 DIGEST_SCHEMA = "hv_batch/report_digest/1"
 REPORT_SCHEMA = "hv_batch/report/1"
@@ -40,6 +42,7 @@ Label = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Facets = Annotated[
     dict[Label, Annotated[dict[Label, Count], Field(max_length=MAX_VALUES + 1)]], Field(max_length=MAX_FACETS)
 ]
+Size = Annotated[int, Field(ge=1, le=2**31)]
 Price = Annotated[float, Field(ge=0, le=1e6)]
 Number = Annotated[int, Field(ge=-(2**63), le=2**63)] | Annotated[float, Field(ge=-1e18, le=1e18)]
 ShortText = Annotated[str, PlainValidator(partial(check_text, 4000))]
@@ -154,3 +157,26 @@ class ReportDocument(Document):
 
     schema_: Literal["hv_batch/report/1"] = Field(alias="schema")
     totals: Totals
+
+
+class SealedRow(TableRow):
+    """A row of a sealed shard's table, as far as a report shows it."""
+
+    prompt: Text
+    height: Size
+    width: Size
+    fps: Fps
+    num_inference_steps: Size
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    guidance_scale: float
+    cfg_scale: float
+    fingerprint: Hex64
+
+
+class LineageRow(Document):
+    """A row of a sealed shard's lineage table, whose JSON texts are parsed, as far as a report shows it."""
+
+    key: Key
+    committed_at: Time
+    stages: Annotated[dict[Name, Seconds], Field(max_length=16)]
+    places: Annotated[dict[Name, StageFacts], Field(max_length=16)]

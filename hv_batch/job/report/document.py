@@ -6,7 +6,8 @@ totals       samples, committed, quarantined, withdrawn, pending; media: seconds
              or loss; wall_seconds; price_per_gpu_hour or null
 shards       shard, the counts of samples, part (relative to report/, or null if it has no record yet), bytes of the
              part, facets
-facets       facet -> value -> samples, most frequent first; the rest is "other"
+facets       facet -> value -> samples, most frequent first; the rest is "other". They count the samples of the parts:
+             pending samples of a shard without a part are in `totals` only
 causes       class, message, count, examples (id, key, shard, prompt), traceback, retry (a command)
 stages       shape -> stage -> count, mean, min, p10, p50, p90, max (seconds)
 progress     [unix time, committed, quarantined, pending], at most `pace.MAX_POINTS`

@@ -62,7 +62,7 @@ def describe_withdrawn(tombstone: Mapping[str, Any]) -> Sample:
 
 
 def describe_pending(planned: Mapping[str, Any]) -> Sample:
-    """A sample of the plan (`planned.PlannedSamples`), with the fields of a record that the plan determines."""
+    """A sample of the plan (`shards.planned.PlannedSamples`), with the fields of a record that the plan determines."""
     return _sample(planned, PENDING, **_params(planned))
 
 

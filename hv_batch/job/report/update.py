@@ -1,7 +1,7 @@
 """Writes the report of an output root, at any time of a run: `report/index.html`, `report/report.json` and the parts.
 
-A part and its digest are written again only if the shard has changed (`shard_state`). A root that nobody else writes to
-is therefore read once, and a later report lists its shards and reads one small digest of each. Everything is read
+A part and its digest are written again only if the shard has changed (`shards.listing`). A root that nobody else writes
+to is therefore read once, and a later report lists its shards and reads one small digest of each. Everything is read
 shard by shard, and only sums are held (P7).
 
 Two processes may write a report at the same time. Each object is whole, and the next report corrects what the slower
@@ -21,15 +21,16 @@ from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.lease_holder import is_gone, read_lease
 from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.records.withdrawn import all_withdrawn
-from hv_batch.job.report.digest import digest_shard, empty_digest
 from hv_batch.job.report.document import Moment, make_document
 from hv_batch.job.report.gpus import gpus_of
 from hv_batch.job.report.json_text import encode_json
 from hv_batch.job.report.page import render_page
-from hv_batch.job.report.planned import PlannedSamples
 from hv_batch.job.report.report_files import ReportFiles
 from hv_batch.job.report.samples import Sample
-from hv_batch.job.report.shard_state import ShardListing, list_shard
+from hv_batch.job.report.shards.digest import digest_shard, empty_digest
+from hv_batch.job.report.shards.listing import ShardListing, list_shard
+from hv_batch.job.report.shards.planned import PlannedSamples
+from hv_batch.job.report.shards.sealed import SealedTables
 from hv_batch.job.report.sums import ReportSums
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
@@ -115,7 +116,7 @@ class Reporter:
         samples, shards = plan_size(run)
         shard_size = run["config"]["output"]["shard_size"]
         keys, planned = PlannedKeys(self._store, run), PlannedSamples(self._store, run)
-        withdrawn, gpus = all_withdrawn(self._store), gpus_of(run)
+        tables, withdrawn, gpus = SealedTables(self._store, run), all_withdrawn(self._store), gpus_of(run)
 
         def list_one(shard: int, size: int) -> ShardListing:
             return list_shard(self._store, shard, keys.of(shard), size, withdrawn.get(shard, frozenset()))
@@ -138,7 +139,7 @@ class Reporter:
             is_new = digest is None
             if digest is None:
                 listing = found.listing or list_one(found.shard, found.samples)
-                part, digest, shown = digest_shard(self._store, listing, found.samples, planned, gpus)
+                part, digest, shown = digest_shard(self._store, listing, found.samples, planned, tables, gpus)
                 self._files.write_shard(part, digest)
             wanted -= len(shown)
             yield digest, shown, is_new

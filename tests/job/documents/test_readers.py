@@ -15,6 +15,7 @@ OTHERS = {
     "job/documents/reading.py": "the objects of a root",
     "job/manifest/index.py": "parts of the index, whose rows `parse_row` checks",
     "job/dataset/seal.py": "tables of sealed shards, whose rows `TableRow` checks",
+    "job/dataset/lineage.py": "lineage tables, whose rows the report checks with `LineageRow`",
     "job/inspection/verify_seal.py": "the lineage table, which is only compared",
 }
 

@@ -17,7 +17,6 @@ from hv_batch.job.report.causes import group_causes
 from hv_batch.job.report.facets import count_facets
 from hv_batch.job.report.gpus import Gpus
 from hv_batch.job.report.json_text import encode_json
-from hv_batch.job.report.planned import PlannedSamples
 from hv_batch.job.report.samples import (
     COMMITTED,
     QUARANTINED,
@@ -29,7 +28,9 @@ from hv_batch.job.report.samples import (
     describe_quarantined,
     describe_withdrawn,
 )
-from hv_batch.job.report.shard_state import ShardListing
+from hv_batch.job.report.shards.listing import ShardListing
+from hv_batch.job.report.shards.planned import PlannedSamples
+from hv_batch.job.report.shards.sealed import SealedTables
 from hv_batch.job.report.spans import find_spans, pack_spans
 from hv_batch.job.report.spread import collect_millis
 from hv_batch.job.storage.store import Store
@@ -39,12 +40,14 @@ Record = Mapping[str, Any]
 
 
 def digest_shard(
-    store: Store, listing: ShardListing, samples: int, planned: PlannedSamples, gpus: Gpus
+    store: Store, listing: ShardListing, samples: int, planned: PlannedSamples, tables: SealedTables, gpus: Gpus
 ) -> tuple[bytes, dict[str, Any], list[Sample]]:
     """The part of a shard as bytes, its digest, and the samples of the part. `samples` is the number of its samples."""
     shard = listing.shard
     # Damaged records count in the totals, as in `status`, and `verify` reports them. The part leaves them out.
-    committed = _present(map_in_threads(partial(_read_commit, store, shard), listing.committed, store.readers))
+    committed = tables.records(listing) or _present(
+        map_in_threads(partial(_read_commit, store, shard), listing.committed, store.readers)
+    )
     failed = _present(map_in_threads(partial(read_failed, store, shard), listing.quarantined, store.readers))
     tombstones = _present(store.each(partial(_read_tombstone, store, shard), sorted(listing.withdrawn)))
     described: list[tuple[Record, Sample]] = [
