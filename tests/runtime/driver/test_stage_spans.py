@@ -11,6 +11,7 @@ import pytest
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.scheduling.messages import WorkerId
 from hv_batch.job.stages import Stage
+from hv_batch.runtime.driver import stage_spans
 from hv_batch.runtime.driver.stage_spans import start_spans
 from hv_batch.runtime.worker import InFlight
 from tests.support.otlp_receiver import attributes_of, otlp_receiver
@@ -58,10 +59,13 @@ def test_a_sample_is_one_trace_with_a_span_per_stage_and_attempt(receiver):
     assert not [body for body in receiver.bodies if prompt.encode() in body or b"secret" in body]
 
 
-def test_a_receiver_that_hangs_delays_neither_the_loop_nor_the_end(receiver):
+def test_a_receiver_that_hangs_delays_neither_the_loop_nor_the_end(receiver, monkeypatch):
+    monkeypatch.setattr(stage_spans, "CLOSE_S", 0.2)
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "20")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "10")
     receiver.hold.clear()
     spans, item = start_spans("run"), in_flight("s00")
-    for _ in range(5000):  # more than the queue of the SDK holds
+    for _ in range(100):  # more than the queue of the SDK holds
         spans.task_ended(WORKER, ["n1"], Stage.DENOISE, [item], time.monotonic())
     assert not receiver.bodies, "the receiver has answered nothing, so nothing waited for it"
     spans.close()
