@@ -1,8 +1,8 @@
 """The HTTP server of a report, for one user on this machine: GET and HEAD on 127.0.0.1, with ranges.
 
 Web pages from elsewhere must not read the root through the user's browser: a request must name this machine as its
-host, which a rebound DNS name does not, and other sites may not embed what it sends. No answer except the page may run a
-script.
+host, which a rebound DNS name does not, and other sites may not embed what it sends. No answer except the page may run
+a script.
 """
 
 from __future__ import annotations
