@@ -120,7 +120,8 @@ class Reporter:
         if shards > MAX_SHARDS:
             raise UserError(
                 f"The run at {public_url(self._store.url)} has {shards:,} shards; a report has at most "
-                f"{MAX_SHARDS:,}. `hv-batch status --shards LIST` shows some of them. For the next run, raise output.shard_size."
+                f"{MAX_SHARDS:,}. `hv-batch status --shards LIST` shows some of them. For the next run, raise "
+                "output.shard_size."
             )
         shard_size = run["config"]["output"]["shard_size"]
         keys, planned = PlannedKeys(self._store, run), PlannedSamples(self._store, run)
