@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import attrgetter, itemgetter
@@ -226,7 +227,8 @@ def _finish(store: Store, run: Mapping[str, Any], shards: Sequence[int]) -> bool
         summary = aggregate(store)
         is_complete = summary["pending"] == 0 and summary["shards_sealed"] == summary["shards"]
     if is_complete or store.exists(layout.REPORT):
-        update_report(store, running=False)
+        with suppress(UserError):  # a run with too many shards has no report
+            update_report(store, running=False)
     if is_complete or was_finished:
         write_card(store, run, summary)
         finish_run(store, summary)

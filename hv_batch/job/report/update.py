@@ -21,6 +21,7 @@ from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.lease_holder import is_gone, read_lease
 from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.records.withdrawn import all_withdrawn
+from hv_batch.job.redaction import public_url
 from hv_batch.job.report.document import Moment, make_document
 from hv_batch.job.report.gpus import gpus_of
 from hv_batch.job.report.json_text import encode_json
@@ -34,8 +35,10 @@ from hv_batch.job.report.shards.sealed import SealedTables
 from hv_batch.job.report.sums import ReportSums
 from hv_batch.job.storage.store import Store
 from hv_batch.job.thread_map import map_in_threads
+from hv_batch.protocol import UserError
 
 FIRST_SAMPLES = 60  # in the page itself: the first of all parts, each with the number of its shard
+MAX_SHARDS = 200_000  # 51 million samples at the default size; report.json has a line for each
 SCANNERS = 16  # listings wait for the store, not for the CPU
 SILENT_S = 900.0  # since the last heartbeat of a driver on another machine
 REFRESH_S = 60  # of an open page, while the run is at work
@@ -114,6 +117,12 @@ class Reporter:
     ) -> Iterator[tuple[dict[str, Any], Sequence[Sample], bool]]:
         """The digest of each shard in order, the samples of the first parts, and whether its records were read."""
         samples, shards = plan_size(run)
+        if shards > MAX_SHARDS:
+            raise UserError(
+                f"The run at {public_url(self._store.url)} has {shards:,} shards; a report has at most "
+                f"{MAX_SHARDS:,}. `hv-batch status --shards LIST` shows some of them. For the next run, raise "
+                "output.shard_size."
+            )
         shard_size = run["config"]["output"]["shard_size"]
         keys, planned = PlannedKeys(self._store, run), PlannedSamples(self._store, run)
         tables, withdrawn, gpus = SealedTables(self._store, run), all_withdrawn(self._store), gpus_of(run)

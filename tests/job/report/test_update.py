@@ -411,6 +411,14 @@ def test_roots_of_earlier_versions_have_a_report(tmp_path, name):
     assert {row["stage"] for row in document["timeline"]["rows"]} == {"denoise", "decode"}
 
 
+def test_a_run_of_too_many_shards_is_refused(tmp_path):
+    """P7: a run.json may name 10^9 samples; the report has a line for each shard."""
+    store = Store(str(tmp_path / "root"))
+    open_root(store, 900_000)
+    with pytest.raises(UserError, match=r"225,000 shards.*output\.shard_size"):
+        update_report(store)
+
+
 def test_a_root_without_a_run_is_refused(tmp_path):
     """P6: a mistyped path does not become a report."""
     with pytest.raises(UserError):

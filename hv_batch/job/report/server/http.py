@@ -1,13 +1,14 @@
 """The HTTP server of a report, for one user on this machine: GET and HEAD on 127.0.0.1, with ranges.
 
-Web pages from elsewhere must not read the root through the user's browser: a request must name this server as its host,
-which a rebound DNS name does not, and other sites may not embed what it sends. No answer except the page may run a
-script.
+Web pages from elsewhere must not read the root through the user's browser: a request must name this machine as its
+host, which a rebound DNS name does not, and other sites may not embed what it sends. No answer except the page may run
+a script.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,6 +26,9 @@ IDLE_S = 60.0  # until a connection without a request is closed
 # The policy of the page is in the page; this one cannot be.
 PAGE_POLICY = "frame-ancestors 'none'"
 DATA_POLICY = "default-src 'none'; sandbox; frame-ancestors 'none'"
+
+# The port may be another one, which ssh forwards.
+_LOCAL_HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::\d{1,5})?")
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -73,8 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method  # noqa: N815
 
     def _answer(self) -> None:
-        hosts = {f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")}
-        if self.headers.get_all("Host", []) not in ([host] for host in hosts):
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not _LOCAL_HOST.fullmatch(hosts[0]):
             self._send_nothing(HTTPStatus.MISDIRECTED_REQUEST)
             return
         path = unquote(urlsplit(self.path).path) if len(self.path) <= MAX_PATH_CHARS else ""
