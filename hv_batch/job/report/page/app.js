@@ -166,7 +166,7 @@ function schedule() {
 
 function start() {
   parts.update(report);
-  grid.videos = Math.min(16, 1 + Math.max(0, ...list(embedded.first, 1000).map((raw) => count(raw?.video))));
+  grid.videos = parts.videosOfAll();
   byId("sort").replaceChildren(...[...SORTS].map(([name, title]) => el("option", { value: name, text: title })));
   byId("query").addEventListener("input", debounce(() => navigate({ query: byId("query").value, page: 1 }, null, true), 250));
   byId("sort").addEventListener("change", () => navigate({ sort: byId("sort").value, page: 1 }));

@@ -47,10 +47,9 @@ function chipsOf(sample) {
   return chips;
 }
 
-// `videos`: how many videos the prompt has, as far as this is known.
-function cardLabel(sample, videos) {
+function cardLabel(sample) {
   const parts = [sample.id, humanize(sample.state)];
-  if (videos > 1) parts.push(`video ${sample.video + 1} of this prompt`);
+  if (sample.videos > 1) parts.push(`video ${sample.video + 1} of ${sample.videos} of this prompt`);
   if (sample.state === "quarantined") parts.push(`${sample.failure}: ${sample.message.slice(0, 100)}`);
   return [...parts, sample.prompt.slice(0, 140)].join(". ");
 }
@@ -63,7 +62,7 @@ function stateOf(sample) {
 }
 
 // Fill the link of a card. `sample` is null while its part is not here; `waiting` says whether it will come.
-function fillCard(link, sample, place, waiting, videos, href) {
+function fillCard(link, sample, place, waiting, href) {
   for (const image of link.querySelectorAll("img")) posterWatch.unobserve(image);
   if (!sample) {
     link.removeAttribute("href");
@@ -74,13 +73,13 @@ function fillCard(link, sample, place, waiting, videos, href) {
   }
   if (sample.key) link.setAttribute("href", href(sample));
   else link.removeAttribute("href");
-  link.setAttribute("aria-label", cardLabel(sample, videos));
+  link.setAttribute("aria-label", cardLabel(sample));
   const seconds = sample.fps > 0 && !isImage(sample) ? sample.frames / sample.fps : 0;
   link.replaceChildren(
     el("div", { class: "stage" }, picture(sample),
       sample.state !== "committed" && stateOf(sample),
       sample.state === "committed" && !posterOf(sample) && el("span", { class: "state", text: "No poster" }),
-      videos > 1 && el("span", { class: "badge left", text: `Video ${sample.video + 1}` }),
+      sample.videos > 1 && el("span", { class: "badge left", text: `Video ${sample.video + 1} of ${sample.videos}` }),
       sample.flags.length > 0 && el("span", { class: "badge flag", text: sample.flags.join(", ") }),
       seconds > 0 && sample.state === "committed" && el("span", { class: "badge time", text: `${significant(seconds, 2)} s` })),
     el("div", { class: "text" },

@@ -35,7 +35,7 @@ function timeAxis(from, to, x, y, width) {
   const nodes = [];
   let day = "";
   for (let at = Math.ceil((from - offset) / step) * step + offset; at <= to && nodes.length < 60; at += step) {
-    const label = moment(step >= 86400 || new Date(at * 1000).toDateString() !== day ? DATE : CLOCK, at);
+    const label = moment(step >= 86400 || new Date(at * 1000).toDateString() !== day ? DATE : step < 60 ? SECONDS : CLOCK, at);
     day = new Date(at * 1000).toDateString();
     const edge = x(at) > width - 50 ? "end" : x(at) < 90 ? "start" : "middle";
     nodes.push(svg("line", { class: "tick", x1: x(at), x2: x(at), y1: MARGIN.top, y2: y }), svg("text", { x: x(at), y: y + 18, "text-anchor": edge, text: label }));
@@ -100,7 +100,7 @@ function throughputChart(report, width) {
 function spreadTable(shape, stages) {
   const most = Math.max(...[...stages.values()].map((spread) => spread.max), 1e-9), width = 260, height = 22;
   const x = scale(0, most, 4, width - 4);
-  const rows = [...stages].map(([stage, s]) => {
+  const rows = inPathOrder([...stages]).map(([stage, s]) => {
     const box = canvas(width, height, svg("line", { class: "whisker", x1: x(s.p90), x2: x(s.max), y1: 11, y2: 11 }),
       svg("line", { class: "whisker", x1: x(s.max), x2: x(s.max), y1: 6, y2: 16 }),
       svg("rect", { class: "box", x: x(s.p10), y: 4, width: Math.max(2, x(s.p90) - x(s.p10)), height: 14, rx: 2 }),

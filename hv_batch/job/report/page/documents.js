@@ -57,6 +57,7 @@ function readSample(raw, shard, at) {
     id: text(raw.id, 300) || key || "",
     row: raw.row === undefined || raw.row === null ? null : text(String(raw.row), 300),
     video: count(raw.video),
+    videos: 1, // of the same row; see countVideos
     state: STATES.includes(raw.state) ? raw.state : "pending",
     prompt: text(raw.prompt),
     file: mediaUrl(raw.file, "data", shard, key),

@@ -42,7 +42,7 @@ class Grid {
     }
     const card = (width - (columns - 1) * GAP) / columns;
     const probe = el("div", { class: "card probe" }, el("a", {}));
-    fillCard(probe.firstChild, readSample({ key: "x", id: "x", prompt: "x", state: "committed", width: 1, height: 1, seed: 1, frames: 2 }, 0, 0), 0, false, 1, () => "#");
+    fillCard(probe.firstChild, readSample({ key: "x", id: "x", prompt: "x", state: "committed", width: 1, height: 1, seed: 1, frames: 2 }, 0, 0), 0, false, () => "#");
     probe.style.width = `${card}px`;
     this.root.append(probe);
     const height = Math.ceil(probe.getBoundingClientRect().height);
@@ -103,20 +103,18 @@ class Grid {
   show(card, index, column) {
     const sample = this.results.sample(index);
     const next = column + 1 < this.columns && index + 1 < this.to ? this.results.sample(index + 1) : null;
-    const before = column > 0 ? this.results.sample(index - 1) : null;
     const together = (other) => Boolean(sample && other && sample.row !== null && sample.row === other.row);
     card.classList.toggle("joined", together(next));
-    const videos = sample?.video > 0 || together(next) || together(before) ? 2 : 1;
     const shard = sample ? null : this.results.parts.at(index);
     const waiting = Boolean(shard && !this.results.parts.isComplete(shard));
-    const shown = `${sample ? "" : waiting}${videos}`;
+    const shown = `${sample ? "" : waiting}`;
     if (card.shown === shown && sameSample(card.sample, sample)) {
       card.sample = sample;
       return;
     }
     if (card.contains(preview.stage)) preview.stop();
     Object.assign(card, { sample, shown });
-    fillCard(card.firstChild, sample, index, waiting, videos, this.href);
+    fillCard(card.firstChild, sample, index, waiting, this.href);
   }
 
   // The results have changed.
@@ -173,5 +171,5 @@ class Grid {
 }
 
 function sameSample(a, b) {
-  return a === b || Boolean(a && b && ["at", "key", "state", "file", "poster", "message", "bytes"].every((name) => a[name] === b[name]));
+  return a === b || Boolean(a && b && ["at", "key", "state", "file", "poster", "message", "bytes", "videos"].every((name) => a[name] === b[name]));
 }

@@ -76,10 +76,11 @@ function drawRun(report) {
     if (Array.isArray(value) && value.some(isObject)) sections.push(objectTable(runTitle(name), value));
     else if (isObject(value)) facts.push(...flatten(name, value).map(([title, shown]) => [runTitle(title), shown]));
     else if (typeof value === "string" && value.length > 120) sections.push(el("section", { class: "chart" }, el("h3", { text: runTitle(name) }), clamped(value, "long")));
-    else facts.push([runTitle(name), Array.isArray(value) ? list(value, 20).map((each) => text(String(each), 300)).join(", ") : typeof value === "number" ? integer(value) : String(value)]);
+    else facts.push([runTitle(name), Array.isArray(value) ? list(value, 20).map((each) => text(String(each), 300)).join(", ") : typeof value === "number" && name !== "seed" ? integer(value) : String(value)]);
   }
   byId("run").replaceChildren(el("section", { class: "chart" }, el("h3", { class: "quiet", text: "Facts" }), factTable(facts)), ...sections);
-  byId("footer").textContent = [`Written by hv_batch`, stamp(report.generatedAt), report.run.licence && "the licence of the videos stands under Run"].filter(Boolean).join(" · ");
+  byId("footer").replaceChildren(`Written by hv_batch · ${stamp(report.generatedAt)}`,
+    ...(report.run.licence ? [" · ", el("a", { href: address({ ...readAddress(), view: "run", sample: null }), text: "licence of the videos" })] : []));
 }
 
 function objectTable(title, rows) {

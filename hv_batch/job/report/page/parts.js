@@ -7,6 +7,17 @@ const RETRY_MS = 5000;
 const MAX_DOCUMENT = 2e8; // bytes of a document that the page reads
 const canFetch = location.protocol === "http:" || location.protocol === "https:";
 
+// Say in each sample how many videos its prompt has. They follow each other in the plan, and may go on in the next shard.
+function countVideos(samples) {
+  for (let from = 0; from < samples.length;) {
+    let to = from + 1;
+    while (to < samples.length && samples[from].row !== null && samples[to].row === samples[from].row) to += 1;
+    for (let at = from; at < to; at += 1) samples[at].videos = Math.max(to - from, samples[at].video + 1);
+    from = to;
+  }
+  return samples;
+}
+
 async function fetchDocument(url) {
   const response = await fetch(url, { cache: "no-cache" });
   if (!response.ok) throw new Error(`the server answers ${response.status}`);
@@ -49,7 +60,16 @@ class Parts {
       taken.set(shard, at + 1);
       hints.set(shard.start + at, readSample(raw, shard.shard, shard.start + at));
     }
+    countVideos([...hints.values()]);
     return hints;
+  }
+
+  // The number of videos of every prompt, as far as the embedded samples tell; 1 if the prompts differ in it.
+  videosOfAll() {
+    const rows = new Map();
+    for (const raw of this.first) if (isObject(raw)) rows.set(raw.row, (rows.get(raw.row) ?? 0) + 1);
+    const found = new Set([...rows.values()].slice(0, Math.max(1, rows.size - 1))); // the last may be cut
+    return found.size === 1 ? Math.min(16, ...found) : 1;
   }
 
   // The embedded samples as shards of a report.
@@ -61,6 +81,7 @@ class Parts {
       this.loaded.set(number, [...(this.loaded.get(number) ?? []), readSample(raw, number, at)]);
       shards.set(number, { ...shard, samples: shard.samples + 1 });
     });
+    for (const samples of this.loaded.values()) countVideos(samples);
     return [...shards.values()];
   }
 
@@ -119,7 +140,8 @@ class Parts {
   async fetch(shard) {
     try {
       const raw = await fetchDocument(shard.part);
-      const samples = list(raw.samples, shard.samples).map((each, i) => readSample(each, shard.shard, shard.start + i));
+      const samples = countVideos(
+        list(raw.samples, shard.samples).map((each, i) => readSample(each, shard.shard, shard.start + i)));
       this.loaded.set(shard.shard, samples);
       const latest = this.byNumber.get(shard.shard);
       shard.known = true;

@@ -209,11 +209,7 @@ function commandBlock(params, complete) {
     el("p", { class: "soft", text: `${note}Give the weights with --model-base if they are not in ckpts. Options of the run's config, such as precision, are in run.json.` }));
 }
 
-function stageFacts(seconds) {
-  const order = ["encode", "denoise", "decode"];
-  const place = ([name]) => (order.includes(name) ? order.indexOf(name) : order.length);
-  return seconds.sort((a, b) => place(a) - place(b)).map(([name, value]) => [humanize(name), duration(number(value))]);
-}
+const stageFacts = (seconds) => inPathOrder(seconds).map(([name, value]) => [humanize(name), duration(number(value))]);
 
 function recordSections(record, sample, report) {
   const sections = [];
@@ -237,7 +233,7 @@ function retryBlock(sample, report) {
 // One line for each stage and for each fact about it.
 function renderFacts(record) {
   const stages = isObject(record.stages) ? record.stages : {}, places = isObject(record.places) ? record.places : {};
-  const names = [...new Set([...Object.keys(stages), ...Object.keys(places)])].slice(0, 16).map((name) => [name, stages[name]]);
+  const names = inPathOrder([...new Set([...Object.keys(stages), ...Object.keys(places)])].slice(0, 16).map((name) => [name, stages[name]]));
   return stageFacts(names).flatMap(([title, seconds], i) => [[title, seconds], ...entries(places[names[i][0]], 40).flatMap(([fact, value]) =>
     flatten(fact, value).map(([name, shown]) => [el("span", { class: "sub", text: name }), shown]))]);
 }
