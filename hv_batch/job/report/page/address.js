@@ -4,8 +4,11 @@
 
 const VIEWS = ["videos", "failures", "history", "run"];
 const SORTS = new Map([
-  ["plan", "Order of the manifest"], ["slowest", "Slowest first"], ["fastest", "Fastest first"],
-  ["largest", "Largest file first"], ["id", "Id"],
+  ["plan", "Order of the manifest"],
+  ["slowest", "Slowest first"],
+  ["fastest", "Fastest first"],
+  ["largest", "Largest file first"],
+  ["id", "Id"],
 ]);
 
 function readAddress() {

@@ -1,4 +1,5 @@
-// Puts the page together: reads the embedded report, follows the URL's hash, and fetches newer reports of a run that goes on.
+// Puts the page together: reads the embedded report, follows the URL's hash, and fetches newer reports of a run that
+// goes on.
 
 const SCHEMA = "hv_batch/report/1";
 const MIN_REFRESH_S = 5;
@@ -13,7 +14,9 @@ const parts = new Parts(list(embedded.first, 1000), () => partArrived());
 const results = new Results(parts, () => resultsChanged());
 const href = (sample) => address({ ...state, sample: sample.key, shard: sample.shard });
 const grid = new Grid(byId("grid"), results, href);
-const sampleView = new SampleView(results, parts, (sample, closed) => navigate({ sample: sample?.key ?? null, shard: sample?.shard ?? null }, closed));
+const sampleView = new SampleView(results, parts, (sample, closed) =>
+  navigate({ sample: sample?.key ?? null, shard: sample?.shard ?? null }, closed),
+);
 
 let moveToTop = false;
 
@@ -60,13 +63,28 @@ function follow() {
 
 function drawViews() {
   const focused = byId("views").contains(document.activeElement) ? document.activeElement.id : null;
-  byId("views").replaceChildren(...VIEWS.map((view) => el("a", { id: `to-${view}`, href: address({ ...state, view, sample: null }),
-    "aria-current": view === state.view ? "page" : null },
-  VIEW_NAMES[view], view === "failures" && report.totals.quarantined > 0 && el("span", { class: "n", text: integer(report.totals.quarantined) }))));
+  byId("views").replaceChildren(
+    ...VIEWS.map((view) =>
+      el(
+        "a",
+        {
+          id: `to-${view}`,
+          href: address({ ...state, view, sample: null }),
+          "aria-current": view === state.view ? "page" : null,
+        },
+        VIEW_NAMES[view],
+        view === "failures" &&
+          report.totals.quarantined > 0 &&
+          el("span", { class: "n", text: integer(report.totals.quarantined) }),
+      ),
+    ),
+  );
   if (focused) byId(focused)?.focus();
   // On a narrow screen the views do not fit beside each other.
-  const views = byId("views"), current = byId(`to-${state.view}`);
-  if (views.scrollWidth > views.clientWidth) views.scrollLeft = current.offsetLeft - (views.clientWidth - current.offsetWidth) / 2;
+  const views = byId("views"),
+    current = byId(`to-${state.view}`);
+  if (views.scrollWidth > views.clientWidth)
+    views.scrollLeft = current.offsetLeft - (views.clientWidth - current.offsetWidth) / 2;
 }
 
 function choose(facet, value, on) {
@@ -82,8 +100,15 @@ function choose(facet, value, on) {
 function drawScopes() {
   const scopes = results.scopes;
   byId("scope-label").hidden = scopes.length < 2;
-  byId("scope").replaceChildren(...scopes.map((scope, i) => el("option", { value: i + 1, selected: i + 1 === state.scope,
-    text: `samples ${integer(scope.start + 1)} to ${integer(scope.start + scope.samples)}` })));
+  byId("scope").replaceChildren(
+    ...scopes.map((scope, i) =>
+      el("option", {
+        value: i + 1,
+        selected: i + 1 === state.scope,
+        text: `samples ${integer(scope.start + 1)} to ${integer(scope.start + scope.samples)}`,
+      }),
+    ),
+  );
 }
 
 function partArrived() {
@@ -104,10 +129,13 @@ function resultsChanged() {
 const announceShown = debounce(() => announce(byId("shown").textContent), 600);
 
 function drawShown() {
-  const all = parts.samples, found = results.length;
+  const all = parts.samples,
+    found = results.length;
   let words = results.items ? `${integer(found)} of ${plural(all, "sample")}` : plural(all, "sample");
-  if (results.items && results.scopes.length > 1) words += `, searched ${byId("scope").selectedOptions[0]?.textContent ?? ""}`;
-  if (results.progress) words += `, reading shard ${integer(results.progress[0] + 1)} of ${integer(results.progress[1])}`;
+  if (results.items && results.scopes.length > 1)
+    words += `, searched ${byId("scope").selectedOptions[0]?.textContent ?? ""}`;
+  if (results.progress)
+    words += `, reading shard ${integer(results.progress[0] + 1)} of ${integer(results.progress[1])}`;
   else if (results.items && !found) words = "No sample matches";
   if (byId("shown").textContent === words) return;
   byId("shown").textContent = words;
@@ -115,19 +143,35 @@ function drawShown() {
 }
 
 function drawPager() {
-  const pager = byId("pager"), last = Math.ceil(results.length / PAGE);
+  const pager = byId("pager"),
+    last = Math.ceil(results.length / PAGE);
   pager.hidden = last < 2;
   if (pager.hidden) return;
-  const go = (page) => el("button", { type: "button", class: "button", disabled: page < 1 || page > last,
-    click: () => navigate({ page }), text: page < grid.page ? "Previous" : "Next" });
-  pager.replaceChildren(go(grid.page - 1), el("span", { text: `Samples ${integer(grid.from + 1)} to ${integer(grid.to)} of ${integer(results.length)}` }), go(grid.page + 1));
+  const go = (page) =>
+    el("button", {
+      type: "button",
+      class: "button",
+      disabled: page < 1 || page > last,
+      click: () => navigate({ page }),
+      text: page < grid.page ? "Previous" : "Next",
+    });
+  pager.replaceChildren(
+    go(grid.page - 1),
+    el("span", { text: `Samples ${integer(grid.from + 1)} to ${integer(grid.to)} of ${integer(results.length)}` }),
+    go(grid.page + 1),
+  );
 }
 
 function drawNotice() {
-  const missing = report.samples - parts.samples, notice = byId("notice");
+  const missing = report.samples - parts.samples,
+    notice = byId("notice");
   notice.hidden = canFetch || missing <= 0;
-  if (!notice.hidden) notice.replaceChildren(el("strong", { text: `The first ${integer(parts.samples)} of ${plural(report.samples, "sample")}. ` }),
-    "A page that was opened from a disk cannot read further files. ", serveHint());
+  if (!notice.hidden)
+    notice.replaceChildren(
+      el("strong", { text: `The first ${integer(parts.samples)} of ${plural(report.samples, "sample")}. ` }),
+      "A page that was opened from a disk cannot read further files. ",
+      serveHint(),
+    );
 }
 
 // A run that goes on writes a new report every few minutes. Scroll position, filter, focus and playing videos stay.
@@ -157,18 +201,25 @@ function take(newer) {
   if (state.view === "failures") drawFailures(report, href);
   if (state.view === "history") drawHistory(report);
   drawRun(report);
-  announce(`Updated: ${integer(report.totals.committed)} of ${plural(report.totals.samples, "sample")} committed${done > 0 ? `, ${integer(done)} new` : ""}.`);
+  announce(
+    `Updated: ${integer(report.totals.committed)} of ${plural(report.totals.samples, "sample")} committed` +
+      (done > 0 ? `, ${integer(done)} new.` : "."),
+  );
 }
 
 function schedule() {
-  if (canFetch && report.running && report.refreshSeconds) setTimeout(refresh, 1000 * Math.max(MIN_REFRESH_S, report.refreshSeconds));
+  if (canFetch && report.running && report.refreshSeconds)
+    setTimeout(refresh, 1000 * Math.max(MIN_REFRESH_S, report.refreshSeconds));
 }
 
 function start() {
   parts.update(report);
-  grid.videos = Math.min(16, 1 + Math.max(0, ...list(embedded.first, 1000).map((raw) => count(raw?.video))));
+  grid.videos = parts.videosOfAll();
   byId("sort").replaceChildren(...[...SORTS].map(([name, title]) => el("option", { value: name, text: title })));
-  byId("query").addEventListener("input", debounce(() => navigate({ query: byId("query").value, page: 1 }, null, true), 250));
+  byId("query").addEventListener(
+    "input",
+    debounce(() => navigate({ query: byId("query").value, page: 1 }, null, true), 250),
+  );
   byId("sort").addEventListener("change", () => navigate({ sort: byId("sort").value, page: 1 }));
   byId("scope").addEventListener("change", () => navigate({ scope: Number(byId("scope").value), page: 1 }));
   byId("tools").addEventListener("submit", (event) => event.preventDefault());
@@ -176,8 +227,14 @@ function start() {
     event.preventDefault();
     byId("main").focus();
   });
-  addEventListener("hashchange", () => { state = readAddress(); follow(); });
-  addEventListener("resize", debounce(() => state.view === "history" && drawHistory(report), 200));
+  addEventListener("hashchange", () => {
+    state = readAddress();
+    follow();
+  });
+  addEventListener(
+    "resize",
+    debounce(() => state.view === "history" && drawHistory(report), 200),
+  );
   drawHeader(report);
   drawNotice();
   drawRun(report);

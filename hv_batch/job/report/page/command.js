@@ -3,15 +3,20 @@
 // Quote one argument. Control characters, which a terminal could interpret when the command is pasted, get an escape.
 function shellQuote(value) {
   if (/^[A-Za-z0-9_.,:=/+-]+$/.test(value)) return value;
-  if (!/[\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069\ufeff]/.test(value)) return `'${value.replaceAll("'", "'\\''")}'`;
-  const escaped = value.replace(/[\\']/g, "\\$&").replace(/[\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069\ufeff]/g, (char) =>
-    char === "\n" ? "\\n" : `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  if (!/[\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069\ufeff]/.test(value))
+    return `'${value.replaceAll("'", "'\\''")}'`;
+  const escaped = value
+    .replace(/[\\']/g, "\\$&")
+    .replace(/[\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069\ufeff]/g, (char) =>
+      char === "\n" ? "\\n" : `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`,
+    );
   return `$'${escaped}'`;
 }
 
 // `params` are those of a record; a whole number above 2^53 is a text of digits.
 function renderCommand(params) {
-  const numeric = (name) => (typeof params[name] === "number" || /^\d{1,19}$/.test(params[name] ?? "") ? String(params[name]) : null);
+  const numeric = (name) =>
+    typeof params[name] === "number" || /^\d{1,19}$/.test(params[name] ?? "") ? String(params[name]) : null;
   const lines = [`hv-batch sample --prompt ${shellQuote(text(params.prompt, 100000))}`];
   const add = (flag, ...names) => {
     const values = names.map(numeric);

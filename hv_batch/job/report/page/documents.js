@@ -1,5 +1,5 @@
-// Coerces the documents of a report. They are untrusted: a field of a wrong type becomes empty, lists are cut, and a key
-// that is not one of hv_batch's layout never becomes a URL.
+// Coerces the documents of a report. They are untrusted: a field of a wrong type becomes empty, lists are cut, and a
+// key that is not one of hv_batch's layout never becomes a URL.
 
 const MAX_TEXT = 2000; // characters of a prompt or message
 const MAX_SAMPLES = 1e9;
@@ -49,7 +49,9 @@ function readSeed(value) {
 function readSample(raw, shard, at) {
   raw = isObject(raw) ? raw : {};
   const key = isSampleKey(raw.key) ? raw.key : null;
-  const facets = new Map(entries(raw.facets, 64).map(([name, value]) => [name.slice(0, 300), text(String(value), 300)]));
+  const facets = new Map(
+    entries(raw.facets, 64).map(([name, value]) => [name.slice(0, 300), text(String(value), 300)]),
+  );
   return {
     at,
     shard,
@@ -57,6 +59,7 @@ function readSample(raw, shard, at) {
     id: text(raw.id, 300) || key || "",
     row: raw.row === undefined || raw.row === null ? null : text(String(raw.row), 300),
     video: count(raw.video),
+    videos: 1, // of the same row; see countVideos
     state: STATES.includes(raw.state) ? raw.state : "pending",
     prompt: text(raw.prompt),
     file: mediaUrl(raw.file, "data", shard, key),
@@ -70,7 +73,9 @@ function readSample(raw, shard, at) {
     seed: readSeed(raw.seed),
     guidance: finite(raw.guidance),
     cfg: finite(raw.cfg),
-    flags: list(raw.flags, 20).map((flag) => text(flag, 60)).filter(Boolean),
+    flags: list(raw.flags, 20)
+      .map((flag) => text(flag, 60))
+      .filter(Boolean),
     facets,
     failure: text(raw.class, 32),
     message: text(raw.message),
@@ -89,12 +94,21 @@ function readShard(raw) {
 
 function readCause(raw) {
   raw = isObject(raw) ? raw : {};
-  const examples = list(raw.examples, 3).filter(isObject).map((each) => ({
-    key: isSampleKey(each.key) ? each.key : null, id: text(each.id, 300), shard: count(each.shard), prompt: text(each.prompt),
-  }));
+  const examples = list(raw.examples, 3)
+    .filter(isObject)
+    .map((each) => ({
+      key: isSampleKey(each.key) ? each.key : null,
+      id: text(each.id, 300),
+      shard: count(each.shard),
+      prompt: text(each.prompt),
+    }));
   return {
-    failure: text(raw.class, 32), message: text(raw.message), count: count(raw.count), examples,
-    traceback: text(raw.traceback, 20000), retry: text(raw.retry, 2000),
+    failure: text(raw.class, 32),
+    message: text(raw.message),
+    count: count(raw.count),
+    examples,
+    traceback: text(raw.traceback, 20000),
+    retry: text(raw.retry, 2000),
   };
 }
 
@@ -114,18 +128,33 @@ function readTotals(raw) {
 
 function readSpread(raw) {
   raw = isObject(raw) ? raw : {};
-  return { count: count(raw.count), ...Object.fromEntries(["mean", "p10", "p50", "p90", "max"].map((n) => [n, number(raw[n])])) };
+  return {
+    count: count(raw.count),
+    ...Object.fromEntries(["mean", "p10", "p50", "p90", "max"].map((n) => [n, number(raw[n])])),
+  };
 }
 
 function readTimeline(raw) {
   if (!isObject(raw)) return null;
-  const from = number(raw.from), to = number(raw.to);
-  const rows = list(raw.rows, 500).filter(isObject).map((row) => ({
-    worker: text(row.worker, 100), stage: text(row.stage, 40), node: text(row.node, 100), gpus: number(row.gpus),
-    spans: list(row.spans, 2000).filter(Array.isArray).map((s) => ({
-      from: number(s[0]), to: number(s[1]), kind: text(s[2], 20), samples: count(s[3]),
-    })).filter((span) => span.to >= span.from && span.to >= from && span.from <= to),
-  }));
+  const from = number(raw.from),
+    to = number(raw.to);
+  const rows = list(raw.rows, 500)
+    .filter(isObject)
+    .map((row) => ({
+      worker: text(row.worker, 100),
+      stage: text(row.stage, 40),
+      node: text(row.node, 100),
+      gpus: number(row.gpus),
+      spans: list(row.spans, 2000)
+        .filter(Array.isArray)
+        .map((s) => ({
+          from: number(s[0]),
+          to: number(s[1]),
+          kind: text(s[2], 20),
+          samples: count(s[3]),
+        }))
+        .filter((span) => span.to >= span.from && span.to >= from && span.from <= to),
+    }));
   return to > from && rows.length ? { from, to, rows, left: count(raw.rows_left_out) } : null;
 }
 
@@ -138,15 +167,27 @@ function readReport(raw) {
     start += shard.samples;
   }
   return {
-    generatedAt: number(raw.generated_at), finished: raw.finished === true, running: raw.running === true,
-    refreshSeconds: finite(raw.refresh_s), name: text(raw.name, 300), run: isObject(raw.run) ? raw.run : {},
-    totals: readTotals(raw.totals), shards, samples: start,
+    generatedAt: number(raw.generated_at),
+    finished: raw.finished === true,
+    running: raw.running === true,
+    refreshSeconds: finite(raw.refresh_s),
+    name: text(raw.name, 300),
+    run: isObject(raw.run) ? raw.run : {},
+    totals: readTotals(raw.totals),
+    shards,
+    samples: start,
     facets: new Map(entries(raw.facets, 64).map(([name, values]) => [name, numbers(values, 500)])),
     causes: list(raw.causes, 500).map(readCause),
-    stages: new Map(entries(raw.stages, 65).map(([shape, stages]) =>
-      [shape, new Map(entries(stages, 16).map(([stage, spread]) => [stage, readSpread(spread)]))])),
-    progress: list(raw.progress, 2000).filter(Array.isArray).map((p) =>
-      ({ at: number(p[0]), committed: count(p[1]), quarantined: count(p[2]), pending: count(p[3]) })),
-    timeline: readTimeline(raw.timeline), etaSeconds: finite(raw.eta_s),
+    stages: new Map(
+      entries(raw.stages, 65).map(([shape, stages]) => [
+        shape,
+        new Map(entries(stages, 16).map(([stage, spread]) => [stage, readSpread(spread)])),
+      ]),
+    ),
+    progress: list(raw.progress, 2000)
+      .filter(Array.isArray)
+      .map((p) => ({ at: number(p[0]), committed: count(p[1]), quarantined: count(p[2]), pending: count(p[3]) })),
+    timeline: readTimeline(raw.timeline),
+    etaSeconds: finite(raw.eta_s),
   };
 }

@@ -3,7 +3,8 @@
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 
-// `attributes`: `text` sets the text, functions become listeners, false and null are left out, true is an empty attribute.
+// `attributes`: `text` sets the text, functions become listeners, false and null are left out, true is an empty
+// attribute.
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
@@ -33,7 +34,8 @@ function announce(message) {
 // A table of names and values. `facts`: pairs; a value may be a node.
 function factTable(facts) {
   const rows = facts.map(([name, value]) =>
-    el("tr", {}, el("th", { scope: "row", dir: "auto" }, name), el("td", { dir: "auto" }, value)));
+    el("tr", {}, el("th", { scope: "row", dir: "auto" }, name), el("td", { dir: "auto" }, value)),
+  );
   return el("table", { class: "facts" }, el("tbody", {}, rows));
 }
 
@@ -43,7 +45,9 @@ function copyButton(label, source) {
     const done = await copy(source());
     button.textContent = done ? "Copied" : "Select the text and copy it";
     announce(button.textContent);
-    setTimeout(() => { button.textContent = label; }, 2000);
+    setTimeout(() => {
+      button.textContent = label;
+    }, 2000);
   });
   return button;
 }
@@ -67,12 +71,20 @@ async function copy(value) {
 // A text that is cut after some lines, with a button that shows all of it.
 function clamped(value, css) {
   const paragraph = el("p", { class: `${css} clamp`, dir: "auto", text: value });
-  const button = el("button", { type: "button", class: "more", "aria-expanded": "false", text: "Show all", hidden: true });
+  const button = el("button", {
+    type: "button",
+    class: "more",
+    "aria-expanded": "false",
+    text: "Show all",
+    hidden: true,
+  });
   button.addEventListener("click", () => {
     const open = !paragraph.classList.toggle("clamp");
     button.textContent = open ? "Show less" : "Show all";
     button.setAttribute("aria-expanded", String(open));
   });
-  requestAnimationFrame(() => { button.hidden = paragraph.scrollHeight <= paragraph.clientHeight + 2; });
+  requestAnimationFrame(() => {
+    button.hidden = paragraph.scrollHeight <= paragraph.clientHeight + 2;
+  });
   return el("div", { class: "clamped" }, paragraph, button);
 }

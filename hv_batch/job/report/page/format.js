@@ -2,6 +2,7 @@
 
 const INTEGER = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const CLOCK = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
+const SECONDS = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 const DATE = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
 const STAMP = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "long" });
 
@@ -42,6 +43,13 @@ function shapeLabel(shape) {
   const match = /^(\d+)x(\d+)x(\d+)$/.exec(shape);
   if (!match) return shape;
   return `${match[2]} × ${match[1]}, ${match[3] === "1" ? "image" : `${match[3]} frames`}`;
+}
+
+// Pairs of a stage and a value, in the order of the data path.
+function inPathOrder(pairs) {
+  const order = ["encode", "denoise", "decode"];
+  const place = ([name]) => (order.includes(name) ? order.indexOf(name) : order.length);
+  return [...pairs].sort((a, b) => place(a) - place(b));
 }
 
 function humanize(name) {

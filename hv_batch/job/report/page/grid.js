@@ -1,7 +1,9 @@
-// A grid that has elements only for the cards near the viewport, whatever the number of samples. All cards have one height.
-// The grid is one stop of the Tab key: one card has tabindex 0, and the arrow keys move it.
+// A grid that has elements only for the cards near the viewport, whatever the number of samples. All cards have one
+// height. The grid is one stop of the Tab key: one card has tabindex 0, and the arrow keys move it.
 
-const MIN_WIDTH = 240, MIN_JOINED = 190, GAP = 16; // pixels
+const MIN_WIDTH = 240,
+  MIN_JOINED = 190,
+  GAP = 16; // pixels
 const EXTRA_LINES = 1; // above and below the viewport
 const PAGE = 20000; // cards; browsers limit the height of a page
 
@@ -16,7 +18,10 @@ class Grid {
     this.videos = 1; // of one prompt, in the first rows of the manifest
     this.fetchVisible = debounce(() => this.results.need(...this.visible()), 80);
     const paint = () => {
-      this.frame ??= requestAnimationFrame(() => { this.frame = null; this.paint(); });
+      this.frame ??= requestAnimationFrame(() => {
+        this.frame = null;
+        this.paint();
+      });
     };
     addEventListener("scroll", paint, { passive: true });
     new ResizeObserver(() => this.layout()).observe(root);
@@ -27,8 +32,12 @@ class Grid {
     root.addEventListener("pointerleave", () => preview.stop());
   }
 
-  get from() { return (this.page - 1) * PAGE; }
-  get to() { return Math.min(this.results.length, this.page * PAGE); }
+  get from() {
+    return (this.page - 1) * PAGE;
+  }
+  get to() {
+    return Math.min(this.results.length, this.page * PAGE);
+  }
 
   // Measure the width and the height of a card, and place all cards again.
   layout() {
@@ -42,7 +51,13 @@ class Grid {
     }
     const card = (width - (columns - 1) * GAP) / columns;
     const probe = el("div", { class: "card probe" }, el("a", {}));
-    fillCard(probe.firstChild, readSample({ key: "x", id: "x", prompt: "x", state: "committed", width: 1, height: 1, seed: 1, frames: 2 }, 0, 0), 0, false, 1, () => "#");
+    fillCard(
+      probe.firstChild,
+      readSample({ key: "x", id: "x", prompt: "x", state: "committed", width: 1, height: 1, seed: 1, frames: 2 }, 0, 0),
+      0,
+      false,
+      () => "#",
+    );
     probe.style.width = `${card}px`;
     this.root.append(probe);
     const height = Math.ceil(probe.getBoundingClientRect().height);
@@ -64,7 +79,8 @@ class Grid {
     if (!this.line || !this.root.clientWidth) return;
     // Everything is read before anything is written, so that the browser computes the layout once.
     const top = -this.root.getBoundingClientRect().top;
-    const [from, to] = this.visible(EXTRA_LINES, top), [first, last] = this.visible(0, top);
+    const [from, to] = this.visible(EXTRA_LINES, top),
+      [first, last] = this.visible(0, top);
     const held = this.root.contains(document.activeElement) ? document.activeElement.closest(".card") : null;
     for (const [index, card] of this.cards) {
       if ((index < from || index >= to || index >= this.to) && (card !== held || index >= this.to)) {
@@ -90,7 +106,8 @@ class Grid {
       const after = [...this.root.children].find((each) => each.index > index);
       this.root.insertBefore(card, after ?? null);
     }
-    const row = Math.floor((index - this.from) / this.columns), column = (index - this.from) % this.columns;
+    const row = Math.floor((index - this.from) / this.columns),
+      column = (index - this.from) % this.columns;
     this.show(card, index, column);
     if (card.version === this.version) return;
     card.version = this.version;
@@ -103,20 +120,18 @@ class Grid {
   show(card, index, column) {
     const sample = this.results.sample(index);
     const next = column + 1 < this.columns && index + 1 < this.to ? this.results.sample(index + 1) : null;
-    const before = column > 0 ? this.results.sample(index - 1) : null;
     const together = (other) => Boolean(sample && other && sample.row !== null && sample.row === other.row);
     card.classList.toggle("joined", together(next));
-    const videos = sample?.video > 0 || together(next) || together(before) ? 2 : 1;
     const shard = sample ? null : this.results.parts.at(index);
     const waiting = Boolean(shard && !this.results.parts.isComplete(shard));
-    const shown = `${sample ? "" : waiting}${videos}`;
+    const shown = `${sample ? "" : waiting}`;
     if (card.shown === shown && sameSample(card.sample, sample)) {
       card.sample = sample;
       return;
     }
     if (card.contains(preview.stage)) preview.stop();
     Object.assign(card, { sample, shown });
-    fillCard(card.firstChild, sample, index, waiting, videos, this.href);
+    fillCard(card.firstChild, sample, index, waiting, this.href);
   }
 
   // The results have changed.
@@ -134,7 +149,8 @@ class Grid {
 
   focusCard(index) {
     this.active = Math.max(this.from, Math.min(this.to - 1, index));
-    const top = this.root.getBoundingClientRect().top + Math.floor((this.active - this.from) / this.columns) * this.line;
+    const top =
+      this.root.getBoundingClientRect().top + Math.floor((this.active - this.from) / this.columns) * this.line;
     const margin = byId("views").parentElement.offsetHeight + 12;
     if (top < margin) scrollBy(0, top - margin);
     else if (top + this.height > innerHeight) scrollBy(0, top + this.height + GAP - innerHeight);
@@ -148,7 +164,14 @@ class Grid {
     const card = event.target.closest(".card");
     if (!card || event.ctrlKey || event.metaKey || event.altKey) return;
     const screen = Math.max(1, Math.floor(innerHeight / this.line)) * this.columns;
-    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns, PageUp: -screen, PageDown: screen };
+    const steps = {
+      ArrowLeft: -1,
+      ArrowRight: 1,
+      ArrowUp: -this.columns,
+      ArrowDown: this.columns,
+      PageUp: -screen,
+      PageDown: screen,
+    };
     if (event.key in steps) this.focusCard(card.index + steps[event.key]);
     else if (event.key === "Home") this.focusCard(this.from);
     else if (event.key === "End") this.focusCard(this.to - 1);
@@ -165,7 +188,8 @@ class Grid {
   }
 
   hover(event) {
-    const stage = event.pointerType === "mouse" ? event.target.closest(".card")?.querySelector(".stage") ?? null : null;
+    const stage =
+      event.pointerType === "mouse" ? (event.target.closest(".card")?.querySelector(".stage") ?? null) : null;
     if (stage === preview.stage) return;
     if (stage) preview.start(stage, stage.closest(".card").sample);
     else preview.stop();
@@ -173,5 +197,12 @@ class Grid {
 }
 
 function sameSample(a, b) {
-  return a === b || Boolean(a && b && ["at", "key", "state", "file", "poster", "message", "bytes"].every((name) => a[name] === b[name]));
+  return (
+    a === b ||
+    Boolean(
+      a &&
+      b &&
+      ["at", "key", "state", "file", "poster", "message", "bytes", "videos"].every((name) => a[name] === b[name]),
+    )
+  );
 }

@@ -1,11 +1,22 @@
-// The samples of the run. From a server, the parts of the shards are fetched when they are needed; a page from a disk may
-// not fetch, and has only the samples that are embedded in it.
+// The samples of the run. From a server, the parts of the shards are fetched when they are needed; a page from a disk
+// may not fetch, and has only the samples that are embedded in it.
 
 const MAX_REQUESTS = 4;
 const MAX_LOADED = 200000; // samples in memory; the shards that were not used for the longest time are dropped
 const RETRY_MS = 5000;
 const MAX_DOCUMENT = 2e8; // bytes of a document that the page reads
 const canFetch = location.protocol === "http:" || location.protocol === "https:";
+
+// Set how many videos the prompt of each sample has. They follow each other in the plan, and may go on in the next shard.
+function countVideos(samples) {
+  for (let from = 0; from < samples.length;) {
+    let to = from + 1;
+    while (to < samples.length && samples[from].row !== null && samples[to].row === samples[from].row) to += 1;
+    for (let at = from; at < to; at += 1) samples[at].videos = Math.max(to - from, samples[at].video + 1);
+    from = to;
+  }
+  return samples;
+}
 
 async function fetchDocument(url) {
   const response = await fetch(url, { cache: "no-cache" });
@@ -22,6 +33,7 @@ class Parts {
     this.queue = [];
     this.active = 0;
     this.shards = [];
+    this.hints = new Map();
   }
 
   // Take the shards of a report. Parts that have changed are fetched again when they are next needed.
@@ -35,21 +47,33 @@ class Parts {
       [part, bytes, committed, quarantined, withdrawn, pending].join();
     for (const [number, old] of before) {
       const now = this.byNumber.get(number);
-      if (now && signature(now) === signature(old)) now.known = old.known;
+      if (now && signature(now) === signature(old)) Object.assign(now, { known: old.known, hinted: old.hinted });
     }
-    this.hints = canFetch ? this.embeddedHints() : new Map();
+    if (!before.size && canFetch) this.hints = this.embeddedHints();
   }
 
   // The embedded samples by their place in the plan. They are the first of each part, until there are enough.
   embeddedHints() {
-    const hints = new Map(), taken = new Map();
+    const hints = new Map(),
+      taken = new Map();
     for (const raw of this.first) {
-      const shard = this.byNumber.get(isObject(raw) ? raw.shard : null), at = taken.get(shard) ?? 0;
+      const shard = this.byNumber.get(isObject(raw) ? raw.shard : null),
+        at = taken.get(shard) ?? 0;
       if (!shard || at >= shard.samples) continue;
       taken.set(shard, at + 1);
+      shard.hinted = true; // the embedded samples are those of its part
       hints.set(shard.start + at, readSample(raw, shard.shard, shard.start + at));
     }
+    countVideos([...hints.values()]);
     return hints;
+  }
+
+  // The number of videos of every prompt, as far as the embedded samples tell; 1 if the prompts differ in it.
+  videosOfAll() {
+    const rows = new Map();
+    for (const raw of this.first) if (isObject(raw)) rows.set(raw.row, (rows.get(raw.row) ?? 0) + 1);
+    const found = new Set([...rows.values()].slice(0, Math.max(1, rows.size - 1))); // the last may be cut
+    return found.size === 1 ? Math.min(16, ...found) : 1;
   }
 
   // The embedded samples as shards of a report.
@@ -61,12 +85,14 @@ class Parts {
       this.loaded.set(number, [...(this.loaded.get(number) ?? []), readSample(raw, number, at)]);
       shards.set(number, { ...shard, samples: shard.samples + 1 });
     });
+    for (const samples of this.loaded.values()) countVideos(samples);
     return [...shards.values()];
   }
 
   // The shard that holds the sample at this place of the plan.
   at(place) {
-    let low = 0, high = this.shards.length - 1;
+    let low = 0,
+      high = this.shards.length - 1;
     while (low < high) {
       const middle = (low + high + 1) >> 1;
       if (this.shards[middle].start <= place) low = middle;
@@ -119,7 +145,9 @@ class Parts {
   async fetch(shard) {
     try {
       const raw = await fetchDocument(shard.part);
-      const samples = list(raw.samples, shard.samples).map((each, i) => readSample(each, shard.shard, shard.start + i));
+      const samples = countVideos(
+        list(raw.samples, shard.samples).map((each, i) => readSample(each, shard.shard, shard.start + i)),
+      );
       this.loaded.set(shard.shard, samples);
       const latest = this.byNumber.get(shard.shard);
       shard.known = true;
@@ -149,6 +177,14 @@ class Parts {
       this.loaded.delete(number);
       total -= samples.length;
     }
+  }
+
+  // The sample with this key if it is here, without any request.
+  known(key, number) {
+    const shard = this.byNumber.get(number),
+      hints = shard?.hinted ? [...this.hints.values()] : [];
+    const here = [...(shard && this.isComplete(shard) ? this.touch(number) : []), ...hints];
+    return here.find((sample) => sample.key === key && sample.shard === number) ?? null;
   }
 
   // Find a sample by its key, in its shard if that is known, else in all shards.

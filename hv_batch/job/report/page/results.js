@@ -1,6 +1,6 @@
 // Which samples are shown, and in which order. Without a filter in the order of the plan nothing is fetched beforehand:
-// the grid asks for the samples in view. A search, filter or sort reads the parts of all shards that may match. In a run
-// of more samples than SCOPE it covers one slice of the plan at a time.
+// the grid asks for the samples in view. A search, filter or sort reads the parts of all shards that may match. In a
+// run of more samples than SCOPE it covers one slice of the plan at a time.
 
 const SCOPE = 100000; // samples that one search covers
 const PAINT_MS = 250;
@@ -16,8 +16,18 @@ function facetValues(sample, facet) {
 }
 
 function searchText(sample) {
-  sample.search ??= [sample.id, sample.key ?? "", sample.prompt, sample.seed, `${sample.width}x${sample.height}`,
-    sample.failure, sample.message, ...sample.flags].join("\n").toLowerCase();
+  sample.search ??= [
+    sample.id,
+    sample.key ?? "",
+    sample.prompt,
+    sample.seed,
+    `${sample.width}x${sample.height}`,
+    sample.failure,
+    sample.message,
+    ...sample.flags,
+  ]
+    .join("\n")
+    .toLowerCase();
   return sample.search;
 }
 
@@ -61,7 +71,7 @@ class Results {
   }
 
   sample(index) {
-    return this.items ? this.items[index] ?? null : this.parts.sample(index);
+    return this.items ? (this.items[index] ?? null) : this.parts.sample(index);
   }
 
   // Fetch the samples in view that are not here yet.
@@ -71,7 +81,7 @@ class Results {
       const shard = this.parts.at(at);
       if (!shard) return;
       const end = shard.start + shard.samples;
-      const hinted = this.parts.hints.has(at) && this.parts.hints.has(Math.min(to, end) - 1);
+      const hinted = shard.hinted && this.parts.hints.has(at) && this.parts.hints.has(Math.min(to, end) - 1);
       if (!this.parts.isComplete(shard) && !hinted) this.parts.load(shard, true);
       at = Math.max(end, at + 1);
     }
@@ -86,13 +96,20 @@ class Results {
     }
     const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
     const named = new Map([...report.facets].map(([facet, values]) => [facet, new Set(values.keys())]));
-    const accepts = (sample) => words.every((word) => searchText(sample).includes(word)) &&
-      [...state.filters].every(([facet, chosen]) => facetValues(sample, facet).some((value) =>
-        chosen.has(value) || (chosen.has(OTHER) && !named.get(facet)?.has(value))));
+    const accepts = (sample) =>
+      words.every((word) => searchText(sample).includes(word)) &&
+      [...state.filters].every(([facet, chosen]) =>
+        facetValues(sample, facet).some(
+          (value) => chosen.has(value) || (chosen.has(OTHER) && !named.get(facet)?.has(value)),
+        ),
+      );
     const scopes = this.scopes;
-    const shards = (scopes[Math.min(state.scope, scopes.length) - 1]?.shards ?? []).filter((s) => mayMatch(s, state.filters));
+    const shards = (scopes[Math.min(state.scope, scopes.length) - 1]?.shards ?? []).filter((s) =>
+      mayMatch(s, state.filters),
+    );
     const found = [];
-    let painted = performance.now(), read = 0;
+    let painted = performance.now(),
+      read = 0;
     const paint = (done) => {
       if (state.sort !== "plan") found.sort(ORDERS[state.sort]);
       if (done || !refresh) this.items = found;
@@ -110,7 +127,9 @@ class Results {
       read += 1;
       if (performance.now() - painted > PAINT_MS) {
         paint(false);
-        await new Promise((resolve) => { setTimeout(resolve); });
+        await new Promise((resolve) => {
+          setTimeout(resolve);
+        });
         if (run !== this.run) return undefined;
       }
     }

@@ -103,3 +103,25 @@ def test_documents_of_wrong_types_do_not_stop_the_page(browser, tmp_path):
         for view in VIEWS:
             shown.click(f"#to-{view}")
             assert shown.is_visible(f"#view-{view}")
+
+
+def test_a_refresh_shows_the_new_state_of_samples_that_were_embedded_in_the_page(browser, report_server, report_root):
+    folder = report_root / "report"
+    before = {path: path.read_text() for path in (folder / "report.json", folder / "parts/shard-00000.json")}
+    report, part = map(json.loads, before.values())
+    try:
+        with opened(browser, "about:blank", wait="") as page:
+            page.clock.install()
+            page.goto(report_server.url)
+            wait_until(page, READY)
+            part["samples"][0] |= {"state": "quarantined", "class": "POISON", "message": "new", "file": None}
+            report["generated_at"] += 60
+            report["shards"][0]["quarantined"] += 1
+            for path, document in zip(before, (report, part), strict=True):
+                path.write_text(json.dumps(document))
+            page.clock.run_for(61_000)
+            page.clock.resume()
+            wait_until(page, "document.querySelector('.card .outcome')?.textContent === 'Quarantined: POISONnew'")
+    finally:
+        for path, text in before.items():
+            path.write_text(text)
