@@ -1,9 +1,9 @@
 """The schema of a custom resource of Kubernetes, without descriptions and without what Kubernetes itself defines.
 
 A CRD of KubeRay has half a megabyte, because it repeats the schema of a pod for each pod template. Here a reference
-stands for each type of Kubernetes, and the package kubernetes-validate has its schema. What is left is a closed JSON
-schema of a few kilobytes. The versions are the oldest ones that the files of cluster/ name. To follow a new release,
-with a clone of KubeRay (or of the Prometheus operator, in whose example/prometheus-operator-crd the PodMonitor is):
+stands for each type of Kubernetes (`kubernetes_schema`). What is left is a closed JSON schema of a few kilobytes. The
+versions are the oldest ones that the files of cluster/ name. To follow a new release, with a clone of KubeRay (or of
+the Prometheus operator, in whose example/prometheus-operator-crd the PodMonitor is):
 
     git -C kuberay show v1.7.0:ray-operator/config/crd/bases/ray.io_raycronjobs.yaml \
         | python -m tests.support.crd_schema > tests/support/data/crds/RayCronJob.json
@@ -72,7 +72,7 @@ def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reference(name: str) -> dict[str, Any]:
-    return {"$ref": f"https://kubernetes.io/api/_definitions.json#/$defs/{name}"}  # as kubernetes-validate names it
+    return {"$ref": f"https://kubernetes.io/api/_definitions.json#/$defs/{name}"}
 
 
 if __name__ == "__main__":
