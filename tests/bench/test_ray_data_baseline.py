@@ -11,19 +11,19 @@ from hv_batch.bench.job_throughput import SIDE, Load, job_config
 from hv_batch.protocol import UserError, latent_shape
 
 
-@pytest.mark.parametrize(("frames", "suffix"), [(1, ".png"), (5, ".mp4")])
-def test_the_three_stages_render_every_sample(tmp_path, frames, suffix):
-    """The baseline is fair: it runs the same engine and writes one media file and one JSON file per sample."""
+@pytest.mark.parametrize(("frames", "suffixes"), [(1, (".png",)), (5, (".mp4", ".jpg"))])
+def test_the_three_stages_render_every_sample(tmp_path, frames, suffixes):
+    """The baseline is fair: it runs the same engine and writes the same files: media, poster of a video, and record."""
     config = job_config(Load(samples=3, groups=1, decoders=1, steps=2, step_seconds=0.0, frames=frames))
     rows = {"number": np.arange(3), "prompt": np.array(["a", "b", "c"], object)}
     rows = ray_data_baseline._Denoise(config)(ray_data_baseline._Encode(config)(rows))
     assert rows["latents"].shape == (3, *latent_shape(SIDE, SIDE, frames))
     assert len(ray_data_baseline._Decode(config, tmp_path)(rows)["end"]) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{number}{ending}" for number in range(3) for ending in (suffix, ".json")
+        f"{number}{ending}" for number in range(3) for ending in (*suffixes, ".json")
     )
     for path in tmp_path.glob("*.json"):
-        assert json.loads(path.read_text())["bytes"] == path.with_suffix(suffix).stat().st_size
+        assert json.loads(path.read_text())["bytes"] == path.with_suffix(suffixes[0]).stat().st_size
     if frames == 1:
         with Image.open(tmp_path / "0.png") as image:
             assert image.size == (SIDE, SIDE)

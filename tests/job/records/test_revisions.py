@@ -3,7 +3,7 @@
 `tests/support/data/roots` holds one finished root of each revision, as the last version of that revision wrote it, from
 one config and one manifest with the fake engine. A change that raises `REVISION` adds the next one, and so does a new
 schema of the tables: `revision-2` has tables of hv_batch/dataset/1, `dataset-2` those of hv_batch/dataset/2
-(`tests/support/make_fixture_root.py`).
+(`tests/support/make_fixture_root.py`). `report-1` has events of a driver, a report, and posters outside the identity.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.dataset.seal import read_table, seal_shard, table_columns
+from hv_batch.job.event_log.reader import read_events
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.status import read_status
 from hv_batch.job.inspection.verify import verify
@@ -35,6 +36,7 @@ from hv_batch.job.records.run_document import (
     read_run,
 )
 from hv_batch.job.records.run_identity import LAST_VERSIONS, REVISION
+from hv_batch.job.report.update import update_report
 from hv_batch.job.storage.store import Store
 from hv_batch.media.probe import decode_media
 from hv_batch.protocol import UserError
@@ -139,6 +141,7 @@ def test_every_older_revision_has_a_version_and_a_root():
     assert __version__ not in LAST_VERSIONS.values()
     assert sorted(path.name for path in ROOTS.iterdir()) == [
         "dataset-2",
+        "report-1",
         *(f"revision-{each}" for each in [*OLDER, REVISION]),
         "unfinished-1",
     ]
@@ -191,6 +194,19 @@ def test_a_root_with_the_first_block_cache_is_read_but_not_continued(tmp_path):
         assert hv_batch(*command)[0] == 0
     with pytest.raises(UserError, match=r"hv_batch 0\.2\.0.*step_cache: \{kind: schedule, computed: 16\}"):
         hv_batch("resume", str(root))
+
+
+def test_events_and_report_of_an_earlier_version_are_read(tmp_path):
+    """P2: the events are valid, and the report takes each shard from its digest without reading a record."""
+    store = Store(str(shutil.copytree(ROOTS / "report-1", tmp_path / "root")))
+    kinds = [event["kind"] for driver in read_events(store) for event in driver.events]
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
+    update = update_report(store)
+    assert update.shards_read == 0
+    assert (update.document["totals"]["committed"], len(update.document["timeline"]["rows"])) == (3, 3)
+    found = verify(store, decode_media, decodes=None)
+    assert (found.decoded, found.findings) == (3, [])
+    assert "poster" not in read_run(store)["identity"]["media"]
 
 
 def test_an_unfinished_run_of_an_earlier_version_continues_with_its_intermediate_results():
