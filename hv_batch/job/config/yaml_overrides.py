@@ -42,6 +42,14 @@ class _Loader(yaml.SafeLoader):
         if self.flow_level + len(self.indents) > MAX_YAML_DEPTH:
             raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=self.get_mark())
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node. PyYAML raises errors of many classes for a tag whose text is not of its form."""
+        try:
+            return super().construct_object(node, deep)
+        except (IndexError, KeyError, AttributeError, OverflowError) as error:
+            problem = f"it is not a valid {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
