@@ -76,6 +76,16 @@ def quote_argument(text: str) -> str:
 
 def shorten(value: Any) -> str:
     """A value as JSON of at most SHOWN_CHARS characters, on one line and without control characters."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys that JSON has not, as dates; huge numbers; deep nesting
+        text = _as_python(value)
     text = "".join(char if char.isprintable() else "�" for char in text)
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
+
+
+def _as_python(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # Python converts numbers of at most 4,300 digits
+        return f"({type(value).__name__})"

@@ -50,3 +50,27 @@ def test_aliases_may_be_used():
     assert parse_yaml("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}") == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}}
     assert parse_yaml("prompt: '" + "1" * 5000 + "'") == {"prompt": "1" * 5000}
     assert parse_yaml("") is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!int ''", "!!float _", "!!bool x", "!!timestamp x", "1" + ":1" * 300 + ".5", "{a: !!int ''}", "[!!bool '']"],
+)
+def test_a_tag_whose_text_is_not_of_its_form_is_reported_with_its_place(tmp_path, value):
+    """P6: PyYAML raises IndexError, KeyError, AttributeError and OverflowError for these."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"seed: {value}")
+    with pytest.raises(UserError, match=r"not a valid (int|float|bool|timestamp) at line 1, column \d"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("{2026-11-29: a}", r"\{datetime.date"), ("{!!binary aGk= : a}", "b'hi'"), ("0x" + "f" * 3900, r"\(int\)")],
+)
+def test_a_value_that_json_has_not_is_shown_in_the_message(tmp_path, value, shown):
+    """P6: YAML has keys and numbers that JSON has not."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"seed: {value}")
+    with pytest.raises(UserError, match=rf"seed = .*{shown}.*; allowed: a whole number"):
+        load_config(str(path))
