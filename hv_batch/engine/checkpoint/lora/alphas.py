@@ -92,11 +92,18 @@ def _parse(values: Mapping[str, Any], where: str) -> AlphaRules:
         raise UserError(f"{where}: alpha_pattern must map names of modules to numbers. Save the file again.")
     alpha = values.get("lora_alpha")
     for name, value in {"lora_alpha": alpha, **patterns}.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number and not (name == "lora_alpha" and value is None):
+        if not _is_finite(value) and not (name == "lora_alpha" and value is None):
             raise UserError(f"{where}: {name} = {value!r}; allowed: a finite number. Save the file again.")
     by_module = {name.removeprefix("^"): value for name, value in patterns.items()}
     rank_pattern = values.get("rank_pattern")
     given = [values.get("r"), *(rank_pattern.values() if isinstance(rank_pattern, dict) else ())]
     ranks = frozenset(rank for rank in given if isinstance(rank, int))
     return AlphaRules(alpha, by_module, bool(values.get("use_rslora")), ranks)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -84,7 +84,13 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path):
     refused(tmp_path / "absent.safetensors")
 
 
-@pytest.mark.parametrize("values", [{"use_dora": True}, {"lora_alpha": "x"}, {"alpha_pattern": [1]}, {"r": RANK + 1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"use_dora": True}, {"lora_alpha": "x"}, {"lora_alpha": 10**400}, {"r": RANK + 1}),
+        *({"alpha_pattern": [1]}, {"alpha_pattern": {"a": 10**400}}),
+    ],
+)
 def test_options_of_peft_that_would_be_lost_are_refused(tmp_path, values):
     path = write(tmp_path / "film.safetensors", tensors())
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, **values}))
