@@ -24,6 +24,7 @@ from hv_batch.protocol import UserError
 
 INDEX_SUFFIX = ".index.json"
 SHARD_SUFFIXES = (".safetensors", ".bin", ".pt")
+MAX_NAME_BYTES = 255  # of a file, on every usual file system
 CPU = torch.device("cpu")
 _LFS_POINTER = b"version https://git-lfs"  # first bytes of a Git LFS pointer file
 ALIGNMENT = 64  # bytes; alignment of torch's allocations and of the tensors in its files
@@ -130,7 +131,9 @@ def shard_files(path: Path) -> list[Path]:
 
 def _is_shard_name(name: Any) -> bool:
     """Return whether it names a file beside the index; an index must not lead to files elsewhere."""
-    return isinstance(name, str) and name == Path(name).name and name.endswith(SHARD_SUFFIXES)
+    if not isinstance(name, str) or name != Path(name).name or not name.endswith(SHARD_SUFFIXES):
+        return False
+    return name.isprintable() and len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES
 
 
 def named_tensors(content: Any, path: Path) -> dict[str, StoredTensor]:

@@ -18,6 +18,7 @@ from hv_batch.architecture import DiTConfig
 from hv_batch.engine.checkpoint import digests, tree
 from hv_batch.engine.checkpoint.digests import revision
 from hv_batch.engine.checkpoint.loading import load_dit, load_vae, verify
+from hv_batch.engine.checkpoint.tensor_files import open_file
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.protocol import UserError
 from hv_batch.toy.checkpoint import TOY_DIT, write_toy_checkpoint
@@ -266,6 +267,15 @@ def test_safetensors_in_shards_load_as_one_file_does(toy, tmp_path):
         UserError, match=r"model-2\.safetensors does not exist, but model\.safetensors\.index\.json names"
     ):
         load(toy, dit_weight=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "x" * 300 + ".pt", "x\0.pt", "\ud800.pt", 5])
+def test_an_index_names_only_files_that_can_be_beside_it(tmp_path, name):
+    """P6: a name that no file system has is refused as one that leads elsewhere."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="its weight_map names"):
+        open_file(index)
 
 
 def test_cpu_weights_are_aligned_as_torch_allocates_them(toy, tmp_path):
