@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from hv_batch.cli.sample import command as sample
 from hv_batch.cli.sample import files as sample_files
@@ -327,7 +328,19 @@ def test_invalid_latents_are_refused(base, tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     save_file({"latents": np.zeros((4, 2, 4, 6), np.float32)}, tmp_path / "four.safetensors")
     save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
-    for name, message in (("text", "is not a .safetensors file"), ("four", r"\[4, 2, 4, 6\]"), ("other", "latents")):
+    latents = np.zeros((16, 2, 4, 6), np.float32)
+    save_file({"latents": latents}, tmp_path / "deep.safetensors", metadata={"record": "[" * 5000})
+    save_torch({"latents": torch.zeros(16, 2, 4, 6, dtype=torch.bfloat16)}, tmp_path / "bf16.safetensors")
+    save_file({"latents": latents.astype(np.int64)}, tmp_path / "int.safetensors")
+    refusals = {
+        "text": "is not a .safetensors file",
+        "four": r"\[4, 2, 4, 6\]",
+        "other": "latents",
+        "deep": "nested deeper",
+        "bf16": "they are BF16; allowed: F16, F32, F64",
+        "int": "they are I64",
+    }
+    for name, message in refusals.items():
         with pytest.raises(UserError, match=message):
             sample.main(["--model-base", str(base), "--from-latents", str(tmp_path / f"{name}.safetensors")])
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hv_batch.job.config.sections import MediaConfig
+from hv_batch.job.storage.canonical_json import decode
 from hv_batch.media.writer import write_media
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
 
@@ -26,6 +27,7 @@ FPS = 24  # as in the release
 PROMPT_CHARS = 100  # characters of the prompt in a file name
 NAME_BYTES = 255 - len("_999.safetensors")  # limit of file systems, minus the longest ending
 SUFFIXES = (".mp4", ".png", ".safetensors", ".json")
+LATENT_DTYPES = ("F16", "F32", "F64")  # of safetensors: those that numpy has as well
 MEDIA = MediaConfig(poster=False)  # otherwise the defaults of a run
 
 
@@ -99,10 +101,10 @@ def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="np") as file:
+            if (dtype := file.get_slice("latents").get_dtype()) not in LATENT_DTYPES:
+                raise ValueError(f"they are {dtype}; allowed: {', '.join(LATENT_DTYPES)}")
             latents = file.get_tensor("latents")
-            record = json.loads((file.metadata() or {}).get("record", "{}"))
-        if not isinstance(record, dict):
-            raise ValueError("its record is not a JSON object")
+            record = decode((file.metadata() or {}).get("record", "{}").encode())
     except FileNotFoundError:
         raise UserError(f"--from-latents {path} does not exist.") from None
     except (SafetensorError, OSError, ValueError) as error:
