@@ -17,6 +17,12 @@ settings.load_profile("untimed")
 os.environ["HV_BATCH_ENGINES"] = "tests.support.doubles:FakeEngine,tests.support.faulty_engine:FaultyVideo"
 
 
+def pytest_addoption(parser: Any) -> None:
+    group = parser.getgroup("fuzz", "readers with damaged inputs (tests/fuzz)")
+    group.addoption("--fuzz-minutes", type=float, default=5.0, help="of `pytest -m fuzz`, over all targets")
+    group.addoption("--seed", type=int, default=1, help="of the inputs")
+
+
 class OneRayProcess(LoadFileScheduling):
     """The tests of a file run in one process, and so do all tests in tests/cluster, which share a Ray head."""
 
