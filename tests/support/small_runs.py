@@ -157,9 +157,12 @@ def _render(store: Store, run: Mapping, found: Pending, denoised: Counter, media
 
 
 def _put_poster(store: Store, sample: Sample, info: RenderedMedia, folder: Path) -> str:
-    """A poster that is not an image; its bytes depend on the frames."""
+    """The poster that comes with the media, or else one that is not an image; its bytes depend on the frames."""
     path = folder / "poster.jpg"
-    path.write_bytes(info.frames_sha256.encode())
+    if made := getattr(info, "poster", None):
+        path = made.path
+    else:
+        path.write_bytes(info.frames_sha256.encode())
     key = layout.poster_key(sample.shard, sample.key, hashlib.sha256(path.read_bytes()).hexdigest())
     store.put_file(key, path)
     return key
@@ -174,7 +177,9 @@ def digest_media(sample: Sample, latents: np.ndarray, folder: Path) -> tuple[Pat
     return path, ".mp4", RenderedMedia(len(data), digest, digest[::-1], params.num_frames, params.height, params.width)
 
 
-def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30) -> tuple[Path, str, RenderedMedia]:
+def real_media(
+    sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30, poster: bool = False
+) -> tuple[Path, str, RenderedMedia]:
     """A real video or image, encoded by ffmpeg."""
     params = sample.params
     levels = (127 + 40 * np.tanh(latents.mean(axis=(0, 2, 3)) * 10)).astype(np.uint8)
@@ -187,7 +192,7 @@ def real_media(sample: Sample, latents: np.ndarray, folder: Path, crf: int = 30)
         width=params.width,
         num_frames=params.num_frames,
         fps=sample.fps,
-        media=MediaConfig(crf=crf, preset="ultrafast", threads=1),
+        media=MediaConfig(crf=crf, preset="ultrafast", threads=1, poster=poster),
     )
     return info.path, info.suffix, info
 
