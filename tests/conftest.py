@@ -20,7 +20,9 @@ os.environ["HV_BATCH_ENGINES"] = "tests.support.doubles:FakeEngine,tests.support
 def pytest_addoption(parser: Any) -> None:
     group = parser.getgroup("fuzz", "readers with damaged inputs (tests/fuzz)")
     group.addoption("--fuzz-minutes", type=float, default=5.0, help="of `pytest -m fuzz`, over all targets")
-    group.addoption("--seed", type=int, default=1, help="of the inputs")
+    group.addoption("--seed", type=int, default=1, help="of the inputs, or of the first chaos run; each further adds 1")
+    group = parser.getgroup("chaos", "runs with injected faults (tests/chaos)")
+    group.addoption("--chaos-minutes", type=float, default=5.0, help="no further run is started after that")
 
 
 class OneRayProcess(LoadFileScheduling):

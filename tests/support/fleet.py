@@ -88,16 +88,16 @@ class Fleet:
 
 
 def descendants(parent: int) -> list[int]:
-    """All descendant processes of `parent`, read from /proc."""
-    found = []
+    """All descendant processes of `parent`, from one pass over /proc."""
+    children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after_name = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # gone meanwhile
-            continue
-        if int(after_name[1]) == parent:
-            child = int(stat.parent.name)
-            found += [child, *descendants(child)]
+        with suppress(OSError):  # gone meanwhile
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found, left = [], [parent]
+    while left:
+        own = children.get(left.pop(), [])
+        found += own
+        left += own
     return found
 
 
