@@ -134,11 +134,14 @@ class Machines:
                 yield f"process {pid}: {title[:80]}"
 
     def close(self) -> None:
-        """End all machines, but not the head, and whatever is left of them."""
-        pids = marked_processes(self.folder)
+        """End all machines, but not the head."""
         for machine in list(self.all):
             self.retire(machine)
-        _kill({*pids, *marked_processes(self.folder)} - {os.getpid()})
+
+
+def kill_marked(folder: Path) -> None:
+    """End every process that was started for the chaos run in `folder`, but not this one."""
+    _kill(pid for pid in marked_processes(folder) if pid != os.getpid())
 
 
 def title_of(pid: int) -> str:

@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from moto.s3 import models
+
 from tests.support.s3_server import S3Server
 
 FAULTS = ("503", "expired", "skewed", "hang", "torn", "unacknowledged", "forgotten", "stale", "slow", "down")
@@ -49,6 +51,8 @@ class StorageFaults:
         self._ended = threading.Event()  # set while no request has to hang
         self._listings: dict[str, tuple[str, list[tuple[str, str]], bytes]] = {}
         self._lock = threading.Lock()
+        self.requests = 0
+        self.script: dict[int, Callable[[], object]] = {}  # what is done before a request, by its number
 
     def switch_on(self, fault: str, only: str = "") -> None:
         """`only` is a part of the paths of the requests that the fault concerns."""
@@ -74,6 +78,11 @@ class StorageFaults:
 
     def answer(self, server: FaultyS3, environ: dict[str, Any], start_response: Any) -> Answer:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        with self._lock:
+            self.requests += 1
+            act = self.script.pop(self.requests, None)
+        if act:
+            act()
         uploads = method in ("PUT", "POST")
         if _is_skewed(environ.get("HTTP_X_AMZ_DATE", "")):
             return self._refuse(server, environ, start_response, "skewed", 403, "RequestTimeTooSkewed")
@@ -141,6 +150,7 @@ class FaultyS3(S3Server):
     """moto's server behind `layer`."""
 
     def __init__(self, seed: int) -> None:
+        models.S3_UPLOAD_PART_MIN_SIZE = 1  # so that tiny files are uploaded in parts
         self.layer = StorageFaults(seed)
         super().__init__()
 

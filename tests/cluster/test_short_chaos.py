@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from tests.chaos.episode import Episode
-from tests.chaos.machines import Machines
+from tests.chaos.machines import Machines, kill_marked
 from tests.chaos.roots import SmallDisk
 from tests.chaos.schedule import Event
 from tests.support.runs import write_config
@@ -19,6 +20,8 @@ SCHEDULE = (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_under_a_fixed_schedule_ends_as_an_undisturbed_one(fleet, undisturbed, tmp_path):
     """P1-P5: a rank, a decoder, the driver and a machine die, and the disk of the root is full for a while. The checker
     compares the root with that of a run in which nothing went wrong, byte for byte, and nothing is left on the cluster.
@@ -35,6 +38,7 @@ def test_a_run_under_a_fixed_schedule_ends_as_an_undisturbed_one(fleet, undistur
         result = episode.run(SCHEDULE)
     finally:
         machines.close()
+        kill_marked(tmp_path)
         root.close()
     assert result.findings == []
     assert sum(result.events.values()) >= len(SCHEDULE) - 2, "the run ended before it was disturbed"
