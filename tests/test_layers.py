@@ -143,4 +143,5 @@ def test_no_test_module_imports_another():
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
-                assert node.module.startswith("tests.support"), f"{path} imports {node.module}"
+                imported = node.module.rpartition(".")[2]
+                assert not imported.startswith(("test_", "conftest")), f"{path} imports {node.module}"
