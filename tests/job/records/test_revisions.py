@@ -19,6 +19,8 @@ import pytest
 from hv_batch import __version__
 from hv_batch.job import layout
 from hv_batch.job.dataset.seal import read_table, seal_shard, table_columns
+from hv_batch.job.documents.reading import read
+from hv_batch.job.documents.report import DigestDocument, PartDocument, ReportDocument
 from hv_batch.job.event_log.reader import read_events
 from hv_batch.job.inspection.diff import compare
 from hv_batch.job.inspection.status import read_status
@@ -197,12 +199,15 @@ def test_a_root_with_the_first_block_cache_is_read_but_not_continued(tmp_path):
 
 
 def test_events_and_report_of_an_earlier_version_are_read(tmp_path):
-    """P2: the events are valid, and the report takes each shard from its digest without reading a record."""
+    """P2: the events and the documents of the report are valid, and the next report replaces them."""
     store = Store(str(shutil.copytree(ROOTS / "report-1", tmp_path / "root")))
     kinds = [event["kind"] for driver in read_events(store) for event in driver.events]
     assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
+    for shard in range(2):
+        assert read(store, layout.report_part_key(shard), PartDocument)["shard"] == shard
+        assert read(store, layout.report_digest_key(shard), DigestDocument)["shard"] == shard
+    assert read(store, layout.REPORT_DATA, ReportDocument)["totals"]["committed"] == 3
     update = update_report(store)
-    assert update.shards_read == 0
     assert (update.document["totals"]["committed"], len(update.document["timeline"]["rows"])) == (3, 3)
     found = verify(store, decode_media, decodes=None)
     assert (found.decoded, found.findings) == (3, [])
