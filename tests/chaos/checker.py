@@ -268,7 +268,7 @@ class _Checker:
         name = f"webdataset/shard-{shard:05d}.tar"
         try:
             with tarfile.open(self.root / name, "r:") as tar:
-                members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+                members = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
         except (OSError, tarfile.TarError) as error:
             yield Finding("lost", name, f"it cannot be read: {error}")
             return

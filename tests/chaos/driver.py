@@ -17,7 +17,7 @@ def main() -> None:
 
     import botocore.auth  # noqa: F401  # reads the clock
 
-    import hv_batch.runtime.render  # noqa: F401
+    import hv_batch.runtime.render  # noqa: F401  # its modules read the clock as well
     from hv_batch.cli.main import main as run_main  # after that, because some modules import these by value
     from tests.chaos.clock import shift_clock
 

@@ -153,7 +153,7 @@ def title_of(pid: int) -> str:
 
 
 def marked_processes(folder: Path) -> list[int]:
-    """All processes that were started for the chaos run in `folder`, whoever their parent is by now."""
+    """All processes that were started for the chaos run in `folder`, with any parent."""
     return _processes_with(f"{MARKER}={folder}")
 
 

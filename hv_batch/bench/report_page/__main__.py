@@ -26,11 +26,12 @@ const frame = (now) => {
   if (window.watching && last) window.frames_ms.push(now - last);
   last = window.watching ? now : 0;
   if (!window.marks.cards && document.querySelector(".card .id")) window.marks.cards = performance.now();
-  if (!window.marks.posters && document.querySelectorAll(".card img.ready").length >= 6) window.marks.posters = performance.now();
+  const posters = document.querySelectorAll(".card img.ready").length;
+  if (!window.marks.posters && posters >= 6) window.marks.posters = performance.now();
   requestAnimationFrame(frame);
 };
 requestAnimationFrame(frame);
-"""  # noqa: E501
+"""
 # Scrolls to the end of the page with a constant speed in 6 s, then jumps to 12 places in 3 s.
 SCROLL = """async () => {
   const wait = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });

@@ -132,7 +132,7 @@ ANY_EVENT = st.builds(
 
 @given(st.lists(ANY_EVENT, max_size=25))
 def test_any_events_give_spans_of_time(events):
-    """P5: whoever can write to the root can write events in any order; no span ends before it begins."""
+    """P5: any writer of the root can write events in any order; no span ends before it begins."""
     found = make_timeline([DriverEvents(DRIVER, tuple(events))], [], TimeBins(), now=None)
     for row in found.rows:
         assert all(span.end >= span.start for span in row.spans)

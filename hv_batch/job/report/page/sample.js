@@ -30,7 +30,7 @@ class SampleView {
       this.dialog.close();
       return;
     }
-    // A sample that is here is shown at once: whoever closes the dialog right after a step comes back to the new one.
+    // A loaded sample is shown at once, so that a dialog that is closed right after a step returns to the new sample.
     const sample = this.parts.known(key, shard) ?? (await this.parts.find(key, shard));
     if (run !== this.run) return;
     this.show(sample, key, report);

@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # its body is not read
         self._send_nothing(HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET, HEAD"})
 
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method  # noqa: N815
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method  # noqa: N815  # names that http.server calls
 
     def _answer(self) -> None:
         hosts = self.headers.get_all("Host", [])

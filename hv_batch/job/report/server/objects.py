@@ -1,7 +1,7 @@
 """What the server of a report gives out: the report, media, posters and records, and nothing else of an output root.
 
-`run.json`, tables, latents and everything that is not of hv_batch stay unknown to it. The page and `report.json` are
-those that this process has made, never those of the root: whoever can write there could have put a script into a page.
+It does not serve `run.json`, tables, latents or objects that hv_batch has not written. The page and `report.json` are
+those that this process has made, never those of the root: a page that another writer put there may contain a script.
 """
 
 from __future__ import annotations
