@@ -43,20 +43,27 @@ function exactIntegers(name, value, context) {
     : value;
 }
 
-function commandBlock(params, complete) {
-  const command = renderCommand(params);
-  const note =
-    complete && params.lora ? `The sample used the LoRA ${text(params.lora, 300)}; add its file with --lora. ` : "";
+function commandSection(title, command, ...notes) {
   return el(
     "section",
     { class: "command" },
     el(
       "div",
       { class: "row" },
-      el("h3", { text: "Render it again" }),
+      el("h3", { text: title }),
       copyButton("Copy", () => command),
     ),
     el("pre", { tabindex: "0", text: command }),
+    ...notes,
+  );
+}
+
+function commandBlock(params, complete) {
+  const note =
+    complete && params.lora ? `The sample used the LoRA ${text(params.lora, 300)}; add its file with --lora. ` : "";
+  return commandSection(
+    "Render it again",
+    renderCommand(params),
     el("p", {
       class: "soft",
       text: `${note}Give the weights with --model-base if they are not in ckpts. Options of the run's config, such as precision, are in run.json.`,
@@ -84,17 +91,7 @@ function retryBlock(sample, report) {
   const cause = report.causes.find((each) => each.retry && each.failure === sample.failure);
   const command =
     cause?.retry ?? `hv-batch retry OUTPUT --class ${shellQuote(sample.failure)} --shards ${sample.shard} --yes`;
-  return el(
-    "section",
-    { class: "command" },
-    el(
-      "div",
-      { class: "row" },
-      el("h3", { text: "Release the samples of its class for a retry" }),
-      copyButton("Copy", () => command),
-    ),
-    el("pre", { tabindex: "0", text: command }),
-  );
+  return commandSection("Release the samples of its class for a retry", command);
 }
 
 // One line for each stage and for each fact about it.
