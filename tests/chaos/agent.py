@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -25,6 +26,7 @@ REPLACED_AFTER_S = 2.0  # a machine that is lost
 MOST_STARTS = 25  # of the command without an active fault, before a run counts as one that does not end
 END_S = 420.0  # for the run after the last event
 REFUSED_S = 90.0  # for a second driver, and for a driver whose lease was taken over
+ROOM_BYTES = 2**20  # that a process with a limit may use in addition
 TITLES = {"rank": "ray::RankActor", "encoder": "ray::EncoderActor", "decoder": "ray::DecoderActor"}
 
 
@@ -161,6 +163,8 @@ class Agent:
         pid = event.pick(pids)
         if act == "pause":
             return self._for_a_while(event, _send(pid, signal.SIGSTOP), partial(_send, pid, signal.SIGCONT))
+        if act == "limit":
+            return self._for_a_while(event, _limit_memory(pid, ROOM_BYTES), partial(_limit_memory, pid, None), 3.0)
         return _send(pid, signal.SIGKILL if act == "kill" else signal.SIGSTOP)
 
     def _kill_driver(self, event: Event) -> bool:
@@ -277,5 +281,15 @@ def replace_text(path: Path, text: str) -> None:
 def _send(pid: int, number: signal.Signals) -> bool:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+        return True
+    return False
+
+
+def _limit_memory(pid: int, room: int | None) -> bool:
+    """Limit the address space of a process to what it has and `room` bytes, or end the limit."""
+    with suppress(OSError):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        limit = resource.RLIM_INFINITY if room is None else pages * resource.getpagesize() + room
+        resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         return True
     return False

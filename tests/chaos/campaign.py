@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.episode import Result, run_episode
+from tests.chaos.episode import PLANS, Result, run_episode
 from tests.chaos.machines import MARKER, Machines, kill_marked
 from tests.chaos.storage_faults import FaultyS3
 from tests.support.fleet import Fleet
 from tests.support.repository import ROOT
 from tests.support.s3_server import S3Server
 
-SAMPLES, EVENTS, MACHINES = 30, 18, 2
+MACHINES = 2
 
 
 @contextmanager
@@ -68,15 +68,15 @@ def start_head(folder: Path, attempts: int = 5) -> Fleet:
 
 
 def run_campaign(
-    folder: Path, seed: int, go_on: Callable[[int], bool], report: Callable[[Result], object]
+    folder: Path, engine: str, seed: int, go_on: Callable[[int], bool], report: Callable[[Result], object]
 ) -> list[Result]:
     """Runs with the seeds `seed`, `seed` + 1, ... while `go_on(number)`."""
     results = []
     references = folder / "references"
-    references.mkdir()
+    references.mkdir(exist_ok=True)
     with arena(folder, seed) as (machines, endpoints):
         while go_on(len(results)):
-            result = run_episode(machines, folder, references, seed + len(results), SAMPLES, EVENTS, endpoints)
+            result = run_episode(machines, folder, references, seed + len(results), PLANS[engine], endpoints)
             results.append(result)
             report(result)
     return results
@@ -104,6 +104,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--runs", type=int, default=10**6)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--engine", choices=sorted(PLANS), default="fake", help="toy: the real engine over gloo")
     parser.add_argument("--out", type=Path, default=Path("chaos.jsonl"))
     parser.add_argument("--folder", type=Path, help="keeps what is left of runs with findings")
     parser.add_argument("--table", action="store_true", help="print the table of the results in --out, and run nothing")
@@ -128,7 +129,7 @@ def main() -> int:
         with given.out.open("a") as file:
             file.write(line + "\n")
 
-    return 3 if any(result.findings for result in run_campaign(folder, given.seed, go_on, report)) else 0
+    return 3 if any(result.findings for result in run_campaign(folder, given.engine, given.seed, go_on, report)) else 0
 
 
 if __name__ == "__main__":

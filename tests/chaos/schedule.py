@@ -14,6 +14,9 @@ PROCESSES = {
     "stop-encoder": 2,
     "kill-decoder": 4,
     "stop-decoder": 3,
+    "limit-rank": 2,  # it gets no more memory, for a while
+    "limit-encoder": 1,
+    "limit-decoder": 2,
     "pause-rank": 2,  # SIGSTOP, then SIGCONT before anybody notices
     "kill-driver": 5,
     "stop-driver": 2,  # SIGSTOP; the same command with --take-over; then SIGCONT

@@ -9,6 +9,7 @@ from tests.chaos.episode import Episode
 from tests.chaos.machines import Machines, kill_marked
 from tests.chaos.roots import SmallDisk
 from tests.chaos.schedule import Event
+from tests.chaos.variants import Variant
 from tests.support.runs import write_config
 
 SCHEDULE = (
@@ -28,13 +29,14 @@ def test_a_run_under_a_fixed_schedule_ends_as_an_undisturbed_one(fleet, undistur
     """
     machines = Machines(tmp_path, fleet)
     root = SmallDisk(tmp_path / "disk")
-    (tmp_path / "marks").mkdir()
     pools = {"encoders": {"gpus": 0.5}, "decoders": {"gpus": 0.5}, "groups": {"count": 2, "checkpoint_every": 1}}
-    config = yaml.safe_load(write_config(tmp_path, tmp_path / "marks", {"step_seconds": 0.5}, **pools).read_text())
+    config = yaml.safe_load(write_config(tmp_path, tmp_path / "marks", **pools).read_text())
+    manifest = undisturbed / "manifest.jsonl"
+    variant = Variant("short", config, (), manifest, manifest, signed=False, exit_code=0)
     try:
         machines.add()
         machines.add()
-        episode = Episode(machines, tmp_path, root, config, undisturbed / "manifest.jsonl", undisturbed / "out")
+        episode = Episode(machines, tmp_path, root, variant, undisturbed / "out", step_seconds=0.5)
         result = episode.run(SCHEDULE)
     finally:
         machines.close()
