@@ -97,7 +97,8 @@ def make_variant(engine: str, number: int, samples: int, folder: Path) -> Varian
         manifest = folder / "manifest.jsonl"
         _write_once(manifest, _as_lines(rows))
     expected = folder / "expected.jsonl"
-    _write_once(expected, _as_lines(map(_after_hook, rows) if hooks else rows))
+    heading = [None] if foreign else []  # the rows of a CSV file are numbered as its lines
+    _write_once(expected, _as_lines([*heading, *(map(_after_hook, rows) if hooks else rows)]))
     return Variant(name, config, flags, manifest, expected, hooks, exit_code=3 if engine == "fake" else 0)
 
 
