@@ -27,6 +27,7 @@ MOST_STARTS = 25  # of the command without an active fault, before a run counts 
 END_S = 420.0  # for the run after the last event
 REFUSED_S = 90.0  # for a second driver, and for a driver whose lease was taken over
 ROOM_BYTES = 2**20  # that a process with a limit may use in addition
+HEADLESS_S = 150.0  # for a driver whose cluster has lost its head; Ray ends it after a minute
 TITLES = {"rank": "ray::RankActor", "encoder": "ray::EncoderActor", "decoder": "ray::DecoderActor"}
 
 
@@ -194,6 +195,15 @@ class Agent:
         self._take_over(event)
         self._others[-1] = (hanging, time.monotonic() + REFUSED_S + 40.0)
         return self._for_a_while(event, True, partial(_send, hanging.pid, signal.SIGCONT), 25.0 + event.lasts_s)
+
+    def _kill_head(self, event: Event) -> bool:
+        address = self.machines.fleet.address
+        self.machines.lose_head()
+        self._command[self._command.index(address)] = self.machines.fleet.address
+        self._keep_machines()
+        self._take_over(event)
+        self._others[-1] = (self._others[-1][0], time.monotonic() + HEADLESS_S)
+        return True
 
     def _clock_jump(self, event: Event) -> bool:
         """Of drivers that are running now or started meanwhile."""

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.episode import PLANS, Result, run_episode
-from tests.chaos.machines import MARKER, Machines, kill_marked
+from tests.chaos.machines import MARKER, Machines, kill_marked, start_head
 from tests.chaos.storage_faults import FaultyS3
-from tests.support.fleet import Fleet
 from tests.support.repository import ROOT
 from tests.support.s3_server import S3Server
 
@@ -42,29 +41,17 @@ def arena(folder: Path, seed: int) -> Iterator[tuple[Machines, tuple[FaultyS3, S
     keys = {"AWS_ACCESS_KEY_ID": "user", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ |= keys | {"AWS_ENDPOINT_URL": endpoints[0].endpoint}  # tasks without a GPU run on the head, too
     os.environ[MARKER] = str(folder)
-    fleet = start_head(folder)
-    machines = Machines(folder, fleet)
+    machines = Machines(folder, start_head(folder))
     try:
         for _ in range(MACHINES):
             machines.add()
         yield machines, endpoints
     finally:
         machines.close()
-        fleet.close()
+        machines.fleet.close()
         kill_marked(folder)
         for endpoint in endpoints:
             endpoint.stop()
-
-
-def start_head(folder: Path, attempts: int = 5) -> Fleet:
-    """Ray gives up after 30 s, which a busy machine may need."""
-    try:
-        return Fleet()
-    except Exception:  # Ray raises no class of its own
-        kill_marked(folder)
-        if attempts == 1:
-            raise
-        return start_head(folder, attempts - 1)
 
 
 def run_campaign(

@@ -61,6 +61,13 @@ class Machines:
         self.environment = {MARKER: str(folder)}  # of the processes of machines that are added
         self._added = 0
 
+    def lose_head(self) -> None:
+        """The head dies. Its machines and drivers notice that after a minute. A new cluster is started at once."""
+        head = self.fleet._cluster.head_node
+        _kill(process.process.pid for processes in head.all_processes.values() for process in processes)
+        self.all.clear()
+        self.fleet = start_head(self.folder)
+
     def add(self, attempts: int = 3) -> Machine:
         """A further machine. Ray gives up after 30 s, which a busy machine may need to start a raylet."""
         self._added += 1
@@ -115,8 +122,10 @@ class Machines:
         return bool(accepted)
 
     def leftovers(self) -> list[str]:
-        """Actors, placement groups and processes that a run has left. Ray needs a moment to end them."""
-        deadline = time.monotonic() + 30.0
+        """Actors, placement groups and processes that a run has left. Ray needs a moment to end them, and a minute if
+        their head has died.
+        """
+        deadline = time.monotonic() + 90.0
         while (found := list(self._leftovers())) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
@@ -137,6 +146,17 @@ class Machines:
         """End all machines, but not the head."""
         for machine in list(self.all):
             self.retire(machine)
+
+
+def start_head(folder: Path, attempts: int = 5) -> Fleet:
+    """Ray gives up after 30 s, which a busy machine may need."""
+    try:
+        return Fleet()
+    except Exception:  # Ray raises no class of its own
+        kill_marked(folder)
+        if attempts == 1:
+            raise
+        return start_head(folder, attempts - 1)
 
 
 def kill_marked(folder: Path) -> None:

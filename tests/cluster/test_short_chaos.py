@@ -21,7 +21,6 @@ SCHEDULE = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_under_a_fixed_schedule_ends_as_an_undisturbed_one(fleet, undisturbed, tmp_path):
     """P1-P5: a rank, a decoder, the driver and a machine die, and the disk of the root is full for a while. The checker
