@@ -26,7 +26,7 @@ from hv_batch.protocol import UserError
 
 CPUINFO = Path("/proc/cpuinfo")
 
-_REMEDY = "Install imageio-ffmpeg again, or set IMAGEIO_FFMPEG_EXE on every node to an ffmpeg that works."
+REMEDY = "Install imageio-ffmpeg again, or set IMAGEIO_FFMPEG_EXE on every node to an ffmpeg that works."
 
 # glibc fills allocated memory with the complement of `perturb`. It leaves out memory of its per-thread cache, so there
 # must be none, and memory that the kernel has just mapped, which is zero.
@@ -47,12 +47,12 @@ def find_ffmpeg() -> str:
     except RuntimeError:
         raise FfmpegError(
             "There is no ffmpeg: the package imageio-ffmpeg was installed without one, PATH has none, and "
-            f"IMAGEIO_FFMPEG_EXE is not set. {_REMEDY}"
+            f"IMAGEIO_FFMPEG_EXE is not set. {REMEDY}"
         ) from None
     found = shutil.which(path)
     if found is None:
         problem = "is not an executable file" if os.path.exists(path) else "does not exist"
-        raise FfmpegError(f"The ffmpeg {path} {problem}. {_REMEDY}")
+        raise FfmpegError(f"The ffmpeg {path} {problem}. {REMEDY}")
     return found
 
 
@@ -66,7 +66,7 @@ def start_ffmpeg(arguments: Sequence[str], **pipes: Any) -> subprocess.Popen[byt
     try:
         return subprocess.Popen([ffmpeg, *arguments], env=encoder_environment(), start_new_session=True, **pipes)
     except OSError as error:
-        raise FfmpegError(f"The ffmpeg {ffmpeg} cannot be started: {error.strerror or error}. {_REMEDY}") from error
+        raise FfmpegError(f"The ffmpeg {ffmpeg} cannot be started: {error.strerror or error}. {REMEDY}") from error
 
 
 def kill_ffmpeg(process: subprocess.Popen[bytes]) -> None:

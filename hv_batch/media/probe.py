@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from hv_batch.job.inspection.verify import MediaShape
-from hv_batch.media.ffmpeg import kill_ffmpeg, start_ffmpeg
+from hv_batch.media.ffmpeg import REMEDY, FfmpegError, kill_ffmpeg, start_ffmpeg
 
 # A 1280x720 frame takes some milliseconds on one core; a decode that takes longer than this hangs.
 DECODE_TIMEOUT_S = 600.0
@@ -17,12 +17,19 @@ DECODE_TIMEOUT_S = 600.0
 # an output root may have any content: a playlist, for example, makes ffmpeg read other files.
 DEMUXERS = {".mp4": "mov", ".png": "png_pipe"}
 
+# Two grey frames of 32x32 in H.264. Before a file counts as damaged, ffmpeg must decode this one: a broken ffmpeg must
+# neither quarantine samples nor make `verify --repair` remove whole videos.
+WHOLE = Path(__file__).with_name("whole.mp4")
+
+# What ffmpeg says of a file that another ffmpeg decodes.
+NO_DECODER = re.compile(r"no decoder found for: (?:h264|hevc|av1|png)\b")
+
 
 def decode_media(data: bytes, suffix: str) -> MediaShape:
     """Return frame count, height and width.
 
     Raises ValueError with ffmpeg's message if the decode has an error, or if the content is not of the type that
-    `suffix` names. Raises FfmpegError if ffmpeg cannot be started.
+    `suffix` names. Raises FfmpegError if ffmpeg cannot be started, lacks the decoder, or decodes no file at all.
     """
     if suffix not in DEMUXERS:
         raise ValueError(f"a file name that ends in {suffix!r}; allowed: {', '.join(DEMUXERS)}")
@@ -30,7 +37,22 @@ def decode_media(data: bytes, suffix: str) -> MediaShape:
     with tempfile.NamedTemporaryFile(prefix="hv_batch-verify-", suffix=suffix) as file:
         file.write(data)
         file.flush()
-        return _decode_file(Path(file.name), DEMUXERS[suffix])
+        try:
+            return _decode_file(Path(file.name), DEMUXERS[suffix])
+        except ValueError as error:
+            _check_decoder(str(error))
+            raise
+
+
+def _check_decoder(problem: str) -> None:
+    """Raises FfmpegError if ffmpeg, not the file, is the cause of a failed decode."""
+    if not NO_DECODER.search(problem):
+        try:
+            _decode_file(WHOLE, DEMUXERS[WHOLE.suffix])
+            return
+        except ValueError as error:
+            problem = f"a file that is known to be whole: {error}"
+    raise FfmpegError(f"The ffmpeg of this machine cannot decode the files of a run: {problem}. {REMEDY}")
 
 
 def _decode_file(path: Path, demuxer: str) -> MediaShape:

@@ -35,13 +35,14 @@ for line in sys.stdin:
     prompt = json.loads(line)["prompt"]
     print(json.dumps({{"drop": "too dull"}} if "{DULL}" in prompt else {{"prompt": "at dawn: " + prompt}}))
 """
-# It signs each file with another number, in a box that players skip, as a signer with a time stamp does.
+# It signs each video with another number, in a box that players skip, as a signer with a time stamp does.
 SAMPLE_HOOK = """
 import json, os, sys
 sample = json.load(sys.stdin)
 path = sys.argv[1]
-with open(path, "ab") as file:
-    file.write((24).to_bytes(4, "big") + b"free" + os.urandom(16))
+if path.endswith(".mp4"):
+    with open(path, "ab") as file:
+        file.write((24).to_bytes(4, "big") + b"free" + os.urandom(16))
 print(json.dumps({"words": len(sample["params"]["prompt"].split())}))
 """
 
@@ -62,7 +63,7 @@ class Variant:
     flags: tuple[str, ...]  # of the command
     manifest: Path
     expected: Path  # the manifest as JSON Lines, as the prompt hook leaves it: what the checker reads
-    signed: bool  # a sample hook makes the bytes of each file unique
+    signed: bool  # a sample hook makes the bytes of each video unique
     exit_code: int  # of a run that has nothing left to do
 
     @property

@@ -7,6 +7,7 @@ import pytest
 
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.inspection.verify import MediaShape
+from hv_batch.media.ffmpeg import FfmpegError
 from hv_batch.media.probe import decode_media
 from hv_batch.media.writer import write_media
 
@@ -49,3 +50,25 @@ def test_other_formats_are_not_read(tmp_path):
         decode_media(_media(tmp_path, 5), ".png")
     with pytest.raises(ValueError, match=r"'\.avi'; allowed: \.mp4, \.png"):
         decode_media(_media(tmp_path, 5), ".avi")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".png"])
+def test_a_broken_ffmpeg_does_not_make_a_file_damaged(tmp_path, monkeypatch, suffix):
+    """P1, P5: a file that no ffmpeg of this machine can read is not removed, and its sample is not to blame."""
+    data = _media(tmp_path, 1 if suffix == ".png" else 5)
+    script = tmp_path / "ffmpeg"
+    script.write_text('#!/bin/sh\necho "Illegal instruction" >&2\nexit 132\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    with pytest.raises(FfmpegError, match=r"known to be whole: Illegal instruction.*IMAGEIO_FFMPEG_EXE"):
+        decode_media(data, suffix)
+
+
+def test_an_ffmpeg_without_the_decoder_does_not_make_a_file_damaged(tmp_path, monkeypatch):
+    """P1, P5: as above, for a build of ffmpeg that lacks the decoder of this file only."""
+    data, script = _media(tmp_path, 5), tmp_path / "ffmpeg"
+    script.write_text('#!/bin/sh\necho "Decoding requested, but no decoder found for: h264" >&2\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    with pytest.raises(FfmpegError, match="no decoder found for: h264"):
+        decode_media(data, ".mp4")

@@ -13,6 +13,7 @@ import pytest
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.hooks.hook import Hook, HookFailedError, HookUnavailableError, describe_hook, parse_hook
 from hv_batch.job.records.commits import describe_sample
+from hv_batch.media.ffmpeg import FfmpegError
 from hv_batch.media.probe import decode_media
 from hv_batch.media.sample_hook import check_sample_hook, run_sample_hook
 from hv_batch.media.writer import MediaInfo, write_media
@@ -68,6 +69,16 @@ def test_a_hook_that_spoils_the_file_is_a_failure_of_the_sample(media, code, pro
     """P5: POISON, as the same file would meet the same hook again."""
     with pytest.raises(HookFailedError, match=problem):
         run_sample_hook(python(code), media, SAMPLE, 30.0)
+
+
+def test_a_broken_ffmpeg_is_not_a_failure_of_the_sample(media, tmp_path, monkeypatch):
+    """P5: the changed file cannot be checked on this node; another worker tries."""
+    script = tmp_path / "ffmpeg"
+    script.write_text("#!/bin/sh\nexit 132\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    with pytest.raises(FfmpegError, match="ffmpeg exited with status 132"):
+        run_sample_hook(python("import sys; open(sys.argv[1], 'ab').write(b'mark')"), media, SAMPLE, 30.0)
 
 
 def test_a_function_gets_the_path_and_the_sample(media, tmp_path, monkeypatch):
