@@ -163,6 +163,8 @@ class _Checker:
         for shard in self.shards:
             yield from self._table(shard)
         yield from self._dataset()
+        yield from self._report()
+        yield from self._events()
         yield from self._left()
 
     def _states(self) -> Iterator[Finding]:
@@ -286,6 +288,33 @@ class _Checker:
             return
         if rows != len(self.committed):
             yield Finding("wrong", "data/", f"the dataset has {rows} rows for {len(self.committed)} committed samples")
+
+    def _report(self) -> Iterator[Finding]:
+        """The report shows each sample once, in its state."""
+        name = "report/report.json"
+        try:
+            report = json.loads((self.root / name).read_bytes())
+            parts = [json.loads((self.root / "report" / shard["part"]).read_bytes()) for shard in report["shards"]]
+        except (OSError, ValueError, TypeError) as error:
+            yield Finding("lost", name, f"it or a part of it cannot be read: {error}")
+            return
+        shown = Counter((sample["key"], sample["state"]) for part in parts for sample in part["samples"])
+        states = {"committed": self.committed, "quarantined": self.quarantined, "withdrawn": self.withdrawn}
+        if shown != Counter((key, state) for state, records in states.items() for key in records):
+            yield Finding("wrong", name, "its parts show other samples, or samples in other states, than the records")
+        counts = {state: len(records) for state, records in states.items()} | {"pending": 0}
+        if any(report["totals"][state] != count for state, count in counts.items()) or not report["finished"]:
+            yield Finding("wrong", name, f"its totals are {report['totals']}, finished: {report['finished']}")
+
+    def _events(self) -> Iterator[Finding]:
+        """Each line of the event log is a JSON object with a time and a kind."""
+        for name in sorted(name for name in self.files if name.startswith("events/")):
+            try:
+                for line in (self.root / name).read_bytes().splitlines():
+                    event = json.loads(line)
+                    event["at"], event["kind"]
+            except (ValueError, KeyError, TypeError) as error:
+                yield Finding("wrong", name, f"a line of it is no event: {error}")
 
     def _left(self) -> Iterator[Finding]:
         named = {record[field] for record in self.committed.values() for field in ("file", "poster")}

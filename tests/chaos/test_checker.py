@@ -101,6 +101,17 @@ def quarantine_too(root: Path) -> None:
     shutil.copy(root / "commits/shard-00000/s001.json", root / "quarantine/shard-00000/s001.json")
 
 
+def forget_in_report(root: Path) -> None:
+    part = json.loads((path := root / "report/parts/shard-00000.json").read_text())
+    part["samples"].pop()
+    path.write_text(json.dumps(part))
+
+
+def cut_event(root: Path) -> None:
+    put(root, "events/20261129T000000Z-01234567/00000.jsonl")
+    only(root, "events/*/00000.jsonl").write_text('{"at": 1.0, "kind": "run_sta')
+
+
 DAMAGE = {
     "a record is missing": (lambda root: (root / "commits/shard-00000/s001.json").unlink(), "lost", "s001"),
     "a quarantine record is missing": (lambda root: only(root, f"quarantine/*/{POISON}.json").unlink(), "lost", POISON),
@@ -124,6 +135,9 @@ DAMAGE = {
     "a table that is cut": (lambda root: (root / SHARD / "metadata.parquet").write_bytes(b"PAR1"), "wrong", "metadata"),
     "a tar of other members": (shorten_tar, "wrong", "webdataset/"),
     "a summary of other counts": (lambda root: rewrite(root / "summary.json", committed=9), "wrong", "summary.json"),
+    "a report of another state": (forget_in_report, "wrong", "report/"),
+    "a report without a part": (lambda root: only(root, "report/parts/shard-00000*").unlink(), "lost", "report/"),
+    "a cut event": (cut_event, "wrong", "events/"),
     "bytes of another run": (swap_media, "wrong", "s001"),
     "latents": (lambda root: put(root, "latents/shard-00000/s.safetensors"), "left", "latents/"),
     "a step checkpoint": (lambda root: put(root, "steps/shard-00000/s001.safetensors"), "left", "steps/"),

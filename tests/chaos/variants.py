@@ -24,8 +24,8 @@ from tests.support.runs import FAKE_CONFIG
 VARIANTS = 8
 STEP_S = 0.4  # of a step of the fake engine: faults should meet samples in work
 
-# A sample of each class of failure that the fake engine has.
-POISON = ("!raise-encode", "!raise-denoise", "!oom-denoise")
+# Failures of every attempt. An "!oom-denoise" would not do: the next attempt continues after the step that fails.
+POISON = ("!raise-encode", "!raise-denoise", "!oom-encode")
 DULL = "dull"  # prompts that the prompt hook drops
 COLUMNS = {"id": "name", "prompt": "caption", "num_frames": "length", "num_videos": "n", "category": "category"}
 
