@@ -43,6 +43,7 @@ class Agent:
     ) -> None:
         self.machines, self.root, self.folder = machines, root, folder
         self.done: Counter[str] = Counter()  # events that were carried out, by kind
+        self.carried_out: list[str] = []
         self.starts = 0
         self.ends: Counter[str] = Counter()  # how drivers ended
         self.findings: list[str] = []
@@ -65,6 +66,7 @@ class Agent:
                 break
             if self._carry_out(event):
                 self.done[event.kind] += 1
+                self.carried_out.append(str(event))
                 print(f"  {time.monotonic() % 10000:7.1f} {event}", file=self._log, flush=True)
         for _, undo in self._undo:
             undo()

@@ -26,6 +26,7 @@ from tests.chaos.schedule import Event, make_schedule
 from tests.chaos.variants import STEP_S, VARIANTS, Variant, make_variant
 from tests.support.repository import ROOT
 
+ENGINES = "tests.chaos.engine:ChaosEngine,tests.chaos.toy_engine:ToyEngine"  # that `verify --repair` may run
 HIDDEN_FAULTS = ("s3-forgotten", "lose-media")  # after which only `verify` can find what is missing
 
 
@@ -36,6 +37,7 @@ class Result:
     variant: str
     events: dict[str, int]
     requests: dict[str, int]  # disturbed requests by fault of the endpoint
+    schedule: list[str]  # the events that were carried out, in order
     samples: int
     seconds: float
     ends: dict[str, int]  # exit codes of the command
@@ -84,6 +86,7 @@ class Episode:
             self.variant.name,
             dict(agent.done),
             dict(requests),
+            agent.carried_out,
             samples,
             round(time.monotonic() - began, 1),
             dict(agent.ends),
@@ -142,7 +145,7 @@ def command_of(variant: Variant, folder: Path, output: str, machines: Machines, 
 
 def environment_of(machines: Machines) -> dict[str, str]:
     """Of the commands."""
-    return {**os.environ, **machines.environment, "HV_BATCH_ENGINES": "tests.chaos.engine:ChaosEngine"}
+    return {**os.environ, **machines.environment, "HV_BATCH_ENGINES": ENGINES}
 
 
 def make_reference(machines: Machines, folder: Path, variant: Variant) -> Path:
