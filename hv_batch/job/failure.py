@@ -21,9 +21,9 @@ MAX_TRACEBACK = 8_000
 class FailureClass(StrEnum):
     POISON = "POISON"  # a deterministic error of this sample
     GPU_OOM = "GPU_OOM"  # out of device memory; retried once on a rebuilt worker
-    INFRA = "INFRA"  # lost actor, node or object, collective error, hang: quarantines the sample only if it repeats
+    INFRA = "INFRA"  # lost actor or node, collective error, hang: quarantines the sample only if it repeats
     OUTAGE = "OUTAGE"  # the output root is unreachable: counts against no budget, the run waits
-    PREEMPTED = "PREEMPTED"  # the node was preempted or drained: has a budget of its own
+    PREEMPTED = "PREEMPTED"  # the node of the task, or of its input, went away: has a budget of its own
     FATAL = "FATAL"  # config, credentials, weights, disk full: the run cannot continue
 
 

@@ -121,6 +121,8 @@ def _of_task(cause: BaseException, traceback: str, where: str) -> Failure:
             if isinstance(cause, StorageRefusedError):
                 remedy = "grant access to it"
             message = f"a store cannot be used: {_text_of(cause)}; {remedy}, or choose another output root"
+    elif isinstance(cause, ObjectLostError):
+        kind, message = FailureClass.PREEMPTED, f"the node that held its input is gone: {message}"
     elif isinstance(cause, NOT_THE_SAMPLE) or _is_device_fault(cause) or _is_collective(cause):
         kind = FailureClass.INFRA
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -60,11 +61,13 @@ class Machines:
         self.all: list[Machine] = []
         self.environment = {MARKER: str(folder)}  # of the processes of machines that are added
         self._added = 0
+        self._orphans: list[subprocess.Popen] = []  # processes of clusters whose head is dead
 
     def lose_head(self) -> None:
         """The head dies. Its machines and drivers notice that after a minute. A new cluster is started at once."""
-        head = self.fleet._cluster.head_node
-        _kill(process.process.pid for processes in head.all_processes.values() for process in processes)
+        head = _processes_of(self.fleet._cluster.head_node)
+        _kill(process.pid for process in head)
+        self._orphans += [*head, *(process for machine in self.all for process in _processes_of(machine.node))]
         self.all.clear()
         self.fleet = start_head(self.folder)
 
@@ -131,6 +134,8 @@ class Machines:
         return found
 
     def _leftovers(self) -> Iterator[str]:
+        for orphan in self._orphans:
+            orphan.poll()  # Ray's workers take a raylet that nobody has waited for as alive
         state = self.fleet._cluster.global_state
         for actor in state.actor_table(None).values():
             if actor["State"] != "DEAD":
@@ -146,6 +151,10 @@ class Machines:
         """End all machines, but not the head."""
         for machine in list(self.all):
             self.retire(machine)
+
+
+def _processes_of(node: object) -> list[subprocess.Popen]:
+    return [each.process for processes in node.all_processes.values() for each in processes]
 
 
 def start_head(folder: Path, attempts: int = 5) -> Fleet:

@@ -54,7 +54,7 @@ def raised_by_a_task(cause):
         (TimeoutError("store is slow"), FailureClass.INFRA, True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), FailureClass.INFRA, True),
         (RuntimeError("NCCL error: unhandled system error"), FailureClass.INFRA, True),
-        (ObjectLostError("ab" * 14, None, ""), FailureClass.INFRA, True),
+        (ObjectLostError("ab" * 14, None, ""), FailureClass.PREEMPTED, True),
         (WorkerCrashedError(), FailureClass.INFRA, False),
         (LatentsGoneError("gone"), FailureClass.INFRA, True),
     ],

@@ -321,7 +321,9 @@ class DenoiseGroup:
         `in_step` is false for a decode, whose ranks do not run the same collectives: if all have failed, messages that
         no rank has received may be left between them.
         """
-        failures = [classify(error, str(self.id)) for error in errors.values()]
+        # If a node dies with a rank and with the input of another one, the rank is what the group has lost.
+        telling = [error for error in errors.values() if not input_was_lost(error)] or list(errors.values())
+        failures = [classify(error, str(self.id)) for error in telling]
         failure = most_telling(failures)
         if not self.is_ready:
             own = [asked[ref] for ref, error in errors.items() if not is_collateral(error)]
@@ -331,7 +333,7 @@ class DenoiseGroup:
             counts = not self._exclusion.device_faulted(Stage.DENOISE, self._nodes_of(faulty), failure.message)
         # If every rank refused the sample alike (latents that are not finite, an input that was lost), no rank waits in
         # a collective: the group keeps its 26 GB of weights and takes the next sample.
-        refused = in_step and all(f.kind is FailureClass.POISON for f in failures)
+        refused = in_step and all(f.kind is FailureClass.POISON for f in failures) and len(telling) == len(errors)
         if (refused or all(map(input_was_lost, errors.values()))) and len(errors) == len(asked):
             return TaskFailed(self.id, failure)
         return WorkerLost(self.id, failure, counts)

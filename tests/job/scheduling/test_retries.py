@@ -149,6 +149,24 @@ def test_a_worker_on_which_everything_fails_is_rebuilt():
     assert len(world.committed) >= 9
 
 
+def test_a_group_whose_inputs_were_lost_with_a_node_is_not_rebuilt():
+    """P5: the embeddings of many waiting samples are lost at once. Neither the group nor the samples are to blame."""
+    world, lost, groups = World(limits(groups=1), plan_of(12)), set(), set()
+
+    def first_input(worker, keys):
+        if worker.stage is Stage.DENOISE:
+            groups.add(worker.incarnation)
+            if not lost.issuperset(keys):
+                lost.update(keys)
+                return "failed", FailureClass.PREEMPTED
+        return None
+
+    drive(world, first_input)
+    assert world.finish
+    assert len(lost) == len(world.committed) == 12
+    assert groups == {0}
+
+
 def test_a_faulty_node_does_not_end_a_proven_run():
     """P5: if the same config has started before, a FATAL start failure is a failure of the node."""
     world = World(limits(groups=2), plan_of(6))

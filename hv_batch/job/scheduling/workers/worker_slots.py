@@ -180,6 +180,6 @@ class WorkerSlot:
         return True
 
     def note_failure(self, keys: tuple[str, ...], failure: Failure) -> None:
-        """Count a failed task that the worker survived. Batches and outages do not count."""
-        if len(keys) == 1 and failure.kind is not FailureClass.OUTAGE:
+        """Count a failed task that the worker survived. Batches, outages and inputs that are gone do not count."""
+        if len(keys) == 1 and failure.kind not in (FailureClass.OUTAGE, FailureClass.PREEMPTED):
             self.failed_samples.update(keys)
