@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hv_batch.architecture import DiTConfig
-from hv_batch.toy.checkpoint import TOY_DIT
+from hv_batch.toy.checkpoint import dit_file
 from hv_batch.toy.trained import write_trained_checkpoint
 from tests.support.lora_files import official, random_adapter, write
 from tests.support.repository import CONFIGS
@@ -126,16 +126,19 @@ def _fake_engine() -> dict[str, Any]:
 def _toy_engine(number: int, folder: Path) -> dict[str, Any]:
     """The real engine with the trained toy, groups of two ranks over gloo, and two LoRAs."""
     options = yaml.safe_load((CONFIGS / "demo_cpu.yaml").read_text())["model"]["options"]
-    options |= TOY_OPTIONS[number % len(TOY_OPTIONS)] | {"model_base": str(write_trained_checkpoint(folder.parent))}
+    base = write_trained_checkpoint(folder.parent)
+    written = json.loads((dit_file(base).parent / "config.json").read_text())
+    model = DiTConfig(**{name: value for name, value in written.items() if not name.startswith("_")})
+    options |= TOY_OPTIONS[number % len(TOY_OPTIONS)] | {"model_base": str(base)}
     loras = {}
     for seed, name in enumerate(("film", "grain")):
         path = folder / f"{name}.safetensors"
         if not path.exists():
-            write(path, official(random_adapter(DiTConfig(**TOY_DIT), seed)))
+            write(path, official(random_adapter(model, seed)))
         loras[name] = {"path": str(path), "strength": 0.3}
     defaults = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 6, "cfg_scale": 3.0}
-    model = {"engine": "tests.chaos.toy_engine:ToyEngine", "options": {"video": options}, "loras": loras}
-    return {"model": model, "defaults": defaults}
+    section = {"engine": "tests.chaos.toy_engine:ToyEngine", "options": {"video": options}, "loras": loras}
+    return {"model": section, "defaults": defaults}
 
 
 def _rows(samples: int, hooks: bool, poison: bool, loras: bool) -> Iterable[dict[str, Any]]:
