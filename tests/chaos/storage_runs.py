@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import sys
@@ -151,6 +152,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     failed = 0
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # closed connections are faults here
     with tempfile.TemporaryDirectory() as folder, endpoints(given.seed) as servers:
         runs = StorageRuns(Path(folder), servers)
         for seed in range(given.seed, given.seed + given.runs):
