@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.machines import Machine, Machines
+from tests.chaos.operators import Operators
 from tests.chaos.schedule import Event
 from tests.support.repository import ROOT
 
@@ -54,6 +55,7 @@ class Agent:
         self._others: list[tuple[subprocess.Popen, float]] = []  # drivers that must end, and by when
         self._clock = folder / "clock"
         self._log = (folder / "driver.log").open("a")
+        self._operators = Operators([*command[:3]], environment, root.url, folder)
         self._driver = self._start()
 
     def run(self, schedule: Sequence[Event]) -> None:
@@ -74,14 +76,18 @@ class Agent:
         self._keep_machines()
         self.starts = 0
         deadline = time.monotonic() + END_S
-        while not (self.ended and not self._others) and time.monotonic() < deadline and self.starts < MOST_STARTS:
+        while self._is_busy() and time.monotonic() < deadline and self.starts < MOST_STARTS:
             self._pass_time(1.0)
         if not self.ended:
             self.findings.append(f"the run does not end: {self.starts} starts; {dict(self.ends)}")
             self._driver.kill()
             self._driver.wait()
 
+    def _is_busy(self) -> bool:
+        return not self.ended or bool(self._others or self._operators.are_busy)
+
     def close(self) -> None:
+        self._operators.close()
         for driver in [self._driver, *(driver for driver, _ in self._others)]:
             if driver.poll() is None:
                 driver.kill()
@@ -108,7 +114,7 @@ class Agent:
             if now >= deadline:
                 return
             time.sleep(TICK_S)
-        while self._others and time.monotonic() < deadline:
+        while (self._others or self._operators.are_busy) and time.monotonic() < deadline:
             self._watch_drivers(time.monotonic())
             time.sleep(TICK_S)
 
@@ -119,6 +125,7 @@ class Agent:
             self._pass_time(1.0)
 
     def _watch_drivers(self, now: float) -> None:
+        self.findings += self._operators.watch(now)
         for entry in list(self._others):
             driver, deadline = entry
             if driver.poll() is not None:
@@ -205,6 +212,12 @@ class Agent:
         self._keep_machines()
         self._take_over(event)
         self._others[-1] = (self._others[-1][0], time.monotonic() + HEADLESS_S)
+        return True
+
+    def _operate(self, event: Event) -> bool:
+        kill = self._operators.start(event)
+        if event.draw * 100.0 % 1.0 < 0.5:
+            self._undo.append((time.monotonic() + event.lasts_s, kill))
         return True
 
     def _clock_jump(self, event: Event) -> bool:

@@ -32,7 +32,7 @@ class LargeEncoder(FakeEncoder):
 
 
 class ChaosEngine(FakeEngine):
-    """Prompts with "!oom-<stage>" run out of GPU memory."""
+    """Prompts with "!oom-<stage>" run out of GPU memory. The stage "begin" is the begin of a denoise, resumed or not."""
 
     def _arm(self) -> None:
         super()._arm()
@@ -41,6 +41,17 @@ class ChaosEngine(FakeEngine):
     def text_encoder(self, device):
         self.mark_gpus("encoder")
         return LargeEncoder(self)
+
+    def join(self, place):
+        denoiser = super().join(place)
+        denoise = denoiser.denoise
+
+        def denoise_or_fail(params, positive, negative, on_step, resume=None):
+            self.misbehave("begin", params.prompt)
+            return denoise(params, positive, negative, on_step, resume)
+
+        denoiser.denoise = denoise_or_fail
+        return denoiser
 
     def misbehave(self, stage: str, text: str) -> None:
         if f"!oom-{stage}" in text:

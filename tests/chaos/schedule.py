@@ -26,6 +26,7 @@ PROCESSES = {
     "take-over": 2,  # from a driver that works
     "kill-raylet": 2,  # its workers have to notice
     "pause-raylet": 1,  # long enough that Ray declares the node dead
+    "operate": 4,  # another command on the root of the run, which is killed in one of two cases
     "kill-head": 1,  # the same command continues on another cluster, while the machines of the dead one still work
     "power-off": 3,  # the node with all its processes and its disk
     "drain-node": 2,  # with a deadline, at which the node goes away

@@ -24,8 +24,8 @@ from tests.support.runs import FAKE_CONFIG
 VARIANTS = 8
 STEP_S = 0.4  # of a step of the fake engine: faults should meet samples in work
 
-# Failures of every attempt. An "!oom-denoise" would not do: the next attempt continues after the step that fails.
-POISON = ("!raise-encode", "!raise-denoise", "!oom-encode")
+# Failures of every attempt. A failure after a step would not do: a resumed attempt may begin behind it.
+POISON = ("!raise-encode", "!raise-begin", "!oom-begin")
 DULL = "dull"  # prompts that the prompt hook drops
 COLUMNS = {"id": "name", "prompt": "caption", "num_frames": "length", "num_videos": "n", "category": "category"}
 
