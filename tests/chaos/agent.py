@@ -27,7 +27,6 @@ REPLACED_AFTER_S = 2.0  # a machine that is lost
 MOST_STARTS = 25  # of the command without an active fault, before a run counts as one that does not end
 END_S = 420.0  # for the run after the last event
 REFUSED_S = 90.0  # for a second driver, and for a driver whose lease was taken over
-ROOM_BYTES = 2**20  # that a process with a limit may use in addition
 HEADLESS_S = 150.0  # for a driver whose cluster has lost its head; Ray ends it after a minute
 TITLES = {"rank": "ray::RankActor", "encoder": "ray::EncoderActor", "decoder": "ray::DecoderActor"}
 
@@ -174,7 +173,7 @@ class Agent:
         if act == "pause":
             return self._for_a_while(event, _send(pid, signal.SIGSTOP), partial(_send, pid, signal.SIGCONT))
         if act == "limit":
-            return self._for_a_while(event, _limit_memory(pid, ROOM_BYTES), partial(_limit_memory, pid, None), 3.0)
+            return self._for_a_while(event, _limit_memory(pid), partial(_end_limit, pid), 6.0)
         return _send(pid, signal.SIGKILL if act == "kill" else signal.SIGSTOP)
 
     def _kill_driver(self, event: Event) -> bool:
@@ -310,11 +309,15 @@ def _send(pid: int, number: signal.Signals) -> bool:
     return False
 
 
-def _limit_memory(pid: int, room: int | None) -> bool:
-    """Limit the address space of a process to what it has and `room` bytes, or end the limit."""
+def _limit_memory(pid: int) -> bool:
+    """Limit the address space of a process to what it has."""
     with suppress(OSError):
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-        limit = resource.RLIM_INFINITY if room is None else pages * resource.getpagesize() + room
-        resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
         return True
     return False
+
+
+def _end_limit(pid: int) -> None:
+    with suppress(OSError):
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

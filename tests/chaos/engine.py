@@ -32,7 +32,7 @@ class LargeEncoder(FakeEncoder):
 
 
 class ChaosEngine(FakeEngine):
-    """Prompts with "!oom-<stage>" run out of GPU memory. The stage "begin" is the begin of a denoise, resumed or not."""
+    """Prompts with "!oom-<stage>" run out of GPU memory. "begin" is the stage before the first step of an attempt."""
 
     def _arm(self) -> None:
         super()._arm()
