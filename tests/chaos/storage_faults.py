@@ -52,7 +52,7 @@ class StorageFaults:
         self._listings: dict[str, tuple[str, list[tuple[str, str]], bytes]] = {}
         self._lock = threading.Lock()
         self.requests = 0
-        self.script: dict[int, Callable[[], object]] = {}  # what is done before a request, by its number
+        self.script: dict[int, list[Callable[[], object]]] = {}  # what is done before a request, by its number
 
     def switch_on(self, fault: str, only: str = "") -> None:
         """`only` is a part of the paths of the requests that the fault concerns."""
@@ -80,8 +80,8 @@ class StorageFaults:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         with self._lock:
             self.requests += 1
-            act = self.script.pop(self.requests, None)
-        if act:
+            acts = self.script.pop(self.requests, [])
+        for act in acts:
             act()
         uploads = method in ("PUT", "POST")
         if _is_skewed(environ.get("HTTP_X_AMZ_DATE", "")):

@@ -91,8 +91,9 @@ class StorageRuns:
             fault = draw.choice(FAULTS)
             only = draw.choice(FORGETTABLE) if fault == "forgotten" else ""
             first = layer.requests + draw.randint(1, REQUESTS)
-            layer.script[first] = partial(self._begin, begun, fault, only)
-            layer.script[first + draw.randint(2, 40)] = partial(layer.switch_off, fault)
+            layer.script.setdefault(first, []).append(partial(self._begin, begun, fault, only))
+            last = first + draw.randint(2, 40)
+            layer.script.setdefault(last, []).append(partial(layer.switch_off, fault))
         tries = self._run_until_done(store)
         layer.script.clear()
         layer.switch_all_off()
