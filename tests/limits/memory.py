@@ -46,7 +46,7 @@ def measure(samples: int, groups: int, decoders: int, step_seconds: float) -> tu
         folder = Path(name)
         with (folder / "manifest.jsonl").open("w") as file:
             file.writelines(json.dumps({"id": f"s{n:06d}", "prompt": f"take {n}"}) + "\n" for n in range(samples))
-        (folder / "config.yaml").write_text(yaml.safe_dump(_config(groups, decoders, step_seconds)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(sleeping_config(groups, decoders, step_seconds)))
         command = [sys.executable, "-m", "hv_batch", "run", "--config", str(folder / "config.yaml")]
         command += ["--manifest", str(folder / "manifest.jsonl"), "--output", str(folder / "out"), "--address", "local"]
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -66,7 +66,7 @@ def measure(samples: int, groups: int, decoders: int, step_seconds: float) -> tu
     )
 
 
-def _config(groups: int, decoders: int, step_seconds: float) -> dict:
+def sleeping_config(groups: int, decoders: int, step_seconds: float) -> dict:
     return {
         "model": {
             "engine": "hv_batch.bench.sleep_engine:SleepEngine",
