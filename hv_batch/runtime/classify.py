@@ -37,6 +37,10 @@ MOST_TELLING = (
 CODE = re.compile(r"^((?:ModuleNotFoundError|ImportError): .*|.*OtherVersionError: .*)$", re.M)
 
 
+# Texts of Python and PyTorch about a node that has no more threads or host memory; they raise a plain RuntimeError.
+HOST_LIMIT = re.compile(r"can't start new thread|can't allocate memory|not enough memory|Cannot allocate memory")
+
+
 class LatentsGoneError(Exception):
     """The final latents that a decode needs are neither in the object store nor in the output root."""
 
@@ -123,7 +127,7 @@ def _of_task(cause: BaseException, traceback: str, where: str) -> Failure:
             message = f"a store cannot be used: {_text_of(cause)}; {remedy}, or choose another output root"
     elif isinstance(cause, ObjectLostError):
         kind, message = FailureClass.PREEMPTED, f"the node that held its input is gone: {message}"
-    elif isinstance(cause, NOT_THE_SAMPLE) or _is_device_fault(cause) or _is_collective(cause):
+    elif isinstance(cause, NOT_THE_SAMPLE) or _is_host_limit(cause) or _is_device_fault(cause) or _is_collective(cause):
         kind = FailureClass.INFRA
     else:
         kind = FailureClass.POISON
@@ -142,6 +146,10 @@ def _of_system(cause: OSError) -> FailureClass:
 def _text_of(cause: OSError) -> str:
     """The message of a StorageError, which begins with the URL of the store, without the number of the error."""
     return str(cause.strerror or cause)
+
+
+def _is_host_limit(cause: BaseException) -> bool:
+    return isinstance(cause, RuntimeError) and HOST_LIMIT.search(str(cause)) is not None
 
 
 def _is_collective(cause: BaseException) -> bool:

@@ -54,6 +54,15 @@ def raised_by_a_task(cause):
         (TimeoutError("store is slow"), FailureClass.INFRA, True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), FailureClass.INFRA, True),
         (RuntimeError("NCCL error: unhandled system error"), FailureClass.INFRA, True),
+        (RuntimeError("can't start new thread"), FailureClass.INFRA, True),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                "tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            FailureClass.INFRA,
+            True,
+        ),
         (ObjectLostError("ab" * 14, None, ""), FailureClass.PREEMPTED, True),
         (WorkerCrashedError(), FailureClass.INFRA, False),
         (LatentsGoneError("gone"), FailureClass.INFRA, True),
