@@ -14,8 +14,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tests.support.repository import ROOT
 from tests.support.s3_server import S3Server
 
 MACHINES = 2
+FINDINGS = ("lost", "doubled", "wrong", "left")
 
 
 @contextmanager
@@ -70,20 +71,28 @@ def run_campaign(
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """Rows of events by kind; findings are counted for each kind of event of their run."""
-    events: Counter[str] = Counter()
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    for result in results:
-        events.update(result["events"])
-        for finding in result["findings"]:
-            for kind in result["events"]:
-                found[kind][finding["kind"]] += 1
-    kinds = ("lost", "doubled", "wrong", "left")
-    rows = [
-        f"| {kind} | {events[kind]} | {' | '.join(str(found[kind][each]) for each in kinds)} |"
-        for kind in sorted(events)
-    ]
-    return "\n".join([f"| event | number | {' | '.join(kinds)} |", "|---|---|---|---|---|---|", *rows])
+    """A row for each kind of event, with the findings of the runs in which it occurred; then the sums."""
+    results = list(results)
+    kinds = sorted({kind for result in results for kind in result["events"]})
+    rows = [_row(kind, [result for result in results if kind in result["events"]], [kind]) for kind in kinds]
+    disturbed = sum(sum(result["requests"].values()) for result in results)
+    minutes = sum(result["seconds"] for result in results) / 60.0
+    return "\n".join(
+        [
+            f"| event | times | runs | {' | '.join(FINDINGS)} |",
+            f"|---|---|---|{'---|' * len(FINDINGS)}",
+            *rows,
+            _row("all", results, kinds),
+            "",
+            f"{minutes:.0f} minutes, {disturbed:,} disturbed requests.",
+        ]
+    )
+
+
+def _row(name: str, results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
+    times = sum(result["events"].get(kind, 0) for result in results for kind in kinds)
+    found = Counter(finding["kind"] for result in results for finding in result["findings"])
+    return f"| {name} | {times:,} | {len(results)} | {' | '.join(str(found[kind]) for kind in FINDINGS)} |"
 
 
 def main() -> int:
