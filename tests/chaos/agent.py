@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.chaos import small_disks
 from tests.chaos.machines import Machine, Machines
 from tests.chaos.operators import Operators
 from tests.chaos.schedule import Event
@@ -288,6 +289,11 @@ class Agent:
         mark = event.pick(self.machines.all).broken_ffmpeg
         mark.touch()
         return self._for_a_while(event, True, partial(mark.unlink, missing_ok=True), 3.0)
+
+    def _fill_node(self, event: Event) -> bool:
+        machine = event.pick(self.machines.all)
+        begun = machine.is_small and small_disks.fill(machine.disk)
+        return self._for_a_while(event, begun, partial(small_disks.empty, machine.disk), 3.0)
 
     def _break_device(self, event: Event) -> bool:
         mark = self.folder / "marks" / f"faulty-{event.pick(self.machines.all).host}"

@@ -16,10 +16,12 @@ import imageio_ffmpeg
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 
+from tests.chaos import small_disks
 from tests.support.fleet import Fleet, descendants
 
 MARKER = "HV_BATCH_CHAOS"  # in the environment of every process of a chaos run
 ACTORS = ("ray::RankActor", "ray::EncoderActor", "ray::DecoderActor", "ray::seal", "ray::empty_spool")
+DISK_BYTES = 48 * 2**20
 GPUS = 3  # of a machine: two ranks, an encoder and a decoder
 
 # The check of an encoder is part of what breaks, so that a worker that starts there fails as well.
@@ -33,6 +35,7 @@ exec {ffmpeg} "$@"
 class Machine:
     node: object  # of Ray
     disk: Path  # its temporary folder, with the spool
+    is_small: bool  # the folder is a file system of its own
 
     @property
     def host(self) -> str:
@@ -46,6 +49,11 @@ class Machine:
     @property
     def broken_ffmpeg(self) -> Path:
         return self.disk.parent / "ffmpeg-is-broken"
+
+    def throw_away(self) -> None:
+        if self.is_small:
+            small_disks.unmount(self.disk)
+        shutil.rmtree(self.disk.parent, ignore_errors=True)
 
     def processes(self, title: str) -> list[int]:
         """The pids of its Ray workers with this title, in order."""
@@ -76,6 +84,7 @@ class Machines:
         self._added += 1
         disk = self.folder / f"machine-{self._added}" / "tmp"
         disk.mkdir(parents=True)
+        is_small = small_disks.mount(disk, DISK_BYTES)
         script = disk.parent / "ffmpeg"
         script.write_text(
             FFMPEG.format(broken=disk.parent / "ffmpeg-is-broken", ffmpeg=imageio_ffmpeg.get_ffmpeg_exe())
@@ -83,7 +92,7 @@ class Machines:
         script.chmod(0o755)
         environment = {**self.environment, "TMPDIR": str(disk), "IMAGEIO_FFMPEG_EXE": str(script)}
         try:
-            machine = Machine(self.fleet.add_node(gpus=GPUS, environment=environment), disk)
+            machine = Machine(self.fleet.add_node(gpus=GPUS, environment=environment), disk, is_small)
         except Exception:  # Ray raises no class of its own
             _kill(_processes_with(f"TMPDIR={disk}"))
             if attempts == 1:
@@ -99,13 +108,13 @@ class Machines:
         """All its processes end at once, and its disk is gone."""
         self.all.remove(machine)
         self.fleet.kill_node(machine.node)
-        shutil.rmtree(machine.disk.parent, ignore_errors=True)
+        machine.throw_away()
 
     def retire(self, machine: Machine) -> None:
         """Like `ray stop`."""
         self.all.remove(machine)
         self.fleet.remove_node(machine.node)
-        shutil.rmtree(machine.disk.parent, ignore_errors=True)
+        machine.throw_away()
 
     def kill_raylet(self, machine: Machine) -> None:
         """The raylet dies alone. Its workers have to notice that; its disk stays, without anybody to read it."""
@@ -151,6 +160,9 @@ class Machines:
         """End all machines, but not the head."""
         for machine in list(self.all):
             self.retire(machine)
+        for disk in self.folder.glob("machine-*/tmp"):
+            if disk.is_mount():
+                small_disks.unmount(disk)
 
 
 def _processes_of(node: object) -> list[subprocess.Popen]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import boto3
 
+from tests.chaos import small_disks
 from tests.chaos.schedule import FORGETTABLE, Event
 from tests.chaos.storage_faults import FaultyS3
 from tests.support.s3_server import S3Server
@@ -75,21 +74,14 @@ class SmallDisk:
         folder.mkdir(parents=True)
         self.url = str(folder / "out")
         self._folder = folder
-        self._ballast = folder / "ballast"
-        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-        self._mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+        self._mounted = small_disks.mount(folder, DISK_BYTES)
 
     def begin_fault(self, event: Event) -> bool:
         """Fill the disk but for a few bytes. Without a file system of its own nothing is done."""
-        if not self._mounted or self._ballast.exists():
-            return False
-        with self._ballast.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(b"\0" * 4096)
-        return True
+        return self._mounted and small_disks.fill(self._folder)
 
     def end_fault(self, event: Event) -> None:
-        self._ballast.unlink(missing_ok=True)
+        small_disks.empty(self._folder)
 
     def keys(self, folder: str = "") -> list[str]:
         root = Path(self.url)
@@ -107,5 +99,5 @@ class SmallDisk:
 
     def close(self) -> None:
         if self._mounted:
-            subprocess.run(["umount", "-l", str(self._folder)], check=True)
+            small_disks.unmount(self._folder)
             self._mounted = False

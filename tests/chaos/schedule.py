@@ -32,6 +32,7 @@ PROCESSES = {
     "drain-node": 2,  # with a deadline, at which the node goes away
     "drain-node-without-deadline": 1,
     "break-ffmpeg": 3,  # on one node, for a while
+    "fill-node": 3,  # no room for temporary files and the spool of a node
     "break-device": 2,
     "clock-jump": 3,  # of the driver's machine, for a while
 }
