@@ -40,6 +40,7 @@ from hv_batch.job.inspection.withdraw import find_samples
 from hv_batch.job.inspection.withdraw import withdraw as withdraw_samples
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.manifest.selection import Selection, parse_ranges
+from hv_batch.job.records.commits import find_shards
 from hv_batch.job.records.lease import hold_lease
 from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
@@ -181,7 +182,8 @@ def retry(
     store = Store(output)
     with _changing(store, "retry", yes, take_over) as check_lease:
         run = read_run(store)
-        chosen, planned = chosen_shards(run, parse_shards(shards)), PlannedKeys(store, run)
+        chosen = find_shards(store, chosen_shards(run, parse_shards(shards)), [layout.QUARANTINE])
+        planned = PlannedKeys(store, run)
         reasons = group_reasons(read_quarantined(store, chosen, classes or (), planned))
         count, released = sum(reason.samples for reason in reasons), bool(reasons) and yes
         if not as_json:
@@ -343,7 +345,7 @@ def _read_status(store: Store, shards: list[int] | None, conditions: Sequence[Co
     if conditions:
         found = matching_records(store, read_run(store), conditions, shards, lambda _: None)
         matching = sum(1 for _ in found)
-    sealed = {shard.shard: shard.sealed for shard in current.shards}
+    sealed = {shard.shard: shard.sealed for shard in current.shards if shard.committed}
     identities = count_identities(store, read_run(store), sealed, MAX_RECORDS)
     return replace(
         current,

@@ -25,10 +25,10 @@ from hv_batch.job.event_log.reader import parse_part
 from hv_batch.protocol import UserError
 from tests.fuzz.manifest_targets import SEEDS, check
 
-FIRST = 60_000  # bytes
+FIRST, SLOW_FIRST = 10_000, 60_000  # bytes
 GROWTH = 4
 MAX_TIMES = 9.0  # as long; 4 is linear, 16 quadratic
-ENOUGH_S = 0.05  # CPU time below which the ratio is that of the clock
+ENOUGH_S = 0.3  # CPU time; of a shorter one, the ratio is that of the clock, and a quadratic step takes longer
 MAX_BYTES = 400  # of memory for each byte of the input: Python holds a list in 56 bytes, a problem of a row in more
 
 SHAPES: dict[str, Callable[[int], bytes]] = {
@@ -57,7 +57,8 @@ TEXTS = [suffix for suffix in sorted(SEEDS) if suffix.count(".") == 1 and suffix
 
 def _parsers(folder: Path) -> dict[str, Callable[[bytes], object]]:
     def yaml(data: bytes) -> None:
-        parse_yaml(data[: 1 << 17])
+        with suppress(YamlError):
+            parse_yaml(data)
 
     manifests = {suffix: (lambda data, suffix=suffix: check(suffix, data, folder)) for suffix in TEXTS}
     return {
@@ -71,21 +72,32 @@ def _parsers(folder: Path) -> dict[str, Callable[[bytes], object]]:
 def _read(read: Callable[[bytes], object], data: bytes) -> float:
     """The CPU time of one read, in seconds."""
     started = time.process_time()
-    with suppress(UserError, YamlError, ValueError):
+    with suppress(UserError, ValueError):
         read(data)
     return time.process_time() - started
 
 
+@pytest.mark.parametrize("first", [FIRST, pytest.param(SLOW_FIRST, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_a_damaged_input_is_read_in_linear_time(tmp_path, shape):
+def test_a_damaged_input_is_read_in_linear_time(tmp_path, shape, first):
     """P6, P7: every format of a manifest, a config, a record and events, with each kind of repetition."""
-    small, large = SHAPES[shape](FIRST), SHAPES[shape](GROWTH * FIRST)
+    small, large = SHAPES[shape](first), SHAPES[shape](GROWTH * first)
     gc.collect()
     for name, read in _parsers(tmp_path).items():
-        times = _read(read, large)
-        if times > ENOUGH_S:
-            ratio = min(_read(read, large) / max(_read(read, small), ENOUGH_S / GROWTH**2) for _ in range(3))
-            assert ratio < MAX_TIMES, f"{name}: {ratio:.1f} times as long for {GROWTH} times the bytes"
+        ratio, tries = _read(read, large) / (ENOUGH_S / MAX_TIMES), 0
+        while ratio >= MAX_TIMES and tries < 3:
+            tries, ratio = tries + 1, _read(read, large) / _read(read, small)
+        assert ratio < MAX_TIMES, f"{name}: {ratio:.1f} times as long for {GROWTH} times the bytes"
+
+
+def test_the_harness_finds_a_quadratic_step():
+    """A reader that copies what it has read for every 16 bytes takes sixteen times as long for four times the bytes."""
+
+    def quadratic(data: bytes) -> None:
+        for end in range(0, len(data), 16):
+            data[:end].count(b"x")
+
+    assert _read(quadratic, b" " * 200_000) / _read(quadratic, b" " * 50_000) > MAX_TIMES
 
 
 @pytest.mark.slow
@@ -119,13 +131,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz"])
-@pytest.mark.parametrize("unit", [b"\n", b"a", b"[", b'"a\n', b"\0"])
+@pytest.mark.parametrize("unit", [b"\n", b"a", b"["])
 def test_a_decompression_bomb_is_read_in_bounded_memory(tmp_path, suffix, unit):
-    """P7: 256 MB that are packed a thousand times."""
+    """P7: 512 MB of one byte, in a file of some kB."""
     path = tmp_path / f"bomb{suffix}"
     with gzip.open(path, "wb", 1) as file:
-        for _ in range(256):
-            file.write((unit * (1 << 20))[: 1 << 20])
+        for _ in range(512):
+            file.write(unit * (1 << 20))
     done = subprocess.run(
         [sys.executable, "-c", BOMB, str(path)], env={**os.environ}, capture_output=True, text=True, timeout=250
     )
