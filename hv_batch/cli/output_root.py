@@ -54,6 +54,7 @@ FOUND = 3
 WATCH_S = 5.0  # least time between two readings; after a reading that takes longer, that time
 MIN_AGE_HOURS = 1.0  # longer than any upload: a younger file may be about to get its record
 SAMPLED_DECODES = 16
+MAX_NAMED = 1_000_000  # shards of --shards, which are held as a list
 
 Output = Annotated[str, typer.Argument(help="output root: folder or URL")]
 Yes = Annotated[bool, typer.Option("--yes", help="make the change; without this flag it is only reported")]
@@ -286,10 +287,16 @@ def end_run(output: str, code: int, as_json: bool) -> None:
 
 
 def parse_shards(text: str | None) -> list[int] | None:
-    """The shard numbers of a list such as `3,17-20`; None for all. Raises UserError if `text` is no such list."""
+    """The shard numbers of a list such as `3,17-20`; None for all.
+
+    Raises UserError if `text` is no such list, or names more than MAX_NAMED shards.
+    """
     if text is None:
         return None
-    return sorted({shard for shards in parse_ranges(text) for shard in shards})
+    ranges = parse_ranges(text)
+    if (count := sum(map(len, ranges))) > MAX_NAMED:
+        raise UserError(f"--shards names {count:,} shards; allowed: at most {MAX_NAMED:,}. Omit it to select all.")
+    return sorted({shard for shards in ranges for shard in shards})
 
 
 def _check_resume(output: str, engines: Sequence[str], hooks: Sequence[str]) -> None:
