@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 
 from hv_batch.job import layout
 from hv_batch.job.documents.fields import MAX_SAMPLES, MAX_SHARD_SAMPLES
+from hv_batch.job.inspection.findings import Fault
 from hv_batch.job.inspection.status import MAX_SHARDS, read_status
 from hv_batch.job.inspection.summary import aggregate
 from hv_batch.job.inspection.verify import verify
+from hv_batch.job.manifest import samples
+from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.run_document import fingerprint, read_run
 from hv_batch.job.report import update
 from hv_batch.job.report.update import update_report
@@ -139,3 +143,65 @@ def test_a_run_that_no_machine_could_hold_is_refused(root, samples, shard_size, 
     claim(root, samples, shard_size)
     with pytest.raises(UserError, match=problem):
         read_run(Store(str(root)))
+
+
+SPARSE = (
+    *("data/*/s001-*.mp4", "posters/*/s001-*", "webdataset/*0.tar", "data/*0/metadata.parquet", "lineage/*0.parquet"),
+    *(layout.RUN, layout.INDEX, "plan/part-00000-*", "commits/*/s001.json", "report/digests/*0.json"),
+)
+READERS = (["status"], ["verify", "--sample-decode", "0"], ["report"], ["gc"], ["retry"])
+
+
+@pytest.mark.parametrize("pattern", [*SPARSE[:3], *(pytest.param(each, marks=pytest.mark.slow) for each in SPARSE[3:])])
+def test_a_sparse_file_in_a_root_is_not_read(rendered, tmp_path, pattern):
+    """P5, P7: a file of a terabyte that takes no space is a problem of this file, and fills neither memory nor disk."""
+    root = Path(shutil.copytree(rendered, tmp_path / "root"))
+    (path,) = root.glob(pattern)
+    os.truncate(path, 1 << 40)
+    folder = tmp_path / "exported"
+    commands = [[name, str(root), *rest] for name, *rest in READERS]
+    for arguments in (*commands, ["export", str(root), "--hub", str(folder), "--copy"]):
+        with watched(tmp_path, LIMIT_S) as watch:
+            _, _, stderr = run_main(*arguments)
+        assert "Traceback" not in stderr
+        assert watch.peak_bytes < LIMIT_BYTES
+    assert sum(file.stat().st_blocks for file in folder.rglob("*") if file.is_file()) < 10_000
+
+
+def test_media_that_are_larger_than_recorded_are_found_without_a_read(rendered, tmp_path):
+    """P1: the finding is the same as for a smaller file."""
+    root = Path(shutil.copytree(rendered, tmp_path / "root"))
+    (media,), (tar,) = root.glob("data/*/s001-*.mp4"), root.glob("webdataset/*0.tar")
+    os.truncate(media, 1 << 40)
+    result = verify(Store(str(root)), lambda *_: None, decodes=0)
+    assert [finding.fault for finding in result.findings] == [Fault.SIZE]
+    shutil.copyfile(*rendered.glob("data/*/s001-*.mp4"), media)
+    os.truncate(tar, 1 << 40)
+    (finding,) = verify(Store(str(root)), lambda *_: None, decodes=0).findings
+    assert finding.fault is Fault.TAR
+    assert "1,099,511,627,776 bytes; its members need at most" in finding.details
+
+
+def test_thousands_of_former_identities_do_not_multiply_the_samples(rendered, tmp_path):
+    """P7: a sample is compared with the identity that its record names, and with no other."""
+    root = Path(shutil.copytree(rendered, tmp_path / "root"))
+    path = root / layout.RUN
+    run = json.loads(path.read_text())
+    steps = [run["identity"] | {"defaults": {"flow_shift": 1.0 + number / 1000}} for number in range(3000)]
+    run["earlier"] = [
+        {
+            "identity": identity,
+            "fingerprint": fingerprint(identity),
+            "manifest": run["manifest"],
+            "replaced_at": "2026-11-29T00:00:00+00:00",
+            "changed": ["defaults.flow_shift"],
+        }
+        for identity in steps
+    ]
+    path.write_text(json.dumps(run))
+    made = []
+    with pytest.MonkeyPatch.context() as patch, watched(tmp_path, LIMIT_S) as watch:
+        patch.setattr(samples, "Sample", lambda **fields: made.append(1) or Sample(**fields))
+        verify(Store(str(root)), lambda *_: None, decodes=0)
+    assert len(made) < 50
+    assert watch.peak_bytes < LIMIT_BYTES
