@@ -128,16 +128,13 @@ class Reporter:
         keys, planned = PlannedKeys(self._store, run), PlannedSamples(self._store, run)
         tables, withdrawn, gpus = SealedTables(self._store, run), all_withdrawn(self._store), gpus_of(run)
 
-        in_root = frozenset(find_shards(self._store, range(shards)))
+        in_root = find_shards(self._store, range(shards))
 
         def list_one(shard: int, size: int) -> ShardListing:
             return list_shard(self._store, shard, keys.of(shard), size, withdrawn.get(shard, frozenset()))
 
         def look_up(shard: int) -> _Found:
             size = shard_samples(run, shard)
-            if shard not in in_root:
-                listing = ShardListing(shard, frozenset(), frozenset(), frozenset(), False, NOTHING)
-                return _Found(shard, size, listing, empty_digest(listing, size))
             if trusts_seals and (digest := self._files.read_finished_digest(shard, size)):
                 return _Found(shard, size, None, digest)
             listing = list_one(shard, size)
@@ -145,8 +142,15 @@ class Reporter:
                 return _Found(shard, size, listing, empty_digest(listing, size))
             return _Found(shard, size, listing, self._files.read_digest(shard, listing.state))
 
-        wanted = FIRST_SAMPLES
-        for found in map_in_threads(look_up, range(shards), SCANNERS):
+        wanted, listed = FIRST_SAMPLES, frozenset(in_root)
+        untouched = empty_digest(ShardListing(0, frozenset(), frozenset(), frozenset(), False, NOTHING), 0)
+        looked_up = map_in_threads(look_up, in_root, SCANNERS)
+        for shard in range(shards):
+            if shard not in listed:
+                size = shard_samples(run, shard)
+                yield {**untouched, "shard": shard, "samples": size, "pending": size}, (), False
+                continue
+            found = next(looked_up)
             digest, shown = found.digest, list[Sample]()
             if digest and digest["part_bytes"] and wanted > 0:
                 shown = self._files.read_part(found.shard) or []
