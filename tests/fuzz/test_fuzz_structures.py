@@ -196,7 +196,7 @@ def test_objects_of_any_values_are_read_by_every_command(root, count):
             place = document
             for name in parents:
                 place = place[name]
-            place[last] = data.draw(ANY | st.sampled_from(HOSTILE))
+            place[last] = copy.deepcopy(data.draw(ANY | st.sampled_from(HOSTILE)))
         text = json.dumps(document).encode()
         readers = [lambda: COMMANDS[command](root.store, inside)]
         if key in root.readers:
