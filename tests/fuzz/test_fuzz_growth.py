@@ -25,7 +25,7 @@ from hv_batch.job.event_log.reader import parse_part
 from hv_batch.protocol import UserError
 from tests.fuzz.manifest_targets import SEEDS, check
 
-FIRST, SLOW_FIRST = 10_000, 60_000  # bytes
+FIRST, SLOW_FIRST = 6_000, 60_000  # bytes
 GROWTH = 4
 MAX_TIMES = 9.0  # as long; 4 is linear, 16 quadratic
 ENOUGH_S = 0.3  # CPU time; of a shorter one, the ratio is that of the clock, and a quadratic step takes longer
