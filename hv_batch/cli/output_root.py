@@ -40,6 +40,7 @@ from hv_batch.job.inspection.withdraw import find_samples
 from hv_batch.job.inspection.withdraw import withdraw as withdraw_samples
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.manifest.selection import Selection, parse_ranges
+from hv_batch.job.records.commits import find_shards
 from hv_batch.job.records.lease import hold_lease
 from hv_batch.job.records.lease_holder import this_process
 from hv_batch.job.records.quarantine import group_reasons, read_quarantined, release
@@ -53,6 +54,7 @@ FOUND = 3
 WATCH_S = 5.0  # least time between two readings; after a reading that takes longer, that time
 MIN_AGE_HOURS = 1.0  # longer than any upload: a younger file may be about to get its record
 SAMPLED_DECODES = 16
+MAX_NAMED = 1_000_000  # shards of --shards, which are held as a list
 
 Output = Annotated[str, typer.Argument(help="output root: folder or URL")]
 Yes = Annotated[bool, typer.Option("--yes", help="make the change; without this flag it is only reported")]
@@ -181,7 +183,8 @@ def retry(
     store = Store(output)
     with _changing(store, "retry", yes, take_over) as check_lease:
         run = read_run(store)
-        chosen, planned = chosen_shards(run, parse_shards(shards)), PlannedKeys(store, run)
+        chosen = find_shards(store, chosen_shards(run, parse_shards(shards)), [layout.QUARANTINE])
+        planned = PlannedKeys(store, run)
         reasons = group_reasons(read_quarantined(store, chosen, classes or (), planned))
         count, released = sum(reason.samples for reason in reasons), bool(reasons) and yes
         if not as_json:
@@ -284,10 +287,16 @@ def end_run(output: str, code: int, as_json: bool) -> None:
 
 
 def parse_shards(text: str | None) -> list[int] | None:
-    """The shard numbers of a list such as `3,17-20`; None for all. Raises UserError if `text` is no such list."""
+    """The shard numbers of a list such as `3,17-20`; None for all.
+
+    Raises UserError if `text` is no such list, or names more than MAX_NAMED shards.
+    """
     if text is None:
         return None
-    return sorted({shard for shards in parse_ranges(text) for shard in shards})
+    ranges = parse_ranges(text)
+    if (count := sum(map(len, ranges))) > MAX_NAMED:
+        raise UserError(f"--shards names {count:,} shards; allowed: at most {MAX_NAMED:,}. Omit it to select all.")
+    return sorted({shard for shards in ranges for shard in shards})
 
 
 def _check_resume(output: str, engines: Sequence[str], hooks: Sequence[str]) -> None:
@@ -343,7 +352,7 @@ def _read_status(store: Store, shards: list[int] | None, conditions: Sequence[Co
     if conditions:
         found = matching_records(store, read_run(store), conditions, shards, lambda _: None)
         matching = sum(1 for _ in found)
-    sealed = {shard.shard: shard.sealed for shard in current.shards}
+    sealed = {shard.shard: shard.sealed for shard in current.shards if shard.committed}
     identities = count_identities(store, read_run(store), sealed, MAX_RECORDS)
     return replace(
         current,

@@ -383,7 +383,7 @@ def _select_device(device: Device, local_rank: int = 0) -> torch.device:
 
 def _splits(heads: int, ranks: int) -> str:
     """List every Ulysses x ring combination of `ranks` ranks that divides the heads."""
-    return ", ".join(f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0)
+    return ", ".join(f"{u} x {ranks // u}" for u in range(1, heads + 1) if ranks % u == 0 and heads % u == 0)
 
 
 if TYPE_CHECKING:

@@ -40,6 +40,8 @@ _SAMPLE_OBJECT = re.compile(
 _MEDIA = re.compile(r"(?:data|posters)/shard-\d{5,}/(?P<key>[^/]+)-[0-9a-f]{8}\.[A-Za-z0-9]+")
 # The path of a part of a driver's events: the start of the driver, eight digits that tell drivers apart, the part.
 _EVENT_PART = re.compile(r"events/(?P<driver>\d{8}T\d{6}Z-[0-9a-f]{8})/(?P<part>\d{5})\.jsonl")
+# The name of the folder of a shard. No run has more than `documents.fields.MAX_SAMPLES` of them.
+_SHARD = re.compile(r"shard-(?P<number>\d{5,9})")
 # The key of a row (`hv_batch.job.manifest.rows`) or of one of its videos, which adds a suffix of up to 6 characters.
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,101}")
 
@@ -53,8 +55,22 @@ LEASE = "lease.json"
 CARD = "README.md"  # the name that the Hugging Face Hub and its loaders expect
 COMMITS = "commits/"
 STEPS = "steps/"
+QUARANTINE = "quarantine/"
+RETRIED = "retried/"
 WITHDRAWN = "withdrawn/"
 EVENTS = "events/"
+MEDIA = "data/"
+SHARD_FOLDERS = (
+    COMMITS,
+    QUARANTINE,
+    RETRIED,
+    WITHDRAWN,
+    MEDIA,
+    "posters/",
+    "latents/",
+    STEPS,
+)  # with a folder for each shard
+SEAL_FOLDERS = ("webdataset/", "lineage/", "report/shards/")  # with an object for each sealed shard
 PLAN = "plan/"
 INDEX = f"{PLAN}index.json"
 
@@ -104,8 +120,14 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}"
 
 
+def shard_number(name: str) -> int | None:
+    """The number of the shard with this name; None for any other name."""
+    match = _SHARD.fullmatch(name)
+    return int(match["number"]) if match and shard_name(int(match["number"])) == name else None
+
+
 def media_dir(shard: int) -> str:
-    return f"data/{shard_name(shard)}/"
+    return f"{MEDIA}{shard_name(shard)}/"
 
 
 def media_key(shard: int, key: str, sha256: str, suffix: str) -> str:
@@ -164,7 +186,7 @@ def commit_key(shard: int, key: str) -> str:
 
 
 def quarantine_dir(shard: int) -> str:
-    return f"quarantine/{shard_name(shard)}/"
+    return f"{QUARANTINE}{shard_name(shard)}/"
 
 
 def quarantine_key(shard: int, key: str) -> str:
@@ -172,7 +194,7 @@ def quarantine_key(shard: int, key: str) -> str:
 
 
 def retried_dir(shard: int) -> str:
-    return f"retried/{shard_name(shard)}/"
+    return f"{RETRIED}{shard_name(shard)}/"
 
 
 def retried_key(shard: int, key: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -378,3 +380,23 @@ def test_the_command_runs_without_weights_or_gpus(tmp_path):
     assert code == 1
     assert "row 1: height = 100" in json.loads(stdout)["error"]
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["groups.count=1000000000", "encoders.count=999999999"],
+        ["parallel.gpus_per_group=9973"],
+        ["parallel.ulysses_degree=9973", "parallel.ring_degree=9967", "groups.nodes_per_group=7"],
+        ["parallel.gpus_per_group=1000000000000"],
+        ["groups.count=1" + "0" * 400],
+        ["output.shard_size=1000000000"],
+    ],
+    ids=str,
+)
+def test_a_number_in_a_config_does_not_decide_how_long_a_plan_takes(manifest, overrides):
+    """P6: divisors and the best number of groups are not found by trying every number."""
+    started = time.process_time()
+    with suppress(UserError):
+        render_plan(make_plan(load_config(str(shipped("720p_8gpu.yaml")), overrides), manifest, GPUS["h100"]))
+    assert time.process_time() - started < 20  # hours, if every number is tried

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 def _change(document: Any, rng: Random) -> Any:
     paths = list(places(document))
     if not paths:
-        return rng.choice(HOSTILE)
+        return copy.deepcopy(rng.choice(HOSTILE))
     *parents, last = rng.choice(paths)
     place = document
     for name in parents:
@@ -115,9 +116,9 @@ def _change(document: Any, rng: Random) -> Any:
         case 2 if isinstance(place[last], list) and len(place[last]) < 100:
             place[last] = place[last] * rng.choice((2, 50))
         case 3:
-            place[last] = deep(rng.choice((50, 120, 300)))
+            place[last] = deep(rng.choice((50, 120, 250)))  # three of them are below the recursion limit
         case _:
-            place[last] = rng.choice(HOSTILE)
+            place[last] = copy.deepcopy(rng.choice(HOSTILE))
     return document
 
 

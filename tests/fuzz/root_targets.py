@@ -142,12 +142,12 @@ class RootTargets:
 
     def __init__(self, folder: Path) -> None:
         self.store = make_root(str(folder / "root"))
-        self._intact: dict[str, bytes] = {key: self.store.get(key) for key in self._documents()}
+        self.intact: dict[str, bytes] = {key: self.store.get(key) for key in self._documents()}
         self.readers = _readers(self.store)
 
     def targets(self) -> Iterator[tuple[str, tuple[bytes, Callable, Callable]]]:
         for key, read in self.readers.items():
-            yield f"object {key}", (self._intact[key], damage_object(key), partial(self._read, key, read))
+            yield f"object {key}", (self.intact[key], damage_object(key), partial(self._read, key, read))
         for name in COMMANDS:
             yield f"command {name}", (b"", self._damage_any, partial(self._run, name))
 
@@ -157,25 +157,25 @@ class RootTargets:
         return sorted(key for key in names if not key.startswith(("data/", "posters/")) or key.endswith(".parquet"))
 
     def _read(self, key: str, read: Reader, data: bytes, _: Path) -> None:
-        self._put(key, data)
+        self.put(key, data)
         try:
             read(self.store)
         finally:
-            self._put(key, self._intact[key])
+            self.put(key, self.intact[key])
 
     def _damage_any(self, _: bytes, rng: Random) -> bytes:
-        key = rng.choice(sorted(self._intact))
-        return key.encode() + b"\0" + damage_object(key)(self._intact[key], rng)
+        key = rng.choice(sorted(self.intact))
+        return key.encode() + b"\0" + damage_object(key)(self.intact[key], rng)
 
     def _run(self, name: str, data: bytes, folder: Path) -> None:
         key, _, content = data.partition(b"\0")
-        self._put(key.decode(), content)
+        self.put(key.decode(), content)
         try:
             COMMANDS[name](self.store, folder)
         finally:
-            self._put(key.decode(), self._intact[key.decode()])
+            self.put(key.decode(), self.intact[key.decode()])
 
-    def _put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes) -> None:
         Path(self.store.url, key).write_bytes(data)  # without the flush of `Store.put`
 
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from tests.fuzz.batch import Outcome, all_targets, run_input
+from tests.fuzz.mutations import mutate_json
 from tests.support.repository import ROOT
 
 INPUTS, COMMAND_INPUTS = 5, 2  # of a target in the default suite
@@ -50,6 +52,17 @@ def test_the_harness_finds_what_it_is_for(tmp_path):
     assert "bad, seed 1, input 0: KeyError" in error
     assert "outside to write" in opened
     assert "HangError" in hang
+
+
+def test_seed_and_number_alone_determine_an_input():
+    """A finding can be repeated: no input depends on those before it."""
+    start = json.dumps({"a": [1, {"b": "c"}], "d": {}}).encode()
+
+    def damaged(number: int) -> bytes:
+        return mutate_json(start, Random(number))
+
+    first = [damaged(number) for number in range(300)]
+    assert [damaged(number) for number in reversed(range(300))] == first[::-1]
 
 
 @pytest.mark.fuzz

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from hv_batch.job.config.sections import ENGINE, EncodersConfig, GroupsConfig, ModelConfig, ParallelConfig
@@ -59,8 +60,14 @@ def group_problems(
         yield _factorisations_over_nodes(nodes, max_ranks(parallel))
 
 
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, in order. The time grows with its square root."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
 def _factorisations_over_nodes(nodes: int, ranks: int) -> str:
-    allowed = [f"{u} x {ranks // u}" for u in range(1, ranks + 1) if ranks % u == 0 and ranks // u % nodes == 0]
+    allowed = [f"{u} x {ranks // u}" for u in divisors(ranks) if ranks // u % nodes == 0]
     return (
         f"groups.nodes_per_group = {nodes} with {ranks} rank(s) a group; only the ring and the guidance branches cross "
         f"nodes, so ring_degree x cfg_degree must be a multiple of {nodes}. With cfg_degree 1, ulysses_degree x "

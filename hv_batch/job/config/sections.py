@@ -35,7 +35,10 @@ from hv_batch.protocol import (
 
 ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that the cost model describes
 
-Count = Annotated[int, Field(ge=1)]
+MAX_COUNT = 10**9  # a larger number is a mistake, and no float holds a much larger one
+MAX_RANKS = 10_000  # of a group along one dimension
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Ranks = Annotated[int, Field(ge=1, le=MAX_RANKS)]
 GpuShare = Annotated[float, Field(ge=0, le=1)]  # an actor never computes on more than one GPU
 Cpus = Annotated[float, Field(ge=0)]
 PoolSize = Annotated[int | Literal["auto"], BeforeValidator(lambda value: _check_pool_size(value))]
@@ -55,8 +58,8 @@ def check_row_rule(field: str, value: Any) -> Any:
 
 def _check_pool_size(value: Any) -> Any:
     """One message; pydantic would report a problem for each side of the union."""
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError("a whole number of at least 1, or auto")
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT):
+        raise ValueError(f"a whole number from 1 to {MAX_COUNT}, or auto")
     return value
 
 
@@ -217,10 +220,10 @@ class ParallelConfig(Section):
     shape with the cheapest group of 1, 2, 4 or 8 ranks that has the memory for it and respects
     `groups.max_sample_minutes`, so one run may have groups of several sizes. `auto` requires `gpu` and
     `gpu_memory_gib`. A run keeps the choice in all its resumes. `null`: the product of the degrees."""
-    ulysses_degree: Count | None = None
+    ulysses_degree: Ranks | None = None
     """Ranks that share the attention heads. It must divide their number (24 in the released model). `null`: 8, or
     chosen for `gpus_per_group`."""
-    ring_degree: Count | None = None
+    ring_degree: Ranks | None = None
     """Ranks that share the keys of ring attention. `null`: 1, or chosen for `gpus_per_group`."""
     cfg_degree: Annotated[int, Field(ge=1, le=2)] = 1
     """With 2, each half of a group computes one branch of classifier-free guidance. Every row must then have a
@@ -229,9 +232,9 @@ class ParallelConfig(Section):
     @field_validator("gpus_per_group", mode="before")
     @classmethod
     def _check_group_size(cls, value: Any) -> Any:
-        if value in (None, "auto") or (type(value) is int and value >= 1):
+        if value in (None, "auto") or (type(value) is int and 1 <= value <= MAX_RANKS):
             return value
-        raise ValueError("a whole number of at least 1, auto, or null")
+        raise ValueError(f"a whole number from 1 to {MAX_RANKS}, auto, or null")
 
 
 class GroupsConfig(Section):
@@ -254,7 +257,7 @@ class GroupsConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 10
     """Steps between two step checkpoints of a denoise, from which a lost group or run resumes. The latents (30 MB at
     720p) are written while the next steps run. 0: only when the run is stopped or a node is drained."""
-    nodes_per_group: Count = 1
+    nodes_per_group: Ranks = 1
     """Nodes of a group; each has an equal number of its ranks. The ring and the guidance branches cross nodes and
     Ulysses stays inside each, so this must divide `ring_degree` x `cfg_degree`. Not part of a video's identity."""
     max_sample_minutes: Annotated[float, Field(gt=0)] | None = None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hv_batch.architecture import VIDEO_TEXT_TOKENS, Axis, VAEConfig
+from hv_batch.job.config.group_rules import divisors
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import Workload
 from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
@@ -142,9 +143,5 @@ def plan_ranks(heads: int, ranks: int, ring_multiple: int = 1) -> tuple[int, int
 
     Ulysses sends less than the ring. The ring degree is a multiple of `ring_multiple`, which must divide the ranks.
     """
-    ulysses = max(degree for degree in _divisors(ranks // ring_multiple) if heads % degree == 0)
+    ulysses = max(degree for degree in divisors(ranks // ring_multiple) if heads % degree == 0)
     return ulysses, ranks // ulysses
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)

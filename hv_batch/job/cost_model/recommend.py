@@ -7,6 +7,7 @@ accuracy; the others change pixels, and their quality must be checked on some sa
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -151,19 +152,24 @@ def _setup(run: ResolvedRun, plan: ParallelPlan, seconds: GpuSeconds, gpus: floa
     encoder_gpus = 0.0 if config.encoders.is_colocated else config.encoders.gpus
     decoder_gpus = 0.0 if run.groups_decode else config.decoders.gpus
     in_group = (seconds.denoise + (seconds.decode if run.groups_decode else 0.0)) / ranks
-    for groups in range(int(gpus // ranks), 0, -1):
+
+    def pools(groups: int) -> tuple[int, int, float]:
+        """Encoders, decoders, and the GPUs of all workers, which grow with the groups."""
         encoders = max(1, math.ceil(workers_needed(groups, in_group, seconds.encode)))
         decoders = 0 if run.groups_decode else max(1, math.ceil(workers_needed(groups, in_group, seconds.decode)))
-        used = groups * ranks + encoders * encoder_gpus + decoders * decoder_gpus
-        if used <= gpus + 1e-6:
-            overrides = [f"parallel.gpus_per_group={ranks}", f"groups.count={groups}", f"encoders.count={encoders}"]
-            overrides += [f"decoders.count={decoders}"] if decoders else []
-            return {
-                "groups": groups,
-                "encoders": encoders,
-                "decoders": decoders,
-                "gpus": used,
-                "hours": in_group / groups / HOUR_S,
-                "overrides": overrides,
-            }
-    return None
+        return encoders, decoders, groups * ranks + encoders * encoder_gpus + decoders * decoder_gpus
+
+    groups = bisect_right(range(1, int(gpus // ranks) + 1), gpus + 1e-6, key=lambda count: pools(count)[2])
+    if groups == 0:
+        return None
+    encoders, decoders, used = pools(groups)
+    overrides = [f"parallel.gpus_per_group={ranks}", f"groups.count={groups}", f"encoders.count={encoders}"]
+    overrides += [f"decoders.count={decoders}"] if decoders else []
+    return {
+        "groups": groups,
+        "encoders": encoders,
+        "decoders": decoders,
+        "gpus": used,
+        "hours": in_group / groups / HOUR_S,
+        "overrides": overrides,
+    }

@@ -15,6 +15,7 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.card_text import CardFacts, card_text
 from hv_batch.job.dataset.seal import read_table, table_columns
 from hv_batch.job.documents.card import CardState, parse_card, sign_card
+from hv_batch.job.records.commits import find_shards
 from hv_batch.job.records.run_document import dataset_schema, plan_size
 from hv_batch.job.records.unfinished_card import is_own_card
 from hv_batch.job.storage.store import Store
@@ -75,7 +76,7 @@ def card_problem(store: Store, run: Mapping[str, Any], summary: Mapping[str, Any
 
 def table_schema(store: Store, run: Mapping[str, Any]) -> pa.Schema:
     """The schema of the tables of a run, which all shards share; that of hv_batch's own columns if none is sealed."""
-    for shard in range(plan_size(run)[1]):
+    for shard in find_shards(store, range(plan_size(run)[1]), [layout.MEDIA]):
         try:
             return read_table(store, shard).schema.remove_metadata()
         except (FileNotFoundError, ValueError):  # open, or damaged, which `verify` reports

@@ -7,6 +7,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
+from hv_batch.job import layout
 from hv_batch.job.dataset.conditions import Condition, as_record, check_columns, in_table, matches
 from hv_batch.job.dataset.seal import read_table, table_columns
 from hv_batch.job.documents.reading import InvalidObjectError, check
@@ -14,7 +15,7 @@ from hv_batch.job.documents.schema import Scores, TableRow
 from hv_batch.job.manifest.index import read_index
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.quality import SCORES
-from hv_batch.job.records.commits import read_commit, scan_shard
+from hv_batch.job.records.commits import find_shards, read_commit, scan_shard
 from hv_batch.job.records.run_document import chosen_shards, dataset_schema
 from hv_batch.job.records.withdrawn import all_withdrawn
 from hv_batch.job.storage.store import Store
@@ -66,7 +67,7 @@ def matching_records(
     schema = dataset_schema(run)
     from_table = in_table(conditions, further or (), has_scores=set(SCORES) <= table_columns(schema).keys())
     withdrawn = all_withdrawn(store)  # the table of a shard may still have their rows after a crash
-    for shard in chosen_shards(run, shards):
+    for shard in find_shards(store, chosen_shards(run, shards), (layout.COMMITS, layout.MEDIA)):
         keys = _matching_keys(store, shard, conditions) if from_table else None
         if keys is not None:
             of_samples = planned.of(shard)

@@ -47,6 +47,12 @@ def check_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> st
 
     The tar is downloaded to a temporary file.
     """
+    try:
+        size = store.size(layout.tar_key(shard))
+    except FileNotFoundError:
+        return "it is missing" if rows else None
+    if size > (allowed := sum(map(_tar_bytes, rows)) + tarfile.RECORDSIZE):  # a sparse file may have any size
+        return f"it has {size:,} bytes; its members need at most {allowed:,}"
     # A temporary folder, not a temporary file: some drivers remove the target file if the download fails.
     with tempfile.TemporaryDirectory(prefix="hv_batch-") as folder:
         path = Path(folder) / "shard.tar"
@@ -58,6 +64,11 @@ def check_tar(store: Store, shard: int, rows: Sequence[Mapping[str, Any]]) -> st
             return "it is missing" if rows else None
         except (tarfile.TarError, EOFError) as error:
             return f"it is not a complete tar: {error}"
+
+
+def _tar_bytes(row: Mapping[str, Any]) -> int:
+    """The bytes that both members of a sample take at most: a header each, one more for a long name, and padding."""
+    return 2 * 5 * tarfile.BLOCKSIZE + int(row["bytes"]) + len(_row_json(row))
 
 
 def _differing(tar: tarfile.TarFile, rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -14,7 +14,8 @@ from hv_batch.job.config.field_rules import MAX_TEXT_CHARS, ROW_RULES, find_faul
 from hv_batch.job.user_input import shorten
 from hv_batch.protocol import OPTIONAL_FIELDS, RULES
 
-MAX_SAMPLES = 10**9  # of a run: a hundred times the largest manifest, and small enough to loop over its shards
+MAX_SAMPLES = 10**8  # of a run: ten times the largest manifest that was checked, which takes 0.8 GB
+MAX_SHARD_SAMPLES = 10**6  # whose keys and records a reader holds
 MAX_MESSAGE_CHARS = 1_000_000  # of an error or a traceback; they are cut to 10,000 when they are written
 
 

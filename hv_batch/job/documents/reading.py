@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from hv_batch.job import layout
 from hv_batch.job.documents.fields import check_row_values
 from hv_batch.job.redaction import public_url
-from hv_batch.job.storage.canonical_json import decode, decode_value
+from hv_batch.job.storage.canonical_json import MAX_BYTES, decode, decode_value
 from hv_batch.job.storage.errors import StorageUnavailableError
 from hv_batch.job.storage.store import Store
 from hv_batch.job.user_input import shorten
@@ -85,7 +85,7 @@ def read(store: Store, key: str, model: type[BaseModel], remedy: str = "") -> di
     InvalidObjectError if the object is invalid or the store refuses only this object.
     """
     try:
-        data = store.get(key)
+        data = store.get(key, MAX_BYTES)
     except (FileNotFoundError, StorageUnavailableError):
         raise
     except OSError as error:
@@ -119,7 +119,7 @@ def unreadable(store: Store, key: str, error: OSError) -> InvalidObjectError:
     """
     if key != layout.RUN:
         try:
-            store.get(layout.RUN)
+            store.get(layout.RUN, MAX_BYTES)
         except OSError:
             raise error from None
     reason = error.strerror or str(error)

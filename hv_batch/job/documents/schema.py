@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, RootModel, model_validator
 
 from hv_batch.job import layout
 from hv_batch.job.documents.fields import (
+    MAX_SHARD_SAMPLES,
     Count,
     Document,
     Extra,
@@ -241,6 +242,12 @@ class RunDocument(Document):
     card: Name = ""  # the schema of the dataset card; empty for a root of a version without cards
     versions: Versions
     earlier: Annotated[list[EarlierIdentity], Field(max_length=10_000)] = Field(default_factory=list)  # oldest first
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        if (size := min(self.manifest.samples, self.config.output.shard_size)) > MAX_SHARD_SAMPLES:
+            raise ValueError(f"its shards have {size:,} samples; allowed: at most {MAX_SHARD_SAMPLES:,}")
+        return self
 
 
 class ChoicesDocument(Document):

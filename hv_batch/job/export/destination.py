@@ -87,6 +87,7 @@ class Destination:
         try:
             is_link = not self._copies and self._store.link_file(file.key, target)
             if not is_link:
+                self._refuse_size(file)
                 self._store.get_file(file.key, target)
         except FileNotFoundError:
             raise self._damage(file, "is missing") from None
@@ -96,6 +97,13 @@ class Destination:
         if not is_link and file.sha256 and _sha256(target) != file.sha256:
             raise self._damage(file, "does not have the recorded sha256")
         return is_link, num_bytes
+
+    def _refuse_size(self, file: ExportedFile) -> None:
+        """Raise UserError for a local file that is too large: a sparse one would fill the disk of the export."""
+        if self._store.folder is None or file.bytes is None:  # an object has the size of what was uploaded
+            return
+        if (size := self._store.size(file.key)) > file.bytes:
+            raise self._damage(file, f"has {size:,} bytes and not {file.bytes:,}")
 
     def _damage(self, file: ExportedFile, problem: str) -> UserError:
         return UserError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 from hv_batch.job import layout
 from hv_batch.job.dataset.seal import read_rows, read_table
 from hv_batch.job.export.destination import ExportedFile
 from hv_batch.job.formatting import plural
+from hv_batch.job.records.commits import find_shards
 from hv_batch.job.records.run_document import chosen_shards
 from hv_batch.job.records.withdrawn import all_withdrawn
 from hv_batch.job.redaction import public_url
@@ -20,11 +22,14 @@ from hv_batch.protocol import UserError
 def sealed_shards(store: Store, run: Mapping[str, Any], shards: Collection[int] | None) -> Sequence[int]:
     """The shards to export: all of the run, or `shards`. Raises UserError if one of them is not sealed."""
     chosen = chosen_shards(run, shards)
-    sealed = store.each(lambda shard: store.exists(layout.metadata_key(shard)), chosen)
-    if still_open := [shard for shard, is_sealed in zip(chosen, sealed, strict=True) if not is_sealed]:
+    found = find_shards(store, chosen, [layout.MEDIA])
+    is_sealed = store.each(lambda shard: store.exists(layout.metadata_key(shard)), found)
+    sealed = dict.fromkeys(compress(found, is_sealed))
+    if still_open := len(chosen) - len(sealed):
+        example = next(shard for shard in chosen if shard not in sealed)
         raise UserError(
-            f"Not sealed yet: {plural(len(still_open), 'shard')} of {public_url(store.url)}, for example "
-            f"{layout.shard_name(still_open[0])}. The export would lack their videos. Finish the run with `hv-batch "
+            f"Not sealed yet: {plural(still_open, 'shard')} of {public_url(store.url)}, for example "
+            f"{layout.shard_name(example)}. The export would lack their videos. Finish the run with `hv-batch "
             "resume`, or name sealed shards with --shards; `hv-batch status` lists them."
         )
     return chosen

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
+from hv_batch.job import layout
 from hv_batch.job.dataset.seal import describe_row, read_rows
 from hv_batch.job.inspection.identity_counts import name_paths
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.records.choices import read_choices
-from hv_batch.job.records.commits import read_commit, scan_shard
+from hv_batch.job.records.commits import find_shards, read_commit, scan_shard
 from hv_batch.job.records.identity_differences import differences, find_differences
 from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.storage.store import Store
@@ -113,8 +113,9 @@ def compare(a: Store, b: Store) -> Comparison:
     result.identity += [*_changes("A", run_a), *_changes("B", run_b)]
     unmatched_a: dict[str, Row] = {}
     unmatched_b: dict[str, Row] = {}
-    no_rows: dict[str, Row] = {}
-    for rows_a, rows_b in zip_longest(_shards(a, run_a), _shards(b, run_b), fillvalue=no_rows):
+    shards_a, shards_b = _Shards(a, run_a), _Shards(b, run_b)
+    for shard in sorted({*shards_a.numbers, *shards_b.numbers}):
+        rows_a, rows_b = shards_a.rows(shard), shards_b.rows(shard)
         unmatched_a |= rows_a
         unmatched_b |= rows_b
         for key in dict.fromkeys((*rows_a, *rows_b)):
@@ -158,18 +159,28 @@ def _compare_sample(result: Comparison, key: str, in_a: Row, in_b: Row) -> None:
         result.other_frames.append(key)
 
 
-def _shards(store: Store, run: Mapping[str, Any]) -> Iterator[dict[str, Row]]:
-    """Yields the terminal samples of each shard of a run: key -> row, in plan order."""
-    planned = PlannedKeys(store, run)
-    for shard in range(plan_size(run)[1]):
-        state = scan_shard(store, shard, keys=planned.of(shard))
+class _Shards:
+    """The shards of a run of which the root holds a record."""
+
+    def __init__(self, store: Store, run: Mapping[str, Any]) -> None:
+        self._store = store
+        self._planned = PlannedKeys(store, run)
+        folders = (layout.COMMITS, layout.QUARANTINE, layout.WITHDRAWN)
+        self.numbers = frozenset(find_shards(store, range(plan_size(run)[1]), folders))
+
+    def rows(self, shard: int) -> dict[str, Row]:
+        """The terminal samples of a shard: key -> row, in plan order."""
+        if shard not in self.numbers:
+            return {}
+        state = scan_shard(self._store, shard, keys=self._planned.of(shard))
         quarantined: dict[str, Row] = dict.fromkeys(sorted(state.quarantined))
         quarantined |= dict.fromkeys(sorted(state.withdrawn), _WITHDRAWN)
-        rows = _table(store, shard, state.committed) if state.sealed else None
+        rows = _table(self._store, shard, state.committed) if state.sealed else None
         if rows is None:
-            records = map_in_threads(partial(read_commit, store, shard), sorted(state.committed), store.readers)
+            read = partial(read_commit, self._store, shard)
+            records = map_in_threads(read, sorted(state.committed), self._store.readers)
             rows = [describe_row(record) for record in records]
-        yield quarantined | {row["key"]: row for row in sorted(rows, key=lambda row: (row["row"], row["video_index"]))}
+        return quarantined | {row["key"]: row for row in sorted(rows, key=lambda row: (row["row"], row["video_index"]))}
 
 
 def _table(store: Store, shard: int, committed: frozenset[str]) -> list[dict[str, Any]] | None:

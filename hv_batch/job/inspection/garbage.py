@@ -20,7 +20,7 @@ from typing import Any
 from hv_batch.job import layout
 from hv_batch.job.event_log.reader import list_parts
 from hv_batch.job.manifest.index import read_index
-from hv_batch.job.records.commits import read_commit
+from hv_batch.job.records.commits import find_shards, read_commit
 from hv_batch.job.records.run_document import plan_size, read_run
 from hv_batch.job.records.run_identity import recorded_poster
 from hv_batch.job.records.withdrawn import withdrawn_keys
@@ -62,14 +62,14 @@ class Garbage:
 def find_garbage(store: Store, *, older_than: float) -> Iterator[Garbage]:
     """Yields all garbage last written before `older_than` (seconds since 1970). Raises UserError if there is no run."""
     run = read_run(store)
-    _, shards = plan_size(run)
+    shards = find_shards(store, range(plan_size(run)[1]), (*layout.SHARD_FOLDERS, *layout.SEAL_FOLDERS))
     has_posters = recorded_poster(run["identity"]) is not False
     keeps_latents = bool(run["config"]["output"].get("keep_latents"))
 
     def scan(shard: int) -> list[tuple[Kind, str]]:
         return list(_of_shard(store, shard, has_posters, keeps_latents))
 
-    for candidates in map_in_threads(scan, range(shards), SCANNERS):
+    for candidates in map_in_threads(scan, shards, SCANNERS):
         yield from _old(store, candidates, older_than)
     yield from _old(store, [(Kind.PLAN, name) for name in _unnamed_parts(store)], older_than)
     yield from _old(store, [(Kind.EVENTS, name) for name in _unread_events(store)], older_than)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,15 +18,16 @@ from hv_batch.job import layout
 from hv_batch.job.dataset.committed import committed_records
 from hv_batch.job.dataset.shard_totals import read_totals
 from hv_batch.job.documents.reading import InvalidObjectError
+from hv_batch.job.formatting import plural
 from hv_batch.job.inspection.activity import Activity
 from hv_batch.job.inspection.identity_counts import IdentityCount, describe
 from hv_batch.job.manifest.planned_keys import PlannedKeys
 from hv_batch.job.quality import describe_looks, look
 from hv_batch.job.records.choices import read_choices
-from hv_batch.job.records.commits import scan_shard
+from hv_batch.job.records.commits import find_shards, scan_shard
 from hv_batch.job.records.lease_holder import LeaseHolder, is_gone, read_lease
 from hv_batch.job.records.quarantine import Reason, group_reasons, read_quarantined
-from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
+from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run, shard_samples
 from hv_batch.job.records.withdrawn import all_withdrawn, read_tombstone
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
@@ -35,6 +37,7 @@ from hv_batch.job.user_input import shorten
 SCANNERS = 16  # listings wait for the store, not for the CPU
 MAX_RECORDS = 1000  # that are read for their looks; of a longer run, only sealed shards count
 MAX_WITHDRAWALS = 20  # reasons that are read
+MAX_SHARDS = 100_000  # of a status; if the run has more, shards without any object are only counted
 MAX_LINES = 100  # shards in the text table; if there are more, only those that need attention are listed
 
 
@@ -97,10 +100,16 @@ class Status:
     holder: LeaseHolder | None = None
     activity: Activity | None = None  # of the last driver, if it has written events
     withdrawals: tuple[Mapping[str, Any], ...] = ()  # the key and the reason of the first MAX_WITHDRAWALS
+    untouched_shards: int = 0  # that are not in `shards`, because the root has no object of them (MAX_SHARDS)
+    untouched_samples: int = 0
+
+    @property
+    def shard_count(self) -> int:
+        return len(self.shards) + self.untouched_shards
 
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return sum(shard.samples for shard in self.shards) + self.untouched_samples
 
     @property
     def committed(self) -> int:
@@ -112,7 +121,7 @@ class Status:
 
     @property
     def pending(self) -> int:
-        return sum(shard.pending for shard in self.shards)
+        return sum(shard.pending for shard in self.shards) + self.untouched_samples
 
     @property
     def withdrawn(self) -> int:
@@ -140,6 +149,7 @@ class Status:
             **({"choices": dict(self.choices)} if self.choices else {}),
             **({} if self.matching is None else {"matching": self.matching}),
             "reasons": [reason.to_dict() for reason in self.reasons],
+            **({"untouched_shards": self.untouched_shards} if self.untouched_shards else {}),
             "shards": [shard.to_dict() for shard in self.shards],
         }
 
@@ -152,7 +162,7 @@ class Status:
         lines = [
             f"{self.url}: {'finished' if self.finished else 'not finished'}",
             f"{self.committed:,} of {self.samples:,} samples committed, {self.quarantined:,} quarantined, "
-            f"{self.pending:,} pending{gone}; {self.sealed:,} of {len(self.shards):,} shards sealed",
+            f"{self.pending:,} pending{gone}; {self.sealed:,} of {self.shard_count:,} shards sealed",
             *([looks] if (looks := describe_looks(self.looks)) else []),
             *describe(self.identities, self.committed),
             *(f"{option}: {choice} (chosen by the first group)" for option, choice in sorted(self.choices.items())),
@@ -168,6 +178,8 @@ class Status:
             lines.append(f"and {clean:,} shards that are sealed and have no quarantined samples")
         if cut:
             lines.append(f"and {cut:,} more shards that are not; --json lists all")
+        if self.untouched_shards:
+            lines.append(f"and {plural(self.untouched_shards, 'shard')} without any object")
         if self.reasons:
             lines += ["", "quarantined samples by class and message (# is any number):"]
             lines += [reason.render() for reason in self.reasons[:MAX_LINES]]
@@ -185,7 +197,13 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
     run = read_run(store)
     finished = store.exists(layout.SUCCESS)  # before the scan, because a finished run no longer changes
     planned = PlannedKeys(store, run)
-    scanned = tuple(_scan_shards(store, run, planned, chosen_shards(run, shards)))
+    chosen = chosen_shards(run, shards)
+    found = dict(_scan_shards(store, run, planned, find_shards(store, chosen)))
+    if is_complete := len(chosen) <= MAX_SHARDS:
+        scanned = tuple(found.get(shard) or _untouched(run, shard) for shard in chosen)
+    else:
+        scanned = tuple(found.values())
+    samples = sum(map(partial(shard_samples, run), chosen)) if shards is not None else plan_size(run)[0]
     quarantined = read_quarantined(store, [shard.shard for shard in scanned if shard.quarantined], planned=planned)
     return Status(
         url=public_url(store.url),
@@ -195,6 +213,8 @@ def read_status(store: Store, shards: Collection[int] | None = None) -> Status:
         choices=_choices(store),
         holder=read_lease(store),
         withdrawals=tuple(islice(_withdrawals(store, planned, scanned), MAX_WITHDRAWALS)),
+        untouched_shards=0 if is_complete else len(chosen) - len(scanned),
+        untouched_samples=0 if is_complete else samples - sum(shard.samples for shard in scanned),
     )
 
 
@@ -246,17 +266,18 @@ def _describe_holder(holder: LeaseHolder) -> str:
     return f"held by {holder.describe()}"
 
 
+def _untouched(run: Mapping[str, Any], shard: int) -> ShardStatus:
+    return ShardStatus(shard=shard, samples=shard_samples(run, shard), committed=0, quarantined=0, sealed=False)
+
+
 def _scan_shards(
     store: Store, run: Mapping[str, Any], planned: PlannedKeys, shards: Sequence[int]
-) -> Iterator[ShardStatus]:
-    samples, _ = plan_size(run)
-    shard_size = run["config"]["output"]["shard_size"]
-
-    def scan(shard: int) -> ShardStatus:
+) -> Iterator[tuple[int, ShardStatus]]:
+    def scan(shard: int) -> tuple[int, ShardStatus]:
         state = scan_shard(store, shard, keys=planned.of(shard))
-        return ShardStatus(
+        return shard, ShardStatus(
             shard=shard,
-            samples=min(shard_size, samples - shard * shard_size),
+            samples=shard_samples(run, shard),
             committed=len(state.committed),
             quarantined=len(state.quarantined),
             sealed=state.sealed,

@@ -41,12 +41,13 @@ def aggregate(store: Store) -> dict[str, Any]:
     """
     run, status = read_run(store), read_status(store)
     totals = ShardTotals()
-    for shard_totals in _totals(store, PlannedKeys(store, run), status.shards):
+    with_commits = [shard for shard in status.shards if shard.committed]
+    for shard_totals in _totals(store, PlannedKeys(store, run), with_commits):
         totals.merge(shard_totals)
     failures: Counter[str] = Counter()
     for reason in status.reasons:
         failures[reason.kind] += reason.samples
-    identities = count_identities(store, run, {shard.shard: shard.sealed for shard in status.shards})
+    identities = count_identities(store, run, {shard.shard: shard.sealed for shard in with_commits})
     return {
         "schema": SCHEMA,
         "fingerprint": run["fingerprint"],
@@ -55,7 +56,7 @@ def aggregate(store: Store) -> dict[str, Any]:
         "quarantined": status.quarantined,
         "pending": status.pending,
         **({"withdrawn": status.withdrawn} if status.withdrawn else {}),
-        "shards": len(status.shards),
+        "shards": status.shard_count,
         "shards_sealed": status.sealed,
         "stages": {
             stage: {"seconds": total_ms / 1000, "mean_seconds": round(total_ms / totals.timed[stage] / 1000, 3)}

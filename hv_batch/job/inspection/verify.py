@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -30,7 +31,8 @@ from hv_batch.job.inspection.identity_counts import with_history
 from hv_batch.job.inspection.verify_plan import Plan, check_run_objects, open_plan, without_shared
 from hv_batch.job.inspection.verify_samples import CheckedSample, Decode, MediaShape, SampleChecker
 from hv_batch.job.inspection.verify_seal import check_sealed
-from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run
+from hv_batch.job.records.commits import find_shards
+from hv_batch.job.records.run_document import chosen_shards, plan_size, read_run, shard_samples
 from hv_batch.job.records.seals import unseal_shard
 from hv_batch.job.records.withdrawn import remnants
 from hv_batch.job.storage.store import Store
@@ -51,13 +53,13 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     Raises UserError if the root has no run, or if its run.json contradicts itself.
     """
     run = read_run(store)
-    chosen = chosen_shards(run, shards)
     plan = open_plan(store, run)
     result = Verification(store.url, compared=plan.index is not None)
-    every = 1 if decodes is None else -(-_count_committed(store, chosen) // decodes) if decodes else 0
+    found = _find_shards(store, run, chosen_shards(run, shards), result)
+    every = 1 if decodes is None else -(-_count_committed(store, found) // decodes) if decodes else 0
     checker = SampleChecker(store, run)
     by_identity: Counter[str] = Counter()
-    for shard in chosen:
+    for shard in found:
         listing = _list_shard(store, plan, shard)
         samples = _check_shard(checker, plan, listing, _Decodes(decode, every, result.checked))
         result.checked += len(samples)
@@ -73,6 +75,22 @@ def verify(store: Store, decode: Decode, *, decodes: int | None, shards: Collect
     of_run = check_run_objects(store, run, result, is_whole_run=shards is None)
     result.findings = without_shared([*plan.findings, *of_run, *result.findings], result.checked)
     return result
+
+
+def _find_shards(store: Store, run: Mapping[str, Any], chosen: Sequence[int], result: Verification) -> Sequence[int]:
+    """The shards of `chosen` of which the root holds anything. All samples of the others are pending."""
+    found: set[int] = set()
+    for folder in layout.SHARD_FOLDERS:
+        of_folder = examine(store, folder, partial(find_shards, store, chosen, [folder]))
+        if isinstance(of_folder, InvalidObjectError):
+            result.findings.append(object_finding(of_folder, Fault.UNREADABLE))
+        else:
+            found.update(of_folder)
+    result.open_shards += len(chosen) - len(found)
+    if not result.findings:
+        total = plan_size(run)[0] if isinstance(chosen, range) else sum(map(partial(shard_samples, run), chosen))
+        result.pending += total - sum(map(partial(shard_samples, run), found))
+    return sorted(found)
 
 
 def remove_faults(store: Store, findings: Iterable[Finding]) -> None:
@@ -191,9 +209,7 @@ def _count(run: Mapping[str, Any], listing: _Listing, result: Verification) -> N
     result.quarantined += quarantined
     result.withdrawn += len(listing.withdrawn)
     if not any(finding.fault is Fault.UNREADABLE and finding.key is None for finding in listing.findings):
-        total, _ = plan_size(run)
-        size = run["config"]["output"]["shard_size"]
-        samples = min(size, total - listing.shard * size)
+        samples = shard_samples(run, listing.shard)
         result.pending += max(0, samples - len(listing.committed) - quarantined - len(listing.withdrawn))
 
 

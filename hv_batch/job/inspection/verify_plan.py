@@ -25,7 +25,7 @@ from hv_batch.job.inspection.findings import Fault, Finding, Verification, exami
 from hv_batch.job.manifest.index import Index, is_whole, read_index
 from hv_batch.job.manifest.planned_keys import belongs_to
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.job.manifest.samples import Sample
+from hv_batch.job.manifest.samples import CheckedRow, Sample, make_samples
 from hv_batch.job.records.run_document import read_run
 from hv_batch.job.redaction import public_url
 from hv_batch.job.storage.store import Store
@@ -38,12 +38,12 @@ MIN_SHARED = 2  # samples: a fault of one sample alone says nothing about the ru
 class Plan:
     """The samples of a run from `plan/`; without an index, records are not compared with the manifest.
 
-    `earlier` has the same index with the defaults of each former identity, by fingerprint, if they differ.
+    `earlier` has the config with the defaults of each former identity, by fingerprint, if they differ.
     """
 
     index: Index | None = None
     findings: list[Finding] = field(default_factory=list)
-    earlier: Mapping[str, Index] = field(default_factory=dict)
+    earlier: Mapping[str, RunConfig] = field(default_factory=dict)
 
     def keys(self, shard: int) -> frozenset[str] | None:
         """The keys of the samples of a shard; None if they are unknown."""
@@ -55,11 +55,8 @@ class Plan:
             return PlannedSamples({})
         try:
             by_key = {sample.key: sample for sample in self.index.samples(shard)}
-            earlier = {
-                fingerprint: {sample.key: sample for sample in index.samples(shard)}
-                for fingerprint, index in self.earlier.items()
-            }
-            return PlannedSamples(by_key, earlier)
+            rows = {row.number: (first, row) for first, row in self.index.rows(shard)} if self.earlier else {}
+            return PlannedSamples(by_key, rows, self.earlier)
         except InvalidObjectError as error:
             self.findings.append(object_finding(error, Fault.PLAN, None, None, layout.INDEX))
             return PlannedSamples({})
@@ -67,14 +64,23 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSamples:
-    """The samples of a shard by key, and as the manifest and a former identity determine them, by its fingerprint."""
+    """The samples of a shard by key, and their rows by number with the number of the first sample of each.
+
+    `earlier` has the configs of former identities by fingerprint. There may be thousands, and a record names one: a
+    sample is made for it then.
+    """
 
     by_key: Mapping[str, Sample]
-    earlier: Mapping[str, Mapping[str, Sample]] = field(default_factory=dict)
+    rows: Mapping[int, tuple[int, CheckedRow]] = field(default_factory=dict)
+    earlier: Mapping[str, RunConfig] = field(default_factory=dict)
 
     def of(self, record: Mapping[str, Any]) -> Sample | None:
         """The sample of a record, under the identity that the record names; None if it is unknown."""
-        return self.earlier.get(record.get("fingerprint", ""), self.by_key).get(record["key"])
+        sample, config = self.by_key.get(record["key"]), self.earlier.get(record.get("fingerprint", ""))
+        if sample is None or config is None:
+            return sample
+        first, row = self.rows[sample.row]
+        return next(make_samples(row, first, config, config.defaults.model_dump(), sample.video_index), None)
 
 
 def open_plan(store: Store, run: Mapping[str, Any]) -> Plan:
@@ -100,7 +106,7 @@ def open_plan(store: Store, run: Mapping[str, Any]) -> Plan:
         details = f"the config in {layout.RUN} is not valid for this version of hv_batch: {error}"
         return Plan(findings=[Finding(None, None, Fault.RUN, details)])
     plan = Plan(Index(store, found.document, config))
-    plan.earlier = {each: Index(store, found.document, other) for each, other in _earlier_configs(run, config, plan)}
+    plan.earlier = dict(_earlier_configs(run, config, plan))
     return plan
 
 

@@ -70,6 +70,8 @@ class SampleChecker:
             finding = Finding(shard, key, Fault.RECORD, f"{name}: {difference}", (name,), layout.INDEX)
             return CheckedSample(None, [finding])
         findings = self._check_poster(record)
+        if problem := self._local_size_problem(record):
+            return CheckedSample(record, [*findings, Finding(shard, key, *problem, (name, record["file"]))])
         media = self._read(record, record["file"], Fault.MISSING)
         if isinstance(media, Finding):
             return CheckedSample(record, [*findings, media])
@@ -134,6 +136,16 @@ class SampleChecker:
             return Finding(shard, key, missing, f"{name} is missing", (layout.commit_key(shard, key),))
         return object_finding(data, missing, shard, key) if isinstance(data, InvalidObjectError) else data
 
+    def _local_size_problem(self, record: Mapping[str, Any]) -> tuple[Fault, str] | None:
+        """A local file that is larger than recorded is not read: it may be sparse, and larger than the memory."""
+        if self.store.folder is None:
+            return None
+        try:
+            size = self.store.size(record["file"])
+        except OSError:  # the read reports it
+            return None
+        return _size_problem(record, size) if size > record["bytes"] else None
+
     def _expects_poster(self, fingerprint: str) -> bool:
         """Whether each video of this identity must have a poster. `media.poster` may change if it is not part of it."""
         media = self._identities[fingerprint].get("media")
@@ -169,9 +181,13 @@ def plan_difference(record: Mapping[str, Any], planned: Sample) -> str | None:
     return None
 
 
+def _size_problem(record: Mapping[str, Any], size: int) -> tuple[Fault, str]:
+    return Fault.SIZE, f"{record['file']} has {size:,} bytes; recorded: {record['bytes']:,}"
+
+
 def _media_problem(record: Mapping[str, Any], media: bytes, decode: Decode | None) -> tuple[Fault, str] | None:
     if len(media) != record["bytes"]:
-        return Fault.SIZE, f"{record['file']} has {len(media):,} bytes; recorded: {record['bytes']:,}"
+        return _size_problem(record, len(media))
     if (digest := sha256(media).hexdigest()) != record["sha256"]:
         return Fault.HASH, f"{record['file']} has the sha256 {digest}; recorded: {record['sha256']}"
     if decode is None:

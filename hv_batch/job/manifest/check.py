@@ -24,6 +24,7 @@ from itertools import chain, islice
 import numpy as np
 
 from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.documents.fields import MAX_SHARD_SAMPLES
 from hv_batch.job.manifest.column_mapping import ColumnMapping
 from hv_batch.job.manifest.column_report import ColumnReport, ColumnUses
 from hv_batch.job.manifest.duplicates import Repeats, resolve_repeats
@@ -36,6 +37,7 @@ from hv_batch.job.manifest.row_validation import (
     ChunkResult,
     describe,
     hash_key,
+    refuse_samples,
     validate_chunk,
 )
 from hv_batch.job.manifest.samples import ManifestSummary, sample_keys
@@ -67,6 +69,11 @@ def check_manifest(manifest: Manifest, config: RunConfig, scratch: Store) -> Ind
     if problems:
         raise UserError(check.describe(problems, report))
     samples = sum(part.samples for part in writer.parts)
+    if (of_shard := min(samples, config.output.shard_size)) > MAX_SHARD_SAMPLES:
+        raise UserError(
+            f"output.shard_size: a shard would have {of_shard:,} samples; allowed: at most {MAX_SHARD_SAMPLES:,}, "
+            "because the records of a shard are held in memory. Set a smaller output.shard_size, such as 256."
+        )
     summary = ManifestSummary(
         digest=manifest.digest,
         rows=check.rows,
@@ -159,6 +166,7 @@ class _ManifestCheck:
 
     manifest: Manifest
     rows: int = 0
+    samples: int = 0
     problem_count: int = 0
     problem_lines: list[str] = field(default_factory=list)  # the first MAX_REPORTED problems
     key_hashes: array[int] = field(default_factory=lambda: array("q"))
@@ -172,11 +180,13 @@ class _ManifestCheck:
     sources: list[int] = field(default_factory=list)  # indices of these files in `manifest.sources`
 
     def add(self, chunk: Chunk, result: ChunkResult) -> None:
-        """Merge the result of the next chunk. Raises UserError if there are more than MAX_COLUMNS further columns."""
+        """Merge the result of the next chunk. Raises UserError if there are too many samples or further columns."""
         if not self.sources or self.sources[-1] != chunk.source:
             self.sources.append(chunk.source)
             self.offsets.append(chunk.offset)
         self.rows += result.rows
+        self.samples += result.samples
+        refuse_samples(self.samples)
         self.problem_count += result.problem_count
         room = MAX_REPORTED - len(self.problem_lines)
         self.problem_lines += [f"{self._file_prefix(chunk.source)}{line}" for line in result.problem_lines[:room]]

@@ -82,17 +82,23 @@ class Index:
 
     def samples(self, shard: int) -> list[Sample]:
         """The samples of a shard, in the order of the manifest. Raises UserError if a part is missing or damaged."""
+        return [
+            sample
+            for first, row in self.rows(shard)
+            for sample in make_samples(row, first, self._config, self._defaults)
+            if sample.shard == shard
+        ]
+
+    def rows(self, shard: int) -> Iterator[tuple[int, CheckedRow]]:
+        """The rows with any sample of a shard, each with the number of its first sample in the manifest."""
         first = shard * self._config.output.shard_size
         end = first + self.size(shard)
-        samples: list[Sample] = []
         at = bisect_right(self._starts, first) - 1
         while self._starts[at] < end:
             start = self._starts[at]
-            rows = self._rows(self._parts[at])
-            for before, row in rows.between(first - start, end - start):
-                samples += make_samples(row, start + before, self._config, self._defaults)
+            for before, row in self._rows(self._parts[at]).between(first - start, end - start):
+                yield start + before, row
             at += 1
-        return [sample for sample in samples if sample.shard == shard]
 
     def keys(self, shard: int) -> frozenset[str]:
         """The keys of the samples of a shard, without parsing their rows. Raises UserError as `samples`."""

@@ -6,8 +6,10 @@ They tell records of samples from foreign objects. Reading them costs one reques
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from hv_batch.job.documents.reading import InvalidObjectError
@@ -30,7 +32,8 @@ class PlannedKeys:
         self._store = store
         self._shard_size: int = run["config"]["output"]["shard_size"]
         self._samples: int = run["manifest"]["samples"]
-        self._parts: list[tuple[int, IndexPart]] = []  # each with the number of samples before it
+        self._parts: Sequence[IndexPart] = ()
+        self._starts: list[int] = []  # the number of samples before each part
         self._held: OrderedDict[str, IndexRows] = OrderedDict()
         self._lock = threading.Lock()
         try:
@@ -39,10 +42,8 @@ class PlannedKeys:
             return
         if not belongs_to(index.document, run):
             return
-        before = 0
-        for part in index.parts:
-            self._parts.append((before, part))
-            before += part.samples
+        self._parts = index.parts
+        self._starts = [0, *accumulate(part.samples for part in index.parts)][:-1]
 
     def of(self, shard: int) -> frozenset[str] | None:
         """The keys of all samples of a shard; None if they are unknown."""
@@ -54,8 +55,7 @@ class PlannedKeys:
             with self._lock:
                 return frozenset(
                     key
-                    for before, part in self._parts
-                    if before < end and before + part.samples > first
+                    for before, part in parts_between(self._parts, self._starts, first, end)
                     for key in self._rows(part).keys(first - before, end - before)
                 )
         except (InvalidObjectError, UserError):
@@ -67,6 +67,17 @@ class PlannedKeys:
             while len(self._held) > PARTS_HELD:
                 self._held.popitem(last=False)
         return self._held[part.name]
+
+
+def parts_between(
+    parts: Sequence[IndexPart], starts: Sequence[int], first: int, end: int
+) -> Iterator[tuple[int, IndexPart]]:
+    """The parts that hold any of the samples [first, end), each with the number of samples before it.
+
+    `starts` has that number for every part.
+    """
+    for at in range(max(0, bisect_right(starts, first) - 1), bisect_left(starts, end)):
+        yield starts[at], parts[at]
 
 
 def belongs_to(index: Mapping[str, Any], run: Mapping[str, Any]) -> bool:

@@ -11,13 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hv_batch.job.config.field_rules import find_fault
+from hv_batch.job.documents.fields import MAX_SAMPLES
 from hv_batch.job.manifest.column_report import ColumnUses
 from hv_batch.job.manifest.extra_columns import ColumnType, merge_types
 from hv_batch.job.manifest.formats.limits import MAX_COLUMNS, MAX_LINE_BYTES, ParsedRow
@@ -25,8 +26,9 @@ from hv_batch.job.manifest.reader import Chunk
 from hv_batch.job.manifest.rows import Row, read_row
 from hv_batch.job.manifest.samples import sample_keys
 from hv_batch.job.user_input import shorten
-from hv_batch.protocol import MAX_SEED, FieldProblem
+from hv_batch.protocol import MAX_SEED, FieldProblem, UserError
 
+HASH_BLOCK = 1 << 16  # keys whose hashes are joined at a time
 MAX_REPORTED = 1000  # problems reported in full; a manifest with more has a systematic error
 
 # A picture with a side of 16 has blocks of 16 pixels, which level 5 of HEVC forbids. libx265 4.3 uses level 5 from a
@@ -91,6 +93,7 @@ class ChunkBuilder:
     def __init__(self, carried: Collection[str] = ()) -> None:
         self.result = ChunkResult()
         self._carried = frozenset(carried)
+        self._samples = 0
         self._columns: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
 
     def add_row(self, number: int, parsed: ParsedRow, defaults: Mapping[str, Any], cfg_degree: int, codec: str) -> None:
@@ -107,6 +110,8 @@ class ChunkBuilder:
             if not (has_other_prompt and problem.field == "prompt"):  # reported once for its column
                 result.add_problem(number, problem)
         num_videos = _num_videos(row, defaults)
+        self._samples += num_videos
+        refuse_samples(self._samples)  # before their keys are hashed
         for column, value in zip(self._columns.values(), (number, row.key, row.id, num_videos, content), strict=True):
             column.append(value)
         if not problems:
@@ -122,12 +127,23 @@ class ChunkBuilder:
         """The result, with an index part whose rows are numbered over all files. `offset`: rows of the files before."""
         columns = self._columns
         keys = chain.from_iterable(map(sample_keys, columns["key"], columns["videos"]))
-        hashes = list(map(hash_key, keys))
-        self.result.samples = len(hashes)
-        self.result.key_hashes = b"".join(hashes)
+        hashes = bytearray()
+        while block := b"".join(map(hash_key, islice(keys, HASH_BLOCK))):
+            hashes += block
+        self.result.samples = sum(columns["videos"])
+        self.result.key_hashes = bytes(hashes)
         columns["row"] = [offset + number for number in columns["row"]]
         self.result.part, self.result.part_rows = encode_part(pa.table(columns, PART_SCHEMA)), len(columns["row"])
         return self.result
+
+
+def refuse_samples(samples: int) -> None:
+    """Raise UserError if a manifest has too many samples. A row of a few bytes may ask for ten thousand."""
+    if samples > MAX_SAMPLES:
+        raise UserError(
+            f"The manifest has more than {MAX_SAMPLES:,} samples, which is the most that one run can have. Reduce "
+            "num_videos, or split the manifest, and render each part into an output root of its own."
+        )
 
 
 def hash_key(key: str) -> bytes:

@@ -59,8 +59,11 @@ class ManifestSummary:
     prompt_hook: Mapping[str, Any] | None = None  # the results of the prompt hook, if there is one
 
 
-def make_samples(row: CheckedRow, first: int, config: RunConfig, defaults: Mapping[str, Any]) -> Iterator[Sample]:
-    """The samples of one row. `first` is the number of its first sample in the manifest, from 0.
+def make_samples(
+    row: CheckedRow, first: int, config: RunConfig, defaults: Mapping[str, Any], only: int | None = None
+) -> Iterator[Sample]:
+    """The samples of one row, or only that of video `only`. `first` is the number of its first sample in the manifest,
+    from 0.
 
     `defaults` is `config.defaults` as a dict, which the caller dumps once: one dump a row would dominate the cost.
     """
@@ -69,6 +72,8 @@ def make_samples(row: CheckedRow, first: int, config: RunConfig, defaults: Mappi
         values["seed"] = derive_seed(config.seed, row.key)
     fps, num_videos, first_seed = values.pop("fps"), values.pop("num_videos"), values.pop("seed")
     for index, key in enumerate(sample_keys(row.key, num_videos)):
+        if only not in (None, index):
+            continue
         yield Sample(
             key=key,
             id=row.id or row.key,

@@ -13,7 +13,7 @@ two steps can leave both; `scan_shard` then counts the sample as committed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -211,6 +211,17 @@ def scan_shard(
     committed -= withdrawn
     state = ShardState(committed, quarantined - committed - withdrawn, latents, sealed, withdrawn)
     return state if keys is None else state.of(keys)
+
+
+def find_shards(store: Store, chosen: Sequence[int], folders: Iterable[str] = layout.SHARD_FOLDERS) -> list[int]:
+    """Those of the shards `chosen` of which the root holds anything in one of `folders`, in order.
+
+    One listing for each folder. A run.json may claim a billion shards, so the work of a reader must follow from the
+    objects that exist (P7).
+    """
+    names = {name.partition(".")[0] for each in store.each(store.names, folders) for name in each}
+    allowed = chosen if isinstance(chosen, range) else frozenset(chosen)
+    return sorted(number for name in names if (number := layout.shard_number(name)) is not None and number in allowed)
 
 
 def describe_sample(sample: Sample) -> dict[str, Any]:

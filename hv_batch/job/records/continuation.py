@@ -25,6 +25,7 @@ from hv_batch.job.documents.reading import InvalidObjectError
 from hv_batch.job.formatting import plural
 from hv_batch.job.manifest.growth import growth_problem
 from hv_batch.job.manifest.index import Index, load_recorded_index, read_index
+from hv_batch.job.records.commits import find_shards
 from hv_batch.job.records.identity_differences import changed_paths
 from hv_batch.job.records.run_document import (
     RunState,
@@ -97,7 +98,7 @@ def inspect_continuation(
     chosen = [path for path in changed if not _follows(path, theirs, ours, has_grown=before is not None)]
     run = _next_run(existing, document, changed, keeps_config=not chosen)
     notes = tuple(_notes(before, index, chosen))
-    unsealed = _to_unseal(before, index, config)
+    unsealed = find_shards(store, _to_unseal(before, index, config), (layout.MEDIA, *layout.SEAL_FOLDERS))
     return RunState.RESUMED, Continuation(run, existing["fingerprint"], changed, unsealed, notes)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hv_batch.job import layout
 from hv_batch.job.manifest.index import Index
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.manifest.selection import Selection, count_selected
+from hv_batch.job.records.commits import find_shards
 from hv_batch.job.records.quarantine import failed_keys, read_quarantined, release
 from hv_batch.job.records.run_document import chosen_shards, read_run
 from hv_batch.job.records.shard_scan import ShardScan, ShardScanner
@@ -138,6 +140,7 @@ def only_failed(store: Store, selection: Selection) -> Selection:
     Raises UserError if the root holds no run, or no such shard.
     """
     chosen = {shard for shards in selection.shards for shard in shards}
-    failed = failed_keys(store, chosen_shards(read_run(store), chosen or None))
+    in_root = find_shards(store, chosen_shards(read_run(store), chosen or None), (layout.QUARANTINE, layout.RETRIED))
+    failed = failed_keys(store, in_root)
     shards = tuple(range(shard, shard + 1) for shard in failed)
     return replace(selection, shards=shards, failed=frozenset().union(*failed.values()))

@@ -224,6 +224,12 @@ def chosen_shards(run: Mapping[str, Any], shards: Collection[int] | None) -> Seq
     return sorted(shards)
 
 
+def shard_samples(run: Mapping[str, Any], shard: int) -> int:
+    """The number of samples of a shard of a run."""
+    size: int = run["config"]["output"]["shard_size"]
+    return min(size, int(run["manifest"]["samples"]) - shard * size)
+
+
 def plan_size(run: Mapping[str, Any]) -> tuple[int, int]:
     """(samples, shards) of a run. Every shard except the last is full."""
     samples: int = run["manifest"]["samples"]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -27,6 +28,7 @@ from hv_batch.job.report.spans import WorkSpan
 
 MAX_ROWS = 200
 MAX_SPANS = 6000  # of all rows
+MAX_DRAINS = 20  # of a driver, which drains once. Each cuts the idle time of every worker.
 STAGE_ORDER = ("denoise", "decode", "encode")
 
 START, WORK, IDLE, DRAIN, LOST = "start", "work", "idle", "drain", "lost"
@@ -123,7 +125,7 @@ def _driver_range(driver: DriverEvents, now: float | None) -> Range:
 
 
 def _add_driver(rows: dict[str, Row], driver: DriverEvents, end: float) -> None:
-    drains = list(_drains(driver, end))
+    drains = list(islice(_drains(driver, end), MAX_DRAINS))
     by_worker: defaultdict[str, list[Event]] = defaultdict(list)
     for event in driver.events:
         if event.get("worker") and event.get("stage"):

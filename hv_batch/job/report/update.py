@@ -18,8 +18,9 @@ from typing import Any
 
 from hv_batch.job.event_log.reader import Event, read_events
 from hv_batch.job.manifest.planned_keys import PlannedKeys
+from hv_batch.job.records.commits import find_shards
 from hv_batch.job.records.lease_holder import is_gone, read_lease
-from hv_batch.job.records.run_document import plan_size, read_run
+from hv_batch.job.records.run_document import plan_size, read_run, shard_samples
 from hv_batch.job.records.withdrawn import all_withdrawn
 from hv_batch.job.redaction import public_url
 from hv_batch.job.report.document import Moment, make_document
@@ -41,6 +42,7 @@ FIRST_SAMPLES = 60  # in the page itself: the first of all parts, each with the 
 MAX_SHARDS = 200_000  # 51 million samples at the default size; report.json has a line for each
 SCANNERS = 16  # listings wait for the store, not for the CPU
 SILENT_S = 900.0  # since the last heartbeat of a driver on another machine
+NOTHING = "0" * 64  # the state of a shard without any object
 REFRESH_S = 60  # of an open page, while the run is at work
 
 
@@ -116,22 +118,23 @@ class Reporter:
         self, run: Mapping[str, Any], *, trusts_seals: bool
     ) -> Iterator[tuple[dict[str, Any], Sequence[Sample], bool]]:
         """The digest of each shard in order, the samples of the first parts, and whether its records were read."""
-        samples, shards = plan_size(run)
+        _, shards = plan_size(run)
         if shards > MAX_SHARDS:
             raise UserError(
                 f"The run at {public_url(self._store.url)} has {shards:,} shards; a report has at most "
                 f"{MAX_SHARDS:,}. `hv-batch status --shards LIST` shows some of them. For the next run, raise "
                 "output.shard_size."
             )
-        shard_size = run["config"]["output"]["shard_size"]
         keys, planned = PlannedKeys(self._store, run), PlannedSamples(self._store, run)
         tables, withdrawn, gpus = SealedTables(self._store, run), all_withdrawn(self._store), gpus_of(run)
+
+        in_root = find_shards(self._store, range(shards))
 
         def list_one(shard: int, size: int) -> ShardListing:
             return list_shard(self._store, shard, keys.of(shard), size, withdrawn.get(shard, frozenset()))
 
         def look_up(shard: int) -> _Found:
-            size = min(shard_size, samples - shard * shard_size)
+            size = shard_samples(run, shard)
             if trusts_seals and (digest := self._files.read_finished_digest(shard, size)):
                 return _Found(shard, size, None, digest)
             listing = list_one(shard, size)
@@ -139,8 +142,15 @@ class Reporter:
                 return _Found(shard, size, listing, empty_digest(listing, size))
             return _Found(shard, size, listing, self._files.read_digest(shard, listing.state))
 
-        wanted = FIRST_SAMPLES
-        for found in map_in_threads(look_up, range(shards), SCANNERS):
+        wanted, listed = FIRST_SAMPLES, frozenset(in_root)
+        untouched = empty_digest(ShardListing(0, frozenset(), frozenset(), frozenset(), False, NOTHING), 0)
+        looked_up = map_in_threads(look_up, in_root, SCANNERS)
+        for shard in range(shards):
+            if shard not in listed:
+                size = shard_samples(run, shard)
+                yield {**untouched, "shard": shard, "samples": size, "pending": size}, (), False
+                continue
+            found = next(looked_up)
             digest, shown = found.digest, list[Sample]()
             if digest and digest["part_bytes"] and wanted > 0:
                 shown = self._files.read_part(found.shard) or []

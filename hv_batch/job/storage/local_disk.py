@@ -103,8 +103,15 @@ class LocalDisk:
                     left.append((path, draft))
             _copy_all([path for path, _ in left], [draft for _, draft in left])
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, at_most: int) -> bytes:
+        """The bytes of an object. Raises OSError with EFBIG if it has more than `at_most` of them.
+
+        A sparse file may have any size without taking any space.
+        """
         with local_paths.opened_file(self.root, key) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            if (size := os.fstat(descriptor).st_size) > at_most:
+                path = os.path.join(self.root, key)
+                raise OSError(errno.EFBIG, f"{path} has {size:,} bytes; allowed: at most {at_most:,}")
             return file.read()
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
@@ -139,6 +146,11 @@ class LocalDisk:
         with contextlib.suppress(FileNotFoundError):
             local_paths.walk(self.root, prefix, lambda key, _: keys.append(key))
         return keys
+
+    def names(self, prefix: str) -> Sequence[str]:
+        with contextlib.suppress(FileNotFoundError), local_paths.opened_folder(self.root, prefix) as folder:
+            return os.listdir(folder)
+        return []
 
     def list_sizes(self, prefix: str) -> dict[str, int]:
         sizes: dict[str, int] = {}

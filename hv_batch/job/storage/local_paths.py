@@ -17,6 +17,7 @@ from functools import partial
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+MAX_DEPTH = 32  # of the folders that are walked
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -110,7 +111,8 @@ def refuse_irregular(status: os.stat_result, path: str) -> None:
 def walk(root: str, key: str, visit: Callable[[str, Callable[[], os.stat_result]], None]) -> None:
     """Visit everything below the folder `key` that is no folder, with its key and a function that reads its status.
 
-    Links are reported and not followed. What is removed during the walk is skipped. Raises as `opened_folder`.
+    Links are reported and not followed. What is removed during the walk is skipped, and so are folders more than
+    MAX_DEPTH below the root, which no object is in. Raises as `opened_folder`.
     """
     below = []
     with opened_folder(root, key) as descriptor, os.scandir(descriptor) as entries:
@@ -121,7 +123,7 @@ def walk(root: str, key: str, visit: Callable[[str, Callable[[], os.stat_result]
                 continue
             with contextlib.suppress(FileNotFoundError):
                 visit(path, partial(os.stat, entry.name, dir_fd=descriptor, follow_symlinks=False))
-    for path in below:
+    for path in below if len(_components(key)) < MAX_DEPTH else ():
         with contextlib.suppress(FileNotFoundError):
             walk(root, path, visit)
 

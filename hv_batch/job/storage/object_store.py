@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class Remote:
             self._make_folder(target)
             self.fs.put_file(str(path), target, **options)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, at_most: int) -> bytes:
+        """The bytes of an object. Its size is that of what was uploaded, so it is not compared with `at_most`."""
         return bytes(self.fs.cat_file(self._path(key)))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
@@ -115,6 +117,19 @@ class Remote:
 
     def list(self, prefix: str) -> list[str]:
         return list(self.list_sizes(prefix))
+
+    def names(self, prefix: str) -> Sequence[str]:
+        """The names directly below a folder. The marker of a folder has the path of the folder itself."""
+        self._forget_listings()
+        above = self._path(prefix)
+        try:
+            with self.memory_lock:
+                paths = self.fs.ls(above, detail=False)
+        except FileNotFoundError as error:
+            self._raise_if_no_bucket(error)
+            return []
+        keys = (path.rstrip("/").removeprefix(self.root).lstrip("/") for path in paths)
+        return [key.removeprefix(f"{prefix}/") for key in keys if key.startswith(f"{prefix}/")]
 
     def list_sizes(self, prefix: str) -> dict[str, int]:
         """The size of each object by its key.

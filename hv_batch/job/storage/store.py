@@ -58,6 +58,8 @@ T = TypeVar("T")
 # outages, because it can run other work meanwhile.
 PAUSES_S = (0.5, 1.0, 2.0)
 
+MAX_BYTES = 4 << 30  # of an object that is read as a whole
+
 # A store that does not answer takes up to 15 s for each attempt. A user should know what the command waits for; a log
 # should not repeat it for every object.
 NOTE_EVERY_S = 30.0
@@ -167,10 +169,13 @@ class Store:
         else:
             self.each(lambda key: self.put_file(key, paths[key]), paths)
 
-    def get(self, key: str) -> bytes:
-        """The object's bytes. Raises FileNotFoundError."""
+    def get(self, key: str, at_most: int = MAX_BYTES) -> bytes:
+        """The object's bytes. Raises FileNotFoundError.
+
+        A local file of more than `at_most` bytes is not read, and raises StorageBrokenError.
+        """
         path = _checked(key)
-        return self._retry(lambda backend: backend.get(path))
+        return self._retry(lambda backend: backend.get(path, at_most))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         """The bytes `start` to `end` (exclusive) of the object; fewer if it is shorter. Raises FileNotFoundError."""
@@ -215,6 +220,14 @@ class Store:
         """
         path = _checked(prefix.rstrip("/"))
         yield from filter(_is_visible, sorted(self._retry(lambda backend: backend.list(path))))
+
+    def names(self, prefix: str) -> frozenset[str]:
+        """The names of the objects and folders directly below the folder `prefix`; none if it is absent.
+
+        One request for a thousand names, however much lies below them. The result never comes from a cache.
+        """
+        path = _checked(prefix.rstrip("/"))
+        return frozenset(filter(_is_visible, self._retry(lambda backend: backend.names(path))))
 
     def list_sizes(self, prefix: str) -> dict[str, int]:
         """As `list`, with the size of each object in bytes."""

@@ -34,7 +34,7 @@ def test_every_key_has_a_row_with_its_values_and_default():
     assert sorted(key for key, *_ in rows) == sorted(keys)
     values = {key: (allowed, default) for key, allowed, default in rows}
     assert values["height"] == ("a multiple of 16 from 16 to 8192", "720")
-    assert values["ulysses_degree"] == ("whole number (at least 1) or `null`", "null")
+    assert values["ulysses_degree"] == ("whole number (at least 1, at most 10000) or `null`", "null")
     assert values["codec"] == ("`h264`, `h265` or `av1`", '"h264"')
     assert values["webdataset"] == ("`true` or `false`", "false")
 

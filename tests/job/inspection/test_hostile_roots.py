@@ -210,11 +210,11 @@ def test_an_outage_of_the_store_is_not_a_fault_of_its_objects(root, monkeypatch)
     calls = Counter()
     real = LocalDisk.get
 
-    def get(disk, key):
+    def get(disk, key, at_most):
         calls["all"] += 1
         if calls["all"] > 8:
             raise ConnectionError("the store is away")
-        return real(disk, key)
+        return real(disk, key, at_most)
 
     monkeypatch.setattr(LocalDisk, "get", get)
     with pytest.raises(StorageUnavailableError, match="the store is away"):

@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hv_batch.job.config.run_config import RunConfig
+from hv_batch.job.manifest import check, row_validation
+from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.formats import delimited, limits, parquet_rows
 from hv_batch.job.manifest.formats.delimited import split_csv
 from hv_batch.job.manifest.formats.json_lines import split_json_lines
@@ -17,6 +20,7 @@ from hv_batch.job.manifest.formats.limits import CHUNK_BYTES
 from hv_batch.job.manifest.formats.parquet_rows import ArrowRows, split_parquet
 from hv_batch.job.manifest.formats.table_header import check_columns
 from hv_batch.job.manifest.reader import Manifest
+from hv_batch.job.storage.store import Store
 from hv_batch.protocol import FieldProblem, UserError
 
 # A quadratic algorithm would need hours for the inputs below, a linear one a second.
@@ -175,3 +179,27 @@ def test_a_row_that_is_too_long_is_a_problem_of_that_row(tmp_path, monkeypatch):
     (first, second, third) = Manifest(str(path)).rows()
     assert (first, third) == ((1, {"prompt": "a"}), (3, {"prompt": "c"}))
     assert second == (2, FieldProblem("row", "3.0 MiB", "columns of together at most 1 MiB"))
+
+
+def test_a_small_manifest_that_asks_for_too_many_samples_is_refused_before_they_are_counted(tmp_path, monkeypatch):
+    """A row of a few bytes may ask for ten thousand samples, and each takes 8 bytes and a hash."""
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(f'{{"prompt": "{row}", "num_videos": 10000}}\n' for row in range(10_001)))
+    hashed = []
+    monkeypatch.setattr(row_validation, "hash_key", hashed.append)
+    with pytest.raises(UserError, match="more than 100,000,000 samples, which is the most"):
+        check_manifest(Manifest(str(path)), RunConfig.model_validate({}), Store(str(tmp_path / "scratch")))
+    assert not hashed
+
+
+def test_a_shard_that_no_reader_could_hold_is_refused(tmp_path, monkeypatch):
+    """P6: before the run begins."""
+    monkeypatch.setattr(check, "MAX_SHARD_SAMPLES", 20)
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"prompt": "a", "num_videos": 21}\n')
+    config = RunConfig.model_validate({"output": {"shard_size": 10**9}})
+    with pytest.raises(UserError, match="a shard would have 21 samples; allowed: at most 20"):
+        check_manifest(Manifest(str(path)), config, Store(str(tmp_path / "scratch")))
+    few = RunConfig.model_validate({"output": {"shard_size": 10**9}, "defaults": {"num_videos": 20}})
+    path.write_text('{"prompt": "a"}\n')
+    assert check_manifest(Manifest(str(path)), few, Store(str(tmp_path / "scratch"))).summary.samples == 20

@@ -209,3 +209,12 @@ def test_the_report_reads_the_events_of_the_root(tmp_path):
     document = update_report(store).document
     assert [row["worker"] for row in document["timeline"]["rows"]] == ["decode-0", "denoise-0"][1:]
     assert document["totals"]["gpu_seconds"]["failure"] == 480
+
+
+def test_a_driver_drains_only_a_few_times(monkeypatch):
+    """P7: each drain cuts the idle time of every worker, so a log of many drains and workers would fill the memory."""
+    monkeypatch.setattr(timeline, "MAX_SPANS", 10**6)
+    drains = [event(1 + number / 10, f"drain_{'ended' if number % 2 else 'started'}") for number in range(2000)]
+    workers = [event(0.5, "worker_ready", f"denoise-{number}.0") for number in range(50)]
+    found = make_timeline([DriverEvents(DRIVER, (*workers, *drains))], [], TimeBins(), now=None)
+    assert {sum(span.kind == "drain" for span in row.spans) for row in found.rows} == {timeline.MAX_DRAINS}

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_batch.job.storage import object_store, store
+from hv_batch.job.storage.errors import StorageBrokenError
 from hv_batch.job.storage.store import Store
 from tests.support.repository import ROOT
 
@@ -243,3 +244,41 @@ def test_credentials_come_from_the_default_locations(s3, s3_store, tmp_path, pla
         check=False,
     )
     assert done.stdout == "True\n", done.stderr
+
+
+def test_names_are_those_directly_below_a_folder(any_store):
+    """P7: one request, whatever lies below. Nothing is there for a missing folder, or for one with the same prefix."""
+    for key in ("commits/shard-00001/a.json", "commits/shard-00001/b/c.json", "commits/d.json", "commits2/x/y.json"):
+        any_store.put(key, b"x")
+    assert any_store.names("commits/") == {"shard-00001", "d.json"}
+    assert any_store.names("commits/shard-00001") == {"a.json", "b"}
+    assert any_store.names("quarantine/") == frozenset()
+
+
+def test_a_sparse_file_is_not_read(tmp_path):
+    """P7: a file of a terabyte that takes no space on the disk is an error, and not a terabyte of memory."""
+    root = Store(str(tmp_path))
+    with (tmp_path / "run.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(StorageBrokenError, match="1,099,511,627,776 bytes; allowed: at most"):
+        root.get("run.json")
+    with pytest.raises(StorageBrokenError, match="allowed: at most 10"):
+        root.get("run.json", 10)
+
+
+def test_folders_that_are_nested_without_end_are_not_walked(tmp_path):
+    """P7: a listing ends at a depth that no object has, and raises no RecursionError."""
+    root = Store(str(tmp_path))
+    root.put("data/shard-00000/a.mp4", b"x")
+    descriptor = os.open(tmp_path / "data", os.O_DIRECTORY)
+    for _ in range(3000):  # a path of this length cannot be named
+        os.mkdir("d", dir_fd=descriptor)
+        below = os.open("d", os.O_DIRECTORY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.close(descriptor)
+    try:
+        assert list(root.list("data/")) == ["data/shard-00000/a.mp4"]
+        assert root.leftovers() == []
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "data"], check=True)  # Python's rmtree is recursive

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from hv_batch.job.config.field_rules import MAX_VIDEOS
 from hv_batch.job.documents.reading import InvalidObjectError
 from hv_batch.job.manifest.index import IndexPart, IndexRows, read_index, read_part
-from hv_batch.job.manifest.planned_keys import belongs_to
+from hv_batch.job.manifest.planned_keys import belongs_to, parts_between
 from hv_batch.job.manifest.samples import derive_seed, sample_keys
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
@@ -36,6 +37,7 @@ class PlannedSamples:
             self._parts: tuple[IndexPart, ...] = ()
         else:
             self._parts = index.parts if belongs_to(index.document, run) else ()
+        self._starts = [0, *accumulate(part.samples for part in self._parts)][:-1]
 
     def of(self, shard: int) -> list[dict[str, Any]]:
         """The samples of a shard in plan order, each with the fields of a record that the plan determines.
@@ -43,14 +45,13 @@ class PlannedSamples:
         Empty if the root has no index of this run, or a damaged one.
         """
         first = shard * self._shard_size
-        end, before, found = min(first + self._shard_size, self._samples), 0, []
-        for part in self._parts:
-            if before < end and before + part.samples > first:
-                try:
-                    found += list(self._of_part(part, first - before, end - before))
-                except (InvalidObjectError, UserError):
-                    return []
-            before += part.samples
+        end = min(first + self._shard_size, self._samples)
+        found: list[dict[str, Any]] = []
+        try:
+            for before, part in parts_between(self._parts, self._starts, first, end):
+                found += self._of_part(part, first - before, end - before)
+        except (InvalidObjectError, UserError):
+            return []
         return found
 
     def _of_part(self, part: IndexPart, first: int, end: int) -> Iterator[dict[str, Any]]:
