@@ -18,7 +18,8 @@ import numpy as np
 from hv_batch.job import layout
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.dataset import card
-from hv_batch.job.dataset.seal import seal_shard
+from hv_batch.job.dataset.lost_media import release_lost
+from hv_batch.job.dataset.seal import read_committed, seal_shard
 from hv_batch.job.inspection import summary
 from hv_batch.job.manifest.index import Index
 from hv_batch.job.manifest.samples import Sample
@@ -106,6 +107,8 @@ def run_small(
                 _render(store, run, found, counts, media or digest_media, adorned)
                 plan.committed(found.sample)
         for complete in plan.take_complete():
+            if adorned and release_lost(store, complete.shard, read_committed(store, complete.shard, complete.keys)):
+                return  # the next call renders the samples again
             kinds = shards.summary.extra_kinds
             seal_shard(store, complete.shard, complete.keys, kinds, **facts, webdataset=adorned)
     totals = summary.aggregate(store)
