@@ -73,6 +73,7 @@ class Agent:
         for _, undo in self._undo:
             undo()
         self._undo.clear()
+        self.root.end_faults()
         self._keep_machines()
         self.starts = 0
         deadline = time.monotonic() + END_S

@@ -38,7 +38,11 @@ class Bucket:
         return True
 
     def end_fault(self, event: Event) -> None:
-        self.layer.switch_off(event.kind.removeprefix("s3-"))
+        if (fault := event.kind.removeprefix("s3-")) != "forgotten":  # which ends when it has forgotten an upload
+            self.layer.switch_off(fault)
+
+    def end_faults(self) -> None:
+        self.layer.switch_all_off()
 
     def keys(self, folder: str = "") -> list[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=self._prefix + folder)
@@ -81,6 +85,9 @@ class SmallDisk:
         return self._mounted and small_disks.fill(self._folder)
 
     def end_fault(self, event: Event) -> None:
+        small_disks.empty(self._folder)
+
+    def end_faults(self) -> None:
         small_disks.empty(self._folder)
 
     def keys(self, folder: str = "") -> list[str]:

@@ -93,7 +93,8 @@ class StorageRuns:
             first = layer.requests + draw.randint(1, REQUESTS)
             layer.script.setdefault(first, []).append(partial(self._begin, begun, fault, only))
             last = first + draw.randint(2, 40)
-            layer.script.setdefault(last, []).append(partial(layer.switch_off, fault))
+            if fault != "forgotten":  # which ends when it has forgotten an upload
+                layer.script.setdefault(last, []).append(partial(layer.switch_off, fault))
         tries = self._run_until_done(store)
         layer.script.clear()
         layer.switch_all_off()
