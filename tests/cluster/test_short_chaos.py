@@ -35,7 +35,7 @@ def test_a_run_under_a_fixed_schedule_ends_as_an_undisturbed_one(fleet, undistur
     try:
         machines.add()
         machines.add()
-        episode = Episode(machines, tmp_path, root, variant, undisturbed / "out", step_seconds=0.5)
+        episode = Episode(machines, tmp_path, root, variant, undisturbed / "out", step_seconds=0.3)
         result = episode.run(SCHEDULE)
     finally:
         machines.close()
