@@ -102,6 +102,8 @@ class StorageRuns:
         repaired = self._check(root)
         if repaired:
             remove_faults(store, verify(store, lambda data, suffix: MediaShape(1, 1, 1), decodes=0).findings)
+            if not store.exists("summary.json"):
+                store.delete("_SUCCESS")  # a small run does not look further; the command writes the summary again
             tries += self._run_until_done(store)
         for garbage in find_garbage(store, older_than=time.time() + 3600.0):
             remove(store, garbage)
