@@ -40,13 +40,13 @@ class Growth:
     points: int
 
 
-def measure(samples: int, groups: int, decoders: int, step_seconds: float) -> tuple[int, list[Growth]]:
+def measure(samples: int, groups: int, decoders: int, step_seconds: float, frames: int = 5) -> tuple[int, list[Growth]]:
     """Render with `hv-batch run` on a local Ray. Returns its exit code and the growth of each process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (folder / "manifest.jsonl").open("w") as file:
             file.writelines(json.dumps({"id": f"s{n:06d}", "prompt": f"take {n}"}) + "\n" for n in range(samples))
-        (folder / "config.yaml").write_text(yaml.safe_dump(sleeping_config(groups, decoders, step_seconds)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(sleeping_config(groups, decoders, step_seconds, frames)))
         command = [sys.executable, "-m", "hv_batch", "run", "--config", str(folder / "config.yaml")]
         command += ["--manifest", str(folder / "manifest.jsonl"), "--output", str(folder / "out"), "--address", "local"]
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -66,13 +66,13 @@ def measure(samples: int, groups: int, decoders: int, step_seconds: float) -> tu
     )
 
 
-def sleeping_config(groups: int, decoders: int, step_seconds: float) -> dict:
+def sleeping_config(groups: int, decoders: int, step_seconds: float, frames: int = 5) -> dict:
     return {
         "model": {
             "engine": "hv_batch.bench.sleep_engine:SleepEngine",
             "options": {"step_seconds": step_seconds},
         },
-        "defaults": {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 4},
+        "defaults": {"height": 64, "width": 64, "num_frames": frames, "num_inference_steps": 4},
         "parallel": {"device": "cpu", "ulysses_degree": 1},
         "groups": {"count": groups, "gpus_per_rank": 0, "cpus_per_rank": 0.01},
         "encoders": {"gpus": 0, "cpus": 0.01},
@@ -113,9 +113,10 @@ def main() -> int:
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--step-seconds", type=float, default=0.01)
+    parser.add_argument("--frames", type=int, default=5, help="1: pictures, which need no ffmpeg")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    code, found = measure(given.samples, given.groups, given.decoders, given.step_seconds)
+    code, found = measure(given.samples, given.groups, given.decoders, given.step_seconds, given.frames)
     if given.json:
         print(json.dumps([asdict(growth) for growth in found]))
     else:
