@@ -45,5 +45,5 @@ def _current_datetime(remove_tzinfo: bool = True) -> datetime.datetime:
 
 class ShiftedDatetime(_datetime):
     @classmethod
-    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]  # a plain datetime
         return _datetime.fromtimestamp(_now(), tz)

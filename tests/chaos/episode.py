@@ -190,7 +190,9 @@ def run_episode(machines: Machines, folder: Path, references: Path, seed: int, p
     place = folder / f"seed-{seed}"
     root = Bucket(f"seed-{seed}", *endpoints) if kind == "s3" else SmallDisk(place / "disk")
     episode = Episode(machines, place, root, variant, reference, plan.step_seconds)
+    schedule = make_schedule(seed, kind, plan.events, wait_s=plan.wait_s)
+    print(f"seed {seed}, {kind}, {variant.name}: {'; '.join(map(str, schedule))}", file=sys.stderr, flush=True)
     try:
-        return episode.run(make_schedule(seed, kind, plan.events, wait_s=plan.wait_s), seed=seed)
+        return episode.run(schedule, seed=seed)
     finally:
         root.close()

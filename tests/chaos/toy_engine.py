@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from hv_batch.engine.hunyuan import HunyuanVideo
-from tests.chaos.engine import arm
+from tests.chaos.engine import STEP_LIMIT_S, arm
+from tests.support.faulty_engine import FaultyVideo
 
 
-class ToyEngine(HunyuanVideo):
+class ToyEngine(FaultyVideo):
     """`video` holds the options of HunyuanVideo. Each step takes `step_seconds` longer."""
 
     def __init__(self, *, marks: str, step_seconds: float, video: dict[str, Any], loras: Any = None) -> None:
-        super().__init__(**video, loras=loras)
-        self.step_seconds = step_seconds
+        options = video | {"loras": loras}
+        super().__init__(marks=marks, step_seconds=step_seconds, patience_s=STEP_LIMIT_S, video=options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         arm()
-
-    def join(self, place):
-        denoiser = super().join(place)
-        denoise = denoiser.denoise
-
-        def slow_denoise(params, positive, negative, on_step, resume=None):
-            def after_step(done, read, computed=None):
-                time.sleep(self.step_seconds)
-                on_step(done, read, computed)
-
-            return denoise(params, positive, negative, after_step, resume)
-
-        denoiser.denoise = slow_denoise
-        return denoiser
