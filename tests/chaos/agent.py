@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import signal
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import small_disks
+from tests.chaos.faults import small_disks
+from tests.chaos.faults.process_faults import end_limit, limit_memory, replace_text, send
 from tests.chaos.machines import Machine, Machines
 from tests.chaos.operators import Operators
 from tests.chaos.schedule import Event
@@ -173,20 +171,20 @@ class Agent:
             return False
         pid = event.pick(pids)
         if act == "pause":
-            return self._for_a_while(event, _send(pid, signal.SIGSTOP), partial(_send, pid, signal.SIGCONT))
+            return self._for_a_while(event, send(pid, signal.SIGSTOP), partial(send, pid, signal.SIGCONT))
         if act == "limit":
-            return self._for_a_while(event, _limit_memory(pid), partial(_end_limit, pid), 6.0)
-        return _send(pid, signal.SIGKILL if act == "kill" else signal.SIGSTOP)
+            return self._for_a_while(event, limit_memory(pid), partial(end_limit, pid), 6.0)
+        return send(pid, signal.SIGKILL if act == "kill" else signal.SIGSTOP)
 
     def _kill_driver(self, event: Event) -> bool:
-        return _send(self._driver.pid, signal.SIGKILL)
+        return send(self._driver.pid, signal.SIGKILL)
 
     def _end_driver(self, event: Event) -> bool:
-        return _send(self._driver.pid, signal.SIGTERM)
+        return send(self._driver.pid, signal.SIGTERM)
 
     def _pause_driver(self, event: Event) -> bool:
         return self._for_a_while(
-            event, _send(self._driver.pid, signal.SIGSTOP), partial(_send, self._driver.pid, signal.SIGCONT)
+            event, send(self._driver.pid, signal.SIGSTOP), partial(send, self._driver.pid, signal.SIGCONT)
         )
 
     def _second_driver(self, event: Event) -> bool:
@@ -201,10 +199,10 @@ class Agent:
     def _stop_driver(self, event: Event) -> bool:
         """Another command takes the root over from a driver that hangs; then that driver wakes up."""
         hanging = self._driver
-        _send(hanging.pid, signal.SIGSTOP)
+        send(hanging.pid, signal.SIGSTOP)
         self._take_over(event)
         self._others[-1] = (hanging, time.monotonic() + REFUSED_S + 40.0)
-        return self._for_a_while(event, True, partial(_send, hanging.pid, signal.SIGCONT), 25.0 + event.lasts_s)
+        return self._for_a_while(event, True, partial(send, hanging.pid, signal.SIGCONT), 25.0 + event.lasts_s)
 
     def _kill_head(self, event: Event) -> bool:
         address = self.machines.fleet.address
@@ -258,14 +256,14 @@ class Agent:
             return False
 
         def resume() -> None:
-            _send(raylet, signal.SIGCONT)
+            send(raylet, signal.SIGCONT)
             time.sleep(1.0)
             if machine in self.machines.all and not self.machines.is_alive(machine):
                 self.machines.kill_raylet(machine)
             self._keep_machines()
 
         raylet = machine.raylet
-        return self._for_a_while(event, _send(raylet, signal.SIGSTOP), resume)
+        return self._for_a_while(event, send(raylet, signal.SIGSTOP), resume)
 
     def _drain_node(self, event: Event, seconds: float | None = 12.0) -> bool:
         machine = self._pick(event)
@@ -300,31 +298,3 @@ class Agent:
         mark = self.folder / "marks" / f"faulty-{event.pick(self.machines.all).host}"
         mark.touch()
         return self._for_a_while(event, True, partial(mark.unlink, missing_ok=True), 3.0)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """A reader finds the old text or the new one."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text)
-    draft.replace(path)
-
-
-def _send(pid: int, number: signal.Signals) -> bool:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
-        return True
-    return False
-
-
-def _limit_memory(pid: int) -> bool:
-    """Limit the address space of a process to what it has."""
-    with suppress(OSError):
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-        resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
-        return True
-    return False
-
-
-def _end_limit(pid: int) -> None:
-    with suppress(OSError):
-        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.episode import PLANS, Result, run_episode
+from tests.chaos.faults.storage_faults import FaultyS3
 from tests.chaos.machines import MARKER, Machines, kill_marked, start_head
-from tests.chaos.storage_faults import FaultyS3
 from tests.support.repository import ROOT
 from tests.support.s3_server import S3Server
 

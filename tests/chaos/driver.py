@@ -19,7 +19,7 @@ def main() -> None:
 
     import hv_batch.runtime.render  # noqa: F401  # its modules read the clock as well
     from hv_batch.cli.main import main as run_main  # after that, because some modules import these by value
-    from tests.chaos.clock import shift_clock
+    from tests.chaos.faults.clock import shift_clock
 
     shift_clock()
     run_main()

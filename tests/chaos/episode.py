@@ -19,7 +19,7 @@ import yaml
 
 from tests.chaos.agent import Agent
 from tests.chaos.checker import Finding, check
-from tests.chaos.clock import CLOCK
+from tests.chaos.faults.clock import CLOCK
 from tests.chaos.machines import Machines
 from tests.chaos.roots import Bucket, SmallDisk
 from tests.chaos.schedule import Event, make_schedule

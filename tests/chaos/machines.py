@@ -16,7 +16,7 @@ import imageio_ffmpeg
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 
-from tests.chaos import small_disks
+from tests.chaos.faults import small_disks
 from tests.support.fleet import Fleet, descendants
 
 MARKER = "HV_BATCH_CHAOS"  # in the environment of every process of a chaos run

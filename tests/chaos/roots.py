@@ -9,9 +9,9 @@ from typing import Any
 
 import boto3
 
-from tests.chaos import small_disks
+from tests.chaos.faults import small_disks
+from tests.chaos.faults.storage_faults import FaultyS3
 from tests.chaos.schedule import FORGETTABLE, Event
-from tests.chaos.storage_faults import FaultyS3
 from tests.support.s3_server import S3Server
 
 BUCKET = "chaos"

@@ -31,9 +31,9 @@ from hv_batch.job.storage import store as store_module
 from hv_batch.job.storage.store import Store
 from hv_batch.protocol import UserError
 from tests.chaos.checker import Finding, check
+from tests.chaos.faults.storage_faults import FaultyS3
 from tests.chaos.roots import Bucket
 from tests.chaos.schedule import FORGETTABLE
-from tests.chaos.storage_faults import FaultyS3
 from tests.support.continued_runs import Command
 from tests.support.s3_server import S3Server
 from tests.support.small_runs import real_media, run_small

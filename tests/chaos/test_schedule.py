@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.chaos.agent import TITLES, Agent
+from tests.chaos.faults.storage_faults import FAULTS
 from tests.chaos.schedule import BY_ROOT, make_schedule
-from tests.chaos.storage_faults import FAULTS
 
 
 def test_equal_seeds_give_equal_schedules():

@@ -10,7 +10,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, HTTPClientError
 
-from tests.chaos.storage_faults import FaultyS3
+from tests.chaos.faults.storage_faults import FaultyS3
 
 ONCE = Config(retries={"total_max_attempts": 1, "mode": "standard"}, read_timeout=2, connect_timeout=2)
 
@@ -142,5 +142,5 @@ def test_slow_requests_are_answered(server, client):
 
 
 def test_the_date_of_a_request_must_be_near_that_of_the_server(server, client, monkeypatch):
-    monkeypatch.setattr("tests.chaos.storage_faults.MAX_SKEW_S", -1.0)
+    monkeypatch.setattr("tests.chaos.faults.storage_faults.MAX_SKEW_S", -1.0)
     assert first_error(client) == "RequestTimeTooSkewed"
