@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
 DIT_CLASS = "HYVideoDiT"  # `_class_name` of a config.json beside the DiT's weights that holds fields of `DiTConfig`
 TIMESTEP_WIDTH = 256  # width of the sinusoid that feeds the timestep embedders

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from hv_batch.protocol import MAX_STEPS, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import MAX_STEPS
 
 KIND = "schedule"
 MAX_ORDER = 2

@@ -27,6 +27,7 @@ LAYERS = """
     job  engine
     architecture  attention_kernels  attention_methods  step_schedule
     protocol
+    sampling_params
 """
 
 JOB = """

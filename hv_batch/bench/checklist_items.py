@@ -34,7 +34,7 @@ from hv_batch.engine.dit.pointwise import compile_pointwise
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling.sampler import SamplingOptions, trajectory
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import SamplingParams
+from hv_batch.sampling_params import SamplingParams
 from hv_batch.step_schedule import StepSchedule
 
 DEPTH = 10  # the DiT is cut to this part of its blocks

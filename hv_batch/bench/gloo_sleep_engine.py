@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from hv_batch.bench.sleep_engine import SleepDenoiser, SleepEngine
 from hv_batch.engine.parallel.process_group import host_store, join_group
-from hv_batch.protocol import OnStep, RankSpec, SamplingParams, StepState
+from hv_batch.protocol import OnStep, RankSpec, StepState
+from hv_batch.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine

@@ -20,7 +20,8 @@ from hv_batch.bench.throughput import MIDDLE, Meter, Throughput, per_second
 from hv_batch.job.config.engine_factory import build_engine
 from hv_batch.job.config.run_config import RunConfig
 from hv_batch.media.writer import write_media
-from hv_batch.protocol import Engine, ParallelPlan, RankSpec, SamplingParams, UserError
+from hv_batch.protocol import Engine, ParallelPlan, RankSpec, UserError
+from hv_batch.sampling_params import SamplingParams
 
 Rows = dict[str, np.ndarray]  # a batch in the format of Ray Data: columns of equal length
 

@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hv_batch.protocol import (
-    SPATIAL_COMPRESSION,
-    TEMPORAL_COMPRESSION,
-    Device,
-    OnStep,
-    ParallelPlan,
-    RankSpec,
-    SamplingParams,
-    Shape,
-    StepState,
-)
+from hv_batch.protocol import Device, OnStep, ParallelPlan, RankSpec, StepState
+from hv_batch.sampling_params import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
 
 if TYPE_CHECKING:
     from hv_batch.protocol import Engine

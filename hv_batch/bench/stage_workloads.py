@@ -26,7 +26,7 @@ from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.text_encoders import TextTowers
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import decode_streaming
-from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.sampling_params import LATENT_CHANNELS
 from hv_batch.toy import tokenizers
 
 PROMPT = "A cat walks on the grass, realistic style, soft light, the camera follows slowly."

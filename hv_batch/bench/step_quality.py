@@ -24,7 +24,7 @@ from torch.nn import functional
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.workload import Workload
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT
 from hv_batch.step_schedule import KIND
 from hv_batch.toy.accuracy import PROMPTS_SEED
 from hv_batch.toy.captions import captioned_scenes

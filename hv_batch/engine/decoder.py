@@ -15,7 +15,8 @@ from hv_batch.engine.self_check import check_decoding
 from hv_batch.engine.vae.group_decode import decode_in_group
 from hv_batch.engine.vae.model import CausalVAE
 from hv_batch.engine.vae.tiling import to_uint8
-from hv_batch.protocol import LATENT_CHANNELS, NonFiniteError
+from hv_batch.protocol import NonFiniteError
+from hv_batch.sampling_params import LATENT_CHANNELS
 
 
 class HunyuanDecoder:

@@ -17,7 +17,8 @@ from hv_batch.engine.sampling import sampler
 from hv_batch.engine.sampling.sampler import FinishedStep, SamplingOptions
 from hv_batch.engine.self_check import check_group
 from hv_batch.engine.text_encoders import TextEmbedding
-from hv_batch.protocol import NonFiniteError, OnStep, SamplingParams, StepState, UserError
+from hv_batch.protocol import NonFiniteError, OnStep, StepState, UserError
+from hv_batch.sampling_params import SamplingParams
 
 
 class HunyuanDenoiser:

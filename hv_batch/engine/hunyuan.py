@@ -46,14 +46,8 @@ from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.parallel.xfuser import XfuserAttention, check_xfuser, uneven_problem
 from hv_batch.engine.sampling.sampler import NOISES, SamplingOptions
 from hv_batch.engine.text_encoders import TextTowers
-from hv_batch.protocol import (
-    Device,
-    ParallelPlan,
-    RankSpec,
-    Shape,
-    UserError,
-    latent_shape,
-)
+from hv_batch.protocol import Device, ParallelPlan, RankSpec, UserError
+from hv_batch.sampling_params import Shape, latent_shape
 from hv_batch.step_schedule import parse_cfg_until, parse_step_cache
 
 if TYPE_CHECKING:

@@ -39,7 +39,8 @@ from hv_batch.engine.rank_failures import (
     exit_error,
     exit_if_imported_by_a_rank,
 )
-from hv_batch.protocol import Device, ParallelPlan, RankSpec, SamplingParams, UserError
+from hv_batch.protocol import Device, ParallelPlan, RankSpec, UserError
+from hv_batch.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from hv_batch.engine.hunyuan import HunyuanVideo

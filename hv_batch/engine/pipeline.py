@@ -26,14 +26,8 @@ from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.local_group import LocalGroup
 from hv_batch.engine.rank_failures import exit_if_imported_by_a_rank
 from hv_batch.engine.video_requests import check_batches, checked_videos, is_count, plain, plan_videos, require
-from hv_batch.protocol import (
-    DEFAULT_NEGATIVE_PROMPT,
-    Device,
-    ParallelPlan,
-    RankSpec,
-    SamplingParams,
-    UserError,
-)
+from hv_batch.protocol import Device, ParallelPlan, RankSpec, UserError
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT, SamplingParams
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,8 @@ from hv_batch.architecture import TileGeometry
 from hv_batch.engine.parallel.sequence import SequenceMesh, attend_jointly
 from hv_batch.engine.vae.group_decode import decode_in_group
 from hv_batch.engine.vae.tiling import decode_streaming
-from hv_batch.protocol import LATENT_CHANNELS, DeviceError
+from hv_batch.protocol import DeviceError
+from hv_batch.sampling_params import LATENT_CHANNELS
 
 if TYPE_CHECKING:
     from hv_batch.engine.dit.model import HYVideoDiT

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hv_batch.protocol import SamplingParams, UserError, canonical_lora, problems
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import SamplingParams, canonical_lora, problems
 
 
 def plan_videos(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hv_batch.protocol import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, SamplingParams, Shape
+from hv_batch.sampling_params import SIZE_MULTIPLE, TEMPORAL_COMPRESSION, SamplingParams, Shape
 
 TRAINED_FRAMES = 129  # of the released model: 5.4 s at 24 frames per second
 

@@ -34,9 +34,10 @@ from hv_batch.job.storage.hub_urls import refuse_hub_repository
 from hv_batch.job.storage.store import Store
 from hv_batch.job.workload import long_video_warning
 from hv_batch.media.encoder_check import check_encoder
-from hv_batch.protocol import Engine, ParallelPlan, Shape, UserError
+from hv_batch.protocol import Engine, ParallelPlan, UserError
 from hv_batch.runtime.ray_contact import resolve_address
 from hv_batch.runtime.run_context import RunContext, short_id
+from hv_batch.sampling_params import Shape
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from hv_batch.engine.checkpoint.licence_file import write_licence
 from hv_batch.engine.checkpoint.tree import CheckpointTree
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.vae.model import CausalVAE
-from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.sampling_params import LATENT_CHANNELS
 from hv_batch.toy import random_weights, tokenizers
 from hv_batch.toy.random_weights import State, dit_state, text_state, vae_state
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.sampling_params import LATENT_CHANNELS
 
 State = dict[str, torch.Tensor]
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from hv_batch.bench import ray_data_baseline
 from hv_batch.bench.job_throughput import SIDE, Load, job_config
-from hv_batch.protocol import UserError, latent_shape
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import latent_shape
 
 
 @pytest.mark.parametrize(("frames", "suffixes"), [(1, (".png",)), (5, (".mp4", ".jpg"))])

@@ -27,7 +27,8 @@ from hv_batch.cli.sample import files as sample_files
 from hv_batch.cli.sample.flags import FIXED, ignored_flags, parse, round_up
 from hv_batch.engine.determinism import make_deterministic
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 from tests.support.repository import ROOT
 

@@ -18,14 +18,8 @@ from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.parallel.process_group import leave_group
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampling.sampler import initial_noise
-from hv_batch.protocol import (
-    DeviceError,
-    NonFiniteError,
-    ParallelPlan,
-    RankSpec,
-    SamplingParams,
-    UserError,
-)
+from hv_batch.protocol import DeviceError, NonFiniteError, ParallelPlan, RankSpec, UserError
+from hv_batch.sampling_params import SamplingParams
 from hv_batch.toy.checkpoint import TOY_DIT, TOY_VAE, write_toy_checkpoint
 
 FP32 = {"precision": "fp32", "vae_precision": "fp32", "text_encoder_precision": "fp32"}

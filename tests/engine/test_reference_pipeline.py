@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampling.sampler import initial_noise
 from hv_batch.engine.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
-from hv_batch.protocol import SamplingParams
+from hv_batch.sampling_params import SamplingParams
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 from tests.support.dit_reference import reference_model
 

@@ -12,7 +12,7 @@ import torch
 from hv_batch.cli.sample import command as sample
 from hv_batch.engine.pipeline import HunyuanVideoPipeline
 from hv_batch.engine.sampling.sampler import initial_noise
-from hv_batch.protocol import SamplingParams
+from hv_batch.sampling_params import SamplingParams
 from hv_batch.toy.checkpoint import write_toy_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,7 +11,8 @@ from torch import Tensor
 from hv_batch.architecture import DiTConfig
 from hv_batch.engine.dit.fp8_storage import block_linears, hold_in_fp8, quantise
 from hv_batch.engine.dit.model import HYVideoDiT
-from hv_batch.protocol import ParallelPlan, RankSpec, SamplingParams
+from hv_batch.protocol import ParallelPlan, RankSpec
+from hv_batch.sampling_params import SamplingParams
 
 # The smallest video with several latent frames, and the place of a rank that renders alone.
 SMALL_VIDEO = SamplingParams(

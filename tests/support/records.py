@@ -8,7 +8,7 @@ from hv_batch.job import layout
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records.commits import commit_record, quarantine_record
-from hv_batch.protocol import SamplingParams
+from hv_batch.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(
     prompt="A fox in the snow, 狐狸",

@@ -12,7 +12,7 @@ from hv_batch.job.manifest.samples import Sample
 from hv_batch.job.records import commits, run_document
 from hv_batch.job.records.run_identity import REVISION
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import SamplingParams
+from hv_batch.sampling_params import SamplingParams
 
 SHARD_SIZE = 4
 FINGERPRINT = "f" * 64

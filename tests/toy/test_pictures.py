@@ -13,7 +13,7 @@ import torch
 
 from hv_batch.engine.hunyuan import HunyuanVideo
 from hv_batch.engine.pipeline import HunyuanVideoPipeline, plan_videos
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT
 from hv_batch.toy.accuracy import PROMPTS_SEED, accuracy_by_attribute, render_held_out
 from hv_batch.toy.captions import captioned_scenes
 from hv_batch.toy.checkpoint import dit_file, write_toy_checkpoint

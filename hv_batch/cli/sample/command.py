@@ -41,15 +41,8 @@ from hv_batch.job.formatting import clock, duration
 from hv_batch.job.licences import engine_licence
 from hv_batch.job.progress import LINE_EVERY_S
 from hv_batch.job.workload import Workload, long_video_warning, shape_name
-from hv_batch.protocol import (
-    DEFAULT_NEGATIVE_PROMPT,
-    MAX_SIDE,
-    NonFiniteError,
-    SamplingParams,
-    UserError,
-    canonical_lora,
-    problems,
-)
+from hv_batch.protocol import NonFiniteError, UserError
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT, MAX_SIDE, SamplingParams, canonical_lora, problems
 from hv_batch.step_schedule import KIND, computed_steps, parse_step_cache
 
 logger = logging.getLogger(__name__)

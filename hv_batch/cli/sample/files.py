@@ -21,7 +21,8 @@ from safetensors.numpy import save
 from hv_batch.job.config.sections import MediaConfig
 from hv_batch.job.storage.canonical_json import decode
 from hv_batch.media.writer import write_media
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
 FPS = 24  # as in the release
 PROMPT_CHARS = 100  # characters of the prompt in a file name

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT, SIZE_MULTIPLE, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT, SIZE_MULTIPLE
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 

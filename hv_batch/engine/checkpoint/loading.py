@@ -35,7 +35,8 @@ from hv_batch.engine.checkpoint.tree import LAYOUT, CheckpointTree, scales_file
 from hv_batch.engine.dit.fp8_storage import FP8, block_linears, dequantise, hold_in_fp8
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.vae.model import CausalVAE, parse_vae_config
-from hv_batch.protocol import LATENT_CHANNELS, SIZE_MULTIPLE, SPATIAL_COMPRESSION, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import LATENT_CHANNELS, SIZE_MULTIPLE, SPATIAL_COMPRESSION
 
 # "none": FP8 weights are dequantised to the model's dtype at load time; same values, twice the memory.
 # "storage": they stay FP8 and are dequantised on every use, as in the release.

@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from hv_batch.attention_methods import ALL_DENSE, DENSE, AttentionMethods, StepAttention
 from hv_batch.engine.sampling.cfg_gate import CfgGate
 from hv_batch.engine.sampling.step_cache import StepCache
-from hv_batch.protocol import NonFiniteError, SamplingParams, StepState
+from hv_batch.protocol import NonFiniteError, StepState
+from hv_batch.sampling_params import SamplingParams
 from hv_batch.step_schedule import StepSchedule, guided_steps
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hv_batch.architecture import VAEConfig, check_fields
 from hv_batch.engine.vae.blocks import NORM_EPS, CausalConv3d, DownBlock, MidBlock, UpBlock
 from hv_batch.engine.vae.kernels import Stride, in_layout, mix_channels, reused_memory
-from hv_batch.protocol import LATENT_CHANNELS, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import LATENT_CHANNELS
 
 PIXEL_CHANNELS = 3
 

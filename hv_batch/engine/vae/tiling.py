@@ -22,7 +22,8 @@ from torch import Tensor
 
 from hv_batch.architecture import Axis, TileGeometry
 from hv_batch.engine.vae.model import PIXEL_CHANNELS, CausalVAE
-from hv_batch.protocol import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, NonFiniteError
+from hv_batch.protocol import NonFiniteError
+from hv_batch.sampling_params import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
 DecodeTiles = Callable[[Sequence[Tensor]], Iterable[Tensor]]  # tiles of latents, in order -> their pixels, in order
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hv_batch.protocol import RULES, SIZE_MULTIPLE, TEMPORAL_COMPRESSION
+from hv_batch.sampling_params import RULES, SIZE_MULTIPLE, TEMPORAL_COMPRESSION
 
 MAX_FPS = 240  # above any display; catches a frame count in the wrong column
 MAX_VIDEOS = 10_000  # of one row; a larger number is a mistake

@@ -44,7 +44,8 @@ from hv_batch.job.config.yaml_overrides import (
     parse_yaml,
 )
 from hv_batch.job.user_input import is_manifest_name, open_input, shorten
-from hv_batch.protocol import UserError, parse_lora
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import parse_lora
 
 
 class RunConfig(Section):

@@ -24,14 +24,8 @@ from pydantic_core import PydanticCustomError
 from hv_batch.job.config.field_rules import KNOWN_COLUMNS, find_fault
 from hv_batch.job.config.yaml_overrides import CROSS_FIELD
 from hv_batch.job.hooks.hook import parse_hook
-from hv_batch.protocol import (
-    DEFAULT_NEGATIVE_PROMPT,
-    LORA_NAME,
-    MAX_LORA_STRENGTH,
-    NO_LORA,
-    Device,
-    canonical_lora,
-)
+from hv_batch.protocol import Device
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT, LORA_NAME, MAX_LORA_STRENGTH, NO_LORA, canonical_lora
 
 ENGINE = "hv_batch.engine.hunyuan:HunyuanVideo"  # the engine that the cost model describes
 

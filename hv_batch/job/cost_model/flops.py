@@ -15,7 +15,7 @@ from hv_batch.architecture import VIDEO_TEXT_TOKENS, Axis, VAEConfig
 from hv_batch.job.config.group_rules import divisors
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import Workload
-from hv_batch.protocol import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
+from hv_batch.sampling_params import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, SamplingParams, Shape
 
 
 def count_work(samples: Iterable[SamplingParams]) -> Counter[Workload]:

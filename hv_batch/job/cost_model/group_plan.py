@@ -23,7 +23,8 @@ from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.resolved_run import GroupPlans, ResolvedRun
 from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.workload import Workload, shape_name
-from hv_batch.protocol import ParallelPlan, Shape, UserError
+from hv_batch.protocol import ParallelPlan, UserError
+from hv_batch.sampling_params import Shape
 
 
 def fixed_plan(config: RunConfig, model: ModelShape) -> ParallelPlan | None:

@@ -13,7 +13,8 @@ from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.cost_model.speed import denoise_seconds
 from hv_batch.job.workload import Workload
-from hv_batch.protocol import ParallelPlan, Shape
+from hv_batch.protocol import ParallelPlan
+from hv_batch.sampling_params import Shape
 
 HOUR_S = 3600
 

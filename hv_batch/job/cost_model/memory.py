@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hv_batch.architecture import MAX_TEXT_TOKENS, PROMPT_TOKENS
 from hv_batch.job.cost_model.model import ITEMSIZE, ModelShape
 from hv_batch.job.workload import count_tokens
-from hv_batch.protocol import TEMPORAL_COMPRESSION, Shape
+from hv_batch.sampling_params import TEMPORAL_COMPRESSION, Shape
 from hv_batch.step_schedule import kept_velocities
 
 GIB = 2**30

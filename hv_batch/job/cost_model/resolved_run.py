@@ -16,7 +16,8 @@ from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.scheduling.capacity import stage_limits
 from hv_batch.job.scheduling.limits import StageLimits
 from hv_batch.job.stages import Stage
-from hv_batch.protocol import ParallelPlan, Shape
+from hv_batch.protocol import ParallelPlan
+from hv_batch.sampling_params import Shape
 
 # Upper bound of an `auto` pool, in workers per group. Encoding is a small part of a denoise, even of an image. A decode
 # may take longer than a denoise of few steps on eight GPUs. If it takes more than twice as long, uploads or disks are

@@ -10,7 +10,8 @@ from hv_batch.job.config.sections import ENGINE
 from hv_batch.job.cost_model.group_plan import choose_plans, fixed_plan
 from hv_batch.job.cost_model.model import ModelShape
 from hv_batch.job.cost_model.resolved_run import GroupPlans, ResolvedRun
-from hv_batch.protocol import ParallelPlan, Shape
+from hv_batch.protocol import ParallelPlan
+from hv_batch.sampling_params import Shape
 
 
 def resolve_run(

@@ -16,7 +16,8 @@ import fsspec
 
 from hv_batch.job.redaction import refuse_credentials
 from hv_batch.job.user_input import explain_failure
-from hv_batch.protocol import NO_LORA, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import NO_LORA
 
 
 def write_manifest(target: str, records: Iterable[Mapping[str, Any]], *, new_seeds: bool) -> int:

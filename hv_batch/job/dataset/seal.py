@@ -38,7 +38,7 @@ from hv_batch.job.records.withdrawn import withdrawn_keys
 from hv_batch.job.storage.canonical_json import encode
 from hv_batch.job.storage.parquet import read_parquet
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import OPTIONAL_FIELDS
+from hv_batch.sampling_params import OPTIONAL_FIELDS
 
 # The path of each column in a commit record, and its type. A new column changes the bytes of every table, so it needs a
 # new schema; run.json fixes the schema of a root when the run begins. These are the columns of version 1.

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from hv_batch.job import layout
 from hv_batch.job.config.field_rules import MAX_TEXT_CHARS, ROW_RULES, find_fault
 from hv_batch.job.user_input import shorten
-from hv_batch.protocol import OPTIONAL_FIELDS, RULES
+from hv_batch.sampling_params import OPTIONAL_FIELDS, RULES
 
 MAX_SAMPLES = 10**8  # of a run: ten times the largest manifest that was checked, which takes 0.8 GB
 MAX_SHARD_SAMPLES = 10**6  # whose keys and records a reader holds

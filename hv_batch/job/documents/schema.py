@@ -29,7 +29,7 @@ from hv_batch.job.documents.fields import (
     Time,
     Versions,
 )
-from hv_batch.protocol import MAX_STEPS
+from hv_batch.sampling_params import MAX_STEPS
 
 Number = Annotated[int, Field(ge=1)]
 LicenceId = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.+-]{0,63}\z")]

@@ -42,7 +42,8 @@ from hv_batch.job.manifest.row_validation import (
 )
 from hv_batch.job.manifest.samples import ManifestSummary, sample_keys
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import NO_LORA, FieldProblem, UserError, parse_lora
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import NO_LORA, FieldProblem, parse_lora
 
 MAX_PROCESSES = 8  # the reading process could feed twenty, but a head node has other users
 INLINE_CHUNKS = 2  # a manifest with no more chunks is validated faster than processes start

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Self
 
 from hv_batch.job.manifest.formats.limits import ParsedRow
-from hv_batch.protocol import FieldProblem
+from hv_batch.sampling_params import FieldProblem
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ from hv_batch.job.manifest.formats.parquet_rows import ArrowRows, LongRow, split
 from hv_batch.job.manifest.formats.prompt_list import PromptLines, split_prompt_list
 from hv_batch.job.redaction import public_url
 from hv_batch.job.user_input import shorten
-from hv_batch.protocol import FieldProblem, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import FieldProblem
 
 Content = JsonLines | JsonElements | CsvRecords | PromptLines | ArrowRows | LongRow
 

@@ -26,7 +26,8 @@ from hv_batch.job.manifest.reader import Chunk
 from hv_batch.job.manifest.rows import Row, read_row
 from hv_batch.job.manifest.samples import sample_keys
 from hv_batch.job.user_input import shorten
-from hv_batch.protocol import MAX_SEED, FieldProblem, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import MAX_SEED, FieldProblem
 
 HASH_BLOCK = 1 << 16  # keys whose hashes are joined at a time
 MAX_REPORTED = 1000  # problems reported in full; a manifest with more has a systematic error

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hv_batch.job.config.field_rules import MAX_TEXT_CHARS, REAL_COLUMNS, ROW_RULES, WHOLE_COLUMNS, find_fault
-from hv_batch.protocol import FieldProblem, canonical_lora
+from hv_batch.sampling_params import FieldProblem, canonical_lora
 
 MAX_EXACT = 2**53  # a float below this size holds every whole number exactly
 SLUG_CHARS = 48  # of an id that is not a valid key: enough to recognise it in a listing

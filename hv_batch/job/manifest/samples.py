@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from hv_batch.job.config.run_config import RunConfig
-from hv_batch.protocol import SamplingParams
+from hv_batch.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # every rank and decoder imports this module, and none of them needs Arrow
     from hv_batch.job.manifest.extra_columns import ColumnType

@@ -8,7 +8,8 @@ from typing import Any
 
 from hv_batch.job.cost_model.resolved_run import ResolvedRun
 from hv_batch.job.workload import shape_name
-from hv_batch.protocol import ParallelPlan, Shape, UserError
+from hv_batch.protocol import ParallelPlan, UserError
+from hv_batch.sampling_params import Shape
 
 # The number of the pixels and bytes that one config and one manifest give. It is raised by a change of either, so that
 # no run continues with other pixels under an equal identity. Revision 1 is not written into the identity.

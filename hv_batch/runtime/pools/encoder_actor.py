@@ -11,9 +11,9 @@ import ray
 from ray import cloudpickle
 
 from hv_batch.job.log_records import log_fields
-from hv_batch.protocol import SamplingParams
 from hv_batch.runtime.pools.prompt_encoder import Embedder, Text
 from hv_batch.runtime.run_context import ProgressReport, RunContext, StageReport, stopwatch
+from hv_batch.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hv_batch.engine.text_encoders import TextEmbedding, TextTowers
-from hv_batch.protocol import DEFAULT_NEGATIVE_PROMPT
+from hv_batch.sampling_params import DEFAULT_NEGATIVE_PROMPT
 from hv_batch.toy.captions import caption
 from hv_batch.toy.training.lean import lean_autocast
 from hv_batch.toy.training.scenes import Phase, Scenes, batches, to_pixels

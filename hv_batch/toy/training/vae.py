@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hv_batch.protocol import LATENT_CHANNELS
+from hv_batch.sampling_params import LATENT_CHANNELS
 from hv_batch.toy.checkpoint import vae_file, write_vae
 from hv_batch.toy.training.lean import lean_autocast, make_lean_vae
 from hv_batch.toy.training.scenes import VIDEO_FRAMES, Phase, Scenes, batches, to_pixels

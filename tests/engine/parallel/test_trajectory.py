@@ -18,7 +18,8 @@ from torch import Tensor
 from hv_batch.engine.dit.model import HYVideoDiT
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.sampling.sampler import trajectory
-from hv_batch.protocol import ParallelPlan, SamplingParams
+from hv_batch.protocol import ParallelPlan
+from hv_batch.sampling_params import SamplingParams
 from tests.support.dit_reference import random_dit
 from tests.support.rank_processes import joined
 from tests.support.trajectories import CONFIG, CPU, random_text

@@ -15,7 +15,8 @@ from hv_batch.engine.decoder import HunyuanDecoder
 from hv_batch.engine.parallel.sequence import SequenceMesh
 from hv_batch.engine.self_check import check_decoding
 from hv_batch.engine.vae.model import CausalVAE
-from hv_batch.protocol import LATENT_CHANNELS, NonFiniteError, ParallelPlan
+from hv_batch.protocol import NonFiniteError, ParallelPlan
+from hv_batch.sampling_params import LATENT_CHANNELS
 from tests.support.rank_processes import joined
 
 TILES = TileGeometry(spatial_px=64, temporal_frames=16)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.cost_model.resolver import resolve_run
 from hv_batch.job.records.run_identity import run_identity
-from hv_batch.protocol import UserError, problems
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import problems
 from tests.support.repository import CONFIGS
 
 

@@ -17,7 +17,8 @@ from hv_batch.job.manifest.check import check_manifest
 from hv_batch.job.manifest.files import refuse_own_outputs
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import FieldProblem, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import FieldProblem
 
 
 def check(manifest):

@@ -21,7 +21,8 @@ from hv_batch.job.manifest.formats.parquet_rows import ArrowRows, split_parquet
 from hv_batch.job.manifest.formats.table_header import check_columns
 from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import FieldProblem, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import FieldProblem
 
 # A quadratic algorithm would need hours for the inputs below, a linear one a second.
 pytestmark = pytest.mark.timeout(120)

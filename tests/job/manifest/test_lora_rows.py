@@ -19,7 +19,8 @@ from hv_batch.job.manifest.rows import read_row
 from hv_batch.job.manifest.samples import count_lora_changes, group_by_lora
 from hv_batch.job.records.latents import sample_identity
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import RULES, UserError, canonical_lora, parse_lora, problems
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import RULES, canonical_lora, parse_lora, problems
 from tests.support.records import SAMPLE, a_commit
 
 LORAS = {"film": {"path": "film.safetensors", "strength": 0.8}, "grain": {"path": "grain.safetensors"}}

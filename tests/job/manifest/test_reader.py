@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.formats.limits import MAX_LINE_BYTES
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.protocol import FieldProblem, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import FieldProblem
 
 
 def jsonl(path, content):

@@ -20,7 +20,8 @@ from hv_batch.job.manifest.reader import Manifest
 from hv_batch.job.manifest.rows import make_key, read_row
 from hv_batch.job.manifest.samples import derive_seed
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import MAX_SEED, FieldProblem, SamplingParams, UserError, problems
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import MAX_SEED, FieldProblem, SamplingParams, problems
 from hv_batch.toy.world import SIZES
 from tests.support.repository import CONFIGS
 

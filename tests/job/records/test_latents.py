@@ -25,7 +25,8 @@ from hv_batch.job.records.latents import (
     sample_identity,
 )
 from hv_batch.job.storage.store import Store
-from hv_batch.protocol import SamplingParams, StepState
+from hv_batch.protocol import StepState
+from hv_batch.sampling_params import SamplingParams
 from tests.support.records import PARAMS, SAMPLE, STAGES
 
 

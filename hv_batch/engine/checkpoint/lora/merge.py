@@ -26,7 +26,8 @@ from hv_batch.engine.checkpoint.matching import Shapes, shortened
 from hv_batch.engine.checkpoint.tensor_files import Tensors
 from hv_batch.engine.dit.fp8_matmul import Fp8MatmulLinear, quantise_rows
 from hv_batch.engine.dit.fp8_storage import FP8, Fp8Linear, dequantise, quantise
-from hv_batch.protocol import UserError, parse_lora
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import parse_lora
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hv_batch.engine.checkpoint.lora.merge import LoraFile
-from hv_batch.protocol import LORA_NAME, MAX_LORA_STRENGTH, NO_LORA, UserError
+from hv_batch.protocol import UserError
+from hv_batch.sampling_params import LORA_NAME, MAX_LORA_STRENGTH, NO_LORA
 
 
 def parse_loras(option: Mapping[str, Any]) -> dict[str, LoraFile]:

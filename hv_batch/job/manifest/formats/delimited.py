@@ -13,7 +13,7 @@ from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.formats.limits import CELL_BYTES, CHUNK_ROWS, UNREADABLE, NumberedRows
 from hv_batch.job.manifest.formats.lines import BOM, line_blocks
 from hv_batch.job.manifest.formats.table_header import check_columns
-from hv_batch.protocol import FieldProblem
+from hv_batch.sampling_params import FieldProblem
 
 COMMA, TAB = ",", "\t"
 CELLS = {COMMA: "comma-separated cells", TAB: "tab-separated cells"}

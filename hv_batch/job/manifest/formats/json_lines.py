@@ -13,7 +13,7 @@ from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.formats.limits import NumberedRows, ParsedRow
 from hv_batch.job.manifest.formats.lines import BOM, line_blocks, numbered_lines
 from hv_batch.job.user_input import shorten
-from hv_batch.protocol import FieldProblem
+from hv_batch.sampling_params import FieldProblem
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hv_batch.protocol import FieldProblem
+from hv_batch.sampling_params import FieldProblem
 
 CHUNK_BYTES = 4 << 20  # about 20,000 rows of short prompts: about a second of work for one process
 CHUNK_ROWS = 32_768  # of Parquet and CSV, whose rows may need far more memory once they are parsed

@@ -26,7 +26,7 @@ from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.formats.limits import CHUNK_ROWS, MAX_LINE_BYTES, UNREADABLE, NumberedRows, ParsedRow
 from hv_batch.job.manifest.formats.parquet_columns import ReadColumns, holds_bytes, read_columns
 from hv_batch.job.manifest.formats.table_header import check_columns
-from hv_batch.protocol import FieldProblem
+from hv_batch.sampling_params import FieldProblem
 
 BATCH_ROWS = 256  # rows decoded at a time: a few MB even with long prompts
 PAGE_BYTES = 1 << 20  # of one read of a column chunk

@@ -16,7 +16,7 @@ from hv_batch.job.config.field_rules import parse_text
 from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.formats.limits import NumberedRows, ParsedRow
 from hv_batch.job.manifest.formats.lines import line_blocks, numbered_lines
-from hv_batch.protocol import FieldProblem
+from hv_batch.sampling_params import FieldProblem
 
 OPTIONS = {
     "w": "width",

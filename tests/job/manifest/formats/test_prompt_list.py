@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hv_batch.job.manifest.formats import limits
 from hv_batch.job.manifest.formats.prompt_list import OPTIONS
 from hv_batch.job.manifest.reader import Manifest
-from hv_batch.protocol import FieldProblem
+from hv_batch.sampling_params import FieldProblem
 from tests.support.manifests import check_file, refusal_of
 
 
