@@ -13,6 +13,10 @@ from xdist.scheduler import LoadFileScheduling
 settings.register_profile("untimed", deadline=None, max_examples=50)
 settings.load_profile("untimed")
 
+# The processes of `pytest -n` share the cores. Threads of PyTorch that wait for each other would double their time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Runs of the tests are resumed by their output roots alone. A root may name only engines that the operator knows.
 os.environ["HV_BATCH_ENGINES"] = "tests.support.doubles:FakeEngine,tests.support.faulty_engine:FaultyVideo"
 
