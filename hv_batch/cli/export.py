@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from hv_batch.cli.output_root import Output, Shards, Where, parse_shards
+from hv_batch.cli.output_root.arguments import Output, Shards, Where, parse_shards
 from hv_batch.cli.terminal import Json, show, show_json
 from hv_batch.job.dataset.committed import matching_records
 from hv_batch.job.dataset.conditions import parse_conditions

@@ -10,14 +10,20 @@ from typing import Annotated
 import typer
 
 from hv_batch import __version__
-from hv_batch.cli import output_root
 from hv_batch.cli.bench import app as bench_app
 from hv_batch.cli.config import app as config_app
 from hv_batch.cli.doctor import doctor
 from hv_batch.cli.export import export
 from hv_batch.cli.init import init
+from hv_batch.cli.output_root.diff import diff
+from hv_batch.cli.output_root.gc import gc
+from hv_batch.cli.output_root.retry import retry
+from hv_batch.cli.output_root.status import status
+from hv_batch.cli.output_root.verify import verify
+from hv_batch.cli.output_root.withdraw import withdraw
 from hv_batch.cli.report import report
 from hv_batch.cli.run import nightly, plan, resume, run
+from hv_batch.cli.run_result import end_run
 from hv_batch.cli.simulate import simulate
 from hv_batch.cli.terminal import (
     UNREACHABLE_REMEDY,
@@ -77,7 +83,7 @@ def demo(
 
     with command_logging(log_settings(log_level, log_format)):
         code = run_demo(output, as_json)
-    output_root.end_run(output, code, as_json)
+    end_run(output, code, as_json)
 
 
 @app.command()
@@ -108,14 +114,7 @@ def sample(context: typer.Context) -> None:
 
 for command in (run, resume, nightly, plan, simulate, report, init, doctor, export):
     app.command()(command)
-for operation in (
-    output_root.status,
-    output_root.verify,
-    output_root.retry,
-    output_root.gc,
-    output_root.diff,
-    output_root.withdraw,
-):
+for operation in (status, verify, retry, gc, diff, withdraw):
     app.command()(operation)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hv_batch.cli.output_root import Output
+from hv_batch.cli.output_root.arguments import Output
 from hv_batch.cli.terminal import Json, show, show_json
 from hv_batch.job import layout
 from hv_batch.job.formatting import plural

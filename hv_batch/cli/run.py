@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from hv_batch.cli import output_root
+from hv_batch.cli.output_root.arguments import Engines, Hooks
 from hv_batch.cli.run_flags import (
     Address,
     AllowChange,
@@ -28,6 +28,7 @@ from hv_batch.cli.run_flags import (
     Until,
     with_manifest_flags,
 )
+from hv_batch.cli.run_result import end_run
 from hv_batch.cli.terminal import Json, LogFormat, LogLevel, command_logging, log_settings, show, show_json
 from hv_batch.job.config.run_config import RunConfig, load_config
 from hv_batch.job.hooks.notify import take_target
@@ -89,7 +90,7 @@ def run(
             limits=run_limits(until, max_gpu_hours),
             allow_change=allow_change or (),
         )
-    output_root.end_run(output, end.code, as_json)
+    end_run(output, end.code, as_json)
 
 
 def _refuse_relative(output: str, address: str | None) -> None:
@@ -129,8 +130,8 @@ def _show_dry_run(
 def resume(
     output: Annotated[str, typer.Argument(help="output root: folder or URL")],
     manifest: Annotated[str | None, typer.Option(help="new location of the manifest, if it has moved")] = None,
-    engine: output_root.Engines = None,
-    hook: output_root.Hooks = None,
+    engine: Engines = None,
+    hook: Hooks = None,
     until: Until = None,
     max_gpu_hours: GpuHours = None,
     address: Address = None,
@@ -156,7 +157,7 @@ def resume(
             hooks=hook or (),
             limits=run_limits(until, max_gpu_hours),
         )
-    output_root.end_run(output, end.code, as_json)
+    end_run(output, end.code, as_json)
 
 
 def nightly(

@@ -32,6 +32,7 @@ LogFormat = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object with a schema; errors as well")]
 
+FOUND = 3  # exit code: there are faults or differences
 ERROR_SCHEMA = "hv_batch/error/1"
 UNREACHABLE_REMEDY = (
     "Check the URL, the network, and for an endpoint of your own AWS_ENDPOINT_URL; then run the same command again."

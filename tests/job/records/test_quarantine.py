@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hv_batch.cli.output_root import parse_shards
+from hv_batch.cli.output_root.arguments import parse_shards
 from hv_batch.job import layout
 from hv_batch.job.failure import Failure, FailureClass
 from hv_batch.job.manifest.selection import parse_selection
