@@ -94,8 +94,8 @@ def test_crash_after_crash(crashes):
 
 # The commands of an operator may be killed as well --------------------------------------------------------------------
 
-# By default at every eleventh point, because each takes two or three runs.
-SOME = pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 11])
+# By default at every seventeenth point, because each takes two or three runs.
+SOME = pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 17])
 
 
 @SOME
@@ -190,7 +190,7 @@ def crash_and_continue(folder: Path, kind: str, *, to_the_end: bool) -> None:
         assert sum(denoised.values()) <= len(denoised) + 1, "a crash costs one denoise at most"
 
 
-@pytest.mark.parametrize("kind", ["grown", "allowed"])
+@pytest.mark.parametrize("kind", ["grown", pytest.param("allowed", marks=pytest.mark.slow)])
 def test_a_continuation_that_is_killed(tmp_path, kind):
     """P2: wherever it is killed until it renders, the same command ends in the root of an undisturbed one."""
     crash_and_continue(tmp_path, kind, to_the_end=False)

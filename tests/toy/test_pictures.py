@@ -48,12 +48,12 @@ DECODES = {
 # The same for whole videos: options and the minimum PSNR (dB).
 MODES = {
     "bf16": ({"precision": "bf16"}, 42),
-    "FP8 products": ({"fp8": "matmul"}, 40),
     "step cache": ({"step_cache": {"kind": "schedule", "computed": 23}}, 38),  # 6 of 12 steps
-    "blocks offloaded": ({"offload": "blocks"}, 90),
 }
 TOY_BLOCKS = {"brick": [4, 2, 2], "neighbours": "faces", "backend": "eager"}
 MORE_MODES = {
+    "FP8 products": ({"fp8": "matmul"}, 40),
+    "blocks offloaded": ({"offload": "blocks"}, 90),
     "two ranks": ({"ulysses_degree": 2}, 75),
     "sparse attention": ({"sparse_attention": {"density": 0.5, **TOY_BLOCKS}}, 30),
     "INT8 attention": ({"quantized_attention": {"qk": "int8", "backend": "reference"}}, 55),
