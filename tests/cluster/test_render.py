@@ -348,6 +348,7 @@ def test_more_gpus_than_the_cluster_has_are_reported(ray_head, tmp_path, marks):
     assert not list(marks.glob("join-*"))
 
 
+@pytest.mark.slow
 def test_changed_config_is_refused_with_the_difference(undisturbed, ray_head):
     """P2: another config for the same output root is refused with the difference."""
     arguments = (undisturbed / "config.yaml", undisturbed / "manifest.jsonl", undisturbed / "out", ray_head[0])
