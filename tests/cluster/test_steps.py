@@ -60,6 +60,7 @@ def assert_resumed(output, marks, reached, prompt=PROMPTS[0], steps=STEPS):
     return record, resumed_from
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(expected, ray_head, tmp_path, marks):
     """P4, P3: rank 0 dies by SIGKILL; the rebuilt group resumes from the checkpoint, and the bytes are the same."""
     config = config_in(tmp_path, marks, every=1, engine_options={"hold_after": [3]})
