@@ -343,6 +343,14 @@ class TotalsDocument(Document):
     looks: Counts = Field(default_factory=dict)  # absent if no sample has scores
     frames_by_fps: dict[Annotated[str, Field(pattern=r"\A[1-9][0-9]{0,2}\z")], Count]
 
+    @model_validator(mode="after")
+    def _check_sums(self) -> Self:
+        if untimed := sorted(stage for stage in self.stage_ms if not self.timed.get(stage)):
+            raise ValueError(f"it has a time of the stage {untimed[0]!r}, and no sample with that stage")
+        if (total := sum(self.frames_by_fps.values())) > self.frames:
+            raise ValueError(f"its videos have {total:,} frames, all its media {self.frames:,}")
+        return self
+
 
 class MediaTotals(Document):
     num_bytes: Count = Field(alias="bytes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,16 @@ def test_invalid_totals_are_computed_again(store, sums):
     store.delete(layout.totals_key(1))
     if sums is not None:
         store.put(layout.totals_key(1), sums)
+    assert summary.aggregate(store) == expected
+
+
+@pytest.mark.parametrize("change", [{"timed": {}}, {"timed": {"encode": 0}}, {"frames": 0}])
+def test_contradictory_totals_are_computed_again(store, change):
+    """P2: a stage without a sample would divide by zero, and images are the frames that no video has."""
+    rich_root(store, (0, 1, 2))
+    expected = summary.aggregate(store)
+    sums = json.loads(store.get(layout.totals_key(1)))
+    store.put(layout.totals_key(1), json.dumps(sums | change).encode())
     assert summary.aggregate(store) == expected
 
 
