@@ -143,6 +143,7 @@ class QuarantineRecord(SampleRecord):
     kind: FailureName = Field(alias="class")
     message: LongText
     traceback: LongText
+    fingerprint: Hex64 | None = None  # not written so far; `verify` looks it up in either kind of record
 
 
 class RetriedRecord(Document):

@@ -71,6 +71,7 @@ DAMAGES = [
     (RECORD, spoil(b'{"key": "s001"}')),
     (GIVEN_UP, cut),
     (GIVEN_UP, change(message=7, row="x", history=3)),
+    (GIVEN_UP, change(fingerprint=[])),
     (GIVEN_UP, change(**{"class": None})),
     ("commits/shard-00000/s001.json~", spoil(b"an editor's copy")),
     ("data/shard-00001/metadata.parquet", spoil(b"no table")),
@@ -87,7 +88,7 @@ DAMAGES = [
 
 # The slow ones damage objects that the others damage in another way.
 EACH = [
-    pytest.param(*case, marks=pytest.mark.slow) if number in (1, 2, 6, 15) else case
+    pytest.param(*case, marks=pytest.mark.slow) if number in (1, 2, 7, 16) else case
     for number, case in enumerate(DAMAGES)
 ]
 
