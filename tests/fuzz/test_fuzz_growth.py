@@ -139,10 +139,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz"])
 @pytest.mark.parametrize("unit", [b"\n", b"a", b"["])
 def test_a_decompression_bomb_is_read_in_bounded_memory(tmp_path, suffix, unit):
-    """P7: 512 MB of one byte, in a file of some kB; 128 MB if each byte is a line, which takes a microsecond."""
+    """P7: 512 MB of one byte, in a file of some kB."""
     path = tmp_path / f"bomb{suffix}"
     with gzip.open(path, "wb", 1) as file:
-        for _ in range(128 if unit == b"\n" else 512):
+        for _ in range(512):
             file.write(unit * (1 << 20))
     done = subprocess.run(
         [sys.executable, "-c", BOMB, str(path)], env={**os.environ}, capture_output=True, text=True, timeout=250

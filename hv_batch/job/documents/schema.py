@@ -143,7 +143,7 @@ class QuarantineRecord(SampleRecord):
     kind: FailureName = Field(alias="class")
     message: LongText
     traceback: LongText
-    fingerprint: Hex64 | None = None  # not written so far; `verify` looks it up in either kind of record
+    fingerprint: Hex64 | None = None  # of the run; a root of an early version may lack it
 
 
 class RetriedRecord(Document):

@@ -200,7 +200,7 @@ def test_failed_only_selects_quarantined_samples(index, options, expected):
     commit(store, *(sample for sample in samples[:15] if sample not in failed))
     for sample in failed:
         failure = Failure(FailureClass.POISON, "not finite").to_dict()
-        record = quarantine_record(sample, failures=[failure], fingerprint="", versions={})
+        record = quarantine_record(sample, failures=[failure], fingerprint="f" * 64, versions={})
         quarantine(store, record)
     plan = PendingSamples(store, index, only_failed(store, parse_selection(**options)))
     assert plan.takes_back

@@ -93,11 +93,14 @@ class _CsvLines:
     def __init__(self, file: IO[bytes]) -> None:
         self._lines = self._decoded(file)
         self._room = limits.MAX_LINE_BYTES
-        self.number = 0  # of the last line
-        self.header = ""  # the first line
+        self._begins = True  # the next line is the first of a record
+        self._number = 0  # of the last line
+        self.first = 0  # the number of the first line of the record
+        self.header = ""  # the first line that is not blank
 
     def begin_record(self) -> None:
         self._room = 2 * limits.MAX_LINE_BYTES  # a single line has at most MAX_LINE_BYTES + 1, and is reported as such
+        self._begins = True
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -106,9 +109,13 @@ class _CsvLines:
         if self._room < 0:
             raise _RecordTooLongError
         line = next(self._lines)
-        self.number += 1
-        if self.number == 1:
-            self.header = line
+        self._number += 1
+        if self._begins:
+            while line == "\n":  # here, because a file of a few kB may unpack to hundreds of millions of them
+                line = next(self._lines)
+                self._number += 1
+            self.first, self._begins = self._number, False
+            self.header = self.header or line
         self._room -= len(line)
         return line
 
@@ -124,25 +131,24 @@ class _CsvLines:
 def _csv_records(lines: _CsvLines, separator: str) -> Iterator[tuple[int, list[str] | FieldProblem]]:
     reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
-        number = lines.number + 1
         lines.begin_record()
         try:
             cells = next(reader, None)
         except csv.Error as error:  # the reader continues with the next line
-            yield number, FieldProblem("line", UNREADABLE, f"{CELLS[separator]} ({error})")
+            yield lines.first, FieldProblem("line", UNREADABLE, f"{CELLS[separator]} ({error})")
             continue
         except _RecordTooLongError:
             allowed = f"a record of at most {limits.MAX_LINE_BYTES >> 20} MiB; a quotation mark may be missing"
-            yield number, FieldProblem("line", UNREADABLE, allowed)
+            yield lines.first, FieldProblem("line", UNREADABLE, allowed)
             continue
         if cells is None:
             return
         if not any(map(_is_not_utf8, cells)):
             if cells:  # skip blank lines
-                yield number, cells
+                yield lines.first, cells
         else:
             text = separator.join(cells).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            yield number, FieldProblem("line", text[:1000], "text in UTF-8")
+            yield lines.first, FieldProblem("line", text[:1000], "text in UTF-8")
 
 
 def _is_not_utf8(text: str) -> bool:
